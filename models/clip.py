@@ -1,0 +1,299 @@
+"""CLIP: image encoder (ViT or ModifiedResNet) and causal text encoder, each with its projection.
+
+Ports of openai/CLIP model.py (d05afc4) and transformers 5.23 models/clip/modeling_clip.py, valid for the nine
+OpenAI downloads, state dicts with the same keys, and Hugging Face `CLIPModel` directories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vlm_export.family import (
+    Array,
+    Arrays,
+    Checkpoint,
+    Model,
+    Part,
+    Reference,
+    TensorInfo,
+    WeightStore,
+    reference_from_module,
+)
+from vlm_export.models import clip_architecture, clip_weights
+from vlm_export.models.clip_architecture import ClipArchitecture, ResNetSizes, TextSizes, VitSizes
+from vlm_export.models.layers import PatchEmbedding, TransformerBlock, build_causal_mask
+from vlm_export.models.modified_resnet import ModifiedResNet
+from vlm_export.models.weights import Target, load_weights, published_tensors
+from vlm_export.signature import Axis, Signature, TensorSpec
+from vlm_export.specs import ImageSpec, TextSpec
+
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+BATCH = Axis("batch")
+
+
+class VisionTransformer(nn.Module):
+    """pixel_values float32 (B, 3, S, S), normalised → image_embeds float32 (B, D), not normalised."""
+
+    def __init__(self, architecture: ClipArchitecture, sizes: VitSizes) -> None:
+        super().__init__()
+        width, eps = sizes.width, architecture.eps
+        self.patches = PatchEmbedding(width, sizes.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(torch.empty(width))
+        self.position_embedding = nn.Parameter(torch.empty((sizes.image_size // sizes.patch_size) ** 2 + 1, width))
+        self.norm_pre = nn.LayerNorm(width, eps=eps)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(width, sizes.heads, sizes.hidden, architecture.activation, eps)
+            for _ in range(sizes.layers)
+        )
+        self.norm_post = nn.LayerNorm(width, eps=eps)
+        self.projection = nn.Parameter(torch.empty(width, architecture.embed_dim))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        patches = self.patches(pixel_values)
+        first = self.class_embedding.expand(patches.shape[0], 1, -1)
+        x = self.norm_pre(torch.cat([first, patches], dim=1) + self.position_embedding)
+        for block in self.blocks:
+            x = block(x)
+        embeds: Tensor = self.norm_post(x[:, 0]) @ self.projection
+        return embeds
+
+
+class TextTransformer(nn.Module):
+    """input_ids int64 (B, T), 1 ≤ T ≤ context length → text_embeds float32 (B, D), not normalised.
+
+    Causal, so tokens after end-of-text cannot change the row: a batch needs only its longest row's T.
+    """
+
+    causal_mask: Tensor
+
+    def __init__(self, architecture: ClipArchitecture, sizes: TextSizes) -> None:
+        super().__init__()
+        width, eps = sizes.width, architecture.eps
+        self.end_token_id = sizes.end_token_id if sizes.pooling == "first_end_token" else None
+        self.token_embedding = nn.Embedding(sizes.vocab_size, width)
+        self.position_embedding = nn.Parameter(torch.empty(sizes.context_length, width))
+        self.register_buffer("causal_mask", build_causal_mask(sizes.context_length), persistent=False)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(width, sizes.heads, sizes.hidden, architecture.activation, eps)
+            for _ in range(sizes.layers)
+        )
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.projection = nn.Parameter(torch.empty(width, architecture.embed_dim))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        tokens = input_ids.shape[1]
+        x = self.token_embedding(input_ids) + self.position_embedding[:tokens]
+        mask = self.causal_mask[:tokens, :tokens]
+        for block in self.blocks:
+            x = block(x, mask)
+        # The norm acts on each token alone, so pooling first gives the same row for a T-th of the work.
+        pooled = x.gather(1, self._end_positions(input_ids)[:, None, None].expand(-1, 1, x.shape[2])).squeeze(1)
+        embeds: Tensor = self.norm(pooled) @ self.projection
+        return embeds
+
+    def _end_positions(self, input_ids: Tensor) -> Tensor:
+        if self.end_token_id is None:
+            return input_ids.argmax(dim=-1)
+        return (input_ids == self.end_token_id).to(torch.int32).argmax(dim=-1)
+
+
+class ClipEncoders(nn.Module):
+    """Both encoders and the logit scale, as one module to load weights into."""
+
+    def __init__(self, architecture: ClipArchitecture) -> None:
+        super().__init__()
+        vision, embed_dim = architecture.vision, architecture.embed_dim
+        self.vision: nn.Module
+        if isinstance(vision, VitSizes):
+            self.vision = VisionTransformer(architecture, vision)
+        else:
+            self.vision = ModifiedResNet(vision.stages, vision.width, vision.image_size, vision.heads, embed_dim)
+        self.text = TextTransformer(architecture, architecture.text)
+        self.logit_scale = nn.Parameter(torch.empty(()))
+
+
+class ClipFamily:
+    """OpenAI's key names and Hugging Face's."""
+
+    name = "clip"
+
+    def recognises(self, checkpoint: Checkpoint) -> bool:
+        keys = checkpoint.tensors
+        openai = "visual.conv1.weight" in keys and "token_embedding.weight" in keys
+        return openai or ("visual_projection.weight" in keys and "vision_model.pre_layrnorm.weight" in keys)
+
+    def describe(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        return _architecture(checkpoint).to_json()
+
+    def build(self, checkpoint: Checkpoint, store: WeightStore) -> Model:
+        architecture = _architecture(checkpoint)
+        encoders = build_encoders(architecture)
+        dropped = load_weights(encoders, checkpoint, _table(architecture), store)
+        parts = (
+            Part("vision", encoders.vision, _vision_signature(architecture), _VisionExamples(architecture)),
+            Part("text", encoders.text, _text_signature(architecture), _TextExamples(architecture)),
+        )
+        huggingface = architecture.key_names == "huggingface"
+        return Model(
+            family=self.name,
+            architecture=architecture.to_json(),
+            parts=parts,
+            image=_image_spec(architecture, checkpoint),
+            text=_text_spec(architecture),
+            hub_config=_hub_config(architecture, checkpoint),
+            facts={"logit_scale": float(encoders.logit_scale), "activation": architecture.activation},
+            dropped_keys=dropped,
+            references={
+                part.name: (
+                    lambda part=part: (
+                        _transformers_reference(checkpoint, part) if huggingface else reference_from_module(part)
+                    )
+                )
+                for part in parts
+            },
+            reference_name="transformers CLIPModel" if huggingface else "unpatched eager module",
+        )
+
+    def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
+        parsed = clip_architecture.architecture_from_json(architecture)
+        return published_tensors(build_encoders(parsed), _table(parsed), dtype="float16")
+
+
+def build_encoders(architecture: ClipArchitecture) -> ClipEncoders:
+    """The modules on the meta device: shapes without weights."""
+    with torch.device("meta"):
+        return ClipEncoders(architecture)
+
+
+def _architecture(checkpoint: Checkpoint) -> ClipArchitecture:
+    if "visual_projection.weight" in checkpoint.tensors:
+        return clip_architecture.architecture_from_huggingface(checkpoint)
+    return clip_architecture.architecture_from_openai(checkpoint)
+
+
+def _table(architecture: ClipArchitecture) -> dict[str, Target]:
+    vision, text_layers = architecture.vision, architecture.text.layers
+    if isinstance(vision, ResNetSizes):
+        return clip_weights.openai_resnet_table(vision.stages, text_layers)
+    if architecture.key_names == "huggingface":
+        return clip_weights.huggingface_table(vision.layers, text_layers)
+    return clip_weights.openai_vit_table(vision.layers, text_layers)
+
+
+def _vision_signature(architecture: ClipArchitecture) -> Signature:
+    size = architecture.vision.image_size
+    return Signature(
+        inputs=(TensorSpec("pixel_values", "float32", ("batch", 3, size, size)),),
+        outputs=(TensorSpec("image_embeds", "float32", ("batch", architecture.embed_dim)),),
+        axes=(BATCH,),
+    )
+
+
+def _text_signature(architecture: ClipArchitecture) -> Signature:
+    return Signature(
+        inputs=(TensorSpec("input_ids", "int64", ("batch", "sequence")),),
+        outputs=(TensorSpec("text_embeds", "float32", ("batch", architecture.embed_dim)),),
+        axes=(BATCH, Axis("sequence", 1, architecture.text.context_length)),
+    )
+
+
+class _VisionExamples:
+    """Normalised noise: every pixel independent, about the range of real normalised pictures."""
+
+    def __init__(self, architecture: ClipArchitecture) -> None:
+        self.spec = _vision_signature(architecture).inputs[0]
+
+    def __call__(self, sizes: Mapping[str, int], seed: int) -> dict[str, Array]:
+        rng = np.random.default_rng(seed)
+        return {self.spec.name: rng.standard_normal(self.spec.concrete_shape(sizes), dtype=np.float32)}
+
+
+class _TextExamples:
+    """Random ids with end-of-text at a random position (a different one in each row) and padding after it."""
+
+    def __init__(self, architecture: ClipArchitecture) -> None:
+        self.sizes = architecture.text
+
+    def __call__(self, sizes: Mapping[str, int], seed: int) -> dict[str, Array]:
+        rng = np.random.default_rng(seed)
+        rows, tokens = sizes["batch"], sizes["sequence"]
+        ids = rng.integers(1, self.sizes.end_token_id, (rows, tokens), dtype=np.int64)
+        for row in ids:
+            end = int(rng.integers(0, tokens))
+            row[end] = self.sizes.end_token_id
+            row[end + 1 :] = 0
+        return {"input_ids": ids}
+
+
+def _image_spec(architecture: ClipArchitecture, checkpoint: Checkpoint) -> ImageSpec:
+    return ImageSpec(architecture.vision.image_size, "bicubic", "after_crop", IMAGE_MEAN, IMAGE_STD)
+
+
+def _text_spec(architecture: ClipArchitecture) -> TextSpec:
+    text = architecture.text
+    openai = architecture.key_names == "openai"
+    # OpenAI fills with id 0, transformers with end-of-text; neither is visible to the pooled token.
+    pad = 0 if openai else text.end_token_id
+    return TextSpec(text.context_length, text.vocab_size, text.end_token_id, pad, "openai" if openai else "none")
+
+
+def _hub_config(architecture: ClipArchitecture, checkpoint: Checkpoint) -> dict[str, Any]:
+    text = architecture.text
+    common = {"hidden_act": architecture.activation, "layer_norm_eps": architecture.eps}
+    vision = architecture.vision
+    vision_config: dict[str, Any] = {"image_size": vision.image_size, "num_channels": 3, **common}
+    if isinstance(vision, VitSizes):
+        vision_config |= {
+            "hidden_size": vision.width,
+            "intermediate_size": vision.hidden,
+            "num_attention_heads": vision.heads,
+            "num_hidden_layers": vision.layers,
+            "patch_size": vision.patch_size,
+        }
+    else:
+        # transformers has no ModifiedResNet; the sizes are told for the reader.
+        vision_config |= {"hidden_size": vision.width * 32, "stages": list(vision.stages)}
+    return {
+        "model_type": "clip",
+        "architectures": ["CLIPModel"],
+        "projection_dim": architecture.embed_dim,
+        "text_config": {
+            "model_type": "clip_text_model",
+            "hidden_size": text.width,
+            "intermediate_size": text.hidden,
+            "num_attention_heads": text.heads,
+            "num_hidden_layers": text.layers,
+            "max_position_embeddings": text.context_length,
+            "vocab_size": text.vocab_size,
+            "eos_token_id": text.end_token_id,
+            **common,
+        },
+        "vision_config": {"model_type": "clip_vision_model", **vision_config},
+    }
+
+
+def _transformers_reference(checkpoint: Checkpoint, part: Part) -> Reference:
+    from transformers import CLIPConfig, CLIPModel
+
+    config = CLIPConfig.from_dict(dict(checkpoint.config or {}))
+    config._attn_implementation = "eager"
+    model = CLIPModel(config).eval()
+    weights = {key: checkpoint.read(key).float() for key in checkpoint.tensors if not key.endswith("position_ids")}
+    model.load_state_dict(weights, strict=True)
+    name = part.signature.input_names[0]
+    encode = model.get_image_features if part.name == "vision" else model.get_text_features
+
+    def run(inputs: Arrays) -> dict[str, Array]:
+        with torch.inference_mode():
+            features = encode(**{name: torch.from_numpy(inputs[name])})
+        # transformers 5 wraps the features in an output object, 4 returned the tensor.
+        tensor: Tensor = features if isinstance(features, Tensor) else features.pooler_output
+        return {part.signature.output_names[0]: tensor.numpy()}
+
+    return run

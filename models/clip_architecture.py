@@ -1,0 +1,271 @@
+"""CLIP's sizes: derived from tensor shapes (OpenAI), checked against `config.json` (Hugging Face), read from `configs/`.
+
+Source of the rules for shapes: `build_model` in openai/CLIP model.py (d05afc4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypeVar, cast
+
+from vlm_export.errors import InputError, suggestion
+from vlm_export.family import Checkpoint
+from vlm_export.models.layers import Activation
+
+KeyNames = Literal["openai", "huggingface"]
+Pooling = Literal["argmax", "first_end_token"]
+HEAD_WIDTH = 64
+# transformers marks checkpoints older than its fix of the end-of-text id with this value; it then pools by argmax.
+LEGACY_END_TOKEN_ID = 2
+LAYER_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class VitSizes:
+    width: int
+    layers: int
+    heads: int
+    hidden: int
+    patch_size: int
+    image_size: int
+
+
+@dataclass(frozen=True)
+class ResNetSizes:
+    width: int
+    stages: tuple[int, ...]
+    heads: int
+    image_size: int
+
+
+@dataclass(frozen=True)
+class TextSizes:
+    width: int
+    layers: int
+    heads: int
+    hidden: int
+    context_length: int
+    vocab_size: int
+    pooling: Pooling
+    end_token_id: int
+
+
+@dataclass(frozen=True)
+class ClipArchitecture:
+    """Everything that determines the modules, apart from weights."""
+
+    key_names: KeyNames
+    embed_dim: int
+    activation: Activation
+    eps: float
+    vision: VitSizes | ResNetSizes
+    text: TextSizes
+
+    def to_json(self) -> dict[str, Any]:
+        data = asdict(self)
+        data["vision"]["kind"] = "vit" if isinstance(self.vision, VitSizes) else "resnet"
+        return data
+
+
+def architecture_from_openai(checkpoint: Checkpoint) -> ClipArchitecture:
+    """Sizes from OpenAI's key names and shapes; the activation is QuickGELU, as in every file of that format."""
+    shapes = _Shapes(checkpoint)
+    vision: VitSizes | ResNetSizes
+    if "visual.proj" in checkpoint.tensors:
+        vision = _openai_vit(shapes)
+    else:
+        vision = _openai_resnet(shapes)
+    vocab_size = shapes.of("token_embedding.weight", 2)[0]
+    width = shapes.of("ln_final.weight", 1)[0]
+    text = TextSizes(
+        width=width,
+        layers=shapes.count("transformer.resblocks."),
+        heads=width // HEAD_WIDTH,
+        hidden=shapes.of("transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
+        context_length=shapes.of("positional_embedding", 2)[0],
+        vocab_size=vocab_size,
+        pooling="argmax",
+        end_token_id=vocab_size - 1,
+    )
+    embed_dim = shapes.of("text_projection", 2)[1]
+    return _checked(ClipArchitecture("openai", embed_dim, "quick_gelu", LAYER_NORM_EPS, vision, text), checkpoint)
+
+
+def _openai_vit(shapes: _Shapes) -> VitSizes:
+    width, _, patch, _ = shapes.of("visual.conv1.weight", 4)
+    return VitSizes(
+        width=width,
+        layers=shapes.count("visual.transformer.resblocks."),
+        heads=width // HEAD_WIDTH,
+        hidden=shapes.of("visual.transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
+        patch_size=patch,
+        image_size=patch * _grid(shapes.of("visual.positional_embedding", 2)[0]),
+    )
+
+
+def _openai_resnet(shapes: _Shapes) -> ResNetSizes:
+    width = shapes.of("visual.layer1.0.conv1.weight", 4)[0]
+    return ResNetSizes(
+        width=width,
+        stages=tuple(shapes.count(f"visual.layer{stage}.") for stage in (1, 2, 3, 4)),
+        heads=width * 32 // HEAD_WIDTH,
+        image_size=32 * _grid(shapes.of("visual.attnpool.positional_embedding", 2)[0]),
+    )
+
+
+def architecture_from_huggingface(checkpoint: Checkpoint) -> ClipArchitecture:
+    """Sizes from shapes; head counts, activation, epsilon and pooling from `config.json`, with its defaults."""
+    if checkpoint.config is None:
+        raise InputError(
+            "a Hugging Face CLIP checkpoint needs its config.json",
+            where=checkpoint.source,
+            expected="config.json beside the weights: it says the number of heads and the activation",
+            got="no config.json",
+            fix="name the directory that holds config.json and the weights, not the weights file alone",
+        )
+    vision_config = _section(checkpoint, "vision_config")
+    text_config = _section(checkpoint, "text_config")
+    shapes = _Shapes(checkpoint)
+    activation = _same(checkpoint, "hidden_act", vision_config, text_config, "quick_gelu")
+    if activation not in ("quick_gelu", "gelu"):
+        raise InputError(
+            "the activation is not one that CLIP checkpoints use",
+            where="config.json: hidden_act",
+            expected="quick_gelu or gelu",
+            got=str(activation),
+        )
+    width, _, patch, _ = shapes.of("vision_model.embeddings.patch_embedding.weight", 4)
+    vision = VitSizes(
+        width=width,
+        layers=shapes.count("vision_model.encoder.layers."),
+        heads=_integer(vision_config, "num_attention_heads", 12),
+        hidden=shapes.of("vision_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
+        patch_size=patch,
+        image_size=patch * _grid(shapes.of("vision_model.embeddings.position_embedding.weight", 2)[0]),
+    )
+    end_token_id = _integer(text_config, "eos_token_id", 49407)
+    vocab_size, text_width = shapes.of("text_model.embeddings.token_embedding.weight", 2)
+    legacy = end_token_id == LEGACY_END_TOKEN_ID
+    text = TextSizes(
+        width=text_width,
+        layers=shapes.count("text_model.encoder.layers."),
+        heads=_integer(text_config, "num_attention_heads", 8),
+        hidden=shapes.of("text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
+        context_length=shapes.of("text_model.embeddings.position_embedding.weight", 2)[0],
+        vocab_size=vocab_size,
+        pooling="argmax" if legacy else "first_end_token",
+        end_token_id=vocab_size - 1 if legacy else end_token_id,
+    )
+    eps = float(_same(checkpoint, "layer_norm_eps", vision_config, text_config, LAYER_NORM_EPS))
+    embed_dim = shapes.of("visual_projection.weight", 2)[0]
+    return _checked(
+        ClipArchitecture("huggingface", embed_dim, cast(Activation, activation), eps, vision, text), checkpoint
+    )
+
+
+def architecture_from_json(data: Mapping[str, Any]) -> ClipArchitecture:
+    """The architecture that `to_json` or a file in `configs/` states."""
+    fields_left = dict(data)
+    vision_data = dict(fields_left.pop("vision"))
+    kind = vision_data.pop("kind")
+    vision: VitSizes | ResNetSizes
+    if kind == "vit":
+        vision = _from_mapping(VitSizes, vision_data)
+    else:
+        vision = _from_mapping(ResNetSizes, {**vision_data, "stages": tuple(vision_data["stages"])})
+    text = _from_mapping(TextSizes, fields_left.pop("text"))
+    return _from_mapping(ClipArchitecture, {**fields_left, "vision": vision, "text": text})
+
+
+Record = TypeVar("Record", VitSizes, ResNetSizes, TextSizes, ClipArchitecture)
+
+
+def _from_mapping(kind: type[Record], data: Mapping[str, Any]) -> Record:
+    known = [field.name for field in fields(kind)]
+    for key in data:
+        if key not in known:
+            raise InputError(f"{kind.__name__} has no field {key!r}", fix=suggestion(key, known))
+    missing = [name for name in known if name not in data]
+    if missing:
+        raise InputError(f"{kind.__name__} lacks fields", expected=", ".join(known), got=f"no {', '.join(missing)}")
+    return kind(**data)
+
+
+class _Shapes:
+    """Looks up shapes and counts layers; a missing key or a wrong rank is the user's InputError, not a KeyError."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def of(self, key: str, rank: int) -> tuple[int, ...]:
+        info = self.checkpoint.tensors.get(key)
+        if info is None or len(info.shape) != rank or 0 in info.shape:
+            raise InputError(
+                "a tensor that determines the architecture is missing or has another rank",
+                where=f"{self.checkpoint.source}: tensor {key}",
+                expected=f"{rank} axes, none empty",
+                got="no such tensor" if info is None else f"shape {info.shape}",
+                fix="check that the file is complete",
+            )
+        return info.shape
+
+    def count(self, prefix: str) -> int:
+        """The number of consecutive layers, from 0, whose keys start with `prefix` and a number."""
+        return _count_consecutive(key[len(prefix) :] for key in self.checkpoint.tensors if key.startswith(prefix))
+
+
+def _count_consecutive(rests: Iterable[str]) -> int:
+    numbers = {rest.split(".", 1)[0] for rest in rests}
+    count = 0
+    while str(count) in numbers:
+        count += 1
+    return count
+
+
+def _grid(positions: int) -> int:
+    return round((positions - 1) ** 0.5)
+
+
+def _section(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
+    section = (checkpoint.config or {}).get(name, {})
+    if not isinstance(section, Mapping):
+        raise InputError(
+            "config.json is malformed", where=f"config.json: {name}", expected="an object", got=repr(section)
+        )
+    return section
+
+
+def _integer(section: Mapping[str, Any], key: str, default: int) -> int:
+    value = section.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise InputError(
+            "config.json is malformed", where=f"config.json: {key}", expected="an integer", got=repr(value)
+        )
+    return value
+
+
+def _same(checkpoint: Checkpoint, key: str, vision: Mapping[str, Any], text: Mapping[str, Any], default: Any) -> Any:
+    left, right = vision.get(key, default), text.get(key, default)
+    if left != right:
+        raise InputError(
+            f"the two towers disagree on {key}",
+            where=f"{checkpoint.source}: config.json",
+            got=f"vision {left}, text {right}",
+            fix="such a checkpoint is not supported; please report it",
+        )
+    return left
+
+
+def _checked(architecture: ClipArchitecture, checkpoint: Checkpoint) -> ClipArchitecture:
+    towers = [("vision", architecture.vision), ("text", architecture.text)]
+    for name, sizes in towers:
+        width = sizes.width * 32 if isinstance(sizes, ResNetSizes) else sizes.width
+        if sizes.heads < 1 or width % sizes.heads:
+            raise InputError(
+                f"the {name} width is not a multiple of its heads",
+                where=checkpoint.source,
+                expected=f"a divisor of {width}",
+                got=f"{sizes.heads} heads",
+            )
+    return architecture

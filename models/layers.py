@@ -1,0 +1,118 @@
+"""Blocks that the families share, static by construction: no branch on data, no in-place write, no folded batch.
+
+Axis letters: B batch, T tokens, C channels, H heads or height, W width, D embedding.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Activation = Literal["quick_gelu", "gelu"]
+
+
+class QuickGELU(nn.Module):
+    """x · sigmoid(1.702 x), the approximation that OpenAI's CLIP was trained with (openai/CLIP model.py, d05afc4)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+def build_activation(name: Activation) -> nn.Module:
+    """The activation of that name; `gelu` is the exact form with the error function."""
+    return QuickGELU() if name == "quick_gelu" else nn.GELU()
+
+
+class MultiHeadAttention(nn.Module):
+    """Self-attention over (B, T, width) with one packed query-key-value projection."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x: float32 (B, T, width); mask: float32 (T, T), added to the scores."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        mixed: Tensor = self.out(attended.transpose(1, 2).flatten(2))
+        return mixed
+
+
+class MLP(nn.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self, width: int, hidden: int, activation: Activation) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = build_activation(activation)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc2(self.act(self.fc1(x)))
+        return y
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int, hidden: int, activation: Activation, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = MultiHeadAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = MLP(width, hidden, activation)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbedding(nn.Module):
+    """Non-overlapping patches: (B, 3, H, W) → (B, H·W / patch², width), row by row."""
+
+    def __init__(self, width: int, patch: int, bias: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=bias)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        patches: Tensor = self.conv(pixel_values)
+        return patches.flatten(2).transpose(1, 2)
+
+
+class AttentionPooling(nn.Module):
+    """Pools (B, C, H, W) to (B, D): the mean token attends to itself and all positions.
+
+    Port of AttentionPool2d (openai/CLIP model.py, d05afc4); only the mean token's query is computed, since the
+    original discards the other rows.
+    """
+
+    def __init__(self, positions: int, channels: int, heads: int, output: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.position_embedding = nn.Parameter(torch.empty(positions + 1, channels))
+        self.q = nn.Linear(channels, channels)
+        self.k = nn.Linear(channels, channels)
+        self.v = nn.Linear(channels, channels)
+        self.out = nn.Linear(channels, output)
+
+    def forward(self, features: Tensor) -> Tensor:
+        spatial = features.flatten(2).transpose(1, 2)
+        tokens = torch.cat([spatial.mean(dim=1, keepdim=True), spatial], dim=1) + self.position_embedding
+        q = self._split(self.q(tokens[:, :1]))
+        attended = F.scaled_dot_product_attention(q, self._split(self.k(tokens)), self._split(self.v(tokens)))
+        pooled: Tensor = self.out(attended.transpose(1, 2).flatten(1))
+        return pooled
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def build_causal_mask(tokens: int) -> Tensor:
+    """float32 (T, T): 0 on and below the diagonal, -inf above it."""
+    # On the CPU also when the module around it is built on the meta device: no checkpoint supplies it.
+    return torch.full((tokens, tokens), float("-inf"), device="cpu").triu(1)

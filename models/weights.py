@@ -1,0 +1,177 @@
+"""Published keys to our parameters: literal tables, strict loading, one memory-mapped copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from vlm_export.errors import InputError
+from vlm_export.family import Checkpoint, TensorInfo, WeightStore
+
+FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_SCAN_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The stored tensor is block `index` of `count` equal blocks of rows of parameter `name` (packed projections)."""
+
+    name: str
+    index: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """The stored tensor is the transpose of parameter `name`."""
+
+    name: str
+
+
+Target = str | Rows | Transposed | None
+"""Where a stored key goes: a parameter, a part of one, or None for "dropped on purpose"."""
+WeightTable = Mapping[str, Target]
+
+
+def repeat(table: WeightTable, layers: int) -> dict[str, Target]:
+    """The table with `{i}` in keys and names replaced by 0 … layers-1."""
+    numbered: dict[str, Target] = {}
+    for i in range(layers):
+        for key, target in table.items():
+            numbered[key.replace("{i}", str(i))] = _renamed(target, "{i}", str(i))
+    return numbered
+
+
+def prefixed(table: WeightTable, key_prefix: str, name_prefix: str) -> dict[str, Target]:
+    """The table with both sides prefixed."""
+    return {key_prefix + key: _renamed(target, "", name_prefix) for key, target in table.items()}
+
+
+def _renamed(target: Target, old: str, new: str) -> Target:
+    """The target with `old` in its name replaced by `new`; an empty `old` puts `new` in front."""
+    if target is None:
+        return None
+    name = target if isinstance(target, str) else target.name
+    changed = name.replace(old, new) if old else new + name
+    return changed if isinstance(target, str) else replace(target, name=changed)
+
+
+def stored_shape(target: str | Rows | Transposed, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape under which the published checkpoint stores what goes to `target`."""
+    if isinstance(target, str):
+        return shapes[target]
+    if isinstance(target, Transposed):
+        return tuple(reversed(shapes[target.name]))
+    rows, *rest = shapes[target.name]
+    return (rows // target.count, *rest)
+
+
+def module_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter and persistent buffer that a checkpoint must supply."""
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in module.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+def published_tensors(module: nn.Module, table: WeightTable, dtype: str) -> dict[str, TensorInfo]:
+    """Keys, shapes and dtype of a checkpoint that `table` would load into `module`; dropped keys are left out."""
+    shapes = module_shapes(module)
+    return {key: TensorInfo(stored_shape(target, shapes), dtype) for key, target in table.items() if target is not None}
+
+
+def load_weights(module: nn.Module, checkpoint: Checkpoint, table: WeightTable, store: WeightStore) -> tuple[str, ...]:
+    """Assigns the checkpoint's tensors to a module built on the meta device; returns the keys dropped on purpose.
+
+    float32 tensors are used as they lie in the mapped file; others are converted, one at a time, into `store`.
+
+    Raises:
+        InputError: keys are missing or unexpected, shapes or dtypes do not fit (all listed together), or a
+            tensor holds NaN or infinity.
+    """
+    shapes = module_shapes(module)
+    _check_keys(checkpoint, table, shapes)
+    weights: dict[str, Tensor] = {}
+    for key, target in table.items():
+        if target is None or key not in checkpoint.tensors:
+            continue
+        stored = checkpoint.read(key)
+        _check_finite(key, stored)
+        _place(stored, target, weights, shapes, store)
+    _assign(module, weights)
+    return tuple(key for key, target in table.items() if target is None and key in checkpoint.tensors)
+
+
+def _check_keys(checkpoint: Checkpoint, table: WeightTable, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    found = checkpoint.tensors
+    problems = [f"missing: {key}" for key, target in table.items() if target is not None and key not in found]
+    problems += [f"unexpected: {key} {found[key].shape}" for key in found if key not in table]
+    for key, target in table.items():
+        if target is None or key not in found:
+            continue
+        expected = stored_shape(target, shapes)
+        if found[key].shape != expected:
+            problems.append(f"shape: {key} expected {expected}, got {found[key].shape}")
+        if found[key].dtype not in FLOAT_DTYPES:
+            problems.append(f"dtype: {key} expected one of {', '.join(FLOAT_DTYPES)}, got {found[key].dtype}")
+    if problems:
+        shown = problems[:20] + ([f"… and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise InputError(
+            f"{len(problems)} of the checkpoint's tensors do not fit its architecture",
+            where=checkpoint.source,
+            got="\n    " + "\n    ".join(shown),
+            fix="check that the file is complete and of this family; prefixed keys ('module.') must be renamed",
+        )
+
+
+def _chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """Flat pieces of a tensor, so that a scan or a conversion never holds a second copy of it."""
+    yield from tensor.reshape(-1).split(_SCAN_CHUNK)
+
+
+def _check_finite(key: str, tensor: Tensor) -> None:
+    bad = sum(int((~torch.isfinite(chunk)).sum()) for chunk in _chunks(tensor))
+    if bad:
+        raise InputError(
+            "a weight is NaN or infinite",
+            where=f"tensor {key}",
+            expected="finite values",
+            got=f"{bad} of {tensor.numel()} values are not finite",
+            fix="download or convert the checkpoint again",
+        )
+
+
+def _place(
+    stored: Tensor,
+    target: str | Rows | Transposed,
+    weights: dict[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    store: WeightStore,
+) -> None:
+    name = target if isinstance(target, str) else target.name
+    if isinstance(target, str) and stored.dtype == torch.float32 and stored.is_contiguous():
+        weights[name] = stored
+        return
+    if name not in weights:
+        weights[name] = store.new(shapes[name])
+    block = weights[name]
+    if isinstance(target, Rows):
+        block = block.chunk(target.count)[target.index]
+    elif isinstance(target, Transposed):
+        block = block.T
+    block.copy_(stored)
+
+
+def _assign(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    # Overflow of float64 and the like would appear only after the conversion; the table covers every name.
+    expected = module_shapes(module)
+    absent = sorted(set(expected) - set(weights))
+    if absent:
+        raise AssertionError(f"the weight table fills no parameter {absent}")
+    counters = {n: torch.zeros((), dtype=torch.int64) for n in module.state_dict() if n.endswith("num_batches_tracked")}
+    module.load_state_dict({**weights, **counters}, strict=True, assign=True)
+    module.requires_grad_(False).eval()

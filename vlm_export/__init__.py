@@ -1,0 +1,21 @@
+"""Vision-language checkpoints to verified static-graph ONNX encoders that run without PyTorch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from vlm_export.runtime.pair import EncoderPair, load
+
+__all__ = ["EncoderPair", "__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # Resolved on first use, so that `import vlm_export` costs milliseconds and `--help` stays fast.
+    if name in {"EncoderPair", "load"}:
+        from vlm_export.runtime import pair
+
+        return getattr(pair, name)
+    raise AttributeError(f"module 'vlm_export' has no attribute {name!r}")

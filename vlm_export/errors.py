@@ -1,0 +1,75 @@
+"""Errors that end a command: each kind has one exit status and says what, where, expected, got and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class VlmExportError(Exception):
+    """A failure that the user can act on; the command line prints it without a traceback.
+
+    Attributes:
+        what: one sentence that says what is wrong.
+        where: the file, tensor or stage, or "".
+        expected: what would have been right, or "".
+        got: what was there instead, or "".
+        fix: what the user can do, or "".
+    """
+
+    exit_status: ClassVar[int] = 3
+    kind: ClassVar[str] = "error"
+
+    def __init__(self, what: str, *, where: str = "", expected: str = "", got: str = "", fix: str = "") -> None:
+        self.what, self.where, self.expected, self.got, self.fix = what, where, expected, got, fix
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        parts = [("where", self.where), ("expected", self.expected), ("got", self.got), ("fix", self.fix)]
+        return "\n".join([self.what, *(f"  {label}: {text}" for label, text in parts if text)])
+
+    def to_json(self) -> dict[str, str | int]:
+        """The error as the object that `--json` prints."""
+        fields = {"where": self.where, "expected": self.expected, "got": self.got, "fix": self.fix}
+        return {
+            "error": self.kind,
+            "exit_status": self.exit_status,
+            "what": self.what,
+            **{key: text for key, text in fields.items() if text},
+        }
+
+
+class VerificationError(VlmExportError):
+    """An exported graph does not compute what the original computes."""
+
+    exit_status = 1
+    kind = "verification"
+
+
+class UsageError(VlmExportError):
+    """The command or call contradicts itself or names something unknown."""
+
+    exit_status = 2
+    kind = "usage"
+
+
+class InputError(VlmExportError):
+    """A checkpoint, bundle, picture or text is bad or unsafe."""
+
+    exit_status = 3
+    kind = "input"
+
+
+class EnvironmentFailure(VlmExportError):
+    """This machine lacks disk, memory, a package or the network."""
+
+    exit_status = 4
+    kind = "environment"
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """A sentence that names the nearest known word, or lists all known words."""
+    choices = list(known)
+    near = difflib.get_close_matches(name, choices, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(choices)}"

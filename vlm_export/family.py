@@ -1,0 +1,154 @@
+"""The types that meet in a family module: Checkpoint, Part, Model and Family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from vlm_export.signature import Signature
+from vlm_export.specs import ImageSpec, TextSpec
+
+Array = npt.NDArray[Any]
+Arrays = Mapping[str, Array]
+CheckpointFormat = Literal["torchscript", "state_dict", "safetensors", "hf_directory", "random"]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and torch dtype name ("float16", "int64", …) of a stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """A file that was read: name relative to the checkpoint, size and sha256."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Untrusted files on disk, opened read-only.
+
+    Attributes:
+        source: what the user named.
+        format: how the tensors are stored.
+        files: every file that was read.
+        tensors: stored key → shape and dtype; no tensor is read yet.
+        read: stored key → the tensor, memory-mapped where the format allows; treat it as read-only.
+        config: `config.json` as data, or None.
+        side_files: tokenizer and preprocessing files by name (`tokenizer.json`, `preprocessor_config.json`, …).
+        revision: the resolved commit of a hub id, or None.
+    """
+
+    source: str
+    format: CheckpointFormat
+    files: tuple[CheckpointFile, ...]
+    tensors: Mapping[str, TensorInfo]
+    read: Callable[[str], Tensor]
+    config: Mapping[str, Any] | None = None
+    side_files: Mapping[str, Path] = field(default_factory=dict)
+    revision: str | None = None
+
+
+class ExampleBuilder(Protocol):
+    """Builds valid inputs of a Part for concrete axis sizes; same sizes and seed, same arrays."""
+
+    def __call__(self, sizes: Mapping[str, int], seed: int) -> dict[str, Array]: ...
+
+
+Reference = Callable[[Arrays], dict[str, Array]]
+"""Inputs of a Part by name → its outputs by name, computed by the original."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One static-graph module with its Signature; `module` is in eval mode and takes the inputs in order."""
+
+    name: str
+    module: nn.Module
+    signature: Signature
+    examples: ExampleBuilder
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a Family builds from a Checkpoint.
+
+    Attributes:
+        family: the Family's name.
+        architecture: sizes and choices, as JSON data, for the manifest.
+        parts: in the order in which they are exported.
+        image, text: how inputs are prepared, None where the model takes no such input.
+        hub_config: `config.json` of the bundle, Hugging Face conventions.
+        facts: further JSON data for the manifest (`logit_scale`, …).
+        dropped_keys: stored keys that are not weights of the model, left out on purpose.
+        references: part name → loads the Reference; called only by verification.
+        reference_name: who computes the Reference, for the manifest.
+    """
+
+    family: str
+    architecture: Mapping[str, Any]
+    parts: tuple[Part, ...]
+    image: ImageSpec | None
+    text: TextSpec | None
+    hub_config: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    dropped_keys: tuple[str, ...]
+    references: Mapping[str, Callable[[], Reference]]
+    reference_name: str
+
+
+class WeightStore(Protocol):
+    """Where weights live that cannot be used as they are stored (other dtype, transposed, packed): a mapped file."""
+
+    def new(self, shape: tuple[int, ...]) -> Tensor:
+        """A writable, memory-mapped float32 tensor, zero-filled."""
+        ...
+
+
+class Family(Protocol):
+    """One model line; implementations stand in `models/` and are listed in `models/registry.py`."""
+
+    name: str
+
+    def recognises(self, checkpoint: Checkpoint) -> bool:
+        """Whether the stored keys (or the config) are this family's."""
+        ...
+
+    def describe(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """The architecture as JSON data, from shapes alone."""
+        ...
+
+    def build(self, checkpoint: Checkpoint, store: WeightStore) -> Model:
+        """Parts with weights; InputError when keys, shapes or dtypes do not fit."""
+        ...
+
+    def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
+        """Keys, shapes and dtypes of a checkpoint of that architecture, as its authors publish it."""
+        ...
+
+
+def reference_from_module(part: Part) -> Reference:
+    """The part's own unpatched eager module as its Reference."""
+    import torch
+
+    def run(inputs: Arrays) -> dict[str, Array]:
+        with torch.inference_mode():
+            outputs = part.module(
+                *(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in part.signature.input_names)
+            )
+        tensors = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+        return {name: t.numpy() for name, t in zip(part.signature.output_names, tensors, strict=True)}
+
+    return run

@@ -1,0 +1,71 @@
+"""How inputs are prepared: torch-free specifications that a Family states and the runtime executes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypeVar
+
+from vlm_export.errors import InputError, suggestion
+
+RgbStage = Literal["after_crop", "before_resize"]
+TextCleaning = Literal["openai", "none"]
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """Image preprocessing: resize the shorter edge, centre-crop a square, convert to RGB, rescale, normalise.
+
+    Attributes:
+        size_pixels: edge of the square that the vision part takes.
+        resample: Pillow's filter; always antialiased when shrinking.
+        rgb_stage: OpenAI's pipeline converts to RGB after the crop, transformers' before the resize; palette and
+            transparent pictures differ.
+        mean, std: per channel (R, G, B), applied to values in [0, 1].
+    """
+
+    size_pixels: int
+    resample: Literal["bicubic", "bilinear"]
+    rgb_stage: RgbStage
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """Text preparation around `tokenizer.json`.
+
+    Attributes:
+        context_length: longest row of token ids, start and end tokens included.
+        vocab_size: ids are in [0, vocab_size).
+        end_token_id: id of end-of-text, kept by truncation.
+        pad_token_id: fills rows of a batch up to its longest.
+        cleaning: "openai" repairs mojibake, unescapes HTML twice and collapses white space before tokenizing.
+    """
+
+    context_length: int
+    vocab_size: int
+    end_token_id: int
+    pad_token_id: int
+    cleaning: TextCleaning
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+Spec = TypeVar("Spec", ImageSpec, TextSpec)
+
+
+def spec_from_json(kind: type[Spec], data: Mapping[str, Any]) -> Spec:
+    """The spec that `to_json` wrote; InputError on unknown or missing fields."""
+    known = [field.name for field in fields(kind)]
+    for key in data:
+        if key not in known:
+            raise InputError(f"{kind.__name__} has no field {key!r}", fix=suggestion(key, known))
+    missing = [name for name in known if name not in data]
+    if missing:
+        raise InputError(f"{kind.__name__} lacks fields", expected=", ".join(known), got=f"no {', '.join(missing)}")
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
