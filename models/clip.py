@@ -6,13 +6,16 @@ OpenAI downloads, state dicts with the same keys, and Hugging Face `CLIPModel` d
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vlm_export.errors import InputError
 from vlm_export.family import (
     Array,
     Arrays,
@@ -30,11 +33,12 @@ from vlm_export.models.layers import PatchEmbedding, TransformerBlock, build_cau
 from vlm_export.models.modified_resnet import ModifiedResNet
 from vlm_export.models.weights import Target, load_weights, published_tensors
 from vlm_export.signature import Axis, Signature, TensorSpec
-from vlm_export.specs import ImageSpec, TextSpec
+from vlm_export.specs import ImageSpec, RgbStage, TextSpec
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 BATCH = Axis("batch")
+Channels = tuple[float, float, float]
 
 
 class VisionTransformer(nn.Module):
@@ -75,6 +79,7 @@ class TextTransformer(nn.Module):
     def __init__(self, architecture: ClipArchitecture, sizes: TextSizes) -> None:
         super().__init__()
         width, eps = sizes.width, architecture.eps
+        self.width = width
         self.end_token_id = sizes.end_token_id if sizes.pooling == "first_end_token" else None
         self.token_embedding = nn.Embedding(sizes.vocab_size, width)
         self.position_embedding = nn.Parameter(torch.empty(sizes.context_length, width))
@@ -93,7 +98,8 @@ class TextTransformer(nn.Module):
         for block in self.blocks:
             x = block(x, mask)
         # The norm acts on each token alone, so pooling first gives the same row for a T-th of the work.
-        pooled = x.gather(1, self._end_positions(input_ids)[:, None, None].expand(-1, 1, x.shape[2])).squeeze(1)
+        end = self._end_positions(input_ids).reshape(-1, 1, 1).expand(-1, 1, self.width)
+        pooled = x.gather(1, end).reshape(-1, self.width)
         embeds: Tensor = self.norm(pooled) @ self.projection
         return embeds
 
@@ -140,6 +146,7 @@ class ClipFamily:
             Part("text", encoders.text, _text_signature(architecture), _TextExamples(architecture)),
         )
         huggingface = architecture.key_names == "huggingface"
+        build_reference = partial(_transformers_reference, checkpoint) if huggingface else reference_from_module
         return Model(
             family=self.name,
             architecture=architecture.to_json(),
@@ -149,20 +156,20 @@ class ClipFamily:
             hub_config=_hub_config(architecture, checkpoint),
             facts={"logit_scale": float(encoders.logit_scale), "activation": architecture.activation},
             dropped_keys=dropped,
-            references={
-                part.name: (
-                    lambda part=part: (
-                        _transformers_reference(checkpoint, part) if huggingface else reference_from_module(part)
-                    )
-                )
-                for part in parts
-            },
+            references={part.name: partial(build_reference, part) for part in parts},
             reference_name="transformers CLIPModel" if huggingface else "unpatched eager module",
         )
 
     def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
         parsed = clip_architecture.architecture_from_json(architecture)
         return published_tensors(build_encoders(parsed), _table(parsed), dtype="float16")
+
+
+def _build_blocks(architecture: ClipArchitecture, sizes: VitSizes | TextSizes) -> nn.ModuleList:
+    return nn.ModuleList(
+        TransformerBlock(sizes.width, sizes.heads, sizes.hidden, architecture.activation, architecture.eps)
+        for _ in range(sizes.layers)
+    )
 
 
 def build_encoders(architecture: ClipArchitecture) -> ClipEncoders:
@@ -232,7 +239,28 @@ class _TextExamples:
 
 
 def _image_spec(architecture: ClipArchitecture, checkpoint: Checkpoint) -> ImageSpec:
-    return ImageSpec(architecture.vision.image_size, "bicubic", "after_crop", IMAGE_MEAN, IMAGE_STD)
+    mean, std = _published_normalisation(checkpoint)
+    # Each published pipeline in its own order: OpenAI's converts to RGB last, transformers' first.
+    rgb_stage: RgbStage = "after_crop" if architecture.key_names == "openai" else "before_resize"
+    return ImageSpec(architecture.vision.image_size, "bicubic", rgb_stage, mean, std)
+
+
+def _published_normalisation(checkpoint: Checkpoint) -> tuple[Channels, Channels]:
+    """Mean and standard deviation from `preprocessor_config.json`, or OpenAI's."""
+    path = checkpoint.side_files.get("preprocessor_config.json")
+    if path is None:
+        return IMAGE_MEAN, IMAGE_STD
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        red, green, blue = (float(value) for value in data.get("image_mean", IMAGE_MEAN))
+        std_red, std_green, std_blue = (float(value) for value in data.get("image_std", IMAGE_STD))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            "preprocessor_config.json is malformed",
+            where=str(path),
+            expected="image_mean and image_std, three numbers each",
+        ) from error
+    return (red, green, blue), (std_red, std_green, std_blue)
 
 
 def _text_spec(architecture: ClipArchitecture) -> TextSpec:

@@ -1,10 +1,11 @@
-"""CLIP's sizes: derived from tensor shapes (OpenAI), checked against `config.json` (Hugging Face), read from `configs/`.
+"""CLIP's sizes: from tensor shapes (OpenAI), from shapes and `config.json` (Hugging Face), from `configs/`.
 
 Source of the rules for shapes: `build_model` in openai/CLIP model.py (d05afc4).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar, cast
@@ -71,11 +72,8 @@ class ClipArchitecture:
 def architecture_from_openai(checkpoint: Checkpoint) -> ClipArchitecture:
     """Sizes from OpenAI's key names and shapes; the activation is QuickGELU, as in every file of that format."""
     shapes = _Shapes(checkpoint)
-    vision: VitSizes | ResNetSizes
-    if "visual.proj" in checkpoint.tensors:
-        vision = _openai_vit(shapes)
-    else:
-        vision = _openai_resnet(shapes)
+    is_vit = "visual.proj" in checkpoint.tensors
+    vision: VitSizes | ResNetSizes = _openai_vit(shapes) if is_vit else _openai_resnet(shapes)
     vocab_size = shapes.of("token_embedding.weight", 2)[0]
     width = shapes.of("ln_final.weight", 1)[0]
     text = TextSizes(
@@ -224,7 +222,7 @@ def _count_consecutive(rests: Iterable[str]) -> int:
 
 
 def _grid(positions: int) -> int:
-    return round((positions - 1) ** 0.5)
+    return round(math.sqrt(positions - 1))
 
 
 def _section(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:

@@ -31,13 +31,15 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.head_width = heads, width // heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x: float32 (B, T, width); mask: float32 (T, T), added to the scores."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        # Only the batch is -1: a static T then stays a constant in the graph.
+        packed = self.qkv(x).reshape(-1, x.shape[1], 3, self.heads, self.head_width)
+        q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         mixed: Tensor = self.out(attended.transpose(1, 2).flatten(2))
         return mixed
@@ -69,7 +71,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x = x + self.attn(self.norm1(x), mask)
-        return x + self.mlp(self.norm2(x))
+        y: Tensor = x + self.mlp(self.norm2(x))
+        return y
 
 
 class PatchEmbedding(nn.Module):
@@ -93,7 +96,7 @@ class AttentionPooling(nn.Module):
 
     def __init__(self, positions: int, channels: int, heads: int, output: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.head_width = heads, channels // heads
         self.position_embedding = nn.Parameter(torch.empty(positions + 1, channels))
         self.q = nn.Linear(channels, channels)
         self.k = nn.Linear(channels, channels)
@@ -109,7 +112,7 @@ class AttentionPooling(nn.Module):
         return pooled
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.reshape(-1, x.shape[1], self.heads, self.head_width).transpose(1, 2)
 
 
 def build_causal_mask(tokens: int) -> Tensor:

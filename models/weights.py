@@ -130,7 +130,7 @@ def _check_keys(checkpoint: Checkpoint, table: WeightTable, shapes: Mapping[str,
 
 def _chunks(tensor: Tensor) -> Iterator[Tensor]:
     """Flat pieces of a tensor, so that a scan or a conversion never holds a second copy of it."""
-    yield from tensor.reshape(-1).split(_SCAN_CHUNK)
+    yield from torch.split(tensor.reshape(-1), _SCAN_CHUNK)
 
 
 def _check_finite(key: str, tensor: Tensor) -> None:

@@ -145,10 +145,9 @@ def reference_from_module(part: Part) -> Reference:
 
     def run(inputs: Arrays) -> dict[str, Array]:
         with torch.inference_mode():
-            outputs = part.module(
-                *(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in part.signature.input_names)
-            )
-        tensors = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-        return {name: t.numpy() for name, t in zip(part.signature.output_names, tensors, strict=True)}
+            tensors = [torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in part.signature.input_names]
+            outputs = part.module(*tensors)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+        return {name: t.numpy() for name, t in zip(part.signature.output_names, outputs, strict=True)}
 
     return run

@@ -68,4 +68,5 @@ def spec_from_json(kind: type[Spec], data: Mapping[str, Any]) -> Spec:
     missing = [name for name in known if name not in data]
     if missing:
         raise InputError(f"{kind.__name__} lacks fields", expected=", ".join(known), got=f"no {', '.join(missing)}")
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    return kind(**values)

@@ -1,0 +1,152 @@
+"""Kills writers with SIGKILL, at random times or at each of their file operations, and checks what they leave.
+
+Works on any process: `forked` runs a Python function in a child, `spawned` a command line. Load this file by path
+(see `conftest.py`), because test directories are no packages.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+# Audit events (PEP 578) of the calls that change what is on the disk.
+FILE_EVENTS = frozenset({"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "fcntl.flock"})
+_KILLED, _ENDED = -signal.SIGKILL, 0
+
+
+@dataclass(frozen=True)
+class Kill:
+    """When the signal was sent, and whether the process had already ended by itself, and then successfully."""
+
+    delay_seconds: float
+    ended_before: bool
+
+
+def forked(work: Callable[[], object]) -> int:
+    """Runs `work` in a child process and returns its id; the child's exit status is 1 when it raises."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        work()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def spawned(command: Sequence[str]) -> int:
+    """Starts a command in the background and returns its process id."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+    process.returncode = 0  # Waited for by its id below; Popen must not warn about it.
+    return process.pid
+
+
+def kill_at_random_points(
+    start: Callable[[], int],
+    check: Callable[[], object],
+    *,
+    kills: int,
+    longest_seconds: float,
+    shortest_seconds: float = 0.0,
+    seed: int = 0,
+) -> list[Kill]:
+    """Starts the process, kills it after a random time and calls `check`, `kills` times.
+
+    Raises:
+        AssertionError: the process failed by itself, or whatever `check` raises.
+    """
+    chance = random.Random(seed)
+    done = []
+    for _ in range(kills):
+        delay = chance.uniform(shortest_seconds, longest_seconds)
+        pid = start()
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)
+        done.append(Kill(delay, _ended(pid)))
+        check()
+    return done
+
+
+def kill_at_each_step(work: Callable[[], object], check: Callable[[], object], *, most: int = 1000) -> int:
+    """Runs `work` in children that kill themselves just before their 1st, 2nd, … file operation, until one ends.
+
+    Returns:
+        The number of children that were killed.
+    """
+    for step in range(1, most):
+        pid = forked(lambda step=step: _run_until(work, step))  # type: ignore[misc]  # bound now, not at the call
+        ended = _ended(pid)
+        check()
+        if ended:
+            return step - 1
+    raise AssertionError(f"the work has not ended within {most} file operations")
+
+
+def in_child(work: Callable[[], Any]) -> Any:
+    """What `work` returns, or the exception that it raises, from a child process, which may change its limits."""
+    read_end, write_end = os.pipe()
+
+    def report() -> None:
+        try:
+            result = work()
+        except Exception as error:
+            result = error
+        with os.fdopen(write_end, "wb") as pipe:
+            pickle.dump((type(result).__name__, getattr(result, "exit_status", None), str(result)), pipe)
+
+    with os.fdopen(read_end, "rb") as pipe:
+        pid = forked(report)
+        os.close(write_end)
+        content = pipe.read()
+    assert _ended(pid)
+    return pickle.loads(content)
+
+
+@contextmanager
+def running(work: Callable[[Callable[[], None]], object]) -> Iterator[int]:
+    """A child that runs `work(ready)`; enters once it has called `ready`, kills it on leaving."""
+    read_end, write_end = os.pipe()
+    pid = forked(lambda: work(lambda: os.write(write_end, b"r") and None))
+    os.close(write_end)
+    try:
+        assert os.read(read_end, 1) == b"r"
+        yield pid
+    finally:
+        os.close(read_end)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def _run_until(work: Callable[[], object], step: int) -> None:
+    count = 0
+
+    def audit(event: str, _: tuple[Any, ...]) -> None:
+        nonlocal count
+        if event in FILE_EVENTS or event == "ctypes.dlsym":
+            count += 1
+            if count == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(audit)
+    work()
+
+
+def _ended(pid: int) -> bool:
+    """Waits; True when the process ended successfully by itself, False when SIGKILL ended it."""
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status in (_KILLED, _ENDED), f"the process failed by itself with exit status {status}"
+    return status == _ENDED

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from vlm_export.signature import Axis, Signature, TensorSpec
+from vlm_export.verify.grid import BATCHES, SEEDS, axis_sizes, grid_for
+
+SEQUENCE = Axis("sequence", 1, 77)
+
+
+def signature(*axes: Axis) -> Signature:
+    return Signature((TensorSpec("x", "float32", tuple(axis.name for axis in axes)),), (), axes)
+
+
+BATCH_ONLY = signature(Axis("batch"))
+TEXT = signature(Axis("batch"), SEQUENCE)
+IMAGE = signature(Axis("batch"), Axis("height", 28, 448), Axis("width", 28, 448))
+
+
+@pytest.mark.parametrize("case", [BATCH_ONLY, TEXT, IMAGE], ids=["batch", "text", "image"])
+@pytest.mark.parametrize("thorough", [False, True])
+def test_every_size_and_every_seed_appears(case: Signature, thorough: bool) -> None:
+    grid = grid_for(case, thorough=thorough)
+    for axis in case.axes:
+        assert {point.sizes[axis.name] for point in grid} == set(axis_sizes(axis))
+    assert {point.seed for point in grid} == set(SEEDS)
+    assert len(grid) <= (20 if not thorough else 60)
+    assert grid == grid_for(case, thorough=thorough)
+
+
+def test_the_batches_are_those_of_the_design() -> None:
+    assert {point.rows for point in grid_for(BATCH_ONLY)} == set(BATCHES) == {1, 2, 3, 5}
+
+
+def test_both_ends_of_every_pair_of_axes_meet() -> None:
+    found = {(point.sizes["batch"], point.sizes["sequence"]) for point in grid_for(TEXT)}
+    assert set(product((1, 5), (1, 77))) <= found
+
+
+def test_an_axis_is_tried_at_its_ends_and_at_odd_sizes() -> None:
+    assert axis_sizes(SEQUENCE) == (1, 3, 39, 77)
+    assert axis_sizes(Axis("sequence", 4, 4)) == (4,)
+    assert axis_sizes(Axis("sequence", 1, 2)) == (1, 2)
+    assert axis_sizes(Axis("batch", 1, 3)) == (1, 2, 3)
+    assert axis_sizes(Axis("batch", 8, 8)) == (8,)
+    unbounded = axis_sizes(Axis("sequence"))
+    assert all(size % 2 for size in unbounded[1:-1])
+    assert len(unbounded) == 4
+
+
+def test_thorough_takes_every_point_with_every_seed() -> None:
+    grid = grid_for(BATCH_ONLY, thorough=True)
+    assert {(point.rows, point.seed) for point in grid} == set(product(BATCHES, SEEDS))
+
+
+@pytest.mark.parametrize("case", [BATCH_ONLY, TEXT], ids=["batch", "text"])
+def test_a_budget_bounds_the_rows_but_not_the_coverage(case: Signature) -> None:
+    costs = [sum(point.rows for point in grid_for(case, budget_rows=budget)) for budget in (1, 8, 12, 100)]
+    assert costs == sorted(costs)
+    assert costs[1] <= 8
+    assert costs[0] < costs[3]
+    smallest = grid_for(case, budget_rows=1)
+    assert {point.rows for point in smallest} == {1, 2}
+    for axis in case.axes[1:]:
+        assert {point.sizes[axis.name] for point in smallest} == set(axis_sizes(axis))
+
+
+def test_a_static_signature_is_tried_with_every_seed() -> None:
+    fixed = Signature((TensorSpec("x", "float32", (1, 3)),), (), ())
+    assert [(dict(point.sizes), point.seed) for point in grid_for(fixed)] == [({}, seed) for seed in SEEDS]

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import models, pre_tokenizers, processors
+
+from vlm_export.family import Model, Part
+from vlm_export.signature import Axis, Signature, TensorSpec
+from vlm_export.specs import TextSpec
+from vlm_export.verify.samples import SENTENCES, sample_inputs, synthetic_photographs
+
+
+@pytest.fixture
+def tokenizer_path(tmp_path: Path, model: Model) -> Path:
+    """Words of one letter, with start- and end-of-text where the tiny model has them."""
+    assert model.text is not None
+    end = model.text.end_token_id
+    vocabulary = {chr(ord("a") + i): i for i in range(26)} | {"[unk]": 26}
+    vocabulary |= {f"[{i}]": i for i in range(27, end - 1)} | {"<|startoftext|>": end - 1, "<|endoftext|>": end}
+    rust = RustTokenizer(models.WordLevel(vocabulary, unk_token="[unk]"))
+    rust.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    rust.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
+    rust.post_processor = processors.TemplateProcessing(
+        single="<|startoftext|> $A <|endoftext|>",
+        special_tokens=[("<|startoftext|>", end - 1), ("<|endoftext|>", end)],
+    )
+    path = tmp_path / "tokenizer.json"
+    rust.save(str(path))
+    return path
+
+
+def test_the_photographs_are_the_same_on_every_call_and_not_flat() -> None:
+    first, second = synthetic_photographs(), synthetic_photographs()
+    assert [image.tobytes() for image in first] == [image.tobytes() for image in second]
+    shapes = {(image.width > image.height) - (image.width < image.height) for image in first}
+    assert shapes == {-1, 0, 1}
+    for image in first:
+        assert image.mode == "RGB"
+        assert np.asarray(image).std() > 20
+
+
+def test_the_photographs_have_the_spectrum_of_natural_scenes() -> None:
+    grey = np.asarray(synthetic_photographs()[2].convert("L"), dtype=np.float64)
+    power = np.abs(np.fft.rfft2(grey - grey.mean())) ** 2
+    frequency = np.hypot(np.fft.fftfreq(grey.shape[0])[:, None], np.fft.rfftfreq(grey.shape[1])[None, :])
+    band = (frequency > 0.01) & (frequency < 0.2)
+    slope = np.polyfit(np.log(frequency[band]), np.log(power[band]), 1)[0]
+    assert -3 < slope < -1
+
+
+def test_a_picture_is_prepared_for_both_sides(model: Model, parts: dict[str, Part]) -> None:
+    samples = sample_inputs(parts["vision"].signature, model.image, model.text, None)
+    assert len(samples) == len(synthetic_photographs())
+    for sample in samples:
+        ours, theirs = sample.inputs["pixel_values"], sample.reference_inputs["pixel_values"]
+        assert ours.shape == theirs.shape == (1, 3, 42, 42)
+        assert ours.dtype == theirs.dtype == np.float32
+        assert float(np.abs(ours - theirs).max()) <= 1e-6
+
+
+def test_the_user_s_pictures_take_the_place_of_the_synthetic_ones(model: Model, parts: dict[str, Part]) -> None:
+    samples = sample_inputs(parts["vision"].signature, model.image, None, None, images=[Image.new("L", (60, 50), 200)])
+    assert len(samples) == 1
+    assert len({float(value) for value in samples[0].inputs["pixel_values"][0, 0].ravel()}) == 1
+
+
+def test_sentences_become_batches_of_token_ids(model: Model, parts: dict[str, Part], tokenizer_path: Path) -> None:
+    assert model.text is not None
+    samples = sample_inputs(parts["text"].signature, model.image, model.text, tokenizer_path)
+    ids = [sample.inputs["input_ids"] for sample in samples]
+    assert sum(len(batch) for batch in ids) == len(SENTENCES)
+    for batch in ids:
+        assert batch.dtype == np.int64
+        assert batch.shape[1] <= model.text.context_length
+        assert (batch == model.text.end_token_id).any(axis=1).all()
+
+
+def test_parts_with_other_inputs_have_no_samples(model: Model, parts: dict[str, Part], tokenizer_path: Path) -> None:
+    ids = TensorSpec("input_ids", "int64", ("batch",))
+    masked = Signature((ids, TensorSpec("attention_mask", "int64", ("batch",))), (), (Axis("batch"),))
+    assert sample_inputs(masked, model.image, model.text, tokenizer_path) == []
+    assert sample_inputs(parts["text"].signature, model.image, model.text, None) == []
+    assert sample_inputs(parts["vision"].signature, None, model.text, tokenizer_path) == []
+
+
+def test_the_sentences_vary() -> None:
+    assert len(set(SENTENCES)) == len(SENTENCES) >= 20
+    lengths = [len(sentence) for sentence in SENTENCES]
+    assert min(lengths) <= 5
+    assert max(lengths) >= 200
+    assert any(not sentence.isascii() for sentence in SENTENCES)
+    assert isinstance(TextSpec, type)

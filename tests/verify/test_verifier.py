@@ -1,0 +1,178 @@
+"""What the verifier runs, how it reports, and that no fault turns into a pass or a crash."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from vlm_export.errors import EnvironmentFailure, InputError, VerificationError
+from vlm_export.family import Part, reference_from_module
+from vlm_export.verify.gates import GATES
+from vlm_export.verify.grid import GridPoint, grid_for
+from vlm_export.verify.points import Arrays, EngineRun
+from vlm_export.verify.report import PartReport
+from vlm_export.verify.table import format_table
+from vlm_export.verify.verifier import verify_part
+
+FP32 = GATES["fp32"]
+
+
+def verify_points(part: Part, engine: EngineRun, *points: GridPoint, pad_token_id: int | None = None) -> PartReport:
+    return verify_part(part, reference_from_module(part), engine, FP32, points, pad_token_id=pad_token_id)
+
+
+def test_the_report_tells_what_was_tested(parts: dict[str, Part]) -> None:
+    part = parts["text"]
+    run = reference_from_module(part)
+    steps: list[tuple[int, int]] = []
+    report = verify_part(
+        part,
+        run,
+        run,
+        FP32,
+        grid_for(part.signature),
+        reference_name="unpatched eager module",
+        engine_name="onnxruntime 9",
+        pad_token_id=0,
+        progress=lambda done, total: steps.append((done, total)),
+    )
+    total = len(report.points)
+    assert steps == [(done, total) for done in range(1, total + 1)]
+    data = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert data["passed"] is True
+    assert (data["part"], data["variant"], data["gate"]["name"]) == ("text", "fp32", "fp32")
+    assert data["axes"] == {"batch": [1, 2, 3, 5], "sequence": [1, 3, 11, 20]}
+    assert data["seeds"] == [0, 1, 2]
+    assert data["points"] == {"grid": total - 2, "rows_alone": 1, "padding": 1}
+    assert (data["reference"], data["engine"]) == ("unpatched eager module", "onnxruntime 9")
+    assert data["worst"]["text_embeds"]["cosine"] >= 0.99999
+    assert data["failures"] == []
+
+
+def test_no_points_is_no_pass(parts: dict[str, Part]) -> None:
+    report = verify_points(parts["text"], reference_from_module(parts["text"]))
+    assert not report.passed
+    with pytest.raises(VerificationError, match="at no point"):
+        report.raise_if_failed()
+
+
+def test_the_error_names_output_sizes_and_numbers(parts: dict[str, Part]) -> None:
+    part = parts["text"]
+    run = reference_from_module(part)
+    report = verify_points(
+        part, lambda i: {k: v * 1.5 for k, v in run(i).items()}, GridPoint({"batch": 2, "sequence": 7}, 4)
+    )
+    with pytest.raises(VerificationError) as caught:
+        report.raise_if_failed()
+    error = caught.value
+    assert error.where == "output text_embeds, at grid batch=2 sequence=7 seed=4"
+    assert "max-abs: expected at most" in error.got
+    assert "norm ratio: expected 0.999 to 1.001, got 1.5 to 1.5" in error.got
+    assert "part 'text' at fp32" in error.what
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), InputError("the graph takes other inputs"), KeyError("x")])
+def test_an_engine_that_raises_is_a_failure(parts: dict[str, Part], error: Exception) -> None:
+    def engine(inputs: Arrays) -> Arrays:
+        raise error
+
+    report = verify_points(parts["vision"], engine, GridPoint({"batch": 1}, 0))
+    assert type(error).__name__ in str(report.failures[0][1])
+    with pytest.raises(VerificationError) as caught:
+        report.raise_if_failed()
+    assert caught.value.where == "at grid batch=1 seed=0"
+
+
+def test_a_reference_that_raises_is_a_failure(parts: dict[str, Part]) -> None:
+    def reference(inputs: Arrays) -> dict[str, np.ndarray]:
+        raise RuntimeError("boom")
+
+    part = parts["vision"]
+    report = verify_part(part, reference, reference_from_module(part), FP32, [GridPoint({"batch": 1}, 0)])
+    assert "the reference failed: RuntimeError: boom" in str(report.failures[0][1])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), EnvironmentFailure("no such provider"), KeyboardInterrupt()])
+def test_the_machine_s_own_faults_go_through(parts: dict[str, Part], error: BaseException) -> None:
+    def engine(inputs: Arrays) -> Arrays:
+        raise error
+
+    with pytest.raises(type(error)):
+        verify_points(parts["vision"], engine, GridPoint({"batch": 1}, 0))
+
+
+def test_a_missing_output_and_a_reference_against_its_signature_fail(parts: dict[str, Part]) -> None:
+    part = parts["vision"]
+    run, points = reference_from_module(part), [GridPoint({"batch": 2}, 0)]
+    missing = verify_points(part, lambda inputs: {}, *points)
+    assert "the engine returned no such output, only nothing" in str(missing.failures[0][1])
+
+    def flat(inputs: Arrays) -> dict[str, np.ndarray]:
+        return {name: array.ravel() for name, array in run(inputs).items()}
+
+    contradicting = verify_part(part, flat, flat, FP32, points)
+    assert not contradicting.passed
+    assert "the reference contradicts the signature" in str(contradicting.failures[0][1])
+
+
+def test_rows_that_depend_on_the_size_of_their_batch_fail(parts: dict[str, Part]) -> None:
+    run = reference_from_module(parts["vision"])
+
+    def engine(inputs: Arrays) -> Arrays:
+        outputs = run(inputs)
+        return {name: array * 2 for name, array in outputs.items()} if len(inputs["pixel_values"]) == 1 else outputs
+
+    # At the point itself all is right; only the rows alone show it.
+    report = verify_points(parts["vision"], engine, GridPoint({"batch": 2}, 0))
+    assert {point.kind for point, _ in report.failures} == {"rows_alone"}
+
+
+def test_padding_that_leaks_fails(parts: dict[str, Part]) -> None:
+    run = reference_from_module(parts["text"])
+
+    def engine(inputs: Arrays) -> Arrays:
+        outputs = run(inputs)
+        return {name: array + 1 for name, array in outputs.items()} if inputs["input_ids"].shape[1] > 7 else outputs
+
+    point = GridPoint({"batch": 2, "sequence": 7}, 0)
+    assert verify_points(parts["text"], engine, point).passed
+    report = verify_points(parts["text"], engine, point, pad_token_id=0)
+    assert {result.kind for result, _ in report.failures} == {"padding"}
+
+
+def test_padding_is_not_checked_where_there_is_no_sequence(parts: dict[str, Part]) -> None:
+    run = reference_from_module(parts["vision"])
+    report = verify_points(parts["vision"], run, GridPoint({"batch": 1}, 0), pad_token_id=0)
+    assert [point.kind for point in report.points] == ["grid"]
+
+
+TABLE = """\
+part    variant  output        points  max-abs  p99-abs    cosine     norm ratio  verdict
+------  -------  ------------  ------  -------  -------  --------  -------------  ---------
+vision  fp32     image_embeds       2  0.0e+00  0.0e+00  1.000000  1.0000-1.0000  pass
+vision  fp32     image_embeds       2      nan      nan       nan        nan-nan  FAIL at 2
+vision  fp32     -                  2        -        -         -              -  FAIL at 2"""
+
+
+def test_the_table(parts: dict[str, Part]) -> None:
+    part = parts["vision"]
+    run = reference_from_module(part)
+    points = [GridPoint({"batch": 1}, 0), GridPoint({"batch": 1}, 1)]
+
+    def broken(inputs: Arrays) -> Arrays:
+        raise RuntimeError("boom")
+
+    engines: list[EngineRun] = [run, lambda i: {k: v * np.float32(np.nan) for k, v in run(i).items()}, broken]
+    reports = [verify_points(part, engine, *points) for engine in engines]
+    assert format_table(reports) == TABLE
+
+
+def test_importing_the_verifier_does_not_import_torch() -> None:
+    modules = "metrics gates grid samples points report verifier golden recheck table tensor_proto original_image"
+    imports = "; ".join(f"import vlm_export.verify.{name}" for name in modules.split())
+    code = f"{imports}; import sys; assert 'torch' not in sys.modules and 'onnx' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

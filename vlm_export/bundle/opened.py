@@ -1,0 +1,191 @@
+"""Opening a bundle: the manifest is read at once, each other file is verified when it is first asked for."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Lock
+
+from vlm_export.bundle.graph_check import check_variant_files, check_variant_graph
+from vlm_export.bundle.hashing import map_in_threads, record_from_descriptor
+from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest, VariantRecord, manifest_from_bytes
+from vlm_export.bundle.replacement import aside_path, recover
+from vlm_export.bundle.safe_files import opened_real_file
+from vlm_export.bundle.strict_json import MAX_JSON_BYTES
+from vlm_export.bundle.target_lock import locked_if_free
+from vlm_export.errors import InputError, UsageError, VlmExportError, suggestion
+
+
+class OpenBundle:
+    """A bundle whose files are verified before they are handed out; safe to use from several threads.
+
+    Attributes:
+        root: the bundle's directory, with links on the way to it resolved.
+        manifest: what it says about itself.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, manifest_bytes: bytes) -> None:
+        self.root = root
+        self.manifest = manifest
+        self._manifest_bytes = manifest_bytes
+        self._lock = Lock()
+        self._verified: dict[str, Future[Path]] = {}
+        self._checked_graphs: set[str] = set()
+
+    def file(self, relative: str) -> Path:
+        """The path of a listed file, once its size and sha256 are found equal to the manifest's.
+
+        Each file is read once per OpenBundle.
+
+        Raises:
+            UsageError: the manifest lists no such file.
+            InputError: missing, a link, hard-linked, outside the bundle, or another content.
+        """
+        if relative not in self.manifest.files:
+            raise UsageError(
+                f"the bundle has no file {relative!r}",
+                where=str(self.root),
+                fix=suggestion(relative, self.manifest.files),
+            )
+        with self._lock:
+            future = self._verified.get(relative)
+            mine = future is None
+            if future is None:
+                future = self._verified[relative] = Future()
+        if mine:
+            try:
+                future.set_result(self._verify(relative))
+            except BaseException as error:
+                if not isinstance(error, VlmExportError):
+                    del self._verified[relative]
+                future.set_exception(error)
+        return future.result()
+
+    def verify(self, names: Iterable[str]) -> None:
+        """Verifies several files side by side, as `file` does."""
+        map_in_threads(self.file, names)
+
+    def model_files(self, variant: VariantRecord) -> Path:
+        """The path of the variant's graph, once it and its data files are verified.
+
+        Also checks that the graph makes an engine touch no other file (`vlm_export.bundle.onnx_locations`).
+
+        Raises:
+            InputError: as in `file`, or the graph is malformed or names other files.
+        """
+        self.verify((variant.file, *variant.external_data))
+        if variant.file not in self._checked_graphs:
+            check_variant_graph(self.root, self.manifest, variant)
+            self._checked_graphs.add(variant.file)
+        return self.root / variant.file
+
+    def _verify(self, relative: str) -> Path:
+        expected = self.manifest.files[relative]
+        path = self.root / relative
+        with opened_real_file(self.root, relative) as descriptor:
+            size = os.fstat(descriptor).st_size
+            # The size first: a file that is too long need not be read.
+            if size != expected.size_bytes:
+                raise self._changed(path, f"{expected.size_bytes} bytes", f"{size} bytes")
+            found = record_from_descriptor(descriptor)
+        if found != expected:
+            raise self._changed(path, f"sha256 {expected.sha256}", f"sha256 {found.sha256}")
+        return path
+
+    def _changed(self, path: Path, expected: str, got: str) -> InputError:
+        try:
+            replaced = _read_manifest(self.root) != self._manifest_bytes
+        except InputError:
+            replaced = True
+        if replaced:
+            return InputError(
+                "the bundle was replaced while it was being opened", where=str(self.root), fix="open it again"
+            )
+        return InputError(
+            "a file of the bundle is not the one that was exported",
+            where=str(path),
+            expected=expected,
+            got=got,
+            fix="copy the bundle again, or export it again with --overwrite",
+        )
+
+
+def open_bundle(path: Path | str) -> OpenBundle:
+    """Reads and checks the manifest of the bundle at `path`; no other file is read yet.
+
+    Raises:
+        InputError: not a bundle (the message says what it is instead), or a manifest that is cut off, malformed,
+            of a newer version, or lists no size and sha256 for a variant's file.
+    """
+    path = Path(path).absolute()
+    _check_name(path)
+    if not os.path.lexists(path):
+        _recover_interrupted(path)
+    _check_is_bundle(path)
+    root = path.resolve()
+    raw = _read_manifest(root)
+    manifest = manifest_from_bytes(raw, str(root / MANIFEST_NAME))
+    for part in manifest.parts:
+        for variant in part.variants:
+            check_variant_files(manifest, variant, str(root / MANIFEST_NAME))
+    return OpenBundle(root, manifest, raw)
+
+
+def _check_name(path: Path) -> None:
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            "the bundle's path is not valid UTF-8, and engines take no other",
+            where=repr(os.fsencode(path)),
+            fix="rename the directory",
+        ) from error
+
+
+def _read_manifest(root: Path) -> bytes:
+    with opened_real_file(root, MANIFEST_NAME) as descriptor, open(descriptor, "rb", closefd=False) as file:
+        return file.read(MAX_JSON_BYTES + 1)
+
+
+def _recover_interrupted(path: Path) -> None:
+    """Puts a bundle back that an overwriting export moved aside and died (only without an atomic exchange)."""
+    if os.path.lexists(aside_path(path)):
+        try:
+            with locked_if_free(path) as free:
+                if free:
+                    recover(path)
+        except OSError as error:
+            raise InputError(
+                "an interrupted export left the bundle under another name",
+                where=str(aside_path(path)),
+                got=f"it cannot be renamed back: {error.strerror}",
+                fix=f"rename it to {path.name}",
+            ) from error
+
+
+def _check_is_bundle(path: Path) -> None:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise InputError("there is no bundle here", where=str(path), got=str(error.strerror)) from error
+    if not stat.S_ISDIR(status.st_mode):
+        raise InputError(
+            "a bundle is a directory, this is a file",
+            where=str(path),
+            got="a bare ONNX graph, without its manifest" if path.suffix == ".onnx" else f"{status.st_size} bytes",
+            fix="pass the directory that 'vlm-export export' made",
+        )
+    if os.path.lexists(path / MANIFEST_NAME):
+        return
+    if path.name.startswith(".") and ".vlm-export-" in path.name and path.suffix == ".tmp":
+        got, fix = "the temporary directory of an export that has not ended", "let the export end, or run it again"
+    elif any(path.glob("*.onnx")) or any(path.glob("onnx/*.onnx")):
+        got, fix = "ONNX graphs without a manifest", "copy the whole bundle, or export the model again"
+    elif any(path.glob("*.safetensors")) or any(path.glob("*.bin")) or any(path.glob("*.pt")):
+        got, fix = "a checkpoint", "export it first: vlm-export export SOURCE -o DIR"
+    else:
+        got, fix = "no manifest", "pass the directory that 'vlm-export export' made"
+    raise InputError("this directory is not a bundle", where=str(path), expected=MANIFEST_NAME, got=got, fix=fix)

@@ -1,0 +1,215 @@
+"""Atomic publication: a bundle is built in a temporary directory beside its target and put in place in one step."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vlm_export.bundle.environment import check_free_space, environment_errors
+from vlm_export.bundle.graph_check import check_variant_graph
+from vlm_export.bundle.hashing import map_in_threads
+from vlm_export.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest, manifest_from_bytes
+from vlm_export.bundle.replacement import (
+    is_empty_directory,
+    new_staging_path,
+    recover,
+    replace_directory,
+    sync_directory,
+    sync_file,
+)
+from vlm_export.bundle.safe_files import record_of_file, relative_files
+from vlm_export.bundle.strict_json import MAX_JSON_BYTES
+from vlm_export.bundle.target_lock import locked, locked_if_free
+from vlm_export.errors import InputError, UsageError
+
+_LEFTOVER = re.compile(r"\.(?P<target>.+)\.vlm-export-\d+-[0-9a-f]{12}\.tmp", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Staging:
+    """A bundle under construction.
+
+    Attributes:
+        path: the temporary directory; write files anywhere below it.
+        target: where `commit` puts it.
+        overwrite: whether it may replace a bundle there.
+    """
+
+    path: Path
+    target: Path
+    overwrite: bool
+
+    def file(self, relative: str) -> Path:
+        """The path of a file to be written, with its parent directories created."""
+        path = self.path / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def commit(self, manifest: Manifest) -> Manifest:
+        """Hashes and syncs every file, writes the manifest last and puts the directory in place.
+
+        Returns:
+            The manifest as it was written, with `files` filled.
+
+        Raises:
+            InputError: a link or special file, an odd file name, a variant whose files are missing or whose graph
+                names other files.
+            EnvironmentFailure: disk full, read-only, file size limit.
+        """
+        with environment_errors("publishing the bundle", self.target.parent):
+            names = relative_files(self.path)
+            complete = replace(manifest, files=map_in_threads(self._finished_file, names))
+            for part in complete.parts:
+                for variant in part.variants:
+                    check_variant_graph(self.path, complete, variant)
+            _write_manifest(self.path / MANIFEST_NAME, complete)
+            for directory, _, _ in os.walk(self.path):
+                sync_directory(Path(directory))
+            _check_target(self.target, self.overwrite)
+            replace_directory(self.path, self.target)
+        return complete
+
+    def _finished_file(self, name: str) -> FileRecord:
+        sync_file(self.path / name)
+        return record_of_file(self.path, name)
+
+
+@contextmanager
+def publication(target: Path, *, overwrite: bool, needed_bytes: int = 0) -> Iterator[Staging]:
+    """A temporary directory beside `target` that `Staging.commit` publishes; without a commit nothing remains.
+
+    Holds the target's lock and first sweeps what killed exports left behind.
+
+    Args:
+        target: the bundle's directory: absent, empty, or with `overwrite` an older bundle.
+        overwrite: replace an existing bundle.
+        needed_bytes: what will be written; compared with the free space before anything starts.
+
+    Raises:
+        UsageError: the target exists without `overwrite`, is not a bundle, holds files that are not the bundle's,
+            or has a name that is not UTF-8.
+        EnvironmentFailure: another export holds the target, the place is read-only, the disk is too small or full.
+    """
+    target = _absolute(target)
+    with environment_errors("writing the bundle", target.parent, needed_bytes), _parents(target.parent):
+        check_free_space(target.parent, needed_bytes)
+        with locked(target):
+            recover(target)
+            _check_target(target, overwrite)
+            _sweep(target)
+            staging = new_staging_path(target)
+            try:
+                staging.mkdir()
+                yield Staging(staging, target, overwrite)
+            finally:
+                # After a commit this is the old bundle, or nothing.
+                shutil.rmtree(staging, ignore_errors=True)
+
+
+def _absolute(target: Path) -> Path:
+    try:
+        absolute = Path(target).absolute()
+        str(absolute).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            "the output path is not valid UTF-8",
+            where=repr(os.fsencode(target)),
+            fix="choose another name; ONNX files name their data files in UTF-8",
+        ) from error
+    if absolute.name in ("", ".."):
+        raise UsageError("the output path names no directory of its own", where=str(target), fix="give it a name")
+    return absolute
+
+
+@contextmanager
+def _parents(parent: Path) -> Iterator[None]:
+    """The directories above the target, created where missing and removed again when the work fails."""
+    missing = [path for path in (parent, *parent.parents) if not path.exists()]
+    nearest = missing[-1].parent if missing else parent
+    if not nearest.is_dir():
+        raise UsageError(
+            "the output path leads through something that is no directory",
+            where=str(nearest),
+            fix="choose a path below a directory",
+        )
+    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not os.path.lexists(target) or is_empty_directory(target):
+        return
+    if target.is_symlink() or not target.is_dir():
+        kind = "link" if target.is_symlink() else "file"
+        raise UsageError(f"the output path is a {kind}", where=str(target), fix="choose a directory's own path")
+    if not (target / MANIFEST_NAME).is_file():
+        raise UsageError(
+            "the output directory holds something that is not a bundle; it is left as it is",
+            where=str(target),
+            expected=f"no directory, an empty one, or a bundle with {MANIFEST_NAME}",
+            fix="choose another directory",
+        )
+    if not overwrite:
+        raise UsageError("the output directory exists", where=str(target), fix="pass --overwrite to replace the bundle")
+    _check_only_bundle_files(target)
+
+
+def _check_only_bundle_files(target: Path) -> None:
+    """UsageError when the bundle holds files that its manifest does not list: they are somebody's."""
+    fix = "move them away, or delete the directory yourself"
+    try:
+        with (target / MANIFEST_NAME).open("rb") as file:
+            manifest = manifest_from_bytes(file.read(MAX_JSON_BYTES + 1))
+    except InputError as error:
+        raise UsageError(
+            "the manifest of the bundle to be replaced cannot be read, so its files cannot be told from others",
+            where=str(target / MANIFEST_NAME),
+            got=error.what,
+            fix="delete the directory yourself, or choose another",
+        ) from error
+    known = {*manifest.files, MANIFEST_NAME}
+    found = [Path(top, name).relative_to(target).as_posix() for top, _, names in os.walk(target) for name in names]
+    foreign = sorted(set(found) - known)
+    if foreign:
+        shown = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
+        raise UsageError(
+            "the bundle to be replaced holds files that no export wrote", where=str(target), got=shown, fix=fix
+        )
+
+
+def _sweep(target: Path) -> None:
+    """Deletes what killed exports left in the target's parent: a temporary directory is dead when its lock is free.
+
+    The caller holds the target's own lock.
+    """
+    for entry in list(target.parent.iterdir()):
+        match = _LEFTOVER.fullmatch(entry.name)
+        if match is None or entry.is_symlink() or not entry.is_dir():
+            continue
+        if match["target"] == target.name:
+            shutil.rmtree(entry, ignore_errors=True)
+            continue
+        doomed = new_staging_path(target)
+        with suppress(OSError), locked_if_free(target.with_name(match["target"])) as free:
+            # Renamed under that lock and deleted after it, so that an export that starts meanwhile finds it free.
+            if free:
+                entry.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _write_manifest(path: Path, manifest: Manifest) -> None:
+    with path.open("xb") as file:
+        file.write(manifest.to_bytes())
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,115 @@
+"""Puts a finished directory in the place of another, so that a crash leaves either one whole.
+
+Where Linux can exchange two names in one step (renameat2 with RENAME_EXCHANGE, see rename(2)), the target never
+disappears. Elsewhere the old directory is first renamed to a fixed name beside the target; if the process dies
+before the second rename, `recover` puts it back.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import sys
+from pathlib import Path
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+
+
+def aside_path(target: Path) -> Path:
+    """Where the old directory stands between the two renames."""
+    return target.parent / f".{target.name}.vlm-export.old"
+
+
+def new_staging_path(target: Path) -> Path:
+    """A fresh name beside the target that `staging_owner` recognises."""
+    return target.parent / f".{target.name}.vlm-export-{os.getpid()}-{secrets.token_hex(6)}.tmp"
+
+
+def replace_directory(new: Path, target: Path) -> None:
+    """Puts `new` at `target`, which may be absent, an empty directory or an old bundle; the caller holds the lock.
+
+    The old directory, if any, stands at `new` afterwards, or is gone.
+    """
+    if is_empty_directory(target):
+        target.rmdir()
+    if not os.path.lexists(target):
+        os.rename(new, target)
+    elif not exchange(new, target):
+        _replace_in_two_steps(new, target)
+    sync_directory(target.parent)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Swaps two directories in one step; False where the system cannot, and then nothing has changed."""
+    if not sys.platform.startswith("linux"):
+        return False
+    import ctypes
+
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _UNSUPPORTED:
+        return False
+    raise OSError(code, os.strerror(code), str(first), None, str(second))
+
+
+def _replace_in_two_steps(new: Path, target: Path) -> None:
+    aside = aside_path(target)
+    try:
+        os.rename(target, aside)
+        os.rename(new, target)
+    finally:
+        recover(target)
+
+
+def recover(target: Path) -> None:
+    """Finishes or undoes a replacement that was cut off; the caller holds the target's lock.
+
+    With the target in place the old directory is deleted, without it the old directory becomes the target again.
+    """
+    aside = aside_path(target)
+    if not os.path.lexists(aside):
+        return
+    if os.path.lexists(target) and not is_empty_directory(target):
+        # Under a name that is never restored, because from here on it is incomplete.
+        doomed = new_staging_path(target)
+        os.rename(aside, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    else:
+        if os.path.lexists(target):
+            target.rmdir()
+        os.rename(aside, target)
+        sync_directory(target.parent)
+
+
+def is_empty_directory(path: Path) -> bool:
+    """Whether `path` is a directory, not a link to one, without entries."""
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+
+
+def sync_file(path: Path) -> None:
+    """Waits until the content of a file is on the disk."""
+    # Windows flushes only what is open for writing; elsewhere a file without write permission must do.
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_directory(path: Path) -> None:
+    """Waits until the names in a directory are on the disk; Windows has no such call."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,64 @@
+"""Signatures and preprocessing specs read from a manifest, with types and ranges that a runtime can rely on."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from vlm_export.bundle.strict_json import Fields
+from vlm_export.errors import InputError
+from vlm_export.signature import Signature, signature_from_json
+from vlm_export.specs import ImageSpec, RgbStage, TextCleaning, TextSpec, spec_from_json
+
+MAX_IMAGE_SIZE_PIXELS = 8192
+MAX_CONTEXT_LENGTH = 1 << 20
+MAX_TOKEN_ID = (1 << 31) - 1
+
+
+def image_spec_from_fields(fields: Fields) -> ImageSpec:
+    """The ImageSpec; InputError on odd types, sizes out of range or a standard deviation that is not positive."""
+    spec = spec_from_json(ImageSpec, fields.data)
+    fields.integer("size_pixels", minimum=1, maximum=MAX_IMAGE_SIZE_PIXELS)
+    fields.choice("resample", ("bicubic", "bilinear"))
+    fields.choice("rgb_stage", get_args(RgbStage))
+    for key in ("mean", "std"):
+        values = fields.sequence(key)
+        numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+        if len(values) != 3 or len(numbers) != 3 or (key == "std" and not min(numbers) > 0):
+            raise fields.fail(key, "three numbers, and for std positive ones")
+    return spec
+
+
+def text_spec_from_fields(fields: Fields) -> TextSpec:
+    """The TextSpec; InputError on odd types or ids outside the vocabulary."""
+    spec = spec_from_json(TextSpec, fields.data)
+    fields.integer("context_length", minimum=1, maximum=MAX_CONTEXT_LENGTH)
+    vocab_size = fields.integer("vocab_size", minimum=1, maximum=MAX_TOKEN_ID)
+    for key in ("end_token_id", "pad_token_id"):
+        fields.integer(key, minimum=0, maximum=vocab_size - 1)
+    fields.choice("cleaning", get_args(TextCleaning))
+    return spec
+
+
+def signature_from_fields(fields: Fields) -> Signature:
+    """The Signature; InputError when a name, shape or axis has an odd type."""
+    fields.only(("inputs", "outputs", "axes"))
+    for key in ("inputs", "outputs"):
+        fields.each(key, _check_tensor)
+    axes = fields.fields("axes")
+    for name in axes.data:
+        axis = axes.fields(name).only(("minimum", "maximum"))
+        minimum = axis.integer("minimum")
+        axis.integer_or_none("maximum", minimum=minimum)
+    try:
+        return signature_from_json(fields.data)
+    except InputError as error:
+        raise InputError(error.what, where=f"{fields.where}: {error.where}", got=error.got) from error
+
+
+def _check_tensor(fields: Fields) -> None:
+    fields.only(("name", "dtype", "shape"))
+    fields.text("name")
+    for entry in fields.sequence("shape"):
+        size = isinstance(entry, int) and not isinstance(entry, bool) and entry >= 0
+        if not size and not isinstance(entry, str):
+            raise fields.fail("shape", "sizes and axis names")

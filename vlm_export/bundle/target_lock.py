@@ -1,0 +1,126 @@
+"""One publication at a time per target: a lock file beside it, which the system releases when its owner dies."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from vlm_export.errors import EnvironmentFailure
+
+_PID_OFFSET = 1
+# A sweep on behalf of a neighbouring target holds the lock for a moment.
+_RETRIES = 4
+_RETRY_SECONDS = 0.05
+
+
+def lock_path(target: Path) -> Path:
+    """The lock file of a target directory."""
+    return target.parent / f".{target.name}.vlm-export.lock"
+
+
+@contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Holds the target's lock; EnvironmentFailure when another process (or this one) already holds it."""
+    path = lock_path(target)
+    descriptor = _acquire(path)
+    for _ in range(_RETRIES):
+        if descriptor is not None:
+            break
+        time.sleep(_RETRY_SECONDS)
+        descriptor = _acquire(path)
+    if descriptor is None:
+        raise EnvironmentFailure(
+            "another export to this directory is running",
+            where=str(target),
+            got=f"the lock {path.name} is held by process {_owner(path)}",
+            fix="wait for it to end, or choose another output directory",
+        )
+    try:
+        yield
+    finally:
+        _release(path, descriptor)
+
+
+@contextmanager
+def locked_if_free(target: Path) -> Iterator[bool]:
+    """Holds the target's lock when nobody else does, and says whether it does."""
+    path = lock_path(target)
+    descriptor = _acquire(path)
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            _release(path, descriptor)
+
+
+def _acquire(path: Path) -> int | None:
+    """The locked descriptor, or None when another holds the lock."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+    while True:
+        descriptor = os.open(path, flags, 0o644)
+        try:
+            if not _try_lock(descriptor):
+                os.close(descriptor)
+                return None
+            if _is_same_file(path, descriptor):
+                _write_owner(descriptor)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        # The last owner deleted the file between our open and our lock: that lock guards nothing.
+        os.close(descriptor)
+
+
+def _release(path: Path, descriptor: int) -> None:
+    # Deleted while still held, so that nobody locks a file that is about to go; Windows refuses, and keeps the file.
+    with suppress(OSError):
+        path.unlink()
+    os.close(descriptor)
+
+
+def _is_same_file(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _write_owner(descriptor: int) -> None:
+    os.ftruncate(descriptor, 0)
+    os.lseek(descriptor, _PID_OFFSET if sys.platform == "win32" else 0, os.SEEK_SET)
+    os.write(descriptor, str(os.getpid()).encode())
+
+
+def _owner(path: Path) -> str:
+    with suppress(OSError):
+        text = path.read_bytes()[:32].strip(b"\0").decode("ascii", "replace")
+        if text.isdigit():
+            return text
+    return "unknown"
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _try_lock(descriptor: int) -> bool:
+        # Windows locks byte ranges and forbids others to read them: the process id is written behind byte 0.
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, _PID_OFFSET)
+        except OSError:
+            return False
+        return True
+
+else:
+    import fcntl
+
+    def _try_lock(descriptor: int) -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True

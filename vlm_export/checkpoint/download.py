@@ -1,0 +1,121 @@
+"""Downloads that a config pins: over https, streamed into a cache, in place only when the sha256 is right."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO, Protocol
+from urllib.parse import urlsplit
+
+from vlm_export.checkpoint.hashing import Progress, hash_file
+from vlm_export.checkpoint.names import check_plain_name
+from vlm_export.errors import EnvironmentFailure, InputError, UsageError
+
+CACHE_VARIABLE = "VLM_EXPORT_CACHE"
+_TIMEOUT_SECONDS = 30.0
+_CHUNK_BYTES = 1 << 20
+
+
+class Response(Protocol):
+    """What is used of an HTTP response."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
+def cache_directory() -> Path:
+    """Where downloads are kept: $VLM_EXPORT_CACHE, else vlm-export in $XDG_CACHE_HOME, else in ~/.cache."""
+    if own := os.environ.get(CACHE_VARIABLE):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "vlm-export"
+
+
+def fetch_url(url: str, sha256: str | None, progress: Progress | None = None) -> Path:
+    """The cached file of `url`, downloaded when it is not there yet.
+
+    Raises:
+        UsageError: the address is not https.
+        EnvironmentFailure: no network, the server refuses, or the disk is full.
+        InputError: what arrived is not what `sha256` pins.
+    """
+    parts = urlsplit(url)
+    name = parts.path.rsplit("/", 1)[-1]
+    check_plain_name(name, where=url)
+    if parts.scheme != "https":
+        raise UsageError("only https addresses are downloaded", where=url, got=parts.scheme or "no scheme")
+    # One folder per address: the same file name may come from two publishers.
+    folder = cache_directory() / (sha256 or hashlib.sha256(url.encode()).hexdigest())[:16]
+    target = folder / name
+    if target.is_file() and (sha256 is None or hash_file(target, name, progress).sha256 == sha256):
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _download(url, target, sha256, progress)
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+        raise EnvironmentFailure(
+            "the checkpoint cannot be downloaded",
+            where=url,
+            got=f"{type(error).__name__}: {error}",
+            fix=f"connect to the network and try again, or put the file at {target} by other means",
+        ) from error
+    return target
+
+
+def _download(url: str, target: Path, sha256: str | None, progress: Progress | None) -> None:
+    handle, part = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
+                if urlsplit(response.geturl()).scheme != "https":
+                    raise OSError("the server redirects away from https")
+                stated = response.headers.get("Content-Length") or ""
+                total = int(stated) if stated.isdecimal() else 0
+                _check_space(target, total)
+                found = _stream(response, file, target.name, total, progress)
+            file.flush()
+            os.fsync(file.fileno())
+        if sha256 is not None and found != sha256:
+            raise InputError(
+                "the download is not the file that the config pins: its sha256 differs",
+                where=url,
+                expected=sha256,
+                got=found,
+                fix="try again; if it stays so, the publisher changed the file or the connection is tampered with",
+            )
+        os.replace(part, target)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(part)
+
+
+def _stream(response: Response, file: BinaryIO, name: str, total: int, progress: Progress | None) -> str:
+    digest = hashlib.sha256()
+    done = 0
+    while chunk := response.read(_CHUNK_BYTES):
+        file.write(chunk)
+        digest.update(chunk)
+        done += len(chunk)
+        if progress is not None:
+            progress(name, done, max(total, done))
+    if done < total:
+        raise OSError(f"the connection ended after {done} of {total} bytes")
+    return digest.hexdigest()
+
+
+def _check_space(target: Path, needed_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(target.parent).free
+    if needed_bytes > free_bytes:
+        raise EnvironmentFailure(
+            "the download does not fit on the disk",
+            where=str(target.parent),
+            expected=f"{needed_bytes} bytes free",
+            got=f"{free_bytes} bytes free",
+            fix=f"free some space, or set {CACHE_VARIABLE} to a directory on a larger disk",
+        )

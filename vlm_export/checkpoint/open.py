@@ -1,0 +1,131 @@
+"""SOURCE → Checkpoint: a file, a directory, a name from `configs/`, or a Hugging Face Hub id."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from vlm_export.checkpoint.directory import Directory, read_directory, scan_directory, scan_index
+from vlm_export.checkpoint.download import fetch_url
+from vlm_export.checkpoint.hashing import Progress, check_sha256, hash_file
+from vlm_export.checkpoint.hub import fetch_snapshot, is_hub_id
+from vlm_export.checkpoint.known import KnownCheckpoint, known_names, load_known, packaged_path
+from vlm_export.checkpoint.weights_file import read_weights_file
+from vlm_export.errors import InputError, UsageError, suggestion
+from vlm_export.family import Checkpoint
+
+TOKENIZER_FILE = "tokenizer.json"
+_FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".json", ".onnx", ".zip", ".gz")
+
+
+def open_checkpoint(
+    source: str,
+    *,
+    expected_sha256: str | None = None,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Opens a checkpoint read-only; no tensor is read yet and nothing in it is executed.
+
+    Args:
+        source: an existing path, else a name from `configs/`, else a hub id `owner/name`.
+        expected_sha256: pins the weights file; overrides the config's own.
+        revision: commit, branch or tag of a hub id.
+        progress: called while files are downloaded and hashed.
+
+    Raises:
+        UsageError: `source` names nothing, or an option does not apply to it.
+        InputError: the files are damaged, unsafe, or not the pinned ones.
+        EnvironmentFailure: no network where it is needed, or a full disk.
+    """
+    if _exists(source):
+        _refuse_revision(revision, source)
+        return _open_path(source, Path(source), expected_sha256, progress)
+    if source in known_names():
+        return _open_known(source, load_known(source), expected_sha256, revision, progress)
+    if is_hub_id(source) and not source.endswith(_FILE_SUFFIXES):
+        return _open_hub(source, source, expected_sha256, revision, progress)
+    raise UsageError(
+        "the source is no file, no directory, no known name and no hub id",
+        where=source,
+        expected="an existing path, a name from configs/, or owner/name",
+        fix=suggestion(source, known_names()),
+    )
+
+
+def _exists(source: str) -> bool:
+    try:
+        return source != "" and Path(source).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _refuse_revision(revision: str | None, source: str) -> None:
+    if revision is not None:
+        raise UsageError("only hub ids have revisions", where=source, got=f"revision {revision}")
+
+
+def _open_path(source: str, path: Path, sha256: str | None, progress: Progress | None) -> Checkpoint:
+    if path.is_dir():
+        return _open_directory(source, scan_directory(path), sha256, progress)
+    if path.name.endswith(".index.json"):
+        return _open_directory(source, scan_index(path), sha256, progress)
+    if not path.is_file():
+        raise InputError("the source is neither a file nor a directory", where=source)
+    # The pinned sha256 before anything is parsed.
+    file = hash_file(path, path.name, progress)
+    check_sha256(file, sha256, where=source)
+    stored = read_weights_file(path)
+    return Checkpoint(source, stored.format, (file,), stored.tensors, stored.read)
+
+
+def _open_directory(source: str, directory: Directory, sha256: str | None, progress: Progress | None) -> Checkpoint:
+    if sha256 is not None and len(directory.weight_files) != 1:
+        raise UsageError(
+            "a sha256 pins one weights file, and this checkpoint has several",
+            where=source,
+            got=f"{len(directory.weight_files)} shards",
+            fix="pin a hub revision instead",
+        )
+    files = []
+    for path in directory.files:
+        files.append(hash_file(path, path.name, progress))
+        if path in directory.weight_files:
+            check_sha256(files[-1], sha256, where=str(path))
+    stored = read_directory(directory)
+    return Checkpoint(
+        source=source,
+        format=stored.format,
+        files=tuple(files),
+        tensors=stored.tensors,
+        read=stored.read,
+        config=directory.config,
+        side_files=directory.side_files,
+    )
+
+
+def _open_hub(
+    source: str, hub_id: str, sha256: str | None, revision: str | None, progress: Progress | None
+) -> Checkpoint:
+    snapshot = fetch_snapshot(hub_id, revision)
+    opened = _open_directory(source, scan_directory(snapshot.directory), sha256, progress)
+    return replace(opened, revision=snapshot.revision)
+
+
+def _open_known(
+    source: str, known: KnownCheckpoint, sha256: str | None, revision: str | None, progress: Progress | None
+) -> Checkpoint:
+    pinned = sha256 or known.sha256
+    if known.source.hub is not None:
+        return _open_hub(source, known.source.hub, pinned, revision or known.revision, progress)
+    _refuse_revision(revision, source)
+    if known.source.url is not None:
+        path = fetch_url(known.source.url, pinned, progress)
+    else:
+        path = packaged_path(known.source.file or "")
+    opened = _open_path(source, path, pinned, progress)
+    if known.tokenizer is None:
+        return opened
+    tokenizer = packaged_path(known.tokenizer)
+    files = (*opened.files, hash_file(tokenizer, TOKENIZER_FILE, progress))
+    return replace(opened, files=files, side_files={TOKENIZER_FILE: tokenizer})

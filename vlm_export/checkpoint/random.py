@@ -1,0 +1,134 @@
+"""Checkpoints with seeded random weights: any architecture at full size without a download."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vlm_export.checkpoint.disk import check_free, failure_from_write
+from vlm_export.checkpoint.safetensors_file import read_safetensors
+from vlm_export.family import Checkpoint, CheckpointFile, TensorInfo
+
+_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+}
+# What CLIP clamps its learned scale to: ln(100).
+_LOGIT_SCALE = math.log(100.0)
+_EMBEDDING_STD = 0.02
+_SMALL = 0.1
+_CHUNK = 1 << 20
+Floats = npt.NDArray[np.float32]
+
+
+def random_checkpoint(
+    source_name: str,
+    tensors: Mapping[str, TensorInfo],
+    seed: int,
+    path: Path,
+    config: Mapping[str, Any] | None = None,
+) -> Checkpoint:
+    """Writes seeded weights to a safetensors file at `path` and opens it, memory-mapped.
+
+    Each tensor has its own generator, from the seed and its key: neither the order nor other tensors change it.
+
+    Args:
+        source_name: what the Checkpoint calls its source.
+        tensors: keys, shapes and dtypes, as `Family.published_tensors` gives them.
+        seed: any integer.
+        path: the file to write; the caller deletes it.
+        config: `config.json` for families that need one.
+
+    Raises:
+        EnvironmentFailure: the disk has no room.
+    """
+    header = _header(tensors)
+    needed_bytes = len(header) + sum(_size_bytes(info) for info in tensors.values())
+    check_free(path, needed_bytes)
+    digest = hashlib.sha256()
+    try:
+        with path.open("wb") as file:
+            for piece in chain([header], *(_pieces(key, info, seed) for key, info in tensors.items())):
+                file.write(piece)
+                digest.update(piece)
+    except OSError as error:
+        raise failure_from_write(path, needed_bytes, error) from error
+    stored = read_safetensors(path)
+    files = (CheckpointFile(path.name, needed_bytes, digest.hexdigest()),)
+    return Checkpoint(source_name, "random", files, stored.tensors, stored.read, config)
+
+
+def _size_bytes(info: TensorInfo) -> int:
+    return math.prod(info.shape) * _torch_dtype(info).itemsize
+
+
+def _torch_dtype(info: TensorInfo) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, info.dtype)
+    return dtype
+
+
+def _header(tensors: Mapping[str, TensorInfo]) -> bytes:
+    entries: dict[str, Any] = {}
+    position = 0
+    for key, info in tensors.items():
+        end = position + _size_bytes(info)
+        entries[key] = {"dtype": _DTYPES[info.dtype], "shape": list(info.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _pieces(key: str, info: TensorInfo, seed: int) -> Iterator[bytes]:
+    """The tensor's bytes, a few MiB at a time."""
+    dtype = _torch_dtype(info)
+    key_seed = int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "little")
+    rng = np.random.default_rng(key_seed)
+    left = math.prod(info.shape)
+    while left:
+        count = min(left, _CHUNK)
+        values = torch.from_numpy(_values(key, info.shape, count, rng)).to(dtype)
+        yield values.view(torch.uint8).numpy().tobytes()
+        left -= count
+
+
+def _values(key: str, shape: tuple[int, ...], count: int, rng: np.random.Generator) -> Floats:
+    """`count` values of a distribution that keeps signals neither vanishing nor exploding through a deep model."""
+    name = key.rsplit(".", 1)[-1]
+    if name == "logit_scale":
+        return np.full(count, _LOGIT_SCALE, np.float32)
+    if name == "running_var":
+        variances: Floats = rng.random(count, dtype=np.float32) + np.float32(1)
+        return variances
+    if not shape:
+        return np.zeros(count, np.float32)
+    mean, std = _mean_and_std(key, name, shape)
+    values: Floats = rng.standard_normal(count, dtype=np.float32) * np.float32(std) + np.float32(mean)
+    return values
+
+
+def _mean_and_std(key: str, name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    if len(shape) == 2 and "embedding" in key:
+        return 0.0, _EMBEDDING_STD
+    if len(shape) >= 2:
+        # Linear and convolution weights are (output, input, …); a bare projection stands on the right: (input, output).
+        fan_in = math.prod(shape[1:]) if name.endswith("weight") else shape[0]
+        return 0.0, 1 / math.sqrt(max(fan_in, 1))
+    if name == "weight":
+        return 1.0, _SMALL
+    if name in ("bias", "running_mean") or name.endswith("_bias"):
+        return 0.0, _SMALL
+    return 0.0, 1 / math.sqrt(shape[0])

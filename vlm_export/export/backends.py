@@ -1,0 +1,140 @@
+"""The two exporter back ends: a Part in, an ONNX graph out whose weights still lie in the mapped files."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from vlm_export.errors import EnvironmentFailure, UsageError
+from vlm_export.export.lowerings.attention import lower_attention
+from vlm_export.family import Part
+from vlm_export.graph.skeleton import attach_weights
+
+Exporter = Literal["dynamo", "torchscript"]
+DEFAULT_OPSET = 18
+OPSETS: dict[Exporter, range] = {"dynamo": range(18, 24), "torchscript": range(11, 21)}
+# From this opset on, the dynamo back end writes one `Attention` operator.
+ATTENTION_OPSET = 23
+_BATCH, _OTHER = 2, 7
+
+
+def choose_exporter(opset: int, exporter: Exporter | None) -> Exporter:
+    """The back end for the opset: dynamo where it reaches, otherwise torchscript, unless one is asked for."""
+    chosen: Exporter = exporter or ("dynamo" if opset in OPSETS["dynamo"] else "torchscript")
+    reach = OPSETS[chosen]
+    if opset not in reach:
+        raise UsageError(
+            f"the {chosen} back end does not write opset {opset}",
+            expected=f"{reach.start} to {reach.stop - 1}" if exporter else "11 to 23",
+            got=str(opset),
+            fix="choose another --opset, or leave --exporter out",
+        )
+    return chosen
+
+
+def export_part(part: Part, opset: int, exporter: Exporter) -> ir.Model:
+    """Exports the part with its symbolic axes; initializers refer to the module's own, mapped, tensors.
+
+    Raises:
+        EnvironmentFailure: the back end failed; the message names it and the part.
+    """
+    export = _export_dynamo if exporter == "dynamo" else _export_torchscript
+    with ExitStack() as stack:
+        stack.enter_context(_quiet())
+        stack.enter_context(torch.no_grad())
+        if opset < ATTENTION_OPSET:
+            stack.enter_context(lower_attention())
+        try:
+            return export(part, opset)
+        except (RuntimeError, TypeError, ValueError, AttributeError, torch.onnx.OnnxExporterError) as error:
+            raise EnvironmentFailure(
+                f"the {exporter} back end failed on part {part.name}",
+                where=f"torch {torch.__version__}, opset {opset}",
+                got=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}",
+                fix="try the other back end (--exporter) or another --opset; install the pinned constraints",
+            ) from error
+
+
+def _example_tensors(part: Part) -> tuple[torch.Tensor, ...]:
+    """Sizes of at least 2, each axis its own, so that no axis is specialised to 1 or tied to another."""
+    sizes = {axis.name: _OTHER + i for i, axis in enumerate(part.signature.axes)} | {"batch": _BATCH}
+    limits = {axis.name: axis.maximum for axis in part.signature.axes}
+    sizes = {name: min(size, limits.get(name) or size) for name, size in sizes.items()}
+    arrays = part.examples(sizes, seed=0)
+    return tuple(torch.from_numpy(arrays[name]) for name in part.signature.input_names)
+
+
+def _export_dynamo(part: Part, opset: int) -> ir.Model:
+    signature = part.signature
+    dims = {axis.name: torch.export.Dim(axis.name, min=axis.minimum, max=axis.maximum) for axis in signature.axes}
+    shapes = tuple({i: dims[a] for i, a in enumerate(t.shape) if isinstance(a, str)} for t in signature.inputs)
+    program = torch.onnx.export(
+        part.module,
+        _example_tensors(part),
+        dynamo=True,
+        # torch's own optimizer folds weights into new ones in memory; ours works on the graph without weights.
+        optimize=False,
+        opset_version=opset,
+        input_names=list(signature.input_names),
+        output_names=list(signature.output_names),
+        dynamic_shapes=shapes,
+        verbose=False,
+    )
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned no program")
+    return program.model
+
+
+def _export_torchscript(part: Part, opset: int) -> ir.Model:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "graph.onnx"
+        _trace(part, opset, path)
+        model = ir.from_proto(onnx.load(path))
+    attach_weights(model, _weights_by_name(part))
+    return model
+
+
+def _trace(part: Part, opset: int, path: Path) -> None:
+    torch.onnx.export(
+        part.module,
+        _example_tensors(part),
+        path,
+        dynamo=False,
+        # Weights stay out of the protobuf, which is limited to 2 GB and would copy them; they come back below.
+        # Folding would bake transposed or fused weights into it, under names of its own.
+        export_params=False,
+        do_constant_folding=False,
+        training=torch.onnx.TrainingMode.PRESERVE,
+        opset_version=opset,
+        input_names=list(part.signature.input_names),
+        output_names=list(part.signature.output_names),
+        dynamic_axes=part.signature.dynamic_axes(),
+    )
+
+
+def _weights_by_name(part: Part) -> dict[str, ir.TensorProtocol]:
+    """The part's tensors as ONNX tensors that share their memory."""
+    return {name: ir.Tensor(tensor.numpy(), name=name) for name, tensor in part.module.state_dict().items()}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The back ends warn of their own deprecation and of constants that are constant by design."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

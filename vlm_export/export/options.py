@@ -1,0 +1,43 @@
+"""What the user may choose about an export."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlm_export.export.backends import DEFAULT_OPSET, Exporter
+from vlm_export.export.writer import DEFAULT_THRESHOLD_BYTES
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of `export_bundle`.
+
+    Attributes:
+        opset: ONNX opset of the graphs, 11 to 23.
+        exporter: back end, None: the default for the opset.
+        simplify: run onnxsim and fold weights; verified, and taken back when the result differs.
+        external_data_threshold_bytes: graphs with more weights than this keep them in a second file.
+        overwrite: replace an existing bundle.
+        tokenizer: path of tokenizer files, None: those of the checkpoint.
+        with_tokenizer: False for a bundle that takes token ids only.
+        sha256: expected sha256 of the weights file.
+        revision: of a hub id.
+        random_weights_seed: build the named architecture with seeded random weights instead of reading a checkpoint.
+        images: pictures for the verification in addition to the synthetic ones.
+        threads: of the engine while verifying, None: its default.
+    """
+
+    opset: int = DEFAULT_OPSET
+    exporter: Exporter | None = None
+    simplify: bool = True
+    external_data_threshold_bytes: int = DEFAULT_THRESHOLD_BYTES
+    overwrite: bool = False
+    tokenizer: str | None = None
+    with_tokenizer: bool = True
+    sha256: str | None = None
+    revision: str | None = None
+    random_weights_seed: int | None = None
+    images: Sequence[Path] = ()
+    threads: int | None = None

@@ -1,0 +1,260 @@
+"""The main job: SOURCE in, a verified bundle out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from PIL import Image
+
+from vlm_export import __version__
+from vlm_export.bundle import layout
+from vlm_export.bundle.environment import check_free_space
+from vlm_export.bundle.manifest import Manifest, PartRecord, VariantRecord
+from vlm_export.bundle.publish import Staging, publication
+from vlm_export.checkpoint.known import KnownCheckpoint
+from vlm_export.checkpoint.store import ScratchStore
+from vlm_export.errors import VerificationError
+from vlm_export.export.backends import choose_exporter, export_part
+from vlm_export.export.options import ExportOptions
+from vlm_export.export.simplify import finish_graph, simplify_graph
+from vlm_export.export.source import adapt_model, known_checkpoint, open_source, source_record, tokenizer_option
+from vlm_export.export.stages import Stages, StepProgress
+from vlm_export.export.tokenizer_files import resolve_tokenizer
+from vlm_export.export.writer import write_graph
+from vlm_export.family import Checkpoint, Model, Part, Reference
+from vlm_export.models.registry import recognise
+from vlm_export.runtime.engine import OrtEngine
+from vlm_export.runtime.image import open_image
+from vlm_export.verify.gates import GATES, Gate
+from vlm_export.verify.golden import golden_from_reference, golden_points, write_golden
+from vlm_export.verify.grid import grid_for
+from vlm_export.verify.report import PartReport
+from vlm_export.verify.samples import Sample, sample_inputs, synthetic_photographs
+from vlm_export.verify.verifier import verify_part
+
+PRECISION = "fp32"
+TOOLS = ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "onnxsim", "torch", "transformers")
+# A part with more weights than this is verified at the smallest grid that still has every axis' ends.
+_LARGE_PART_BYTES = 1 << 30
+_LARGE_PART_ROWS = 8
+_SCRATCH = "scratch"
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A published bundle: its manifest and the verification reports, in the order of the parts."""
+
+    manifest: Manifest
+    reports: tuple[PartReport, ...]
+
+
+def export_bundle(source: str, target: Path, options: ExportOptions, stages: Stages | None = None) -> ExportResult:
+    """Exports a checkpoint and publishes the bundle at `target`, if every part passes verification.
+
+    Args:
+        source: a file, a directory, a name from `configs/`, or a hub id.
+        stages: told of each stage; its records hold times and peak memory.
+
+    Raises:
+        VerificationError: a graph does not compute what the original computes; nothing is published.
+        UsageError, InputError, EnvironmentFailure: see `open_checkpoint` and `publication`.
+    """
+    job = _Job(source, options, stages or Stages())
+    choose_exporter(options.opset, options.exporter)
+    with publication(target, overwrite=options.overwrite) as staging:
+        return job.run(staging, name=target.name)
+
+
+@dataclass(frozen=True)
+class _Job:
+    source: str
+    options: ExportOptions
+    stages: Stages
+
+    def run(self, staging: Staging, name: str) -> ExportResult:
+        scratch = staging.path / _SCRATCH
+        scratch.mkdir()
+        known = known_checkpoint(self.source)
+        with self.stages.stage("read") as progress:
+            checkpoint = open_source(self.source, self.options, scratch, progress)
+            check_free_space(staging.path, 2 * _float32_bytes(checkpoint))
+        with ScratchStore(scratch / "weights.bin") as store:
+            with self.stages.stage("load weights"):
+                model = adapt_model(recognise(checkpoint).build(checkpoint, store), known)
+                tokenizer = self._write_tokenizer(checkpoint, model, staging)
+            results = [self._part(part, model, known, staging, tokenizer) for part in model.parts]
+        _remove_scratch(scratch)
+        with self.stages.stage("publish"):
+            records = tuple(record for record, _ in results)
+            _write_configs(model, records, staging)
+            manifest = staging.commit(_manifest(name, checkpoint, model, records, self.options))
+        return ExportResult(manifest, tuple(report for _, report in results))
+
+    def _part(
+        self, part: Part, model: Model, known: KnownCheckpoint | None, staging: Staging, tokenizer: Path | None
+    ) -> tuple[PartRecord, PartReport]:
+        raw, simplified, warnings = self._graphs(part)
+        verify = _Verification(self.options, model, known, part, self._samples(part, model, tokenizer))
+        with self.stages.stage(f"load reference of {part.name}"):
+            reference = model.references[part.name]()
+        graph = simplified or raw
+        paths, report = self._write_and_verify(graph, part, staging, verify, reference)
+        if simplified is not None and not report.passed:
+            warnings.append(f"the simplified graph differs, so this one is not simplified: {_why(report)}")
+            for path in paths:
+                path.unlink()
+            graph = raw
+            paths, report = self._write_and_verify(graph, part, staging, verify, reference)
+        report.raise_if_failed()
+        with self.stages.stage(f"record golden of {part.name}"):
+            records = golden_from_reference(part, reference, golden_points(part.signature), verify.samples[:1])
+            write_golden(staging.path, part.name, records)
+        names = [path.relative_to(staging.path).as_posix() for path in paths]
+        variant = VariantRecord(
+            precision=PRECISION,
+            file=names[0],
+            external_data=tuple(names[1:]),
+            opset=self.options.opset,
+            exporter=choose_exporter(self.options.opset, self.options.exporter),
+            simplified=graph is simplified,
+            warnings=tuple(warnings),
+            verification=report.to_json(),
+        )
+        return PartRecord(part.name, part.signature, (variant,)), report
+
+    def _graphs(self, part: Part) -> tuple[ir.Model, ir.Model | None, list[str]]:
+        """The back end's graph, its simplified form if wanted and possible, and warnings."""
+        options, warnings = self.options, list[str]()
+        exporter = choose_exporter(options.opset, options.exporter)
+        with self.stages.stage(f"export {part.name}"):
+            raw = export_part(part, options.opset, exporter)
+        simplified: ir.Model | None = None
+        if options.simplify:
+            with self.stages.stage(f"simplify {part.name}"):
+                try:
+                    simplified = finish_graph(simplify_graph(raw), part.signature)
+                except (RuntimeError, ValueError, VerificationError) as error:
+                    warnings.append(f"simplification failed, so the graph is not simplified: {error}")
+        return finish_graph(raw, part.signature), simplified, warnings
+
+    def _write_and_verify(
+        self, graph: ir.Model, part: Part, staging: Staging, verify: _Verification, reference: Reference
+    ) -> tuple[list[Path], PartReport]:
+        path = staging.file(layout.graph_path(part.name, PRECISION))
+        with self.stages.stage(f"write {part.name}"):
+            paths = write_graph(graph, path, self.options.external_data_threshold_bytes)
+        with self.stages.stage(f"verify {part.name}") as progress:
+            return paths, verify.run(path, reference, progress)
+
+    def _samples(self, part: Part, model: Model, tokenizer: Path | None) -> list[Sample]:
+        images: list[Image.Image] | None = None
+        if self.options.images:
+            images = [*synthetic_photographs(), *(open_image(path) for path in self.options.images)]
+        return sample_inputs(part.signature, model.image, model.text, tokenizer, images=images)
+
+    def _write_tokenizer(self, checkpoint: Checkpoint, model: Model, staging: Staging) -> Path | None:
+        if model.text is None or not self.options.with_tokenizer:
+            return None
+        files = resolve_tokenizer(checkpoint, tokenizer_option(self.source, self.options), model.text)
+        for name, content in files.items():
+            staging.file(name).write_bytes(content)
+        return staging.path / layout.TOKENIZER_NAME
+
+
+@dataclass(frozen=True)
+class _Verification:
+    """Everything that the verification of a part's graphs has in common."""
+
+    options: ExportOptions
+    model: Model
+    known: KnownCheckpoint | None
+    part: Part
+    samples: list[Sample]
+
+    def run(self, path: Path, reference: Reference, progress: StepProgress) -> PartReport:
+        engine = OrtEngine(path, threads=self.options.threads, exact=True)
+        size_bytes = sum(tensor.nbytes for tensor in self.part.module.state_dict().values())
+        budget = _LARGE_PART_ROWS if size_bytes > _LARGE_PART_BYTES else None
+        return verify_part(
+            self.part,
+            reference,
+            engine.run,
+            self._gate(),
+            grid_for(self.part.signature, budget_rows=budget),
+            self.samples,
+            variant=PRECISION,
+            reference_name=self.model.reference_name,
+            engine_name=f"onnxruntime {version('onnxruntime')}",
+            pad_token_id=None if self.model.text is None else self.model.text.pad_token_id,
+            progress=progress,
+        )
+
+    def _gate(self) -> Gate:
+        stated = self.known.tolerances.get(PRECISION) if self.known else None
+        if stated is None:
+            return GATES[PRECISION]
+        return replace(GATES[PRECISION], max_abs_relative=stated.max_abs, cosine=stated.cosine)
+
+
+def _why(report: PartReport) -> str:
+    point, failure = report.failures[0]
+    return f"{point}: {failure}"
+
+
+def _float32_bytes(checkpoint: Checkpoint) -> int:
+    """What the checkpoint's tensors take as float32."""
+    sizes = 0
+    for info in checkpoint.tensors.values():
+        count = 4
+        for size in info.shape:
+            count *= size
+        sizes += count
+    return sizes
+
+
+def _remove_scratch(scratch: Path) -> None:
+    for path in scratch.iterdir():
+        path.unlink()
+    scratch.rmdir()
+
+
+def _write_configs(model: Model, records: tuple[PartRecord, ...], staging: Staging) -> None:
+    variants = [variant for record in records for variant in record.variants]
+    files: dict[str, Mapping[str, Any]] = {"config.json": layout.hub_config(model.hub_config, variants)}
+    if model.image is not None:
+        files["preprocessor_config.json"] = layout.preprocessor_config(model.image)
+    for name, data in files.items():
+        staging.file(name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _manifest(
+    name: str, checkpoint: Checkpoint, model: Model, records: tuple[PartRecord, ...], options: ExportOptions
+) -> Manifest:
+    return Manifest(
+        name=name,
+        source=source_record(checkpoint, options),
+        family=model.family,
+        architecture=model.architecture,
+        facts={**model.facts, "dropped_keys": list(model.dropped_keys), "reference": model.reference_name},
+        image=model.image,
+        text=model.text,
+        parts=records,
+        tools=tool_versions(),
+    )
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of the packages that take part in an export."""
+    versions = {"vlm-export": __version__}
+    for tool in TOOLS:
+        try:
+            versions[tool] = version(tool)
+        except PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,49 @@
+"""From a back end's raw graph to the one that is published: same function, fewer nodes, readable names."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import onnxsim
+from onnx import ModelProto
+
+from vlm_export import __version__
+from vlm_export.graph.batch_norm import fold_batch_norms
+from vlm_export.graph.cast_like import replace_cast_likes
+from vlm_export.graph.interface import apply_signature
+from vlm_export.graph.skeleton import attach_weights, detach_weights
+from vlm_export.graph.transposes import fold_weight_transposes
+from vlm_export.signature import Signature
+
+# They turn MatMul and Add on (B, T, C) into Reshape, Gemm, Reshape: more nodes and no gain in any runtime.
+_SKIPPED_OPTIMIZERS = ["fuse_matmul_add_bias_into_gemm"]
+
+
+def finish_graph(model: ir.Model, signature: Signature) -> ir.Model:
+    """What every published graph gets, simplified or not: no traces of this machine, the Signature's interface."""
+    passes.ClearMetadataAndDocStringPass()(model)
+    passes.RemoveUnusedNodesPass()(model)
+    passes.RemoveUnusedOpsetsPass()(model)
+    apply_signature(model, signature)
+    model.producer_name, model.producer_version = "vlm-export", __version__
+    model.graph.name = "main_graph"
+    return model
+
+
+def simplify_graph(model: ir.Model) -> ir.Model:
+    """onnxsim on the graph without its weights, then our folds of weights; returns a new model.
+
+    The weights never pass through a protobuf: memory does not grow with the model, and the 2 GB limit does not apply.
+    """
+    work = model.clone()
+    replace_cast_likes(work)
+    weights = detach_weights(work)
+    proto: ModelProto = ir.to_proto(work)
+    simplified, _ = onnxsim.simplify(proto, skipped_optimizers=_SKIPPED_OPTIMIZERS)
+    result: ir.Model = ir.from_proto(simplified)
+    attach_weights(result, weights)
+    passes.LiftConstantsToInitializersPass()(result)
+    fold_weight_transposes(result)
+    fold_batch_norms(result)
+    passes.RemoveUnusedNodesPass()(result)
+    return result

@@ -1,0 +1,69 @@
+"""What the user names as SOURCE, made a Checkpoint: read from disk, or random weights of a known architecture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from vlm_export.bundle.manifest import SourceFile, SourceRecord
+from vlm_export.checkpoint.known import KnownCheckpoint, known_names, load_known, packaged_path
+from vlm_export.checkpoint.open import open_checkpoint
+from vlm_export.checkpoint.random import random_checkpoint
+from vlm_export.errors import UsageError, suggestion
+from vlm_export.export.options import ExportOptions
+from vlm_export.export.stages import StepProgress
+from vlm_export.family import Checkpoint, Model
+from vlm_export.models.registry import load_family
+
+
+def known_checkpoint(source: str) -> KnownCheckpoint | None:
+    """The config of that name, unless a file or directory has it."""
+    return load_known(source) if source in known_names() and not Path(source).exists() else None
+
+
+def open_source(source: str, options: ExportOptions, scratch: Path, progress: StepProgress) -> Checkpoint:
+    """Opens SOURCE; with `random_weights_seed`, writes random weights of a known architecture into `scratch`."""
+    if options.random_weights_seed is None:
+        return open_checkpoint(
+            source,
+            expected_sha256=options.sha256,
+            revision=options.revision,
+            progress=lambda _, done, total: progress(done, total),
+        )
+    known = known_checkpoint(source)
+    if known is None:
+        raise UsageError(
+            "random weights need a known architecture",
+            where=source,
+            expected="a name from configs/",
+            fix=suggestion(source, known_names()),
+        )
+    tensors = load_family(known.family).published_tensors(known.architecture)
+    return random_checkpoint(source, tensors, options.random_weights_seed, scratch / "random.safetensors")
+
+
+def tokenizer_option(source: str, options: ExportOptions) -> str | None:
+    """Where tokenizer files come from when not from the checkpoint: the user's choice, else the config's."""
+    known = known_checkpoint(source)
+    if options.tokenizer is not None or known is None or known.tokenizer is None:
+        return options.tokenizer
+    return str(packaged_path(known.tokenizer))
+
+
+def adapt_model(model: Model, known: KnownCheckpoint | None) -> Model:
+    """The model with what the config states about preparing inputs, where the checkpoint itself says nothing."""
+    if known is None:
+        return model
+    return replace(model, image=known.image or model.image, text=known.text or model.text)
+
+
+def source_record(checkpoint: Checkpoint, options: ExportOptions) -> SourceRecord:
+    """Where the weights come from; of a path only the last component, since the rest tells of this machine."""
+    path = Path(checkpoint.source)
+    return SourceRecord(
+        name=path.resolve().name if path.exists() else checkpoint.source,
+        format=checkpoint.format,
+        revision=checkpoint.revision,
+        random_weights_seed=options.random_weights_seed,
+        files=tuple(SourceFile(file.name, file.size_bytes, file.sha256) for file in checkpoint.files),
+    )

@@ -1,0 +1,163 @@
+"""Tokenizer files of a bundle: from the checkpoint, from `--tokenizer`, or from the vocabulary of open_clip_torch.
+
+Torch-free: open_clip is located, not imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_export.bundle.strict_json import json_object_from_bytes
+from vlm_export.errors import InputError, UsageError
+from vlm_export.export.clip_bpe import (
+    VOCAB_SIZE,
+    read_bounded,
+    tokenizer_json_from_bpe_merges,
+    tokenizer_json_from_vocab,
+)
+from vlm_export.runtime.text import tokenizer_from_json
+from vlm_export.specs import TextSpec
+
+if TYPE_CHECKING:
+    from vlm_export.family import Checkpoint
+
+__all__ = ["find_open_clip_merges", "resolve_tokenizer", "tokenizer_json_from_bpe_merges"]
+
+_MERGES_NAME = "bpe_simple_vocab_16e6.txt.gz"
+# Fields of tokenizer_config.json that describe the tokenizer; those that name code or templates stay behind.
+_CONFIG_FIELDS = (
+    "add_prefix_space",
+    "added_tokens_decoder",
+    "bos_token",
+    "clean_up_tokenization_spaces",
+    "do_lower_case",
+    "eos_token",
+    "errors",
+    "pad_token",
+    "tokenizer_class",
+    "unk_token",
+)
+_SPECIAL_FIELDS = ("bos_token", "eos_token", "unk_token", "pad_token")
+_FIX = "pass --tokenizer PATH (a tokenizer.json, BPE merges, or a directory that holds them) or --no-tokenizer"
+
+
+def resolve_tokenizer(checkpoint: Checkpoint, option: str | None, text_spec: TextSpec) -> dict[str, bytes]:
+    """The bundle's tokenizer files by name: tokenizer.json, tokenizer_config.json, special_tokens_map.json.
+
+    Args:
+        checkpoint: its `side_files` are used unless `option` is given.
+        option: path of a tokenizer.json, of BPE merges (.txt, .txt.gz), or of a directory with tokenizer.json or with
+            vocab.json and merges.txt.
+        text_spec: what the tokenizer has to fit.
+
+    Raises:
+        InputError: a file is malformed, or its ids or its end token do not fit the model.
+        UsageError: there is no tokenizer to be found.
+    """
+    sources = dict(checkpoint.side_files) if option is None else _files_from_option(Path(option))
+    found = _find_tokenizer_json(sources, text_spec)
+    if found is None and option is None and text_spec.vocab_size == VOCAB_SIZE:
+        merges = find_open_clip_merges()
+        found = None if merges is None else (tokenizer_json_from_bpe_merges(merges), merges)
+    if found is None:
+        raise UsageError(
+            "there is no tokenizer for this checkpoint",
+            where=option or checkpoint.source,
+            expected="tokenizer.json, or vocab.json and merges.txt, or an installed open_clip_torch",
+            got=f"none of them that fits a vocabulary of {text_spec.vocab_size}",
+            fix=_FIX,
+        )
+    text, path = found
+    tokenizer = tokenizer_from_json(text, text_spec, str(path))
+    config = _tokenizer_config(sources, tokenizer, text_spec)
+    special = {key: _content(config.get(key)) for key in _SPECIAL_FIELDS}
+    return {
+        "tokenizer.json": text.encode(),
+        "tokenizer_config.json": _json_bytes(config),
+        "special_tokens_map.json": _json_bytes({key: token for key, token in special.items() if token}),
+    }
+
+
+def find_open_clip_merges() -> Path | None:
+    """The merges that an installed open_clip_torch carries, or None."""
+    found = importlib.util.find_spec("open_clip")
+    for folder in (found.submodule_search_locations or []) if found else []:
+        path = Path(folder) / _MERGES_NAME
+        if path.is_file():
+            return path
+    return None
+
+
+def _files_from_option(path: Path) -> dict[str, Path]:
+    if path.is_dir():
+        return {file.name: file for file in sorted(path.iterdir()) if file.is_file()}
+    if not path.is_file():
+        raise UsageError("--tokenizer names nothing", where=str(path), got="no such file or directory", fix=_FIX)
+    return {"tokenizer.json" if path.suffix == ".json" else _MERGES_NAME: path}
+
+
+def _find_tokenizer_json(sources: Mapping[str, Path], spec: TextSpec) -> tuple[str, Path] | None:
+    """The text of a tokenizer.json, as it stands or built, and the file it came from."""
+    if "tokenizer.json" in sources:
+        return _text(sources["tokenizer.json"]), sources["tokenizer.json"]
+    if "vocab.json" in sources and "merges.txt" in sources:
+        return _tokenizer_json_from_two(sources["vocab.json"], sources["merges.txt"]), sources["vocab.json"]
+    for name in (_MERGES_NAME, _MERGES_NAME.removesuffix(".gz")):
+        if name in sources:
+            return tokenizer_json_from_bpe_merges(sources[name], vocab_size=spec.vocab_size), sources[name]
+    return None
+
+
+def _tokenizer_json_from_two(vocab_path: Path, merges_path: Path) -> str:
+    """From transformers' two files, which state the ids and only the merges in use."""
+    vocab = json_object_from_bytes(read_bounded(vocab_path), str(vocab_path))
+    if not all(isinstance(token_id, int) and token_id >= 0 for token_id in vocab.values()):
+        raise InputError("vocab.json is malformed", where=str(vocab_path), expected="token to id", fix=_FIX)
+    merges: list[tuple[str, str]] = []
+    for number, line in enumerate(_text(merges_path).splitlines(), start=1):
+        symbols = line.split(" ")
+        if not line or line.startswith("#version"):
+            continue
+        if len(symbols) != 2:
+            where = f"{merges_path}: line {number}"
+            raise InputError("merges.txt is malformed", where=where, expected="two symbols", got=repr(line[:80]))
+        merges.append((symbols[0], symbols[1]))
+    return tokenizer_json_from_vocab(vocab, merges, str(vocab_path))
+
+
+def _tokenizer_config(sources: Mapping[str, Path], tokenizer: Any, spec: TextSpec) -> dict[str, Any]:
+    path = sources.get("tokenizer_config.json")
+    given = {} if path is None else json_object_from_bytes(read_bounded(path), str(path))
+    first, *rest = tokenizer.encode("").ids
+    end = tokenizer.id_to_token(spec.end_token_id)
+    # The causal mask hides padding, so the ecosystem's padding token serves models that were trained with id 0, too.
+    derived = {
+        "tokenizer_class": "CLIPTokenizer",
+        "bos_token": tokenizer.id_to_token(first) if rest else None,
+        "eos_token": end,
+        "unk_token": end,
+        "pad_token": end,
+        "add_prefix_space": False,
+        "do_lower_case": True,
+    }
+    kept = {key: given[key] for key in _CONFIG_FIELDS if key in given}
+    return {**derived, **kept, "model_max_length": spec.context_length}
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _json_bytes(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_bounded(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError("a tokenizer file is not UTF-8", where=str(path), got=str(error)) from error

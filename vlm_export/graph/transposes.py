@@ -1,0 +1,48 @@
+"""Transposes of weights, done once when the weights are written instead of at every run."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+
+
+def fold_weight_transposes(model: ir.Model) -> int:
+    """Replaces each Transpose of an initializer by a transposed initializer, in place; returns how many.
+
+    The new tensors are lazy: one at a time is computed while the file is written, so memory stays flat.
+    """
+    graph = model.graph
+    folded: dict[tuple[str, tuple[int, ...]], ir.Value] = {}
+    for node in list(graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" and node.domain == "" else None
+        name = weight.name if weight is not None else None
+        tensor = weight.const_value if weight is not None else None
+        if name is None or name not in graph.initializers or tensor is None:
+            continue
+        perm = tuple(node.attributes.get_ints("perm", tuple(reversed(range(len(tensor.shape))))))
+        key = (name, perm)
+        if key not in folded:
+            folded[key] = _transposed_initializer(graph, name, tensor, perm)
+        ir.convenience.replace_all_uses_with(node.outputs[0], folded[key], replace_graph_outputs=False)
+        graph.remove(node, safe=True)
+    for name, _ in folded:
+        if name in graph.initializers and not graph.initializers[name].uses():
+            del graph.initializers[name]
+    return len(folded)
+
+
+def _transposed_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol, perm: tuple[int, ...]) -> ir.Value:
+    sizes = tensor.shape.numpy()
+    shape = ir.Shape(sizes[axis] for axis in perm)
+    # The plain transpose of a matrix keeps its parameter's name recognisable to readers of the graph.
+    new_name = f"{name}.transposed" if perm == tuple(reversed(range(len(perm)))) else f"{name}.{perm}"
+    lazy = ir.LazyTensor(partial(_transpose, tensor, perm), dtype=tensor.dtype, shape=shape, name=new_name)
+    value = ir.Value(name=new_name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=lazy)
+    graph.register_initializer(value)
+    return value
+
+
+def _transpose(tensor: ir.TensorProtocol, perm: tuple[int, ...]) -> ir.TensorProtocol:
+    return ir.Tensor(np.ascontiguousarray(np.transpose(tensor.numpy(), perm)))

@@ -1,0 +1,185 @@
+"""Engines: what executes a graph. ONNX Runtime is the first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from vlm_export.errors import EnvironmentFailure, InputError, UsageError
+
+Array: TypeAlias = npt.NDArray[Any]
+CPU = "CPUExecutionProvider"
+
+# Folds a zero Pad into the MaxPool after it, which then pads with minus infinity: wrong for negative inputs.
+# Seen in onnxruntime 1.31, at the optimisation level BASIC, too.
+WRONG_OPTIMIZERS = ("Pad_Fusion",)
+
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(uint8)": "uint8",
+    "tensor(int8)": "int8",
+    "tensor(bool)": "bool",
+}
+_LOG_ERRORS_ONLY = 3
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of a graph: dtype name, and its axes as sizes, names or None for unnamed dynamic ones."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...]
+
+
+class Engine(Protocol):
+    """Runs one graph."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Every output by name; InputError when the feeds do not fit the inputs."""
+        ...
+
+
+class OrtEngine:
+    """A graph in ONNX Runtime.
+
+    Args:
+        path: the `.onnx` file; its external data is found beside it.
+        providers: execution providers in order of preference, by ONNX Runtime's names or their short forms ("cpu",
+            "cuda"). What they cannot run falls to the CPU.
+        threads: of one operator; None leaves the number to ONNX Runtime.
+        exact: float32 stays float32 on accelerators (no TF32), as verification needs it. Optimisers known to compute
+            something else are off in either case, so that what is verified is what runs.
+
+    Raises:
+        InputError: the file is no valid graph.
+        EnvironmentFailure: a provider is not available, or does not start.
+        UsageError: `threads` is below 1.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        providers: Sequence[str] = (CPU,),
+        threads: int | None = None,
+        exact: bool = False,
+    ) -> None:
+        import onnxruntime
+
+        self.path = Path(path)
+        wanted = [_resolved_provider(name, onnxruntime.get_available_providers()) for name in providers]
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _LOG_ERRORS_ONLY
+        if threads is not None:
+            if threads < 1:
+                raise UsageError("threads must be at least 1", got=str(threads))
+            options.intra_op_num_threads = threads
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(self.path),
+                options,
+                providers=[(name, _provider_options(name, exact)) for name in wanted],
+                disabled_optimizers=list(WRONG_OPTIMIZERS),
+            )
+        except Exception as error:  # onnxruntime's own classes share no base but Exception.
+            raise InputError(
+                "a graph cannot be loaded",
+                where=str(self.path),
+                expected="a valid ONNX model with its external data beside it",
+                got=_first_line(error),
+                fix="export it again",
+            ) from error
+        _check_started(wanted, self._session.get_providers())
+        self.inputs = tuple(_port(entry) for entry in self._session.get_inputs())
+        self.outputs = tuple(_port(entry) for entry in self._session.get_outputs())
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Every output by name.
+
+        Raises:
+            InputError: a name, dtype, rank or fixed size does not fit, or the graph fails on these values.
+        """
+        self._check(feeds)
+        try:
+            values = self._session.run(None, dict(feeds))
+        except Exception as error:  # As above.
+            shapes = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in feeds.items())
+            raise InputError(
+                "a graph failed while running", where=str(self.path), got=f"{_first_line(error)} (inputs: {shapes})"
+            ) from error
+        return {port.name: np.asarray(value) for port, value in zip(self.outputs, values, strict=True)}
+
+    def _check(self, feeds: Mapping[str, Array]) -> None:
+        names = {port.name for port in self.inputs}
+        if set(feeds) != names:
+            raise InputError(
+                "the graph takes other inputs",
+                where=str(self.path),
+                expected=", ".join(sorted(names)),
+                got=", ".join(sorted(feeds)) or "none",
+            )
+        for port in self.inputs:
+            array = feeds[port.name]
+            fits = len(array.shape) == len(port.shape) and all(
+                size == axis or not isinstance(axis, int) for size, axis in zip(array.shape, port.shape, strict=True)
+            )
+            if str(array.dtype) != port.dtype or not fits:
+                raise InputError(
+                    f"input {port.name!r} does not fit the graph",
+                    where=str(self.path),
+                    expected=f"{port.dtype} {_shape_text(port.shape)}",
+                    got=f"{array.dtype} {_shape_text(array.shape)}",
+                )
+
+
+def _resolved_provider(name: str, available: Sequence[str]) -> str:
+    for candidate in available:
+        if name.lower() in (candidate.lower(), candidate.lower().removesuffix("executionprovider")):
+            return candidate
+    raise EnvironmentFailure(
+        f"execution provider {name!r} is not available",
+        expected=", ".join(available),
+        got=name,
+        fix="install the onnxruntime build that has it (onnxruntime-gpu for CUDA), or use CPUExecutionProvider",
+    )
+
+
+def _provider_options(name: str, exact: bool) -> dict[str, str]:
+    return {"use_tf32": "0"} if exact and name == "CUDAExecutionProvider" else {}
+
+
+def _check_started(wanted: Sequence[str], started: Sequence[str]) -> None:
+    # ONNX Runtime falls back to the CPU with a line in its log when a provider's libraries are missing.
+    missing = [name for name in wanted if name not in started]
+    if missing:
+        raise EnvironmentFailure(
+            "an execution provider did not start",
+            expected=", ".join(wanted),
+            got=f"only {', '.join(started)}",
+            fix="install the driver and libraries that it needs, or use CPUExecutionProvider",
+        )
+
+
+def _port(entry: Any) -> Port:
+    return Port(entry.name, _DTYPES.get(entry.type, entry.type), tuple(entry.shape))
+
+
+def _shape_text(shape: Sequence[int | str | None]) -> str:
+    return f"({', '.join('?' if axis is None else str(axis) for axis in shape)})"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

@@ -1,0 +1,259 @@
+"""Embeddings on disk, and the nearest of them.
+
+`.npy` holds the vectors for any tool, with `<name>.npy.json` beside it for the items and the model; `.parquet` holds
+columns `item` and `embedding`, and the model in the file's metadata.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, cast, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from vlm_export.errors import EnvironmentFailure, InputError, UsageError
+from vlm_export.runtime.image import FloatArray
+
+ItemKind: TypeAlias = Literal["image", "text"]
+SCHEMA_VERSION = 1
+_METADATA_KEY = b"vlm_export"
+
+
+@dataclass(frozen=True)
+class EmbeddingsMeta:
+    """Where embeddings come from.
+
+    Attributes:
+        kind: what the items are: paths of pictures, or texts.
+        model: the bundle's name, for people.
+        identity: `EncoderPair.identity`; only embeddings of equal identity may be compared.
+        precision: the variant that computed them.
+    """
+
+    kind: ItemKind
+    model: str
+    identity: str
+    precision: str = "fp32"
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Items and their vectors: float32 (N, D), rows of unit length."""
+
+    items: tuple[str, ...]
+    vectors: FloatArray
+    meta: EmbeddingsMeta
+
+    def require_model(self, identity: str, model: str) -> None:
+        """InputError unless the embeddings were computed by the model of that identity."""
+        if self.meta.identity != identity:
+            raise InputError(
+                "the embeddings were computed by another model",
+                expected=f"{model} (identity {identity[:12]})",
+                got=f"{self.meta.model} (identity {self.meta.identity[:12]})",
+                fix="search with the bundle that made them, or embed again with this one",
+            )
+
+
+@dataclass(frozen=True)
+class Match:
+    """One result of a search; `score` is the cosine."""
+
+    item: str
+    score: float
+
+
+def write_embeddings(path: str | Path, items: Sequence[str], vectors: FloatArray, meta: EmbeddingsMeta) -> None:
+    """Write `path` (.npy or .parquet), replacing what is there once the new file is complete.
+
+    Raises:
+        UsageError: another suffix, or not one vector per item.
+        EnvironmentFailure: the disk refuses, or Parquet is asked for without pyarrow.
+        InputError: an item is no Unicode, which Parquet cannot hold.
+    """
+    target = Path(path)
+    if vectors.ndim != 2 or len(vectors) != len(items):
+        raise UsageError("one vector per item is needed", expected=f"({len(items)}, D)", got=str(vectors.shape))
+    rows = np.ascontiguousarray(vectors, dtype=np.float32)
+    write = {".npy": _write_npy, ".parquet": _write_parquet}[_checked_suffix(target)]
+    try:
+        write(target, items, rows, meta)
+    except OSError as error:
+        raise EnvironmentFailure("embeddings cannot be written", where=str(target), got=str(error)) from error
+
+
+def read_embeddings(path: str | Path) -> Embeddings:
+    """What `write_embeddings` wrote.
+
+    Raises:
+        InputError: missing, damaged, without its items, or not finite.
+        EnvironmentFailure: Parquet without pyarrow.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise InputError("there are no embeddings", where=str(source), got="no such file", fix="vlm-export embed … -o")
+    read = {".npy": _read_npy, ".parquet": _read_parquet}[_checked_suffix(source)]
+    items, vectors, meta = read(source)
+    fits = vectors.ndim == 2 and vectors.dtype == np.float32 and len(vectors) == len(items)
+    if not fits or not all(map(_is_text, items)):
+        raise InputError(
+            "the embeddings are malformed",
+            where=str(source),
+            expected=f"float32 ({len(items)}, D) and {len(items)} strings",
+            got=f"{vectors.dtype} {vectors.shape}",
+        )
+    if not np.isfinite(vectors).all():
+        raise InputError("the embeddings hold NaN or infinity", where=str(source), fix="embed again")
+    return Embeddings(tuple(items), vectors, meta)
+
+
+def top_k(query: FloatArray, vectors: FloatArray, k: int) -> tuple[npt.NDArray[np.int64], FloatArray]:
+    """The rows nearest to a query by cosine.
+
+    Args:
+        query: float32 (D,), unit length.
+        vectors: float32 (N, D), rows of unit length.
+
+    Returns:
+        Row numbers int64 (min(k, N),), best first, equal scores by row number; their scores, float32.
+
+    Raises:
+        UsageError: `k` is below 1, or the sizes differ.
+    """
+    if k < 1:
+        raise UsageError("k must be at least 1", got=str(k))
+    if query.shape != vectors.shape[1:]:
+        raise UsageError("the query has another size", expected=str(vectors.shape[1:]), got=str(query.shape))
+    scores: FloatArray = vectors @ query
+    candidates = np.arange(len(scores))
+    if k < len(scores):
+        threshold = np.partition(scores, -k)[-k]
+        candidates = np.flatnonzero(scores >= threshold)
+    order = candidates[np.argsort(-scores[candidates], kind="stable")][:k].astype(np.int64)
+    return order, scores[order]
+
+
+def search_embeddings(embeddings: Embeddings, query: FloatArray, k: int) -> list[Match]:
+    """The `k` items nearest to a query vector, best first."""
+    rows, scores = top_k(query, embeddings.vectors, k)
+    return [Match(embeddings.items[row], float(score)) for row, score in zip(rows, scores, strict=True)]
+
+
+def sidecar_path(path: Path) -> Path:
+    """The file that holds the items of a `.npy`."""
+    return path.with_name(path.name + ".json")
+
+
+def _checked_suffix(path: Path) -> str:
+    suffix = path.suffix.lower()
+    if suffix not in (".npy", ".parquet"):
+        raise UsageError("embeddings are .npy or .parquet", where=str(path), got=suffix or "no suffix")
+    return suffix
+
+
+def _write_npy(target: Path, items: Sequence[str], vectors: FloatArray, meta: EmbeddingsMeta) -> None:
+    temporary, side = target.with_name(target.name + ".tmp"), sidecar_path(target)
+    with temporary.open("wb") as file:
+        np.save(file, vectors, allow_pickle=False)
+    # The sidecar names its vectors, so that a crash between the two renames is noticed, not searched.
+    data = {"schema_version": SCHEMA_VERSION, **asdict(meta), "vectors_sha256": _sha256(vectors), "items": list(items)}
+    side_temporary = side.with_name(side.name + ".tmp")
+    side_temporary.write_text(json.dumps(data, indent=0), encoding="ascii")
+    os.replace(temporary, target)
+    os.replace(side_temporary, side)
+
+
+def _read_npy(source: Path) -> tuple[list[str], FloatArray, EmbeddingsMeta]:
+    side = sidecar_path(source)
+    try:
+        vectors = np.load(source, allow_pickle=False)
+        data = json.loads(side.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(
+            "the embeddings lack the file that names their items", where=str(source), expected=str(side)
+        ) from error
+    except (OSError, ValueError, EOFError, RecursionError, MemoryError) as error:
+        raise InputError("the embeddings cannot be read", where=str(source), got=str(error)) from error
+    items = data.get("items") if isinstance(data, dict) else None
+    if not isinstance(items, list):
+        raise InputError("the items of the embeddings are malformed", where=str(side), expected="a list of strings")
+    if not isinstance(vectors, np.ndarray) or data.get("vectors_sha256") != _sha256(vectors):
+        raise InputError(
+            "the embeddings and their items do not belong together", where=f"{source}, {side}", fix="embed again"
+        )
+    return items, vectors, _meta_from_json(data, str(side))
+
+
+def _write_parquet(target: Path, items: Sequence[str], vectors: FloatArray, meta: EmbeddingsMeta) -> None:
+    pa, pq = _pyarrow()
+    try:
+        texts = pa.array(items, pa.string())
+    except (UnicodeEncodeError, pa.ArrowException) as error:
+        raise InputError(
+            "a path is not Unicode, which Parquet cannot hold", where=str(target), got=str(error), fix="write .npy"
+        ) from error
+    rows = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+    table = pa.table({"item": texts, "embedding": rows})
+    metadata = {_METADATA_KEY: json.dumps({"schema_version": SCHEMA_VERSION, **asdict(meta)})}
+    temporary = target.with_name(target.name + ".tmp")
+    pq.write_table(table.replace_schema_metadata(metadata), temporary)
+    os.replace(temporary, target)
+
+
+def _read_parquet(source: Path) -> tuple[list[str], FloatArray, EmbeddingsMeta]:
+    pa, pq = _pyarrow()
+    try:
+        table = pq.read_table(source)
+        items = table.column("item").to_pylist()
+        column = table.column("embedding").combine_chunks()
+        vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
+        data = json.loads(table.schema.metadata[_METADATA_KEY])
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            "the embeddings cannot be read",
+            where=str(source),
+            expected="a Parquet file of `vlm-export embed`",
+            got=f"{type(error).__name__}: {error}",
+        ) from error
+    return items, vectors, _meta_from_json(data, str(source))
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise EnvironmentFailure(
+            "Parquet needs pyarrow", got=str(error), fix="pip install 'vlm-export[parquet]', or use .npy"
+        ) from error
+    return pyarrow, pyarrow.parquet
+
+
+def _meta_from_json(data: Mapping[str, Any], where: str) -> EmbeddingsMeta:
+    fields = {name: data.get(name) for name in ("kind", "model", "identity", "precision")}
+    known_schema = data.get("schema_version") == SCHEMA_VERSION
+    if not known_schema or fields["kind"] not in get_args(ItemKind) or not all(map(_is_text, fields.values())):
+        raise InputError(
+            "the embeddings do not say what model made them",
+            where=where,
+            expected=f"schema_version {SCHEMA_VERSION} with kind, model, identity and precision",
+            got=repr({"schema_version": data.get("schema_version"), **fields}),
+            fix="embed again with this version",
+        )
+    return EmbeddingsMeta(
+        cast(ItemKind, fields["kind"]), str(fields["model"]), str(fields["identity"]), str(fields["precision"])
+    )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _sha256(vectors: npt.NDArray[Any]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(vectors).data).hexdigest()

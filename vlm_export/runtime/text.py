@@ -1,0 +1,235 @@
+"""Texts to `input_ids`: cleaning, the Rust tokenizer, truncation and padding to the batch's longest row.
+
+`TextSpec.cleaning` "openai" reproduces `tokenize` and `SimpleTokenizer` of openai/CLIP (d05afc4): ftfy repairs the
+text (control characters vanish, lone surrogates become U+FFFD), HTML entities are unescaped twice, white space
+collapses, letters become lower case. "none" leaves all of it to `tokenizer.json`.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from vlm_export.errors import InputError, UsageError
+from vlm_export.specs import TextSpec
+
+Ids: TypeAlias = npt.NDArray[np.int64]
+
+MAX_CHARACTERS = 10_000
+"""Longest text that is tokenized: far above any context, and the cost of one text stays in milliseconds."""
+
+_PREVIEW_CHARACTERS = 60
+
+
+class Tokenizer:
+    """`tokenizer.json` and a TextSpec; `encode` gives what the text part takes.
+
+    Raises:
+        InputError: the file is no tokenizer, or does not fit the spec (ids beyond the vocabulary, another end token).
+    """
+
+    def __init__(self, tokenizer_json: str | Path, spec: TextSpec, *, max_characters: int = MAX_CHARACTERS) -> None:
+        self.spec = spec
+        self.max_characters = max_characters
+        self._rust = tokenizer_from_json(_read(Path(tokenizer_json)), spec, str(tokenizer_json))
+        self._start_ids: list[int] = self._rust.encode("").ids[:-1]
+        self._specials = _special_ids(self._rust)
+        if spec.cleaning == "openai":
+            # `clean_text` has normalised; composing characters again (NFC) would depart from the original.
+            self._rust.normalizer = None
+            # `_split_at_specials` decides where a special token counts; elsewhere its letters are plain text.
+            self._rust.encode_special_tokens = True
+
+    def encode(self, texts: Sequence[str], *, truncate: bool = False, pad_to: int | None = None) -> Ids:
+        """Token ids of a batch.
+
+        Args:
+            texts: any Unicode; an empty text is the start and end tokens.
+            truncate: cut texts that are too long, with end-of-text as the last token; of a text above
+                `max_characters` only its beginning is read. Otherwise both are errors.
+            pad_to: width to fill at least, up to the context length; None for the batch's longest row.
+
+        Returns:
+            int64 (B, T), rows filled with `pad_token_id` after end-of-text.
+
+        Raises:
+            InputError: a text is too long, or is no Unicode.
+            UsageError: `texts` is a single string, or `pad_to` exceeds the context length.
+        """
+        rows = self.encode_rows(texts, truncate=truncate)
+        return self.pad(rows, pad_to=pad_to)
+
+    def encode_rows(self, texts: Sequence[str], *, truncate: bool = False) -> list[list[int]]:
+        """Token ids of each text, unpadded; arguments and errors as in `encode`."""
+        if isinstance(texts, str):
+            raise UsageError("texts is a single string", expected="a list of strings", fix="pass [text]")
+        bounded = [self._bounded(i, text, truncate) for i, text in enumerate(texts)]
+        rows = self._tokenize_openai(bounded) if self.spec.cleaning == "openai" else self._tokenize_plain(bounded)
+        return [self._fitted(i, texts[i], row, truncate) for i, row in enumerate(rows)]
+
+    def pad(self, rows: Sequence[Sequence[int]], *, pad_to: int | None = None) -> Ids:
+        """int64 (B, T) from unpadded rows."""
+        if pad_to is not None and not 1 <= pad_to <= self.spec.context_length:
+            raise UsageError(
+                "pad_to is out of range", expected=f"1 to {self.spec.context_length} tokens", got=str(pad_to)
+            )
+        width = max([pad_to or 1, *map(len, rows)])
+        ids = np.full((len(rows), width), self.spec.pad_token_id, dtype=np.int64)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = row
+        return ids
+
+    def _bounded(self, index: int, text: str, truncate: bool) -> str:
+        if not isinstance(text, str):
+            raise InputError("a text is not a string", where=f"text {index}", got=type(text).__name__)
+        if len(text) <= self.max_characters:
+            return text
+        if truncate:
+            return text[: self.max_characters]
+        raise InputError(
+            "a text has too many characters to tokenize",
+            where=_place(index, text),
+            expected=f"at most {self.max_characters:,} characters",
+            got=f"{len(text):,}",
+            fix="shorten it, or allow truncation",
+        )
+
+    def _fitted(self, index: int, text: str, row: list[int], truncate: bool) -> list[int]:
+        limit = self.spec.context_length
+        if len(row) <= limit:
+            return row
+        if truncate:
+            return [*row[: limit - 1], self.spec.end_token_id]
+        raise InputError(
+            "a text is too long for the model",
+            where=_place(index, text),
+            expected=f"at most {limit} tokens, start and end included",
+            got=f"{len(row)} tokens",
+            fix="shorten it, or allow truncation",
+        )
+
+    def _tokenize_plain(self, texts: list[str]) -> list[list[int]]:
+        for i, text in enumerate(texts):
+            if not _is_unicode(text):
+                raise InputError(
+                    "a text holds half a surrogate pair",
+                    where=_place(i, text),
+                    expected="Unicode text",
+                    fix="read the file as UTF-8 with errors='replace'",
+                )
+        return [encoding.ids for encoding in self._rust.encode_batch(texts)]
+
+    def _tokenize_openai(self, texts: list[str]) -> list[list[int]]:
+        pieces = [_split_at_specials(clean_text(text), self._specials) for text in texts]
+        plain = [piece for row in pieces for piece in row if isinstance(piece, str)]
+        encoded = iter(self._rust.encode_batch(plain, add_special_tokens=False))
+        rows = []
+        for row in pieces:
+            ids = [[piece] if isinstance(piece, int) else next(encoded).ids for piece in row]
+            rows.append([*self._start_ids, *(i for part in ids for i in part), self.spec.end_token_id])
+        return rows
+
+
+def clean_text(text: str) -> str:
+    """The text as the original's BPE sees it: repaired, unescaped twice, one space between words, lower case."""
+    import ftfy  # A tenth of a second, which image-only work need not spend.
+
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text).strip().lower()
+
+
+def _split_at_specials(text: str, specials: dict[str, int]) -> list[str | int]:
+    """Plain pieces and ids of special tokens, in order.
+
+    The original finds tokens from left to right, so a run of symbols swallows the "<|" of a special token that
+    follows it without a space.
+    """
+    if not specials:
+        return [text]
+    pieces: list[str | int] = []
+    done = 0
+    for match in re.finditer("|".join(map(re.escape, specials)), text):
+        before = text[done : match.start()]
+        if before and _is_symbol(before[-1]):
+            continue
+        pieces += [before, specials[match[0]]]
+        done = match.end()
+    return [*pieces, text[done:]]
+
+
+def _is_symbol(character: str) -> bool:
+    # U+0345 counts as nothing at all: see WORD_PATTERN in vlm_export.export.clip_bpe.
+    return not character.isspace() and character != "\u0345" and unicodedata.category(character)[0] not in "LN"
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _place(index: int, text: str) -> str:
+    shown = text if len(text) <= _PREVIEW_CHARACTERS else text[:_PREVIEW_CHARACTERS] + "…"
+    return f"text {index}: {shown!r}"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError("the tokenizer cannot be read", where=str(path), got=str(error)) from error
+
+
+def tokenizer_from_json(text: str, spec: TextSpec, where: str) -> Any:
+    """The `tokenizers.Tokenizer` in the content of a tokenizer.json, without truncation and padding of its own.
+
+    Raises:
+        InputError: malformed, or its ids or its end token do not fit `spec`.
+    """
+    from tokenizers import Tokenizer as RustTokenizer
+
+    try:
+        rust = RustTokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises bare Exception for malformed JSON.
+        raise InputError(
+            "the tokenizer cannot be loaded", where=where, expected="a tokenizer.json", got=str(error)
+        ) from error
+    rust.no_truncation()
+    rust.no_padding()
+    _check_fit(rust, spec, where)
+    return rust
+
+
+def _check_fit(rust: Any, spec: TextSpec, where: str) -> None:
+    highest = max(rust.get_vocab(with_added_tokens=True).values(), default=-1)
+    if not 0 <= highest < spec.vocab_size:
+        raise InputError(
+            "the tokenizer's ids do not fit the model's vocabulary",
+            where=where,
+            expected=f"ids below {spec.vocab_size}",
+            got=f"ids up to {highest}",
+            fix="use the tokenizer that the checkpoint was trained with",
+        )
+    empty: list[int] = rust.encode("").ids
+    if not empty or empty[-1] != spec.end_token_id:
+        raise InputError(
+            "the tokenizer does not end texts as the model expects",
+            where=where,
+            expected=f"end-of-text id {spec.end_token_id} as the last token",
+            got=f"an empty text gives {empty}",
+            fix="use the tokenizer that the checkpoint was trained with",
+        )
+
+
+def _special_ids(rust: Any) -> dict[str, int]:
+    added: Iterable[tuple[int, Any]] = rust.get_added_tokens_decoder().items()
+    return {token.content: token_id for token_id, token in added if token.special}

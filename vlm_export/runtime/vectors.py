@@ -1,0 +1,57 @@
+"""Batches of inputs to rows of embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vlm_export.errors import InputError, UsageError
+from vlm_export.runtime.engine import Engine
+from vlm_export.runtime.image import FloatArray
+
+
+def batches(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """`items` in runs of at most `size`; UsageError when it is below 1."""
+    if size < 1:
+        raise UsageError("batch_size must be at least 1", got=str(size))
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def run_encoder(engine: Engine, batch: npt.NDArray[Any]) -> FloatArray:
+    """The first output of a graph with one input, as float32 (B, D).
+
+    A floating-point batch is cast to the input's own precision, for graphs whose inputs are float16.
+
+    Raises:
+        InputError: the graph returns another shape, or values that are not finite.
+    """
+    port = engine.inputs[0]
+    feed = batch.astype(port.dtype, copy=False) if batch.dtype.kind == "f" else batch
+    rows: FloatArray = engine.run({port.name: feed})[engine.outputs[0].name].astype(np.float32, copy=False)
+    if rows.ndim != 2 or len(rows) != len(batch):
+        raise InputError("a graph returned no row per input", expected=f"({len(batch)}, D)", got=str(rows.shape))
+    if not np.isfinite(rows).all():
+        raise InputError(
+            "a graph returned values that are not finite",
+            expected="finite embeddings",
+            got=f"{int((~np.isfinite(rows)).any(axis=1).sum())} of {len(rows)} rows with NaN or infinity",
+            fix="use the fp32 variant, or verify the bundle on this machine",
+        )
+    return rows
+
+
+def unit_rows(rows: FloatArray) -> FloatArray:
+    """Rows divided by their lengths, which are summed in float64; a row of zeros stays zero."""
+    lengths = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
+    unit: FloatArray = (rows / np.where(lengths > 0, lengths, 1.0)).astype(np.float32)
+    return unit
+
+
+def softmax_rows(logits: npt.NDArray[Any]) -> FloatArray:
+    """Softmax along the second axis, computed in float64."""
+    weights = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    probabilities: FloatArray = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    return probabilities

@@ -1,0 +1,82 @@
+"""The points at which an exported part is compared: axis sizes and seeds, never the tracing example alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+
+from vlm_export.signature import Axis, Signature
+
+BATCH_AXIS = "batch"
+BATCHES = (1, 2, 3, 5)
+SEEDS = (0, 1, 2)
+# Stands for the upper end of an axis that has none: odd, and past the sizes that kernels special-case.
+_UNBOUNDED_SPAN = 65
+
+
+@dataclass(frozen=True)
+class GridPoint:
+    """The size of every axis, and the seed of the example inputs."""
+
+    sizes: Mapping[str, int]
+    seed: int
+
+    @property
+    def rows(self) -> int:
+        """What the point costs: its batch size."""
+        return self.sizes.get(BATCH_AXIS, 1)
+
+
+def grid_for(
+    signature: Signature, *, seeds: Sequence[int] = SEEDS, thorough: bool = False, budget_rows: int | None = None
+) -> tuple[GridPoint, ...]:
+    """The points for a signature; the same arguments give the same points.
+
+    Every size of every axis appears at least once, and both ends of each pair of axes in all four combinations. The
+    seeds alternate, and each appears; `thorough` takes every point with every seed.
+
+    Args:
+        budget_rows: bound of the total of batch rows, for large models: first the combinations of ends are left out,
+            then the large batches. Batches 1 and 2 and all sizes of the other axes stay, whatever they cost.
+    """
+    points: tuple[GridPoint, ...] = ()
+    for batches, pairs in ((BATCHES, True), (BATCHES, False), (BATCHES[:3], False), (BATCHES[:2], False)):
+        points = _seeded(_combined(signature, batches, pairs), seeds, thorough)
+        if budget_rows is None or sum(point.rows for point in points) <= budget_rows:
+            break
+    return points
+
+
+def axis_sizes(axis: Axis, batches: Sequence[int] = BATCHES) -> tuple[int, ...]:
+    """The sizes at which an axis is tried: `batches` in its range, or its ends and odd sizes between."""
+    low = axis.minimum
+    high = axis.maximum if axis.maximum is not None else low + _UNBOUNDED_SPAN
+    if axis.name == BATCH_AXIS:
+        within = tuple(size for size in batches if low <= size <= high)
+        return within or tuple(sorted({low, high}))
+    inner = (low + 2, low + (high - low) // 2)
+    odd = {size if size % 2 else size + 1 for size in inner}
+    return tuple(sorted({low, high} | {size for size in odd if low < size < high}))
+
+
+def _combined(signature: Signature, batches: Sequence[int], pairs: bool) -> list[dict[str, int]]:
+    sizes = {axis.name: axis_sizes(axis, batches) for axis in signature.axes}
+    count = max((len(values) for values in sizes.values()), default=1)
+    found: list[dict[str, int]] = []
+    for i in range(count):
+        # The modulus walks short axes repeatedly along the longest one, the offset keeps equal ones out of step.
+        found.append({name: values[(i + shift) % len(values)] for shift, (name, values) in enumerate(sizes.items())})
+    for left, right in combinations(sizes, 2) if pairs else ():
+        middle = {name: values[len(values) // 2] for name, values in sizes.items()}
+        for ends in product((sizes[left][0], sizes[left][-1]), (sizes[right][0], sizes[right][-1])):
+            found.append({**middle, left: ends[0], right: ends[1]})
+    return [point for i, point in enumerate(found) if point not in found[:i]]
+
+
+def _seeded(combinations_: list[dict[str, int]], seeds: Sequence[int], thorough: bool) -> tuple[GridPoint, ...]:
+    if thorough:
+        return tuple(GridPoint(sizes, seed) for sizes in combinations_ for seed in seeds)
+    # Fewer points than seeds: the points come again, so that each seed appears.
+    count = max(len(combinations_), len(seeds))
+    return tuple(GridPoint(combinations_[i % len(combinations_)], seeds[i % len(seeds)]) for i in range(count))

@@ -1,0 +1,77 @@
+"""Proves a bundle again on this machine, with this engine, from its golden records: without torch and onnx."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from vlm_export.bundle.manifest import PartRecord, VariantRecord
+from vlm_export.bundle.opened import OpenBundle
+from vlm_export.errors import InputError, suggestion
+from vlm_export.verify.gates import GATES, Gate
+from vlm_export.verify.golden import iterate_golden
+from vlm_export.verify.points import EngineRun, judge_point
+from vlm_export.verify.report import PartReport
+from vlm_export.verify.verifier import Progress
+
+EngineFactory = Callable[[str, str], EngineRun]
+"""Part name and precision → what executes that graph."""
+
+
+def verify_bundle(
+    bundle: OpenBundle,
+    *,
+    engine_factory: EngineFactory,
+    gates: Mapping[str, Gate] = GATES,
+    engine_name: str = "engine",
+    progress: Progress | None = None,
+) -> list[PartReport]:
+    """Runs every variant of every part on the golden records; one report for each variant.
+
+    Args:
+        progress: called after each variant.
+
+    Raises:
+        InputError: a part has no golden records, or a variant a precision without a gate.
+    """
+    todo = [(part, variant) for part in bundle.manifest.parts for variant in part.variants]
+    reports = []
+    for part, variant in todo:
+        gate = _gate(gates, part, variant)
+        engine = engine_factory(part.name, variant.precision)
+        reports.append(_verify_variant(bundle, part, variant, engine, gate, engine_name))
+        if progress is not None:
+            progress(len(reports), len(todo))
+    return reports
+
+
+def _verify_variant(
+    bundle: OpenBundle, part: PartRecord, variant: VariantRecord, engine: EngineRun, gate: Gate, engine_name: str
+) -> PartReport:
+    points = []
+    for record in iterate_golden(bundle, part.name):
+        expected, got = (lambda record=record: record.outputs), (lambda record=record: engine(record.inputs))
+        points.append(judge_point("golden", part.signature, record.inputs, expected, got, gate))
+    if not points:
+        raise InputError(
+            f"the bundle holds no golden records of part {part.name!r}, so nothing can be proved on this machine",
+            where=f"golden/{part.name}",
+            expected="ONNX standard test data: test_data_set_0/input_0.pb and so on",
+            fix="verify it against its checkpoint (--source), or export the model again",
+        )
+    return PartReport(part.name, variant.precision, gate, tuple(points), _reference_name(variant), engine_name)
+
+
+def _reference_name(variant: VariantRecord) -> str:
+    """Who computed the golden outputs, as the manifest says."""
+    stated = (variant.verification or {}).get("reference")
+    return f"recorded outputs of: {stated}" if isinstance(stated, str) else "recorded outputs"
+
+
+def _gate(gates: Mapping[str, Gate], part: PartRecord, variant: VariantRecord) -> Gate:
+    if variant.precision not in gates:
+        raise InputError(
+            f"there is no verification gate for precision {variant.precision!r}",
+            where=f"part {part.name}",
+            fix=suggestion(variant.precision, gates),
+        )
+    return gates[variant.precision]

@@ -1,0 +1,90 @@
+"""The result of verifying one variant of a part: for the screen, for the manifest, and as an error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vlm_export.errors import VerificationError
+from vlm_export.verify.gates import Gate
+from vlm_export.verify.metrics import Comparison, worst_of
+from vlm_export.verify.points import Failure, PointResult
+
+_MAX_LISTED_FAILURES = 20
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """All points of one variant.
+
+    Attributes:
+        part, variant: e.g. "vision", "fp32".
+        gate: the limits that applied.
+        points: in the order in which they ran.
+        reference: who computed what was expected.
+        engine: name and version of what computed what was got.
+    """
+
+    part: str
+    variant: str
+    gate: Gate
+    points: tuple[PointResult, ...]
+    reference: str
+    engine: str
+
+    @property
+    def passed(self) -> bool:
+        """Something was compared and nothing failed."""
+        return any(point.comparisons for point in self.points) and not self.failures
+
+    @property
+    def failures(self) -> tuple[tuple[PointResult, Failure], ...]:
+        """Every failure with its point, in order."""
+        return tuple((point, failure) for point in self.points for failure in point.failures)
+
+    @property
+    def worst(self) -> dict[str, Comparison]:
+        """Output name → each number's worst value over all points."""
+        names = dict.fromkeys(name for point in self.points for name in point.comparisons)
+        return {name: worst_of(p.comparisons[name] for p in self.points if name in p.comparisons) for name in names}
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as strict JSON data, for the manifest and `--json`."""
+        kinds = [point.kind for point in self.points]
+        axes = dict.fromkeys(axis for point in self.points for axis in point.sizes)
+        return {
+            "part": self.part,
+            "variant": self.variant,
+            "passed": self.passed,
+            "gate": self.gate.to_json(),
+            "reference": self.reference,
+            "engine": self.engine,
+            "points": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
+            "seeds": sorted({point.seed for point in self.points if point.seed is not None}),
+            "axes": {axis: sorted({p.sizes[axis] for p in self.points if axis in p.sizes}) for axis in axes},
+            "worst": {name: comparison.to_json() for name, comparison in self.worst.items()},
+            "failures": [f"{point}: {failure}" for point, failure in self.failures[:_MAX_LISTED_FAILURES]],
+            "failure_count": len(self.failures),
+        }
+
+    def raise_if_failed(self) -> None:
+        """VerificationError with the first failing output, its sizes, and expected against got numbers."""
+        if self.passed:
+            return
+        title = f"part {self.part!r} at {self.variant} does not compute what the reference computes"
+        if not self.failures:
+            raise VerificationError(
+                f"part {self.part!r} at {self.variant} was compared at no point",
+                expected="at least one point with outputs to compare",
+                got=f"{len(self.points)} points",
+            )
+        point, first = self.failures[0]
+        same = [failure.text for failure in point.failures if failure.output == first.output]
+        failed = sum(1 for result in self.points if result.failures)
+        raise VerificationError(
+            f"{title}: {failed} of {len(self.points)} points failed",
+            where=f"output {first.output}, at {point}" if first.output else f"at {point}",
+            expected=f"equal to the {self.reference} within the {self.gate.name} gate",
+            got="; ".join(same),
+            fix="this graph must not be used; export again with the other back end (--exporter) or another --opset",
+        )

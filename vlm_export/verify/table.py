@@ -1,0 +1,44 @@
+"""Verification reports as a plain-text table for the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vlm_export.verify.metrics import Comparison
+from vlm_export.verify.report import PartReport
+
+_HEADER = ("part", "variant", "output", "points", "max-abs", "p99-abs", "cosine", "norm ratio", "verdict")
+_RIGHT_ALIGNED = frozenset({"points", "max-abs", "p99-abs", "cosine", "norm ratio"})
+
+
+def format_table(reports: Iterable[PartReport]) -> str:
+    """One line for each output: the worst numbers over all points, and how many points it failed at."""
+    rows = [_HEADER, *(row for report in reports for row in _rows(report))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
+    return "\n".join(_line(row, widths) for row in [rows[0], tuple("-" * width for width in widths), *rows[1:]])
+
+
+def _line(row: tuple[str, ...], widths: list[int]) -> str:
+    cells = [
+        text.rjust(width) if name in _RIGHT_ALIGNED else text.ljust(width)
+        for text, width, name in zip(row, widths, _HEADER, strict=True)
+    ]
+    return "  ".join(cells).rstrip()
+
+
+def _rows(report: PartReport) -> list[tuple[str, ...]]:
+    points, worst = str(len(report.points)), report.worst
+    # An output that was never compared appears by its failures; a failure without a name counts for every output.
+    names = dict.fromkeys([*worst, *(failure.output for _, failure in report.failures if failure.output)])
+    rows = []
+    for name in names or ("",):
+        failed = {id(point) for point, failure in report.failures if failure.output in (name, "")}
+        verdict = f"FAIL at {len(failed)}" if failed else ("pass" if name in worst else "FAIL: no points")
+        numbers = _numbers(worst[name]) if name in worst else ("-",) * 4
+        rows.append((report.part, report.variant, name or "-", points, *numbers, verdict))
+    return rows
+
+
+def _numbers(worst: Comparison) -> tuple[str, ...]:
+    ratio = f"{worst.norm_ratio_min:.4f}-{worst.norm_ratio_max:.4f}"
+    return (f"{worst.max_abs:.1e}", f"{worst.p99_abs:.1e}", f"{worst.cosine:.6f}", ratio)

@@ -1,0 +1,145 @@
+"""Runs a part's Reference and an engine on the same inputs, over the grid and the samples, and judges every output.
+
+The Reference is the only place where torch runs, and it is the caller's: it must be called outside every Lowering.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vlm_export.signature import Signature
+from vlm_export.verify.gates import Gate
+from vlm_export.verify.grid import BATCH_AXIS, GridPoint
+from vlm_export.verify.metrics import Array
+from vlm_export.verify.points import Arrays, EngineRun, PointResult, judge_point
+from vlm_export.verify.report import PartReport
+
+if TYPE_CHECKING:
+    from vlm_export.family import Part, Reference
+    from vlm_export.verify.samples import Sample
+
+SEQUENCE_AXIS = "sequence"
+_UNBOUNDED_PADDING = 9
+
+Progress = Callable[[int, int], None]
+"""Called after each point with the number of points done and of all points."""
+
+
+def verify_part(
+    part: Part,
+    reference: Reference,
+    engine: EngineRun,
+    gate: Gate,
+    grid: Sequence[GridPoint],
+    samples: Sequence[Sample] = (),
+    *,
+    variant: str = "",
+    reference_name: str = "reference",
+    engine_name: str = "engine",
+    pad_token_id: int | None = None,
+    progress: Progress | None = None,
+) -> PartReport:
+    """Compares the engine with the Reference at every grid point and sample, and the engine with itself.
+
+    Args:
+        samples: pictures or sentences, from `sample_inputs`.
+        variant: name in the report; the gate's by default.
+        pad_token_id: states that tokens after end-of-text cannot change the outputs, and which token fills; then
+            padded token ids must give what unpadded ones give.
+    """
+    checks = list(_checks(_Candidate(part, reference, engine, gate), grid, samples, pad_token_id))
+    points: list[PointResult] = []
+    for check in checks:
+        points.append(check())
+        if progress is not None:
+            progress(len(points), len(checks))
+    return PartReport(part.name, variant or gate.name, gate, tuple(points), reference_name, engine_name)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    part: Part
+    reference: Reference
+    engine: EngineRun
+    gate: Gate
+
+    @property
+    def signature(self) -> Signature:
+        return self.part.signature
+
+    def at_grid_point(self, point: GridPoint) -> PointResult:
+        inputs = self.part.examples(point.sizes, point.seed)
+        expected, got = (lambda: self.reference(inputs)), (lambda: self.engine(inputs))
+        return judge_point("grid", self.signature, inputs, expected, got, self.gate, seed=point.seed)
+
+    def at_sample(self, sample: Sample) -> PointResult:
+        expected, got = (lambda: self.reference(sample.reference_inputs)), (lambda: self.engine(sample.inputs))
+        return judge_point("sample", self.signature, sample.inputs, expected, got, self.gate)
+
+    def rows_alone(self, point: GridPoint) -> PointResult:
+        """Each row of a batch run alone against the batch."""
+        inputs = self.part.examples(point.sizes, point.seed)
+        got, expected = (lambda: self.engine(inputs)), (lambda: _joined_rows(self.engine, self.signature, inputs))
+        return judge_point("rows_alone", self.signature, inputs, expected, got, self.gate, seed=point.seed)
+
+    def padding(self, point: GridPoint, pad_token_id: int) -> PointResult:
+        """Token ids padded to the longest sequence against the same ids unpadded."""
+        inputs = self.part.examples(point.sizes, point.seed)
+        padded = _padded(self.signature, inputs, pad_token_id)
+        expected, got = (lambda: self.engine(inputs)), (lambda: self.engine(padded))
+        return judge_point("padding", self.signature, inputs, expected, got, self.gate, seed=point.seed)
+
+
+def _checks(
+    candidate: _Candidate, grid: Sequence[GridPoint], samples: Sequence[Sample], pad_token_id: int | None
+) -> Iterator[Callable[[], PointResult]]:
+    for point in grid:
+        yield partial(candidate.at_grid_point, point)
+    for sample in samples:
+        yield partial(candidate.at_sample, sample)
+    batched = [point for point in grid if point.rows > 1]
+    if batched and _all_have_axis(candidate.signature, BATCH_AXIS):
+        smallest = min(batched, key=lambda point: point.rows)
+        yield partial(candidate.rows_alone, smallest)
+    if pad_token_id is not None and _paddable(candidate.signature):
+        limit = candidate.signature.axis(SEQUENCE_AXIS).maximum
+        below = [point for point in grid if limit is None or point.sizes[SEQUENCE_AXIS] < limit]
+        if below:
+            longest = max(below, key=lambda point: point.sizes[SEQUENCE_AXIS])
+            yield partial(candidate.padding, longest, pad_token_id)
+
+
+def _all_have_axis(signature: Signature, axis: str) -> bool:
+    return all(axis in tensor.shape for tensor in (*signature.inputs, *signature.outputs))
+
+
+def _paddable(signature: Signature) -> bool:
+    """Token ids in, one row of numbers per text out."""
+    ids_only = signature.input_names == ("input_ids",) and SEQUENCE_AXIS in signature.inputs[0].shape
+    return ids_only and not any(SEQUENCE_AXIS in tensor.shape for tensor in signature.outputs)
+
+
+def _padded(signature: Signature, inputs: Arrays, pad_token_id: int) -> dict[str, Array]:
+    spec = signature.inputs[0]
+    ids = inputs[spec.name]
+    position = spec.shape.index(SEQUENCE_AXIS)
+    limit = signature.axis(SEQUENCE_AXIS).maximum
+    missing = _UNBOUNDED_PADDING if limit is None else limit - ids.shape[position]
+    widths = [(0, missing if axis == position else 0) for axis in range(ids.ndim)]
+    return {spec.name: np.pad(ids, widths, constant_values=pad_token_id)}
+
+
+def _joined_rows(engine: EngineRun, signature: Signature, inputs: Arrays) -> dict[str, Array]:
+    """Outputs of every row run alone, joined to a batch."""
+    positions = {t.name: t.shape.index(BATCH_AXIS) for t in (*signature.inputs, *signature.outputs)}
+    first = signature.inputs[0].name
+    alone: list[Mapping[str, Array]] = []
+    for row in range(inputs[first].shape[positions[first]]):
+        one = {name: np.take(array, [row], axis=positions[name]) for name, array in inputs.items()}
+        alone.append(engine(one))
+    return {name: np.concatenate([row[name] for row in alone], axis=positions[name]) for name in signature.output_names}
