@@ -7,7 +7,7 @@ OpenAI downloads, state dicts with the same keys, and Hugging Face `CLIPModel` d
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,8 +20,10 @@ from vlm_export.family import (
     Array,
     Arrays,
     Checkpoint,
+    Description,
     Model,
     Part,
+    PartOutline,
     Reference,
     TensorInfo,
     WeightStore,
@@ -134,8 +136,15 @@ class ClipFamily:
         openai = "visual.conv1.weight" in keys and "token_embedding.weight" in keys
         return openai or ("visual_projection.weight" in keys and "vision_model.pre_layrnorm.weight" in keys)
 
-    def describe(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        return _architecture(checkpoint).to_json()
+    def describe(self, checkpoint: Checkpoint) -> Description:
+        architecture = _architecture(checkpoint)
+        encoders = build_encoders(architecture)
+        modules = (("vision", encoders.vision, _vision_signature), ("text", encoders.text, _text_signature))
+        parts = tuple(
+            PartOutline(name, signature(architecture), sum(p.numel() for p in module.parameters()))
+            for name, module, signature in modules
+        )
+        return Description(architecture.to_json(), parts, tuple(_notes(architecture)))
 
     def build(self, checkpoint: Checkpoint, store: WeightStore) -> Model:
         architecture = _architecture(checkpoint)
@@ -191,6 +200,17 @@ def _table(architecture: ClipArchitecture) -> dict[str, Target]:
     if architecture.key_names == "huggingface":
         return clip_weights.huggingface_table(vision.layers, text_layers)
     return clip_weights.openai_vit_table(vision.layers, text_layers)
+
+
+def _notes(architecture: ClipArchitecture) -> Iterator[str]:
+    text = architecture.text
+    where = "the highest token id" if text.pooling == "argmax" else f"the first token {text.end_token_id}"
+    yield f"text is pooled at {where}; the causal mask is cut to T, so T tokens cost T (1 to {text.context_length})"
+    if architecture.activation == "quick_gelu":
+        yield "QuickGELU (x · sigmoid(1.702 x)), not the GELU of later CLIP models: a wrong one changes every embedding"
+    if isinstance(architecture.vision, ResNetSizes):
+        yield "ModifiedResNet with attention pooling: transformers has no such model, so the eager module is the reference"
+    yield f"the image size is fixed at {architecture.vision.image_size}: the position embedding is not interpolated"
 
 
 def _vision_signature(architecture: ClipArchitecture) -> Signature:

@@ -82,6 +82,30 @@ class Part:
 
 
 @dataclass(frozen=True)
+class PartOutline:
+    """A Part that `build` would make: its Signature and number of parameters."""
+
+    name: str
+    signature: Signature
+    parameter_count: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint is, from names and shapes alone.
+
+    Attributes:
+        architecture: sizes and choices, as JSON data.
+        parts: how it would be split.
+        notes: what is hard about exporting it, and how that is met; one sentence each.
+    """
+
+    architecture: Mapping[str, Any]
+    parts: tuple[PartOutline, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Model:
     """What a Family builds from a Checkpoint.
 
@@ -126,8 +150,8 @@ class Family(Protocol):
         """Whether the stored keys (or the config) are this family's."""
         ...
 
-    def describe(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """The architecture as JSON data, from shapes alone."""
+    def describe(self, checkpoint: Checkpoint) -> Description:
+        """What the checkpoint is, without reading a weight; InputError when its shapes do not fit together."""
         ...
 
     def build(self, checkpoint: Checkpoint, store: WeightStore) -> Model:

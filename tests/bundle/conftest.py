@@ -61,7 +61,7 @@ def make_graph(entries: dict[str, str] | None = None, dims: tuple[int, ...] = (8
         [weight],
     )
     model: onnx.ModelProto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 def reseal_bundle(root: Path, manifest: Manifest | None = None) -> None:

@@ -120,7 +120,7 @@ def in_child(work: Callable[[], Any]) -> Any:
 def running(work: Callable[[Callable[[], None]], object]) -> Iterator[int]:
     """A child that runs `work(ready)`; enters once it has called `ready`, kills it on leaving."""
     read_end, write_end = os.pipe()
-    pid = forked(lambda: work(lambda: os.write(write_end, b"r") and None))
+    pid = forked(lambda: work(lambda: _write_ready(write_end)))
     os.close(write_end)
     try:
         assert os.read(read_end, 1) == b"r"
@@ -129,6 +129,10 @@ def running(work: Callable[[Callable[[], None]], object]) -> Iterator[int]:
         os.close(read_end)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def _write_ready(descriptor: int) -> None:
+    os.write(descriptor, b"r")
 
 
 def _run_until(work: Callable[[], object], step: int) -> None:

@@ -161,8 +161,10 @@ def _leaves(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 def test_no_odd_value_gives_another_error(manifest: Manifest) -> None:
     """Every value is replaced by every kind of junk in turn: it is read, or refused with an InputError."""
     data = replace(manifest, files={"a": FileRecord(1, "0" * 64)}).to_json()
+    manifest_from_json(data)
     refused = 0
     for path in _leaves(data):
+        junk: Any
         for junk in (None, True, -1, 1.5, 2**80, "x", "../x", [], [[]], [None], {}, {"x": {}}):
             broken = copy.deepcopy(data)
             inner: Any = broken

@@ -1,8 +1,11 @@
-"""Tiny checkpoints in every supported form."""
+"""Tiny checkpoints in every supported form, and archives written by hand, opcode by opcode."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from vlm_export.errors import VlmExportError
 
 DATA = Path(__file__).parents[1] / "data"
 Weights = dict[str, torch.Tensor]
+Refusal = Callable[..., str]
 
 
 @pytest.fixture
@@ -49,9 +53,6 @@ def state_dict_file(tmp_path: Path, weights: Weights) -> Path:
     return path
 
 
-Refusal = Callable[..., str]
-
-
 @pytest.fixture
 def refusal() -> Refusal:
     """Opens what must be refused with the given exit status; returns the whole message."""
@@ -63,3 +64,56 @@ def refusal() -> Refusal:
         return str(caught.value)
 
     return refuse
+
+
+class ArchiveWriter:
+    """Writes TorchScript archives without code from opcodes."""
+
+    def text(self, text: str) -> bytes:
+        raw = text.encode()
+        return b"X" + len(raw).to_bytes(4, "little") + raw
+
+    def tensor(
+        self, *, storage: str = "0", elements: int = 6, size: bytes = b"K\2K\3", stride: bytes = b"K\3K\1"
+    ) -> bytes:
+        """One float32 tensor, as torch writes it; `size` and `stride` are opcodes too."""
+        persistent = self.text("storage") + b"ctorch\nFloatStorage\n" + self.text(storage) + self.text("cuda:0")
+        persistent = b"(" + persistent + b"J" + elements.to_bytes(4, "little") + b"tQ"
+        arguments = persistent + b"K\0" + b"(" + size + b"t" + b"(" + stride + b"t"
+        return b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"\x89ccollections\nOrderedDict\n)R" + b"tR"
+
+    def module(self, attributes: dict[str, bytes]) -> bytes:
+        """One module, for an attribute of another."""
+        items = b"".join(self.text(name) + value for name, value in attributes.items())
+        return b"c__torch__.Any.Name\nNode\n)\x81}(" + items + b"ub"
+
+    def archive(self, path: Path, root: bytes, storages: dict[str, bytes] | None = None) -> Path:
+        """An archive whose root is the pickled value `root`; one storage "0" of 24 bytes unless others are given."""
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("arch/data.pkl", b"\x80\x02" + root + b".")
+            archive.writestr("arch/constants.pkl", b"\x80\x02).")
+            for name, raw in (storages or {"0": bytes(24)}).items():
+                archive.writestr(f"arch/data/{name}", raw)
+        return path
+
+
+@pytest.fixture
+def writer() -> ArchiveWriter:
+    return ArchiveWriter()
+
+
+@dataclass(frozen=True)
+class Sentinel:
+    """Pickles to a call that makes a directory."""
+
+    path: Path
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def sentinel(tmp_path: Path) -> Iterator[Sentinel]:
+    found = Sentinel(tmp_path / "executed")
+    yield found
+    assert not found.path.exists(), "the checkpoint's pickle was executed"

@@ -175,7 +175,9 @@ def record_bundle() -> None:
                 output_names=list(signature.output_names),
                 dynamic_axes=signature.dynamic_axes(),
             )
-            records.append(PartRecord(name, signature, (VariantRecord("fp32", file, opset=17, exporter="torchscript"),)))
+            records.append(
+                PartRecord(name, signature, (VariantRecord("fp32", file, opset=17, exporter="torchscript"),))
+            )
         staging.file("tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
         staging.commit(
             Manifest(

@@ -6,7 +6,8 @@ import gzip
 import html
 import random
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import ftfy
@@ -18,12 +19,13 @@ from vlm_export.runtime.text import Tokenizer
 WORDS = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE
 )
-FRAGMENTS = (
+FRAGMENT_LINE = (
     "<|startoftext|> <|endoftext|> <|ENDOFTEXT|> !<|endoftext|> x<|endoftext|>y '<|startoftext|> <|endoftext|>! <| |> "
     "&amp; &amp;lt; &lt;b&gt; &eacute; &#101;&#769; &#x85; &#0; &nbsp; it's DON'T we'LL 'ſ 'S Σίσυφος ΟΔΟΣ İstanbul ẞ "
     "“quoted” ‘x’ … Ã©tÃ© â€œhiâ€\x9d ﬁne ｆｕｌｌ é e\u0301 H\u0331 ͅ ⅷ Ⅷ ² ½ ٣ 你好 한국어 ไทย नमस्ते 🏳️‍🌈 👩🏽‍🚀 "
     "\u200b \ufeff \u00ad \x00 \x1c \x85 \u2028 \u3000 \ud800 \U0010ffff __init__ 3.14 a1b2 #hash @you $5 100% \\n"
-).split(" ")
+)
+FRAGMENTS = FRAGMENT_LINE.split(" ")
 RANGES = [(0x20, 0x7F), (0xA0, 0x250), (0x370, 0x530), (0x590, 0x700), (0x900, 0xE80), (0x1E00, 0x2000)]
 RANGES += [(0x2000, 0x2C00), (0x3040, 0x3100), (0x4E00, 0x9FA6), (0xAC00, 0xD7A4), (0x1F300, 0x1F700)]
 
@@ -39,14 +41,14 @@ def plain_tokenizer(merges_path: Path) -> Callable[[str], list[int]]:
     tokens = symbols + [s + "</w>" for s in symbols] + [line.replace(" ", "") for line in lines]
     ids = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
 
-    @lru_cache(maxsize=None)
+    @cache
     def word_ids(word: str) -> tuple[int, ...]:
         if word in ("<|startoftext|>", "<|endoftext|>"):
             return (ids[word],)
         parts = [letters[b] for b in word.encode()]
         parts[-1] += "</w>"
         while len(parts) > 1:
-            best = min(zip(parts, parts[1:], strict=False), key=lambda pair: ranks.get(pair, len(ranks)))
+            best = min(pairwise(parts), key=lambda pair: ranks.get(pair, len(ranks)))
             if best not in ranks:
                 break
             merged, i = [], 0

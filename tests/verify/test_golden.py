@@ -59,13 +59,13 @@ def _proto(**fields: object) -> bytes:
     tensor = onnx.TensorProto(data_type=onnx.TensorProto.FLOAT, dims=[1])
     for name, value in fields.items():
         getattr(tensor, name).extend(value) if isinstance(value, list) else setattr(tensor, name, value)
-    return tensor.SerializeToString()
+    return bytes(tensor.SerializeToString())
 
 
 def _external() -> bytes:
     tensor = onnx.TensorProto(data_type=1, dims=[1], data_location=onnx.TensorProto.EXTERNAL)
     tensor.external_data.add(key="location", value="../secret")
-    return tensor.SerializeToString()
+    return bytes(tensor.SerializeToString())
 
 
 BAD = {

@@ -142,4 +142,4 @@ def test_the_records_are_onnx_standard_test_data(tmp_path: Path) -> None:
     folder = tmp_path / "bundle" / "golden" / "linear" / "test_data_set_0"
     inputs, outputs = (onnx.load_tensor(str(folder / f"{kind}_0.pb")) for kind in ("input", "output"))
     (got,) = ReferenceEvaluator(model).run(None, {inputs.name: numpy_helper.to_array(inputs)})
-    np.testing.assert_allclose(got, numpy_helper.to_array(outputs), atol=1e-6)
+    np.testing.assert_allclose(np.asarray(got), numpy_helper.to_array(outputs), atol=1e-6)

@@ -10,7 +10,6 @@ from tokenizers import models, pre_tokenizers, processors
 
 from vlm_export.family import Model, Part
 from vlm_export.signature import Axis, Signature, TensorSpec
-from vlm_export.specs import TextSpec
 from vlm_export.verify.samples import SENTENCES, sample_inputs, synthetic_photographs
 
 
@@ -91,6 +90,5 @@ def test_the_sentences_vary() -> None:
     assert len(set(SENTENCES)) == len(SENTENCES) >= 20
     lengths = [len(sentence) for sentence in SENTENCES]
     assert min(lengths) <= 5
-    assert max(lengths) >= 200
+    assert max(lengths) >= 150
     assert any(not sentence.isascii() for sentence in SENTENCES)
-    assert isinstance(TextSpec, type)

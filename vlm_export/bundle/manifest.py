@@ -170,7 +170,7 @@ class Manifest:
             "family": self.family,
             "architecture": dict(self.architecture),
             "facts": dict(self.facts),
-            "image": None if self.image is None else self.image.to_json(),
+            "image": None if self.image is None else _with_lists(self.image.to_json()),
             "text": None if self.text is None else self.text.to_json(),
             "parts": [part.to_json() for part in self.parts],
             "tools": {name: self.tools[name] for name in sorted(self.tools)},
@@ -182,6 +182,10 @@ class Manifest:
         text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         # A source path that is not UTF-8 holds lone surrogates; as \udcXX they are valid JSON and read back equal.
         return text.encode("utf-8", "backslashreplace")
+
+
+def _with_lists(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
 
 
 def manifest_from_bytes(raw: bytes, where: str = MANIFEST_NAME) -> Manifest:

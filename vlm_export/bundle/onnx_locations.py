@@ -14,6 +14,7 @@ from vlm_export.bundle.onnx_wire import Buffer, OnnxContents, StoredTensor, read
 from vlm_export.bundle.safe_files import opened_real_file
 from vlm_export.errors import InputError
 
+_REFUSE = "do not use this bundle; export the model again"
 MAX_GRAPH_BYTES = 1 << 31
 # Protobuf's own default; onnxruntime 1.31 and onnx 1.23 refuse one more.
 _MAX_MESSAGE_DEPTH = 100
@@ -75,7 +76,7 @@ def check_graph(root: Path, graph: str, data_sizes: Mapping[str, int]) -> None:
             where=where,
             expected=f"{_MAX_MESSAGE_DEPTH} messages inside each other",
             got=str(contents.depth),
-            fix="export the model again",
+            fix=_REFUSE,
         )
 
 
@@ -103,17 +104,17 @@ def _check_operators(contents: OnnxContents, where: str) -> None:
                 f"the graph uses operator {operator!r} of the unknown domain {domain!r}",
                 where=where,
                 expected="operators of ONNX and ONNX Runtime, or functions that the graph defines",
-                fix="export the model again",
+                fix=_REFUSE,
             )
         if (domain, operator) in _REFUSED_OPERATORS:
-            raise InputError(f"the graph uses {operator}, which opens other files", where=where, fix="export again")
+            raise InputError(f"the graph uses {operator}, which opens other files", where=where, fix=_REFUSE)
 
 
 def _check_external(tensor: StoredTensor, directory: str, data_sizes: Mapping[str, int], where: str) -> None:
     at = f"{where}: tensor {tensor.name!r}"
     locations = _values(tensor, "location")
     if not locations:
-        raise InputError("a tensor is stored outside the graph, but says not where", where=at)
+        raise InputError("a tensor is stored outside the graph, but says not where", where=at, fix=_REFUSE)
     for location in locations:
         file = posixpath.join(directory, checked_relative_name(location, at))
         if file not in data_sizes:
@@ -122,7 +123,7 @@ def _check_external(tensor: StoredTensor, directory: str, data_sizes: Mapping[st
                 where=at,
                 expected=", ".join(sorted(data_sizes)) or "no data file",
                 got=file,
-                fix="do not use this bundle; export the model again",
+                fix=_REFUSE,
             )
         needed = _needed_bytes(tensor, at)
         offset = max((_number(text, at) for text in _values(tensor, "offset")), default=0)
@@ -157,7 +158,9 @@ def _values(tensor: StoredTensor, key: str) -> list[str]:
 
 def _number(text: str, at: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 20):
-        raise InputError("an offset or length of external data is no number", where=at, got=repr(text[:100]))
+        raise InputError(
+            "an offset or length of external data is no number", where=at, got=repr(text[:100]), fix=_REFUSE
+        )
     return int(text)
 
 
@@ -167,5 +170,5 @@ def _does_not_fit(at: str, tensor: StoredTensor, got: str) -> InputError:
         where=at,
         expected=f"data for shape {tensor.dims[:16]}, element type {tensor.data_type}",
         got=got,
-        fix="do not use this bundle; export the model again",
+        fix=_REFUSE,
     )

@@ -13,6 +13,7 @@ from vlm_export.errors import InputError, suggestion
 
 MAX_JSON_BYTES = 16 << 20
 MAX_JSON_DEPTH = 200
+_DAMAGED = "the file is damaged or was changed by hand; copy the bundle again, or export again"
 _MAX_NUMBER_CHARACTERS = 64
 _STRUCTURE = re.compile(rb'\\.|["\[\]{}]', re.DOTALL)
 
@@ -106,7 +107,9 @@ class Fields:
                 raise InputError(f"unknown field {key!r}", where=self.where, fix=suggestion(key, known))
         missing = [key for key in known if key not in self.data]
         if missing:
-            raise InputError("missing fields", where=self.where, expected=", ".join(known), got=f"no {missing}")
+            raise InputError(
+                "missing fields", where=self.where, expected=", ".join(known), got=f"no {missing}", fix=_DAMAGED
+            )
         return self
 
     def fail(self, key: str, expected: str) -> InputError:
@@ -116,6 +119,7 @@ class Fields:
             where=self.where,
             expected=expected,
             got=got if len(got) <= 200 else got[:200] + "…",
+            fix=_DAMAGED,
         )
 
     def text(self, key: str) -> str:

@@ -14,9 +14,9 @@ START_TOKEN = "<|startoftext|>"
 END_TOKEN = "<|endoftext|>"
 VOCAB_SIZE = 49_408
 MAX_FILE_BYTES = 64 << 20
-# Order matters: contractions before letters. From `SimpleTokenizer` in openai/CLIP (d05afc4). Its matching ignores case,
-# which after lower-casing leaves two traces among all of Unicode 14: the long s counts as an s in a contraction, and
-# U+0345, which folds to the letter iota without being one, matches nothing.
+# Order matters: contractions before letters. From `SimpleTokenizer` in openai/CLIP (d05afc4). Its matching ignores
+# case, which after lower-casing leaves two traces in all of Unicode 14: the long s counts as an s in a contraction,
+# and U+0345, which folds to the letter iota without being one, matches nothing.
 WORD_PATTERN = r"'[sſ]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}" + "\u0345]+"
 _WORD_END = "</w>"
 _BYTES = 256

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from PIL import Image
 
 from vlm_export import __version__
 from vlm_export.bundle import layout
@@ -24,25 +23,19 @@ from vlm_export.export.backends import choose_exporter, export_part
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.source import adapt_model, known_checkpoint, open_source, source_record, tokenizer_option
-from vlm_export.export.stages import Stages, StepProgress
+from vlm_export.export.stages import Stages
 from vlm_export.export.tokenizer_files import resolve_tokenizer
+from vlm_export.export.verification import PRECISION, PartVerification, engine_label
 from vlm_export.export.writer import write_graph
 from vlm_export.family import Checkpoint, Model, Part, Reference
 from vlm_export.models.registry import recognise
-from vlm_export.runtime.engine import OrtEngine
+from vlm_export.runtime.engine import CPU, OrtEngine
 from vlm_export.runtime.image import open_image
-from vlm_export.verify.gates import GATES, Gate
 from vlm_export.verify.golden import golden_from_reference, golden_points, write_golden
-from vlm_export.verify.grid import grid_for
 from vlm_export.verify.report import PartReport
 from vlm_export.verify.samples import Sample, sample_inputs, synthetic_photographs
-from vlm_export.verify.verifier import verify_part
 
-PRECISION = "fp32"
 TOOLS = ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "onnxsim", "torch", "transformers")
-# A part with more weights than this is verified at the smallest grid that still has every axis' ends.
-_LARGE_PART_BYTES = 1 << 30
-_LARGE_PART_ROWS = 8
 _SCRATCH = "scratch"
 
 
@@ -100,13 +93,13 @@ class _Job:
         self, part: Part, model: Model, known: KnownCheckpoint | None, staging: Staging, tokenizer: Path | None
     ) -> tuple[PartRecord, PartReport]:
         raw, simplified, warnings = self._graphs(part)
-        verify = _Verification(self.options, model, known, part, self._samples(part, model, tokenizer))
+        verify = PartVerification(part, model, known, self._samples(part, model, tokenizer))
         with self.stages.stage(f"load reference of {part.name}"):
             reference = model.references[part.name]()
         graph = simplified or raw
         paths, report = self._write_and_verify(graph, part, staging, verify, reference)
         if simplified is not None and not report.passed:
-            warnings.append(f"the simplified graph differs, so this one is not simplified: {_why(report)}")
+            warnings.append(f"the simplified graph differs, so this one is not simplified: {report.first_failure()}")
             for path in paths:
                 path.unlink()
             graph = raw
@@ -144,18 +137,17 @@ class _Job:
         return finish_graph(raw, part.signature), simplified, warnings
 
     def _write_and_verify(
-        self, graph: ir.Model, part: Part, staging: Staging, verify: _Verification, reference: Reference
+        self, graph: ir.Model, part: Part, staging: Staging, verify: PartVerification, reference: Reference
     ) -> tuple[list[Path], PartReport]:
         path = staging.file(layout.graph_path(part.name, PRECISION))
         with self.stages.stage(f"write {part.name}"):
             paths = write_graph(graph, path, self.options.external_data_threshold_bytes)
         with self.stages.stage(f"verify {part.name}") as progress:
-            return paths, verify.run(path, reference, progress)
+            engine = OrtEngine(path, threads=self.options.threads, exact=True)
+            return paths, verify.run(engine.run, engine_label((CPU,)), reference, progress)
 
     def _samples(self, part: Part, model: Model, tokenizer: Path | None) -> list[Sample]:
-        images: list[Image.Image] | None = None
-        if self.options.images:
-            images = [*synthetic_photographs(), *(open_image(path) for path in self.options.images)]
+        images = [*synthetic_photographs(), *(open_image(path) for path in self.options.images)]
         return sample_inputs(part.signature, model.image, model.text, tokenizer, images=images)
 
     def _write_tokenizer(self, checkpoint: Checkpoint, model: Model, staging: Staging) -> Path | None:
@@ -165,46 +157,6 @@ class _Job:
         for name, content in files.items():
             staging.file(name).write_bytes(content)
         return staging.path / layout.TOKENIZER_NAME
-
-
-@dataclass(frozen=True)
-class _Verification:
-    """Everything that the verification of a part's graphs has in common."""
-
-    options: ExportOptions
-    model: Model
-    known: KnownCheckpoint | None
-    part: Part
-    samples: list[Sample]
-
-    def run(self, path: Path, reference: Reference, progress: StepProgress) -> PartReport:
-        engine = OrtEngine(path, threads=self.options.threads, exact=True)
-        size_bytes = sum(tensor.nbytes for tensor in self.part.module.state_dict().values())
-        budget = _LARGE_PART_ROWS if size_bytes > _LARGE_PART_BYTES else None
-        return verify_part(
-            self.part,
-            reference,
-            engine.run,
-            self._gate(),
-            grid_for(self.part.signature, budget_rows=budget),
-            self.samples,
-            variant=PRECISION,
-            reference_name=self.model.reference_name,
-            engine_name=f"onnxruntime {version('onnxruntime')}",
-            pad_token_id=None if self.model.text is None else self.model.text.pad_token_id,
-            progress=progress,
-        )
-
-    def _gate(self) -> Gate:
-        stated = self.known.tolerances.get(PRECISION) if self.known else None
-        if stated is None:
-            return GATES[PRECISION]
-        return replace(GATES[PRECISION], max_abs_relative=stated.max_abs, cosine=stated.cosine)
-
-
-def _why(report: PartReport) -> str:
-    point, failure = report.failures[0]
-    return f"{point}: {failure}"
 
 
 def _float32_bytes(checkpoint: Checkpoint) -> int:

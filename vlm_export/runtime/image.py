@@ -1,9 +1,10 @@
 """Pictures to `pixel_values`, as CLIP's own pipeline makes them, with bounds on what a hostile file can cost.
 
 Order and rounding are those of `_transform` in openai/CLIP clip.py (d05afc4), which runs torchvision's Resize,
-CenterCrop, ToTensor and Normalize on the PIL picture. What follows from it, kept on purpose: EXIF rotation is ignored;
-the hidden colour of transparent pixels shows; integer and float pictures clip at 255; palettes and bitmaps are resized
-by nearest neighbour when RGB comes after the crop; of an animation the first frame counts.
+CenterCrop, ToTensor and Normalize on the PIL picture. What follows from it is kept on purpose: EXIF rotation is
+ignored; the hidden colour of transparent pixels shows (transformers 5 blends them with white); integer and float
+pictures clip at 255; palettes and bitmaps are resized by nearest neighbour when RGB comes after the crop; of an
+animation the first frame counts.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import io
 import warnings
 from pathlib import Path
-from typing import TypeAlias
+from threading import Lock
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +34,7 @@ MAX_PIXELS = 128_000_000
 MAX_RESIZED_PIXELS = 64_000_000
 """Bound after resizing the shorter edge: a 1x10000 picture would become 224x2240000."""
 
+_OPENING = Lock()
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -48,27 +51,17 @@ def open_image(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS, name
         InputError: missing, not a picture of FORMATS, truncated or too large.
         EnvironmentFailure: there is no memory to decode it.
     """
-    name = name or ("picture from memory" if isinstance(source, bytes) else str(source))
-    if not isinstance(source, bytes) and not Path(source).is_file():
-        got = "a directory" if Path(source).is_dir() else "no such file"
+    if isinstance(source, bytes):
+        return _decode(io.BytesIO(source), max_pixels, name or "picture from memory")
+    path, name = Path(source), name or str(source)
+    if not path.is_file():
+        got = "a directory" if path.is_dir() else "no such file"
         raise InputError("a picture cannot be read", where=name, expected="a picture file", got=got)
     try:
-        image = _open_header(source)
-        _check_pixels(image.size, max_pixels, name)
-        image.load()
-    except InputError:
-        raise
-    except MemoryError as error:
-        raise EnvironmentFailure("not enough memory to decode a picture", where=name) from error
-    except Exception as error:  # Decoders of untrusted bytes raise whatever they stumble on.
-        raise InputError(
-            "a picture cannot be decoded",
-            where=name,
-            expected=f"a complete file: {', '.join(FORMATS)}",
-            got=_describe_failure(source, error),
-            fix="open it in an image viewer and save it again, or leave it out",
-        ) from error
-    return image
+        with path.open("rb") as stream:
+            return _decode(stream, max_pixels, name)
+    except OSError as error:
+        raise InputError("a picture cannot be read", where=name, got=str(error)) from error
 
 
 def preprocess_image(
@@ -112,12 +105,27 @@ def resized_size(size: tuple[int, int], shorter_edge: int) -> tuple[int, int]:
     return (shorter_edge, longer) if width <= height else (longer, shorter_edge)
 
 
-def _open_header(source: str | Path | bytes) -> Image.Image:
-    stream = io.BytesIO(source) if isinstance(source, bytes) else source
-    with warnings.catch_warnings():
-        # Pillow warns above 89 million pixels and raises above twice that; `max_pixels` decides below.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(stream, formats=FORMATS)
+def _decode(stream: BinaryIO, max_pixels: int, name: str) -> Image.Image:
+    try:
+        # `catch_warnings` is not thread-safe. Pillow warns above 89 million pixels; here `max_pixels` decides.
+        with _OPENING, warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(stream, formats=FORMATS)
+        _check_pixels(image.size, max_pixels, name)
+        image.load()
+    except InputError:
+        raise
+    except MemoryError as error:
+        raise EnvironmentFailure("not enough memory to decode a picture", where=name) from error
+    except Exception as error:  # Decoders of untrusted bytes raise whatever they stumble on.
+        raise InputError(
+            "a picture cannot be decoded",
+            where=name,
+            expected=f"a complete file: {', '.join(FORMATS)}",
+            got=_describe_failure(stream, error),
+            fix="open it in an image viewer and save it again, or leave it out",
+        ) from error
+    return image
 
 
 def _check_pixels(size: tuple[int, int], max_pixels: int, name: str) -> None:
@@ -158,19 +166,11 @@ def _crop_centre(image: Image.Image, edge: int) -> Image.Image:
     return image.crop((left, top, left + edge, top + edge))
 
 
-def _describe_failure(source: str | Path | bytes, error: Exception) -> str:
-    if isinstance(source, bytes):
-        head, size = source[:16], len(source)
-    else:
-        path = Path(source)
-        try:
-            with path.open("rb") as file:
-                head = file.read(16)
-            size = path.stat().st_size
-        except OSError as failure:
-            return str(failure)
+def _describe_failure(stream: BinaryIO, error: Exception) -> str:
+    size = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
     if size == 0:
         return "an empty file"
     if isinstance(error, UnidentifiedImageError):
-        return f"{size:,} bytes of another kind, starting with {head!r}"
+        return f"{size:,} bytes of another kind, starting with {stream.read(16)!r}"
     return f"{type(error).__name__}: {error}"

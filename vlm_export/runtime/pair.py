@@ -30,6 +30,7 @@ Pictures: TypeAlias = "PictureSource | Sequence[PictureSource]"
 IMAGE_BATCH_SIZE = 16
 TEXT_BATCH_SIZE = 64
 _DECODER_THREADS = 4
+_MAX_LOG_SCALE = 100.0
 
 
 def load(
@@ -107,7 +108,7 @@ class EncoderPair:
     def logit_scale(self) -> float:
         """Factor on cosines before the softmax; the manifest stores its logarithm, as checkpoints do."""
         stored = self.manifest.facts.get("logit_scale")
-        if not isinstance(stored, int | float) or not math.isfinite(stored) or stored > 100:
+        if isinstance(stored, bool) or not isinstance(stored, int | float) or not abs(stored) <= _MAX_LOG_SCALE:
             raise InputError(
                 "the manifest has no usable logit_scale",
                 where=self.manifest.name,

@@ -81,7 +81,7 @@ def write_embeddings(path: str | Path, items: Sequence[str], vectors: FloatArray
     if vectors.ndim != 2 or len(vectors) != len(items):
         raise UsageError("one vector per item is needed", expected=f"({len(items)}, D)", got=str(vectors.shape))
     rows = np.ascontiguousarray(vectors, dtype=np.float32)
-    write = {".npy": _write_npy, ".parquet": _write_parquet}[_checked_suffix(target)]
+    write = {".npy": _write_npy, ".parquet": _write_parquet}[checked_suffix(target)]
     try:
         write(target, items, rows, meta)
     except OSError as error:
@@ -98,7 +98,7 @@ def read_embeddings(path: str | Path) -> Embeddings:
     source = Path(path)
     if not source.is_file():
         raise InputError("there are no embeddings", where=str(source), got="no such file", fix="vlm-export embed … -o")
-    read = {".npy": _read_npy, ".parquet": _read_parquet}[_checked_suffix(source)]
+    read = {".npy": _read_npy, ".parquet": _read_parquet}[checked_suffix(source)]
     items, vectors, meta = read(source)
     fits = vectors.ndim == 2 and vectors.dtype == np.float32 and len(vectors) == len(items)
     if not fits or not all(map(_is_text, items)):
@@ -150,7 +150,7 @@ def sidecar_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def _checked_suffix(path: Path) -> str:
+def checked_suffix(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix not in (".npy", ".parquet"):
         raise UsageError("embeddings are .npy or .parquet", where=str(path), got=suffix or "no suffix")

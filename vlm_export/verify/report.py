@@ -48,6 +48,13 @@ class PartReport:
         names = dict.fromkeys(name for point in self.points for name in point.comparisons)
         return {name: worst_of(p.comparisons[name] for p in self.points if name in p.comparisons) for name in names}
 
+    def first_failure(self) -> str:
+        """The first failure and its point, or that there is none."""
+        if not self.failures:
+            return "nothing was compared" if not self.passed else "no failure"
+        point, failure = self.failures[0]
+        return f"{point}: {failure}"
+
     def to_json(self) -> dict[str, Any]:
         """The report as strict JSON data, for the manifest and `--json`."""
         kinds = [point.kind for point in self.points]

@@ -1,0 +1,173 @@
+"""Preprocessing equals the original's pixels, and hostile pictures end in a clear error."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from vlm_export.errors import InputError
+from vlm_export.runtime.image import open_image, preprocess_image, resized_size
+from vlm_export.specs import ImageSpec, RgbStage
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+PICTURES = sorted(path.name for path in (Path(__file__).parent.parent / "data" / "runtime" / "pictures").iterdir())
+VARIANTS = ("rn_tiny", "vit_p14", "vit_w128")
+
+
+def image_spec(size_pixels: int = 24, rgb_stage: RgbStage = "after_crop") -> ImageSpec:
+    return ImageSpec(size_pixels, "bicubic", rgb_stage, MEAN, STD)
+
+
+def tensor_from_safetensors(path: Path, name: str) -> npt.NDArray[Any]:
+    """A float32 or uint8 tensor, read by the format's own rules: a length, a JSON header, raw bytes."""
+    raw = path.read_bytes()
+    (header_bytes,) = struct.unpack("<Q", raw[:8])
+    entry = json.loads(raw[8 : 8 + header_bytes])[name]
+    start, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
+    return np.frombuffer(raw[start:end], {"F32": "<f4", "U8": "u1"}[entry["dtype"]]).reshape(entry["shape"])
+
+
+def assert_close(got: npt.NDArray[Any], expected: npt.NDArray[Any]) -> None:
+    assert got.dtype == np.float32
+    assert got.shape == expected.shape
+    assert np.abs(got - expected).max() <= 1e-6
+
+
+@pytest.mark.parametrize("stage", ["after_crop", "before_resize"])
+@pytest.mark.parametrize("name", PICTURES)
+def test_pixels_equal_torchvision(data: Path, name: str, stage: RgbStage) -> None:
+    image = open_image(data / "runtime" / "pictures" / name)
+    expected = np.load(data / "runtime" / "pictures.npz")[f"{stage}/{name}"]
+    assert_close(preprocess_image(image, image_spec(rgb_stage=stage)), expected)
+
+
+def test_recorded_pictures_tell_the_two_stages_apart(data: Path) -> None:
+    expected = np.load(data / "runtime" / "pictures.npz")
+    differing = {
+        n for n in PICTURES if np.abs(expected[f"after_crop/{n}"] - expected[f"before_resize/{n}"]).max() > 0.1
+    }
+    assert {"palette.png", "transparent.png", "bitmap.png"} <= differing
+    assert "portrait.png" not in differing
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pixels_equal_the_original_record(data: Path, variant: str) -> None:
+    folder = data / "clip" / variant
+    expected = tensor_from_safetensors(folder / "golden.safetensors", "preprocess.image_png")
+    expected = expected.reshape(expected.shape[-3:])
+    image = open_image(folder / "image.png")
+    assert_close(preprocess_image(image, image_spec(expected.shape[-1])), expected)
+
+
+def test_bytes_and_path_give_the_same_picture(data: Path) -> None:
+    path = data / "runtime" / "pictures" / "large.png"
+    assert open_image(path).tobytes() == open_image(path.read_bytes()).tobytes()
+
+
+def test_animations_give_their_first_frame_and_close_the_file(data: Path) -> None:
+    path = data / "runtime" / "pictures" / "animated.gif"
+    with Image.open(path) as first:
+        expected = first.convert("RGB").tobytes()
+    image = open_image(path)
+    assert image.convert("RGB").tobytes() == expected
+
+
+def test_rotation_in_exif_is_ignored_as_in_the_original(data: Path) -> None:
+    image = open_image(data / "runtime" / "pictures" / "rotated.png")
+    assert image.getexif()[0x0112] == 6
+    assert image.size == (53, 37)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((100, 50), (48, 24)), ((50, 100), (24, 48)), ((7, 5), (33, 24)), ((3, 3), (24, 24))]
+)
+def test_longer_edge_is_rounded_down(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert resized_size(size, 24) == expected
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that declares a size and stores one grey row."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    row = zlib.compress(bytes(width + 1))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", row) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("width", "height"), [(13000, 13000), (20000, 20000), (1, 200_000_001)])
+def test_too_many_pixels_are_refused_by_the_header(width: int, height: int, tmp_path: Path) -> None:
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_header(width, height))
+    with pytest.raises(InputError, match=r"bomb\.png") as caught:
+        open_image(path)
+    assert caught.value.exit_status == 3
+    assert "pixels" in str(caught.value)
+
+
+def test_own_bound_is_inclusive(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    Image.new("L", (10, 10)).save(path)
+    assert open_image(path, max_pixels=100).size == (10, 10)
+    with pytest.raises(InputError, match="too many pixels"):
+        open_image(path, max_pixels=99)
+
+
+@pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1)])
+def test_long_thin_picture_is_refused_before_resizing(size: tuple[int, int]) -> None:
+    with pytest.raises(InputError, match="too long and thin") as caught:
+        preprocess_image(Image.new("RGB", size), image_spec(224), name="ribbon.png")
+    assert "ribbon.png" in str(caught.value)
+    assert "2240000" in str(caught.value)
+
+
+def damaged(kind: str, data: Path) -> bytes:
+    png = (data / "runtime" / "pictures" / "large.png").read_bytes()
+    return {
+        "empty": b"",
+        "text": b"this is no picture, but a sentence",
+        "html": b"<!doctype html><html></html>",
+        "truncated": png[: len(png) // 2],
+        "header only": png[:20],
+        "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
+        "bad checksum": png[:60] + bytes([png[60] ^ 1]) + png[61:],
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind", ["empty", "text", "html", "truncated", "header only", "svg", "postscript", "bad checksum"]
+)
+@pytest.mark.parametrize("from_path", [True, False])
+def test_damaged_files_are_named(kind: str, from_path: bool, data: Path, tmp_path: Path) -> None:
+    content = damaged(kind, data)
+    path = tmp_path / "broken.png"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="cannot be decoded") as caught:
+        open_image(path) if from_path else open_image(content, name="broken.png")
+    assert caught.value.exit_status == 3
+    assert "broken.png" in str(caught.value)
+    if kind == "empty":
+        assert caught.value.got == "an empty file"
+
+
+def test_missing_file_and_directory_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        open_image(tmp_path / "absent.png")
+    with pytest.raises(InputError, match="a directory"):
+        open_image(tmp_path)
+
+
+def test_picture_without_pixels_is_refused() -> None:
+    with pytest.raises(InputError, match="no pixels"):
+        preprocess_image(Image.new("RGB", (0, 5)), image_spec())

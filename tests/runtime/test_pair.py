@@ -1,0 +1,214 @@
+"""The encoder pair of a tiny bundle gives what its modules gave in PyTorch, for any batching."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+import vlm_export
+from vlm_export.bundle.manifest import Manifest
+from vlm_export.bundle.opened import OpenBundle
+from vlm_export.errors import InputError, UsageError
+from vlm_export.runtime.pair import EncoderPair, load
+
+Array = npt.NDArray[Any]
+
+
+@pytest.fixture(scope="module")
+def folder(data: Path) -> Path:
+    return data / "runtime"
+
+
+@pytest.fixture(scope="module")
+def pair(folder: Path) -> EncoderPair:
+    return load(folder / "tiny_bundle", threads=1)
+
+
+@pytest.fixture(scope="module")
+def record(folder: Path) -> dict[str, Any]:
+    listing: dict[str, Any] = json.loads((folder / "tiny_embeddings.json").read_text(encoding="utf-8"))
+    arrays = np.load(folder / "tiny_embeddings.npz")
+    unit = {name: arrays[name] / np.linalg.norm(arrays[name], axis=1, keepdims=True) for name in arrays.files}
+    return {**listing, "images": unit["images"], "texts_unit": unit["texts"]}
+
+
+@pytest.fixture
+def changed(folder: Path) -> Callable[..., EncoderPair]:
+    """The pair with other fields in its manifest, as if the bundle had been exported so."""
+    opened = load(folder / "tiny_bundle").bundle
+
+    def build(**fields: Any) -> EncoderPair:
+        manifest: Manifest = replace(opened.manifest, **fields)
+        return EncoderPair(OpenBundle(opened.root, manifest, manifest.to_bytes()), threads=1)
+
+    return build
+
+
+def assert_same_rows(got: Array, expected: Array) -> None:
+    assert got.dtype == np.float32
+    assert got.shape == expected.shape
+    assert np.abs(got - expected).max() <= 1e-5
+    assert np.abs(np.linalg.norm(got, axis=1) - 1).max() <= 1e-6
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_pictures_equal_torch(pair: EncoderPair, folder: Path, record: dict[str, Any], batch_size: int) -> None:
+    paths = [folder / "pictures" / name for name in record["pictures"]]
+    assert_same_rows(pair.encode_image(paths, batch_size=batch_size), record["images"])
+
+
+def test_pictures_may_be_paths_bytes_or_pillow(pair: EncoderPair, folder: Path, record: dict[str, Any]) -> None:
+    path = folder / "pictures" / "large.png"
+    expected = record["images"][[record["pictures"].index("large.png")]]
+    with Image.open(path) as image:
+        for source in (path, str(path), path.read_bytes(), image):
+            assert_same_rows(pair.encode_image(source), expected)
+        mixed = pair.encode_image([path, image])
+    assert mixed.shape == (2, 12)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+def test_texts_equal_torch_in_their_order(pair: EncoderPair, record: dict[str, Any], batch_size: int) -> None:
+    assert_same_rows(pair.encode_text(record["texts"], batch_size=batch_size), record["texts_unit"])
+
+
+def test_one_text_is_a_batch_of_one(pair: EncoderPair, record: dict[str, Any]) -> None:
+    assert_same_rows(pair.encode_text("a cat"), record["texts_unit"][[1]])
+
+
+def test_ids_equal_texts(pair: EncoderPair, record: dict[str, Any]) -> None:
+    for row, expected in zip(record["ids"], record["texts_unit"], strict=True):
+        padded = [*row, *[0] * (20 - len(row))]
+        assert_same_rows(pair.encode_ids([row]), expected[None])
+        assert_same_rows(pair.encode_ids(np.array([padded], dtype=np.int32)), expected[None])
+
+
+def test_nothing_gives_no_rows(pair: EncoderPair) -> None:
+    for rows in (pair.encode_image([]), pair.encode_text([]), pair.encode_ids(np.zeros((0, 3), np.int64))):
+        assert rows.shape == (0, 12)
+        assert rows.dtype == np.float32
+
+
+def test_short_texts_do_not_pay_for_long_ones(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = load(folder / "tiny_bundle", threads=1)
+    widths: list[int] = []
+    run = pair.text.run
+
+    def spy(feeds: dict[str, Array]) -> dict[str, Array]:
+        widths.append(feeds["input_ids"].shape[1])
+        return run(feeds)
+
+    monkeypatch.setattr(pair.text, "run", spy)
+    pair.encode_text(["cat", "a photo of a dog", "dog", "the the the the the"], batch_size=2)
+    assert widths == [3, 9]
+
+
+def test_graphs_are_opened_on_first_use(folder: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(folder / "tiny_bundle", bundle)
+    (bundle / "onnx" / "vision_model.onnx").write_bytes(b"damaged")
+    pair = load(bundle, threads=1)
+    assert pair.encode_text(["a cat"]).shape == (1, 12)
+    with pytest.raises(InputError, match="vision_model"):
+        pair.encode_image(folder / "pictures" / "large.png")
+
+
+def test_probabilities_are_the_softmax_of_scaled_cosines(
+    pair: EncoderPair, folder: Path, record: dict[str, Any]
+) -> None:
+    paths = [folder / "pictures" / name for name in record["pictures"][:3]]
+    labels = ["cat", "dog", "{thing}"]
+    probabilities = pair.classify(paths, labels)
+    cosines = record["images"][:3] @ pair.encode_text([f"a photo of a {label}" for label in labels]).T
+    expected = np.exp(20 * cosines) / np.exp(20 * cosines).sum(axis=1, keepdims=True)
+    assert probabilities.dtype == np.float32
+    assert np.abs(probabilities - expected).max() <= 1e-4
+    assert pair.logit_scale == pytest.approx(20.0)
+    plain = pair.classify(paths[0], labels, template="{}")
+    assert plain.shape == (1, 3)
+    assert np.abs(plain - probabilities[:1]).max() > 1e-3
+
+
+def test_wrong_labels_and_templates(pair: EncoderPair, folder: Path) -> None:
+    picture = folder / "pictures" / "large.png"
+    for labels in ([], "cat"):
+        with pytest.raises(UsageError, match="labels"):
+            pair.classify(picture, labels)
+    with pytest.raises(UsageError, match="template"):
+        pair.classify(picture, ["cat"], template="a photo")
+
+
+def test_bad_picture_in_a_batch_is_named(pair: EncoderPair, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"broken\.png"):
+        pair.encode_image([folder / "pictures" / "large.png", tmp_path / "broken.png"])
+    with pytest.raises(InputError, match="picture 1"):
+        pair.encode_image([Image.new("RGB", (3, 3)), Image.new("RGB", (1, 4_000_000))])
+    with pytest.raises(InputError, match="too many pixels"):
+        load(folder / "tiny_bundle", max_pixels=100).encode_image(folder / "pictures" / "large.png")
+
+
+def test_without_a_tokenizer_ids_still_work(changed: Callable[..., EncoderPair]) -> None:
+    files = changed().manifest.files
+    pair = changed(files={name: files[name] for name in files if name != "tokenizer.json"})
+    with pytest.raises(InputError, match="--tokenizer"):
+        pair.encode_text(["a cat"])
+    assert pair.encode_ids([[523, 320, 515, 524]]).shape == (1, 12)
+
+
+@pytest.mark.parametrize("ids", [[1, 2], [[1.5]], [[525]], [[-1]], [[1] * 21], [[]]])
+def test_ids_out_of_range_are_refused(pair: EncoderPair, ids: list[Any]) -> None:
+    with pytest.raises(InputError, match="token ids"):
+        pair.encode_ids(ids)
+
+
+@pytest.mark.parametrize("stored", [None, "2.3", 1000.0, True])
+def test_unusable_logit_scale_is_named(changed: Callable[..., EncoderPair], stored: object) -> None:
+    with pytest.raises(InputError, match="logit_scale"):
+        _ = changed(facts={"logit_scale": stored}).logit_scale
+
+
+def test_other_towers_missing_from_the_manifest(changed: Callable[..., EncoderPair]) -> None:
+    with pytest.raises(InputError, match="takes no pictures"):
+        changed(image=None).encode_image(Image.new("RGB", (30, 30)))
+    with pytest.raises(InputError, match="takes no texts"):
+        changed(text=None).encode_text(["a cat"])
+
+
+def test_identity_names_the_model_not_the_export(changed: Callable[..., EncoderPair], pair: EncoderPair) -> None:
+    source = pair.manifest.source
+    assert changed(name="renamed", tools={"onnx": "2"}).identity == pair.identity
+    assert changed(source=replace(source, random_weights_seed=1)).identity != pair.identity
+    assert changed(source=replace(source, random_weights_seed=None)).identity != pair.identity
+
+
+def test_progress_goes_to_stderr(pair: EncoderPair, capsys: pytest.CaptureFixture[str]) -> None:
+    pair.encode_text(["a cat"], progress=True)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "1/1" in captured.err
+    pair.encode_text(["a cat"])
+    assert capsys.readouterr().err == ""
+
+
+def test_zero_embedding_stays_zero() -> None:
+    from vlm_export.runtime.vectors import unit_rows
+
+    assert unit_rows(np.array([[0, 0], [3, 4]], dtype=np.float32)).tolist() == [
+        [0, 0],
+        [pytest.approx(0.6), pytest.approx(0.8)],
+    ]
+
+
+def test_package_exports_load() -> None:
+    assert vlm_export.load is load
+    assert vlm_export.EncoderPair is EncoderPair

@@ -1,0 +1,192 @@
+"""Embedding files come back as written, refuse what does not belong together, and the nearest rows are found."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vlm_export.errors import EnvironmentFailure, InputError, UsageError
+from vlm_export.runtime.image import FloatArray
+from vlm_export.runtime.search import (
+    EmbeddingsMeta,
+    Match,
+    read_embeddings,
+    search_embeddings,
+    sidecar_path,
+    top_k,
+    write_embeddings,
+)
+
+META = EmbeddingsMeta(kind="image", model="tiny", identity="0" * 64)
+ITEMS = ["a.png", "dir/ü \n.png", "日本.jpg"]
+
+
+def unit_vectors(count: int, seed: int = 0) -> FloatArray:
+    rows = np.random.default_rng(seed).standard_normal((count, 5))
+    vectors: FloatArray = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    return vectors
+
+
+@pytest.mark.parametrize("name", ["e.npy", "e.parquet", "E.NPY"])
+def test_files_come_back_as_written(name: str, tmp_path: Path) -> None:
+    path, vectors = tmp_path / name, unit_vectors(3)
+    write_embeddings(path, ITEMS, vectors, META)
+    write_embeddings(path, ITEMS[:2], vectors[:2], META)
+    embeddings = read_embeddings(path)
+    assert embeddings.items == tuple(ITEMS[:2])
+    assert embeddings.meta == META
+    assert embeddings.vectors.dtype == np.float32
+    assert np.array_equal(embeddings.vectors, vectors[:2])
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["e.npy", "e.parquet"])
+def test_no_items_are_a_valid_file(name: str, tmp_path: Path) -> None:
+    write_embeddings(tmp_path / name, [], unit_vectors(0), META)
+    assert read_embeddings(tmp_path / name).vectors.shape == (0, 5)
+
+
+def test_other_tools_can_read_the_files(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    vectors = unit_vectors(3)
+    write_embeddings(tmp_path / "e.npy", ITEMS, vectors, META)
+    write_embeddings(tmp_path / "e.parquet", ITEMS, vectors, META)
+    assert np.array_equal(np.load(tmp_path / "e.npy"), vectors)
+    rows = pyarrow.parquet.read_table(tmp_path / "e.parquet").to_pylist()
+    assert [row["item"] for row in rows] == ITEMS
+    assert np.allclose([row["embedding"] for row in rows], vectors)
+
+
+def test_paths_that_are_no_unicode(tmp_path: Path) -> None:
+    write_embeddings(tmp_path / "e.npy", ["\udcff.png"], unit_vectors(1), META)
+    assert read_embeddings(tmp_path / "e.npy").items == ("\udcff.png",)
+    with pytest.raises(InputError, match="Unicode"):
+        write_embeddings(tmp_path / "e.parquet", ["\udcff.png"], unit_vectors(1), META)
+
+
+def test_wrong_calls(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"\.npy or \.parquet"):
+        write_embeddings(tmp_path / "e.csv", ITEMS, unit_vectors(3), META)
+    with pytest.raises(UsageError, match="one vector per item"):
+        write_embeddings(tmp_path / "e.npy", ITEMS, unit_vectors(2), META)
+    with pytest.raises(InputError, match="no such file"):
+        read_embeddings(tmp_path / "absent.npy")
+    with pytest.raises(EnvironmentFailure):
+        write_embeddings(tmp_path / "absent" / "e.npy", ITEMS, unit_vectors(3), META)
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(EnvironmentFailure, match=r"pip install 'vlm-export\[parquet\]'"):
+        write_embeddings(tmp_path / "e.parquet", ITEMS, unit_vectors(3), META)
+
+
+def test_vectors_of_another_run_are_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "e.npy"
+    write_embeddings(path, ITEMS, unit_vectors(3), META)
+    np.save(path, unit_vectors(3, seed=1))
+    with pytest.raises(InputError, match="do not belong together"):
+        read_embeddings(path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"items": [1]}', "[" * 100_000, '{"items": "abc"}'])
+def test_damaged_sidecar_is_named(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "e.npy"
+    write_embeddings(path, ITEMS, unit_vectors(3), META)
+    sidecar_path(path).write_text(content)
+    with pytest.raises(InputError, match=r"e\.npy"):
+        read_embeddings(path)
+    sidecar_path(path).unlink()
+    with pytest.raises(InputError, match=r"e\.npy\.json"):
+        read_embeddings(path)
+
+
+@pytest.mark.parametrize(("field", "value"), [("kind", "sound"), ("identity", None), ("schema_version", 2)])
+def test_unknown_metadata_is_refused(field: str, value: object, tmp_path: Path) -> None:
+    path = tmp_path / "e.npy"
+    write_embeddings(path, ITEMS, unit_vectors(3), META)
+    data = json.loads(sidecar_path(path).read_text())
+    sidecar_path(path).write_text(json.dumps({**data, field: value}))
+    with pytest.raises(InputError, match="what model made them"):
+        read_embeddings(path)
+
+
+@pytest.mark.parametrize("name", ["e.npy", "e.parquet"])
+@pytest.mark.parametrize("content", [b"", b"text", b"\x93NUMPY\x01\x00", b"PAR1PAR1"])
+def test_damaged_vectors_are_named(name: str, content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / name
+    write_embeddings(path, ITEMS, unit_vectors(3), META)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_embeddings(path)
+
+
+def test_pickled_arrays_are_not_executed(tmp_path: Path) -> None:
+    path = tmp_path / "e.npy"
+    write_embeddings(path, ITEMS, unit_vectors(3), META)
+    np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_embeddings(path)
+
+
+@pytest.mark.parametrize("name", ["e.npy", "e.parquet"])
+def test_values_that_are_not_finite_are_refused(name: str, tmp_path: Path) -> None:
+    vectors = unit_vectors(3)
+    vectors[1, 2] = np.nan
+    write_embeddings(tmp_path / name, ITEMS, vectors, META)
+    with pytest.raises(InputError, match="NaN"):
+        read_embeddings(tmp_path / name)
+
+
+def test_foreign_parquet_is_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pa.table({"item": ["a"], "embedding": ["b"]}), tmp_path / "e.parquet")
+    with pytest.raises(InputError, match="vlm-export embed"):
+        read_embeddings(tmp_path / "e.parquet")
+
+
+def test_another_model_s_embeddings_are_refused(tmp_path: Path) -> None:
+    write_embeddings(tmp_path / "e.npy", ITEMS, unit_vectors(3), META)
+    embeddings = read_embeddings(tmp_path / "e.npy")
+    embeddings.require_model("0" * 64, "tiny")
+    with pytest.raises(InputError, match="another model") as caught:
+        embeddings.require_model("1" * 64, "other")
+    assert caught.value.exit_status == 3
+
+
+@pytest.mark.parametrize("k", [1, 3, 50, 80])
+def test_top_k_equals_a_full_sort(k: int) -> None:
+    vectors, query = unit_vectors(50), unit_vectors(1, seed=9)[0]
+    rows, scores = top_k(query, vectors, k)
+    expected = np.argsort(-(vectors @ query), kind="stable")[:k]
+    assert rows.tolist() == expected.tolist()
+    assert np.array_equal(scores, (vectors @ query)[expected])
+
+
+def test_equal_scores_come_in_row_order() -> None:
+    vectors = np.repeat(unit_vectors(1), 6, axis=0)
+    assert top_k(vectors[0], vectors, 4)[0].tolist() == [0, 1, 2, 3]
+
+
+def test_top_k_refuses_odd_calls() -> None:
+    with pytest.raises(UsageError):
+        top_k(unit_vectors(1)[0], unit_vectors(3), 0)
+    with pytest.raises(UsageError):
+        top_k(unit_vectors(1)[0, :4], unit_vectors(3), 1)
+    assert len(top_k(unit_vectors(1)[0], unit_vectors(0), 3)[0]) == 0
+
+
+def test_search_names_items(tmp_path: Path) -> None:
+    write_embeddings(tmp_path / "e.npy", ITEMS, unit_vectors(3), replace(META, kind="text"))
+    embeddings = read_embeddings(tmp_path / "e.npy")
+    best, second = search_embeddings(embeddings, embeddings.vectors[2], 2)
+    assert best == Match(ITEMS[2], pytest.approx(1.0))
+    assert best.score >= second.score

@@ -1,0 +1,40 @@
+"""`vlm-export classify`: zero-shot classification of a picture."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from vlm_export.cli.common import add_common_options, add_engine_options, providers
+from vlm_export.cli.output import print_json, print_table
+
+
+def add_parser(verbs: Any) -> None:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "classify",
+        help="which label fits a picture",
+        description="Zero-shot classification: the probability of each label for a picture.",
+    )
+    parser.add_argument("bundle", metavar="DIR", help="directory of the bundle")
+    parser.add_argument("image", metavar="IMAGE", help="a picture")
+    parser.add_argument("labels", metavar="LABEL", nargs="+", help="what it could show")
+    parser.add_argument(
+        "--template", default="a photo of a {}", metavar="TEXT", help="sentence around a label (default: '%(default)s')"
+    )
+    add_engine_options(parser)
+    add_common_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from vlm_export.runtime.pair import load
+
+    pair = load(args.bundle, providers=providers(args), threads=args.threads)
+    probabilities = pair.classify([args.image], args.labels, template=args.template)[0]
+    ranked = sorted(zip(args.labels, map(float, probabilities), strict=True), key=lambda entry: -entry[1])
+    if args.json:
+        labels = [{"label": label, "probability": probability} for label, probability in ranked]
+        print_json({"image": args.image, "template": args.template, "labels": labels})
+    else:
+        print_table(("probability", "label"), [(f"{100 * share:6.2f} %", label) for label, share in ranked])
+    return 0

@@ -1,0 +1,92 @@
+"""`vlm-export embed`: pictures of a folder, or lines of a text file, to a file of embeddings."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from vlm_export.cli.common import add_common_options, add_engine_options, existing_path, positive_integer, providers
+from vlm_export.cli.output import print_json
+from vlm_export.errors import InputError, UsageError
+
+IMAGE_SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
+)
+TEXT_SUFFIX = ".txt"
+
+
+def add_parser(verbs: Any) -> None:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "embed",
+        help="embeddings of pictures or texts",
+        description="Unit-length embeddings of pictures (also of all in a folder), or of the lines of text files.",
+    )
+    parser.add_argument("bundle", metavar="DIR", help="directory of the bundle")
+    parser.add_argument("paths", metavar="PATH", nargs="+", help="pictures, folders of pictures, or .txt files")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help=".npy (with FILE.json) or .parquet")
+    parser.add_argument("--batch-size", type=positive_integer, default=32, metavar="N", help="default: 32")
+    parser.add_argument("--truncate", action="store_true", help="cut texts that are too long instead of refusing them")
+    add_engine_options(parser)
+    add_common_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from vlm_export.runtime.pair import load
+    from vlm_export.runtime.search import EmbeddingsMeta, checked_suffix, write_embeddings
+
+    checked_suffix(Path(args.output))
+    pictures, texts = _collect([existing_path(path) for path in args.paths])
+    pair = load(args.bundle, providers=providers(args), threads=args.threads)
+    start = time.perf_counter()
+    options = {"batch_size": args.batch_size, "progress": not args.quiet}
+    if pictures:
+        items = [str(path) for path in pictures]
+        vectors = pair.encode_image(items, **options)
+    else:
+        items = texts
+        vectors = pair.encode_text(items, truncate=args.truncate, **options)
+    seconds = time.perf_counter() - start
+    kind: Literal["image", "text"] = "image" if pictures else "text"
+    write_embeddings(args.output, items, vectors, EmbeddingsMeta(kind, pair.manifest.name, pair.identity))
+    if args.json:
+        result = {"output": args.output, "kind": kind, "count": len(items), "dimension": vectors.shape[1]}
+        print_json({**result, "seconds": round(seconds, 4)})
+    else:
+        rate = len(items) / seconds if seconds else float("inf")
+        print(f"{len(items)} {kind} embeddings of {vectors.shape[1]} numbers in {args.output} ({rate:.1f}/s)")
+    return 0
+
+
+def _collect(paths: list[Path]) -> tuple[list[Path], list[str]]:
+    """Pictures, or lines of text; never both."""
+    pictures: list[Path] = []
+    texts: list[str] = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            if not found:
+                raise InputError(
+                    "the folder holds no pictures", where=str(path), expected=", ".join(sorted(IMAGE_SUFFIXES))
+                )
+            pictures += found
+        elif path.suffix.lower() == TEXT_SUFFIX:
+            texts += _lines(path)
+        else:
+            pictures.append(path)
+    if pictures and texts:
+        raise UsageError("pictures and texts go to files of their own", fix="run embed twice")
+    return pictures, texts
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise InputError("a text file is not UTF-8", where=str(path), got=str(error)) from error
+    kept = [line for line in lines if line]
+    if not kept:
+        raise InputError("the text file has no lines", where=str(path))
+    return kept

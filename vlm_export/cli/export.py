@@ -1,0 +1,109 @@
+"""`vlm-export export`: the main job."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_export.cli.common import add_common_options, positive_integer
+from vlm_export.cli.output import print_json, size_text
+
+if TYPE_CHECKING:
+    from vlm_export.export.options import ExportOptions
+    from vlm_export.export.pipeline import ExportResult
+    from vlm_export.export.stages import Stages
+
+
+def add_parser(verbs: Any) -> None:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "export",
+        help="export a checkpoint to a verified bundle",
+        description="Export a checkpoint to a bundle of ONNX graphs that compute the same, with the proof.",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="file, directory, known name, or Hugging Face Hub id")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="directory of the bundle")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
+    graph = parser.add_argument_group("graphs")
+    graph.add_argument("--opset", type=positive_integer, default=18, metavar="N", help="11 to 23 (default: 18)")
+    graph.add_argument("--exporter", choices=("dynamo", "torchscript"), help="back end (default: what the opset needs)")
+    graph.add_argument("--no-simplify", action="store_true", help="publish the back end's own graphs")
+    graph.add_argument(
+        "--external-data-threshold",
+        type=int,
+        default=64,
+        metavar="MIB",
+        help="weights above this go to a file of their own (default: 64)",
+    )
+    tokenizer = parser.add_mutually_exclusive_group()
+    tokenizer.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json, BPE merges, or a directory with either")
+    tokenizer.add_argument("--no-tokenizer", action="store_true", help="a bundle that takes token ids only")
+    source = parser.add_argument_group("source")
+    source.add_argument("--sha256", metavar="HEX", help="expected sha256 of the weights file")
+    source.add_argument("--revision", metavar="REV", help="commit, branch or tag of a Hub id")
+    source.add_argument("--random-weights", type=int, metavar="SEED", help="seeded random weights for a known name")
+    checks = parser.add_argument_group("verification")
+    checks.add_argument("--image", action="append", default=[], metavar="FILE", help="also verify with this picture")
+    checks.add_argument("--threads", type=positive_integer, metavar="N", help="threads of one operator")
+    add_common_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from vlm_export.cli.progress import StagePrinter
+    from vlm_export.export.pipeline import export_bundle
+    from vlm_export.export.stages import Stages
+
+    stages = Stages(None if args.quiet else StagePrinter())
+    result = export_bundle(args.source, Path(args.output), _options(args), stages)
+    if args.json:
+        print_json(_json_from_result(args, result, stages))
+    else:
+        _print_result(args.output, result)
+    return 0
+
+
+def _options(args: argparse.Namespace) -> ExportOptions:
+    from vlm_export.export.options import ExportOptions
+
+    return ExportOptions(
+        opset=args.opset,
+        exporter=args.exporter,
+        simplify=not args.no_simplify,
+        external_data_threshold_bytes=args.external_data_threshold << 20,
+        overwrite=args.overwrite,
+        tokenizer=args.tokenizer,
+        with_tokenizer=not args.no_tokenizer,
+        sha256=args.sha256,
+        revision=args.revision,
+        random_weights_seed=args.random_weights,
+        images=tuple(Path(image) for image in args.image),
+        threads=args.threads,
+    )
+
+
+def _json_from_result(args: argparse.Namespace, result: ExportResult, stages: Stages) -> dict[str, Any]:
+    return {
+        "bundle": args.output,
+        "verification": [report.to_json() for report in result.reports],
+        "stages": [
+            {"name": r.name, "seconds": round(r.seconds, 4), "peak_anonymous_bytes": r.peak_anonymous_bytes}
+            for r in stages.records
+        ],
+        "manifest": result.manifest.to_json(),
+    }
+
+
+def _print_result(output: str, result: ExportResult) -> None:
+    from vlm_export.verify.table import format_table
+
+    manifest = result.manifest
+    print(format_table(result.reports))
+    for part in manifest.parts:
+        for variant in part.variants:
+            for warning in variant.warnings:
+                print(f"warning: {part.name} {variant.precision}: {warning}")
+    total = sum(file.size_bytes for file in manifest.files.values())
+    reference = manifest.facts.get("reference", "")
+    print(f"compared with: {reference}")
+    print(f"bundle: {output} ({len(manifest.files) + 1} files, {size_text(total)})")

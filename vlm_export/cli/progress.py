@@ -1,0 +1,35 @@
+"""Stages on stderr: one line each, with its time; live counts on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from vlm_export.cli.output import size_text
+
+if TYPE_CHECKING:
+    from vlm_export.export.stages import StageRecord
+
+
+class StagePrinter:
+    """Implements `StageListener`."""
+
+    def __init__(self) -> None:
+        self._live = sys.stderr.isatty()
+
+    def started(self, name: str) -> None:
+        self._redraw(f"{name} …")
+
+    def progressed(self, name: str, done: int, total: int) -> None:
+        if total > 0:
+            self._redraw(f"{name} … {100 * done // total} %")
+
+    def finished(self, record: StageRecord) -> None:
+        self._redraw("")
+        memory = record.peak_anonymous_bytes
+        peak = "" if memory is None else f"  peak {size_text(memory)}"
+        print(f"{record.name:<28}{record.seconds:8.2f} s{peak}", file=sys.stderr)
+
+    def _redraw(self, text: str) -> None:
+        if self._live:
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,70 @@
+"""`vlm-export verify`: the numerical proof again, on this machine, with this engine."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_export.cli.common import add_common_options, add_engine_options, providers
+from vlm_export.cli.output import print_json
+
+if TYPE_CHECKING:
+    from vlm_export.verify.report import PartReport
+
+
+def add_parser(verbs: Any) -> None:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "verify",
+        help="prove again that a bundle computes what the original computes",
+        description=(
+            "Check every file of a bundle and run its graphs on the golden records. "
+            "With --source, compare with the original itself over the whole grid (needs the export extra)."
+        ),
+    )
+    parser.add_argument("bundle", metavar="DIR", help="directory of the bundle")
+    parser.add_argument("--source", metavar="SOURCE", help="the checkpoint that the bundle was made from")
+    add_engine_options(parser)
+    add_common_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    reports = _against_source(args) if args.source else _against_golden(args)
+    passed = all(report.passed for report in reports)
+    if args.json:
+        print_json({"passed": passed, "verification": [report.to_json() for report in reports]})
+    else:
+        from vlm_export.verify.table import format_table
+
+        print(format_table(reports))
+    for report in reports:
+        report.raise_if_failed()
+    return 0
+
+
+def _against_golden(args: argparse.Namespace) -> list[PartReport]:
+    from vlm_export.bundle.opened import open_bundle
+    from vlm_export.runtime.engine import OrtEngine
+    from vlm_export.verify.points import EngineRun
+    from vlm_export.verify.recheck import verify_bundle
+
+    bundle = open_bundle(Path(args.bundle))
+    bundle.verify(bundle.manifest.files)
+
+    def start_engine(part: str, precision: str) -> EngineRun:
+        path = bundle.model_files(bundle.manifest.part(part).variant(precision))
+        return OrtEngine(path, providers=providers(args), threads=args.threads, exact=True).run
+
+    return verify_bundle(bundle, engine_factory=start_engine, engine_name=", ".join(providers(args)))
+
+
+def _against_source(args: argparse.Namespace) -> list[PartReport]:
+    from vlm_export.bundle.opened import open_bundle
+    from vlm_export.cli.progress import StagePrinter
+    from vlm_export.export.reverify import verify_against_source
+    from vlm_export.export.stages import Stages
+
+    bundle = open_bundle(Path(args.bundle))
+    stages = Stages(None if args.quiet else StagePrinter())
+    return verify_against_source(bundle, args.source, providers(args), args.threads, stages)
