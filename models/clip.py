@@ -209,7 +209,7 @@ def _notes(architecture: ClipArchitecture) -> Iterator[str]:
     if architecture.activation == "quick_gelu":
         yield "QuickGELU (x · sigmoid(1.702 x)), not the GELU of later CLIP models: a wrong one changes every embedding"
     if isinstance(architecture.vision, ResNetSizes):
-        yield "ModifiedResNet with attention pooling: transformers has no such model, so the eager module is the reference"
+        yield "ModifiedResNet with attention pooling: no transformers model has it"
     yield f"the image size is fixed at {architecture.vision.image_size}: the position embedding is not interpolated"
 
 

@@ -81,18 +81,20 @@ def kill_at_random_points(
     return done
 
 
-def kill_at_each_step(work: Callable[[], object], check: Callable[[], object], *, most: int = 1000) -> int:
-    """Runs `work` in children that kill themselves just before their 1st, 2nd, … file operation, until one ends.
+def kill_at_each_step(
+    work: Callable[[], object], check: Callable[[], object], *, first: int = 1, most: int = 1000
+) -> int:
+    """Runs `work` in children that kill themselves just before file operation `first`, the next, …, until one ends.
 
     Returns:
         The number of children that were killed.
     """
-    for step in range(1, most):
+    for step in range(first, most):
         pid = forked(lambda step=step: _run_until(work, step))  # type: ignore[misc]  # bound now, not at the call
         ended = _ended(pid)
         check()
         if ended:
-            return step - 1
+            return step - first
     raise AssertionError(f"the work has not ended within {most} file operations")
 
 

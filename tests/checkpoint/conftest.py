@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def state_dict_file(tmp_path: Path, weights: Weights) -> Path:
 def refusal() -> Refusal:
     """Opens what must be refused with the given exit status; returns the whole message."""
 
-    def refuse(path: Path, *, status: int = 3, **options: str) -> str:
+    def refuse(path: Path, *, status: int = 3, **options: Any) -> str:
         with pytest.raises(VlmExportError) as caught:
             open_checkpoint(str(path), **options)
         assert caught.value.exit_status == status, caught.value
@@ -87,13 +88,21 @@ class ArchiveWriter:
         items = b"".join(self.text(name) + value for name, value in attributes.items())
         return b"c__torch__.Any.Name\nNode\n)\x81}(" + items + b"ub"
 
-    def archive(self, path: Path, root: bytes, storages: dict[str, bytes] | None = None) -> Path:
+    def archive(
+        self, path: Path, root: bytes, storages: dict[str, bytes] | None = None, *, aligned: bool = True
+    ) -> Path:
         """An archive whose root is the pickled value `root`; one storage "0" of 24 bytes unless others are given."""
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("arch/data.pkl", b"\x80\x02" + root + b".")
             archive.writestr("arch/constants.pkl", b"\x80\x02).")
             for name, raw in (storages or {"0": bytes(24)}).items():
-                archive.writestr(f"arch/data/{name}", raw)
+                info = zipfile.ZipInfo(f"arch/data/{name}")
+                if aligned:
+                    # torch pads the header with an extra field, so that the bytes start at a multiple of 64.
+                    start = archive.start_dir + 30 + len(info.filename) + 4
+                    padding = -start % 64
+                    info.extra = b"FB" + padding.to_bytes(2, "little") + bytes(padding)
+                archive.writestr(info, raw)
         return path
 
 

@@ -8,7 +8,6 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import InputError
 from vlm_export.models.clip import ClipFamily
+from vlm_export.models.registry import recognise
 
 Weights = dict[str, torch.Tensor]
 Refusal = Callable[..., str]
@@ -45,9 +45,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b
         (lambda raw: raw.replace(b'"shape":[5,3]', b'"shape":[5,9]'), "180 bytes"),
     ],
 )
-def test_a1_safetensors(
-    safetensors_file: Path, damage: Callable[[bytes], bytes], cause: str, refusal: Refusal
-) -> None:
+def test_a1_safetensors(safetensors_file: Path, damage: Callable[[bytes], bytes], cause: str, refusal: Refusal) -> None:
     safetensors_file.write_bytes(damage(safetensors_file.read_bytes()))
     message = refusal(safetensors_file)
     assert cause in message or (cause == "cut off" and "in a file of" in message)
@@ -93,6 +91,15 @@ def test_a3_reduce_in_a_state_dict(tmp_path: Path, sentinel: Any, legacy: bool, 
     path = tmp_path / "x.pt"
     torch.save({"w": sentinel}, path, _use_new_zipfile_serialization=not legacy)
     assert "mkdir" in refusal(path)
+
+
+def test_a3_no_environment_variable_lifts_the_protection(
+    tmp_path: Path, sentinel: Any, monkeypatch: pytest.MonkeyPatch, refusal: Refusal
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    path = tmp_path / "x.pt"
+    torch.save({"w": sentinel}, path)
+    refusal(path)
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -201,9 +208,20 @@ def test_a6_missing_and_unexpected_keys(tmp_path: Path, clip_data: Path) -> None
 
 
 def test_a6_prefixed_keys(tmp_path: Path, clip_data: Path) -> None:
+    weights = {f"module.{key}": tensor for key, tensor in clip_weights(clip_data).items()}
+    path = tmp_path / "prefixed.pt"
+    torch.save(weights, path)
+    with pytest.raises(InputError, match="no family recognises") as caught:
+        recognise(open_checkpoint(str(path)))
+    assert "module." in str(caught.value)
+
+
+def test_a6_one_prefixed_key(tmp_path: Path, clip_data: Path) -> None:
     weights = clip_weights(clip_data)
-    weights = {f"module.{key}" if key.startswith("transformer.") else key: w for key, w in weights.items()}
-    assert "module." in build_error(tmp_path, weights)
+    weights["module.ln_final.bias"] = weights.pop("ln_final.bias")
+    message = build_error(tmp_path, weights)
+    assert "missing: ln_final.bias" in message
+    assert "unexpected: module.ln_final.bias" in message
 
 
 def test_a6_known_leftovers_are_dropped(tmp_path: Path, clip_data: Path) -> None:
@@ -310,4 +328,4 @@ def test_side_file_names_are_fixed(tmp_path: Path, weights: Weights) -> None:
     save_file(weights, tmp_path / "model.safetensors")
     (tmp_path / "modeling_evil.py").write_text("raise SystemExit")
     checkpoint = open_checkpoint(str(tmp_path))
-    assert [file.name for file in replace(checkpoint).files] == ["model.safetensors"]
+    assert [file.name for file in checkpoint.files] == ["model.safetensors"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,8 @@ def test_probabilities_are_the_softmax_of_scaled_cosines(
 
 def test_wrong_labels_and_templates(pair: EncoderPair, folder: Path) -> None:
     picture = folder / "pictures" / "large.png"
-    for labels in ([], "cat"):
+    wrong: tuple[Sequence[str], ...] = ([], "cat")
+    for labels in wrong:
         with pytest.raises(UsageError, match="labels"):
             pair.classify(picture, labels)
     with pytest.raises(UsageError, match="template"):

@@ -188,5 +188,7 @@ def test_search_names_items(tmp_path: Path) -> None:
     write_embeddings(tmp_path / "e.npy", ITEMS, unit_vectors(3), replace(META, kind="text"))
     embeddings = read_embeddings(tmp_path / "e.npy")
     best, second = search_embeddings(embeddings, embeddings.vectors[2], 2)
-    assert best == Match(ITEMS[2], pytest.approx(1.0))
+    assert isinstance(best, Match)
+    assert best.item == ITEMS[2]
+    assert best.score == pytest.approx(1.0)
     assert best.score >= second.score

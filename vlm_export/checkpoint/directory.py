@@ -117,7 +117,10 @@ def _find_weights(path: Path) -> Path:
     for name in WEIGHTS_PRECEDENCE:
         if (path / name).is_file():
             return path / name
-    candidates = sorted(p for p in path.iterdir() if p.suffix in _WEIGHT_SUFFIXES and p.is_file())
+    try:
+        candidates = sorted(p for p in path.iterdir() if p.suffix in _WEIGHT_SUFFIXES and p.is_file())
+    except OSError as error:
+        raise InputError("the directory cannot be listed", where=str(path), got=str(error)) from error
     if len(candidates) == 1:
         return candidates[0]
     raise InputError(

@@ -51,9 +51,8 @@ def fetch_snapshot(hub_id: str, revision: str | None = None) -> Snapshot:
             fix="pip install 'vlm-export[export]', or download the files yourself and name their directory",
         ) from error
     # The HTTP library's own errors are not all OSErrors, and which library it is changed between versions.
-    http_errors: tuple[type[Exception], ...] = tuple(
-        kind for kind in HfHubHTTPError.__bases__ if issubclass(kind, Exception)
-    )
+    bases = [kind for kind in HfHubHTTPError.__bases__ if issubclass(kind, Exception)]
+    no_connection: tuple[type[Exception], ...] = (OSError, *bases)
     try:
         info = huggingface_hub.HfApi().model_info(hub_id, revision=revision, timeout=_TIMEOUT_SECONDS)
         commit = info.sha or ""
@@ -61,7 +60,7 @@ def fetch_snapshot(hub_id: str, revision: str | None = None) -> Snapshot:
         path = huggingface_hub.snapshot_download(hub_id, revision=commit, allow_patterns=names)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise _not_found(hub_id, revision, error) from error
-    except (OSError, *http_errors) as error:
+    except no_connection as error:
         return _cached_snapshot(hub_id, revision, error)
     return _snapshot(hub_id, Path(path))
 

@@ -62,7 +62,8 @@ def _read_head(path: Path) -> bytes:
 
 def _is_safetensors(path: Path, head: bytes) -> bool:
     # An eight-byte length and a JSON header: the only kind whose brace stands at byte 8.
-    return head[8:9] == b"{" or (path.suffix == ".safetensors" and _plain_text(head) is None and len(head) >= 8)
+    named = path.suffix == ".safetensors" and len(head) >= 8 and head.strip(b"\x00") != b""
+    return head[8:9] == b"{" or (named and _plain_text(head) is None)
 
 
 def _describe(head: bytes, path: Path) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -30,6 +31,9 @@ _DTYPES = {
 _LOGIT_SCALE = math.log(100.0)
 _EMBEDDING_STD = 0.02
 _SMALL = 0.1
+# The last norm of a residual block of a ResNet: at full size, each of 60 blocks would double the variance.
+_BRANCH_END = re.compile(r"\.\d+\.bn3\.weight")
+_BRANCH_SCALE = 0.2
 _CHUNK = 1 << 20
 Floats = npt.NDArray[np.float32]
 
@@ -111,7 +115,7 @@ def _values(key: str, shape: tuple[int, ...], count: int, rng: np.random.Generat
     if name == "logit_scale":
         return np.full(count, _LOGIT_SCALE, np.float32)
     if name == "running_var":
-        variances: Floats = rng.random(count, dtype=np.float32) + np.float32(1)
+        variances: Floats = rng.random(count, dtype=np.float32) * np.float32(0.4) + np.float32(0.8)
         return variances
     if not shape:
         return np.zeros(count, np.float32)
@@ -126,9 +130,12 @@ def _mean_and_std(key: str, name: str, shape: tuple[int, ...]) -> tuple[float, f
     if len(shape) >= 2:
         # Linear and convolution weights are (output, input, …); a bare projection stands on the right: (input, output).
         fan_in = math.prod(shape[1:]) if name.endswith("weight") else shape[0]
-        return 0.0, 1 / math.sqrt(max(fan_in, 1))
+        # A ReLU follows a convolution and halves the second moment.
+        gain = 2.0 if len(shape) == 4 else 1.0
+        return 0.0, math.sqrt(gain / max(fan_in, 1))
     if name == "weight":
-        return 1.0, _SMALL
+        scale = _BRANCH_SCALE if _BRANCH_END.search(key) else 1.0
+        return scale, scale * _SMALL
     if name in ("bias", "running_mean") or name.endswith("_bias"):
         return 0.0, _SMALL
     return 0.0, 1 / math.sqrt(shape[0])

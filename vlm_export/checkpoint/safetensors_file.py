@@ -96,8 +96,11 @@ def read_index(path: Path) -> dict[str, str]:
 
 def read_bounded(path: Path, max_bytes: int = MAX_HEADER_BYTES) -> bytes:
     """The first `max_bytes` of a file and one more, so that a larger one is noticed and never read whole."""
-    with path.open("rb") as file:
-        return file.read(max_bytes + 1)
+    try:
+        with path.open("rb") as file:
+            return file.read(max_bytes + 1)
+    except OSError as error:
+        raise InputError("a file of the checkpoint cannot be read", where=str(path), got=str(error)) from error
 
 
 @dataclass

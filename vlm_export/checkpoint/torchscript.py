@@ -59,7 +59,7 @@ _STORAGE_DTYPES = {
     "BoolStorage": torch.bool,
 }
 _MAX_DEPTH = 100
-_MAX_VISITS = 1_000_000
+_MAX_VISITS = 300_000
 _MAX_NAME_CHARACTERS = 1000
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from vlm_export.bundle.publish import Staging, publication
 from vlm_export.checkpoint.known import KnownCheckpoint
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import VerificationError
-from vlm_export.export.backends import choose_exporter, export_part
+from vlm_export.export.backends import Exporter, choose_exporter, export_part
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.source import adapt_model, known_checkpoint, open_source, source_record, tokenizer_option
@@ -58,16 +58,27 @@ def export_bundle(source: str, target: Path, options: ExportOptions, stages: Sta
         VerificationError: a graph does not compute what the original computes; nothing is published.
         UsageError, InputError, EnvironmentFailure: see `open_checkpoint` and `publication`.
     """
-    job = _Job(source, options, stages or Stages())
-    choose_exporter(options.opset, options.exporter)
+    job = _Job(source, options, choose_exporter(options.opset, options.exporter), stages or Stages())
     with publication(target, overwrite=options.overwrite) as staging:
         return job.run(staging, name=target.name)
+
+
+@dataclass(frozen=True)
+class _Exported:
+    """A part's graph as written, and the back end's own graph in case the simplified one turns out to differ."""
+
+    part: Part
+    raw: ir.Model
+    paths: list[Path]
+    simplified: bool
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class _Job:
     source: str
     options: ExportOptions
+    exporter: Exporter
     stages: Stages
 
     def run(self, staging: Staging, name: str) -> ExportResult:
@@ -81,7 +92,9 @@ class _Job:
             with self.stages.stage("load weights"):
                 model = adapt_model(recognise(checkpoint).build(checkpoint, store), known)
                 tokenizer = self._write_tokenizer(checkpoint, model, staging)
-            results = [self._part(part, model, known, staging, tokenizer) for part in model.parts]
+            # All graphs before any verification: a back end's failure shows early, and engines leave memory behind.
+            exported = [self._export(part, staging) for part in model.parts]
+            results = [self._verify(graph, model, known, staging, tokenizer) for graph in exported]
         _remove_scratch(scratch)
         with self.stages.stage("publish"):
             records = tuple(record for record, _ in results)
@@ -89,62 +102,64 @@ class _Job:
             manifest = staging.commit(_manifest(name, checkpoint, model, records, self.options))
         return ExportResult(manifest, tuple(report for _, report in results))
 
-    def _part(
-        self, part: Part, model: Model, known: KnownCheckpoint | None, staging: Staging, tokenizer: Path | None
-    ) -> tuple[PartRecord, PartReport]:
-        raw, simplified, warnings = self._graphs(part)
-        verify = PartVerification(part, model, known, self._samples(part, model, tokenizer))
-        with self.stages.stage(f"load reference of {part.name}"):
-            reference = model.references[part.name]()
-        graph = simplified or raw
-        paths, report = self._write_and_verify(graph, part, staging, verify, reference)
-        if simplified is not None and not report.passed:
-            warnings.append(f"the simplified graph differs, so this one is not simplified: {report.first_failure()}")
-            for path in paths:
-                path.unlink()
-            graph = raw
-            paths, report = self._write_and_verify(graph, part, staging, verify, reference)
-        report.raise_if_failed()
-        with self.stages.stage(f"record golden of {part.name}"):
-            records = golden_from_reference(part, reference, golden_points(part.signature), verify.samples[:1])
-            write_golden(staging.path, part.name, records)
-        names = [path.relative_to(staging.path).as_posix() for path in paths]
-        variant = VariantRecord(
-            precision=PRECISION,
-            file=names[0],
-            external_data=tuple(names[1:]),
-            opset=self.options.opset,
-            exporter=choose_exporter(self.options.opset, self.options.exporter),
-            simplified=graph is simplified,
-            warnings=tuple(warnings),
-            verification=report.to_json(),
-        )
-        return PartRecord(part.name, part.signature, (variant,)), report
-
-    def _graphs(self, part: Part) -> tuple[ir.Model, ir.Model | None, list[str]]:
-        """The back end's graph, its simplified form if wanted and possible, and warnings."""
-        options, warnings = self.options, list[str]()
-        exporter = choose_exporter(options.opset, options.exporter)
+    def _export(self, part: Part, staging: Staging) -> _Exported:
+        warnings: list[str] = []
         with self.stages.stage(f"export {part.name}"):
-            raw = export_part(part, options.opset, exporter)
+            raw = export_part(part, self.options.opset, self.exporter)
         simplified: ir.Model | None = None
-        if options.simplify:
+        if self.options.simplify:
             with self.stages.stage(f"simplify {part.name}"):
                 try:
                     simplified = finish_graph(simplify_graph(raw), part.signature)
                 except (RuntimeError, ValueError, VerificationError) as error:
                     warnings.append(f"simplification failed, so the graph is not simplified: {error}")
-        return finish_graph(raw, part.signature), simplified, warnings
+        raw = finish_graph(raw, part.signature)
+        paths = self._write(simplified or raw, part, staging)
+        return _Exported(part, raw, paths, simplified is not None, tuple(warnings))
 
-    def _write_and_verify(
-        self, graph: ir.Model, part: Part, staging: Staging, verify: PartVerification, reference: Reference
-    ) -> tuple[list[Path], PartReport]:
-        path = staging.file(layout.graph_path(part.name, PRECISION))
+    def _write(self, graph: ir.Model, part: Part, staging: Staging) -> list[Path]:
         with self.stages.stage(f"write {part.name}"):
-            paths = write_graph(graph, path, self.options.external_data_threshold_bytes)
-        with self.stages.stage(f"verify {part.name}") as progress:
-            engine = OrtEngine(path, threads=self.options.threads, exact=True)
-            return paths, verify.run(engine.run, engine_label((CPU,)), reference, progress)
+            path = staging.file(layout.graph_path(part.name, PRECISION))
+            return write_graph(graph, path, self.options.external_data_threshold_bytes)
+
+    def _verify(
+        self, exported: _Exported, model: Model, known: KnownCheckpoint | None, staging: Staging, tokenizer: Path | None
+    ) -> tuple[PartRecord, PartReport]:
+        part = exported.part
+        verification = PartVerification(part, model, known, self._samples(part, model, tokenizer))
+        with self.stages.stage(f"load reference of {part.name}"):
+            reference = model.references[part.name]()
+        report = self._compare(exported, verification, reference)
+        if exported.simplified and not report.passed:
+            why = f"the simplified graph differs, so this one is not simplified: {report.first_failure()}"
+            for path in exported.paths:
+                path.unlink()
+            paths = self._write(exported.raw, part, staging)
+            exported = replace(exported, paths=paths, simplified=False, warnings=(*exported.warnings, why))
+            report = self._compare(exported, verification, reference)
+        report.raise_if_failed()
+        with self.stages.stage(f"record golden of {part.name}"):
+            records = golden_from_reference(part, reference, golden_points(part.signature), verification.samples[:1])
+            write_golden(staging.path, part.name, records)
+        return PartRecord(part.name, part.signature, (self._variant(exported, staging, report),)), report
+
+    def _compare(self, exported: _Exported, verification: PartVerification, reference: Reference) -> PartReport:
+        with self.stages.stage(f"verify {exported.part.name}") as progress:
+            engine = OrtEngine(exported.paths[0], threads=self.options.threads, exact=True)
+            return verification.run(engine.run, engine_label((CPU,)), reference, progress)
+
+    def _variant(self, exported: _Exported, staging: Staging, report: PartReport) -> VariantRecord:
+        names = [path.relative_to(staging.path).as_posix() for path in exported.paths]
+        return VariantRecord(
+            precision=PRECISION,
+            file=names[0],
+            external_data=tuple(names[1:]),
+            opset=self.options.opset,
+            exporter=self.exporter,
+            simplified=exported.simplified,
+            warnings=exported.warnings,
+            verification=report.to_json(),
+        )
 
     def _samples(self, part: Part, model: Model, tokenizer: Path | None) -> list[Sample]:
         images = [*synthetic_photographs(), *(open_image(path) for path in self.options.images)]

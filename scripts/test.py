@@ -1,0 +1,32 @@
+"""All checks on a machine that has Python and pip only: `python3 scripts/test.py [pytest arguments]`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from bootstrap import ROOT, SetupError, ensure_environment, run, script_in
+
+ENVIRONMENT = ROOT / ".venv"
+EXTRAS = ("dev", "export", "parquet")
+CHECKS = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy", "--strict"))
+
+
+def main(pytest_arguments: list[str]) -> int:
+    """Sets up the development environment, runs every check, and returns 0 when all passed."""
+    try:
+        python = ensure_environment(ENVIRONMENT, EXTRAS)
+    except SetupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    failed = [name for name, *options in CHECKS if run([script_in(ENVIRONMENT, name), *options]) != 0]
+    # Two workers with one thread each; more would fight for the cores.
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    status = run([python, "-m", "pytest", "-n", "2", "-m", "not slow", *pytest_arguments], environment)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return status or int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,70 @@
+"""What several areas share: the oracle's checkpoints as models, and its records. Imports torch only where it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+if TYPE_CHECKING:
+    from vlm_export.family import Model
+
+CLIP_DATA = Path(__file__).parent / "data" / "clip"
+
+
+@pytest.fixture(scope="session")
+def oracle_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Model]]:
+    """Opens `<variant>/<file>` of the oracle and builds its model, once."""
+    import torch
+
+    from vlm_export.checkpoint.open import open_checkpoint
+    from vlm_export.checkpoint.store import ScratchStore
+    from vlm_export.models.registry import recognise
+
+    torch.set_num_threads(1)
+    models: dict[str, Model] = {}
+    with ExitStack() as stack:
+
+        def build(name: str) -> Model:
+            if name not in models:
+                store = stack.enter_context(ScratchStore(tmp_path_factory.mktemp("store") / "weights.bin"))
+                checkpoint = open_checkpoint(str(CLIP_DATA / name))
+                models[name] = recognise(checkpoint).build(checkpoint, store)
+            return models[name]
+
+        yield build
+
+
+@pytest.fixture(scope="session")
+def oracle_record() -> Callable[[str], dict[str, npt.NDArray[Any]]]:
+    """The recorded inputs and outputs of `<variant>/<file>`; token ids as int64."""
+
+    def load(name: str) -> dict[str, npt.NDArray[Any]]:
+        from safetensors.numpy import load_file
+
+        record: dict[str, npt.NDArray[Any]] = load_file(CLIP_DATA / name.partition("/")[0] / "golden.safetensors")
+        return record | {"input.text": record["input.text"].astype(np.int64)}
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def assert_same() -> Callable[..., None]:
+    """Equal within the gate of float32: shape, every value, and every row's cosine."""
+
+    def check(got: npt.ArrayLike, expected: npt.ArrayLike, max_abs: float = 1e-4, cosine: float = 0.99999) -> None:
+        left, right = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+        assert left.shape == right.shape
+        difference = np.abs(left - right).max()
+        assert difference <= max_abs, f"max-abs {difference:.2e}"
+        rows = left.reshape(len(left), -1), right.reshape(len(right), -1)
+        norms = np.linalg.norm(rows[0], axis=1) * np.linalg.norm(rows[1], axis=1)
+        lowest = ((rows[0] * rows[1]).sum(axis=1) / norms).min()
+        assert lowest >= cosine, f"cosine {lowest:.7f}"
+
+    return check
