@@ -162,7 +162,7 @@ class ClipFamily:
             parts=parts,
             image=_image_spec(architecture, checkpoint),
             text=_text_spec(architecture),
-            hub_config=_hub_config(architecture, checkpoint),
+            hub_config=checkpoint.config or _config_from_architecture(architecture),
             facts={"logit_scale": float(encoders.logit_scale), "activation": architecture.activation},
             dropped_keys=dropped,
             references={part.name: partial(build_reference, part) for part in parts},
@@ -172,6 +172,10 @@ class ClipFamily:
     def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
         parsed = clip_architecture.architecture_from_json(architecture)
         return published_tensors(build_encoders(parsed), _table(parsed), dtype="float16")
+
+    def published_config(self, architecture: Mapping[str, Any]) -> dict[str, Any] | None:
+        parsed = clip_architecture.architecture_from_json(architecture)
+        return _config_from_architecture(parsed) if parsed.key_names == "huggingface" else None
 
 
 def _build_blocks(architecture: ClipArchitecture, sizes: VitSizes | TextSizes) -> nn.ModuleList:
@@ -291,8 +295,10 @@ def _text_spec(architecture: ClipArchitecture) -> TextSpec:
     return TextSpec(text.context_length, text.vocab_size, text.end_token_id, pad, "openai" if openai else "none")
 
 
-def _hub_config(architecture: ClipArchitecture, checkpoint: Checkpoint) -> dict[str, Any]:
+def _config_from_architecture(architecture: ClipArchitecture) -> dict[str, Any]:
+    """`config.json` in the form of transformers' `CLIPConfig`."""
     text = architecture.text
+    legacy = architecture.key_names == "huggingface" and text.pooling == "argmax"
     common = {"hidden_act": architecture.activation, "layer_norm_eps": architecture.eps}
     vision = architecture.vision
     vision_config: dict[str, Any] = {"image_size": vision.image_size, "num_channels": 3, **common}
@@ -319,7 +325,7 @@ def _hub_config(architecture: ClipArchitecture, checkpoint: Checkpoint) -> dict[
             "num_hidden_layers": text.layers,
             "max_position_embeddings": text.context_length,
             "vocab_size": text.vocab_size,
-            "eos_token_id": text.end_token_id,
+            "eos_token_id": clip_architecture.LEGACY_END_TOKEN_ID if legacy else text.end_token_id,
             **common,
         },
         "vision_config": {"model_type": "clip_vision_model", **vision_config},

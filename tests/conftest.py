@@ -1,4 +1,7 @@
-"""What several areas share: the oracle's checkpoints as models, and its records. Imports torch only where it is used."""
+"""What several areas share: the oracle as models and records, and tiny Hugging Face checkpoints.
+
+Imports torch only where it is used: the runtime's tests run without it.
+"""
 
 from __future__ import annotations
 
@@ -68,3 +71,32 @@ def assert_same() -> Callable[..., None]:
         assert lowest >= cosine, f"cosine {lowest:.7f}"
 
     return check
+
+
+@pytest.fixture(scope="session")
+def make_huggingface_clip() -> Callable[..., Any]:
+    """Saves a tiny `CLIPModel` with random weights, none of them at its default, and returns it in eval mode."""
+
+    def make(folder: Path, *, eos: int = 524, heads: tuple[int, int] = (2, 4), act: str = "quick_gelu", **save: Any) -> Any:
+        import torch
+        from transformers import CLIPConfig, CLIPModel
+
+        shared = {"hidden_act": act, "num_hidden_layers": 2, "intermediate_size": 48, "layer_norm_eps": 2e-5}
+        text = {"hidden_size": 32, "num_attention_heads": heads[0], "vocab_size": 525, "max_position_embeddings": 20}
+        vision = {"hidden_size": 64, "num_attention_heads": heads[1], "image_size": 24, "patch_size": 8}
+        config = CLIPConfig(
+            text_config={**text, **shared, "bos_token_id": 523, "eos_token_id": eos, "pad_token_id": 0},
+            vision_config={**vision, **shared},
+            projection_dim=24,
+        )
+        generator = torch.Generator().manual_seed(0)
+        model = CLIPModel(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                # A tenth around the default of each kind: zero for matrices and biases, one for norms.
+                parameter.copy_((parameter.mean() if parameter.ndim < 2 else 0.0) + 0.2 * noise)
+        model.to(save.pop("dtype", torch.float32)).save_pretrained(folder, **save)
+        return model.float()
+
+    return make

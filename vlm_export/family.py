@@ -162,6 +162,10 @@ class Family(Protocol):
         """Keys, shapes and dtypes of a checkpoint of that architecture, as its authors publish it."""
         ...
 
+    def published_config(self, architecture: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The `config.json` of such a checkpoint, or None where its authors publish none."""
+        ...
+
 
 def reference_from_module(part: Part) -> Reference:
     """The part's own unpatched eager module as its Reference."""

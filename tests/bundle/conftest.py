@@ -14,6 +14,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest, PartRecord, SourceFile, SourceRecord, VariantRecord
+from vlm_export.bundle.opened import open_bundle
+from vlm_export.bundle.publish import publication
 from vlm_export.bundle.safe_files import record_of_file, relative_files
 from vlm_export.signature import Axis, Signature, TensorSpec
 from vlm_export.specs import ImageSpec, TextSpec
@@ -117,3 +119,38 @@ def harness() -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def publish_generation(manifest: Manifest, graph_bytes: Callable[..., bytes]) -> Callable[..., Manifest]:
+    """Publishes a bundle whose every file, and whose manifest, carry one number."""
+    graph = graph_bytes({"location": "vision_model.onnx_data"})
+
+    def run(target: Path, generation: int, overwrite: bool = True) -> Manifest:
+        with publication(target, overwrite=overwrite) as staging:
+            staging.file(GRAPH).write_bytes(graph)
+            staging.file(DATA).write_bytes(bytes([generation]) * 128)
+            staging.file("config.json").write_text(str(generation))
+            staging.file("golden/vision/test_data_set_0/input_0.pb").write_bytes(bytes([generation]) * 70_000)
+            return staging.commit(replace(manifest, facts={"generation": generation}))
+
+    return run
+
+
+def read_bundle_generation(target: Path) -> int:
+    """The number of a bundle, after checking that every file carries it and that no other file lies there."""
+    bundle = open_bundle(target)
+    bundle.verify(bundle.manifest.files)
+    bundle.model_files(bundle.manifest.part("vision").variant("fp32"))
+    generation = int(bundle.manifest.facts["generation"])
+    assert bundle.file("config.json").read_text() == str(generation)
+    assert set(bundle.file(DATA).read_bytes()) == {generation}
+    assert set(bundle.file("golden/vision/test_data_set_0/input_0.pb").read_bytes()) == {generation}
+    found = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+    assert found == {*bundle.manifest.files, MANIFEST_NAME}
+    return generation
+
+
+@pytest.fixture(scope="session")
+def read_generation() -> Callable[[Path], int]:
+    return read_bundle_generation

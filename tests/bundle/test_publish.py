@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import resource
 import shutil
@@ -20,48 +19,17 @@ from typing import Any
 
 import pytest
 
-from vlm_export.bundle import publish, replacement
+from vlm_export.bundle import replacement
 from vlm_export.bundle.environment import check_free_space, environment_errors
 from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest
 from vlm_export.bundle.opened import open_bundle
 from vlm_export.bundle.publish import publication
-from vlm_export.bundle.target_lock import lock_path, locked
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 
 DATA = "onnx/vision_model.onnx_data"
 NOBODY = 65534
-_STEPS_BEFORE_REPLACEMENT = 20
 Publish = Callable[..., Manifest]
-
-
-@pytest.fixture
-def publish_generation(manifest: Manifest, graph_bytes: Callable[..., bytes]) -> Publish:
-    """Publishes a bundle whose every file, and whose manifest, carry one number."""
-    graph = graph_bytes({"location": "vision_model.onnx_data"})
-
-    def run(target: Path, generation: int, overwrite: bool = True) -> Manifest:
-        with publication(target, overwrite=overwrite) as staging:
-            staging.file("onnx/vision_model.onnx").write_bytes(graph)
-            staging.file(DATA).write_bytes(bytes([generation]) * 128)
-            staging.file("config.json").write_text(str(generation))
-            staging.file("golden/vision/test_data_set_0/input_0.pb").write_bytes(bytes([generation]) * 70_000)
-            return staging.commit(replace(manifest, facts={"generation": generation}))
-
-    return run
-
-
-def read_generation(target: Path) -> int:
-    """The number of a bundle, after checking that every file carries it and that no other file lies there."""
-    bundle = open_bundle(target)
-    bundle.verify(bundle.manifest.files)
-    bundle.model_files(bundle.manifest.part("vision").variant("fp32"))
-    generation = int(bundle.manifest.facts["generation"])
-    assert bundle.file("config.json").read_text() == str(generation)
-    assert set(bundle.file(DATA).read_bytes()) == {generation}
-    assert set(bundle.file("golden/vision/test_data_set_0/input_0.pb").read_bytes()) == {generation}
-    found = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
-    assert found == {*bundle.manifest.files, MANIFEST_NAME}
-    return generation
+Read = Callable[[Path], int]
 
 
 def hidden(parent: Path) -> list[str]:
@@ -81,7 +49,7 @@ def without_root() -> Iterator[None]:
         os.seteuid(0)
 
 
-def test_publish_and_overwrite(tmp_path: Path, publish_generation: Publish) -> None:
+def test_publish_and_overwrite(read_generation: Read, tmp_path: Path, publish_generation: Publish) -> None:
     target = tmp_path / "bundle"
     written = publish_generation(target, 1, overwrite=False)
     assert read_generation(target) == 1
@@ -107,7 +75,7 @@ def test_permissions_follow_the_umask(tmp_path: Path, publish_generation: Publis
     assert (tmp_path / "bundle").stat().st_mode & 0o777 == 0o755
 
 
-def test_an_existing_bundle_needs_overwrite(tmp_path: Path, publish_generation: Publish) -> None:
+def test_an_existing_bundle_needs_overwrite(read_generation: Read, tmp_path: Path, publish_generation: Publish) -> None:
     target = tmp_path / "bundle"
     publish_generation(target, 1)
     with pytest.raises(UsageError, match="--overwrite"):
@@ -116,7 +84,9 @@ def test_an_existing_bundle_needs_overwrite(tmp_path: Path, publish_generation: 
     assert hidden(tmp_path) == []
 
 
-def test_missing_parents_are_created_and_removed_after_a_failure(tmp_path: Path, publish_generation: Publish) -> None:
+def test_missing_parents_are_created_and_removed_after_a_failure(
+    read_generation: Read, tmp_path: Path, publish_generation: Publish
+) -> None:
     with pytest.raises(RuntimeError), publication(tmp_path / "a" / "b" / "c", overwrite=False):
         raise RuntimeError
     assert os.listdir(tmp_path) == []
@@ -124,7 +94,7 @@ def test_missing_parents_are_created_and_removed_after_a_failure(tmp_path: Path,
     assert read_generation(tmp_path / "a" / "b" / "c") == 1
 
 
-def test_an_empty_directory_is_filled(tmp_path: Path, publish_generation: Publish) -> None:
+def test_an_empty_directory_is_filled(read_generation: Read, tmp_path: Path, publish_generation: Publish) -> None:
     (tmp_path / "bundle").mkdir()
     publish_generation(tmp_path / "bundle", 1, overwrite=False)
     assert read_generation(tmp_path / "bundle") == 1
@@ -172,7 +142,7 @@ def test_what_appears_during_an_export_is_not_replaced(tmp_path: Path, manifest:
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError, OSError(errno.ENOSPC, "full")])
 @pytest.mark.parametrize("exists", [True, False])
 def test_an_interrupted_export_leaves_nothing(
-    tmp_path: Path, publish_generation: Publish, error: Any, exists: bool
+    read_generation: Read, tmp_path: Path, publish_generation: Publish, error: Any, exists: bool
 ) -> None:
     """C5: Ctrl-C, exporter errors, out of memory, disk full in the middle of the work."""
     target = tmp_path / "bundle"
@@ -191,7 +161,9 @@ def test_an_interrupted_export_leaves_nothing(
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_file_size_limit(tmp_path: Path, publish_generation: Publish, harness: ModuleType, exists: bool) -> None:
+def test_file_size_limit(
+    read_generation: Read, tmp_path: Path, publish_generation: Publish, harness: ModuleType, exists: bool
+) -> None:
     """C1: writing stops in the middle; Python ignores SIGXFSZ, so the write fails with EFBIG."""
     target = tmp_path / "bundle"
     if exists:
@@ -213,7 +185,12 @@ def test_file_size_limit(tmp_path: Path, publish_generation: Publish, harness: M
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
 @pytest.mark.parametrize("call", ["fsync", "rename", "mkdir"])
 def test_a_fault_in_any_call(
-    tmp_path: Path, publish_generation: Publish, monkeypatch: pytest.MonkeyPatch, code: int, call: str
+    read_generation: Read,
+    tmp_path: Path,
+    publish_generation: Publish,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    call: str,
 ) -> None:
     target = tmp_path / "bundle"
     publish_generation(target, 1)
@@ -276,7 +253,7 @@ def test_names_that_cannot_be(tmp_path: Path, publish_generation: Publish) -> No
 
 
 def test_the_working_directory_is_left_alone(
-    tmp_path: Path, publish_generation: Publish, monkeypatch: pytest.MonkeyPatch
+    read_generation: Read, tmp_path: Path, publish_generation: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
@@ -294,75 +271,6 @@ def test_a_change_of_directory_during_the_work(
         monkeypatch.chdir("/")
         staging.commit(replace(manifest, parts=()))
     assert (tmp_path / "bundle" / MANIFEST_NAME).is_file()
-
-
-def test_a_second_export_to_one_target_is_refused(
-    tmp_path: Path, publish_generation: Publish, harness: ModuleType
-) -> None:
-    """C6."""
-    target = tmp_path / "bundle"
-    publish_generation(target, 1)
-
-    def hold(ready: Callable[[], None]) -> None:
-        with publication(target, overwrite=True) as staging:
-            staging.file("half").write_bytes(b"half")
-            ready()
-            os.read(os.pipe()[0], 1)
-
-    with harness.running(hold) as pid:
-        with pytest.raises(EnvironmentFailure, match=f"held by process {pid}"):
-            publish_generation(target, 2)
-        assert read_generation(target) == 1
-        publish_generation(tmp_path / "neighbour", 3)
-        # The live export's directory is not swept by its neighbour.
-        assert len([name for name in hidden(tmp_path) if name.startswith(f".bundle.vlm-export-{pid}-")]) == 1
-    publish_generation(target, 2)
-    assert read_generation(target) == 2
-    assert hidden(tmp_path) == []
-
-
-def test_concurrent_exports_end_with_one_whole_bundle(
-    tmp_path: Path, publish_generation: Publish, harness: ModuleType
-) -> None:
-    target = tmp_path / "bundle"
-
-    def loop(first: int) -> None:
-        for generation in range(first, first + 10):
-            try:
-                publish_generation(target, generation)
-            except EnvironmentFailure as error:
-                if "another export" not in error.what:
-                    raise
-
-    pids = [harness.forked(lambda first=first: loop(first)) for first in (0, 100, 200)]
-    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0, 0]
-    read_generation(target)
-    assert os.listdir(tmp_path) == ["bundle"]
-
-
-def test_leftovers_of_a_dead_export_are_swept(tmp_path: Path, publish_generation: Publish) -> None:
-    """C2, also those of another target in the same directory; what only looks alike is left."""
-    dead = [tmp_path / f".{name}.vlm-export-4194304-0123456789ab.tmp" for name in ("bundle", "other")]
-    for directory in dead:
-        (directory / "onnx").mkdir(parents=True)
-        (directory / "onnx" / "half").write_bytes(b"x")
-    alike = tmp_path / ".bundle.vlm-export-notes.tmp"
-    alike.mkdir()
-    link = tmp_path / ".bundle.vlm-export-1-0123456789ab.tmp"
-    link.symlink_to(alike)
-    lock_path(tmp_path / "bundle").write_text("4194304")
-    publish_generation(tmp_path / "bundle", 1)
-    assert sorted(os.listdir(tmp_path)) == sorted([alike.name, link.name, "bundle"])
-
-
-def test_the_lock_is_released_and_leaves_no_file(tmp_path: Path) -> None:
-    target = tmp_path / "bundle"
-    for _ in range(2):
-        with locked(target):
-            assert lock_path(target).read_text() == str(os.getpid())
-            with pytest.raises(EnvironmentFailure, match=f"process {os.getpid()}"), locked(target):
-                raise AssertionError("not reached")
-        assert os.listdir(tmp_path) == []
 
 
 def test_links_and_special_files_are_not_published(tmp_path: Path, manifest: Manifest) -> None:
@@ -405,7 +313,9 @@ def test_a_graph_that_names_other_files_is_not_published(
     assert os.listdir(tmp_path) == []
 
 
-def test_an_open_bundle_survives_being_overwritten(tmp_path: Path, publish_generation: Publish) -> None:
+def test_an_open_bundle_survives_being_overwritten(
+    read_generation: Read, tmp_path: Path, publish_generation: Publish
+) -> None:
     """C4: what was opened before keeps its content; what is opened after is new, and nothing is mixed."""
     target = tmp_path / "bundle"
     publish_generation(target, 1)
@@ -418,137 +328,7 @@ def test_an_open_bundle_survives_being_overwritten(tmp_path: Path, publish_gener
     assert read_generation(target) == 2
 
 
-@pytest.fixture
-def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A killed process loses nothing that it wrote; only a lost machine does, and syncing is slow."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
-@pytest.fixture(params=["exchange", "two renames"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to replace a directory."""
-    if request.param == "two renames":
-        monkeypatch.setattr(replacement, "exchange", lambda new, old: False)
-    return str(request.param)
-
-
-def test_killed_at_random_points(tmp_path: Path, publish_generation: Publish, harness: ModuleType, way: str) -> None:
-    """C2 and C3: a loop of overwriting exports is killed 60 times; the bundle is one generation, whole."""
-    target = tmp_path / "bundle"
-    publish_generation(target, 0)
-    seen: list[int] = []
-    generations = itertools.cycle(range(1, 251))
-
-    def loop() -> None:
-        for generation in itertools.chain([next(generations)], range(251, 256)):
-            publish_generation(target, generation)
-
-    def start() -> int:
-        pid: int = harness.forked(loop)
-        next(generations)
-        return pid
-
-    kills = harness.kill_at_random_points(
-        start,
-        lambda: seen.append(read_generation(target)),
-        kills=60,
-        shortest_seconds=0.002,
-        longest_seconds=0.1,
-    )
-    assert len(kills) == len(seen) == 60
-    assert len(set(seen)) > 10
-    publish_generation(target, 250)
-    assert os.listdir(tmp_path) == ["bundle"]
-
-
-def test_killed_at_each_file_operation(
-    tmp_path: Path, publish_generation: Publish, harness: ModuleType, way: str, no_sync: None
-) -> None:
-    target = tmp_path / "out" / "bundle"
-    publish_generation(target, 1)
-    shutil.copytree(target.parent, tmp_path / "before")
-    seen = []
-
-    def check() -> None:
-        seen.append(read_generation(target))
-        shutil.rmtree(target.parent)
-        shutil.copytree(tmp_path / "before", target.parent)
-
-    killed = harness.kill_at_each_step(lambda: publish_generation(target, 2), check)
-    assert killed > 20
-    assert seen[0] == 1
-    assert seen == sorted(seen)
-    assert seen[-1] == 2
-
-
-def test_naive_overwriting_would_be_caught(
-    tmp_path: Path, publish_generation: Publish, harness: ModuleType, monkeypatch: pytest.MonkeyPatch, no_sync: None
-) -> None:
-    """The control: a writer that writes file by file does not pass the two tests above."""
-    target = tmp_path / "bundle"
-    publish_generation(target, 1)
-    monkeypatch.setattr(publish, "replace_directory", lambda new, old: shutil.copytree(new, old, dirs_exist_ok=True))
-    with pytest.raises(InputError, match="not the one that was exported"):
-        harness.kill_at_each_step(
-            lambda: publish_generation(target, 2), lambda: read_generation(target), first=_STEPS_BEFORE_REPLACEMENT
-        )
-
-
-def test_first_export_killed_at_each_file_operation(
-    tmp_path: Path, publish_generation: Publish, harness: ModuleType, no_sync: None
-) -> None:
-    target = tmp_path / "bundle"
-
-    def check() -> None:
-        if target.exists():
-            assert read_generation(target) == 1
-            shutil.rmtree(target)
-
-    assert harness.kill_at_each_step(lambda: publish_generation(target, 1), check) > 20
-    publish_generation(target, 2)
-    assert os.listdir(tmp_path) == ["bundle"]
-
-
-def test_a_bundle_moved_aside_comes_back(tmp_path: Path, publish_generation: Publish) -> None:
-    target = tmp_path / "bundle"
-    publish_generation(target, 1)
-    target.rename(replacement.aside_path(target))
-    assert read_generation(target) == 1
-    target.rename(replacement.aside_path(target))
-    target.mkdir()
-    publish_generation(target, 2, overwrite=True)
-    assert read_generation(target) == 2
-    assert os.listdir(tmp_path) == ["bundle"]
-
-
-def test_exchange_needs_no_second_step_here(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).write_text(name)
-    if replacement.exchange(tmp_path / "a", tmp_path / "b"):
-        assert os.listdir(tmp_path / "a") == ["b"]
-        assert os.listdir(tmp_path / "b") == ["a"]
-    else:
-        assert os.listdir(tmp_path / "a") == ["a"]
-
-
 def test_bundles_import_no_torch_and_no_onnx() -> None:
     code = "import sys, vlm_export.bundle.publish, vlm_export.bundle.opened, vlm_export.bundle.layout\n"
     code += "sys.exit(bool({'torch', 'onnx', 'numpy', 'onnxruntime'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_the_harness_kills_commands(harness: ModuleType) -> None:
-    command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    (kill,) = harness.kill_at_random_points(
-        lambda: harness.spawned(command), lambda: None, kills=1, longest_seconds=0.01
-    )
-    assert not kill.ended_before
-    with pytest.raises(AssertionError, match="failed by itself with exit status 3"):
-        harness.kill_at_random_points(
-            lambda: harness.spawned([sys.executable, "-c", "raise SystemExit(3)"]),
-            lambda: None,
-            kills=1,
-            shortest_seconds=2.0,
-            longest_seconds=2.0,
-        )

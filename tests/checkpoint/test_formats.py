@@ -96,6 +96,7 @@ def test_torchscript_archive(clip_data: Path, variant: str) -> None:
     checkpoint = open_checkpoint(str(path))
     assert checkpoint.format == "torchscript"
     with pytest.warns(FutureWarning, match="torch.jit.load"):
+        # torch.jit.load has no annotations.
         expected = torch.jit.load(str(path), map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
     assert_holds(checkpoint, expected)
 

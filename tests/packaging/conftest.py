@@ -80,7 +80,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
     """Without build isolation: setuptools is this environment's."""
     out = tmp_path_factory.mktemp("dist")
-    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir"]
+    build: list[str | Path] = [sys.executable, "-m", "build", "--no-isolation", "--outdir"]
     run_checked([*build, out / "direct", "--wheel"], tree)
     run_checked([*build, out / "indirect"], tree)
     (wheel,) = (out / "direct").glob("*.whl")
@@ -95,11 +95,12 @@ def install(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Environme
 
     def make(*arguments: str | Path, metadata: Path, also: Sequence[str] = ()) -> Environment:
         home = tmp_path_factory.mktemp("environment") / "env"
-        run_checked([*uv(), "venv", "--quiet", "--offline", "--python", sys.executable, home], home.parent)
+        venv: list[str | Path] = [*uv(), "venv", "--quiet", "--offline", "--python", sys.executable, home]
+        run_checked(venv, home.parent)
         site = next(home.glob("lib/python3*/site-packages"))
         for dist in needed_distributions([*wheel_requirements(metadata), *also]).values():
             link_distribution(dist, site)
-        options = ["--quiet", "--offline", "--no-deps", "--no-build-isolation", "--python", home / "bin" / "python"]
+        options = ["--quiet", "--offline", "--no-deps", "--no-build-isolation", "--python", str(home / "bin/python")]
         run_checked([*uv(), "pip", "install", *options, *arguments], home.parent)
         return Environment(home)
 
@@ -138,7 +139,13 @@ def needed_distributions(requirements: list[str]) -> dict[str, Distribution]:
 
 
 def link_distribution(dist: Distribution, site: Path) -> None:
-    """Links each top-level entry of an installed distribution into `site`: no download, no copy."""
+    """Links each top-level entry of an installed distribution into `site`: no download, no copy but the metadata's."""
     for top in {file.parts[0] for file in dist.files or [] if file.parts[0] not in ("..", "__pycache__")}:
-        if not (site / top).exists():
-            (site / top).symlink_to(Path(str(dist.locate_file(top))))
+        origin, target = Path(str(dist.locate_file(top))), site / top
+        if target.exists():
+            continue
+        if top.endswith(".dist-info"):
+            # uv overlooks metadata behind a link.
+            shutil.copytree(origin, target)
+        else:
+            target.symlink_to(origin)

@@ -2,7 +2,7 @@
 
 Facts: transformers.js v4 `utils/dtypes.js` (suffixes) and `utils/model-loader.js` (`use_external_data_format`: the
 graph's file name → number of data files `<graph>_data`, `<graph>_data_1`, …; `true` counts as 1); transformers 5.23
-`CLIPImageProcessor` and `CLIPTokenizer` (configuration keys).
+`CLIPImageProcessor` (configuration keys).
 """
 
 from __future__ import annotations
@@ -11,15 +11,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vlm_export.bundle.manifest import VariantRecord
-from vlm_export.errors import InputError, UsageError, suggestion
-from vlm_export.specs import ImageSpec, TextSpec
+from vlm_export.errors import UsageError, suggestion
+from vlm_export.specs import ImageSpec
 
 GRAPH_DIRECTORY = "onnx"
 CONFIG_NAME = "config.json"
 PREPROCESSOR_NAME = "preprocessor_config.json"
 TOKENIZER_NAME = "tokenizer.json"
-TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
-SPECIAL_TOKENS_NAME = "special_tokens_map.json"
 
 PRECISION_SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}
 PART_STEMS = {"vision": "vision_model", "text": "text_model"}
@@ -71,50 +69,3 @@ def hub_config(config: Mapping[str, Any], variants: Iterable[VariantRecord]) -> 
     if external:
         own["use_external_data_format"] = external
     return {**result, "transformers.js_config": own} if own else result
-
-
-def special_tokens(text: TextSpec, tokenizer: Mapping[str, Any]) -> dict[str, str]:
-    """`special_tokens_map.json` for the data of a `tokenizer.json`.
-
-    A padding id that is an ordinary token (CLIP's 0 is "!") is not named: consumers register what stands here as
-    special, and the tokenizer would then split it off wherever a text has it. End-of-text pads as well, because
-    nothing after the first one counts.
-
-    Raises:
-        InputError: end-of-text is none of the tokenizer's added tokens.
-    """
-    added = {token["id"]: str(token["content"]) for token in tokenizer.get("added_tokens", ())}
-    if text.end_token_id not in added:
-        raise InputError(
-            "the tokenizer does not fit the model: end-of-text is none of its added tokens",
-            where=TOKENIZER_NAME,
-            expected=f"id {text.end_token_id}",
-            got=f"ids {sorted(added)}",
-            fix="pass the tokenizer that was published with the checkpoint",
-        )
-    end = added[text.end_token_id]
-    start = _start_token(tokenizer.get("post_processor"))
-    unknown = tokenizer.get("model", {}).get("unk_token") or end
-    tokens = {"eos_token": end, "pad_token": added.get(text.pad_token_id, end), "unk_token": unknown}
-    return {"bos_token": start, **tokens} if start else tokens
-
-
-def _start_token(processor: Any) -> str | None:
-    """The special token that a post-processor of the `tokenizers` library puts in front of a single text."""
-    if not isinstance(processor, dict):
-        return None
-    if processor.get("type") == "Sequence":
-        found = (_start_token(entry) for entry in processor.get("processors", ()))
-        return next((token for token in found if token), None)
-    if processor.get("type") == "TemplateProcessing":
-        first: Any = next(iter(processor.get("single", ())), {})
-        return first["SpecialToken"]["id"] if "SpecialToken" in first else None
-    first = processor.get("cls")
-    return first[0] if first else None
-
-
-def tokenizer_config(
-    text: TextSpec, tokens: Mapping[str, str], tokenizer_class: str = "CLIPTokenizer"
-) -> dict[str, Any]:
-    """`tokenizer_config.json`; `tokens` as `special_tokens` gives them."""
-    return {"tokenizer_class": tokenizer_class, "model_max_length": text.context_length, **tokens}

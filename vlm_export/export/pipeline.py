@@ -22,7 +22,7 @@ from vlm_export.errors import VerificationError
 from vlm_export.export.backends import Exporter, choose_exporter, export_part
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.simplify import finish_graph, simplify_graph
-from vlm_export.export.source import adapt_model, known_checkpoint, open_source, source_record, tokenizer_option
+from vlm_export.export.source import adapt_model, known_checkpoint, open_source, source_record
 from vlm_export.export.stages import Stages
 from vlm_export.export.tokenizer_files import resolve_tokenizer
 from vlm_export.export.verification import PRECISION, PartVerification, engine_label
@@ -90,7 +90,7 @@ class _Job:
             check_free_space(staging.path, 2 * _float32_bytes(checkpoint))
         with ScratchStore(scratch / "weights.bin") as store:
             with self.stages.stage("load weights"):
-                model = adapt_model(recognise(checkpoint).build(checkpoint, store), known)
+                model = adapt_model(recognise(checkpoint).build(checkpoint, store), checkpoint, known)
                 tokenizer = self._write_tokenizer(checkpoint, model, staging)
             # All graphs before any verification: a back end's failure shows early, and engines leave memory behind.
             exported = [self._export(part, staging) for part in model.parts]
@@ -168,7 +168,7 @@ class _Job:
     def _write_tokenizer(self, checkpoint: Checkpoint, model: Model, staging: Staging) -> Path | None:
         if model.text is None or not self.options.with_tokenizer:
             return None
-        files = resolve_tokenizer(checkpoint, tokenizer_option(self.source, self.options), model.text)
+        files = resolve_tokenizer(checkpoint, self.options.tokenizer, model.text)
         for name, content in files.items():
             staging.file(name).write_bytes(content)
         return staging.path / layout.TOKENIZER_NAME

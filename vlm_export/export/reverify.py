@@ -38,7 +38,7 @@ def verify_against_source(
         with ScratchStore(Path(folder) / "weights.bin") as store:
             with stages.stage("load weights"):
                 known = known_checkpoint(source)
-                model = adapt_model(recognise(checkpoint).build(checkpoint, store), known)
+                model = adapt_model(recognise(checkpoint).build(checkpoint, store), checkpoint, known)
             reports = []
             for part in model.parts:
                 samples = sample_inputs(part.signature, model.image, model.text, _tokenizer(bundle))

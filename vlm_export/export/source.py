@@ -38,21 +38,21 @@ def open_source(source: str, options: ExportOptions, scratch: Path, progress: St
             expected="a name from configs/",
             fix=suggestion(source, known_names()),
         )
-    tensors = load_family(known.family).published_tensors(known.architecture)
-    return random_checkpoint(source, tensors, options.random_weights_seed, scratch / "random.safetensors")
+    family = load_family(known.family)
+    checkpoint = random_checkpoint(
+        source,
+        family.published_tensors(known.architecture),
+        options.random_weights_seed,
+        scratch / "random.safetensors",
+        family.published_config(known.architecture),
+    )
+    side_files = {"tokenizer.json": packaged_path(known.tokenizer)} if known.tokenizer else {}
+    return replace(checkpoint, side_files=side_files)
 
 
-def tokenizer_option(source: str, options: ExportOptions) -> str | None:
-    """Where tokenizer files come from when not from the checkpoint: the user's choice, else the config's."""
-    known = known_checkpoint(source)
-    if options.tokenizer is not None or known is None or known.tokenizer is None:
-        return options.tokenizer
-    return str(packaged_path(known.tokenizer))
-
-
-def adapt_model(model: Model, known: KnownCheckpoint | None) -> Model:
-    """The model with what the config states about preparing inputs, where the checkpoint itself says nothing."""
-    if known is None:
+def adapt_model(model: Model, checkpoint: Checkpoint, known: KnownCheckpoint | None) -> Model:
+    """The model with what our config states about preparing inputs, unless the checkpoint brings a config itself."""
+    if known is None or checkpoint.config is not None:
         return model
     return replace(model, image=known.image or model.image, text=known.text or model.text)
 

@@ -1,0 +1,45 @@
+"""Measures this project on this machine; the figures in docs/benchmarks come from here and from nowhere else.
+
+    python scripts/benchmark.py export [--names NAME …]    time and peak anonymous memory of each stage of an export
+    python scripts/benchmark.py text   [--bundle DIR]      8-token captions against the same padded to 77
+    python scripts/benchmark.py start  [--bundle DIR]      process start to first embedding
+
+Without --bundle, one of ViT-B/32 with random weights is exported for the measurement. Needs the export extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks import export, start, text
+from benchmarks.report import REPORTS, write_report
+
+EXPORT_NAMES = ("clip-vit-b-32", "clip-rn50", "clip-vit-l-14-336px")
+PAIR_NAME = "clip-vit-b-32"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one benchmark; returns 1 when its result misses the goal that the project states."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=REPORTS, help="folder of the reports (default: docs/benchmarks)")
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    exporting = kinds.add_parser("export")
+    exporting.add_argument("--names", nargs="+", default=EXPORT_NAMES, metavar="NAME", help="names from configs/")
+    for kind, rounds in (("text", 21), ("start", 5)):
+        measured = kinds.add_parser(kind)
+        measured.add_argument("--name", default=PAIR_NAME, help=f"name from configs/ (default: {PAIR_NAME})")
+        measured.add_argument("--bundle", type=Path, help="measure this bundle of it")
+        measured.add_argument("--rounds", type=int, default=rounds, help=f"default: {rounds}")
+    args = parser.parse_args(arguments)
+    if args.kind == "export":
+        report = export.measure(tuple(args.names))
+    else:
+        report = (text if args.kind == "text" else start).measure(args.name, args.bundle, args.rounds)
+    print(write_report(report, args.output))
+    return 0 if report.reached else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One module for each benchmark, and the report that they share."""

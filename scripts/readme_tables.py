@@ -1,0 +1,67 @@
+"""Writes README's table of supported checkpoints from configs/; `--check` only says whether it is up to date."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from vlm_export.checkpoint.known import KnownCheckpoint, known_names, load_known
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+BEGIN, END = "<!-- checkpoints: written by scripts/readme_tables.py -->", "<!-- /checkpoints -->"
+HEADER = ("name", "checkpoint", "picture encoder", "pixels", "embedding", "published as", "sha256")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Writes or checks; returns 1 when the check finds a difference."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args(arguments)
+    old = README.read_text(encoding="utf-8")
+    new = updated(old)
+    if args.check and old != new:
+        print("README.md is not up to date: python scripts/readme_tables.py", file=sys.stderr)
+        return 1
+    if not args.check:
+        README.write_text(new, encoding="utf-8")
+    return 0
+
+
+def updated(readme: str) -> str:
+    """The README with the present table between its markers; ValueError when a marker is missing."""
+    before, found, rest = readme.partition(BEGIN + "\n")
+    _, closed, after = rest.partition(END + "\n")
+    if not found or not closed:
+        raise ValueError(f"README.md lacks the markers {BEGIN!r} and {END!r}")
+    return before + found + table() + closed + after
+
+
+def table() -> str:
+    """One row for each config, sorted by name."""
+    rows = [_row(load_known(name)) for name in known_names()]
+    rule = ["---"] * len(HEADER)
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in (HEADER, rule, *rows))
+
+
+def _row(known: KnownCheckpoint) -> tuple[str, ...]:
+    vision = known.architecture["vision"]
+    if vision["kind"] == "vit":
+        encoder = f"ViT, {vision['layers']} layers of {vision['width']}, patch {vision['patch_size']}"
+    else:
+        encoder = f"ModifiedResNet {'-'.join(map(str, vision['stages']))}, width {vision['width']}"
+    source = known.source
+    published = f"Hub: {source.hub}" if source.hub else "download" if source.url else "part of this project"
+    return (
+        f"`{known.name}`",
+        known.title.partition(" (")[0],
+        encoder,
+        str(vision["image_size"]),
+        str(known.architecture["embed_dim"]),
+        published,
+        "pinned" if known.sha256 else "recorded",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""The arrows of docs/architecture.md: which package may import which, read from the syntax trees."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+PACKAGE = ROOT / "vlm_export"
+MAX_FILE_LINES = 600
+MAX_FUNCTION_LINES = 60
+# What every machine has that only uses bundles; Parquet's package is optional there.
+BASE = {"PIL", "ftfy", "numpy", "onnxruntime", "pyarrow", "tokenizers", "tqdm"}
+TORCH = {"torch", "torchvision", "transformers", "timm"}
+TYPES = {"vlm_export", "vlm_export.errors", "vlm_export.signature", "vlm_export.specs"}
+# Folder or module → the parts of vlm_export that it may import besides itself.
+ARROWS = {
+    "errors.py": set[str](),
+    "signature.py": TYPES,
+    "specs.py": TYPES,
+    "family.py": TYPES,
+    "bundle": TYPES,
+    "runtime": TYPES | {"vlm_export.bundle"},
+    "graph": TYPES,
+    "verify": TYPES | {"vlm_export.bundle", "vlm_export.runtime", "vlm_export.family"},
+    "models": TYPES | {"vlm_export.family"},
+    "checkpoint": TYPES | {"vlm_export.family", "vlm_export.bundle"},
+}
+# Folder → the packages from outside that it may import.
+OUTSIDE = {
+    "bundle": set[str](),
+    "runtime": BASE,
+    "graph": {"numpy", "onnx_ir", "onnx"},
+    "verify": BASE - {"onnxruntime", "pyarrow", "tqdm"},
+    "cli": set[str](),
+}
+WITH_TORCH = {"checkpoint", "export", "models", "family.py"}
+
+
+def area_of(path: Path) -> str:
+    """The folder below `vlm_export`, or the module that lies in it directly."""
+    return path.relative_to(PACKAGE).parts[0]
+
+
+def sources() -> list[Path]:
+    return sorted([*PACKAGE.rglob("*.py"), *(PACKAGE / "models").rglob("*.py")])
+
+
+def imports_of(path: Path, at_once: bool = False) -> set[str]:
+    """Dotted names of all modules that the file imports when it runs, also inside functions unless `at_once`."""
+    names: set[str] = set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body if at_once else _running(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            module = node.module or ""
+            submodules = [f"{module}.{alias.name}" for alias in node.names if _is_module(f"{module}.{alias.name}")]
+            names |= set(submodules or [module])
+    return names
+
+
+def _running(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those that only type checkers read."""
+    if isinstance(tree, ast.If) and isinstance(tree.test, ast.Name) and tree.test.id == "TYPE_CHECKING":
+        return
+    yield tree
+    for child in ast.iter_child_nodes(tree):
+        yield from _running(child)
+
+
+def _is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def _inside(names: set[str]) -> set[str]:
+    return {name for name in names if name.partition(".")[0] == "vlm_export"}
+
+
+def _outside(names: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names - _inside(names)} - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_follow_the_arrows(path: Path) -> None:
+    area, names = area_of(path), imports_of(path)
+    if area in ARROWS:
+        allowed = ARROWS[area] | {f"vlm_export.{area.removesuffix('.py')}"}
+        wrong = {
+            name for name in _inside(names) if name not in allowed and ".".join(name.split(".")[:2]) not in allowed
+        }
+        assert not wrong, f"{area} may not import {sorted(wrong)}"
+    if area in OUTSIDE:
+        assert _outside(names) <= OUTSIDE[area]
+    if area not in WITH_TORCH:
+        assert not _outside(names) & TORCH
+
+
+def test_every_area_is_judged() -> None:
+    areas = {area_of(path) for path in sources()}
+    assert areas >= {*ARROWS, *OUTSIDE, *WITH_TORCH}
+    assert areas - {*ARROWS, *OUTSIDE, *WITH_TORCH} == {"__init__.py"}
+
+
+def test_the_reader_of_imports_sees_lazy_ones() -> None:
+    assert "pyarrow" in _outside(imports_of(PACKAGE / "runtime" / "search.py"))
+    assert "torch" in _outside(imports_of(PACKAGE / "family.py"))
+    assert "vlm_export.bundle.layout" in imports_of(PACKAGE / "export" / "pipeline.py")
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "cli").glob("*.py")), ids=lambda path: path.name)
+def test_verbs_import_lazily(path: Path) -> None:
+    names = imports_of(path, at_once=True)
+    assert not _outside(names)
+    light = ("vlm_export", "vlm_export.errors", "vlm_export.cli")
+    assert not {name for name in _inside(names) if name not in light and not name.startswith("vlm_export.cli.")}
+
+
+def _functions(path: Path) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+@pytest.mark.parametrize("folder", ["vlm_export", "models", "scripts", "tests"])
+def test_files_and_functions_are_short(folder: str) -> None:
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= MAX_FILE_LINES, f"{path.relative_to(ROOT)} has {lines} lines: split it"
+        for name, length in _functions(path):
+            assert length <= MAX_FUNCTION_LINES, f"{path.relative_to(ROOT)}: {name} has {length} lines"
