@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, TypeVar, cast
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast
 
-from vlm_export.errors import InputError, suggestion
+from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint
 from vlm_export.models.layers import Activation
+from vlm_export.specs import record_from_json
 
 KeyNames = Literal["openai", "huggingface"]
 Pooling = Literal["argmax", "first_end_token"]
@@ -167,27 +168,9 @@ def architecture_from_json(data: Mapping[str, Any]) -> ClipArchitecture:
     fields_left = dict(data)
     vision_data = dict(fields_left.pop("vision"))
     kind = vision_data.pop("kind")
-    vision: VitSizes | ResNetSizes
-    if kind == "vit":
-        vision = _from_mapping(VitSizes, vision_data)
-    else:
-        vision = _from_mapping(ResNetSizes, {**vision_data, "stages": tuple(vision_data["stages"])})
-    text = _from_mapping(TextSizes, fields_left.pop("text"))
-    return _from_mapping(ClipArchitecture, {**fields_left, "vision": vision, "text": text})
-
-
-Record = TypeVar("Record", VitSizes, ResNetSizes, TextSizes, ClipArchitecture)
-
-
-def _from_mapping(kind: type[Record], data: Mapping[str, Any]) -> Record:
-    known = [field.name for field in fields(kind)]
-    for key in data:
-        if key not in known:
-            raise InputError(f"{kind.__name__} has no field {key!r}", fix=suggestion(key, known))
-    missing = [name for name in known if name not in data]
-    if missing:
-        raise InputError(f"{kind.__name__} lacks fields", expected=", ".join(known), got=f"no {', '.join(missing)}")
-    return kind(**data)
+    vision = record_from_json(VitSizes if kind == "vit" else ResNetSizes, vision_data)
+    text = record_from_json(TextSizes, fields_left.pop("text"))
+    return record_from_json(ClipArchitecture, {**fields_left, "vision": vision, "text": text})
 
 
 class _Shapes:

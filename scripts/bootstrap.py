@@ -95,16 +95,13 @@ def run(command: Sequence[str | Path], environment: dict[str, str] | None = None
 
 def _install(environment: Path, extras: Sequence[str], uv: str | None) -> None:
     project = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
-    python = script_in(environment, "python")
-    if uv:
-        if not python.exists():
-            _step([uv, "venv", "--quiet", "--python", sys.executable, str(environment)])
-        _step([uv, "pip", "install", "--quiet", "--python", str(python), "-c", str(CONSTRAINTS), "-e", project])
-        return
-    if not python.exists():
-        _step([sys.executable, "-m", "venv", str(environment)])
-    # Debian's venv module comes without pip where python3-venv is not installed.
-    _step([str(python), "-m", "pip", "install", "--quiet", "-c", str(CONSTRAINTS), "-e", project])
+    python = str(script_in(environment, "python"))
+    # On a terminal the installers show the progress of their large downloads.
+    options = [*([] if sys.stdout.isatty() else ["--quiet"]), "-c", str(CONSTRAINTS), "-e", project]
+    if not Path(python).exists():
+        make = [uv, "venv", "--quiet", "--python", sys.executable] if uv else [sys.executable, "-m", "venv"]
+        _step([*make, str(environment)])
+    _step([uv, "pip", "install", "--python", python, *options] if uv else [python, "-m", "pip", "install", *options])
 
 
 def _step(command: Sequence[str]) -> None:

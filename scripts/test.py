@@ -19,10 +19,12 @@ def main(pytest_arguments: list[str]) -> int:
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    failed = [name for name, *options in CHECKS if run([script_in(ENVIRONMENT, name), *options]) != 0]
-    # Two workers with one thread each; more would fight for the cores.
+    failed = [" ".join(check[:2]) for check in CHECKS if run([script_in(ENVIRONMENT, check[0]), *check[1:]]) != 0]
+    # Two workers with one thread each; more would fight for the cores. A file's tests share their fixtures.
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    status = run([python, "-m", "pytest", "-n", "2", "-m", "not slow", *pytest_arguments], environment)
+    status = run(
+        [python, "-m", "pytest", "-n", "2", "--dist", "loadfile", "-m", "not slow", *pytest_arguments], environment
+    )
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return status or int(bool(failed))

@@ -77,7 +77,9 @@ def assert_same() -> Callable[..., None]:
 def make_huggingface_clip() -> Callable[..., Any]:
     """Saves a tiny `CLIPModel` with random weights, none of them at its default, and returns it in eval mode."""
 
-    def make(folder: Path, *, eos: int = 524, heads: tuple[int, int] = (2, 4), act: str = "quick_gelu", **save: Any) -> Any:
+    def make(
+        folder: Path, *, eos: int = 524, heads: tuple[int, int] = (2, 4), act: str = "quick_gelu", **save: Any
+    ) -> Any:
         import torch
         from transformers import CLIPConfig, CLIPModel
 

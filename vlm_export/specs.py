@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from vlm_export.errors import InputError, suggestion
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 RgbStage = Literal["after_crop", "before_resize"]
 TextCleaning = Literal["openai", "none"]
@@ -56,11 +59,11 @@ class TextSpec:
         return asdict(self)
 
 
-Spec = TypeVar("Spec", ImageSpec, TextSpec)
+Record = TypeVar("Record", bound="DataclassInstance")
 
 
-def spec_from_json(kind: type[Spec], data: Mapping[str, Any]) -> Spec:
-    """The spec that `to_json` wrote; InputError on unknown or missing fields."""
+def record_from_json(kind: type[Record], data: Mapping[str, Any]) -> Record:
+    """The frozen dataclass with those fields, lists made tuples; InputError on unknown or missing fields."""
     known = [field.name for field in fields(kind)]
     for key in data:
         if key not in known:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +15,8 @@ from benchmarks.report import Bars, Report, Table
 
 MIB = 1 << 20
 GOAL_BYTES = 1_000_000_000
-# Verification runs two models in memory on purpose; everything else must not grow with the model.
+# Verification runs two models in memory on purpose, and what it allocated stays with the process. It comes after all
+# graphs are written, so the stages before it show what exporting takes.
 _VERIFICATION = ("load reference", "verify", "record golden")
 
 
@@ -60,7 +62,7 @@ def measure(names: tuple[str, ...]) -> Report:
 def _facts(result: Mapping[str, Any]) -> dict[str, Any]:
     stages = result["stages"]
     files = result["manifest"]["files"]
-    exporting = [stage for stage in stages if not stage["name"].startswith(_VERIFICATION)]
+    exporting = list(takewhile(lambda stage: not stage["name"].startswith(_VERIFICATION), stages))
     return {
         "weights_bytes": sum(file["size_bytes"] for name, file in files.items() if name.startswith("onnx/")),
         "seconds": sum(stage["seconds"] for stage in stages),
@@ -89,7 +91,7 @@ def _summary(results: Mapping[str, Mapping[str, Any]]) -> Table:
         )
         for name, result in results.items()
     ]
-    return Table("Models; export stages are all but those of the verification", header, rows)
+    return Table("Models; export stages are all up to the last written graph, before verification", header, rows)
 
 
 def _stages(results: Mapping[str, Mapping[str, Any]]) -> Table:

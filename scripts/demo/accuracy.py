@@ -34,7 +34,8 @@ class Accuracy:
         candidates: how many captions each was classified among.
         top1: the nearest caption is the picture's own.
         by_attribute: the nearest caption has the picture's value of that attribute.
-        colour_and_shape: the nearest of the 48 short captions ("a red circle") names its colour and shape.
+        colour_and_shape: the nearest of the 48 short captions in the picture's number ("a red circle" for one object,
+            "red circles" for several) names its colour and shape.
     """
 
     pictures: int
@@ -63,8 +64,6 @@ def evaluate(encode_image: EncodeImage, encode_text: EncodeText, each: int = 4) 
     truths = [composition for composition, _ in pictures]
     nearest = _nearest(images, encode_text([caption(composition) for composition in COMPOSITIONS]))
     guesses = [COMPOSITIONS[i] for i in nearest]
-    kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-    nearest_kinds = _nearest(images, encode_text([short_caption(colour, shape) for colour, shape in kinds]))
     return Accuracy(
         pictures=len(pictures),
         candidates=len(COMPOSITIONS),
@@ -73,9 +72,18 @@ def evaluate(encode_image: EncodeImage, encode_text: EncodeText, each: int = 4) 
             name: _share([guess.value(name) == truth.value(name) for guess, truth in zip(guesses, truths, strict=True)])
             for name in ATTRIBUTES
         },
-        colour_and_shape=_share(
-            [kinds[i] == (truth.colour, truth.shape) for i, truth in zip(nearest_kinds, truths, strict=True)]
-        ),
+        colour_and_shape=_colour_and_shape(images, truths, encode_text),
+    )
+
+
+def _colour_and_shape(images: Embeddings, truths: Sequence[Composition], encode_text: EncodeText) -> float:
+    kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    nearest = {
+        one: _nearest(images, encode_text([short_caption(colour, shape, one) for colour, shape in kinds]))
+        for one in (True, False)
+    }
+    return _share(
+        [kinds[nearest[truth.count == "one"][i]] == (truth.colour, truth.shape) for i, truth in enumerate(truths)]
     )
 
 

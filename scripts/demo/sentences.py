@@ -59,9 +59,9 @@ def caption(composition: Composition) -> str:
     return _compose("a picture of ", composition, {name: 0 for name in ATTRIBUTES}, in_front=False)
 
 
-def short_caption(colour: str, shape: str) -> str:
-    """What a user would type first: colour and shape alone."""
-    return f"a {colour} {shape}"
+def short_caption(colour: str, shape: str, one: bool) -> str:
+    """What a user would type first: colour and shape alone, of one object or of several."""
+    return f"{_article('a', colour)} {colour} {shape}" if one else f"{colour} {_plural(shape)}"
 
 
 def sentence(composition: Composition, rng: np.random.Generator) -> Sentence:

@@ -33,7 +33,7 @@ PICTURE_PIXELS = 64
 HELD_OUT_SHARE = 0.125
 
 # Lengths are in units of the picture's edge.
-_RADIUS = {"small": 0.075, "large": 0.115}
+_RADIUS = {"small": 0.08, "large": 0.12}
 _ANCHOR = {"left": (0.27, 0.5), "right": (0.73, 0.5), "top": (0.5, 0.27), "bottom": (0.5, 0.73), "middle": (0.5, 0.5)}
 _RGB = {
     "red": (220, 30, 35),
@@ -80,7 +80,7 @@ HELD_OUT = tuple(composition for composition in COMPOSITIONS if composition.held
 def render(composition: Composition, seed: Sequence[int] | int, size_pixels: int = PICTURE_PIXELS) -> Image.Image:
     """A picture of the composition: same seed, same picture; the seed moves, turns and tints everything."""
     rng = np.random.default_rng(seed)
-    radius = _RADIUS[composition.size] * rng.uniform(0.93, 1.07)
+    radius = _RADIUS[composition.size] * rng.uniform(0.94, 1.06)
     mask = _draw_mask(composition.shape, _place_objects(composition, radius, rng), radius, size_pixels, rng)
     colour = np.array(_RGB[composition.colour]) + rng.normal(0, 7, 3)
     background = _paint_background(size_pixels, rng)
@@ -121,7 +121,7 @@ def _draw_mask(
         if shape == "ring":
             _draw_disc(draw, x * edge, y * edge, radius * edge * 0.55, 0)
         if shape not in ("circle", "ring"):
-            tilt = math.radians(rng.uniform(-12, 12))
+            tilt = math.radians(rng.uniform(-10, 10))
             draw.polygon([_turned(x, y, tilt, dx * radius, dy * radius, edge) for dx, dy in _OUTLINES[shape]], fill=255)
     return mask.reduce(_SUPERSAMPLING)
 

@@ -7,7 +7,7 @@ from typing import get_args
 from vlm_export.bundle.strict_json import Fields
 from vlm_export.errors import InputError
 from vlm_export.signature import Signature, signature_from_json
-from vlm_export.specs import ImageSpec, RgbStage, TextCleaning, TextSpec, spec_from_json
+from vlm_export.specs import ImageSpec, RgbStage, TextCleaning, TextSpec, record_from_json
 
 MAX_IMAGE_SIZE_PIXELS = 8192
 MAX_CONTEXT_LENGTH = 1 << 20
@@ -16,7 +16,7 @@ MAX_TOKEN_ID = (1 << 31) - 1
 
 def image_spec_from_fields(fields: Fields) -> ImageSpec:
     """The ImageSpec; InputError on odd types, sizes out of range or a standard deviation that is not positive."""
-    spec = spec_from_json(ImageSpec, fields.data)
+    spec = record_from_json(ImageSpec, fields.data)
     fields.integer("size_pixels", minimum=1, maximum=MAX_IMAGE_SIZE_PIXELS)
     fields.choice("resample", ("bicubic", "bilinear"))
     fields.choice("rgb_stage", get_args(RgbStage))
@@ -30,7 +30,7 @@ def image_spec_from_fields(fields: Fields) -> ImageSpec:
 
 def text_spec_from_fields(fields: Fields) -> TextSpec:
     """The TextSpec; InputError on odd types or ids outside the vocabulary."""
-    spec = spec_from_json(TextSpec, fields.data)
+    spec = record_from_json(TextSpec, fields.data)
     fields.integer("context_length", minimum=1, maximum=MAX_CONTEXT_LENGTH)
     vocab_size = fields.integer("vocab_size", minimum=1, maximum=MAX_TOKEN_ID)
     for key in ("end_token_id", "pad_token_id"):

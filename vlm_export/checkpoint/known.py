@@ -11,7 +11,7 @@ from typing import Any
 
 from vlm_export.bundle.strict_json import Fields
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError, suggestion
-from vlm_export.specs import ImageSpec, TextSpec, spec_from_json
+from vlm_export.specs import ImageSpec, TextSpec, record_from_json
 
 _PACKAGE = "vlm_export.configs"
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
@@ -135,8 +135,8 @@ def known_from_yaml(name: str, text: str) -> KnownCheckpoint:
         tolerances=_tolerances(fields.fields("tolerances")),
         sha256=_sha256(fields),
         revision=fields.text_or_none("revision"),
-        image=None if image is None else spec_from_json(ImageSpec, fields.mapping("image")),
-        text=None if spec is None else spec_from_json(TextSpec, fields.mapping("text")),
+        image=None if image is None else record_from_json(ImageSpec, fields.mapping("image")),
+        text=None if spec is None else record_from_json(TextSpec, fields.mapping("text")),
         licence=fields.text_or_none("licence"),
         paper=fields.text_or_none("paper"),
         notes=fields.text_or_none("notes"),

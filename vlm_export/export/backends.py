@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 import onnx
 import onnx_ir as ir
@@ -17,7 +17,7 @@ import torch
 from vlm_export.errors import EnvironmentFailure, UsageError
 from vlm_export.export.lowerings.attention import lower_attention
 from vlm_export.family import Part
-from vlm_export.graph.skeleton import attach_weights
+from vlm_export.graph.skeleton import SKELETON_THRESHOLD_BYTES, attach_weights
 
 Exporter = Literal["dynamo", "torchscript"]
 DEFAULT_OPSET = 18
@@ -97,7 +97,8 @@ def _export_dynamo(part: Part, opset: int) -> ir.Model:
 def _export_torchscript(part: Part, opset: int) -> ir.Model:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "graph.onnx"
-        _trace(part, opset, path)
+        with _inference_without_weights():
+            _trace(part, opset, path)
         model = ir.from_proto(onnx.load(path))
     attach_weights(model, _weights_by_name(part))
     return model
@@ -119,6 +120,25 @@ def _trace(part: Part, opset: int, path: Path) -> None:
         output_names=list(part.signature.output_names),
         dynamic_axes=part.signature.dynamic_axes(),
     )
+
+
+@contextmanager
+def _inference_without_weights() -> Iterator[None]:
+    """Hides large weights from torch's shape inference, which would hold a transposed copy of each.
+
+    Shapes are known from the trace; only small tensors, such as shapes and indices, are needed as values.
+    """
+    name = "_jit_pass_onnx_graph_shape_type_inference"
+    original = getattr(torch._C, name)
+
+    def infer(graph: Any, weights: Mapping[str, torch.Tensor], opset: int) -> None:
+        original(graph, {key: t for key, t in weights.items() if t.nbytes <= SKELETON_THRESHOLD_BYTES}, opset)
+
+    setattr(torch._C, name, infer)
+    try:
+        yield
+    finally:
+        setattr(torch._C, name, original)
 
 
 def _weights_by_name(part: Part) -> dict[str, ir.TensorProtocol]:

@@ -21,13 +21,21 @@ _SKIPPED_OPTIMIZERS = ["fuse_matmul_add_bias_into_gemm"]
 
 def finish_graph(model: ir.Model, signature: Signature) -> ir.Model:
     """What every published graph gets, simplified or not: no traces of this machine, the Signature's interface."""
-    passes.ClearMetadataAndDocStringPass()(model)
+    _clear_traces(model)
     passes.RemoveUnusedNodesPass()(model)
     passes.RemoveUnusedOpsetsPass()(model)
     apply_signature(model, signature)
     model.producer_name, model.producer_version = "vlm-export", __version__
     model.graph.name = "main_graph"
     return model
+
+
+def _clear_traces(model: ir.Model) -> None:
+    passes.ClearMetadataAndDocStringPass()(model)
+    # The pass leaves the model's own, where onnxsim notes its settings, and those of values.
+    model.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values(), *model.graph.outputs):
+        value.metadata_props.clear()
 
 
 def simplify_graph(model: ir.Model) -> ir.Model:
