@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from demo.sentences import caption, short_caption
-from demo.world import ATTRIBUTES, COLOURS, COMPOSITIONS, HELD_OUT, PICTURE_PIXELS, SHAPES, Composition, render
+from demo.world import ATTRIBUTES, COLOURS, COMPOSITIONS, HELD_OUT, PICTURE_PIXELS, SHAPES, Composition, Drawing, draw
 
 Embeddings = npt.NDArray[Any]
 EncodeImage = Callable[[Sequence[Image.Image]], Embeddings]
@@ -48,10 +48,10 @@ class Accuracy:
         return asdict(self)
 
 
-def held_out_pictures(each: int, size_pixels: int = PICTURE_PIXELS) -> list[tuple[Composition, Image.Image]]:
+def held_out_drawings(each: int, size_pixels: int = PICTURE_PIXELS) -> list[Drawing]:
     """`each` pictures of every held-out composition; the same ones on every machine."""
     return [
-        (composition, render(composition, (_EVALUATION_SEED, i, k), size_pixels))
+        draw(composition, (_EVALUATION_SEED, i, k), size_pixels)
         for i, composition in enumerate(HELD_OUT)
         for k in range(each)
     ]
@@ -59,13 +59,13 @@ def held_out_pictures(each: int, size_pixels: int = PICTURE_PIXELS) -> list[tupl
 
 def evaluate(encode_image: EncodeImage, encode_text: EncodeText, each: int = 4) -> Accuracy:
     """The metric; the encoders take pictures or sentences and return (N, D), normalised or not."""
-    pictures = held_out_pictures(each)
-    images = _unit(encode_image([picture for _, picture in pictures]))
-    truths = [composition for composition, _ in pictures]
+    drawings = held_out_drawings(each)
+    images = _unit(encode_image([drawing.picture for drawing in drawings]))
+    truths = [drawing.composition for drawing in drawings]
     nearest = _nearest(images, encode_text([caption(composition) for composition in COMPOSITIONS]))
     guesses = [COMPOSITIONS[i] for i in nearest]
     return Accuracy(
-        pictures=len(pictures),
+        pictures=len(drawings),
         candidates=len(COMPOSITIONS),
         top1=_share([guess == truth for guess, truth in zip(guesses, truths, strict=True)]),
         by_attribute={

@@ -44,9 +44,7 @@ def _bits() -> dict[tuple[str, str], int]:
 
 
 _BIT = _bits()
-_ALL_OF = {
-    attribute: sum(_BIT[attribute, value] for value in values) for attribute, values in ATTRIBUTES.items()
-}
+_ALL_OF = {attribute: sum(_BIT[attribute, value] for value in values) for attribute, values in ATTRIBUTES.items()}
 
 
 def composition_bits(composition: Composition) -> int:
@@ -56,7 +54,7 @@ def composition_bits(composition: Composition) -> int:
 
 def caption(composition: Composition) -> str:
     """The canonical sentence, which names all five attributes."""
-    return _compose("a picture of ", composition, {name: 0 for name in ATTRIBUTES}, in_front=False)
+    return _compose("a picture of ", composition, dict.fromkeys(ATTRIBUTES, 0), in_front=False)
 
 
 def short_caption(colour: str, shape: str, one: bool) -> str:

@@ -29,9 +29,9 @@ def train_tokenizer(seed: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE - 2, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(_corpus(seed), trainer)
     tokenizer.add_special_tokens([START, END])
-    start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
+    end = end_id(tokenizer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{START} $A {END}", special_tokens=[(START, start), (END, end)]
+        single=f"{START} $A {END}", special_tokens=[(START, end - 1), (END, end)]
     )
     return tokenizer
 
@@ -41,9 +41,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer.from_file(str(path))
 
 
+def end_id(tokenizer: Tokenizer) -> int:
+    """The id of the end token: the highest of all."""
+    return int(tokenizer.get_vocab_size()) - 1
+
+
 def token_rows(tokenizer: Tokenizer, texts: Sequence[str]) -> npt.NDArray[np.int64]:
     """int64 (B, T): start, text, end and padding up to the longest row; cut rows keep the end token."""
-    end = tokenizer.token_to_id(END)
+    end = end_id(tokenizer)
     rows = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
     rows = [row if len(row) <= CONTEXT_LENGTH else [*row[: CONTEXT_LENGTH - 1], end] for row in rows]
     ids = np.full((len(rows), max(map(len, rows))), PAD_ID, dtype=np.int64)

@@ -1,60 +1,94 @@
-"""Trains the demo's two encoders from scratch: contrastive loss over batches of near-identical scenes, CPU only."""
+"""Trains the demo's two encoders from scratch on the CPU: contrastive loss over batches of near-identical scenes."""
 
 from __future__ import annotations
 
 import math
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from demo.aids import TrainingAids
+from demo.checkpoint import pixel_values
 from demo.sentences import agreement, sentence
-from demo.tokens import CONTEXT_LENGTH, END, token_rows
-from demo.world import ATTRIBUTES, PICTURE_PIXELS, TRAINED, Composition, render
-from vlm_export.models.clip import IMAGE_MEAN, IMAGE_STD, ClipEncoders
-from vlm_export.models.clip_architecture import LAYER_NORM_EPS, ClipArchitecture, TextSizes, VitSizes
+from demo.tokens import CONTEXT_LENGTH, end_id, token_rows
+from demo.world import ATTRIBUTES, PICTURE_PIXELS, TRAINED, Composition, draw
+from vlm_export.models.clip import IMAGE_MEAN, IMAGE_STD, ClipEncoders, VisionTransformer
+from vlm_export.models.clip_architecture import HEAD_WIDTH, LAYER_NORM_EPS, ClipArchitecture, TextSizes, VitSizes
+from vlm_export.specs import ImageSpec
 
-_MAX_LOGIT_SCALE = math.log(100)
+REPORT_STEPS = 50
+_FIRST_LOGIT_SCALE = math.log(1 / 0.07)
+_LAST_LOGIT_SCALE = math.log(100)
 _GROUP = 4
+_IMAGE = ImageSpec(PICTURE_PIXELS, "bicubic", "after_crop", IMAGE_MEAN, IMAGE_STD)
+
+
+@dataclass(frozen=True)
+class DemoSizes:
+    """Depths and widths of the two encoders."""
+
+    vision_width: int = 192
+    vision_layers: int = 4
+    patch_size: int = 16
+    text_width: int = 128
+    text_layers: int = 2
+    embed_dim: int = 128
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to train; the learning rate rises linearly, then falls along a cosine to zero."""
+    """How long and how fast to train; rates rise linearly, then fall along a cosine to zero.
 
-    steps: int
-    batch: int
-    learning_rate: float
-    warmup_steps: int
-    weight_decay: float
-    seed: int
+    Attributes:
+        matrix_rate: of Muon, which moves the blocks' weight matrices.
+        other_rate: of AdamW, which moves everything else.
+    """
+
+    steps: int = 1600
+    batch: int = 128
+    matrix_rate: float = 0.02
+    other_rate: float = 1e-3
+    weight_decay: float = 0.05
+    warmup_steps: int = 100
+    seed: int = 0
 
 
-def demo_architecture(tokenizer: Tokenizer, vision_layers: int = 4, text_layers: int = 2) -> ClipArchitecture:
-    """The demo's sizes; heads are 64 wide, as OpenAI's key names imply."""
-    vocab_size = tokenizer.get_vocab_size()
-    width = 128
-    vision = VitSizes(width, vision_layers, width // 64, 4 * width, patch_size=8, image_size=PICTURE_PIXELS)
-    end = tokenizer.token_to_id(END)
-    text = TextSizes(width, text_layers, width // 64, 4 * width, CONTEXT_LENGTH, vocab_size, "argmax", end)
-    return ClipArchitecture("openai", 128, "quick_gelu", LAYER_NORM_EPS, vision, text)
+def demo_architecture(tokenizer: Tokenizer, sizes: DemoSizes) -> ClipArchitecture:
+    """The architecture as OpenAI's key names and shapes imply it: heads are 64 wide, QuickGELU, the end token last."""
+    vision = VitSizes(
+        width=sizes.vision_width,
+        layers=sizes.vision_layers,
+        heads=sizes.vision_width // HEAD_WIDTH,
+        hidden=4 * sizes.vision_width,
+        patch_size=sizes.patch_size,
+        image_size=PICTURE_PIXELS,
+    )
+    text = TextSizes(
+        width=sizes.text_width,
+        layers=sizes.text_layers,
+        heads=sizes.text_width // HEAD_WIDTH,
+        hidden=4 * sizes.text_width,
+        context_length=CONTEXT_LENGTH,
+        vocab_size=tokenizer.get_vocab_size(),
+        pooling="argmax",
+        end_token_id=end_id(tokenizer),
+    )
+    return ClipArchitecture("openai", sizes.embed_dim, "quick_gelu", LAYER_NORM_EPS, vision, text)
 
 
 def initialise(encoders: ClipEncoders, seed: int) -> None:
-    """Normal weights scaled to each block's depth and fan-in; norms at one, biases at zero."""
+    """Normal weights scaled to each matrix's fan-in; norms at one, biases at zero."""
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in encoders.named_parameters():
-        with torch.no_grad():
+    with torch.no_grad():
+        for name, parameter in encoders.named_parameters():
             if name == "logit_scale":
-                parameter.fill_(math.log(1 / 0.07))
+                parameter.fill_(_FIRST_LOGIT_SCALE)
             elif "norm" in name:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
             elif name.endswith("bias"):
@@ -64,13 +98,15 @@ def initialise(encoders: ClipEncoders, seed: int) -> None:
 
 
 def _deviation(name: str, parameter: Tensor) -> float:
+    if name == "vision.position_embedding":
+        # As large as what it is added to: drowned in the patches' values, positions were learnt last of all.
+        return 0.5
     if "embedding" in name:
         return 0.02
     if name.endswith("projection"):
-        return parameter.shape[0] ** -0.5
-    fan_in = parameter[0].numel()
-    # Two residual branches a block; the demo has at most a handful of blocks.
-    return fan_in**-0.5 * (0.35 if name.endswith(("attn.out.weight", "mlp.fc2.weight")) else 1.0)
+        return float(parameter.shape[0] ** -0.5)
+    residual = name.endswith(("attn.out.weight", "mlp.fc2.weight"))
+    return float(parameter[0].numel() ** -0.5) * (0.35 if residual else 1.0)
 
 
 def sample_compositions(batch: int, rng: np.random.Generator) -> list[Composition]:
@@ -78,8 +114,7 @@ def sample_compositions(batch: int, rng: np.random.Generator) -> list[Compositio
     chosen: list[Composition] = []
     while len(chosen) < batch:
         base = TRAINED[int(rng.integers(len(TRAINED)))]
-        chosen.append(base)
-        chosen.extend(_neighbour(base, rng) for _ in range(_GROUP - 1))
+        chosen += [base, *(_neighbour(base, rng) for _ in range(_GROUP - 1))]
     return chosen[:batch]
 
 
@@ -88,17 +123,9 @@ def _neighbour(base: Composition, rng: np.random.Generator) -> Composition:
     while True:
         name = names[int(rng.integers(len(names)))]
         value = ATTRIBUTES[name][int(rng.integers(len(ATTRIBUTES[name])))]
-        values = {other: base.value(other) for other in names} | {name: value}
-        changed = Composition(**values)
+        changed = Composition(**{other: base.value(other) for other in names} | {name: value})
         if changed != base and not changed.held_out:
             return changed
-
-
-def pixel_values(pictures: Sequence[Image.Image]) -> Tensor:
-    """float32 (B, 3, S, S), normalised; the pictures already have the model's size."""
-    stacked = np.stack([np.asarray(picture, dtype=np.float32) for picture in pictures]) / 255
-    normalised = (stacked - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
-    return torch.from_numpy(np.ascontiguousarray(normalised.transpose(0, 3, 1, 2)))
 
 
 def contrastive_loss(logits: Tensor, agrees: Tensor) -> Tensor:
@@ -114,53 +141,68 @@ def contrastive_loss(logits: Tensor, agrees: Tensor) -> Tensor:
 
 
 def train(encoders: ClipEncoders, tokenizer: Tokenizer, schedule: Schedule, report: Callable[[str], None]) -> None:
-    """Trains in place; a line to `report` every 50 steps."""
+    """Trains in place; same seed, same numbers on the same machine. A line to `report` every 50 steps."""
+    assert isinstance(encoders.vision, VisionTransformer)
+    torch.manual_seed(schedule.seed)
     rng = np.random.default_rng([schedule.seed, 2])
-    optimizer = _build_optimizer(encoders, schedule)
+    aids = TrainingAids(encoders.vision)
+    optimizers = _build_optimizers(encoders, aids, schedule)
     encoders.train()
-    started, running = time.monotonic(), 0.0
-    for step in range(schedule.steps):
-        rate = schedule.learning_rate * _rate_factor(step, schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = _step(encoders, tokenizer, schedule.batch, rng)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+    started, losses = time.monotonic(), 0.0
+    for step in range(1, schedule.steps + 1):
+        losses += _step(encoders, aids, tokenizer, schedule.batch, rng)
         nn.utils.clip_grad_norm_(encoders.parameters(), 1.0)
-        optimizer.step()
+        for optimizer, rate in optimizers:
+            _move(optimizer, rate * _rate_factor(step, schedule))
         with torch.no_grad():
-            encoders.logit_scale.clamp_(max=_MAX_LOGIT_SCALE)
-        running += float(loss.detach())
-        if (step + 1) % 50 == 0:
-            report(f"step {step + 1}/{schedule.steps}  loss {running / 50:.3f}  {time.monotonic() - started:.0f} s")
-            running = 0.0
+            encoders.logit_scale.clamp_(max=_LAST_LOGIT_SCALE)
+        if step % REPORT_STEPS == 0:
+            mean, seconds = losses / REPORT_STEPS, time.monotonic() - started
+            report(f"step {step}/{schedule.steps}  contrastive loss {mean:.3f}  {seconds:.0f} s")
+            losses = 0.0
+    aids.close()
     encoders.eval()
 
 
-def _step(encoders: ClipEncoders, tokenizer: Tokenizer, batch: int, rng: np.random.Generator) -> Tensor:
+def _step(
+    encoders: ClipEncoders, aids: TrainingAids, tokenizer: Tokenizer, batch: int, rng: np.random.Generator
+) -> float:
+    """Leaves the gradients of one new batch; returns its contrastive loss."""
     compositions = sample_compositions(batch, rng)
-    seeds = rng.integers(0, 1 << 62, batch)
-    pictures = [render(composition, int(seed)) for composition, seed in zip(compositions, seeds, strict=True)]
+    drawings = [draw(composition, int(rng.integers(1 << 62))) for composition in compositions]
     sentences = [sentence(composition, rng) for composition in compositions]
     ids = torch.from_numpy(token_rows(tokenizer, [entry.text for entry in sentences]))
-    image = F.normalize(encoders.vision(pixel_values(pictures)), dim=-1)
-    text = F.normalize(encoders.text(ids), dim=-1)
-    logits = encoders.logit_scale.exp() * image @ text.T
-    return contrastive_loss(logits, torch.from_numpy(agreement(sentences, compositions)))
+    images = encoders.vision(pixel_values([drawing.picture for drawing in drawings], _IMAGE))
+    texts = encoders.text(ids)
+    logits = encoders.logit_scale.exp() * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
+    loss = contrastive_loss(logits, torch.from_numpy(agreement(sentences, compositions)))
+    torch.autograd.backward(loss + aids.loss(images, drawings))
+    return loss.item()
 
 
-def _build_optimizer(encoders: ClipEncoders, schedule: Schedule) -> torch.optim.Optimizer:
-    matrices = [p for p in encoders.parameters() if p.ndim >= 2]
-    vectors = [p for p in encoders.parameters() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": schedule.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, 0.98))
+def _build_optimizers(
+    encoders: ClipEncoders, aids: TrainingAids, schedule: Schedule
+) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Each with its rate. Muon needs about half of AdamW's pictures here."""
+    named = dict(encoders.named_parameters())
+    matrices = [name for name, parameter in named.items() if ".blocks." in name and parameter.ndim == 2]
+    others = [parameter for name, parameter in named.items() if name not in matrices] + list(aids.parameters())
+    muon = torch.optim.Muon(
+        [named[name] for name in matrices], lr=schedule.matrix_rate, weight_decay=schedule.weight_decay
+    )
+    adam = torch.optim.AdamW(others, lr=schedule.other_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    return [(muon, schedule.matrix_rate), (adam, schedule.other_rate)]
+
+
+def _move(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _rate_factor(step: int, schedule: Schedule) -> float:
-    if step < schedule.warmup_steps:
-        return (step + 1) / schedule.warmup_steps
+    if step <= schedule.warmup_steps:
+        return step / schedule.warmup_steps
     done = (step - schedule.warmup_steps) / max(1, schedule.steps - schedule.warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * done))

@@ -47,8 +47,6 @@ _RGB = {
 }
 _SUPERSAMPLING = 4
 
-Pixels = npt.NDArray[np.uint8]
-
 
 @dataclass(frozen=True, order=True)
 class Composition:
@@ -77,17 +75,28 @@ TRAINED = tuple(composition for composition in COMPOSITIONS if not composition.h
 HELD_OUT = tuple(composition for composition in COMPOSITIONS if composition.held_out)
 
 
-def render(composition: Composition, seed: Sequence[int] | int, size_pixels: int = PICTURE_PIXELS) -> Image.Image:
-    """A picture of the composition: same seed, same picture; the seed moves, turns and tints everything."""
+@dataclass(frozen=True)
+class Drawing:
+    """A picture of a composition and where its objects are: centres in [0, 1], x to the right, y down."""
+
+    composition: Composition
+    picture: Image.Image
+    centres: tuple[tuple[float, float], ...]
+
+
+def draw(composition: Composition, seed: Sequence[int] | int, size_pixels: int = PICTURE_PIXELS) -> Drawing:
+    """Same seed, same RGB picture; the seed moves, turns and tints everything."""
     rng = np.random.default_rng(seed)
     radius = _RADIUS[composition.size] * rng.uniform(0.94, 1.06)
-    mask = _draw_mask(composition.shape, _place_objects(composition, radius, rng), radius, size_pixels, rng)
+    centres = _place_objects(composition, radius, rng)
+    mask = _draw_mask(composition.shape, centres, radius, size_pixels, rng)
     colour = np.array(_RGB[composition.colour]) + rng.normal(0, 7, 3)
     background = _paint_background(size_pixels, rng)
     cover = np.asarray(mask, dtype=np.float32)[..., None] / 255
     painted = background * (1 - cover) + colour * cover
     noisy = painted + rng.standard_normal(painted.shape, dtype=np.float32) * rng.uniform(0, 6)
-    return Image.fromarray(np.clip(np.rint(noisy), 0, 255).astype(np.uint8), "RGB")
+    pixels = np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
+    return Drawing(composition, Image.fromarray(pixels), tuple(centres))
 
 
 def _place_objects(composition: Composition, radius: float, rng: np.random.Generator) -> list[tuple[float, float]]:

@@ -29,7 +29,6 @@ def test_round_trip_computes_the_same(parse: Parse, run: Run) -> None:
     expected = run(model, {"x": x})
     weights = detach_weights(model)
     assert set(weights) == {"large"}
-    assert np.shares_memory(weights["large"].numpy(), weights["large"].numpy())
     assert [value.name for value in model.graph.inputs] == ["x", "large"]
     assert list(model.graph.initializers) == ["small"]
     assert np.allclose(run(model, {"x": x, "large": LARGE})[0], expected[0])

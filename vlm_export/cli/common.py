@@ -7,6 +7,10 @@ from pathlib import Path
 
 from vlm_export.errors import UsageError
 
+IMAGE_SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
+)
+
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """--json and --quiet, which every verb has."""

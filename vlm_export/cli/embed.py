@@ -7,13 +7,17 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from vlm_export.cli.common import add_common_options, add_engine_options, existing_path, positive_integer, providers
+from vlm_export.cli.common import (
+    IMAGE_SUFFIXES,
+    add_common_options,
+    add_engine_options,
+    existing_path,
+    positive_integer,
+    providers,
+)
 from vlm_export.cli.output import print_json
 from vlm_export.errors import InputError, UsageError
 
-IMAGE_SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
-)
 TEXT_SUFFIX = ".txt"
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from vlm_export.cli.common import add_common_options, add_engine_options, positive_integer, providers
+from vlm_export.cli.common import IMAGE_SUFFIXES, add_common_options, add_engine_options, positive_integer, providers
 from vlm_export.cli.output import print_json, print_table
 
 
@@ -13,13 +14,11 @@ def add_parser(verbs: Any) -> None:
     parser: argparse.ArgumentParser = verbs.add_parser(
         "search",
         help="find the nearest pictures or texts",
-        description="The k nearest of a file of embeddings, to a text or (with --image) to a picture.",
+        description="The k nearest of a file of embeddings, to a text or to a picture.",
     )
     parser.add_argument("bundle", metavar="DIR", help="the bundle that made the embeddings")
     parser.add_argument("embeddings", metavar="EMBEDDINGS", help="a file that embed wrote")
-    query = parser.add_mutually_exclusive_group(required=True)
-    query.add_argument("query", metavar="QUERY", nargs="?", help="what to look for")
-    query.add_argument("--image", metavar="FILE", help="a picture to look for instead")
+    parser.add_argument("query", metavar="QUERY", help="what to look for: a text, or the path of a picture")
     parser.add_argument("-k", type=positive_integer, default=5, metavar="N", help="how many (default: 5)")
     add_engine_options(parser)
     add_common_options(parser)
@@ -33,11 +32,13 @@ def run(args: argparse.Namespace) -> int:
     embeddings = read_embeddings(args.embeddings)
     pair = load(args.bundle, providers=providers(args), threads=args.threads)
     embeddings.require_model(pair.identity, pair.manifest.name)
-    vector = pair.encode_image([args.image])[0] if args.image else pair.encode_text([args.query])[0]
+    is_picture = Path(args.query).suffix.lower() in IMAGE_SUFFIXES and Path(args.query).is_file()
+    vector = pair.encode_image([args.query])[0] if is_picture else pair.encode_text([args.query])[0]
     matches = search_embeddings(embeddings, vector, args.k)
     if args.json:
         found = [{"item": match.item, "cosine": match.score} for match in matches]
-        print_json({"query": args.query, "image": args.image, "matches": found})
+        kind = "image" if is_picture else "text"
+        print_json({"query": args.query, "query_kind": kind, "matches": found})
     else:
         print_table(("cosine", embeddings.meta.kind), [(f"{match.score:.4f}", match.item) for match in matches])
     return 0

@@ -36,7 +36,7 @@ def fold_batch_norms(model: ir.Model) -> int:
     count = 0
     for node in list(graph):
         conv = node.inputs[0].producer() if node.op_type == "BatchNormalization" and node.inputs[0] else None
-        if conv is None or conv.op_type != "Conv" or len(conv.outputs[0].uses()) != 1 or len(node.outputs) != 1:
+        if conv is None or conv.op_type != "Conv" or not _is_read_once(conv.outputs[0]) or len(node.outputs) != 1:
             continue
         values = (*node.inputs[1:5], conv.inputs[1])
         constants = [value.const_value for value in values if value and value.const_value is not None]
@@ -48,8 +48,14 @@ def fold_batch_norms(model: ir.Model) -> int:
         _fold(graph, conv, weight, bias.const_value if bias else None, norm)
         ir.convenience.replace_all_uses_with(node.outputs[0], conv.outputs[0], replace_graph_outputs=True)
         graph.remove(node, safe=True)
+        # It may be an output of the graph, which others find by its name.
+        conv.outputs[0].name = node.outputs[0].name
         count += 1
     return count
+
+
+def _is_read_once(value: ir.Value) -> bool:
+    return len(value.uses()) == 1 and not value.is_graph_output()
 
 
 def _fold(
@@ -86,6 +92,9 @@ def _fold_bias(bias: ir.TensorProtocol | None, norm: _Norm) -> Array:
 
 
 def _lazy(graph: ir.Graph, name: str, shape: ir.Shape, compute: Callable[[], Array]) -> ir.Value:
+    # Convolutions may share a weight, and then each has its own norm.
+    repeats = sum(key == name or key.startswith(f"{name}.") for key in graph.initializers)
+    name = f"{name}.{repeats}" if repeats else name
     lazy = ir.LazyTensor(lambda: ir.Tensor(compute()), dtype=ir.DataType.FLOAT, shape=shape, name=name)
     value = ir.Value(name=name, shape=shape, type=ir.TensorType(ir.DataType.FLOAT), const_value=lazy)
     graph.register_initializer(value)

@@ -19,7 +19,8 @@ def fold_weight_transposes(model: ir.Model) -> int:
         weight = node.inputs[0] if node.op_type == "Transpose" and node.domain == "" else None
         name = weight.name if weight is not None else None
         tensor = weight.const_value if weight is not None else None
-        if name is None or name not in graph.initializers or tensor is None:
+        # An output of the graph needs a node that makes it.
+        if name is None or name not in graph.initializers or tensor is None or node.outputs[0].is_graph_output():
             continue
         perm = tuple(node.attributes.get_ints("perm", tuple(reversed(range(len(tensor.shape))))))
         key = (name, perm)

@@ -1,0 +1,110 @@
+"""The demo's files beside its checkpoint: the config, the report, and a few held-out pictures with their captions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from demo.sentences import caption
+from demo.world import Composition, draw
+from vlm_export.family import Model
+
+NAME = "clip-demo"
+_PICTURE_PIXELS = 128
+_PICTURE_SEED = 2027
+# All held out; "blue circle" comes first in the folder, since that is what the quickstart classifies.
+PICTURED = (
+    Composition("circle", "blue", "large", "bottom", "one"),
+    Composition("circle", "red", "large", "bottom", "one"),
+    Composition("square", "red", "large", "top", "one"),
+    Composition("triangle", "green", "small", "left", "two"),
+)
+
+
+@dataclass(frozen=True)
+class DemoFiles:
+    """Where everything lies below a folder that is laid out as `configs/`."""
+
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        return self.folder / f"{NAME}.yaml"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "demo" / f"{NAME}.pt"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.folder / "demo" / "tokenizer.json"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "demo" / f"{NAME}.json"
+
+    @property
+    def pictures(self) -> Path:
+        return self.folder / "demo" / "pictures"
+
+    @property
+    def captions(self) -> Path:
+        return self.folder / "demo" / "captions.txt"
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_pictures(files: DemoFiles) -> None:
+    """The pictures, larger than the model's input so that preprocessing has work, and one caption a line in order."""
+    files.pictures.mkdir(parents=True, exist_ok=True)
+    named = sorted((picture_name(composition), i) for i, composition in enumerate(PICTURED))
+    for name, i in named:
+        draw(PICTURED[i], (_PICTURE_SEED, i), _PICTURE_PIXELS).picture.save(files.pictures / name, optimize=True)
+    captions = "".join(f"{caption(PICTURED[i])}\n" for _, i in named)
+    files.captions.write_text(captions, encoding="utf-8")
+
+
+def picture_name(composition: Composition) -> str:
+    """Says what the picture shows."""
+    words = (composition.colour, composition.shape, composition.size, composition.count, composition.position)
+    return f"{'-'.join(words)}.png"
+
+
+def write_config(files: DemoFiles, model: Model) -> None:
+    """The YAML that makes the demo a known checkpoint."""
+    assert model.image is not None
+    assert model.text is not None
+    data = {
+        "family": model.family,
+        "title": "CLIP demo, trained on generated pictures of coloured shapes",
+        "source": {"file": "demo/clip-demo.pt"},
+        "sha256": sha256_of(files.checkpoint),
+        "tokenizer": "demo/tokenizer.json",
+        "licence": "Apache-2.0",
+        "notes": "A demo: it knows drawn shapes and short sentences about them, nothing else. "
+        "Made by scripts/train_demo.py; its accuracy is in demo/clip-demo.json.",
+        "architecture": dict(model.architecture),
+        "image": _plain(model.image.to_json()),
+        "text": model.text.to_json(),
+        "tolerances": {"fp32": {"max_abs": 0.0001, "cosine": 0.99999}},
+    }
+    # PyYAML writes 1e-05, which YAML 1.1 reads as text.
+    text = yaml.safe_dump(data, sort_keys=False, width=118, default_flow_style=False).replace("1.0e-05", "0.00001")
+    files.config.write_text(text, encoding="utf-8")
+
+
+def _plain(data: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
+
+
+def write_report(files: DemoFiles, report: dict[str, Any]) -> None:
+    """The figures that documents quote."""
+    files.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,67 @@
+"""Help answers at once, and every verb describes itself."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from vlm_export import __version__
+from vlm_export.cli.main import VERBS
+
+VERB_NAMES = [verb.__name__.rpartition(".")[2] for verb in VERBS]
+HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "transformers", "PIL", "yaml")
+
+
+def test_help_answers_within_half_a_second() -> None:
+    command = [sys.executable, "-m", "vlm_export.cli.main", "--help"]
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+        seconds.append(time.perf_counter() - start)
+    # The best of five: what else runs on the machine is not the command's time.
+    assert min(seconds) <= 0.5
+    assert statistics.median(seconds) <= 1.5
+
+
+def test_help_imports_nothing_heavy(spawn: Callable[..., Any]) -> None:
+    code = f"import atexit\natexit.register(lambda: print('imported', *[m for m in {HEAVY} if m in sys.modules]))"
+    for arguments in (["--help"], ["export", "--help"], ["classify"]):
+        assert spawn(*arguments, code=code).out.splitlines()[-1] == "imported"
+
+
+@pytest.mark.parametrize("verb", VERB_NAMES)
+def test_every_verb_has_help(cli: Callable[..., Any], verb: str) -> None:
+    result = cli(verb, "--help")
+    assert result.status == 0
+    for option in ("--json", "--quiet"):
+        assert option in result.out
+
+
+def test_help_lists_verbs_and_statuses(cli: Callable[..., Any]) -> None:
+    result = cli("--help")
+    assert result.status == 0
+    for verb in VERB_NAMES:
+        assert f"  {verb} " in result.out
+    for status in ("0 done", "1 verification failed", "2 usage", "3 bad or unsafe input", "4 environment"):
+        assert status in result.out
+
+
+def test_version(cli: Callable[..., Any]) -> None:
+    assert cli("--version").out.strip() == f"vlm-export {__version__}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["explode"], ["export"], ["export", "x"], ["export", "x", "-o", "y", "--opset", "eighteen"], ["search", "x"]],
+)
+def test_malformed_command_lines(cli: Callable[..., Any], arguments: list[str]) -> None:
+    result = cli(*arguments)
+    assert (result.status, result.out) == (2, "")
+    assert "usage: vlm-export" in result.err

@@ -1,0 +1,139 @@
+"""What each verb prints and writes when all is well."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+Cli = Callable[..., Any]
+
+
+def test_inspect_a_checkpoint(cli: Cli, checkpoint: Path) -> None:
+    data = cli("inspect", checkpoint, "--json").data
+    assert (data["what"], data["family"], data["format"]) == ("checkpoint", "clip", "state_dict")
+    assert data["files"][0]["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert [part["name"] for part in data["parts"]] == ["vision", "text"]
+    assert data["architecture"]["vision"]["image_size"] == 42
+    assert any("half-precision" in note for note in data["notes"])
+    assert any("no tokenizer" in note for note in data["notes"])
+    text = cli("inspect", checkpoint)
+    assert text.status == 0
+    for part in ("checkpoint: ", "clip", "pixel_values float32 (batch, 3, 42, 42)", "parameters", "note: "):
+        assert part in text.out
+
+
+def test_inspect_a_bundle(cli: Cli, exported: Path) -> None:
+    data = cli("inspect", exported, "--json").data
+    assert (data["what"], data["family"], data["source"]) == ("bundle", "clip", "state_dict_fp16.pt")
+    (variant,) = data["parts"][0]["variants"]
+    assert (variant["precision"], variant["opset"], variant["verification"]) == ("fp32", 17, {"passed": True})
+    assert "fp32 opset 17 (torchscript)" in cli("inspect", exported).out
+
+
+def test_export_prints_a_table_and_its_progress(
+    cli: Cli, checkpoint: Path, tmp_path: Path, fast: tuple[str, ...]
+) -> None:
+    result = cli("export", checkpoint, "-o", tmp_path / "bundle", *fast)
+    assert result.status == 0
+    assert "image_embeds" in result.out
+    assert "pass" in result.out
+    assert str(tmp_path / "bundle") in result.out
+    for stage in ("read", "load weights", "export vision", "verify text", "publish"):
+        (line,) = [line for line in result.err.splitlines() if line.startswith(f"{stage} ")]
+        assert line.split()[-1] == "MiB" or line.rstrip().endswith("s")
+
+
+def test_export_as_json(cli: Cli, checkpoint: Path, tmp_path: Path, fast: tuple[str, ...]) -> None:
+    result = cli("export", checkpoint, "-o", tmp_path / "bundle", "--json", "--quiet", *fast)
+    assert (result.status, result.err) == (0, "")
+    data = result.data
+    assert data["manifest"] == json.loads((tmp_path / "bundle" / "vlm_export.json").read_text())
+    assert [report["passed"] for report in data["verification"]] == [True, True]
+    assert {"read", "publish"} <= {stage["name"] for stage in data["stages"]}
+
+
+def test_export_options_reach_the_bundle(cli: Cli, checkpoint: Path, tmp_path: Path, picture: Path) -> None:
+    target = tmp_path / "bundle"
+    options = ["--opset", "14", "--no-simplify", "--external-data-threshold", "0", "--image", picture, "--threads", "1"]
+    tokenizer = ["--no-tokenizer", "--sha256", hashlib.sha256(checkpoint.read_bytes()).hexdigest()]
+    data = cli("export", checkpoint, "-o", target, "--json", "--quiet", *options, *tokenizer).data
+    (variant,) = data["manifest"]["parts"][0]["variants"]
+    assert (variant["opset"], variant["exporter"], variant["simplified"]) == (14, "torchscript", False)
+    assert variant["external_data"] == ["onnx/vision_model.onnx_data"]
+    again = cli("export", checkpoint, "-o", target, "--overwrite", "--opset", "17", "--no-tokenizer", "--quiet")
+    assert again.status == 0
+    assert not list(target.rglob("*.onnx_data"))
+
+
+def test_verify_with_the_golden_records(cli: Cli, exported: Path) -> None:
+    data = cli("verify", exported, "--json", "--threads", "1").data
+    assert data["passed"] is True
+    assert [report["part"] for report in data["verification"]] == ["vision", "text"]
+    result = cli("verify", exported)
+    assert result.status == 0
+    assert "pass" in result.out
+
+
+def test_verify_against_the_source(cli: Cli, exported: Path, checkpoint: Path) -> None:
+    result = cli("verify", exported, "--source", checkpoint, "--json", "--threads", "1")
+    assert result.status == 0
+    assert all(report["points"]["grid"] >= 4 for report in result.data["verification"])
+
+
+def test_classify(cli: Cli, pair: Path, picture: Path) -> None:
+    labels = ["a red circle", "blue", "three green squares"]
+    result = cli("classify", pair, picture, *labels, "--json", "--threads", "1")
+    found = result.data["labels"]
+    assert sorted(entry["label"] for entry in found) == sorted(labels)
+    shares = [entry["probability"] for entry in found]
+    assert sum(shares) == pytest.approx(1, abs=1e-5)
+    assert shares == sorted(shares, reverse=True)
+    table = cli("classify", pair, picture, *labels)
+    assert table.status == 0
+    assert table.out.splitlines()[1].endswith(found[0]["label"])
+
+
+def test_embed_and_search_pictures(cli: Cli, pair: Path, picture: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures" / "deeper"
+    folder.mkdir(parents=True)
+    (folder / "notes.md").write_text("no picture")
+    (folder / "copy.png").write_bytes(picture.read_bytes())
+    for name, colour in (("red.png", "red"), ("blue.JPG", "blue")):
+        Image.new("RGB", (30, 40), colour).save(tmp_path / "pictures" / name)
+    output = tmp_path / "pictures.npy"
+    done = cli("embed", pair, tmp_path / "pictures", "-o", output, "--json", "--quiet", "--threads", "1")
+    assert (done.status, done.err) == (0, "")
+    assert (done.data["kind"], done.data["count"]) == ("image", 3)
+    vectors = np.load(output)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    matches = cli("search", pair, output, "--image", picture, "-k", "2", "--json").data["matches"]
+    assert len(matches) == 2
+    assert matches[0]["item"].endswith("copy.png")
+    assert matches[0]["cosine"] == pytest.approx(1, abs=1e-4)
+    assert cli("search", pair, output, "something red").status == 0
+
+
+def test_embed_and_search_texts(cli: Cli, pair: Path, tmp_path: Path) -> None:
+    lines = tmp_path / "lines.txt"
+    lines.write_text("a red circle\n\n  two blue squares \nnothing\n", encoding="utf-8")
+    output = tmp_path / "texts.npy"
+    done = cli("embed", pair, lines, "-o", output, "--quiet")
+    assert done.status == 0
+    assert done.out.startswith("3 text embeddings")
+    matches = cli("search", pair, output, "two blue squares", "-k", "1", "--json").data["matches"]
+    assert matches[0]["item"] == "two blue squares"
+
+
+def test_embed_shows_progress_on_stderr_only(cli: Cli, pair: Path, tmp_path: Path) -> None:
+    lines = tmp_path / "lines.txt"
+    lines.write_text("one\ntwo\n")
+    done = cli("embed", pair, lines, "-o", tmp_path / "x.npy", "--json")
+    assert done.data["count"] == 2
+    assert "text" in done.err
