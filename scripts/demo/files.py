@@ -15,14 +15,20 @@ from demo.world import Composition, draw
 from vlm_export.family import Model
 
 NAME = "clip-demo"
-_PICTURE_PIXELS = 128
+_PICTURE_PIXELS = 96
 _PICTURE_SEED = 2027
 # All held out; "blue circle" comes first in the folder, since that is what the quickstart classifies.
 PICTURED = (
     Composition("circle", "blue", "large", "bottom", "one"),
     Composition("circle", "red", "large", "bottom", "one"),
     Composition("square", "red", "large", "top", "one"),
+    Composition("ring", "pink", "small", "top", "one"),
     Composition("triangle", "green", "small", "left", "two"),
+    Composition("circle", "cyan", "large", "right", "two"),
+    Composition("star", "yellow", "large", "bottom", "three"),
+    Composition("cross", "orange", "large", "top", "one"),
+    Composition("ring", "purple", "small", "right", "four"),
+    Composition("square", "red", "small", "middle", "four"),
 )
 
 

@@ -50,7 +50,7 @@ class Schedule:
         other_rate: of AdamW, which moves everything else.
     """
 
-    steps: int = 1600
+    steps: int = 2000
     batch: int = 128
     matrix_rate: float = 0.02
     other_rate: float = 1e-3

@@ -88,14 +88,14 @@ def test_verify_against_the_source(cli: Cli, exported: Path, checkpoint: Path) -
 
 
 def test_classify(cli: Cli, pair: Path, picture: Path) -> None:
-    labels = ["a red circle", "blue", "three green squares"]
-    result = cli("classify", pair, picture, *labels, "--json", "--threads", "1")
+    labels = ["red", "blue", "a square"]
+    result = cli("classify", pair, picture, *labels, "--template", "a {}", "--json", "--threads", "1")
     found = result.data["labels"]
     assert sorted(entry["label"] for entry in found) == sorted(labels)
     shares = [entry["probability"] for entry in found]
     assert sum(shares) == pytest.approx(1, abs=1e-5)
     assert shares == sorted(shares, reverse=True)
-    table = cli("classify", pair, picture, *labels)
+    table = cli("classify", pair, picture, *labels, "--template", "a {}")
     assert table.status == 0
     assert table.out.splitlines()[1].endswith(found[0]["label"])
 
@@ -113,7 +113,7 @@ def test_embed_and_search_pictures(cli: Cli, pair: Path, picture: Path, tmp_path
     assert (done.data["kind"], done.data["count"]) == ("image", 3)
     vectors = np.load(output)
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    matches = cli("search", pair, output, "--image", picture, "-k", "2", "--json").data["matches"]
+    matches = cli("search", pair, output, picture, "-k", "2", "--json").data["matches"]
     assert len(matches) == 2
     assert matches[0]["item"].endswith("copy.png")
     assert matches[0]["cosine"] == pytest.approx(1, abs=1e-4)

@@ -70,7 +70,7 @@ class Staging:
             _write_manifest(self.path / MANIFEST_NAME, complete)
             for directory, _, _ in os.walk(self.path):
                 sync_directory(Path(directory))
-            _check_target(self.target, self.overwrite)
+            check_target(self.target, self.overwrite)
             replace_directory(self.path, self.target)
         return complete
 
@@ -100,7 +100,7 @@ def publication(target: Path, *, overwrite: bool, needed_bytes: int = 0) -> Iter
         check_free_space(target.parent, needed_bytes)
         with locked(target):
             recover(target)
-            _check_target(target, overwrite)
+            check_target(target, overwrite)
             _sweep(target)
             staging = new_staging_path(target)
             try:
@@ -147,7 +147,7 @@ def _parents(parent: Path) -> Iterator[None]:
         raise
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
     if not os.path.lexists(target) or is_empty_directory(target):
         return
     if target.is_symlink() or not target.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,12 +61,24 @@ def _exists(source: str) -> bool:
         return False
 
 
+def _check_name(path: Path) -> None:
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            "the source's path is not valid UTF-8, and torch opens no other",
+            where=repr(os.fsencode(path)),
+            fix="rename it, or copy it to another place",
+        ) from error
+
+
 def _refuse_revision(revision: str | None, source: str) -> None:
     if revision is not None:
         raise UsageError("only hub ids have revisions", where=source, got=f"revision {revision}")
 
 
 def _open_path(source: str, path: Path, sha256: str | None, progress: Progress | None) -> Checkpoint:
+    _check_name(path)
     if path.is_dir():
         return _open_directory(source, scan_directory(path), sha256, progress)
     if path.name.endswith(".index.json"):

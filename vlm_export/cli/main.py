@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from types import FrameType
 from typing import NoReturn
 
@@ -42,16 +43,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
     args = build_parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, TextIOWrapper):
+        # Paths and texts that are not Unicode are printed as escapes, also in a terminal that lacks their letters.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    status = 0
     try:
-        status: int = args.run(args)
+        status = _run(args)
         sys.stdout.flush()
-        return status
     except BrokenPipeError:
         # The reader closed the pipe (`| head`): not an error, and nothing more can be printed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        print("interrupted; nothing was published", file=sys.stderr)
+    return status
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        status: int = args.run(args)
+        return status
+    except KeyboardInterrupt as interrupt:
+        print("interrupted", *(f"({stage})" for stage in interrupt.args), file=sys.stderr)
         return _INTERRUPTED
     except ImportError as error:
         return _fail(args, _missing_package(error))

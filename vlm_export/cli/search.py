@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     embeddings = read_embeddings(args.embeddings)
     pair = load(args.bundle, providers=providers(args), threads=args.threads)
     embeddings.require_model(pair.identity, pair.manifest.name)
-    is_picture = Path(args.query).suffix.lower() in IMAGE_SUFFIXES and Path(args.query).is_file()
+    is_picture = _is_picture(args.query)
     vector = pair.encode_image([args.query])[0] if is_picture else pair.encode_text([args.query])[0]
     matches = search_embeddings(embeddings, vector, args.k)
     if args.json:
@@ -42,3 +42,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         print_table(("cosine", embeddings.meta.kind), [(f"{match.score:.4f}", match.item) for match in matches])
     return 0
+
+
+def _is_picture(query: str) -> bool:
+    try:
+        return Path(query).suffix.lower() in IMAGE_SUFFIXES and Path(query).is_file()
+    except (OSError, ValueError):
+        # A long text is no file name.
+        return False

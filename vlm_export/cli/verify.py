@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_export.cli.common import add_common_options, add_engine_options, providers
 from vlm_export.cli.output import print_json
+from vlm_export.errors import VerificationError
 
 if TYPE_CHECKING:
     from vlm_export.verify.report import PartReport
@@ -31,15 +34,28 @@ def add_parser(verbs: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     reports = _against_source(args) if args.source else _against_golden(args)
-    passed = all(report.passed for report in reports)
     if args.json:
-        print_json({"passed": passed, "verification": [report.to_json() for report in reports]})
-    else:
-        from vlm_export.verify.table import format_table
+        return _print_json(reports)
+    from vlm_export.verify.table import format_table
 
+    with suppress(BrokenPipeError):
         print(format_table(reports))
     for report in reports:
         report.raise_if_failed()
+    return 0
+
+
+def _print_json(reports: list[PartReport]) -> int:
+    """One document in either case: a failure's is the error with the reports."""
+    result: dict[str, Any] = {"passed": True, "verification": [report.to_json() for report in reports]}
+    try:
+        for report in reports:
+            report.raise_if_failed()
+    except VerificationError as error:
+        print(f"vlm-export: {error}", file=sys.stderr)
+        print_json({**error.to_json(), **result, "passed": False})
+        return error.exit_status
+    print_json(result)
     return 0
 
 

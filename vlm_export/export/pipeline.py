@@ -162,7 +162,9 @@ class _Job:
         )
 
     def _samples(self, part: Part, model: Model, tokenizer: Path | None) -> list[Sample]:
-        images = [*synthetic_photographs(), *(open_image(path) for path in self.options.images)]
+        images = None
+        if part.signature.input_names != ("input_ids",):
+            images = [*synthetic_photographs(), *(open_image(path) for path in self.options.images)]
         return sample_inputs(part.signature, model.image, model.text, tokenizer, images=images)
 
     def _write_tokenizer(self, checkpoint: Checkpoint, model: Model, staging: Staging) -> Path | None:

@@ -53,25 +53,19 @@ class SilentListener:
 
 
 class Stages:
-    """Runs stages and keeps their records.
-
-    Attributes:
-        current: the stage that is running or ran last; an interrupted command names it.
-    """
+    """Runs stages and keeps their records."""
 
     def __init__(self, listener: StageListener | None = None) -> None:
         self.listener: StageListener = listener or SilentListener()
         self.records: list[StageRecord] = []
-        self.current = ""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[StepProgress]:
-        """Times the block; errors that leave it name the stage.
+        """Times the block; errors and interrupts that leave it name the stage.
 
         Yields:
             A callback for steps within the stage.
         """
-        self.current = name
         self.listener.started(name)
         start = time.perf_counter()
         with _PeakMemory() as memory:
@@ -80,6 +74,9 @@ class Stages:
                     yield lambda done, total: self.listener.progressed(name, done, total)
             except VlmExportError as error:
                 error.where = f"{error.where} (stage: {name})" if error.where else f"stage: {name}"
+                raise
+            except KeyboardInterrupt as interrupt:
+                interrupt.args = (f"stage: {name}",)
                 raise
         record = StageRecord(name, time.perf_counter() - start, memory.peak_bytes)
         self.records.append(record)

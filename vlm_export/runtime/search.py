@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args
@@ -85,7 +86,16 @@ def write_embeddings(path: str | Path, items: Sequence[str], vectors: FloatArray
     try:
         write(target, items, rows, meta)
     except OSError as error:
-        raise EnvironmentFailure("embeddings cannot be written", where=str(target), got=str(error)) from error
+        raise EnvironmentFailure(
+            "embeddings cannot be written",
+            where=str(target),
+            got=str(error),
+            fix="choose a directory that exists, can be written to and has room",
+        ) from error
+    finally:
+        for path in (target, sidecar_path(target)):
+            with suppress(OSError):
+                path.with_name(path.name + ".tmp").unlink()
 
 
 def read_embeddings(path: str | Path) -> Embeddings:

@@ -1,0 +1,95 @@
+"""Kills overwriting exports at random points and prints what they left, as JSON; run by test_killed_export.py.
+
+Takes the target, the sources of two bundles, a directory for their references, and the path of the kill harness.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from unittest.mock import patch
+
+import torch
+
+from vlm_export.bundle.opened import open_bundle
+from vlm_export.export import pipeline
+from vlm_export.export.options import ExportOptions
+from vlm_export.verify.samples import synthetic_photographs
+
+KILLS = 52
+MOST_ATTEMPTS = 120
+
+
+def load_harness(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("kill_harness", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules["kill_harness"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def export(source: str, target: Path) -> None:
+    options = ExportOptions(opset=17, with_tokenizer=False, threads=1, overwrite=True)
+    pipeline.export_bundle(source, target, options)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def main(target: Path, sources: list[str], references: Path, harness: ModuleType) -> dict[str, object]:
+    expected = []
+    for number, source in enumerate(sources):
+        # Under the same name, which the manifest tells.
+        export(source, references / str(number) / target.name)
+        expected.append(content(references / str(number) / target.name))
+    export(sources[0], target)
+    times = []
+    for source in (sources[1], sources[0]):
+        start = time.perf_counter()
+        assert harness._ended(harness.forked(lambda source=source: export(source, target)))
+        times.append(time.perf_counter() - start)
+    turns = itertools.cycle([sources[1], sources[0]])
+    seen: list[int] = []
+
+    def check() -> None:
+        bundle = open_bundle(target)
+        bundle.verify(bundle.manifest.files)
+        seen.append(expected.index(content(target)))
+
+    kills: list[bool] = []
+    for seed in range(MOST_ATTEMPTS):
+        (kill,) = harness.kill_at_random_points(
+            lambda: harness.forked(lambda: export(next(turns), target)),
+            check,
+            kills=1,
+            longest_seconds=1.2 * statistics.mean(times),
+            seed=seed,
+        )
+        next(turns)
+        kills.append(not kill.ended_before)
+        if sum(kills) >= KILLS:
+            break
+    export(sources[1], target)
+    check()
+    return {"killed": sum(kills), "ended": len(kills) - sum(kills), "seen": seen, "left": _names(target.parent)}
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    target, first, second, references, harness = sys.argv[1:]
+    # Drawn once, not in each child: a third of an export's time in which nothing is written.
+    photographs = synthetic_photographs()
+    with patch.object(pipeline, "synthetic_photographs", lambda: photographs):
+        print(json.dumps(main(Path(target), [first, second], Path(references), load_harness(harness))))
