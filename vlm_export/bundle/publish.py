@@ -148,6 +148,7 @@ def _parents(parent: Path) -> Iterator[None]:
 
 
 def check_target(target: Path, overwrite: bool) -> None:
+    """UsageError unless a bundle may be put at `target`: absent, empty, or with `overwrite` only a bundle."""
     if not os.path.lexists(target) or is_empty_directory(target):
         return
     if target.is_symlink() or not target.is_dir():

@@ -50,11 +50,13 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from vlm_export.bundle.environment import environment_errors
     from vlm_export.bundle.publish import check_target
     from vlm_export.cli.progress import StagePrinter
 
     # Refused before torch is imported; `publication` checks again under its lock.
-    check_target(Path(args.output), overwrite=args.overwrite)
+    with environment_errors("checking the output directory"):
+        check_target(Path(args.output), overwrite=args.overwrite)
     from vlm_export.export.pipeline import export_bundle
     from vlm_export.export.stages import Stages
 
