@@ -46,8 +46,10 @@ def signature_from_fields(fields: Fields) -> Signature:
         fields.each(key, _check_tensor)
     axes = fields.fields("axes")
     for name in axes.data:
-        axis = axes.fields(name).only(("minimum", "maximum"))
+        axis = axes.fields(name).only(("minimum", "maximum", "multiple_of"))
         minimum = axis.integer("minimum")
+        if "multiple_of" in axis.data:
+            axis.integer("multiple_of", minimum=1)
         axis.integer_or_none("maximum", minimum=minimum)
     try:
         return signature_from_json(fields.data)

@@ -18,6 +18,7 @@ from vlm_export.errors import EnvironmentFailure, UsageError
 from vlm_export.export.lowerings.attention import lower_attention
 from vlm_export.family import Part
 from vlm_export.graph.skeleton import SKELETON_THRESHOLD_BYTES, attach_weights
+from vlm_export.signature import Axis
 
 Exporter = Literal["dynamo", "torchscript"]
 DEFAULT_OPSET = 18
@@ -66,7 +67,8 @@ def export_part(part: Part, opset: int, exporter: Exporter) -> ir.Model:
 
 def _example_tensors(part: Part) -> tuple[torch.Tensor, ...]:
     """Sizes of at least 2, each axis its own, so that no axis is specialised to 1 or tied to another."""
-    sizes = {axis.name: _OTHER + i for i, axis in enumerate(part.signature.axes)} | {"batch": _BATCH}
+    sizes = {axis.name: (_OTHER + i) * axis.multiple_of for i, axis in enumerate(part.signature.axes)}
+    sizes |= {"batch": _BATCH}
     limits = {axis.name: axis.maximum for axis in part.signature.axes}
     sizes = {name: min(size, limits.get(name) or size) for name, size in sizes.items()}
     arrays = part.examples(sizes, seed=0)
@@ -75,7 +77,7 @@ def _example_tensors(part: Part) -> tuple[torch.Tensor, ...]:
 
 def _export_dynamo(part: Part, opset: int) -> ir.Model:
     signature = part.signature
-    dims = {axis.name: torch.export.Dim(axis.name, min=axis.minimum, max=axis.maximum) for axis in signature.axes}
+    dims = {axis.name: _dimension(axis) for axis in signature.axes}
     shapes = tuple({i: dims[a] for i, a in enumerate(t.shape) if isinstance(a, str)} for t in signature.inputs)
     program = torch.onnx.export(
         part.module,
@@ -92,6 +94,14 @@ def _export_dynamo(part: Part, opset: int) -> ir.Model:
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
     return program.model
+
+
+def _dimension(axis: Axis) -> Any:
+    """torch.export's form of an axis; one with steps is a multiple of a dimension that counts them."""
+    step = axis.multiple_of
+    name = axis.name if step == 1 else f"{axis.name}_steps"
+    steps = torch.export.Dim(name, min=axis.minimum // step, max=None if axis.maximum is None else axis.maximum // step)
+    return steps if step == 1 else step * steps
 
 
 def _export_torchscript(part: Part, opset: int) -> ir.Model:

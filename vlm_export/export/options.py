@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vlm_export.export.backends import DEFAULT_OPSET, Exporter
 from vlm_export.export.writer import DEFAULT_THRESHOLD_BYTES
+from vlm_export.family import DEFAULT_BUILD, BuildOptions
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class ExportOptions:
         sha256: expected sha256 of the weights file.
         revision: of a hub id.
         random_weights_seed: build the named architecture with seeded random weights instead of reading a checkpoint.
+        build: choices about the modules: image size, dynamic or not.
         images: pictures for the verification in addition to the synthetic ones.
         threads: of the engine while verifying, None: its default.
     """
@@ -39,5 +41,6 @@ class ExportOptions:
     sha256: str | None = None
     revision: str | None = None
     random_weights_seed: int | None = None
+    build: BuildOptions = DEFAULT_BUILD
     images: Sequence[Path] = ()
     threads: int | None = None

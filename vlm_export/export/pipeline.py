@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,8 @@ class _Job:
             check_free_space(staging.path, 2 * _float32_bytes(checkpoint))
         with ScratchStore(scratch / "weights.bin") as store:
             with self.stages.stage("load weights"):
-                model = adapt_model(recognise(checkpoint).build(checkpoint, store), checkpoint, known)
+                model = recognise(checkpoint).build(checkpoint, store, self.options.build)
+                model = adapt_model(model, checkpoint, known, self.options.build)
                 tokenizer = self._write_tokenizer(checkpoint, model, staging)
             # All graphs before any verification: a back end's failure shows early, and engines leave memory behind.
             exported = [self._export(part, staging) for part in model.parts]
@@ -208,7 +209,12 @@ def _manifest(
         source=source_record(checkpoint, options),
         family=model.family,
         architecture=model.architecture,
-        facts={**model.facts, "dropped_keys": list(model.dropped_keys), "reference": model.reference_name},
+        facts={
+            **model.facts,
+            "dropped_keys": list(model.dropped_keys),
+            "reference": model.reference_name,
+            "build": asdict(options.build),
+        },
         image=model.image,
         text=model.text,
         parts=records,
