@@ -29,6 +29,9 @@ def add_parser(verbs: Any) -> None:
     graph.add_argument("--exporter", choices=("dynamo", "torchscript"), help="back end (default: what the opset needs)")
     graph.add_argument("--image-size", type=positive_integer, metavar="PIXELS", help="another picture size (ViT)")
     graph.add_argument("--dynamic-image-size", action="store_true", help="height and width become axes (ViT)")
+    graph.add_argument(
+        "--with-preprocessing", action="store_true", help="add a graph that takes uint8 pictures of any size"
+    )
     graph.add_argument("--no-simplify", action="store_true", help="publish the back end's own graphs")
     graph.add_argument(
         "--external-data-threshold",
@@ -80,6 +83,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         sha256=args.sha256,
         revision=args.revision,
         random_weights_seed=args.random_weights,
+        with_preprocessing=args.with_preprocessing,
         build=BuildOptions(args.image_size, args.dynamic_image_size),
         images=tuple(Path(image) for image in args.image),
         threads=args.threads,

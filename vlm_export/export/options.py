@@ -27,6 +27,7 @@ class ExportOptions:
         revision: of a hub id.
         random_weights_seed: build the named architecture with seeded random weights instead of reading a checkpoint.
         build: choices about the modules: image size, dynamic or not.
+        with_preprocessing: add a part that takes uint8 pictures of any size.
         images: pictures for the verification in addition to the synthetic ones.
         threads: of the engine while verifying, None: its default.
     """
@@ -42,5 +43,6 @@ class ExportOptions:
     revision: str | None = None
     random_weights_seed: int | None = None
     build: BuildOptions = DEFAULT_BUILD
+    with_preprocessing: bool = False
     images: Sequence[Path] = ()
     threads: int | None = None

@@ -21,6 +21,7 @@ from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import VerificationError
 from vlm_export.export.backends import Exporter, choose_exporter, export_part
 from vlm_export.export.options import ExportOptions
+from vlm_export.export.preprocessing_part import add_preprocessing
 from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.source import adapt_model, known_checkpoint, open_source, source_record
 from vlm_export.export.stages import Stages
@@ -92,6 +93,8 @@ class _Job:
             with self.stages.stage("load weights"):
                 model = recognise(checkpoint).build(checkpoint, store, self.options.build)
                 model = adapt_model(model, checkpoint, known, self.options.build)
+                if self.options.with_preprocessing:
+                    model = add_preprocessing(model)
                 tokenizer = self._write_tokenizer(checkpoint, model, staging)
             # All graphs before any verification: a back end's failure shows early, and engines leave memory behind.
             exported = [self._export(part, staging) for part in model.parts]
