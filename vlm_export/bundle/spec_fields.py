@@ -46,9 +46,10 @@ def signature_from_fields(fields: Fields) -> Signature:
         fields.each(key, _check_tensor)
     axes = fields.fields("axes")
     for name in axes.data:
-        axis = axes.fields(name).only(("minimum", "maximum", "multiple_of"))
+        steps = ("multiple_of",) if "multiple_of" in axes.fields(name).data else ()
+        axis = axes.fields(name).only(("minimum", "maximum", *steps))
         minimum = axis.integer("minimum")
-        if "multiple_of" in axis.data:
+        if steps:
             axis.integer("multiple_of", minimum=1)
         axis.integer_or_none("maximum", minimum=minimum)
     try:
