@@ -180,13 +180,14 @@ def _target_samples(source: Size, target: Target, dtype: torch.dtype) -> _Sample
 def _matrix_in_graph(source: _Samples, target: _Samples, scale: float | None, form: Filter, fused: Tensor) -> Tensor:
     step = _step_in_graph(source.count, target.count, scale, form)
     if form.antialias:
-        return _antialiased_in_graph(source.index, step * (target.index + 0.5), step, form)
+        return _antialiased_in_graph(source.index, torch.add(*_product(step, target.index + 0.5)), step, form)
     if form.align_corners:
-        position = step * target.index
+        position = torch.add(*_product(step, target.index))
     else:
-        position = _fused_position(step, target.index)
+        high, low = _product(step, target.index + 0.5)
+        position = (high - 0.5) + low
         if form.mode == "bilinear":
-            position = torch.where(fused, position, step * (target.index + 0.5) - 0.5)
+            position = torch.where(fused, position, (high + low) - 0.5)
     return _sampled_in_graph(source, position, form)
 
 
@@ -194,9 +195,9 @@ def _step_in_graph(count: Tensor, wanted: Tensor, scale: float | None, form: Fil
     if form.align_corners:
         # A single target takes the first sample: (count - 1) · 0.
         several = (wanted > 1).to(count.dtype)
-        return (count - 1) * several / (wanted - several)
+        return _quotient((count - 1) * several, wanted - several)
     if scale is None:
-        return count / wanted
+        return _quotient(count, wanted)
     step = torch.tensor(1.0 / scale, dtype=count.dtype)
     if form.mode == "bicubic" and not form.antialias:
         return step
@@ -204,21 +205,32 @@ def _step_in_graph(count: Tensor, wanted: Tensor, scale: float | None, form: Fil
     return torch.where(count == wanted, torch.ones_like(step), step)
 
 
-def _fused_position(step: Tensor, targets: Tensor) -> Tensor:
-    """step · (targets + ½) - ½ rounded once: Dekker's product with the step in two halves."""
+def _product(step: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Dekker's product: two parts that are exact for places below 2048; their sum is step · places, rounded once.
+
+    A runtime that fuses a product and a sum rounds them once where torch rounds twice; it cannot change this.
+    """
     spread = step * _SPLIT
     high = spread - (spread - step)
-    low = step - high
-    centres = targets + 0.5
-    return (high * centres - 0.5) + low * centres
+    return high * places, (step - high) * places
+
+
+def _quotient(count: Tensor, wanted: Tensor) -> Tensor:
+    """count / wanted rounded correctly, also by a runtime that multiplies by 1 / wanted instead (OpenVINO)."""
+    quotient = count / wanted
+    high, low = _product(quotient, wanted)
+    return quotient + ((count - high) - low) / wanted
 
 
 def _antialiased_in_graph(sources: Tensor, centres: Tensor, step: Tensor, form: Filter) -> Tensor:
-    distances = ((sources + 0.5) - centres.unsqueeze(1)).abs() / step.clamp(min=1.0)
-    # The filter is zero where torch's window ends, so that no sample needs a mask.
+    middles, stretch, centres = sources + 0.5, step.clamp(min=1.0), centres.unsqueeze(1)
+    distances = (middles - centres).abs() / stretch
     if form.mode == "bilinear":
-        weights = (1.0 - distances).clamp(min=0.0)
+        # Zero where torch's window ends, but for roundings of the ends that are worth 5e-6.
+        window = (middles > centres - stretch) & (middles <= centres + stretch)
+        weights = (1.0 - distances).clamp(min=0.0) * window.to(distances.dtype)
     else:
+        # Zero where torch's window ends, with zero slope: no sample needs a mask.
         near, far = _near(distances, CUBIC_ANTIALIAS), _far(distances.clamp(max=2.0), CUBIC_ANTIALIAS)
         weights = torch.where(distances < 1, near, far)
     return weights / weights.sum(dim=1, keepdim=True)

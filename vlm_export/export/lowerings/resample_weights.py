@@ -75,10 +75,13 @@ def _step(source: int, target: int, align_corners: bool, scale: float | None, dt
 
 def _antialiased(source: int, target: int, step: Any, mode: Mode, dtype: Any) -> npt.NDArray[np.float64]:
     # The centre formula knows nothing of align_corners: so it is in torch.
-    centres = (np.float64(step) * (np.arange(target) + 0.5)).astype(dtype).astype(np.float64)
-    narrow = 1.0 / max(float(step), 1.0)
-    distances = np.abs(np.arange(source) + 0.5 - centres[:, None]) * narrow
+    centres = (np.float64(step) * (np.arange(target) + 0.5)).astype(dtype)
+    stretch, middles = max(float(step), 1.0), np.arange(source) + 0.5
+    distances = np.abs(middles - centres.astype(np.float64)[:, None]) / stretch
     weights = np.maximum(1.0 - distances, 0.0) if mode == "bilinear" else cubic_filter(distances, CUBIC_ANTIALIAS)
+    reach = dtype(SUPPORT[mode] * stretch)
+    # Beyond its reach the filter is zero, but for these roundings: torch drops weights of up to 5e-6.
+    weights *= (middles > (centres - reach)[:, None]) & (middles <= (centres + reach)[:, None])
     normalised: npt.NDArray[np.float64] = weights / weights.sum(axis=1, keepdims=True)
     return normalised
 
