@@ -32,6 +32,8 @@ def add_parser(verbs: Any) -> None:
     graph.add_argument(
         "--with-preprocessing", action="store_true", help="add a graph that takes uint8 pictures of any size"
     )
+    targets = ("onnxruntime", "openvino", "tensorrt", "web")
+    graph.add_argument("--target", choices=targets, help="runtime to write for (default: graphs that all of them take)")
     graph.add_argument("--no-simplify", action="store_true", help="publish the back end's own graphs")
     graph.add_argument(
         "--external-data-threshold",
@@ -75,6 +77,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
     return ExportOptions(
         opset=args.opset,
         exporter=args.exporter,
+        target=args.target,
         simplify=not args.no_simplify,
         external_data_threshold_bytes=args.external_data_threshold << 20,
         overwrite=args.overwrite,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_export.export.backends import DEFAULT_OPSET, Exporter
+from vlm_export.export.backends import DEFAULT_OPSET, Exporter, Target
 from vlm_export.export.writer import DEFAULT_THRESHOLD_BYTES
 from vlm_export.family import DEFAULT_BUILD, BuildOptions
 
@@ -18,6 +18,7 @@ class ExportOptions:
     Attributes:
         opset: ONNX opset of the graphs, 11 to 23.
         exporter: back end, None: the default for the opset.
+        target: runtime that the graphs are meant for, None: any; see `choose_lowerings`.
         simplify: run onnxsim and fold weights; verified, and taken back when the result differs.
         external_data_threshold_bytes: graphs with more weights than this keep them in a second file.
         overwrite: replace an existing bundle.
@@ -34,6 +35,7 @@ class ExportOptions:
 
     opset: int = DEFAULT_OPSET
     exporter: Exporter | None = None
+    target: Target | None = None
     simplify: bool = True
     external_data_threshold_bytes: int = DEFAULT_THRESHOLD_BYTES
     overwrite: bool = False

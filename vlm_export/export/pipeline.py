@@ -19,7 +19,7 @@ from vlm_export.bundle.publish import Staging, publication
 from vlm_export.checkpoint.known import KnownCheckpoint
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import VerificationError
-from vlm_export.export.backends import Exporter, choose_exporter, export_part
+from vlm_export.export.backends import Exporter, choose_exporter, choose_lowerings, export_part
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.preprocessing_part import add_preprocessing
 from vlm_export.export.simplify import finish_graph, simplify_graph
@@ -109,7 +109,7 @@ class _Job:
     def _export(self, part: Part, staging: Staging) -> _Exported:
         warnings: list[str] = []
         with self.stages.stage(f"export {part.name}"):
-            raw = export_part(part, self.options.opset, self.exporter)
+            raw = export_part(part, self.options.opset, self.exporter, choose_lowerings(self.options.target))
         simplified: ir.Model | None = None
         if self.options.simplify:
             with self.stages.stage(f"simplify {part.name}"):

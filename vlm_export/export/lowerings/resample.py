@@ -28,13 +28,10 @@ class InterpolationLowering:
         form: `resize-op`: ONNX `Resize` where it computes the same, otherwise two matrix products.
         static_sizes: no height or width depends on the size of an input. The TorchScript back end traces sizes as
             tensors and cannot tell by itself; where sizes are numbers already, this changes nothing.
-        resize_from_pixels: `Resize` only for pictures of at least so many pixels, before or after, and of a size that
-            is known; 0: always.
     """
 
     form: Interpolation = "matmul"
     static_sizes: bool = False
-    resize_from_pixels: int = 0
 
     def interpolate(
         self,
@@ -50,34 +47,22 @@ class InterpolationLowering:
         if mode not in MODES or input.ndim != 4 or (size is None) == (scale_factor is None):
             return _original(input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
         form = Filter(mode, antialias, bool(align_corners))
-        if self.static_sizes:
-            input = input.reshape(-1, *(int(n) for n in input.shape[1:]))
+        sources = self._fixed(input.shape[2:])
         if size is not None:
             height, width = (Target(n) for n in self._fixed(_pair(size)))
         else:
             explicit = not recompute_scale_factor
-            sizes, factors = self._fixed(input.shape[2:]), _pair(scale_factor)
+            factors = _pair(scale_factor)
             height, width = (
-                Target(_scaled(n, factor), float(factor), explicit) for n, factor in zip(sizes, factors, strict=True)
+                Target(_scaled(n, factor), float(factor), explicit) for n, factor in zip(sources, factors, strict=True)
             )
         targets = height, width
-        if self._takes_resize(input, targets, form):
+        if self.form == "resize-op" and resize_can_express(targets, form):
             return interpolate_by_resize(input, targets, form)
-        return interpolate_by_matmul(input, targets, form)
+        return interpolate_by_matmul(input, sources, targets, form)
 
     def _fixed(self, sizes: Sequence[Size]) -> list[Size]:
         return [int(n) if self.static_sizes else n for n in sizes]
-
-    def _takes_resize(self, x: Tensor, targets: tuple[Target, Target], form: Filter) -> bool:
-        if self.form != "resize-op" or not resize_can_express(targets, form):
-            return False
-        if not self.resize_from_pixels:
-            return True
-        sizes = [*x.shape[2:], *(target.size for target in targets)]
-        if not all(isinstance(n, int) for n in sizes):
-            return False
-        height, width, rows, columns = (int(n) for n in sizes)
-        return max(height * width, rows * columns) >= self.resize_from_pixels
 
 
 def _pair(value: Any) -> tuple[Any, Any]:

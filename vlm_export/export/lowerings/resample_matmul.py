@@ -28,8 +28,8 @@ from vlm_export.export.lowerings.resample_weights import (
 Size: TypeAlias = "int | torch.SymInt | Tensor"
 # float32 has 24 bits: a factor split with this one leaves two halves whose products with small numbers are exact.
 _SPLIT = float(2**12 + 1)
-# Elements that copying one costs, in multiply-adds; and rows at which a product reaches its speed.
-_COPY_COST, _LEAST_ROWS = 12, 8
+# What copying an element costs, in multiply-adds; and the rows from which on a product is fast.
+_COPY_COST, _LEAST_ROWS = 40, 8
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,15 @@ class Target:
         return self.factor if self.explicit else None
 
 
-def interpolate_by_matmul(x: Tensor, targets: tuple[Target, Target], form: Filter) -> Tensor:
-    """rows · x · columnsᵀ for x: float (B, C, H, W) and targets for H and W; equal to torch's `interpolate`."""
-    sources = x.shape[2:]
+def interpolate_by_matmul(x: Tensor, sources: Sequence[Size], targets: tuple[Target, Target], form: Filter) -> Tensor:
+    """rows · x · columnsᵀ for x: float (B, C, H, W); equal to torch's `interpolate`.
+
+    Args:
+        sources: H and W as numbers where they are known, although a trace may hold them as tensors.
+    """
     sizes = [target.size for target in targets]
     if not all(isinstance(n, int) for n in (*sources, *sizes)):
-        left, right = _matrices_in_graph(sources, targets, form, x.dtype)
+        left, right = matrices_in_graph(sources, targets, form, x.dtype)
         return left @ x @ right.transpose(0, 1)
     rows, columns = (int(n) for n in sizes)
     down, across = (
@@ -70,21 +73,31 @@ def interpolate_by_matmul(x: Tensor, targets: tuple[Target, Target], form: Filte
             coordinates="float64" if x.dtype == torch.float64 else "float32",
             fused=form.mode == "bicubic" or rows + columns <= FUSED_BILINEAR_LIMIT,
         )
-        for source, size, target in zip(sources, (rows, columns), targets, strict=True)
+        for source, size, target in zip(map(int, sources), (rows, columns), targets, strict=True)
     )
     return _multiply_constants(x, down, across)
 
 
 def _multiply_constants(x: Tensor, down: npt.NDArray[np.float64], across: npt.NDArray[np.float64]) -> Tensor:
-    height_first = _pass_cost(down, x.shape[3]) + _pass_cost(across, down.shape[0])
-    width_first = _pass_cost(across, x.shape[2]) + _pass_cost(down, across.shape[0])
-    if height_first <= width_first:
+    (rows, height), (columns, width) = down.shape, across.shape
+    rows_first = _row_cost(down) * width + _column_cost(across) * rows
+    columns_first = _column_cost(across) * height + _row_cost(down) * columns
+    if rows_first <= columns_first:
         return _multiply_columns(_multiply_rows(x, down), across)
     return _multiply_rows(_multiply_columns(x, across), down)
 
 
-def _pass_cost(matrix: npt.NDArray[np.float64], others: int) -> int:
-    return 0 if _is_identity(matrix) else _best_rows(matrix)[1] * others
+def _row_cost(matrix: npt.NDArray[np.float64]) -> int:
+    """For one column of x."""
+    return 0 if _is_identity(matrix) else _best_rows(matrix)[1]
+
+
+def _column_cost(matrix: npt.NDArray[np.float64]) -> int:
+    """For one row of x; blocks need it transposed."""
+    rows, cost = _best_rows(matrix)
+    if _is_identity(matrix):
+        return 0
+    return cost if rows == len(matrix) else cost + _COPY_COST * sum(matrix.shape)
 
 
 def _is_identity(matrix: npt.NDArray[np.float64]) -> bool:
@@ -110,10 +123,11 @@ def _multiply_rows(x: Tensor, matrix: npt.NDArray[np.float64]) -> Tensor:
     if rows == target:
         return torch.from_numpy(matrix).to(x.dtype) @ x
     blocks = split_into_blocks(matrix, rows)
+    channels, width = int(x.shape[1]), int(x.shape[3])
     taken = x.index_select(2, torch.from_numpy(blocks.columns.ravel()))
-    windows = taken.reshape(-1, x.shape[1], *blocks.columns.shape, x.shape[3])
+    windows = taken.reshape(-1, channels, *blocks.columns.shape, width)
     product = torch.from_numpy(blocks.weights).to(x.dtype) @ windows
-    return product.reshape(-1, x.shape[1], target, x.shape[3])
+    return product.reshape(-1, channels, target, width)
 
 
 def _multiply_columns(x: Tensor, matrix: npt.NDArray[np.float64]) -> Tensor:
@@ -132,7 +146,7 @@ class _Samples:
     count: Tensor
 
 
-def _matrices_in_graph(
+def matrices_in_graph(
     sources: Sequence[Size], targets: tuple[Target, Target], form: Filter, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """`resample_matrix` of both axes in elementary operators, of sizes that are known when the graph runs."""
