@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vlm_export.errors import InputError
+from vlm_export.errors import InputError, UsageError
 from vlm_export.family import (
+    DEFAULT_BUILD,
     Array,
     Arrays,
+    BuildOptions,
     Checkpoint,
     Description,
     Model,
@@ -31,7 +34,7 @@ from vlm_export.family import (
 )
 from vlm_export.models import clip_architecture, clip_weights
 from vlm_export.models.clip_architecture import ClipArchitecture, ResNetSizes, TextSizes, VitSizes
-from vlm_export.models.layers import PatchEmbedding, TransformerBlock, build_causal_mask
+from vlm_export.models.layers import PatchEmbedding, TransformerBlock, build_causal_mask, resample_position_embedding
 from vlm_export.models.modified_resnet import ModifiedResNet
 from vlm_export.models.weights import Target, load_weights, published_tensors
 from vlm_export.signature import Axis, Signature, TensorSpec
@@ -40,6 +43,8 @@ from vlm_export.specs import ImageSpec, RgbStage, TextSpec
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 BATCH = Axis("batch")
+# Patches per side up to which a dynamic image size goes; attention is quadratic in their square.
+_LARGEST_GRID = 64
 Channels = tuple[float, float, float]
 
 
@@ -49,9 +54,11 @@ class VisionTransformer(nn.Module):
     def __init__(self, architecture: ClipArchitecture, sizes: VitSizes) -> None:
         super().__init__()
         width, eps = sizes.width, architecture.eps
+        self.patch_size, self.grid = sizes.patch_size, sizes.image_size // sizes.patch_size
+        self.dynamic_image_size = False
         self.patches = PatchEmbedding(width, sizes.patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
-        self.position_embedding = nn.Parameter(torch.empty((sizes.image_size // sizes.patch_size) ** 2 + 1, width))
+        self.position_embedding = nn.Parameter(torch.empty(self.grid**2 + 1, width))
         self.norm_pre = nn.LayerNorm(width, eps=eps)
         self.blocks = nn.ModuleList(
             TransformerBlock(width, sizes.heads, sizes.hidden, architecture.activation, eps)
@@ -63,11 +70,24 @@ class VisionTransformer(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         patches = self.patches(pixel_values)
         first = self.class_embedding.expand(patches.shape[0], 1, -1)
-        x = self.norm_pre(torch.cat([first, patches], dim=1) + self.position_embedding)
+        x = self.norm_pre(torch.cat([first, patches], dim=1) + self._positions(pixel_values))
         for block in self.blocks:
             x = block(x)
         embeds: Tensor = self.norm_post(x[:, 0]) @ self.projection
         return embeds
+
+    def resize(self, image_size: int) -> None:
+        """Takes pictures of another size from now on: resamples the position embedding, once."""
+        grid = image_size // self.patch_size
+        with torch.no_grad():
+            resampled = resample_position_embedding(self.position_embedding, self.grid, grid, grid)
+        self.position_embedding, self.grid = nn.Parameter(resampled, requires_grad=False), grid
+
+    def _positions(self, pixel_values: Tensor) -> Tensor:
+        if not self.dynamic_image_size:
+            return self.position_embedding
+        rows, columns = pixel_values.shape[2] // self.patch_size, pixel_values.shape[3] // self.patch_size
+        return resample_position_embedding(self.position_embedding, self.grid, rows, columns)
 
 
 class TextTransformer(nn.Module):
@@ -146,12 +166,14 @@ class ClipFamily:
         )
         return Description(architecture.to_json(), parts, tuple(_notes(architecture)))
 
-    def build(self, checkpoint: Checkpoint, store: WeightStore) -> Model:
+    def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
         architecture = _architecture(checkpoint)
         encoders = build_encoders(architecture)
         dropped = load_weights(encoders, checkpoint, _table(architecture), store)
+        architecture = _resized(architecture, encoders, options)
+        vision = _vision_signature(architecture, options.dynamic_image_size)
         parts = (
-            Part("vision", encoders.vision, _vision_signature(architecture), _VisionExamples(architecture)),
+            Part("vision", encoders.vision, vision, _VisionExamples(vision)),
             Part("text", encoders.text, _text_signature(architecture), _TextExamples(architecture)),
         )
         huggingface = architecture.key_names == "huggingface"
@@ -217,12 +239,39 @@ def _notes(architecture: ClipArchitecture) -> Iterator[str]:
     yield f"the image size is fixed at {architecture.vision.image_size}: the position embedding is not interpolated"
 
 
-def _vision_signature(architecture: ClipArchitecture) -> Signature:
-    size = architecture.vision.image_size
+def _resized(architecture: ClipArchitecture, encoders: ClipEncoders, options: BuildOptions) -> ClipArchitecture:
+    """Applies the options to the image encoder; returns the architecture with the size that it has now."""
+    if options == DEFAULT_BUILD:
+        return architecture
+    vision, sizes = encoders.vision, architecture.vision
+    if not isinstance(vision, VisionTransformer) or not isinstance(sizes, VitSizes):
+        raise UsageError("only a ViT takes another image size", got="ModifiedResNet", fix="leave the size options out")
+    if options.image_size is not None:
+        if options.image_size < sizes.patch_size or options.image_size % sizes.patch_size:
+            raise UsageError(
+                "the image size is not a multiple of the patch size",
+                expected=f"a multiple of {sizes.patch_size}",
+                got=str(options.image_size),
+            )
+        vision.resize(options.image_size)
+        architecture = replace(architecture, vision=replace(sizes, image_size=options.image_size))
+    vision.dynamic_image_size = options.dynamic_image_size
+    return architecture
+
+
+def _vision_signature(architecture: ClipArchitecture, dynamic_image_size: bool = False) -> Signature:
+    vision = architecture.vision
+    shape: tuple[int | str, ...] = ("batch", 3, vision.image_size, vision.image_size)
+    axes: tuple[Axis, ...] = (BATCH,)
+    if dynamic_image_size and isinstance(vision, VitSizes):
+        patch = vision.patch_size
+        largest = _LARGEST_GRID * patch
+        axes = (BATCH, Axis("height", patch, largest, patch), Axis("width", patch, largest, patch))
+        shape = ("batch", 3, "height", "width")
     return Signature(
-        inputs=(TensorSpec("pixel_values", "float32", ("batch", 3, size, size)),),
+        inputs=(TensorSpec("pixel_values", "float32", shape),),
         outputs=(TensorSpec("image_embeds", "float32", ("batch", architecture.embed_dim)),),
-        axes=(BATCH,),
+        axes=axes,
     )
 
 
@@ -237,8 +286,8 @@ def _text_signature(architecture: ClipArchitecture) -> Signature:
 class _VisionExamples:
     """Normalised noise: every pixel independent, about the range of real normalised pictures."""
 
-    def __init__(self, architecture: ClipArchitecture) -> None:
-        self.spec = _vision_signature(architecture).inputs[0]
+    def __init__(self, signature: Signature) -> None:
+        self.spec = signature.inputs[0]
 
     def __call__(self, sizes: Mapping[str, int], seed: int) -> dict[str, Array]:
         rng = np.random.default_rng(seed)
@@ -342,10 +391,13 @@ def _transformers_reference(checkpoint: Checkpoint, part: Part) -> Reference:
     model.load_state_dict(weights, strict=True)
     name = part.signature.input_names[0]
     encode = model.get_image_features if part.name == "vision" else model.get_text_features
+    own_size = model.config.vision_config.image_size
+    is_resized = part.name == "vision" and part.signature.inputs[0].shape[2:] != (own_size, own_size)
+    other_size = {"interpolate_pos_encoding": True} if is_resized else {}
 
     def run(inputs: Arrays) -> dict[str, Array]:
         with torch.inference_mode():
-            features = encode(**{name: torch.from_numpy(inputs[name])})
+            features = encode(**{name: torch.from_numpy(inputs[name])}, **other_size)
         # transformers 5 wraps the features in an output object, 4 returned the tensor.
         tensor: Tensor = features if isinstance(features, Tensor) else features.pooler_output
         return {part.signature.output_names[0]: tensor.numpy()}

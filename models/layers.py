@@ -115,6 +115,25 @@ class AttentionPooling(nn.Module):
         return x.reshape(-1, x.shape[1], self.heads, self.head_width).transpose(1, 2)
 
 
+def resample_position_embedding(table: Tensor, grid: int, rows: int, columns: int) -> Tensor:
+    """A learned position embedding for another grid of patches, its first (class) position unchanged.
+
+    Port of `CLIPVisionEmbeddings.interpolate_pos_encoding` (transformers 5.23): bicubic, without antialiasing.
+
+    Args:
+        table: float32 (1 + grid², width), row by row.
+        grid: patches per side that it was trained with.
+        rows, columns: patches per side now.
+
+    Returns:
+        float32 (1 + rows · columns, width).
+    """
+    first, positions = table[:1], table[1:]
+    image = positions.reshape(1, grid, grid, table.shape[1]).permute(0, 3, 1, 2)
+    resampled = F.interpolate(image, size=(rows, columns), mode="bicubic", align_corners=False)
+    return torch.cat([first, resampled.permute(0, 2, 3, 1).reshape(-1, table.shape[1])])
+
+
 def build_causal_mask(tokens: int) -> Tensor:
     """float32 (T, T): 0 on and below the diagonal, -inf above it."""
     # On the CPU also when the module around it is built on the meta device: no checkpoint supplies it.

@@ -133,12 +133,28 @@ class Model:
     reference_name: str
 
 
+@dataclass(frozen=True)
+class BuildOptions:
+    """What the user may choose about the modules themselves.
+
+    Attributes:
+        image_size: edge in pixels of the square that the vision part takes, instead of the checkpoint's own.
+        dynamic_image_size: height and width become axes of the vision part.
+    """
+
+    image_size: int | None = None
+    dynamic_image_size: bool = False
+
+
 class WeightStore(Protocol):
     """Where weights live that cannot be used as they are stored (other dtype, transposed, packed): a mapped file."""
 
     def new(self, shape: tuple[int, ...]) -> Tensor:
         """A writable, memory-mapped float32 tensor, zero-filled."""
         ...
+
+
+DEFAULT_BUILD = BuildOptions()
 
 
 class Family(Protocol):
@@ -154,8 +170,8 @@ class Family(Protocol):
         """What the checkpoint is, without reading a weight; InputError when its shapes do not fit together."""
         ...
 
-    def build(self, checkpoint: Checkpoint, store: WeightStore) -> Model:
-        """Parts with weights; InputError when keys, shapes or dtypes do not fit."""
+    def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
+        """Parts with weights; InputError when keys, shapes or dtypes do not fit, UsageError for what it cannot do."""
         ...
 
     def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:

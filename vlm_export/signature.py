@@ -16,11 +16,15 @@ DType = Literal["float32", "float16", "int64", "int32", "uint8", "bool"]
 
 @dataclass(frozen=True)
 class Axis:
-    """A symbolic axis: its name and the inclusive range of its size (`maximum` None: unbounded)."""
+    """A symbolic axis: its name, the inclusive range of its size (`maximum` None: unbounded), and its steps.
+
+    Sizes are multiples of `multiple_of`, and so are `minimum` and `maximum`.
+    """
 
     name: str
     minimum: int = 1
     maximum: int | None = None
+    multiple_of: int = 1
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,13 @@ class Signature:
         return {
             "inputs": [_json_from_tensor(tensor) for tensor in self.inputs],
             "outputs": [_json_from_tensor(tensor) for tensor in self.outputs],
-            "axes": {axis.name: {"minimum": axis.minimum, "maximum": axis.maximum} for axis in self.axes},
+            "axes": {axis.name: _json_from_axis(axis) for axis in self.axes},
         }
+
+
+def _json_from_axis(axis: Axis) -> dict[str, Any]:
+    steps = {} if axis.multiple_of == 1 else {"multiple_of": axis.multiple_of}
+    return {"minimum": axis.minimum, "maximum": axis.maximum, **steps}
 
 
 def _json_from_tensor(tensor: TensorSpec) -> dict[str, Any]:
@@ -95,7 +104,10 @@ def signature_from_json(data: Mapping[str, Any]) -> Signature:
         return Signature(
             inputs=tuple(_tensor_from_json(entry) for entry in data["inputs"]),
             outputs=tuple(_tensor_from_json(entry) for entry in data["outputs"]),
-            axes=tuple(Axis(name, entry["minimum"], entry["maximum"]) for name, entry in data["axes"].items()),
+            axes=tuple(
+                Axis(name, entry["minimum"], entry["maximum"], entry.get("multiple_of", 1))
+                for name, entry in data["axes"].items()
+            ),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError("a signature in the manifest is malformed", got=repr(error)) from error

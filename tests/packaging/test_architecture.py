@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "vlm_export"
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
-# What every machine has that only uses bundles; Parquet's package is optional there.
-BASE = {"PIL", "ftfy", "numpy", "onnxruntime", "pyarrow", "tokenizers", "tqdm"}
+# What every machine has that only uses bundles; the packages of Parquet and of the second engine are optional there.
+BASE = {"PIL", "ftfy", "numpy", "onnxruntime", "openvino", "pyarrow", "tokenizers", "tqdm"}
 TORCH = {"torch", "torchvision", "transformers", "timm"}
 TYPES = {"vlm_export", "vlm_export.errors", "vlm_export.signature", "vlm_export.specs"}
 # Folder or module → the parts of vlm_export that it may import besides itself.
@@ -35,7 +35,7 @@ OUTSIDE = {
     "bundle": set[str](),
     "runtime": BASE,
     "graph": {"numpy", "onnx_ir", "onnx"},
-    "verify": BASE - {"onnxruntime", "pyarrow", "tqdm"},
+    "verify": BASE - {"onnxruntime", "openvino", "pyarrow", "tqdm"},
     "cli": set[str](),
 }
 WITH_TORCH = {"checkpoint", "export", "models", "family.py"}

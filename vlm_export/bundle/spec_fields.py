@@ -46,8 +46,11 @@ def signature_from_fields(fields: Fields) -> Signature:
         fields.each(key, _check_tensor)
     axes = fields.fields("axes")
     for name in axes.data:
-        axis = axes.fields(name).only(("minimum", "maximum"))
+        steps = ("multiple_of",) if "multiple_of" in axes.fields(name).data else ()
+        axis = axes.fields(name).only(("minimum", "maximum", *steps))
         minimum = axis.integer("minimum")
+        if steps:
+            axis.integer("multiple_of", minimum=1)
         axis.integer_or_none("maximum", minimum=minimum)
     try:
         return signature_from_json(fields.data)

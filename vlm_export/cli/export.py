@@ -27,6 +27,13 @@ def add_parser(verbs: Any) -> None:
     graph = parser.add_argument_group("graphs")
     graph.add_argument("--opset", type=positive_integer, default=18, metavar="N", help="11 to 23 (default: 18)")
     graph.add_argument("--exporter", choices=("dynamo", "torchscript"), help="back end (default: what the opset needs)")
+    graph.add_argument("--image-size", type=positive_integer, metavar="PIXELS", help="another picture size (ViT)")
+    graph.add_argument("--dynamic-image-size", action="store_true", help="height and width become axes (ViT)")
+    graph.add_argument(
+        "--with-preprocessing", action="store_true", help="add a graph that takes uint8 pictures of any size"
+    )
+    targets = ("onnxruntime", "openvino", "tensorrt", "web")
+    graph.add_argument("--target", choices=targets, help="runtime to write for (default: graphs that all of them take)")
     graph.add_argument("--no-simplify", action="store_true", help="publish the back end's own graphs")
     graph.add_argument(
         "--external-data-threshold",
@@ -71,10 +78,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _options(args: argparse.Namespace) -> ExportOptions:
     from vlm_export.export.options import ExportOptions
+    from vlm_export.family import BuildOptions
 
     return ExportOptions(
         opset=args.opset,
         exporter=args.exporter,
+        target=args.target,
         simplify=not args.no_simplify,
         external_data_threshold_bytes=args.external_data_threshold << 20,
         overwrite=args.overwrite,
@@ -83,6 +92,8 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         sha256=args.sha256,
         revision=args.revision,
         random_weights_seed=args.random_weights,
+        with_preprocessing=args.with_preprocessing,
+        build=BuildOptions(args.image_size, args.dynamic_image_size),
         images=tuple(Path(image) for image in args.image),
         threads=args.threads,
     )

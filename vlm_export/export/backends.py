@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -16,15 +17,42 @@ import torch
 
 from vlm_export.errors import EnvironmentFailure, UsageError
 from vlm_export.export.lowerings.attention import lower_attention
+from vlm_export.export.lowerings.resample import Interpolation, InterpolationLowering, lower_interpolation
+from vlm_export.export.lowerings.resample_resize import RESIZE_OPSET
 from vlm_export.family import Part
 from vlm_export.graph.skeleton import SKELETON_THRESHOLD_BYTES, attach_weights
+from vlm_export.signature import Axis
 
 Exporter = Literal["dynamo", "torchscript"]
+Target = Literal["onnxruntime", "openvino", "tensorrt", "web"]
 DEFAULT_OPSET = 18
 OPSETS: dict[Exporter, range] = {"dynamo": range(18, 24), "torchscript": range(11, 21)}
 # From this opset on, the dynamo back end writes one `Attention` operator.
 ATTENTION_OPSET = 23
 _BATCH, _OTHER = 2, 7
+
+
+@dataclass(frozen=True)
+class Lowerings:
+    """Which form an operator takes where there is more than one.
+
+    Attributes:
+        interpolation: `matmul` equals torch's own rounding in every runtime. `resize-op` is one node, of opset 18 or
+            later, whose coordinates are rounded as the runtime likes.
+    """
+
+    interpolation: Interpolation = "matmul"
+
+
+DEFAULT_LOWERINGS = Lowerings()
+
+
+def choose_lowerings(target: Target | None) -> Lowerings:
+    """The forms for the runtime that a graph is meant for; None: for any of them.
+
+    OpenVINO executes an antialiasing `Resize` wrongly (2026.4: errors above 1), TensorRT and WebGPU not at all.
+    """
+    return Lowerings(interpolation="resize-op" if target == "onnxruntime" else "matmul")
 
 
 def choose_exporter(opset: int, exporter: Exporter | None) -> Exporter:
@@ -41,7 +69,7 @@ def choose_exporter(opset: int, exporter: Exporter | None) -> Exporter:
     return chosen
 
 
-def export_part(part: Part, opset: int, exporter: Exporter) -> ir.Model:
+def export_part(part: Part, opset: int, exporter: Exporter, lowerings: Lowerings = DEFAULT_LOWERINGS) -> ir.Model:
     """Exports the part with its symbolic axes; initializers refer to the module's own, mapped, tensors.
 
     Raises:
@@ -53,6 +81,7 @@ def export_part(part: Part, opset: int, exporter: Exporter) -> ir.Model:
         stack.enter_context(torch.no_grad())
         if opset < ATTENTION_OPSET:
             stack.enter_context(lower_attention())
+        stack.enter_context(lower_interpolation(_interpolation(part, opset, lowerings)))
         try:
             return export(part, opset)
         except (RuntimeError, TypeError, ValueError, AttributeError, torch.onnx.OnnxExporterError) as error:
@@ -64,9 +93,17 @@ def export_part(part: Part, opset: int, exporter: Exporter) -> ir.Model:
             ) from error
 
 
+def _interpolation(part: Part, opset: int, lowerings: Lowerings) -> InterpolationLowering:
+    form = lowerings.interpolation if opset >= RESIZE_OPSET else "matmul"
+    # The first axis is the batch, which is no size of a picture.
+    static_sizes = not any(isinstance(axis, str) for entry in part.signature.inputs for axis in entry.shape[1:])
+    return InterpolationLowering(form, static_sizes)
+
+
 def _example_tensors(part: Part) -> tuple[torch.Tensor, ...]:
     """Sizes of at least 2, each axis its own, so that no axis is specialised to 1 or tied to another."""
-    sizes = {axis.name: _OTHER + i for i, axis in enumerate(part.signature.axes)} | {"batch": _BATCH}
+    sizes = {axis.name: (_OTHER + i) * axis.multiple_of for i, axis in enumerate(part.signature.axes)}
+    sizes |= {"batch": _BATCH}
     limits = {axis.name: axis.maximum for axis in part.signature.axes}
     sizes = {name: min(size, limits.get(name) or size) for name, size in sizes.items()}
     arrays = part.examples(sizes, seed=0)
@@ -75,7 +112,7 @@ def _example_tensors(part: Part) -> tuple[torch.Tensor, ...]:
 
 def _export_dynamo(part: Part, opset: int) -> ir.Model:
     signature = part.signature
-    dims = {axis.name: torch.export.Dim(axis.name, min=axis.minimum, max=axis.maximum) for axis in signature.axes}
+    dims = {axis.name: _dimension(axis) for axis in signature.axes}
     shapes = tuple({i: dims[a] for i, a in enumerate(t.shape) if isinstance(a, str)} for t in signature.inputs)
     program = torch.onnx.export(
         part.module,
@@ -92,6 +129,14 @@ def _export_dynamo(part: Part, opset: int) -> ir.Model:
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
     return program.model
+
+
+def _dimension(axis: Axis) -> Any:
+    """torch.export's form of an axis; one with steps is a multiple of a dimension that counts them."""
+    step = axis.multiple_of
+    name = axis.name if step == 1 else f"{axis.name}_steps"
+    steps = torch.export.Dim(name, min=axis.minimum // step, max=None if axis.maximum is None else axis.maximum // step)
+    return steps if step == 1 else step * steps
 
 
 def _export_torchscript(part: Part, opset: int) -> ir.Model:

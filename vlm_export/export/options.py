@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_export.export.backends import DEFAULT_OPSET, Exporter
+from vlm_export.export.backends import DEFAULT_OPSET, Exporter, Target
 from vlm_export.export.writer import DEFAULT_THRESHOLD_BYTES
+from vlm_export.family import DEFAULT_BUILD, BuildOptions
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class ExportOptions:
     Attributes:
         opset: ONNX opset of the graphs, 11 to 23.
         exporter: back end, None: the default for the opset.
+        target: runtime that the graphs are meant for, None: any; see `choose_lowerings`.
         simplify: run onnxsim and fold weights; verified, and taken back when the result differs.
         external_data_threshold_bytes: graphs with more weights than this keep them in a second file.
         overwrite: replace an existing bundle.
@@ -25,12 +27,15 @@ class ExportOptions:
         sha256: expected sha256 of the weights file.
         revision: of a hub id.
         random_weights_seed: build the named architecture with seeded random weights instead of reading a checkpoint.
+        build: choices about the modules: image size, dynamic or not.
+        with_preprocessing: add a part that takes uint8 pictures of any size.
         images: pictures for the verification in addition to the synthetic ones.
         threads: of the engine while verifying, None: its default.
     """
 
     opset: int = DEFAULT_OPSET
     exporter: Exporter | None = None
+    target: Target | None = None
     simplify: bool = True
     external_data_threshold_bytes: int = DEFAULT_THRESHOLD_BYTES
     overwrite: bool = False
@@ -39,5 +44,7 @@ class ExportOptions:
     sha256: str | None = None
     revision: str | None = None
     random_weights_seed: int | None = None
+    build: BuildOptions = DEFAULT_BUILD
+    with_preprocessing: bool = False
     images: Sequence[Path] = ()
     threads: int | None = None

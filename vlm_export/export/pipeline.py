@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from vlm_export.bundle.publish import Staging, publication
 from vlm_export.checkpoint.known import KnownCheckpoint
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import VerificationError
-from vlm_export.export.backends import Exporter, choose_exporter, export_part
+from vlm_export.export.backends import Exporter, choose_exporter, choose_lowerings, export_part
 from vlm_export.export.options import ExportOptions
+from vlm_export.export.preprocessing_part import add_preprocessing
 from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.source import adapt_model, known_checkpoint, open_source, source_record
 from vlm_export.export.stages import Stages
@@ -90,7 +91,10 @@ class _Job:
             check_free_space(staging.path, 2 * _float32_bytes(checkpoint))
         with ScratchStore(scratch / "weights.bin") as store:
             with self.stages.stage("load weights"):
-                model = adapt_model(recognise(checkpoint).build(checkpoint, store), checkpoint, known)
+                model = recognise(checkpoint).build(checkpoint, store, self.options.build)
+                model = adapt_model(model, checkpoint, known, self.options.build)
+                if self.options.with_preprocessing:
+                    model = add_preprocessing(model)
                 tokenizer = self._write_tokenizer(checkpoint, model, staging)
             # All graphs before any verification: a back end's failure shows early, and engines leave memory behind.
             exported = [self._export(part, staging) for part in model.parts]
@@ -105,7 +109,7 @@ class _Job:
     def _export(self, part: Part, staging: Staging) -> _Exported:
         warnings: list[str] = []
         with self.stages.stage(f"export {part.name}"):
-            raw = export_part(part, self.options.opset, self.exporter)
+            raw = export_part(part, self.options.opset, self.exporter, choose_lowerings(self.options.target))
         simplified: ir.Model | None = None
         if self.options.simplify:
             with self.stages.stage(f"simplify {part.name}"):
@@ -210,7 +214,12 @@ def _manifest(
         source=source_record(checkpoint, options),
         family=model.family,
         architecture=model.architecture,
-        facts={**model.facts, "dropped_keys": list(model.dropped_keys), "reference": model.reference_name},
+        facts={
+            **model.facts,
+            "dropped_keys": list(model.dropped_keys),
+            "reference": model.reference_name,
+            "build": asdict(options.build),
+        },
         image=model.image,
         text=model.text,
         parts=records,

@@ -15,9 +15,10 @@ from vlm_export.export.options import ExportOptions
 from vlm_export.export.source import adapt_model, known_checkpoint, open_source
 from vlm_export.export.stages import Stages
 from vlm_export.export.verification import PRECISION, PartVerification, engine_label
-from vlm_export.family import Checkpoint, Part
+from vlm_export.family import BuildOptions, Checkpoint, Part
 from vlm_export.models.registry import recognise
 from vlm_export.runtime.engine import OrtEngine
+from vlm_export.specs import record_from_json
 from vlm_export.verify.report import PartReport
 from vlm_export.verify.samples import sample_inputs
 
@@ -38,7 +39,9 @@ def verify_against_source(
         with ScratchStore(Path(folder) / "weights.bin") as store:
             with stages.stage("load weights"):
                 known = known_checkpoint(source)
-                model = adapt_model(recognise(checkpoint).build(checkpoint, store), checkpoint, known)
+                build = record_from_json(BuildOptions, bundle.manifest.facts.get("build", {}))
+                model = recognise(checkpoint).build(checkpoint, store, build)
+                model = adapt_model(model, checkpoint, known, build)
             reports = []
             for part in model.parts:
                 samples = sample_inputs(part.signature, model.image, model.text, _tokenizer(bundle))

@@ -12,7 +12,7 @@ from vlm_export.checkpoint.random import random_checkpoint
 from vlm_export.errors import UsageError, suggestion
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.stages import StepProgress
-from vlm_export.family import Checkpoint, Model
+from vlm_export.family import BuildOptions, Checkpoint, Model
 from vlm_export.models.registry import load_family
 
 
@@ -50,11 +50,14 @@ def open_source(source: str, options: ExportOptions, scratch: Path, progress: St
     return replace(checkpoint, side_files=side_files)
 
 
-def adapt_model(model: Model, checkpoint: Checkpoint, known: KnownCheckpoint | None) -> Model:
+def adapt_model(model: Model, checkpoint: Checkpoint, known: KnownCheckpoint | None, build: BuildOptions) -> Model:
     """The model with what our config states about preparing inputs, unless the checkpoint brings a config itself."""
     if known is None or checkpoint.config is not None:
         return model
-    return replace(model, image=known.image or model.image, text=known.text or model.text)
+    image = known.image or model.image
+    if image is not None and build.image_size is not None:
+        image = replace(image, size_pixels=build.image_size)
+    return replace(model, image=image, text=known.text or model.text)
 
 
 def source_record(checkpoint: Checkpoint, options: ExportOptions) -> SourceRecord:

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from vlm_export.checkpoint.known import KnownCheckpoint
 from vlm_export.export.stages import StepProgress
 from vlm_export.family import Model, Part, Reference
-from vlm_export.verify.gates import GATES, Gate
+from vlm_export.verify.gates import GATES, PART_GATES, Gate
 from vlm_export.verify.grid import grid_for
 from vlm_export.verify.points import EngineRun
 from vlm_export.verify.report import PartReport
@@ -50,6 +50,8 @@ class PartVerification:
         )
 
     def _gate(self) -> Gate:
+        if self.part.name in PART_GATES:
+            return GATES[PART_GATES[self.part.name]]
         stated = self.known.tolerances.get(PRECISION) if self.known else None
         if stated is None:
             return GATES[PRECISION]

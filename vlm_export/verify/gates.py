@@ -36,7 +36,11 @@ GATES: Mapping[str, Gate] = {
     "fp32": Gate("fp32", 1e-4, 0.99999, 0.999, 1.001),
     "fp16": Gate("fp16", None, 0.999, 0.98, 1.02),
     "int8": Gate("int8", None, 0.99, 0.9, 1.1),
+    # A pixel that the graph computes may round to its neighbour value.
+    "preprocessing": Gate("preprocessing", None, 0.9999, 0.99, 1.01),
 }
+# Parts that are judged by a gate of their own, whatever their precision.
+PART_GATES: Mapping[str, str] = {"vision_from_uint8": "preprocessing"}
 
 
 def judge(comparison: Comparison, gate: Gate) -> list[str]:

@@ -50,6 +50,10 @@ def grid_for(
 
 def axis_sizes(axis: Axis, batches: Sequence[int] = BATCHES) -> tuple[int, ...]:
     """The sizes at which an axis is tried: `batches` in its range, or its ends and odd sizes between."""
+    if axis.multiple_of > 1:
+        step = axis.multiple_of
+        steps = Axis(axis.name, axis.minimum // step, None if axis.maximum is None else axis.maximum // step)
+        return tuple(size * step for size in axis_sizes(steps, batches))
     low = axis.minimum
     high = axis.maximum if axis.maximum is not None else low + _UNBOUNDED_SPAN
     if axis.name == BATCH_AXIS:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from vlm_export.bundle.manifest import PartRecord, VariantRecord
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError, suggestion
-from vlm_export.verify.gates import GATES, Gate
+from vlm_export.verify.gates import GATES, PART_GATES, Gate
 from vlm_export.verify.golden import iterate_golden
 from vlm_export.verify.points import EngineRun, judge_point
 from vlm_export.verify.report import PartReport
@@ -68,10 +68,11 @@ def _reference_name(variant: VariantRecord) -> str:
 
 
 def _gate(gates: Mapping[str, Gate], part: PartRecord, variant: VariantRecord) -> Gate:
-    if variant.precision not in gates:
+    name = PART_GATES.get(part.name, variant.precision)
+    if name not in gates:
         raise InputError(
-            f"there is no verification gate for precision {variant.precision!r}",
+            f"there is no verification gate for precision {name!r}",
             where=f"part {part.name}",
-            fix=suggestion(variant.precision, gates),
+            fix=suggestion(name, gates),
         )
-    return gates[variant.precision]
+    return gates[name]

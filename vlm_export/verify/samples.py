@@ -77,7 +77,7 @@ def sample_inputs(
     images: Sequence[Image.Image] | None = None,
     sentences: Sequence[str] = SENTENCES,
 ) -> list[Sample]:
-    """Samples for a part that takes `pixel_values` alone or `input_ids` alone; none for any other.
+    """Samples for a part that takes `pixel_values`, `pixels` or `input_ids` alone; none for any other.
 
     Args:
         tokenizer_path: the bundle's `tokenizer.json`; without it there are no text samples.
@@ -86,6 +86,8 @@ def sample_inputs(
     if signature.input_names == ("pixel_values",) and image_spec is not None:
         # One at a time: the grid has the batches.
         return [_image_sample(image, image_spec) for image in (synthetic_photographs() if images is None else images)]
+    if signature.input_names == ("pixels",):
+        return [_pixels_sample(image) for image in (synthetic_photographs() if images is None else images)]
     if signature.input_names == ("input_ids",) and text_spec is not None and tokenizer_path is not None:
         tokenizer = Tokenizer(tokenizer_path, text_spec)
         starts = range(0, len(sentences), _SENTENCES_PER_BATCH)
@@ -97,6 +99,11 @@ def sample_inputs(
 def _image_sample(image: Image.Image, spec: ImageSpec) -> Sample:
     pixel_values, original = preprocess_image(image, spec), original_pixel_values(image, spec)
     return Sample({"pixel_values": pixel_values[None]}, {"pixel_values": original[None]})
+
+
+def _pixels_sample(image: Image.Image) -> Sample:
+    pixels = np.asarray(image.convert("RGB"))[None]
+    return Sample({"pixels": pixels}, {"pixels": pixels})
 
 
 def _text_sample(input_ids: Array) -> Sample:

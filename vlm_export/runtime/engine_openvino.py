@@ -1,0 +1,73 @@
+"""The second engine: OpenVINO, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm_export.errors import EnvironmentFailure, InputError
+from vlm_export.runtime.engine import Array, Port
+
+_DTYPES = {"f32": "float32", "f16": "float16", "f64": "float64", "i64": "int64", "i32": "int32", "u8": "uint8"}
+
+
+class OpenVinoEngine:
+    """A graph in OpenVINO; what `Engine` states.
+
+    Args:
+        path: the `.onnx` file; its external data is found beside it.
+        threads: of one inference; None leaves the number to OpenVINO.
+
+    Raises:
+        EnvironmentFailure: the package is not installed.
+        InputError: OpenVINO does not read the graph.
+    """
+
+    def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
+        try:
+            import openvino
+        except ImportError as error:
+            raise EnvironmentFailure(
+                "OpenVINO is not installed", got=str(error), fix='pip install "vlm-export[openvino]"'
+            ) from error
+        self.path = Path(path)
+        # On processors that have it, OpenVINO would compute in bfloat16.
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+        if threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = threads
+        try:
+            compiled = openvino.Core().compile_model(str(self.path), "CPU", settings)
+        except RuntimeError as error:
+            raise InputError(
+                "a graph cannot be loaded", where=str(self.path), expected="a graph for OpenVINO", got=_last_line(error)
+            ) from error
+        self._request = compiled.create_infer_request()
+        self.inputs = tuple(_port(entry) for entry in compiled.inputs)
+        self.outputs = tuple(_port(entry) for entry in compiled.outputs)
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Every output by name.
+
+        Raises:
+            InputError: the feeds do not fit the inputs, or the graph fails on these values.
+        """
+        try:
+            values = self._request.infer(dict(feeds))
+        except (RuntimeError, TypeError) as error:
+            raise InputError("a graph failed while running", where=str(self.path), got=_last_line(error)) from error
+        # OpenVINO reuses its outputs' memory in the next run.
+        return {port.name: np.array(values[port.name]) for port in self.outputs}
+
+
+def _port(entry: Any) -> Port:
+    dtype = entry.element_type.get_type_name()
+    shape = tuple(None if axis.is_dynamic else axis.get_length() for axis in entry.partial_shape)
+    return Port(entry.any_name, _DTYPES.get(dtype, dtype), shape)
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"
