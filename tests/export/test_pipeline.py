@@ -25,7 +25,7 @@ from vlm_export.export import pipeline, source
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.simplify import simplify_graph
 from vlm_export.export.stages import Stages
-from vlm_export.family import Array, Arrays, Checkpoint, Model, Reference, WeightStore
+from vlm_export.family import DEFAULT_BUILD, Array, Arrays, BuildOptions, Checkpoint, Model, Reference, WeightStore
 from vlm_export.models.clip import ClipFamily
 
 ROOT = Path(__file__).parents[2]
@@ -213,8 +213,8 @@ def test_simplifier_that_fails_is_left_out(
 class _WrongReference(ClipFamily):
     """CLIP whose text Reference is another model's."""
 
-    def build(self, checkpoint: Checkpoint, store: WeightStore) -> Model:
-        model = super().build(checkpoint, store)
+    def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
+        model = super().build(checkpoint, store, options)
         wrong = model.references["text"]
 
         def load_wrong() -> Reference:
