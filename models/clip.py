@@ -236,7 +236,8 @@ def _notes(architecture: ClipArchitecture) -> Iterator[str]:
         yield "QuickGELU (x · sigmoid(1.702 x)), not the GELU of later CLIP models: a wrong one changes every embedding"
     if isinstance(architecture.vision, ResNetSizes):
         yield "ModifiedResNet with attention pooling: no transformers model has it"
-    yield f"pictures are {architecture.vision.image_size} pixels square; a ViT takes --image-size and --dynamic-image-size"
+    size = architecture.vision.image_size
+    yield f"pictures are {size} pixels square; a ViT takes --image-size and --dynamic-image-size"
 
 
 def _resized(architecture: ClipArchitecture, encoders: ClipEncoders, options: BuildOptions) -> ClipArchitecture:
