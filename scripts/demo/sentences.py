@@ -65,10 +65,8 @@ def short_caption(colour: str, shape: str, one: bool) -> str:
 def sentence(composition: Composition, rng: np.random.Generator) -> Sentence:
     """A true sentence about the composition: all five attributes, or a random part of them."""
     names = list(ATTRIBUTES)
-    if rng.random() < _FULL_SHARE:
-        said = set(names)
-    else:
-        said = {name for name in names if rng.random() >= _OMIT_SHARE} or {"shape"}
+    full = rng.random() < _FULL_SHARE
+    said = names if full else [name for name in names if rng.random() >= _OMIT_SHARE] or ["shape"]
     words = {name: int(rng.integers(0, 1 << 16)) for name in said}
     opening = _OPENINGS[int(rng.integers(0, len(_OPENINGS)))]
     text = _compose(opening, composition, words, in_front=opening == "" and rng.random() < 0.15)

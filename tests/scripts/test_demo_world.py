@@ -191,6 +191,24 @@ def test_metric_is_one_for_an_encoder_that_knows() -> None:
     assert set(all_seeing.by_attribute.values()) == {1.0}
 
 
+def test_sentences_are_the_same_in_every_process() -> None:
+    # Python hashes strings differently in each process; a set of names once leaked that order into the sentences.
+    code = (
+        "import numpy as np; from demo.sentences import sentence; from demo.world import TRAINED; "
+        "rng = np.random.default_rng(0); print([sentence(composition, rng).text for composition in TRAINED[::7]])"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            check=True,
+            capture_output=True,
+            env={"PYTHONPATH": str(SCRIPTS), "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(outputs) == 1
+
+
 def test_world_and_metric_need_no_torch() -> None:
     code = "import sys; sys.modules['torch'] = None; import demo.world, demo.sentences, demo.accuracy"
     subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, check=True, env={"PYTHONPATH": str(SCRIPTS)})
