@@ -3,6 +3,7 @@
     python scripts/benchmark.py export [--names NAME …]    time and peak anonymous memory of each stage of an export
     python scripts/benchmark.py text   [--bundle DIR]      8-token captions against the same padded to 77
     python scripts/benchmark.py start  [--bundle DIR]      process start to first embedding
+    python scripts/benchmark.py resample [--threads N]     interpolation in its forms against torch eager
 
 Without --bundle, one of ViT-B/32 with random weights is exported for the measurement. Needs the export extra.
 """
@@ -13,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import export, start, text
+from benchmarks import export, resample, start, text
 from benchmarks.report import REPORTS, write_report
 
 EXPORT_NAMES = ("clip-vit-b-32", "clip-rn50", "clip-vit-l-14-336px")
@@ -32,9 +33,14 @@ def main(arguments: list[str] | None = None) -> int:
         measured.add_argument("--name", default=PAIR_NAME, help=f"name from configs/ (default: {PAIR_NAME})")
         measured.add_argument("--bundle", type=Path, help="measure this bundle of it")
         measured.add_argument("--rounds", type=int, default=rounds, help=f"default: {rounds}")
+    resampling = kinds.add_parser("resample")
+    resampling.add_argument("--rounds", type=int, default=21, help="default: 21")
+    resampling.add_argument("--threads", type=int, default=2, help="of torch and of the engine (default: 2)")
     args = parser.parse_args(arguments)
     if args.kind == "export":
         report = export.measure(tuple(args.names))
+    elif args.kind == "resample":
+        report = resample.measure(args.rounds, args.threads)
     else:
         report = (text if args.kind == "text" else start).measure(args.name, args.bundle, args.rounds)
     print(write_report(report, args.output))

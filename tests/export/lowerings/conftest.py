@@ -39,11 +39,16 @@ class Interpolate(nn.Module):
 
     def __init__(self, form: Filter, **options: Any) -> None:
         super().__init__()
-        self.options = {"mode": form.mode, "antialias": form.antialias, "align_corners": form.align_corners, **options}
+        self.options: dict[str, Any] = {
+            "mode": form.mode,
+            "antialias": form.antialias,
+            "align_corners": form.align_corners,
+            **options,
+        }
 
     def forward(self, pixels: Tensor, like: Tensor | None = None) -> Tensor:
-        size = {} if like is None else {"size": like.shape[2:]}
-        return F.interpolate(pixels, **size, **self.options)
+        options = self.options if like is None else {"size": like.shape[2:], **self.options}
+        return F.interpolate(pixels, **options)
 
 
 def by_torch(pixels: Tensor, **options: Any) -> Tensor:
@@ -55,7 +60,9 @@ def by_torch(pixels: Tensor, **options: Any) -> Tensor:
     y = ORIGINAL(pixels, **options)
     if not options["antialias"] or y.shape[3] > 1:
         return y
-    swapped = {key: value[::-1] if isinstance(value, tuple) else value for key, value in options.items()}
+    swapped: dict[str, Any] = {
+        key: value[::-1] if isinstance(value, tuple) else value for key, value in options.items()
+    }
     return ORIGINAL(pixels.transpose(2, 3).contiguous(), **swapped).transpose(2, 3)
 
 
@@ -115,8 +122,9 @@ def build_part() -> Callable[..., Part]:
 
     def build(form: Filter, channels: int = 3, case: Case | None = None, **options: Any) -> Part:
         if case is not None:
-            shapes = {"pixels": ("batch", *case.shape[1:])}
-            out, options = ("batch", case.shape[1], *case.size), {"size": case.size, **options}
+            shapes: dict[str, tuple[int | str, ...]] = {"pixels": ("batch", *case.shape[1:])}
+            out: tuple[int | str, ...] = ("batch", case.shape[1], *case.size)
+            options = {"size": case.size, **options}
         else:
             shapes = {"pixels": ("batch", channels, "height", "width")}
             if "scale_factor" not in options:

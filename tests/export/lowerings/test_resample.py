@@ -49,7 +49,9 @@ def test_equal_to_torch(
             assert difference <= limit(x), f"{name} {case} {form}: {difference:.1e}"
 
 
-def test_scale_factors(filters: tuple[Filter, ...], noise: Callable[..., Any], reference: Callable[..., Tensor]) -> None:
+def test_scale_factors(
+    filters: tuple[Filter, ...], noise: Callable[..., Any], reference: Callable[..., Tensor]
+) -> None:
     rng = np.random.default_rng(2)
     # 1.02 keeps 17 rows, which torch then copies; 0.7 and 1.3 are rounded in float32.
     for factors in (2, 0.5, (0.7, 1.3), (1.02, 3.3)):
@@ -62,11 +64,13 @@ def test_scale_factors(filters: tuple[Filter, ...], noise: Callable[..., Any], r
                 assert float((got - reference(x, **how)).abs().max()) <= limit(x), f"{how}"
 
 
-@pytest.mark.parametrize(("height", "width", "size"), [(700, 500, (96, 80)), (90, 1200, (60, 128)), (64, 64, (64, 200))])
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(700, 500, (96, 80)), (90, 1200, (60, 128)), (64, 64, (64, 200))]
+)
 def test_banded_matrices_in_blocks(height: int, width: int, size: tuple[int, int]) -> None:
     x = torch.rand(2, 3, height, width)
     for mode in ("bilinear", "bicubic"):
-        form = Filter(mode, antialias=True)  # type: ignore[arg-type]  # a tuple of literals loses them
+        form = Filter(mode, antialias=True)
         got = interpolate_by_matmul(x, (height, width), (Target(size[0]), Target(size[1])), form)
         torch.testing.assert_close(got, ORIGINAL(x, size=size, mode=mode, antialias=True), atol=1e-5, rtol=0)
 

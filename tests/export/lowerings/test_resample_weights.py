@@ -15,6 +15,7 @@ from vlm_export.export.lowerings.resample_weights import (
     CUBIC_ANTIALIAS,
     FUSED_BILINEAR_LIMIT,
     SUPPORT,
+    Coordinates,
     Filter,
     cubic_filter,
     resample_matrix,
@@ -28,7 +29,7 @@ Array = npt.NDArray[Any]
 def columns_of_torch(x: Array, target: int, form: Filter, scale: float | None) -> Array:
     width = x.shape[1]
     to: dict[str, Any] = {"size": (target, width)} if scale is None else {"scale_factor": (scale, 1.0)}
-    options = {"mode": form.mode, "antialias": form.antialias, "align_corners": form.align_corners}
+    options: dict[str, Any] = {"mode": form.mode, "antialias": form.antialias, "align_corners": form.align_corners}
     y = F.interpolate(torch.from_numpy(x)[None, None], **to, **options)
     assert y.shape[2:] == (target, width)
     return y[0, 0].double().numpy()
@@ -46,15 +47,21 @@ def test_equal_to_torchs_operator(filters: tuple[Filter, ...], draw_case: Callab
             target = int(source * scale)
             if not 1 <= target <= 400:
                 continue
-        options: dict[str, Any] = {"mode": form.mode, "antialias": form.antialias, "align_corners": form.align_corners, "scale": scale}
+        options: dict[str, Any] = {
+            "mode": form.mode,
+            "antialias": form.antialias,
+            "align_corners": form.align_corners,
+            "scale": scale,
+        }
         fused = form.mode == "bicubic" or target + 4 <= FUSED_BILINEAR_LIMIT
         x = rng.uniform(-1, 1, (source, 4))
-        for dtype, tolerance in ((np.float32, 3e-6), (np.float64, 1e-12)):
+        precisions: tuple[tuple[Coordinates, float], ...] = (("float32", 3e-6), ("float64", 1e-12))
+        for dtype, tolerance in precisions:
             values = x.astype(dtype)
-            matrix = resample_matrix(source, target, **options, coordinates=dtype.__name__, fused=fused)
+            matrix = resample_matrix(source, target, **options, coordinates=dtype, fused=fused)
             expected = columns_of_torch(values, target, form, scale)
             difference = np.abs(matrix @ values - expected).max()
-            assert difference <= tolerance, f"{difference:.1e}: {source} to {target}, {options}, {dtype.__name__}"
+            assert difference <= tolerance, f"{difference:.1e}: {source} to {target}, {options}, {dtype}"
         compared += 1
 
 

@@ -72,7 +72,7 @@ def _pair(value: Any) -> tuple[Any, Any]:
 
 def _scaled(n: Size, factor: float) -> Size:
     if isinstance(n, Tensor):
-        return scaled_in_graph(n, factor)
+        return scaled_in_graph(n, factor).squeeze(0)
     return torch.sym_int(n * factor) if isinstance(n, torch.SymInt) else math.floor(n * factor)
 
 

@@ -30,6 +30,7 @@ Size: TypeAlias = "int | torch.SymInt | Tensor"
 _SPLIT = float(2**12 + 1)
 # What copying an element costs, in multiply-adds; and the rows from which on a product is fast.
 _COPY_COST, _LEAST_ROWS = 40, 8
+_TABLED_SIZES = 8192
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def _multiply_columns(x: Tensor, matrix: npt.NDArray[np.float64]) -> Tensor:
 
 @dataclass(frozen=True)
 class _Samples:
-    """An axis of unknown size: its indices, float (n,), and their number, a float scalar."""
+    """An axis of unknown size: its indices, float (n,), and their number, float (1,)."""
 
     index: Tensor
     count: Tensor
@@ -159,22 +160,32 @@ def matrices_in_graph(
 
 
 def counted(n: Size) -> Tensor:
-    """The size as an int64 scalar of the graph."""
-    return n.to(torch.int64) if isinstance(n, Tensor) else torch.full((), n, dtype=torch.int64)
+    """The size as int64 (1,) of the graph: OpenVINO expands nothing to a scalar."""
+    return n.to(torch.int64).reshape(1) if isinstance(n, Tensor) else torch.full((1,), n, dtype=torch.int64)
 
 
 def counted_target(source: Size, target: Target) -> Tensor:
-    """The output's size as an int64 scalar of the graph; a scale factor multiplies in float64, as in torch."""
+    """The output's size as int64 (1,) of the graph."""
     if target.factor is None or isinstance(target.size, Tensor):
         return counted(target.size)
     return scaled_in_graph(source, target.factor)
 
 
 def scaled_in_graph(n: Size, factor: float) -> Tensor:
-    """n · factor in float64, rounded down, as torch finds the output's size: an int64 scalar of the graph."""
-    # A vector: the TorchScript back end would take a scalar for a number, and round it to float32.
-    product = counted(n).reshape(1).to(torch.float64) * torch.tensor([factor], dtype=torch.float64)
-    return product.floor().to(torch.int64).squeeze(0)
+    """n · factor in float64, rounded down, as torch finds the output's size: int64 (1,) of the graph.
+
+    Not every runtime has float64 (OpenVINO computes in float32), so where float32 would miss, sizes below
+    `_TABLED_SIZES` are looked up.
+    """
+    numbers = np.arange(_TABLED_SIZES)
+    exact = np.floor(numbers * factor).astype(np.int64)
+    count = counted(n)
+    # Of one element, not a scalar, which the TorchScript back end would take for a number and retype.
+    product = (count.to(torch.float32) * torch.tensor([factor], dtype=torch.float32)).floor().to(torch.int64)
+    if (np.floor(numbers.astype(np.float32) * np.float32(factor)) == exact).all():
+        return product
+    tabled = torch.from_numpy(exact).index_select(0, count.clamp(max=_TABLED_SIZES - 1))
+    return torch.where(count < _TABLED_SIZES, tabled, product)
 
 
 def _counted_samples(n: Size, dtype: torch.dtype) -> _Samples:
@@ -184,10 +195,10 @@ def _counted_samples(n: Size, dtype: torch.dtype) -> _Samples:
 def _target_samples(source: Size, target: Target, dtype: torch.dtype) -> _Samples:
     if target.factor is None or not isinstance(target.size, torch.SymInt):
         return _counted_samples(target.size, dtype)
-    count = scaled_in_graph(source, target.factor)
     # The dynamo back end would compute the size from the factor in float32, and might miss by one.
-    zero, one = (torch.full((), value, dtype=torch.int64) for value in (0, 1))
-    index = torch.onnx.ops.symbolic("Range", (zero, count, one), dtype=torch.int64, shape=(target.size,), version=11)
+    count = scaled_in_graph(source, target.factor)
+    limits = torch.tensor(0), count.squeeze(0), torch.tensor(1)
+    index = torch.onnx.ops.symbolic("Range", limits, dtype=torch.int64, shape=(target.size,), version=11)
     return _Samples(index.to(dtype), count.to(dtype))
 
 
@@ -212,7 +223,7 @@ def _step_in_graph(count: Tensor, wanted: Tensor, scale: float | None, form: Fil
         return _quotient((count - 1) * several, wanted - several)
     if scale is None:
         return _quotient(count, wanted)
-    step = torch.tensor(1.0 / scale, dtype=count.dtype)
+    step = torch.tensor([1.0 / scale], dtype=count.dtype)
     if form.mode == "bicubic" and not form.antialias:
         return step
     # torch copies an axis that keeps its size, whatever the scale factor was.

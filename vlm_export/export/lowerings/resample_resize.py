@@ -43,7 +43,7 @@ def resize_attributes(form: Filter) -> dict[str, Any]:
 def interpolate_by_resize(x: Tensor, targets: tuple[Target, Target], form: Filter) -> Tensor:
     """A `Resize` node for x: float (B, C, H, W); only within an export, since torch does not execute the node."""
     counts = [counted_target(n, target) for n, target in zip(x.shape[2:], targets, strict=True)]
-    sizes, attributes = torch.stack(counts), resize_attributes(form)
+    sizes, attributes = torch.cat(counts), resize_attributes(form)
     shape = [x.shape[0], x.shape[1], *(cast(int, target.size) for target in targets)]
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # public, but not listed
         traced: Tensor = _TracedResize.apply(x, sizes, attributes, [int(n) for n in shape])
