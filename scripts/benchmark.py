@@ -35,7 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
         measured.add_argument("--rounds", type=int, default=rounds, help=f"default: {rounds}")
     resampling = kinds.add_parser("resample")
     resampling.add_argument("--rounds", type=int, default=21, help="default: 21")
-    resampling.add_argument("--threads", type=int, default=2, help="of torch and of the engine (default: 2)")
+    # With more, each library's idle threads keep the cores busy that the other one is measured on.
+    resampling.add_argument("--threads", type=int, default=1, help="of torch and of the engine (default: 1)")
     args = parser.parse_args(arguments)
     if args.kind == "export":
         report = export.measure(tuple(args.names))

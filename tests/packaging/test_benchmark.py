@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -45,3 +46,17 @@ def test_start(tmp_path: Path) -> None:
         assert len(data["rounds"][part]) == 2
         assert all(len(run) == len(data["steps"]) for run in data["rounds"][part])
         assert data["totals"][part] == pytest.approx(sum(data["rounds"][part][0]), rel=1.0)
+
+
+def test_resample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    resample = importlib.import_module("benchmarks.resample")
+    report = importlib.import_module("benchmarks.report")
+    for name, value in {"GRIDS": ((4, 6),), "CHANNELS": 8, "PHOTOGRAPHS": ((48, 64),), "SIZES": (32,)}.items():
+        monkeypatch.setattr(resample, name, value)
+    measurement = resample.measure(rounds=2, threads=1)
+    assert "scripts/benchmark.py resample" in report.write_report(measurement, tmp_path)
+    results = json.loads((tmp_path / "resample.json").read_text(encoding="utf-8"))["results"]
+    assert [result["kind"] for result in results] == ["grid", "photograph"]
+    assert all(difference <= 1e-5 for result in results for difference in result["max_abs_differences"].values())
+    assert all(len(result["ms"]) == 3 and min(result["ms"].values()) > 0 for result in results)

@@ -54,6 +54,15 @@ class OpenVinoEngine:
         Raises:
             InputError: the feeds do not fit the inputs, or the graph fails on these values.
         """
+        names = {port.name for port in self.inputs}
+        if set(feeds) != names:
+            # OpenVINO would run with whatever an input held before.
+            raise InputError(
+                "the graph takes other inputs",
+                where=str(self.path),
+                expected=", ".join(sorted(names)),
+                got=", ".join(sorted(feeds)) or "none",
+            )
         try:
             values = self._request.infer(dict(feeds))
         except (RuntimeError, TypeError) as error:
