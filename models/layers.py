@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Activation = Literal["quick_gelu", "gelu"]
+Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 
 
 class QuickGELU(nn.Module):
@@ -22,8 +22,8 @@ class QuickGELU(nn.Module):
 
 
 def build_activation(name: Activation) -> nn.Module:
-    """The activation of that name; `gelu` is the exact form with the error function."""
-    return QuickGELU() if name == "quick_gelu" else nn.GELU()
+    """The activation of that name; `gelu` is the exact form with the error function, `gelu_tanh` its approximation."""
+    return QuickGELU() if name == "quick_gelu" else nn.GELU("tanh" if name == "gelu_tanh" else "none")
 
 
 class MultiHeadAttention(nn.Module):
@@ -75,6 +75,15 @@ class TransformerBlock(nn.Module):
         return y
 
 
+class PostNormBlock(TransformerBlock):
+    """Residual block of EVA-02 enormous (timm `EvaBlockPostNorm`): x + norm(attention(x)), then x + norm(mlp(x))."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.norm1(self.attn(x, mask))
+        y: Tensor = x + self.norm2(self.mlp(x))
+        return y
+
+
 class PatchEmbedding(nn.Module):
     """Non-overlapping patches: (B, 3, H, W) → (B, H·W / patch², width), row by row."""
 
@@ -113,25 +122,6 @@ class AttentionPooling(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[1], self.heads, self.head_width).transpose(1, 2)
-
-
-def resample_position_embedding(table: Tensor, grid: int, rows: int, columns: int) -> Tensor:
-    """A learned position embedding for another grid of patches, its first (class) position unchanged.
-
-    Port of `CLIPVisionEmbeddings.interpolate_pos_encoding` (transformers 5.23): bicubic, without antialiasing.
-
-    Args:
-        table: float32 (1 + grid², width), row by row.
-        grid: patches per side that it was trained with.
-        rows, columns: patches per side now.
-
-    Returns:
-        float32 (1 + rows · columns, width).
-    """
-    first, positions = table[:1], table[1:]
-    image = positions.reshape(1, grid, grid, table.shape[1]).permute(0, 3, 1, 2)
-    resampled = F.interpolate(image, size=(rows, columns), mode="bicubic", align_corners=False)
-    return torch.cat([first, resampled.permute(0, 2, 3, 1).reshape(-1, table.shape[1])])
 
 
 def build_causal_mask(tokens: int) -> Tensor:

@@ -31,7 +31,16 @@ class Transposed:
     name: str
 
 
-Target = str | Rows | Transposed | None
+@dataclass(frozen=True)
+class Unsqueezed:
+    """The stored tensor is parameter `name` with `axes` axes of size 1 before its own."""
+
+    name: str
+    axes: int = 1
+
+
+Kept = str | Rows | Transposed | Unsqueezed
+Target = Kept | None
 """Where a stored key goes: a parameter, a part of one, or None for "dropped on purpose"."""
 WeightTable = Mapping[str, Target]
 
@@ -59,12 +68,14 @@ def _renamed(target: Target, old: str, new: str) -> Target:
     return changed if isinstance(target, str) else replace(target, name=changed)
 
 
-def stored_shape(target: str | Rows | Transposed, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+def stored_shape(target: Kept, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """The shape under which the published checkpoint stores what goes to `target`."""
     if isinstance(target, str):
         return shapes[target]
     if isinstance(target, Transposed):
         return tuple(reversed(shapes[target.name]))
+    if isinstance(target, Unsqueezed):
+        return (*[1] * target.axes, *shapes[target.name])
     rows, *rest = shapes[target.name]
     return (rows // target.count, *rest)
 
@@ -147,11 +158,13 @@ def _check_finite(key: str, tensor: Tensor) -> None:
 
 def _place(
     stored: Tensor,
-    target: str | Rows | Transposed,
+    target: Kept,
     weights: dict[str, Tensor],
     shapes: Mapping[str, tuple[int, ...]],
     store: WeightStore,
 ) -> None:
+    if isinstance(target, Unsqueezed):
+        stored, target = stored.reshape(shapes[target.name]), target.name
     name = target if isinstance(target, str) else target.name
     if isinstance(target, str) and stored.dtype == torch.float32 and stored.is_contiguous():
         weights[name] = stored

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from demo.world import ATTRIBUTES, SHAPES, Composition, Drawing
-from vlm_export.models.clip import VisionTransformer
+from vlm_export.models.clip_encoders import ClipVisionTransformer
 
 _ATTRIBUTE_WEIGHT = 0.3
 # Most patches are empty; without this the head would learn to say so and nothing else.
@@ -23,7 +23,7 @@ _EMPTY_WEIGHT = 0.1
 class TrainingAids(nn.Module):
     """One linear head per attribute on the image embedding, and one on each patch: which shape is centred here."""
 
-    def __init__(self, vision: VisionTransformer) -> None:
+    def __init__(self, vision: ClipVisionTransformer) -> None:
         """Listens to the last but one block of `vision` until `close`; the last block gathers what it has found."""
         super().__init__()
         width, embed_dim = vision.projection.shape

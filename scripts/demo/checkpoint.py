@@ -16,8 +16,8 @@ from demo.accuracy import Embeddings, EncodeImage, EncodeText
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.family import Model
-from vlm_export.models.clip import ClipEncoders
 from vlm_export.models.clip_architecture import ClipArchitecture, VitSizes
+from vlm_export.models.clip_encoders import ClipEncoders
 from vlm_export.models.clip_weights import openai_vit_table
 from vlm_export.models.registry import recognise
 from vlm_export.runtime.image import preprocess_image

@@ -18,8 +18,9 @@ from demo.checkpoint import pixel_values
 from demo.sentences import agreement, sentence
 from demo.tokens import CONTEXT_LENGTH, end_id, token_rows
 from demo.world import ATTRIBUTES, PICTURE_PIXELS, TRAINED, Composition, draw
-from vlm_export.models.clip import IMAGE_MEAN, IMAGE_STD, ClipEncoders, VisionTransformer
 from vlm_export.models.clip_architecture import HEAD_WIDTH, LAYER_NORM_EPS, ClipArchitecture, TextSizes, VitSizes
+from vlm_export.models.clip_encoders import ClipEncoders, ClipVisionTransformer
+from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD
 from vlm_export.specs import ImageSpec
 
 REPORT_STEPS = 50
@@ -142,7 +143,7 @@ def contrastive_loss(logits: Tensor, agrees: Tensor) -> Tensor:
 
 def train(encoders: ClipEncoders, tokenizer: Tokenizer, schedule: Schedule, report: Callable[[str], None]) -> None:
     """Trains in place; same seed, same numbers on the same machine. A line to `report` every 50 steps."""
-    assert isinstance(encoders.vision, VisionTransformer)
+    assert isinstance(encoders.vision, ClipVisionTransformer)
     torch.manual_seed(schedule.seed)
     rng = np.random.default_rng([schedule.seed, 2])
     aids = TrainingAids(encoders.vision)

@@ -11,8 +11,9 @@ import pytest
 
 from vlm_export.checkpoint.known import KnownCheckpoint, known_from_yaml, known_names, load_known, packaged_path
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
-from vlm_export.models.clip import IMAGE_MEAN, IMAGE_STD, ClipFamily
+from vlm_export.models.clip import ClipFamily
 from vlm_export.models.clip_architecture import architecture_from_json
+from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD
 from vlm_export.models.registry import FAMILIES, load_family
 
 MANIFESTS = Path(__file__).parents[1] / "data" / "manifests" / "clip.json.gz"

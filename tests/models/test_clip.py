@@ -20,8 +20,9 @@ from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint, Model, Part, TensorInfo
 from vlm_export.models import clip, clip_weights
-from vlm_export.models.clip import ClipFamily, build_encoders
+from vlm_export.models.clip import ClipFamily
 from vlm_export.models.clip_architecture import architecture_from_openai
+from vlm_export.models.clip_encoders import build_encoders
 from vlm_export.models.registry import recognise
 from vlm_export.models.weights import Rows, WeightTable
 

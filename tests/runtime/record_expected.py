@@ -20,7 +20,7 @@ from torchvision import transforms
 from vlm_export.bundle.manifest import Manifest, PartRecord, SourceRecord, VariantRecord
 from vlm_export.bundle.publish import publication
 from vlm_export.export.clip_bpe import END_TOKEN, START_TOKEN, tokenizer_json_from_vocab
-from vlm_export.models import clip
+from vlm_export.models import clip, clip_encoders, pictures
 from vlm_export.models.clip_architecture import ClipArchitecture, TextSizes, VitSizes
 from vlm_export.models.layers import build_causal_mask
 from vlm_export.specs import ImageSpec, TextSpec
@@ -109,7 +109,7 @@ def record_pictures() -> None:
     folder = DATA / "pictures"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    after = original_transform(ImageSpec(SIZE_PIXELS, "bicubic", "after_crop", clip.IMAGE_MEAN, clip.IMAGE_STD))
+    after = original_transform(ImageSpec(SIZE_PIXELS, "bicubic", "after_crop", pictures.IMAGE_MEAN, pictures.IMAGE_STD))
     expected: dict[str, Any] = {}
     for name, content in encoded_pictures().items():
         (folder / name).write_bytes(content)
@@ -131,7 +131,7 @@ def tiny_tokenizer() -> tuple[str, int]:
     return tokenizer_json_from_vocab(vocab, merges, "tiny"), len(vocab)
 
 
-def tiny_model(vocab_size: int) -> tuple[clip.ClipEncoders, ClipArchitecture]:
+def tiny_model(vocab_size: int) -> tuple[clip_encoders.ClipEncoders, ClipArchitecture]:
     """CLIP with 16 channels and seeded weights large enough that rows differ."""
     architecture = ClipArchitecture(
         key_names="openai",
@@ -143,7 +143,7 @@ def tiny_model(vocab_size: int) -> tuple[clip.ClipEncoders, ClipArchitecture]:
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        encoders = clip.build_encoders(architecture).to_empty(device="cpu").eval()
+        encoders = clip_encoders.build_encoders(architecture).to_empty(device="cpu").eval()
         for name, parameter in encoders.named_parameters():
             scale = 1.0 if "norm" in name and name.endswith("weight") else 0.0
             torch.nn.init.normal_(parameter, mean=scale, std=0.3)
@@ -156,7 +156,7 @@ def tiny_model(vocab_size: int) -> tuple[clip.ClipEncoders, ClipArchitecture]:
 def record_bundle() -> None:
     tokenizer_json, vocab_size = tiny_tokenizer()
     encoders, architecture = tiny_model(vocab_size)
-    image_spec = ImageSpec(SIZE_PIXELS, "bicubic", "after_crop", clip.IMAGE_MEAN, clip.IMAGE_STD)
+    image_spec = ImageSpec(SIZE_PIXELS, "bicubic", "after_crop", pictures.IMAGE_MEAN, pictures.IMAGE_STD)
     text_spec = TextSpec(architecture.text.context_length, vocab_size, vocab_size - 1, 0, "openai")
     parts = (
         (encoders.vision, clip._vision_signature(architecture), torch.randn(2, 3, SIZE_PIXELS, SIZE_PIXELS)),
@@ -195,7 +195,7 @@ def record_bundle() -> None:
     record_embeddings(encoders, image_spec, DATA / "tiny_bundle" / "tokenizer.json")
 
 
-def record_embeddings(encoders: clip.ClipEncoders, image_spec: ImageSpec, tokenizer_json: Path) -> None:
+def record_embeddings(encoders: clip_encoders.ClipEncoders, image_spec: ImageSpec, tokenizer_json: Path) -> None:
     """What the modules give in torch for the recorded pictures and for ids of TEXTS from the tokenizers library."""
     from tokenizers import Tokenizer
 
