@@ -5,14 +5,14 @@ Source of the rules for shapes: `build_model` in openai/CLIP model.py (d05afc4).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint
 from vlm_export.models.layers import Activation
+from vlm_export.models.shapes import Shapes, check_heads, config_integer, config_section, grid_of
 from vlm_export.specs import record_from_json
 
 KeyNames = Literal["openai", "huggingface"]
@@ -72,7 +72,7 @@ class ClipArchitecture:
 
 def architecture_from_openai(checkpoint: Checkpoint) -> ClipArchitecture:
     """Sizes from OpenAI's key names and shapes; the activation is QuickGELU, as in every file of that format."""
-    shapes = _Shapes(checkpoint)
+    shapes = Shapes(checkpoint)
     is_vit = "visual.proj" in checkpoint.tensors
     vision: VitSizes | ResNetSizes = _openai_vit(shapes) if is_vit else _openai_resnet(shapes)
     vocab_size = shapes.of("token_embedding.weight", 2)[0]
@@ -91,7 +91,7 @@ def architecture_from_openai(checkpoint: Checkpoint) -> ClipArchitecture:
     return _checked(ClipArchitecture("openai", embed_dim, "quick_gelu", LAYER_NORM_EPS, vision, text), checkpoint)
 
 
-def _openai_vit(shapes: _Shapes) -> VitSizes:
+def _openai_vit(shapes: Shapes) -> VitSizes:
     width, _, patch, _ = shapes.of("visual.conv1.weight", 4)
     return VitSizes(
         width=width,
@@ -99,17 +99,17 @@ def _openai_vit(shapes: _Shapes) -> VitSizes:
         heads=width // HEAD_WIDTH,
         hidden=shapes.of("visual.transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
         patch_size=patch,
-        image_size=patch * _grid(shapes.of("visual.positional_embedding", 2)[0]),
+        image_size=patch * grid_of(shapes.of("visual.positional_embedding", 2)[0]),
     )
 
 
-def _openai_resnet(shapes: _Shapes) -> ResNetSizes:
+def _openai_resnet(shapes: Shapes) -> ResNetSizes:
     width = shapes.of("visual.layer1.0.conv1.weight", 4)[0]
     return ResNetSizes(
         width=width,
         stages=tuple(shapes.count(f"visual.layer{stage}.") for stage in (1, 2, 3, 4)),
         heads=width * 32 // HEAD_WIDTH,
-        image_size=32 * _grid(shapes.of("visual.attnpool.positional_embedding", 2)[0]),
+        image_size=32 * grid_of(shapes.of("visual.attnpool.positional_embedding", 2)[0]),
     )
 
 
@@ -123,9 +123,9 @@ def architecture_from_huggingface(checkpoint: Checkpoint) -> ClipArchitecture:
             got="no config.json",
             fix="name the directory that holds config.json and the weights, not the weights file alone",
         )
-    vision_config = _section(checkpoint, "vision_config")
-    text_config = _section(checkpoint, "text_config")
-    shapes = _Shapes(checkpoint)
+    vision_config = config_section(checkpoint, "vision_config")
+    text_config = config_section(checkpoint, "text_config")
+    shapes = Shapes(checkpoint)
     activation = _same(checkpoint, "hidden_act", vision_config, text_config, "quick_gelu")
     if activation not in ("quick_gelu", "gelu"):
         raise InputError(
@@ -138,18 +138,18 @@ def architecture_from_huggingface(checkpoint: Checkpoint) -> ClipArchitecture:
     vision = VitSizes(
         width=width,
         layers=shapes.count("vision_model.encoder.layers."),
-        heads=_integer(vision_config, "num_attention_heads", 12),
+        heads=config_integer(vision_config, "num_attention_heads", 12),
         hidden=shapes.of("vision_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
         patch_size=patch,
-        image_size=patch * _grid(shapes.of("vision_model.embeddings.position_embedding.weight", 2)[0]),
+        image_size=patch * grid_of(shapes.of("vision_model.embeddings.position_embedding.weight", 2)[0]),
     )
-    end_token_id = _integer(text_config, "eos_token_id", 49407)
+    end_token_id = config_integer(text_config, "eos_token_id", 49407)
     vocab_size, text_width = shapes.of("text_model.embeddings.token_embedding.weight", 2)
     legacy = end_token_id == LEGACY_END_TOKEN_ID
     text = TextSizes(
         width=text_width,
         layers=shapes.count("text_model.encoder.layers."),
-        heads=_integer(text_config, "num_attention_heads", 8),
+        heads=config_integer(text_config, "num_attention_heads", 8),
         hidden=shapes.of("text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
         context_length=shapes.of("text_model.embeddings.position_embedding.weight", 2)[0],
         vocab_size=vocab_size,
@@ -173,59 +173,6 @@ def architecture_from_json(data: Mapping[str, Any]) -> ClipArchitecture:
     return record_from_json(ClipArchitecture, {**fields_left, "vision": vision, "text": text})
 
 
-class _Shapes:
-    """Looks up shapes and counts layers; a missing key or a wrong rank is the user's InputError, not a KeyError."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-
-    def of(self, key: str, rank: int) -> tuple[int, ...]:
-        info = self.checkpoint.tensors.get(key)
-        if info is None or len(info.shape) != rank or 0 in info.shape:
-            raise InputError(
-                "a tensor that determines the architecture is missing or has another rank",
-                where=f"{self.checkpoint.source}: tensor {key}",
-                expected=f"{rank} axes, none empty",
-                got="no such tensor" if info is None else f"shape {info.shape}",
-                fix="check that the file is complete",
-            )
-        return info.shape
-
-    def count(self, prefix: str) -> int:
-        """The number of consecutive layers, from 0, whose keys start with `prefix` and a number."""
-        return _count_consecutive(key[len(prefix) :] for key in self.checkpoint.tensors if key.startswith(prefix))
-
-
-def _count_consecutive(rests: Iterable[str]) -> int:
-    numbers = {rest.split(".", 1)[0] for rest in rests}
-    count = 0
-    while str(count) in numbers:
-        count += 1
-    return count
-
-
-def _grid(positions: int) -> int:
-    return round(math.sqrt(positions - 1))
-
-
-def _section(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
-    section = (checkpoint.config or {}).get(name, {})
-    if not isinstance(section, Mapping):
-        raise InputError(
-            "config.json is malformed", where=f"config.json: {name}", expected="an object", got=repr(section)
-        )
-    return section
-
-
-def _integer(section: Mapping[str, Any], key: str, default: int) -> int:
-    value = section.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise InputError(
-            "config.json is malformed", where=f"config.json: {key}", expected="an integer", got=repr(value)
-        )
-    return value
-
-
 def _same(checkpoint: Checkpoint, key: str, vision: Mapping[str, Any], text: Mapping[str, Any], default: Any) -> Any:
     left, right = vision.get(key, default), text.get(key, default)
     if left != right:
@@ -239,14 +186,7 @@ def _same(checkpoint: Checkpoint, key: str, vision: Mapping[str, Any], text: Map
 
 
 def _checked(architecture: ClipArchitecture, checkpoint: Checkpoint) -> ClipArchitecture:
-    towers = [("vision", architecture.vision), ("text", architecture.text)]
-    for name, sizes in towers:
+    for name, sizes in (("vision", architecture.vision), ("text", architecture.text)):
         width = sizes.width * 32 if isinstance(sizes, ResNetSizes) else sizes.width
-        if sizes.heads < 1 or width % sizes.heads:
-            raise InputError(
-                f"the {name} width is not a multiple of its heads",
-                where=checkpoint.source,
-                expected=f"a divisor of {width}",
-                got=f"{sizes.heads} heads",
-            )
+        check_heads(checkpoint, name, width, sizes.heads)
     return architecture

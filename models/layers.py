@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# What BERT adds to the scores of hidden tokens: exp(-10000) is 0 in float32, and float16 can hold it, unlike -inf sums.
+HIDDEN = -10000.0
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 
 
@@ -36,11 +38,61 @@ class MultiHeadAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x: float32 (B, T, width); mask: float32 (T, T), added to the scores."""
+        """x: float32 (B, T, width); mask: float32, broadcast to (B, H, T, T), added to the scores."""
+        q, k, v = self._split(x)
+        return self._mix(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+    def step(self, x: Tensor, mask: Tensor, past_key: Tensor, past_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """T new tokens after P cached ones: the output, and the keys and values of all.
+
+        Args:
+            x: float32 (B, T, width).
+            mask: float32, broadcast to (B, H, T, P + T).
+            past_key, past_value: float32 (B, H, P, width / H); P may be 0.
+        """
+        q, k, v = self._split(x)
+        key, value = torch.cat([past_key, k], dim=2), torch.cat([past_value, v], dim=2)
+        return self._mix(F.scaled_dot_product_attention(q, key, value, attn_mask=mask)), key, value
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # Only the batch is -1: a static T then stays a constant in the graph.
         packed = self.qkv(x).reshape(-1, x.shape[1], 3, self.heads, self.head_width)
         q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return q, k, v
+
+    def _mix(self, attended: Tensor) -> Tensor:
+        mixed: Tensor = self.out(attended.transpose(1, 2).flatten(2))
+        return mixed
+
+
+class KeyValueProjection(nn.Module):
+    """Keys and values of states (B, S, states_width) that cross-attention reads: computed once, used at every step."""
+
+    def __init__(self, width: int, states_width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.head_width = heads, width // heads
+        self.kv = nn.Linear(states_width, 2 * width)
+
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 (B, H, S, width / H), twice."""
+        packed = self.kv(states).reshape(-1, states.shape[1], 2, self.heads, self.head_width)
+        key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
+        return key, value
+
+
+class CrossAttention(nn.Module):
+    """Attention of (B, T, width) to keys and values of `KeyValueProjection`."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.head_width = heads, width // heads
+        self.q = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x: float32 (B, T, width); mask: float32, broadcast to (B, H, T, S), added to the scores."""
+        q = self.q(x).reshape(-1, x.shape[1], self.heads, self.head_width).transpose(1, 2)
+        attended = F.scaled_dot_product_attention(q, key, value, attn_mask=mask)
         mixed: Tensor = self.out(attended.transpose(1, 2).flatten(2))
         return mixed
 
@@ -128,3 +180,22 @@ def build_causal_mask(tokens: int) -> Tensor:
     """float32 (T, T): 0 on and below the diagonal, -inf above it."""
     # On the CPU also when the module around it is built on the meta device: no checkpoint supplies it.
     return torch.full((tokens, tokens), float("-inf"), device="cpu").triu(1)
+
+
+def padding_mask(attention_mask: Tensor) -> Tensor:
+    """int64 (B, S), 1 for tokens and 0 for padding → float32 (B, 1, 1, S): 0 and `HIDDEN`, to add to scores."""
+    return (1 - attention_mask).to(torch.float32)[:, None, None, :] * HIDDEN
+
+
+def cached_causal_mask(attention_mask: Tensor, past_tokens: int, tokens: int) -> Tensor:
+    """float32 (B, 1, T, P + T): 0 where one of T new tokens may see a token, `HIDDEN` for padding and later tokens.
+
+    Args:
+        attention_mask: int64 (B, P + T), 1 for tokens and 0 for padding.
+        past_tokens: P; tokens: T. Symbolic in an export.
+    """
+    keys, queries = torch.arange(past_tokens + tokens), torch.arange(tokens) + past_tokens
+    later = (keys[None, :] > queries[:, None]).to(torch.float32)
+    # Gathered rather than added as it is: an exporter cannot know that its length is P + T.
+    padding = (1 - attention_mask.index_select(1, keys)).to(torch.float32)
+    return torch.clamp(later[None, None] + padding[:, None, None, :], max=1.0) * HIDDEN

@@ -9,6 +9,7 @@ from vlm_export.family import Checkpoint, Family
 
 FAMILIES = {
     "clip": "vlm_export.models.clip:ClipFamily",
+    "blip": "vlm_export.models.blip:BlipFamily",
 }
 
 

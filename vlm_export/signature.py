@@ -18,13 +18,15 @@ DType = Literal["float32", "float16", "int64", "int32", "uint8", "bool"]
 class Axis:
     """A symbolic axis: its name, the inclusive range of its size (`maximum` None: unbounded), and its steps.
 
-    Sizes are multiples of `multiple_of`, and so are `minimum` and `maximum`.
+    Sizes are multiples of `multiple_of`, and so are `minimum` and `maximum`. With `sum_of`, the size is the sum of
+    those axes, in the range.
     """
 
     name: str
     minimum: int = 1
     maximum: int | None = None
     multiple_of: int = 1
+    sum_of: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ class Signature:
 
     def __post_init__(self) -> None:
         known = {axis.name for axis in self.axes}
+        for axis in self.axes:
+            if not set(axis.sum_of) <= known:
+                raise ValueError(f"axis {axis.name} is the sum of unknown axes: {sorted(set(axis.sum_of) - known)}")
         for tensor in (*self.inputs, *self.outputs):
             unknown = {entry for entry in tensor.shape if isinstance(entry, str)} - known
             if unknown:
@@ -66,6 +71,11 @@ class Signature:
     def axis(self, name: str) -> Axis:
         """The axis of that name; KeyError when there is none."""
         return {axis.name: axis for axis in self.axes}[name]
+
+    def with_sums(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """The sizes with those of the axes that are sums of others."""
+        sums = {axis.name: sum(sizes[term] for term in axis.sum_of) for axis in self.axes if axis.sum_of}
+        return {**sizes, **sums}
 
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
         """Tensor name → position → axis name, for every symbolic entry."""
@@ -85,7 +95,8 @@ class Signature:
 
 def _json_from_axis(axis: Axis) -> dict[str, Any]:
     steps = {} if axis.multiple_of == 1 else {"multiple_of": axis.multiple_of}
-    return {"minimum": axis.minimum, "maximum": axis.maximum, **steps}
+    terms = {"sum_of": list(axis.sum_of)} if axis.sum_of else {}
+    return {"minimum": axis.minimum, "maximum": axis.maximum, **steps, **terms}
 
 
 def _json_from_tensor(tensor: TensorSpec) -> dict[str, Any]:
@@ -105,7 +116,13 @@ def signature_from_json(data: Mapping[str, Any]) -> Signature:
             inputs=tuple(_tensor_from_json(entry) for entry in data["inputs"]),
             outputs=tuple(_tensor_from_json(entry) for entry in data["outputs"]),
             axes=tuple(
-                Axis(name, entry["minimum"], entry["maximum"], entry.get("multiple_of", 1))
+                Axis(
+                    name,
+                    entry["minimum"],
+                    entry["maximum"],
+                    entry.get("multiple_of", 1),
+                    tuple(entry.get("sum_of", ())),
+                )
                 for name, entry in data["axes"].items()
             ),
         )

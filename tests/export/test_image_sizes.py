@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
+from vlm_export.checkpoint.known import load_known
 from vlm_export.checkpoint.open import open_checkpoint
+from vlm_export.checkpoint.random import random_checkpoint
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import UsageError
 from vlm_export.export.backends import Exporter, export_part
@@ -50,6 +52,24 @@ def test_dynamic_size_equals_the_eager_model_at_sizes_never_traced(
         with torch.inference_mode():
             expected = part.module(torch.from_numpy(inputs["pixel_values"])).numpy()
         np.testing.assert_allclose(engine.run(inputs)["image_embeds"], expected, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("exporter", "opset"), [("dynamo", 18), ("torchscript", 14)])
+def test_full_size_vit_at_six_sizes_never_traced(exporter: Exporter, opset: int, tmp_path: Path) -> None:
+    known = load_known("clip-vit-b-16")
+    published = ClipFamily().published_tensors(known.architecture)
+    checkpoint = random_checkpoint(known.name, published, 0, tmp_path / "random.safetensors", None)
+    with ScratchStore(tmp_path / "weights.bin") as store:
+        part = ClipFamily().build(checkpoint, store, BuildOptions(dynamic_image_size=True)).parts[0]
+        engine = engine_for(part, opset, exporter, tmp_path / "graph.onnx")
+        for height, width in [(16, 16), (224, 224), (240, 336), (448, 160), (384, 384), (80, 560)]:
+            inputs = part.examples({"batch": 1, "height": height, "width": width}, 0)
+            with torch.inference_mode():
+                expected = part.module(torch.from_numpy(inputs["pixel_values"])).numpy()
+            error = np.abs(engine.run(inputs)["image_embeds"] - expected).max() / np.abs(expected).max()
+            print(f"{exporter} {height}×{width}: {error:.1e} of the largest value")
+            assert error <= 1e-4
 
 
 def test_another_fixed_size_equals_transformers(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -102,18 +103,19 @@ def _interpolation(part: Part, opset: int, lowerings: Lowerings) -> Interpolatio
 
 def _example_tensors(part: Part) -> tuple[torch.Tensor, ...]:
     """Sizes of at least 2, each axis its own, so that no axis is specialised to 1 or tied to another."""
-    sizes = {axis.name: (_OTHER + i) * axis.multiple_of for i, axis in enumerate(part.signature.axes)}
+    axes = [axis for axis in part.signature.axes if not axis.sum_of]
+    sizes = {axis.name: (_OTHER + i) * axis.multiple_of for i, axis in enumerate(axes)}
     sizes |= {"batch": _BATCH}
-    limits = {axis.name: axis.maximum for axis in part.signature.axes}
+    limits = {axis.name: axis.maximum for axis in axes}
     sizes = {name: min(size, limits.get(name) or size) for name, size in sizes.items()}
-    arrays = part.examples(sizes, seed=0)
+    arrays = part.examples(part.signature.with_sums(sizes), seed=0)
     return tuple(torch.from_numpy(arrays[name]) for name in part.signature.input_names)
 
 
 def _export_dynamo(part: Part, opset: int) -> ir.Model:
     signature = part.signature
     dims = {axis.name: _dimension(axis) for axis in signature.axes}
-    shapes = tuple({i: dims[a] for i, a in enumerate(t.shape) if isinstance(a, str)} for t in signature.inputs)
+    shapes = [{i: dims[a] for i, a in enumerate(t.shape) if isinstance(a, str)} for t in signature.inputs]
     program = torch.onnx.export(
         part.module,
         _example_tensors(part),
@@ -123,12 +125,21 @@ def _export_dynamo(part: Part, opset: int) -> ir.Model:
         opset_version=opset,
         input_names=list(signature.input_names),
         output_names=list(signature.output_names),
-        dynamic_shapes=shapes,
+        dynamic_shapes=_as_arguments(part.module, shapes),
         verbose=False,
     )
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
     return program.model
+
+
+def _as_arguments(module: torch.nn.Module, shapes: list[dict[int, Any]]) -> tuple[Any, ...]:
+    """One entry for each argument of `forward`, as torch.export wants it: `*args` are a single one."""
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return tuple(shapes)
+    named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*shapes[:named], tuple(shapes[named:]))
 
 
 def _dimension(axis: Axis) -> Any:

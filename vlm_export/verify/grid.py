@@ -65,7 +65,7 @@ def axis_sizes(axis: Axis, batches: Sequence[int] = BATCHES) -> tuple[int, ...]:
 
 
 def _combined(signature: Signature, batches: Sequence[int], pairs: bool) -> list[dict[str, int]]:
-    sizes = {axis.name: axis_sizes(axis, batches) for axis in signature.axes}
+    sizes = {axis.name: axis_sizes(axis, batches) for axis in signature.axes if not axis.sum_of}
     count = max((len(values) for values in sizes.values()), default=1)
     found: list[dict[str, int]] = []
     for i in range(count):
@@ -75,7 +75,18 @@ def _combined(signature: Signature, batches: Sequence[int], pairs: bool) -> list
         middle = {name: values[len(values) // 2] for name, values in sizes.items()}
         for ends in product((sizes[left][0], sizes[left][-1]), (sizes[right][0], sizes[right][-1])):
             found.append({**middle, left: ends[0], right: ends[1]})
+    found = [_within_sums(signature, point) for point in found]
     return [point for i, point in enumerate(found) if point not in found[:i]]
+
+
+def _within_sums(signature: Signature, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The sizes with sums of axes; where a sum exceeds its range, its first term gives way."""
+    sizes = dict(sizes)
+    for axis in signature.axes:
+        total = sum(sizes[term] for term in axis.sum_of)
+        if axis.sum_of and axis.maximum is not None and total > axis.maximum:
+            sizes[axis.sum_of[0]] -= total - axis.maximum
+    return signature.with_sums(sizes)
 
 
 def _seeded(combinations_: list[dict[str, int]], seeds: Sequence[int], thorough: bool) -> tuple[GridPoint, ...]:

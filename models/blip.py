@@ -1,0 +1,186 @@
+"""BLIP: features, retrieval, captions and answers, from Salesforce's files and Hugging Face directories.
+
+Port of salesforce/BLIP (3a29b74): models/blip.py, blip_itm.py, blip_vqa.py, blip_pretrain.py; transformers 5.23
+models/blip. The original switches between its modes inside one `forward`, and writes special tokens into `input_ids`;
+here each mode is a Part, and the runtime's tokenization puts the special tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+from vlm_export.errors import UsageError
+from vlm_export.family import (
+    DEFAULT_BUILD,
+    BuildOptions,
+    Checkpoint,
+    Description,
+    Model,
+    PartOutline,
+    TensorInfo,
+    WeightStore,
+    reference_from_module,
+)
+from vlm_export.models import blip_weights
+from vlm_export.models.blip_architecture import BlipArchitecture, architecture_from_checkpoint, architecture_from_json
+from vlm_export.models.blip_parts import build_modules, build_parts
+from vlm_export.models.pictures import apply_image_size, published_normalisation
+from vlm_export.models.weights import Target, load_weights, published_tensors
+from vlm_export.specs import ImageSpec, TextSpec
+
+# Where the original truncates captions for retrieval (train_retrieval.py) and questions (blip_vqa.py).
+MAX_TEXT_TOKENS = 35
+
+
+class BlipFamily:
+    """Salesforce's key names and Hugging Face's."""
+
+    name = "blip"
+
+    def recognises(self, checkpoint: Checkpoint) -> bool:
+        keys = checkpoint.tensors
+        has_text = any(key.startswith(("text_encoder.", "text_decoder.")) for key in keys)
+        vision = ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding")
+        return has_text and any(key in keys for key in vision)
+
+    def describe(self, checkpoint: Checkpoint) -> Description:
+        architecture = architecture_from_checkpoint(checkpoint)
+        parts = tuple(
+            PartOutline(part.name, part.signature, sum(p.numel() for p in part.module.parameters()))
+            for part in build_parts(architecture, build_modules(architecture))
+        )
+        return Description(architecture.to_json(), parts, tuple(_notes(architecture, checkpoint)))
+
+    def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
+        if options.dynamic_image_size:
+            raise UsageError("BLIP takes one picture size", got="--dynamic-image-size", fix="use --image-size")
+        architecture = architecture_from_checkpoint(checkpoint)
+        modules = build_modules(architecture)
+        dropped = load_weights(modules, checkpoint, _table(architecture, checkpoint.tensors), store)
+        image_size = apply_image_size(modules.vision, architecture.vision.image_size, options)
+        architecture = replace(architecture, vision=replace(architecture.vision, image_size=image_size))
+        parts = tuple(build_parts(architecture, modules))
+        mean, std = published_normalisation(checkpoint)
+        return Model(
+            family=self.name,
+            architecture=architecture.to_json(),
+            parts=parts,
+            image=ImageSpec(image_size, "bicubic", "before_resize", mean, std, fit="squash"),
+            text=_text_spec(architecture),
+            hub_config=checkpoint.config or _config_from_architecture(architecture),
+            facts=_facts(architecture),
+            dropped_keys=dropped,
+            references={part.name: partial(reference_from_module, part) for part in parts},
+            reference_name="unpatched eager module",
+        )
+
+    def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
+        parsed = architecture_from_json(architecture)
+        return published_tensors(build_modules(parsed), _table(parsed, ()), dtype="float32")
+
+    def published_config(self, architecture: Mapping[str, Any]) -> dict[str, Any] | None:
+        parsed = architecture_from_json(architecture)
+        return _config_from_architecture(parsed) if parsed.key_names == "huggingface" else None
+
+
+def _table(architecture: BlipArchitecture, keys: Mapping[str, Any] | tuple[()]) -> dict[str, Target]:
+    huggingface = architecture.key_names == "huggingface"
+    table = blip_weights.vision_table(architecture.vision.layers, huggingface=huggingface)
+    encoder, decoder = architecture.encoder, architecture.decoder
+    if encoder is not None:
+        table |= blip_weights.encoder_table(encoder.layers, has_cross_attention=bool(encoder.states_width))
+    if decoder is not None:
+        table |= blip_weights.decoder_table(decoder.layers, keys)
+    if architecture.projection_dim:
+        table |= blip_weights.PROJECTIONS
+    if architecture.has_matching_head:
+        table |= blip_weights.MATCHING
+    return table | blip_weights.training_leftovers(keys)
+
+
+def _notes(architecture: BlipArchitecture, checkpoint: Checkpoint) -> Iterator[str]:
+    size = architecture.vision.image_size
+    yield f"pictures are squashed to {size} x {size} pixels; --image-size resamples the positions, as the original does"
+    yield "the original's modes are Parts of their own; [ENC] and [DEC] are put by the runtime, not inside the graph"
+    if architecture.decoder is not None:
+        yield "cross_key_values runs once for a picture; text_decoder is one graph for the prompt and for every token"
+    leftovers = blip_weights.training_leftovers(checkpoint.tensors)
+    if leftovers:
+        yield f"{len(leftovers)} tensors of training (momentum copies, queues) are left aside"
+    if architecture.key_names == "huggingface":
+        yield "as in transformers, texts keep [CLS] as their first token; Salesforce's files take [ENC]"
+
+
+def _text_spec(architecture: BlipArchitecture) -> TextSpec:
+    tokens, sizes = architecture.tokens, architecture.encoder or architecture.decoder
+    assert sizes is not None
+    truncates = architecture.has_matching_head or architecture.answers_questions
+    return TextSpec(
+        context_length=min(MAX_TEXT_TOKENS, sizes.positions) if truncates else sizes.positions,
+        vocab_size=sizes.vocab_size,
+        end_token_id=tokens.sep,
+        pad_token_id=tokens.pad,
+        cleaning="none",
+    )
+
+
+def _facts(architecture: BlipArchitecture) -> dict[str, Any]:
+    """What the runtime needs to know besides the graphs; defaults of salesforce/BLIP's own functions."""
+    first_token = "cls" if architecture.key_names == "huggingface" else "enc"
+    facts: dict[str, Any] = {"tokens": asdict(architecture.tokens)}
+    if architecture.has_matching_head:
+        facts["match"] = {"first_token": first_token, "max_text_tokens": MAX_TEXT_TOKENS}
+    if architecture.answers_questions:
+        facts["answer"] = {
+            "question_first_token": first_token,
+            "max_question_tokens": MAX_TEXT_TOKENS,
+            "beams": 3,
+            "max_length": 10,
+            "min_length": 1,
+            "label_smoothing": 0.1,
+            "attend_padding": True,
+        }
+    elif architecture.decoder is not None:
+        facts["caption"] = {"prompt": "a picture of ", "beams": 3, "max_length": 20, "min_length": 5}
+    return facts
+
+
+def _config_from_architecture(architecture: BlipArchitecture) -> dict[str, Any]:
+    """`config.json` in the form of transformers' `BlipConfig`."""
+    vision, sizes, tokens = architecture.vision, architecture.encoder or architecture.decoder, architecture.tokens
+    assert sizes is not None
+    name = "BlipForImageTextRetrieval"
+    if architecture.decoder is not None:
+        name = "BlipForQuestionAnswering" if architecture.answers_questions else "BlipForConditionalGeneration"
+    return {
+        "model_type": "blip",
+        "architectures": [name],
+        "image_text_hidden_size": architecture.projection_dim or 256,
+        "text_config": {
+            "model_type": "blip_text_model",
+            "hidden_size": sizes.width,
+            "encoder_hidden_size": (architecture.decoder or sizes).states_width,
+            "intermediate_size": sizes.hidden,
+            "num_hidden_layers": sizes.layers,
+            "num_attention_heads": sizes.heads,
+            "max_position_embeddings": sizes.positions,
+            "vocab_size": sizes.vocab_size,
+            "layer_norm_eps": sizes.eps,
+            "bos_token_id": tokens.decoder_start,
+            "sep_token_id": tokens.sep,
+            "pad_token_id": tokens.pad,
+        },
+        "vision_config": {
+            "model_type": "blip_vision_model",
+            "hidden_size": vision.width,
+            "intermediate_size": vision.hidden,
+            "num_hidden_layers": vision.layers,
+            "num_attention_heads": vision.heads,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "layer_norm_eps": vision.eps,
+        },
+    }

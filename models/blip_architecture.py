@@ -1,0 +1,212 @@
+"""BLIP's sizes: from tensor shapes (Salesforce), from shapes and `config.json` (Hugging Face), from `configs/`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from vlm_export.errors import InputError
+from vlm_export.family import Checkpoint
+from vlm_export.models.bert import BertSizes
+from vlm_export.models.shapes import Shapes, check_heads, config_integer, config_number, config_section, grid_of
+from vlm_export.specs import record_from_json
+
+KeyNames = Literal["original", "huggingface"]
+HEAD_WIDTH = 64
+# salesforce/BLIP models/vit.py and configs/med_config.json (3a29b74).
+VISION_EPS, TEXT_EPS = 1e-6, 1e-12
+# bert-base-uncased's vocabulary.
+CLS_ID, SEP_ID, PAD_ID = 101, 102, 0
+
+
+@dataclass(frozen=True)
+class BlipVitSizes:
+    width: int
+    layers: int
+    heads: int
+    hidden: int
+    patch_size: int
+    image_size: int
+    eps: float
+
+
+@dataclass(frozen=True)
+class BlipTokens:
+    """Ids of the special tokens: [CLS], [SEP], [PAD], [DEC] (starts a decoder) and [ENC] (starts a matching text)."""
+
+    cls: int
+    sep: int
+    pad: int
+    decoder_start: int
+    encoder_start: int
+
+
+@dataclass(frozen=True)
+class BlipArchitecture:
+    """Everything that determines the modules, apart from weights.
+
+    Attributes:
+        projection_dim: D of the contrastive space, 0 without projections.
+        has_matching_head: image-text matching.
+        encoder, decoder: the text transformers, None where the checkpoint has none.
+    """
+
+    key_names: KeyNames
+    vision: BlipVitSizes
+    encoder: BertSizes | None
+    decoder: BertSizes | None
+    projection_dim: int
+    has_matching_head: bool
+    tokens: BlipTokens
+
+    @property
+    def answers_questions(self) -> bool:
+        """The decoder attends to question states, not to image tokens (VQA)."""
+        return self.encoder is not None and self.decoder is not None and not self.has_matching_head
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.vision.image_size // self.vision.patch_size) ** 2 + 1
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def architecture_from_checkpoint(checkpoint: Checkpoint) -> BlipArchitecture:
+    """Sizes from shapes; for Hugging Face directories heads, epsilons and token ids from config.json.
+
+    Raises:
+        InputError: tensors that determine the sizes are missing, or it is a checkpoint for pairs of pictures (NLVR).
+    """
+    shapes = Shapes(checkpoint)
+    huggingface = "vision_model.embeddings.class_embedding" in checkpoint.tensors
+    if "cls_head.0.weight" in checkpoint.tensors:
+        raise InputError(
+            "BLIP's checkpoints for pairs of pictures (NLVR) are not supported",
+            where=checkpoint.source,
+            expected="features, retrieval, captioning or question answering",
+            got="cls_head.*",
+        )
+    text_config = config_section(checkpoint, "text_config")
+    has = checkpoint.tensors.__contains__
+    encoder = _text_sizes(shapes, "text_encoder.", text_config) if has(_word_key("text_encoder.")) else None
+    decoder = _text_sizes(shapes, "text_decoder.bert.", text_config) if shapes.count(_LAYERS["decoder"]) else None
+    if encoder is None and decoder is None:
+        raise InputError("the checkpoint has no text transformer", where=checkpoint.source, expected="text_encoder.*")
+    vocab_size = (encoder or decoder or _never()).vocab_size
+    architecture = BlipArchitecture(
+        key_names="huggingface" if huggingface else "original",
+        vision=_huggingface_vision(shapes) if huggingface else _original_vision(shapes),
+        encoder=encoder,
+        decoder=decoder,
+        projection_dim=shapes.of("vision_proj.weight", 2)[0] if has("vision_proj.weight") else 0,
+        has_matching_head=has("itm_head.weight"),
+        tokens=_tokens(text_config, vocab_size),
+    )
+    return _checked(architecture, checkpoint)
+
+
+def architecture_from_json(data: Mapping[str, Any]) -> BlipArchitecture:
+    """The architecture that `to_json` or a file in `configs/` states."""
+    parts: dict[str, Any] = {
+        "vision": record_from_json(BlipVitSizes, data["vision"]),
+        "tokens": record_from_json(BlipTokens, data["tokens"]),
+    }
+    for name in ("encoder", "decoder"):
+        parts[name] = None if data[name] is None else record_from_json(BertSizes, data[name])
+    return record_from_json(BlipArchitecture, {**data, **parts})
+
+
+_LAYERS = {"encoder": "text_encoder.encoder.layer.", "decoder": "text_decoder.bert.encoder.layer."}
+
+
+def _never() -> BertSizes:
+    raise AssertionError("one of the two is there")
+
+
+def _word_key(prefix: str) -> str:
+    return f"{prefix}embeddings.word_embeddings.weight"
+
+
+def _text_sizes(shapes: Shapes, prefix: str, config: Mapping[str, Any]) -> BertSizes:
+    positions, width = shapes.of(f"{prefix}embeddings.position_embeddings.weight", 2)
+    first = f"{prefix}encoder.layer.0."
+    # transformers may store tied words only once, as the decoder's output matrix.
+    tied = "text_decoder.cls.predictions.decoder.weight"
+    words = _word_key(prefix) if _word_key(prefix) in shapes.checkpoint.tensors else tied
+    has_cross = f"{first}crossattention.self.key.weight" in shapes.checkpoint.tensors
+    return BertSizes(
+        width=width,
+        layers=shapes.count(f"{prefix}encoder.layer."),
+        heads=config_integer(config, "num_attention_heads", 8 if config else width // HEAD_WIDTH),
+        hidden=shapes.of(f"{first}intermediate.dense.weight", 2)[0],
+        vocab_size=shapes.of(words, 2)[0],
+        positions=positions,
+        states_width=shapes.of(f"{first}crossattention.self.key.weight", 2)[1] if has_cross else 0,
+        eps=config_number(config, "layer_norm_eps", TEXT_EPS),
+    )
+
+
+def _original_vision(shapes: Shapes) -> BlipVitSizes:
+    width, _, patch, _ = shapes.of("visual_encoder.patch_embed.proj.weight", 4)
+    return BlipVitSizes(
+        width=width,
+        layers=shapes.count("visual_encoder.blocks."),
+        heads=width // HEAD_WIDTH,
+        hidden=shapes.of("visual_encoder.blocks.0.mlp.fc1.weight", 2)[0],
+        patch_size=patch,
+        image_size=patch * grid_of(shapes.of("visual_encoder.pos_embed", 3)[1]),
+        eps=VISION_EPS,
+    )
+
+
+def _huggingface_vision(shapes: Shapes) -> BlipVitSizes:
+    config = config_section(shapes.checkpoint, "vision_config")
+    if shapes.checkpoint.config is None:
+        raise InputError(
+            "a Hugging Face BLIP checkpoint needs its config.json",
+            where=shapes.checkpoint.source,
+            expected="config.json beside the weights: it says the number of heads and the epsilons",
+            got="no config.json",
+            fix="name the directory that holds config.json and the weights, not the weights file alone",
+        )
+    width, _, patch, _ = shapes.of("vision_model.embeddings.patch_embedding.weight", 4)
+    return BlipVitSizes(
+        width=width,
+        layers=shapes.count("vision_model.encoder.layers."),
+        heads=config_integer(config, "num_attention_heads", 12),
+        hidden=shapes.of("vision_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
+        patch_size=patch,
+        image_size=patch * grid_of(shapes.of("vision_model.embeddings.position_embedding", 3)[1]),
+        eps=config_number(config, "layer_norm_eps", 1e-5),
+    )
+
+
+def _tokens(config: Mapping[str, Any], vocab_size: int) -> BlipTokens:
+    """The two added tokens are the vocabulary's last, [DEC] before [ENC], unless config.json says where [DEC] is."""
+    return BlipTokens(
+        cls=CLS_ID,
+        sep=config_integer(config, "sep_token_id", SEP_ID),
+        pad=config_integer(config, "pad_token_id", PAD_ID),
+        decoder_start=config_integer(config, "bos_token_id", 30522 if config else vocab_size - 2),
+        encoder_start=vocab_size - 1,
+    )
+
+
+def _checked(architecture: BlipArchitecture, checkpoint: Checkpoint) -> BlipArchitecture:
+    towers = (("vision", architecture.vision), ("text", architecture.encoder), ("decoder", architecture.decoder))
+    for name, sizes in towers:
+        if sizes is not None:
+            check_heads(checkpoint, name, sizes.width, sizes.heads)
+    tokens = asdict(architecture.tokens)
+    sizes_ = architecture.encoder or architecture.decoder or _never()
+    outside = {name: token for name, token in tokens.items() if token >= sizes_.vocab_size}
+    if outside:
+        raise InputError(
+            "special tokens are outside the vocabulary",
+            where=checkpoint.source,
+            expected=f"ids below {sizes_.vocab_size}",
+            got=str(outside),
+        )
+    return architecture
