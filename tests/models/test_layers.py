@@ -9,11 +9,15 @@ from torch import nn
 
 from vlm_export.models.layers import (
     AttentionPooling,
+    CrossAttention,
+    KeyValueProjection,
     MultiHeadAttention,
     PatchEmbedding,
     QuickGELU,
     build_activation,
     build_causal_mask,
+    cached_causal_mask,
+    padding_mask,
 )
 
 
@@ -114,3 +118,45 @@ def test_activations() -> None:
     exact = 0.5 * x * (1 + torch.erf(x / 2**0.5))
     torch.testing.assert_close(build_activation("gelu")(x), exact)
     assert (QuickGELU()(x) - exact).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("split", [1, 3, 5])
+def test_steps_after_a_cache_equal_the_whole(split: int) -> None:
+    attention = MultiHeadAttention(8, 2).double()
+    x, tokens = torch.randn(2, 6, 8, dtype=torch.float64), 6
+    attention_mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    empty = torch.zeros(2, 2, 0, 4, dtype=torch.float64)
+    whole, *_ = attention.step(x, cached_causal_mask(attention_mask, 0, tokens).double(), empty, empty)
+    first, key, value = attention.step(
+        x[:, :split], cached_causal_mask(attention_mask[:, :split], 0, split).double(), empty, empty
+    )
+    mask = cached_causal_mask(attention_mask, split, tokens - split).double()
+    second, key, value = attention.step(x[:, split:], mask, key, value)
+    torch.testing.assert_close(torch.cat([first, second], dim=1), whole)
+    assert key.shape == value.shape == (2, 2, 6, 4)
+
+
+def test_cached_mask_hides_padding_and_what_comes_later() -> None:
+    visible = cached_causal_mask(torch.tensor([[0, 1, 1, 1]]), 2, 2)[0, 0] == 0
+    assert visible.tolist() == [[False, True, True, False], [False, True, True, True]]
+
+
+def test_cross_attention_equals_torchs() -> None:
+    width, states_width, heads = 12, 20, 3
+    original = nn.MultiheadAttention(width, heads, kdim=states_width, vdim=states_width, batch_first=True).double()
+    _randomised(original)
+    attention, projection = (
+        CrossAttention(width, heads).double(),
+        KeyValueProjection(width, states_width, heads).double(),
+    )
+    q_bias, k_bias, v_bias = original.in_proj_bias.chunk(3)
+    with torch.no_grad():
+        attention.q.weight.copy_(original.q_proj_weight)
+        attention.q.bias.copy_(q_bias)
+        projection.kv.weight.copy_(torch.cat([original.k_proj_weight, original.v_proj_weight]))
+        projection.kv.bias.copy_(torch.cat([k_bias, v_bias]))
+    attention.out.load_state_dict(original.out_proj.state_dict())
+    x, states = torch.randn(2, 4, width).double(), torch.randn(2, 5, states_width).double()
+    attention_mask = torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])
+    expected, _ = original(x, states, states, key_padding_mask=attention_mask == 0, need_weights=False)
+    torch.testing.assert_close(attention(x, *projection(states), padding_mask(attention_mask).double()), expected)

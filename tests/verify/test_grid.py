@@ -70,3 +70,18 @@ def test_a_budget_bounds_the_rows_but_not_the_coverage(case: Signature) -> None:
 def test_a_static_signature_is_tried_with_every_seed() -> None:
     fixed = Signature((TensorSpec("x", "float32", (1, 3)),), (), ())
     assert [(dict(point.sizes), point.seed) for point in grid_for(fixed)] == [({}, seed) for seed in SEEDS]
+
+
+def test_sums_follow_their_terms_and_stay_in_their_range() -> None:
+    total = Axis("total", 1, 64, sum_of=("past", "sequence"))
+    case = signature(Axis("batch"), Axis("sequence", 1, 64), Axis("past", 0, 64), total)
+    grid = grid_for(case)
+    for point in grid:
+        assert point.sizes["total"] == point.sizes["past"] + point.sizes["sequence"] <= 64
+    assert {point.sizes["sequence"] for point in grid} >= {1, 64}
+    assert {0, 63} <= {point.sizes["past"] for point in grid}
+
+
+def test_an_axis_is_no_sum_of_unknown_ones() -> None:
+    with pytest.raises(ValueError, match="unknown axes"):
+        signature(Axis("batch"), Axis("total", sum_of=("past", "batch")))
