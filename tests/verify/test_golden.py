@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from vlm_export.bundle.manifest import FileRecord, Manifest, PartRecord, SourceR
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError
 from vlm_export.family import Part, reference_from_module
+from vlm_export.signature import Axis, Signature, TensorSpec
 from vlm_export.verify import golden
 from vlm_export.verify.golden import GoldenRecord, golden_from_reference, golden_points, read_golden, write_golden
 from vlm_export.verify.metrics import Array
@@ -192,3 +194,13 @@ def test_a_tensor_of_another_name_is_refused(
     write_golden(tmp_path, "text", [GoldenRecord({"tokens": records[0].inputs["input_ids"]}, records[0].outputs)])
     with pytest.raises(InputError, match="does not fit"):
         read_golden(_opened(tmp_path, parts["text"]), "text")
+
+
+def test_points_that_would_fill_the_bundle_are_not_recorded() -> None:
+    ids = TensorSpec("input_ids", "int64", ("batch", "sequence"))
+    logits = TensorSpec("logits", "float32", ("batch", "sequence", 50_000))
+    signature = Signature((ids,), (logits,), (Axis("batch"), Axis("sequence", 1, 512)))
+    points = golden_points(signature)
+    assert {point.sizes["sequence"] for point in points} == {1, 3}
+    huge = Signature((ids,), (replace(logits, shape=("batch", "sequence", 50_000_000)),), signature.axes)
+    assert [(point.rows, point.sizes["sequence"]) for point in golden_points(huge)] == [(1, 1)]

@@ -28,7 +28,7 @@ class StagePrinter:
         self._redraw("")
         memory = record.peak_anonymous_bytes
         peak = "" if memory is None else f"  peak {size_text(memory)}"
-        print(f"{record.name:<28}{record.seconds:8.2f} s{peak}", file=sys.stderr)
+        print(f"{record.name:<32}{record.seconds:8.2f} s{peak}", file=sys.stderr)
 
     def _redraw(self, text: str) -> None:
         if self._live:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from vlm_export.bundle.layout import golden_directory
 from vlm_export.bundle.opened import OpenBundle
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from vlm_export.verify.samples import Sample
 
 MAX_FILE_BYTES = 256 << 20
+_MAX_RECORD_BYTES = 32 << 20
 _SEEDS = (1000, 1001)  # not the grid's: the records are inputs that the grid has not seen
 
 
@@ -36,8 +40,20 @@ class GoldenRecord:
 
 
 def golden_points(signature: Signature) -> tuple[GridPoint, ...]:
-    """The points to record: batches 1 and 2 and every size of the other axes, a few rows in all."""
-    return grid_for(signature, seeds=_SEEDS, budget_rows=1)
+    """The points to record: batches 1 and 2 and every size of the other axes, a few rows in all.
+
+    Points whose arrays would take more than `_MAX_RECORD_BYTES` are left out (a decoder's logits at full length), but
+    for the smallest.
+    """
+    points = grid_for(signature, seeds=_SEEDS, budget_rows=1)
+    sizes = [_record_bytes(signature, point) for point in points]
+    bound = max(_MAX_RECORD_BYTES, min(sizes))
+    return tuple(point for point, size in zip(points, sizes, strict=True) if size <= bound)
+
+
+def _record_bytes(signature: Signature, point: GridPoint) -> int:
+    tensors = (*signature.inputs, *signature.outputs)
+    return sum(prod(t.concrete_shape(point.sizes)) * np.dtype(t.dtype).itemsize for t in tensors)
 
 
 def golden_from_reference(

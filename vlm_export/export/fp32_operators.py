@@ -1,0 +1,22 @@
+"""Operators that later precision work must leave in float32."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from vlm_export.family import Part
+
+# Half the smallest positive float16: what is below becomes zero.
+_SMALLEST_FLOAT16 = 2.0**-25
+
+
+def fp32_operators(part: Part) -> tuple[str, ...]:
+    """Names of the layer norms whose epsilon is zero in float16, so that a constant row would be divided by zero.
+
+    A name is a module's: the graph's LayerNormalization, or its parts, reads the initializer `<name>.weight`.
+    """
+    return tuple(
+        name
+        for name, module in part.module.named_modules()
+        if isinstance(module, nn.LayerNorm) and module.eps <= _SMALLEST_FLOAT16
+    )
