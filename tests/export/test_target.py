@@ -35,3 +35,11 @@ def test_target(target: Target | None, checkpoint: Path, tmp_path: Path) -> None
     reports = verify_against_source(bundle, str(checkpoint), (CPU,), 1, Stages())
     assert [report.part for report in reports] == ["vision", "text"]
     assert all(report.passed for report in reports)
+
+
+def test_the_preprocessing_part_is_verified_against_the_source_too(checkpoint: Path, tmp_path: Path) -> None:
+    options = ExportOptions(opset=17, exporter="torchscript", with_tokenizer=False, with_preprocessing=True, threads=1)
+    export_bundle(str(checkpoint), tmp_path / "bundle", options)
+    reports = verify_against_source(open_bundle(tmp_path / "bundle"), str(checkpoint), (CPU,), 1, Stages())
+    assert [report.part for report in reports] == ["vision", "text", "vision_from_uint8"]
+    assert all(report.passed for report in reports)
