@@ -58,6 +58,8 @@ class BlipFamily:
         if options.dynamic_image_size:
             raise UsageError("BLIP takes one picture size", got="--dynamic-image-size", fix="use --image-size")
         architecture = architecture_from_checkpoint(checkpoint)
+        if architecture.key_names == "huggingface":
+            blip_weights.check_tied(checkpoint)
         modules = build_modules(architecture)
         dropped = load_weights(modules, checkpoint, _table(architecture, checkpoint.tensors), store)
         image_size = apply_image_size(modules.vision, architecture.vision.image_size, options)

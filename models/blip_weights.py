@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
+
+from vlm_export.errors import InputError
+from vlm_export.family import Checkpoint
 from vlm_export.models.vit_weights import vit_table
 from vlm_export.models.weights import Rows, Target, Unsqueezed, WeightTable, prefixed, repeat
 
@@ -113,6 +117,23 @@ def decoder_table(layers: int, keys: Iterable[str]) -> dict[str, Target]:
         present = [name for name in names if f"text_decoder.{name}" in stored] or list(names)
         table |= dict.fromkeys(present[:-1]) | {present[-1]: target}
     return prefixed(table, "text_decoder.", "")
+
+
+def check_tied(checkpoint: Checkpoint) -> None:
+    """InputError when a Hugging Face file holds two different tensors where the model has one.
+
+    Salesforce's loader lets the last one count, transformers would not tie them; both are the same in honest files.
+    """
+    for names, _ in _TIED:
+        present = [f"text_decoder.{name}" for name in names if f"text_decoder.{name}" in checkpoint.tensors]
+        if len(present) == 2 and not torch.equal(*map(checkpoint.read, present)):
+            raise InputError(
+                "the decoder's output matrix or bias is not tied",
+                where=checkpoint.source,
+                expected=f"{present[0]} and {present[1]} equal",
+                got="different values",
+                fix="BLIP ties them; a model trained without tie_word_embeddings is not supported",
+            )
 
 
 def training_leftovers(keys: Iterable[str]) -> dict[str, Target]:
