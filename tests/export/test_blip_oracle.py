@@ -27,6 +27,7 @@ from vlm_export.export.writer import write_graph
 from vlm_export.family import Part, reference_from_module
 from vlm_export.models.bert import BertLayer
 from vlm_export.models.blip import BlipFamily
+from vlm_export.models.layers import KeyValueProjection
 from vlm_export.runtime.engine import OrtEngine
 from vlm_export.verify.gates import GATES
 from vlm_export.verify.grid import grid_for
@@ -168,8 +169,8 @@ def test_the_text_graph_holds_no_cross_attention(
     encoder = parts[variant, "multimodal_text"].module.get_submodule("encoder")
     cross = {name: encoder.get_submodule(name) for name in ("cross", "keys_values")}
     attending = contents(numpy_weights(cross))
-    # Queries, outputs, and keys with values, of each layer.
-    assert len(attending) == 2 * 3 * len(cross["cross"].state_dict()) // 6
+    # Queries, outputs, keys and values, of each layer, in both orientations.
+    assert len(attending) == 2 * 4 * len(cross["cross"].state_dict()) // 6
     text, multimodal = (graph_of(variant, name, target).weights() for name in ("text", "multimodal_text"))
     assert not [name for name in text if "cross" in name or "keys_values" in name]
     assert not attending & contents(text)
@@ -258,9 +259,9 @@ def drop_cross_attention(module: nn.Module) -> None:
 
 
 def swap_keys_and_values(module: nn.Module) -> None:
-    for name, child in module.named_modules():
-        if name.endswith(".kv"):
-            child.register_forward_hook(lambda _, inputs, output: output.roll(output.shape[-1] // 2, -1))
+    for child in module.modules():
+        if isinstance(child, KeyValueProjection):
+            child.register_forward_hook(lambda _, inputs, output: output[::-1])
 
 
 def ignore_the_position_offset(module: nn.Module) -> None:
