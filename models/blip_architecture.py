@@ -50,6 +50,7 @@ class BlipArchitecture:
         projection_dim: D of the contrastive space, 0 without projections.
         has_matching_head: image-text matching.
         encoder, decoder: the text transformers, None where the checkpoint has none.
+        compares_pictures: the encoder attends to two pictures at once (NLVR).
     """
 
     key_names: KeyNames
@@ -59,6 +60,7 @@ class BlipArchitecture:
     projection_dim: int
     has_matching_head: bool
     tokens: BlipTokens
+    compares_pictures: bool = False
 
     @property
     def answers_questions(self) -> bool:
@@ -77,17 +79,10 @@ def architecture_from_checkpoint(checkpoint: Checkpoint) -> BlipArchitecture:
     """Sizes from shapes; for Hugging Face directories heads, epsilons and token ids from config.json.
 
     Raises:
-        InputError: tensors that determine the sizes are missing, or it is a checkpoint for pairs of pictures (NLVR).
+        InputError: tensors that determine the sizes are missing.
     """
     shapes = Shapes(checkpoint)
     huggingface = "vision_model.embeddings.class_embedding" in checkpoint.tensors
-    if "cls_head.0.weight" in checkpoint.tensors:
-        raise InputError(
-            "BLIP's checkpoints for pairs of pictures (NLVR) are not supported",
-            where=checkpoint.source,
-            expected="features, retrieval, captioning or question answering",
-            got="cls_head.*",
-        )
     text_config = config_section(checkpoint, "text_config") if huggingface else None
     has = checkpoint.tensors.__contains__
     encoder, decoder = (_text_sizes(shapes, prefix, text_config) for prefix in _TEXT_PREFIXES)
@@ -101,6 +96,7 @@ def architecture_from_checkpoint(checkpoint: Checkpoint) -> BlipArchitecture:
         decoder=decoder,
         projection_dim=shapes.of("vision_proj.weight", 2)[0] if has("vision_proj.weight") else 0,
         has_matching_head=has("itm_head.weight"),
+        compares_pictures=has("cls_head.0.weight"),
         tokens=_tokens(text_config, vocab_size),
     )
     return _checked(architecture, checkpoint)
@@ -143,6 +139,10 @@ def _text_sizes(shapes: Shapes, prefix: str, config: Mapping[str, Any] | None) -
     if words not in keys and tied in shapes.checkpoint.tensors:
         words = tied
     has_cross = any(".crossattention." in key for key in keys)
+    # Pairs of pictures have two of each projection.
+    attended = (
+        f"{first}crossattention.self{'0' if f'{first}crossattention.self0.key.weight' in keys else ''}.key.weight"
+    )
     return BertSizes(
         width=width,
         layers=shapes.count(f"{prefix}encoder.layer."),
@@ -150,7 +150,7 @@ def _text_sizes(shapes: Shapes, prefix: str, config: Mapping[str, Any] | None) -
         hidden=shapes.of(f"{first}intermediate.dense.weight", 2)[0],
         vocab_size=shapes.of(words, 2)[0],
         positions=positions,
-        states_width=shapes.of(f"{first}crossattention.self.key.weight", 2)[1] if has_cross else 0,
+        states_width=shapes.of(attended, 2)[1] if has_cross else 0,
         eps=config_number(config, "layer_norm_eps", TEXT_EPS),
     )
 

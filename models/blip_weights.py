@@ -68,6 +68,30 @@ PROJECTIONS: WeightTable = {
     "text_proj.weight": "text_projection.weight",
     "text_proj.bias": "text_projection.bias",
 }
+_TWIN: WeightTable = {
+    "crossattention.self{t}.query.weight": "twins.{i}.attention{t}.q.weight",
+    "crossattention.self{t}.query.bias": "twins.{i}.attention{t}.q.bias",
+    "crossattention.self{t}.key.weight": "twins.{i}.keys_values{t}.k.weight",
+    "crossattention.self{t}.key.bias": "twins.{i}.keys_values{t}.k.bias",
+    "crossattention.self{t}.value.weight": "twins.{i}.keys_values{t}.v.weight",
+    "crossattention.self{t}.value.bias": "twins.{i}.keys_values{t}.v.bias",
+    "crossattention.output.dense{t}.weight": "twins.{i}.attention{t}.out.weight",
+    "crossattention.output.dense{t}.bias": "twins.{i}.attention{t}.out.bias",
+}
+_TWIN_NORM: WeightTable = {
+    "crossattention.output.LayerNorm.weight": "twins.{i}.norm.weight",
+    "crossattention.output.LayerNorm.bias": "twins.{i}.norm.bias",
+}
+_TWIN_MERGE: WeightTable = {
+    "crossattention.output.merge_layer.weight": "twins.{i}.merge.weight",
+    "crossattention.output.merge_layer.bias": "twins.{i}.merge.bias",
+}
+_PAIR_HEAD: WeightTable = {
+    "cls_head.0.weight": "pair.head1.weight",
+    "cls_head.0.bias": "pair.head1.bias",
+    "cls_head.2.weight": "pair.head2.weight",
+    "cls_head.2.bias": "pair.head2.bias",
+}
 MATCHING: WeightTable = {"itm_head.weight": "matching.weight", "itm_head.bias": "matching.bias"}
 _HF_VISION: WeightTable = {
     "embeddings.class_embedding": Unsqueezed("class_embedding", 2),
@@ -107,6 +131,16 @@ def vision_table(layers: int, *, huggingface: bool) -> dict[str, Target]:
 def encoder_table(layers: int, *, has_cross_attention: bool) -> dict[str, Target]:
     """`text_encoder`."""
     return prefixed({**_WORDS, **_bert(layers, has_cross_attention)}, "text_encoder.", "encoder.")
+
+
+def pair_table(layers: int, first_merging_layer: int) -> dict[str, Target]:
+    """`text_encoder` and `cls_head` of checkpoints for pairs of pictures (NLVR)."""
+    twins = repeat(_TWIN, 2, "{t}") | dict(_TWIN_NORM)
+    table: dict[str, Target] = dict(_WORDS) | _bert(layers, False)
+    for i in range(layers):
+        layer = {**twins, **_TWIN_MERGE} if i >= first_merging_layer else twins
+        table |= repeat(prefixed(layer, "encoder.layer.{i}.", ""), 1, "{i}", first=i)
+    return prefixed(table, "text_encoder.", "pair.") | dict(_PAIR_HEAD)
 
 
 def decoder_table(layers: int, keys: Iterable[str]) -> dict[str, Target]:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint, TensorInfo
 from vlm_export.models.blip import BlipFamily
 from vlm_export.models.blip_architecture import architecture_from_json
@@ -32,6 +31,8 @@ PUBLISHED = {
     "itm_large_384": 446_128_642,
     "vqa_base_480": 361_478_972,
     "vqa_large_480": 583_880_764,
+    "nlvr_base_384": 259_372_034,
+    "nlvr_large_384": 486_409_474,
     "retrieval_ckpt_base_384": 223_744_258,
     "retrieval_ckpt_large_384": 446_128_642,
 }
@@ -67,7 +68,7 @@ def test_published_manifests_load_by_shape(name: str) -> None:
     model = family.build(checkpoint, MetaStore())
     modules = build_modules(architecture_from_json(model.architecture))
     assert count(modules) == PUBLISHED[name]
-    keys = {"feature_extractor": "text", "caption": "text_decoder", "vqa": "vqa_encoder"}
+    keys = {"feature_extractor": "text", "caption": "text_decoder", "vqa": "vqa_encoder", "nlvr": "pair_text"}
     assert keys.get(name.rsplit("_", 2)[0], "multimodal_text") in [part.name for part in model.parts]
     outlines = {part.name: part.parameter_count for part in family.describe(checkpoint).parts}
     assert outlines == {part.name: count(part.module) for part in model.parts}
@@ -90,11 +91,3 @@ def test_parts_hold_what_the_original_counts() -> None:
     assert counts["multimodal_text"] - counts["text"] == 12 * (4 * (768 * 768 + 768) + 2 * 768)
     answers = {part.name: part.parameter_count for part in BlipFamily().describe(published("vqa_base_480")).parts}
     assert (answers["vision"], answers["vqa_encoder"]) == (86_339_328, 137_258_496)
-
-
-@pytest.mark.parametrize("name", ["nlvr_base_384", "nlvr_large_384"])
-def test_checkpoints_for_pairs_of_pictures_are_refused(name: str) -> None:
-    checkpoint = published(name)
-    for attempt in (BlipFamily().describe, lambda c: BlipFamily().build(c, MetaStore())):
-        with pytest.raises(InputError, match="NLVR"):
-            attempt(checkpoint)
