@@ -140,9 +140,8 @@ def _text_sizes(shapes: Shapes, prefix: str, config: Mapping[str, Any] | None) -
         words = tied
     has_cross = any(".crossattention." in key for key in keys)
     # Pairs of pictures have two of each projection.
-    attended = (
-        f"{first}crossattention.self{'0' if f'{first}crossattention.self0.key.weight' in keys else ''}.key.weight"
-    )
+    twins = f"{first}crossattention.self0.key.weight"
+    attended = twins if twins in keys else f"{first}crossattention.self.key.weight"
     return BertSizes(
         width=width,
         layers=shapes.count(f"{prefix}encoder.layer."),

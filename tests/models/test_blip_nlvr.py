@@ -86,7 +86,8 @@ class Original:
     def attend(self, x: Tensor, states: Tensor, name: str, hidden: Tensor | float = 0.0) -> Tensor:
         query, key = self.linear(x, f"{name}.query"), self.linear(states, f"{name}.key")
         scores = query @ key.transpose(1, 2) / WIDTH**0.5 + hidden
-        return scores.softmax(-1) @ self.linear(states, f"{name}.value")
+        found: Tensor = scores.softmax(-1) @ self.linear(states, f"{name}.value")
+        return found
 
     def __call__(self, ids: Tensor, mask: Tensor, image0: Tensor, image1: Tensor) -> Tensor:
         text = "text_encoder."
