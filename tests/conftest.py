@@ -27,26 +27,37 @@ BLIP_DATA = Path(__file__).parent / "data" / "blip"
 
 
 @pytest.fixture(scope="session")
-def oracle_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Model]]:
-    """Opens `<variant>/<file>` of the oracle and builds its model, once."""
+def build_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Model]]:
+    """Opens a path and builds its model, with BuildOptions if given; converted weights live until the session's end."""
     import torch
 
     from vlm_export.checkpoint.open import open_checkpoint
     from vlm_export.checkpoint.store import ScratchStore
+    from vlm_export.family import DEFAULT_BUILD, BuildOptions
     from vlm_export.models.registry import recognise
 
     torch.set_num_threads(1)
-    models: dict[str, Model] = {}
     with ExitStack() as stack:
 
-        def build(name: str) -> Model:
-            if name not in models:
-                store = stack.enter_context(ScratchStore(tmp_path_factory.mktemp("store") / "weights.bin"))
-                checkpoint = open_checkpoint(str(CLIP_DATA / name))
-                models[name] = recognise(checkpoint).build(checkpoint, store)
-            return models[name]
+        def build(source: Path, options: BuildOptions = DEFAULT_BUILD) -> Model:
+            checkpoint = open_checkpoint(str(source))
+            store = stack.enter_context(ScratchStore(tmp_path_factory.mktemp("store") / "weights.bin"))
+            return recognise(checkpoint).build(checkpoint, store, options)
 
         yield build
+
+
+@pytest.fixture(scope="session")
+def oracle_model(build_model: Callable[..., Model]) -> Callable[[str], Model]:
+    """Opens `<variant>/<file>` of CLIP's oracle and builds its model, once."""
+    models: dict[str, Model] = {}
+
+    def build(name: str) -> Model:
+        if name not in models:
+            models[name] = build_model(CLIP_DATA / name)
+        return models[name]
+
+    return build
 
 
 @pytest.fixture(scope="session")

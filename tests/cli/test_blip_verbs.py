@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from vlm_export import load
 from vlm_export.runtime.vision_language import load_vision_language
 
 pytestmark = pytest.mark.needs_torch
@@ -66,9 +67,16 @@ def test_verbs_on_a_bundle_of_clip(cli: Cli, pair: Path) -> None:
     for arguments in (
         ["caption", pair, PICTURES[0]],
         ["ask", pair, PICTURES[0], "what"],
-        ["match", pair, PICTURES[0], "a"],
+        ["match", pair, PICTURES[0], "a", "--first-token", "enc"],
     ):
         cli(*arguments).refused(3, "this bundle cannot")
+    texts = ["a", "a cat"]
+    cosines = load(pair).encode_text(texts) @ load(pair).encode_image(PICTURES[0])[0]
+    data = cli("match", pair, PICTURES[0], *texts, "--json", *ONE).data
+    assert {entry["text"]: entry["cosine"] for entry in data["matches"]} == {
+        text: pytest.approx(float(cosine), abs=1e-5) for text, cosine in zip(texts, cosines, strict=True)
+    }
+    assert len(cli("match", pair, PICTURES[0], *texts, *ONE).out.splitlines()) == 3
 
 
 def test_ask(cli: Cli, blip_bundle: Bundle) -> None:

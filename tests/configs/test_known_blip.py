@@ -32,6 +32,7 @@ FINE_TUNED = {
     "model_large_retrieval_flickr": "retrieval_ckpt_large_384",
     "model_vqa": "vqa_base_480",
     "model_base_vqa_capfilt_large": "vqa_base_480",
+    "model_base_nlvr": "nlvr_base_384",
 }
 PRETRAINED = {
     "model_base_14M": "base",

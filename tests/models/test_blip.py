@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,24 +40,8 @@ Weights = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Build]:
-    """Opens a path and builds its model; weights that were converted live until the module's end."""
-    torch.set_num_threads(1)
-    with ExitStack() as stack:
-
-        def make(source: Path, options: BuildOptions | None = None) -> Model:
-            checkpoint = open_checkpoint(str(source))
-            store = stack.enter_context(ScratchStore(tmp_path_factory.mktemp("store") / "weights.bin"))
-            family = recognise(checkpoint)
-            assert isinstance(family, BlipFamily)
-            return family.build(checkpoint, store, options or BuildOptions())
-
-        yield make
-
-
-@pytest.fixture(scope="module")
-def models(build: Build) -> dict[str, Model]:
-    return {variant: build(oracle.checkpoint_path(variant)) for variant in VARIANTS}
+def models(build_model: Build) -> dict[str, Model]:
+    return {variant: build_model(oracle.checkpoint_path(variant)) for variant in VARIANTS}
 
 
 def runner(model: Model) -> Callable[[str, Arrays], Arrays]:
@@ -85,9 +68,9 @@ def test_every_record(variant: str, models: dict[str, Model]) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_another_image_size_resamples_the_positions_as_the_original_does(variant: str, build: Build) -> None:
+def test_another_image_size_resamples_the_positions_as_the_original_does(variant: str, build_model: Build) -> None:
     record, size = oracle.read_record(variant), oracle.read_meta(variant)["config"]["image_size_resized"]
-    model = build(oracle.checkpoint_path(variant), BuildOptions(image_size=size))
+    model = build_model(oracle.checkpoint_path(variant), BuildOptions(image_size=size))
     positions = model.parts[0].module.get_parameter("vision.position_embedding").numpy()
     assert_same(positions[None], record["output_resized.pos_embed_interpolated"], "positions", 1e-6)
     tokens = runner(model)("vision", {"pixel_values": record["input.image_resized"]})["last_hidden_state"]
@@ -285,13 +268,13 @@ def test_not_finite_weights_and_pictures_of_any_size_are_refused(tmp_path: Path)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("variant", ["retrieval", "vqa"])
 def test_half_precision_files_give_their_rounded_weights(
-    variant: str, dtype: torch.dtype, tmp_path: Path, build: Build
+    variant: str, dtype: torch.dtype, tmp_path: Path, build_model: Build
 ) -> None:
     weights = original_weights(variant)
     rounded = {key: t.to(dtype) if t.is_floating_point() else t for key, t in weights.items()}
     torch.save({"model": rounded}, tmp_path / "half.pth")
     torch.save({"model": {key: t.float() for key, t in rounded.items()}}, tmp_path / "full.pth")
-    half, full = build(tmp_path / "half.pth"), build(tmp_path / "full.pth")
+    half, full = build_model(tmp_path / "half.pth"), build_model(tmp_path / "full.pth")
     for left, right in zip(half.parts, full.parts, strict=True):
         for name, tensor in left.module.state_dict().items():
             assert tensor.dtype == torch.float32

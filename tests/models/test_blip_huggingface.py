@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,13 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vlm_export.checkpoint.open import open_checkpoint
-from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.cli.main import main
 from vlm_export.errors import InputError
-from vlm_export.family import BuildOptions, Model, reference_from_module
-from vlm_export.models.blip import BlipFamily
+from vlm_export.family import Model, reference_from_module
 from vlm_export.models.blip_architecture import architecture_from_checkpoint
-from vlm_export.models.registry import recognise
 
 oracle = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("blip_oracle.py"))))
 
@@ -36,22 +32,6 @@ VOCABULARY, START = 160, 158
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]
 Build = Callable[..., Model]
-
-
-@pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Build]:
-    """Opens a path and builds its model; weights that were converted live until the module's end."""
-    torch.set_num_threads(1)
-    with ExitStack() as stack:
-
-        def make(source: Path, options: BuildOptions | None = None) -> Model:
-            checkpoint = open_checkpoint(str(source))
-            store = stack.enter_context(ScratchStore(tmp_path_factory.mktemp("store") / "weights.bin"))
-            family = recognise(checkpoint)
-            assert isinstance(family, BlipFamily)
-            return family.build(checkpoint, store, options or BuildOptions())
-
-        yield make
 
 
 def runner(model: Model) -> Callable[[str, Arrays], Arrays]:
@@ -167,9 +147,9 @@ def assert_equals_transformers(model: Model, original: Any, kind: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "parts"), CLASSES.items())
-def test_huggingface_equals_transformers(kind: str, parts: list[str], tmp_path: Path, build: Build) -> None:
+def test_huggingface_equals_transformers(kind: str, parts: list[str], tmp_path: Path, build_model: Build) -> None:
     original = make_huggingface(tmp_path / "model", kind)
-    model = build(tmp_path / "model")
+    model = build_model(tmp_path / "model")
     assert [part.name for part in model.parts] == parts
     assert_equals_transformers(model, original, kind)
     tokens = model.facts["tokens"]
@@ -192,12 +172,12 @@ def test_huggingface_equals_transformers(kind: str, parts: list[str], tmp_path: 
     ],
 )
 def test_what_config_json_says_is_used(
-    kind: str, section: str, field: str, value: float, tmp_path: Path, build: Build
+    kind: str, section: str, field: str, value: float, tmp_path: Path, build_model: Build
 ) -> None:
     """Negative control: with the original's epsilons, or with other heads, transformers' outputs are missed."""
     original = make_huggingface(tmp_path / "model", kind)
     change_config(tmp_path / "model", lambda config: config[section].update({field: value}))
-    found, expected = our_outputs(build(tmp_path / "model"), kind), transformers_outputs(original, kind)
+    found, expected = our_outputs(build_model(tmp_path / "model"), kind), transformers_outputs(original, kind)
     assert max(float(np.abs(found[name] - expected[name]).max()) for name in expected) > 1e-2
 
 
@@ -210,15 +190,15 @@ def change_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
 
 @pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize("save", [{"max_shard_size": "60KB"}, {"dtype": torch.float16}, {"dtype": torch.bfloat16}])
-def test_huggingface_forms(kind: str, save: dict[str, Any], tmp_path: Path, build: Build) -> None:
+def test_huggingface_forms(kind: str, save: dict[str, Any], tmp_path: Path, build_model: Build) -> None:
     original = make_huggingface(tmp_path / "model", kind, **save)
     shards = len(list((tmp_path / "model").glob("*.safetensors")))
     assert (shards > 1) == ("max_shard_size" in save)
-    assert_equals_transformers(build(tmp_path / "model"), original, kind)
+    assert_equals_transformers(build_model(tmp_path / "model"), original, kind)
 
 
 @pytest.mark.parametrize("stored", ["once", "once, as the output matrix", "twice"])
-def test_tied_weights_however_often_they_are_stored(stored: str, tmp_path: Path, build: Build) -> None:
+def test_tied_weights_however_often_they_are_stored(stored: str, tmp_path: Path, build_model: Build) -> None:
     kind = "BlipForConditionalGeneration"
     original = make_huggingface(tmp_path / "model", kind)
     path = tmp_path / "model" / "model.safetensors"
@@ -237,19 +217,19 @@ def test_tied_weights_however_often_they_are_stored(stored: str, tmp_path: Path,
         # transformers before 4.31 stored this buffer too.
         weights["text_decoder.bert.embeddings.position_ids"] = torch.arange(24)[None]
     save_file(weights, path, metadata={"format": "pt"})
-    model = build(tmp_path / "model")
+    model = build_model(tmp_path / "model")
     assert_equals_transformers(model, original, kind)
     assert len(model.dropped_keys) == (3 if stored == "twice" else 0)
 
 
-def test_untied_weights_are_refused(tmp_path: Path, build: Build) -> None:
+def test_untied_weights_are_refused(tmp_path: Path, build_model: Build) -> None:
     make_huggingface(tmp_path / "model", "BlipForConditionalGeneration")
     path = tmp_path / "model" / "model.safetensors"
     weights = load_file(path)
     words = weights["text_decoder.bert.embeddings.word_embeddings.weight"]
     save_file({**weights, "text_decoder.cls.predictions.decoder.weight": words + 0.1}, path)
     with pytest.raises(InputError, match="not tied"):
-        build(tmp_path / "model")
+        build_model(tmp_path / "model")
 
 
 @pytest.mark.parametrize(
@@ -264,12 +244,12 @@ def test_untied_weights_are_refused(tmp_path: Path, build: Build) -> None:
     ],
 )
 def test_config_that_does_not_fit_is_refused(
-    change: Callable[[dict[str, Any]], object], what: str, tmp_path: Path, build: Build
+    change: Callable[[dict[str, Any]], object], what: str, tmp_path: Path, build_model: Build
 ) -> None:
     make_huggingface(tmp_path / "model", "BlipForConditionalGeneration")
     change_config(tmp_path / "model", change)
     with pytest.raises(InputError, match=what):
-        build(tmp_path / "model")
+        build_model(tmp_path / "model")
 
 
 def test_what_config_json_leaves_out_is_the_default_of_transformers(tmp_path: Path) -> None:
@@ -285,10 +265,10 @@ def test_what_config_json_leaves_out_is_the_default_of_transformers(tmp_path: Pa
         architecture_from_checkpoint(open_checkpoint(str(tmp_path / "model")))
 
 
-def test_weights_alone_do_not_tell_the_heads(tmp_path: Path, build: Build) -> None:
+def test_weights_alone_do_not_tell_the_heads(tmp_path: Path, build_model: Build) -> None:
     make_huggingface(tmp_path / "model", "BlipForImageTextRetrieval")
     with pytest.raises(InputError, match=r"config\.json") as caught:
-        build(tmp_path / "model" / "model.safetensors")
+        build_model(tmp_path / "model" / "model.safetensors")
     assert "directory" in caught.value.fix
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_export.cli.common import add_common_options, add_engine_options, providers
 from vlm_export.cli.output import print_json, print_table
+
+if TYPE_CHECKING:
+    from vlm_export.runtime.image import FloatArray
 
 
 def add_parser(verbs: Any) -> None:
     parser: argparse.ArgumentParser = verbs.add_parser(
         "match",
         help="whether texts fit a picture",
-        description="For each text the probability that it describes the picture, and the cosine of the embeddings.",
+        description="For each text the cosine of its embedding and the picture's, and, where the bundle has a matching "
+        "head (BLIP), the probability that it describes the picture.",
     )
     parser.add_argument("bundle", metavar="DIR", help="directory of the bundle")
     parser.add_argument("image", metavar="IMAGE", help="a picture")
@@ -31,9 +35,15 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from vlm_export.runtime.matching import MULTIMODAL
     from vlm_export.runtime.vision_language import load_vision_language
 
     model = load_vision_language(args.bundle, providers=providers(args), threads=args.threads)
+    parts = {part.name for part in model.manifest.parts}
+    if MULTIMODAL not in parts and parts >= {"vision", "text"} and args.first_token is None:
+        return _print_cosines(
+            args, model.encode_image(args.image), model.encode_text(args.texts, truncate=args.truncate)
+        )
     matches = model.match(args.image, args.texts, first_token=args.first_token, truncate=args.truncate)
     found = sorted(zip(args.texts, matches, strict=True), key=lambda entry: -entry[1].probability)
     if args.json:
@@ -45,4 +55,14 @@ def run(args: argparse.Namespace) -> int:
     else:
         rows = [(f"{100 * match.probability:6.2f} %", f"{match.cosine:.4f}", text) for text, match in found]
         print_table(("probability", "cosine", "text"), rows)
+    return 0
+
+
+def _print_cosines(args: argparse.Namespace, image: FloatArray, texts: FloatArray) -> int:
+    """An encoder pair has no matching head."""
+    found = sorted(zip(args.texts, map(float, texts @ image[0]), strict=True), key=lambda entry: -entry[1])
+    if args.json:
+        print_json({"image": args.image, "matches": [{"text": text, "cosine": cosine} for text, cosine in found]})
+    else:
+        print_table(("cosine", "text"), [(f"{cosine:.4f}", text) for text, cosine in found])
     return 0
