@@ -9,6 +9,8 @@ from vlm_export.family import Checkpoint, Family
 
 FAMILIES = {
     "clip": "vlm_export.models.clip:ClipFamily",
+    "minicpmv": "vlm_export.models.minicpmv:MiniCpmVFamily",
+    "omnilmm": "vlm_export.models.minicpmv:OmniLmmFamily",
     "blip": "vlm_export.models.blip:BlipFamily",
 }
 
