@@ -6,7 +6,7 @@ MiniCPM-V-2_6, MiniCPM-V-4_5's resampler, OpenBMB/OmniLMM (08ae772). The languag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -31,10 +31,14 @@ from vlm_export.models.minicpmv_architecture import (
 )
 from vlm_export.models.minicpmv_modules import VisionModules, build_modules
 from vlm_export.models.minicpmv_parts import build_parts
+from vlm_export.models.shapes import config_integer, config_section
 from vlm_export.models.vit import VitForm
 from vlm_export.models.vit_weights import eva_table
 from vlm_export.models.weights import Target, load_weights, published_tensors
+from vlm_export.slice_spec import SliceSpec, slice_spec_from_version
 
+# Whatever else the file holds is the language model.
+_VISION_PREFIXES = ("vpm.", "resampler.", "model.vision_tower.", "model.resampler.")
 _PACKED_NOTE = (
     "pictures of different shapes share a batch: each is a row of patches, and tgt_sizes tells its rows and columns"
 )
@@ -65,7 +69,7 @@ class MiniCpmVFamily:
         architecture = self.derive(checkpoint)
         modules = _modules(architecture)
         table = _table(architecture)
-        aside = {key: None for key in checkpoint.tensors if _is_language_model(key, table)}
+        aside = {key: None for key in checkpoint.tensors if not key.startswith(_VISION_PREFIXES)}
         dropped = load_weights(modules, checkpoint, {**table, **aside}, store)
         parts = tuple(build_parts(architecture, modules))
         return Model(
@@ -75,7 +79,7 @@ class MiniCpmVFamily:
             image=None,
             text=None,
             hub_config=checkpoint.config or {},
-            facts={"version": architecture.version, "queries": architecture.resampler.queries},
+            facts={"version": architecture.version, "slicing": _slicing(architecture, checkpoint).to_json()},
             dropped_keys=dropped,
             references={part.name: partial(reference_from_module, part) for part in parts},
             reference_name="unpatched eager module",
@@ -104,6 +108,19 @@ def _modules(architecture: VisionArchitecture) -> VisionModules:
     return build_modules(architecture.vision, architecture.resampler)
 
 
+def _slicing(architecture: VisionArchitecture, checkpoint: Checkpoint) -> SliceSpec:
+    """How pictures are cut: config.json's numbers, or the defaults of the version's own code."""
+    config = checkpoint.config or {}
+    section = config if architecture.version == "2.0" else config_section(checkpoint, "slice_config")
+    return slice_spec_from_version(
+        architecture.version,
+        queries=architecture.resampler.queries,
+        size_pixels=architecture.image_size,
+        patch_size=architecture.vision.patch_size,
+        max_slices=config_integer(section, "max_slice_nums", 9),
+    )
+
+
 def _table(architecture: VisionArchitecture) -> dict[str, Target]:
     vision, sizes = architecture.vision, architecture.resampler
     resampler = minicpmv_weights.resampler_table(
@@ -114,12 +131,6 @@ def _table(architecture: VisionArchitecture) -> dict[str, Target]:
     if architecture.version == "omnilmm":
         return minicpmv_weights.vision_table(eva_table(vision.layers), resampler, "model.vision_tower.", "model.")
     return minicpmv_weights.vision_table(minicpmv_weights.siglip_table(vision.layers), resampler, "vpm.", "")
-
-
-def _is_language_model(key: str, table: Iterable[str]) -> bool:
-    """Keys of other modules: whatever is neither the image encoder's nor the resampler's."""
-    vision = ("vpm.", "resampler.", "model.vision_tower.", "model.resampler.")
-    return not key.startswith(vision)
 
 
 def _notes(architecture: VisionArchitecture) -> Iterator[str]:
