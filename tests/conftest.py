@@ -1,18 +1,22 @@
-"""What several areas share: the oracle as models and records, and tiny Hugging Face checkpoints.
+"""What several areas share: the oracle as models and records, tiny Hugging Face checkpoints, linked distributions.
 
 Imports torch only where it is used: the runtime's tests run without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from packaging.requirements import Requirement
 
 if TYPE_CHECKING:
     from vlm_export.family import Model
@@ -102,3 +106,42 @@ def make_huggingface_clip() -> Callable[..., Any]:
         return model.float()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def link_distributions() -> Callable[..., None]:
+    """Fills an environment from this one: `link(requirements, site_packages, alone=names without dependencies)`."""
+
+    def link(requirements: Sequence[str], site: Path, alone: Sequence[str] = ()) -> None:
+        for dist in (*_needed_distributions(requirements).values(), *map(distribution, alone)):
+            _link_distribution(dist, site)
+
+    return link
+
+
+def _needed_distributions(requirements: Sequence[str]) -> dict[str, Distribution]:
+    """The installed distributions that satisfy the requirements without extras, and what those require in turn."""
+    found: dict[str, Distribution] = {}
+    waiting = [Requirement(text) for text in requirements]
+    while waiting:
+        requirement = waiting.pop()
+        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+        if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        found[name] = distribution(requirement.name)
+        assert requirement.specifier.contains(found[name].version, prereleases=True), str(requirement)
+        waiting += [Requirement(text) for text in found[name].requires or []]
+    return found
+
+
+def _link_distribution(dist: Distribution, site: Path) -> None:
+    """Links each top-level entry of an installed distribution into `site`: no download, no copy but the metadata's."""
+    for top in {file.parts[0] for file in dist.files or [] if file.parts[0] not in ("..", "__pycache__")}:
+        origin, target = Path(str(dist.locate_file(top))), site / top
+        if target.exists():
+            continue
+        if top.endswith(".dist-info"):
+            # uv overlooks metadata behind a link.
+            shutil.copytree(origin, target)
+        else:
+            target.symlink_to(origin)

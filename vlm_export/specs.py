@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from vlm_export.errors import InputError, suggestion
@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 RgbStage = Literal["after_crop", "before_resize"]
+Fit = Literal["crop", "squash"]
 TextCleaning = Literal["openai", "none"]
 
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """Image preprocessing: resize the shorter edge, centre-crop a square, convert to RGB, rescale, normalise.
+    """Image preprocessing: make the picture a square, convert to RGB, rescale, normalise.
 
     Attributes:
         size_pixels: edge of the square that the vision part takes.
@@ -25,6 +26,8 @@ class ImageSpec:
         rgb_stage: OpenAI's pipeline converts to RGB after the crop, transformers' before the resize; palette and
             transparent pictures differ.
         mean, std: per channel (R, G, B), applied to values in [0, 1].
+        fit: "crop" resizes the shorter edge and cuts a square from the centre; "squash" resizes both edges to the
+            square's, whatever the aspect ratio (BLIP).
     """
 
     size_pixels: int
@@ -32,6 +35,7 @@ class ImageSpec:
     rgb_stage: RgbStage
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    fit: Fit = "crop"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,13 +67,18 @@ Record = TypeVar("Record", bound="DataclassInstance")
 
 
 def record_from_json(kind: type[Record], data: Mapping[str, Any]) -> Record:
-    """The frozen dataclass with those fields, lists made tuples; InputError on unknown or missing fields."""
+    """The frozen dataclass with those fields, lists made tuples; those with a default may be left out.
+
+    Raises:
+        InputError: unknown or missing fields.
+    """
     known = [field.name for field in fields(kind)]
     for key in data:
         if key not in known:
             raise InputError(f"{kind.__name__} has no field {key!r}", fix=suggestion(key, known))
-    missing = [name for name in known if name not in data]
+    required = [field.name for field in fields(kind) if field.default is MISSING and field.default_factory is MISSING]
+    missing = [name for name in required if name not in data]
     if missing:
-        raise InputError(f"{kind.__name__} lacks fields", expected=", ".join(known), got=f"no {', '.join(missing)}")
+        raise InputError(f"{kind.__name__} lacks fields", expected=", ".join(required), got=f"no {', '.join(missing)}")
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
     return kind(**values)

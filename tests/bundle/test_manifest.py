@@ -48,6 +48,7 @@ images = st.builds(
     st.sampled_from(["after_crop", "before_resize"]),
     st.tuples(unit, unit, unit),
     st.tuples(unit, unit, unit),
+    st.sampled_from(["crop", "squash"]),
 )
 text_specs = st.builds(
     TextSpec,
@@ -112,6 +113,22 @@ def test_round_trip(manifest: Manifest) -> None:
     again = manifest_from_bytes(raw)
     assert again == manifest
     assert again.to_bytes() == raw
+
+
+def test_a_manifest_from_before_the_fit_of_pictures_means_the_crop(manifest: Manifest) -> None:
+    data = json.loads(manifest.to_bytes())
+    assert data["image"].pop("fit") == "crop"
+    again = manifest_from_bytes(json.dumps(data).encode())
+    assert again.image is not None
+    assert again.image.fit == "crop"
+    data["image"]["fit"] = "squash"
+    again = manifest_from_bytes(json.dumps(data).encode())
+    assert again.image is not None
+    assert again.image.fit == "squash"
+    for odd in ("stretch", None, 1):
+        data["image"]["fit"] = odd
+        with pytest.raises(InputError, match="'fit'"):
+            manifest_from_bytes(json.dumps(data).encode())
 
 
 def test_the_same_export_gives_the_same_bytes(manifest: Manifest) -> None:

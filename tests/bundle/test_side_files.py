@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from vlm_export.bundle.layout import (
     PREPROCESSOR_NAME,
@@ -15,6 +18,7 @@ from vlm_export.bundle.layout import (
 )
 from vlm_export.bundle.manifest import VariantRecord, checked_relative_name
 from vlm_export.errors import UsageError
+from vlm_export.runtime.image import preprocess_image
 from vlm_export.specs import ImageSpec
 
 IMAGE = ImageSpec(224, "bicubic", "after_crop", (0.48145466, 0.4578275, 0.40821073), (0.268, 0.261, 0.275))
@@ -52,6 +56,22 @@ def test_transformers_reads_the_preprocessor_config(tmp_path: Path) -> None:
     assert processor.rescale_factor == 1 / 255
     steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
     assert [getattr(processor, step) for step in steps] == [True] * 5
+
+
+def test_transformers_reads_the_squashing_one_and_gives_our_pixels(tmp_path: Path) -> None:
+    from transformers import AutoImageProcessor
+
+    spec = replace(IMAGE, size_pixels=20, rgb_stage="before_resize", fit="squash")
+    config = preprocessor_config(spec)
+    assert config["size"] == {"height": 20, "width": 20}
+    assert not {"do_center_crop", "crop_size"} & set(config)
+    (tmp_path / PREPROCESSOR_NAME).write_text(json.dumps(config))
+    processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    assert type(processor).__name__ == "BlipImageProcessorPil"
+    pixels = np.random.default_rng(0).integers(0, 256, (31, 57, 3), dtype=np.uint8)
+    for image in (Image.fromarray(pixels), Image.fromarray(pixels[:1, :1]), Image.fromarray(pixels[:, :, 0])):
+        theirs = processor(image, return_tensors="np")["pixel_values"][0]
+        assert np.abs(preprocess_image(image, spec) - theirs).max() <= 1e-6
 
 
 def test_config_names_the_graphs_with_external_data() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -17,12 +18,13 @@ def spec(size: int, resample: Literal["bicubic", "bilinear"] = "bicubic") -> Ima
     return ImageSpec(size, resample, "after_crop", (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
 
 
-def levels_apart(image: Image.Image, image_spec: ImageSpec) -> np.ndarray:
+def levels_apart(image: Image.Image, image_spec: ImageSpec, *, vertical_first: bool = False) -> np.ndarray:
     """Differences from the host path, in units of one of 256 levels."""
     module = PreprocessedVision(image_spec, torch.nn.Identity()).eval()
-    found = module(torch.from_numpy(np.asarray(image).copy())[None]).numpy()[0]
-    expected = preprocess_image(image, image_spec)
-    return np.asarray(np.abs(found - expected) * np.array(image_spec.std).reshape(3, 1, 1) * 255)
+    pixels = torch.from_numpy(np.asarray(image).copy())[None]
+    found = module(pixels.transpose(1, 2)).transpose(2, 3) if vertical_first else module(pixels)
+    difference = np.abs(found.numpy()[0] - preprocess_image(image, image_spec))
+    return np.asarray(difference * np.array(image_spec.std).reshape(3, 1, 1) * 255)
 
 
 def noise(height: int, width: int) -> Image.Image:
@@ -30,23 +32,62 @@ def noise(height: int, width: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
-@pytest.mark.parametrize("size", [224, 31])
-def test_photographs_are_within_one_level_of_pillow(size: int, resample: Literal["bicubic", "bilinear"]) -> None:
+# Pillow's weights are fixed-point, so that ties round the other way now and then. Largest share of values that were one
+# level off in a photograph, times 1.5. Bilinear weights of small fractions make the most ties.
+SHARES: tuple[tuple[Literal["bicubic", "bilinear"], int, float], ...] = (
+    ("bicubic", 224, 1.5 * 6.7e-5),
+    ("bicubic", 31, 1.5 * 1.1e-3),
+    ("bilinear", 224, 1.5 * 2.6e-3),
+    ("bilinear", 31, 1.5 * 3.5e-4),
+)
+
+
+@pytest.mark.parametrize(("resample", "size", "share"), SHARES)
+def test_photographs_are_within_one_level_of_pillow(
+    resample: Literal["bicubic", "bilinear"], size: int, share: float
+) -> None:
     for image in synthetic_photographs():
         apart = levels_apart(image.convert("RGB"), spec(size, resample))
         assert apart.max() < 1.01
-        # Pillow's weights are fixed-point, so ties round the other way now and then.
-        assert (apart > 0.5).mean() < 1e-2
+        assert (apart > 0.5).mean() < share
 
 
-# Not more than twice as tall as wide: there Pillow 13 changes the order of its passes.
+# Not more than twice as tall as wide: see `test_tall_pictures`.
 SIZES = [(1, 1), (1, 5), (2, 1), (224, 224), (225, 224), (223, 300), (37, 51), (640, 481), (333, 999), (481, 960)]
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_noise_of_any_size_is_within_one_level_of_pillow(height: int, width: int) -> None:
     assert levels_apart(noise(height, width), spec(224)).max() < 1.01
+
+
+# None of them takes two passes in Pillow 13's other order.
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (40, 100), (300, 900), (300, 224), (500, 400)])
+def test_squashed_pictures_are_within_one_level_of_pillow(height: int, width: int) -> None:
+    assert levels_apart(noise(height, width), replace(spec(224), fit="squash")).max() < 1.01
+
+
+@pytest.mark.parametrize("size", [1, 5, 16, 17])
+def test_few_kept_pixels_are_within_one_level_of_pillow(size: int) -> None:
+    for height, width in ((3, 4), (40, 30), (300, 400)):
+        assert levels_apart(noise(height, width), spec(size)).max() < 1.01
+
+
+@pytest.mark.parametrize(("resample", "levels", "share"), [("bilinear", 1.01, 0.28), ("bicubic", 22.01, 0.32)])
+def test_tall_pictures(resample: Literal["bicubic", "bilinear"], levels: float, share: float) -> None:
+    """Pillow 13 takes the vertical pass first when more than twice as many rows as columns vanish.
+
+    In the order of the installed Pillow, ours or that of the transposed picture, they are as near as all others. Else
+    bicubic passes that overshoot are cut to 0 to 255 at other places; the bounds are just above what was measured.
+    """
+    photograph = synthetic_photographs()[1]
+    pictures = [photograph.resize((300, 700)), photograph.resize((230, 500)), noise(1000, 250), noise(700, 300)]
+    for picture in pictures:
+        apart = levels_apart(picture, spec(224, resample))
+        assert apart.max() < levels
+        assert (apart > 0.5).mean() < share
+        other_order = levels_apart(picture, spec(224, resample), vertical_first=True)
+        assert min(apart.max(), other_order.max()) < 1.01
 
 
 def test_rows_of_a_batch_are_independent() -> None:

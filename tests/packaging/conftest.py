@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -12,11 +11,9 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from email import message_from_string
-from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent.parent
 # What a distribution is built from.
@@ -90,7 +87,9 @@ def built(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 
 @pytest.fixture(scope="session")
-def install(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Environment]:
+def install(
+    tmp_path_factory: pytest.TempPathFactory, link_distributions: Callable[..., None]
+) -> Callable[..., Environment]:
     """Makes an environment: `install(*arguments of uv pip install, metadata=wheel, also=distributions)`."""
 
     def make(*arguments: str | Path, metadata: Path, also: Sequence[str] = ()) -> Environment:
@@ -98,8 +97,7 @@ def install(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Environme
         venv: list[str | Path] = [*uv(), "venv", "--quiet", "--offline", "--python", sys.executable, home]
         run_checked(venv, home.parent)
         site = next(home.glob("lib/python3*/site-packages"))
-        for dist in needed_distributions([*wheel_requirements(metadata), *also]).values():
-            link_distribution(dist, site)
+        link_distributions([*wheel_requirements(metadata), *also], site)
         options = ["--quiet", "--offline", "--no-deps", "--no-build-isolation", "--python", str(home / "bin/python")]
         run_checked([*uv(), "pip", "install", *options, *arguments], home.parent)
         return Environment(home)
@@ -121,31 +119,3 @@ def wheel_requirements(wheel: Path) -> list[str]:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         return message_from_string(archive.read(name).decode()).get_all("Requires-Dist") or []
-
-
-def needed_distributions(requirements: list[str]) -> dict[str, Distribution]:
-    """The installed distributions that satisfy the requirements without extras, and what those require in turn."""
-    found: dict[str, Distribution] = {}
-    waiting = [Requirement(text) for text in requirements]
-    while waiting:
-        requirement = waiting.pop()
-        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
-        if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
-            continue
-        found[name] = distribution(requirement.name)
-        assert requirement.specifier.contains(found[name].version, prereleases=True), str(requirement)
-        waiting += [Requirement(text) for text in found[name].requires or []]
-    return found
-
-
-def link_distribution(dist: Distribution, site: Path) -> None:
-    """Links each top-level entry of an installed distribution into `site`: no download, no copy but the metadata's."""
-    for top in {file.parts[0] for file in dist.files or [] if file.parts[0] not in ("..", "__pycache__")}:
-        origin, target = Path(str(dist.locate_file(top))), site / top
-        if target.exists():
-            continue
-        if top.endswith(".dist-info"):
-            # uv overlooks metadata behind a link.
-            shutil.copytree(origin, target)
-        else:
-            target.symlink_to(origin)

@@ -56,7 +56,9 @@ def test_resample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(resample, name, value)
     measurement = resample.measure(rounds=2, threads=1)
     assert "scripts/benchmark.py resample" in report.write_report(measurement, tmp_path)
-    results = json.loads((tmp_path / "resample.json").read_text(encoding="utf-8"))["results"]
-    assert [result["kind"] for result in results] == ["grid", "photograph"]
+    data = json.loads((tmp_path / "resample.json").read_text(encoding="utf-8"))
+    results = data["results"]
+    assert [result["kind"] for result in results] == ["grid", "photograph", "photograph of any size"]
+    assert [result["size"] for result in data["preprocessing"]] == [[48, 64]]
     assert all(difference <= 1e-5 for result in results for difference in result["max_abs_differences"].values())
     assert all(len(result["ms"]) == 3 and min(result["ms"].values()) > 0 for result in results)

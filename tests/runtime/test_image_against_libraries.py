@@ -11,6 +11,7 @@ from PIL import Image
 
 from vlm_export.runtime.image import open_image, preprocess_image
 from vlm_export.specs import ImageSpec
+from vlm_export.verify.original_image import original_pixel_values
 
 pytestmark = pytest.mark.needs_torch
 
@@ -51,6 +52,28 @@ def test_every_mode_equals_torchvision_on_random_sizes(mode: str) -> None:
         image = picture(mode, width, height, seed)
         assert image.mode == mode
         assert np.abs(preprocess_image(image, SPEC) - original(image).numpy()).max() <= 1e-6, (mode, width, height)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", [32, 33])
+def test_every_mode_squashes_as_torchvision_does(mode: str, size: int) -> None:
+    """salesforce/BLIP (056a169): convert to RGB, then Resize to both edges."""
+    from torchvision import transforms
+
+    resize = transforms.Resize((size, size), interpolation=transforms.InterpolationMode.BICUBIC)
+    finish = transforms.Compose([transforms.ToTensor(), transforms.Normalize(SPEC.mean, SPEC.std)])
+    rng = np.random.default_rng(size + len(mode))
+    sizes = [(1, 1), (1, 97), (97, 1), (size, size), (size, 7), *rng.integers(1, 120, (6, 2)).tolist()]
+    for seed, (width, height) in enumerate(sizes):
+        image = picture(mode, width, height, seed)
+        before = ImageSpec(size, "bicubic", "before_resize", SPEC.mean, SPEC.std, "squash")
+        after = dataclasses.replace(before, rgb_stage="after_crop")
+        for spec, expected in (
+            (before, finish(resize(image.convert("RGB")))),
+            (after, finish(resize(image).convert("RGB"))),
+        ):
+            for ours in (preprocess_image(image, spec), original_pixel_values(image, spec)):
+                assert np.abs(ours - expected.numpy()).max() <= 1e-6, (mode, width, height, spec.rgb_stage)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P"])

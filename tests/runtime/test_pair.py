@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import vlm_export
 from vlm_export.bundle.manifest import Manifest
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError, UsageError
+from vlm_export.runtime.engine import Port
 from vlm_export.runtime.pair import EncoderPair, load
 
 Array = npt.NDArray[Any]
@@ -90,6 +91,53 @@ def test_ids_equal_texts(pair: EncoderPair, record: dict[str, Any]) -> None:
         padded = [*row, *[0] * (20 - len(row))]
         assert_same_rows(pair.encode_ids([row]), expected[None])
         assert_same_rows(pair.encode_ids(np.array([padded], dtype=np.int32)), expected[None])
+
+
+class MaskedText:
+    """Stands for a text part with a mask: the masked sum of the ids, their number, and the row's width."""
+
+    inputs = tuple(Port(name, "int64", ("batch", "sequence")) for name in ("input_ids", "attention_mask"))
+    outputs = (Port("text_embeds", "float32", ("batch", 12)), Port("last_hidden_state", "float32", ("batch", None, 4)))
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        ids, mask = feeds["input_ids"], feeds["attention_mask"]
+        assert ids.dtype == mask.dtype == np.int64
+        embeds = np.zeros((len(ids), 12), np.float32)
+        embeds[:, 0], embeds[:, 1] = (ids * mask).sum(axis=1) / 100, mask.sum(axis=1)
+        return {"text_embeds": embeds, "last_hidden_state": np.zeros((*ids.shape, 4), np.float32)}
+
+
+@pytest.fixture
+def masked_pair(folder: Path) -> EncoderPair:
+    pair = load(folder / "tiny_bundle", threads=1)
+    pair.__dict__["text"] = MaskedText()  # in the place of the cached property
+    return pair
+
+
+def test_texts_are_masked_where_the_graph_takes_a_mask(masked_pair: EncoderPair, record: dict[str, Any]) -> None:
+    got = masked_pair.encode_text(record["texts"], batch_size=4)
+    rows = masked_pair.tokenizer.encode_rows(record["texts"])
+    sums = np.array([[sum(row) / 100, len(row)] for row in rows])
+    assert np.abs(got[:, :2] - sums / np.linalg.norm(sums, axis=1, keepdims=True)).max() <= 1e-6
+    assert len({len(row) for row in rows}) > 1
+
+
+def test_ids_take_a_mask_or_have_none_padded(masked_pair: EncoderPair, pair: EncoderPair) -> None:
+    short, padded = [[5, 6, 7]], [[5, 6, 7, 9, 9]]
+    expected = masked_pair.encode_ids(short)
+    for mask in ([[1, 1, 1, 0, 0]], np.array([[True, True, True, False, False]])):
+        assert np.array_equal(masked_pair.encode_ids(padded, mask), expected)
+    assert np.array_equal(masked_pair.encode_ids(padded), masked_pair.encode_ids(padded, np.ones((1, 5), np.int32)))
+    assert not np.array_equal(masked_pair.encode_ids(padded), expected)
+    assert masked_pair.encode_ids(np.zeros((0, 3), np.int64), np.zeros((0, 3), np.int64)).shape == (0, 12)
+    with pytest.raises(UsageError, match="takes no attention_mask"):
+        pair.encode_ids(short, [[1, 1, 1]])
+
+
+@pytest.mark.parametrize("mask", [[1, 1, 1], [[1, 1]], [[1.0, 1.0, 1.0]], [[1, 2, 0]], [[1, -1, 0]], [[0, 0, 0]]])
+def test_masks_that_do_not_fit_are_refused(masked_pair: EncoderPair, mask: list[Any]) -> None:
+    with pytest.raises(InputError, match="attention mask does not fit"):
+        masked_pair.encode_ids([[5, 6, 7]], mask)
 
 
 def test_nothing_gives_no_rows(pair: EncoderPair) -> None:
@@ -190,6 +238,14 @@ def test_identity_names_the_model_not_the_export(changed: Callable[..., EncoderP
     assert changed(name="renamed", tools={"onnx": "2"}).identity == pair.identity
     assert changed(source=replace(source, random_weights_seed=1)).identity != pair.identity
     assert changed(source=replace(source, random_weights_seed=None)).identity != pair.identity
+
+
+def test_identity_tells_how_pictures_are_fitted_and_outlives_the_field(
+    changed: Callable[..., EncoderPair], pair: EncoderPair
+) -> None:
+    """Embedding files from before `ImageSpec.fit` name this bundle so."""
+    assert pair.identity == "6ddba171b5a8e35fbc7ae0f7109c0fd6827296879bd168a686adf21a0573d8f4"
+    assert changed(image=replace(pair.image_spec, fit="squash")).identity != pair.identity
 
 
 def test_progress_goes_to_stderr(pair: EncoderPair, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from vlm_export.errors import InputError, UsageError
+from vlm_export.export.wordpiece import tokenizer_json_from_wordpiece_vocab
 from vlm_export.runtime import text as text_module
 from vlm_export.runtime.text import Tokenizer, clean_text
 from vlm_export.specs import TextSpec
@@ -53,6 +54,38 @@ def test_batch_is_as_wide_as_its_longest_row(clip_tokenizer: Tokenizer) -> None:
     assert clip_tokenizer.encode(["cat"], pad_to=5).shape == (1, 5)
     assert clip_tokenizer.encode(["a photo of a cat"], pad_to=5).shape == (1, 7)
     assert clip_tokenizer.encode([]).shape[0] == 0
+
+
+def test_mask_follows_the_rows_not_the_padding_token(clip_tokenizer: Tokenizer) -> None:
+    texts = ["a !! cat", "cat"]  # "!" has the id 0, which is also the padding
+    ids, mask = clip_tokenizer.encode_masked(texts, pad_to=8)
+    assert mask.dtype == ids.dtype == np.int64
+    assert ids.tolist() == clip_tokenizer.encode(texts, pad_to=8).tolist()
+    rows = clip_tokenizer.encode_rows(texts)
+    assert mask.tolist() == [[1] * len(row) + [0] * (8 - len(row)) for row in rows]
+    again, mask = clip_tokenizer.pad_masked([[5, 0, 0], [7]])
+    assert (again.tolist(), mask.tolist()) == ([[5, 0, 0], [7, 0, 0]], [[1, 1, 1], [1, 0, 0]])
+    assert [array.shape for array in clip_tokenizer.encode_masked([])] == [(0, 1)] * 2
+    with pytest.raises(UsageError, match="pad_to"):
+        clip_tokenizer.encode_masked(texts, pad_to=78)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "text"),
+    [
+        ("the cat ' s dog , is n ' t it ?", "the cat's dog, isn't it?"),
+        ("play ##ing 3 . 5 [SEP] [PAD] [PAD]", "playing 3. 5"),
+        ("[CLS] cat ! !", "cat!!"),
+        ("", ""),
+    ],
+)
+def test_word_pieces_are_read_as_bert_s_tokenizer_reads_them(pieces: str, text: str, tmp_path: Path) -> None:
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    words = [*specials, *(word for word in dict.fromkeys(pieces.split()) if word not in specials)]
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer_json_from_wordpiece_vocab("\n".join(words), "words"), encoding="utf-8")
+    tokenizer = Tokenizer(path, TextSpec(35, len(words), 3, 0, "none"))
+    assert tokenizer.decode(np.array([words.index(piece) for piece in pieces.split()], np.int64)) == text
 
 
 def test_padding_uses_the_spec(clip_tokenizer_json: Path, clip_text_spec: TextSpec) -> None:

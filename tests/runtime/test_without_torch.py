@@ -6,16 +6,15 @@ import os
 import re
 import subprocess
 import venv
-from importlib.metadata import Distribution, distribution
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent.parent
 # What the tests themselves need. Of open_clip_torch only its vocabulary file is read: it comes without its own
 # dependencies, so importing it would fail.
-TEST_TOOLS = ("pytest", "pyarrow", "regex")
+TEST_TOOLS = ("hypothesis", "pytest", "pyarrow", "regex")
 FORBIDDEN = ("torch", "torchvision", "transformers", "onnx", "onnxscript", "safetensors", "timm")
 # Comes with `tokenizers`, but nothing of the runtime may reach for the network.
 NOT_IMPORTED = (*FORBIDDEN, "huggingface_hub")
@@ -28,39 +27,13 @@ def base_requirements() -> list[str]:
     return re.findall(r'"([^"]+)"', block[1])
 
 
-def needed_distributions(requirements: list[str]) -> dict[str, Distribution]:
-    """The installed distributions that satisfy the requirements, and what they require in turn."""
-    found: dict[str, Distribution] = {}
-    waiting = [Requirement(text) for text in requirements]
-    while waiting:
-        requirement = waiting.pop()
-        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
-        if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
-            continue
-        found[name] = distribution(requirement.name)
-        assert requirement.specifier.contains(found[name].version, prereleases=True), str(requirement)
-        waiting += [Requirement(text) for text in found[name].requires or []]
-    return found
-
-
-def link_distribution(dist: Distribution, site: Path) -> None:
-    """Links each top-level entry of a distribution into `site`."""
-    tops = {file.parts[0] for file in dist.files or [] if file.parts[0] not in ("..", "__pycache__")}
-    for top in tops:
-        link = site / top
-        if not link.exists():
-            link.symlink_to(Path(str(dist.locate_file(top))))
-
-
 @pytest.fixture(scope="module")
-def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bare_python(tmp_path_factory: pytest.TempPathFactory, link_distributions: Callable[..., None]) -> Path:
     """The interpreter of an environment with the base dependencies, linked from this one: no download, no install."""
     home = tmp_path_factory.mktemp("bare") / "env"
     venv.create(home, with_pip=False, symlinks=True)
     site = next(home.glob("lib/python3*/site-packages"))
-    for dist in needed_distributions([*base_requirements(), *TEST_TOOLS]).values():
-        link_distribution(dist, site)
-    link_distribution(distribution("open_clip_torch"), site)
+    link_distributions([*base_requirements(), *TEST_TOOLS], site, alone=["open_clip_torch"])
     (site / "vlm_export").symlink_to(ROOT / "vlm_export")
     return home / "bin" / "python"
 

@@ -78,10 +78,32 @@ def test_sentences_become_batches_of_token_ids(model: Model, parts: dict[str, Pa
         assert (batch == model.text.end_token_id).any(axis=1).all()
 
 
+def test_sentences_come_with_their_mask_where_the_part_takes_it(
+    model: Model, parts: dict[str, Part], tokenizer_path: Path
+) -> None:
+    shape = ("batch", "sequence")
+    inputs = tuple(TensorSpec(name, "int64", shape) for name in ("input_ids", "attention_mask"))
+    masked = Signature(inputs, (), (Axis("batch"), Axis("sequence", 1, 20)))
+    plain = sample_inputs(parts["text"].signature, None, model.text, tokenizer_path)
+    samples = sample_inputs(masked, None, model.text, tokenizer_path)
+    assert len(samples) == len(plain)
+    lengths = set()
+    for sample, unmasked in zip(samples, plain, strict=True):
+        assert tuple(sample.inputs) == tuple(sample.reference_inputs) == ("input_ids", "attention_mask")
+        ids, mask = sample.inputs["input_ids"], sample.inputs["attention_mask"]
+        assert np.array_equal(ids, unmasked.inputs["input_ids"])
+        assert mask.shape == ids.shape
+        assert (np.diff(mask, axis=1) <= 0).all()
+        lengths |= set(mask.sum(axis=1).tolist())
+    assert len(lengths) > 3
+
+
 def test_parts_with_other_inputs_have_no_samples(model: Model, parts: dict[str, Part], tokenizer_path: Path) -> None:
-    ids = TensorSpec("input_ids", "int64", ("batch",))
-    masked = Signature((ids, TensorSpec("attention_mask", "int64", ("batch",))), (), (Axis("batch"),))
-    assert sample_inputs(masked, model.image, model.text, tokenizer_path) == []
+    ids, mask = (TensorSpec(name, "int64", ("batch",)) for name in ("input_ids", "attention_mask"))
+    states = TensorSpec("encoder_hidden_states", "float32", ("batch", 9, 16))
+    for inputs in ((ids, mask, states), (states,), (mask, ids)):
+        attending = Signature(inputs, (), (Axis("batch"),))
+        assert sample_inputs(attending, model.image, model.text, tokenizer_path) == []
     assert sample_inputs(parts["text"].signature, model.image, model.text, None) == []
     assert sample_inputs(parts["vision"].signature, None, model.text, tokenizer_path) == []
 

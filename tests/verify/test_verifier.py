@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
 from vlm_export.errors import EnvironmentFailure, InputError, VerificationError
-from vlm_export.family import Part, reference_from_module
+from vlm_export.family import Array, Part, reference_from_module
+from vlm_export.signature import Axis, Signature, TensorSpec
 from vlm_export.verify.gates import GATES
 from vlm_export.verify.grid import GridPoint, grid_for
 from vlm_export.verify.points import Arrays, EngineRun
@@ -142,6 +147,88 @@ def test_padding_that_leaks_fails(parts: dict[str, Part]) -> None:
     assert verify_points(parts["text"], engine, point).passed
     report = verify_points(parts["text"], engine, point, pad_token_id=0)
     assert {result.kind for result, _ in report.failures} == {"padding"}
+
+
+class MaskedMean(nn.Module):
+    """Hidden states that see the mean of the unmasked ones, as an encoder with a mask has them, and their first row."""
+
+    def __init__(self, leak: float = 0.0) -> None:
+        super().__init__()
+        self.leak = leak
+        self.embedding = nn.Embedding(50, 8)
+
+    def forward(self, ids: Tensor, mask: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.embedding(ids)
+        weights = mask.to(torch.float32).clamp(min=self.leak)[:, :, None]
+        hidden = x + (x * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True) + states.mean(1, keepdim=True)
+        return hidden[:, 0], hidden
+
+
+def masked_part(module: nn.Module) -> Part:
+    tokens = ("batch", "sequence")
+    signature = Signature(
+        inputs=(
+            TensorSpec("input_ids", "int64", tokens),
+            TensorSpec("attention_mask", "int64", tokens),
+            TensorSpec("encoder_hidden_states", "float32", ("batch", 5, 8)),
+        ),
+        outputs=(
+            TensorSpec("text_embeds", "float32", ("batch", 8)),
+            TensorSpec("last_hidden_state", "float32", ("batch", "sequence", 8)),
+        ),
+        axes=(Axis("batch"), Axis("sequence", 1, 12)),
+    )
+
+    def examples(sizes: Mapping[str, int], seed: int) -> dict[str, Array]:
+        rng = np.random.default_rng(seed)
+        shape = sizes["batch"], sizes["sequence"]
+        lengths = rng.integers(1, sizes["sequence"] + 1, (sizes["batch"], 1))
+        return {
+            "input_ids": rng.integers(1, 50, shape),
+            "attention_mask": (np.arange(sizes["sequence"]) < lengths).astype(np.int64),
+            "encoder_hidden_states": rng.standard_normal((sizes["batch"], 5, 8), dtype=np.float32),
+        }
+
+    return Part("multimodal_text", module.eval(), signature, examples)
+
+
+def test_masked_padding_is_checked_at_the_real_positions() -> None:
+    torch.manual_seed(0)
+    part, seen = masked_part(MaskedMean()), []
+    run = reference_from_module(part)
+
+    def engine(inputs: Arrays) -> Arrays:
+        seen.append({name: array.shape for name, array in inputs.items()})
+        return run(inputs)
+
+    report = verify_points(part, engine, GridPoint({"batch": 2, "sequence": 7}, 0), pad_token_id=0)
+    assert report.passed, report.first_failure()
+    (padding,) = [point for point in report.points if point.kind == "padding"]
+    assert padding.sizes == {"batch": 2, "sequence": 7}
+    assert padding.comparisons["last_hidden_state"].reference_type == "float32 (2, 7, 8)"
+    assert seen[-1] == {"input_ids": (2, 12), "attention_mask": (2, 12), "encoder_hidden_states": (2, 5, 8)}
+
+
+def test_a_mask_that_lets_padding_through_fails() -> None:
+    torch.manual_seed(0)
+    part = masked_part(MaskedMean(leak=0.01))
+    report = verify_points(part, reference_from_module(part), GridPoint({"batch": 2, "sequence": 7}, 0), pad_token_id=0)
+    assert {(point.kind, failure.output) for point, failure in report.failures} == {
+        ("padding", "text_embeds"),
+        ("padding", "last_hidden_state"),
+    }
+
+
+def test_padding_is_not_checked_where_the_mask_is_longer_than_the_tokens() -> None:
+    """A decoder with a cache: its mask covers the past, too."""
+    part = masked_part(MaskedMean())
+    mask = TensorSpec("attention_mask", "int64", ("batch", "total_sequence"))
+    inputs = (part.signature.inputs[0], mask, part.signature.inputs[2])
+    signature = replace(part.signature, inputs=inputs, axes=(*part.signature.axes, Axis("total_sequence", 1, 12)))
+    longer = replace(part, signature=signature)
+    point = GridPoint({"batch": 1, "sequence": 7, "total_sequence": 7}, 0)
+    report = verify_points(longer, reference_from_module(longer), point, pad_token_id=0)
+    assert [point.kind for point in report.points] == ["grid"]
 
 
 def test_padding_is_not_checked_where_there_is_no_sequence(parts: dict[str, Part]) -> None:

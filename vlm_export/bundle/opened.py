@@ -12,6 +12,7 @@ from threading import Lock
 from vlm_export.bundle.graph_check import check_variant_files, check_variant_graph
 from vlm_export.bundle.hashing import map_in_threads, record_from_descriptor
 from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest, VariantRecord, manifest_from_bytes
+from vlm_export.bundle.path_names import check_utf8
 from vlm_export.bundle.replacement import aside_path, recover
 from vlm_export.bundle.safe_files import opened_real_file
 from vlm_export.bundle.strict_json import MAX_JSON_BYTES
@@ -121,7 +122,8 @@ def open_bundle(path: Path | str) -> OpenBundle:
             of a newer version, or lists no size and sha256 for a variant's file.
     """
     path = Path(path).absolute()
-    _check_name(path)
+    what = "the bundle's path is not valid UTF-8, and engines take no other"
+    check_utf8(path, InputError, what, fix="rename the directory")
     if not os.path.lexists(path):
         _recover_interrupted(path)
     _check_is_bundle(path)
@@ -132,17 +134,6 @@ def open_bundle(path: Path | str) -> OpenBundle:
         for variant in part.variants:
             check_variant_files(manifest, variant, str(root / MANIFEST_NAME))
     return OpenBundle(root, manifest, raw)
-
-
-def _check_name(path: Path) -> None:
-    try:
-        str(path).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(
-            "the bundle's path is not valid UTF-8, and engines take no other",
-            where=repr(os.fsencode(path)),
-            fix="rename the directory",
-        ) from error
 
 
 def _read_manifest(root: Path) -> bytes:

@@ -14,6 +14,7 @@ from vlm_export.bundle.environment import check_free_space, environment_errors
 from vlm_export.bundle.graph_check import check_variant_graph
 from vlm_export.bundle.hashing import map_in_threads
 from vlm_export.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest, manifest_from_bytes
+from vlm_export.bundle.path_names import check_utf8
 from vlm_export.bundle.replacement import (
     is_empty_directory,
     new_staging_path,
@@ -112,15 +113,9 @@ def publication(target: Path, *, overwrite: bool, needed_bytes: int = 0) -> Iter
 
 
 def _absolute(target: Path) -> Path:
-    try:
-        absolute = Path(target).absolute()
-        str(absolute).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UsageError(
-            "the output path is not valid UTF-8",
-            where=repr(os.fsencode(target)),
-            fix="choose another name; ONNX files name their data files in UTF-8",
-        ) from error
+    absolute = Path(target).absolute()
+    fix = "choose another name; ONNX files name their data files in UTF-8"
+    check_utf8(absolute, UsageError, "the output path is not valid UTF-8", fix)
     if absolute.name in ("", ".."):
         raise UsageError("the output path names no directory of its own", where=str(target), fix="give it a name")
     return absolute

@@ -7,7 +7,7 @@ from typing import get_args
 from vlm_export.bundle.strict_json import Fields
 from vlm_export.errors import InputError
 from vlm_export.signature import Signature, signature_from_json
-from vlm_export.specs import ImageSpec, RgbStage, TextCleaning, TextSpec, record_from_json
+from vlm_export.specs import Fit, ImageSpec, RgbStage, TextCleaning, TextSpec, record_from_json
 
 MAX_IMAGE_SIZE_PIXELS = 8192
 MAX_CONTEXT_LENGTH = 1 << 20
@@ -20,6 +20,8 @@ def image_spec_from_fields(fields: Fields) -> ImageSpec:
     fields.integer("size_pixels", minimum=1, maximum=MAX_IMAGE_SIZE_PIXELS)
     fields.choice("resample", ("bicubic", "bilinear"))
     fields.choice("rgb_stage", get_args(RgbStage))
+    if "fit" in fields.data:  # manifests from before the field mean its default
+        fields.choice("fit", get_args(Fit))
     for key in ("mean", "std"):
         values = fields.sequence(key)
         numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
@@ -46,11 +48,13 @@ def signature_from_fields(fields: Fields) -> Signature:
         fields.each(key, _check_tensor)
     axes = fields.fields("axes")
     for name in axes.data:
-        steps = ("multiple_of",) if "multiple_of" in axes.fields(name).data else ()
-        axis = axes.fields(name).only(("minimum", "maximum", *steps))
+        optional = [key for key in ("multiple_of", "sum_of") if key in axes.fields(name).data]
+        axis = axes.fields(name).only(("minimum", "maximum", *optional))
         minimum = axis.integer("minimum")
-        if steps:
+        if "multiple_of" in optional:
             axis.integer("multiple_of", minimum=1)
+        if "sum_of" in optional:
+            axis.texts("sum_of")
         axis.integer_or_none("maximum", minimum=minimum)
     try:
         return signature_from_json(fields.data)

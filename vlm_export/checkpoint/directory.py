@@ -36,6 +36,8 @@ SIDE_FILES = (
     "special_tokens_map.json",
     "vocab.json",
     "merges.txt",
+    "vocab.txt",
+    "vocab.txt",
     "preprocessor_config.json",
 )
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
+from vlm_export.bundle.path_names import check_utf8
 from vlm_export.checkpoint.directory import Directory, read_directory, scan_directory, scan_index
 from vlm_export.checkpoint.download import fetch_url
 from vlm_export.checkpoint.hashing import Progress, check_sha256, hash_file
@@ -61,24 +61,14 @@ def _exists(source: str) -> bool:
         return False
 
 
-def _check_name(path: Path) -> None:
-    try:
-        str(path).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UsageError(
-            "the source's path is not valid UTF-8, and torch opens no other",
-            where=repr(os.fsencode(path)),
-            fix="rename it, or copy it to another place",
-        ) from error
-
-
 def _refuse_revision(revision: str | None, source: str) -> None:
     if revision is not None:
         raise UsageError("only hub ids have revisions", where=source, got=f"revision {revision}")
 
 
 def _open_path(source: str, path: Path, sha256: str | None, progress: Progress | None) -> Checkpoint:
-    _check_name(path)
+    what = "the source's path is not valid UTF-8, and torch opens no other"
+    check_utf8(path, UsageError, what, fix="rename it, or copy it to another place")
     if path.is_dir():
         return _open_directory(source, scan_directory(path), sha256, progress)
     if path.name.endswith(".index.json"):

@@ -43,7 +43,9 @@ def add_parser(verbs: Any) -> None:
         help="weights above this go to a file of their own (default: 64)",
     )
     tokenizer = parser.add_mutually_exclusive_group()
-    tokenizer.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json, BPE merges, or a directory with either")
+    tokenizer.add_argument(
+        "--tokenizer", metavar="PATH", help="tokenizer.json, BPE merges, WordPiece vocab.txt, or a directory with one"
+    )
     tokenizer.add_argument("--no-tokenizer", action="store_true", help="a bundle that takes token ids only")
     source = parser.add_argument_group("source")
     source.add_argument("--sha256", metavar="HEX", help="expected sha256 of the weights file")

@@ -20,6 +20,7 @@ from vlm_export.checkpoint.known import KnownCheckpoint
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import VerificationError
 from vlm_export.export.backends import Exporter, choose_exporter, choose_lowerings, export_part
+from vlm_export.export.fp32_operators import fp32_operators
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.preprocessing_part import add_preprocessing
 from vlm_export.export.simplify import finish_graph, simplify_graph
@@ -167,7 +168,7 @@ class _Job:
 
     def _samples(self, part: Part, model: Model, tokenizer: Path | None) -> list[Sample]:
         images = None
-        if part.signature.input_names != ("input_ids",):
+        if {"pixel_values", "pixels"} & set(part.signature.input_names):
             images = [*synthetic_photographs(), *(open_image(path) for path in self.options.images)]
         return sample_inputs(part.signature, model.image, model.text, tokenizer, images=images)
 
@@ -219,6 +220,8 @@ def _manifest(
             "dropped_keys": list(model.dropped_keys),
             "reference": model.reference_name,
             "build": asdict(options.build),
+            "target": options.target,
+            "keep_fp32": {part.name: list(names) for part in model.parts if (names := fp32_operators(part))},
         },
         image=model.image,
         text=model.text,

@@ -12,6 +12,7 @@ from vlm_export.bundle.opened import OpenBundle
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import InputError
 from vlm_export.export.options import ExportOptions
+from vlm_export.export.preprocessing_part import PART_NAME, add_preprocessing
 from vlm_export.export.source import adapt_model, known_checkpoint, open_source
 from vlm_export.export.stages import Stages
 from vlm_export.export.verification import PRECISION, PartVerification, engine_label
@@ -42,6 +43,8 @@ def verify_against_source(
                 build = record_from_json(BuildOptions, bundle.manifest.facts.get("build", {}))
                 model = recognise(checkpoint).build(checkpoint, store, build)
                 model = adapt_model(model, checkpoint, known, build)
+                if PART_NAME in {part.name for part in bundle.manifest.parts}:
+                    model = add_preprocessing(model)
             reports = []
             for part in model.parts:
                 samples = sample_inputs(part.signature, model.image, model.text, _tokenizer(bundle))

@@ -1,5 +1,6 @@
 """Tokenizer files of a bundle: from the checkpoint, from `--tokenizer`, or from the vocabulary of open_clip_torch.
 
+The kind of file decides: a tokenizer.json stands for itself, `vocab.txt` is BERT's WordPiece, merges are CLIP's BPE.
 Torch-free: open_clip is located, not imported.
 """
 
@@ -19,6 +20,14 @@ from vlm_export.export.clip_bpe import (
     tokenizer_json_from_bpe_merges,
     tokenizer_json_from_vocab,
 )
+from vlm_export.export.wordpiece import (
+    BERT_VOCAB_SIZE,
+    is_wordpiece,
+    is_wordpiece_vocab,
+    tokenizer_json_from_wordpiece_vocab,
+    wordpiece_config,
+    wordpiece_fitted,
+)
 from vlm_export.runtime.text import tokenizer_from_json
 from vlm_export.specs import TextSpec
 
@@ -28,21 +37,43 @@ if TYPE_CHECKING:
 __all__ = ["find_open_clip_merges", "resolve_tokenizer", "tokenizer_json_from_bpe_merges"]
 
 _MERGES_NAME = "bpe_simple_vocab_16e6.txt.gz"
+_VOCAB_NAME = "vocab.txt"
+_CONFIG_NAME = "tokenizer_config.json"
 # Fields of tokenizer_config.json that describe the tokenizer; those that name code or templates stay behind.
 _CONFIG_FIELDS = (
     "add_prefix_space",
     "added_tokens_decoder",
     "bos_token",
     "clean_up_tokenization_spaces",
+    "cls_token",
     "do_lower_case",
     "eos_token",
     "errors",
+    "mask_token",
     "pad_token",
+    "sep_token",
+    "strip_accents",
+    "tokenize_chinese_chars",
     "tokenizer_class",
     "unk_token",
 )
-_SPECIAL_FIELDS = ("bos_token", "eos_token", "unk_token", "pad_token")
-_FIX = "pass --tokenizer PATH (a tokenizer.json, BPE merges, or a directory that holds them) or --no-tokenizer"
+# A given file may be from before [DEC] and [ENC] were added; tokenizer.json states all added tokens.
+_OWN_WORDPIECE_FIELDS = ("added_tokens_decoder", "bos_token")
+_SPECIAL_FIELDS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+    "additional_special_tokens",
+)
+_FIX = (
+    "pass --tokenizer PATH (a tokenizer.json, BPE merges, BERT's vocab.txt, or a directory that holds them) or "
+    "--no-tokenizer"
+)
+_BERT_FIX = "pass --tokenizer PATH with the vocab.txt of bert-base-uncased, or --no-tokenizer"
 
 
 def resolve_tokenizer(checkpoint: Checkpoint, option: str | None, text_spec: TextSpec) -> dict[str, bytes]:
@@ -50,9 +81,9 @@ def resolve_tokenizer(checkpoint: Checkpoint, option: str | None, text_spec: Tex
 
     Args:
         checkpoint: its `side_files` are used unless `option` is given.
-        option: path of a tokenizer.json, of BPE merges (.txt, .txt.gz), or of a directory with tokenizer.json or with
-            vocab.json and merges.txt.
-        text_spec: what the tokenizer has to fit.
+        option: path of a tokenizer.json, of BPE merges (.txt, .txt.gz), of a WordPiece vocabulary (.txt), or of a
+            directory with tokenizer.json, with vocab.json and merges.txt, or with vocab.txt.
+        text_spec: what the tokenizer has to fit. A WordPiece that is two tokens short of it gets [DEC] and [ENC].
 
     Raises:
         InputError: a file is malformed, or its ids or its end token do not fit the model.
@@ -67,17 +98,19 @@ def resolve_tokenizer(checkpoint: Checkpoint, option: str | None, text_spec: Tex
         raise UsageError(
             "there is no tokenizer for this checkpoint",
             where=option or checkpoint.source,
-            expected="tokenizer.json, or vocab.json and merges.txt, or an installed open_clip_torch",
+            expected="tokenizer.json, or vocab.json and merges.txt, or vocab.txt, or an installed open_clip_torch",
             got=f"none of them that fits a vocabulary of {text_spec.vocab_size}",
-            fix=_FIX,
+            fix=_BERT_FIX if 0 <= text_spec.vocab_size - BERT_VOCAB_SIZE <= 2 else _FIX,
         )
     text, path = found
     tokenizer = tokenizer_from_json(text, text_spec, str(path))
+    if is_wordpiece(tokenizer):
+        text = wordpiece_fitted(tokenizer, text, text_spec, str(path))
     config = _tokenizer_config(sources, tokenizer, text_spec)
     special = {key: _content(config.get(key)) for key in _SPECIAL_FIELDS}
     return {
         "tokenizer.json": text.encode(),
-        "tokenizer_config.json": _json_bytes(config),
+        _CONFIG_NAME: _json_bytes(config),
         "special_tokens_map.json": _json_bytes({key: token for key, token in special.items() if token}),
     }
 
@@ -97,7 +130,10 @@ def _files_from_option(path: Path) -> dict[str, Path]:
         return {file.name: file for file in sorted(path.iterdir()) if file.is_file()}
     if not path.is_file():
         raise UsageError("--tokenizer names nothing", where=str(path), got="no such file or directory", fix=_FIX)
-    return {"tokenizer.json" if path.suffix == ".json" else _MERGES_NAME: path}
+    if path.suffix == ".json":
+        return {"tokenizer.json": path}
+    wordpiece = path.name == _VOCAB_NAME or is_wordpiece_vocab(read_bounded(path))
+    return {_VOCAB_NAME if wordpiece else _MERGES_NAME: path}
 
 
 def _find_tokenizer_json(sources: Mapping[str, Path], spec: TextSpec) -> tuple[str, Path] | None:
@@ -106,6 +142,9 @@ def _find_tokenizer_json(sources: Mapping[str, Path], spec: TextSpec) -> tuple[s
         return _text(sources["tokenizer.json"]), sources["tokenizer.json"]
     if "vocab.json" in sources and "merges.txt" in sources:
         return _tokenizer_json_from_two(sources["vocab.json"], sources["merges.txt"]), sources["vocab.json"]
+    if _VOCAB_NAME in sources:
+        path = sources[_VOCAB_NAME]
+        return tokenizer_json_from_wordpiece_vocab(_text(path), str(path)), path
     for name in (_MERGES_NAME, _MERGES_NAME.removesuffix(".gz")):
         if name in sources:
             return tokenizer_json_from_bpe_merges(sources[name], vocab_size=spec.vocab_size), sources[name]
@@ -130,12 +169,23 @@ def _tokenizer_json_from_two(vocab_path: Path, merges_path: Path) -> str:
 
 
 def _tokenizer_config(sources: Mapping[str, Path], tokenizer: Any, spec: TextSpec) -> dict[str, Any]:
-    path = sources.get("tokenizer_config.json")
+    path = sources.get(_CONFIG_NAME)
     given = {} if path is None else json_object_from_bytes(read_bounded(path), str(path))
+    kept = {key: given[key] for key in _CONFIG_FIELDS if key in given}
+    if is_wordpiece(tokenizer):
+        derived = wordpiece_config(tokenizer, spec)
+        for key in _OWN_WORDPIECE_FIELDS:
+            kept.pop(key, None)
+    else:
+        derived = _clip_config(tokenizer, spec)
+    return {**derived, **kept, "model_max_length": spec.context_length}
+
+
+def _clip_config(tokenizer: Any, spec: TextSpec) -> dict[str, Any]:
     first, *rest = tokenizer.encode("").ids
     end = tokenizer.id_to_token(spec.end_token_id)
     # The causal mask hides padding, so the ecosystem's padding token serves models that were trained with id 0, too.
-    derived = {
+    return {
         "tokenizer_class": "CLIPTokenizer",
         "bos_token": tokenizer.id_to_token(first) if rest else None,
         "eos_token": end,
@@ -144,8 +194,6 @@ def _tokenizer_config(sources: Mapping[str, Path], tokenizer: Any, spec: TextSpe
         "add_prefix_space": False,
         "do_lower_case": True,
     }
-    kept = {key: given[key] for key in _CONFIG_FIELDS if key in given}
-    return {**derived, **kept, "model_max_length": spec.context_length}
 
 
 def _content(token: Any) -> Any:

@@ -1,7 +1,8 @@
-"""Pictures to `pixel_values`, as CLIP's own pipeline makes them, with bounds on what a hostile file can cost.
+"""Pictures to `pixel_values`, as the originals' own pipelines make them, with bounds on what a hostile file can cost.
 
 Order and rounding are those of `_transform` in openai/CLIP clip.py (d05afc4), which runs torchvision's Resize,
-CenterCrop, ToTensor and Normalize on the PIL picture. What follows from it is kept on purpose: EXIF rotation is
+CenterCrop, ToTensor and Normalize on the PIL picture. `ImageSpec.fit` "squash" is salesforce/BLIP's (056a169):
+convert to RGB, then Resize to both edges, and no crop. What follows from it is kept on purpose: EXIF rotation is
 ignored; the hidden colour of transparent pixels shows (transformers 5 blends them with white); integer and float
 pictures clip at 255; palettes and bitmaps are resized by nearest neighbour when RGB comes after the crop; of an
 animation the first frame counts.
@@ -32,7 +33,8 @@ MAX_PIXELS = 128_000_000
 """Pictures above are refused before they are decoded; the largest cameras make 102 million pixels."""
 
 MAX_RESIZED_PIXELS = 64_000_000
-"""Bound after resizing the shorter edge: a 1x10000 picture would become 224x2240000."""
+"""Bound while resizing. To the shorter edge, a 1x10000 picture would become 224x2240000. To a square, Pillow's first
+pass would make 224x100000000 of 1x100000000, and weights for every pixel of its mirror image."""
 
 _OPENING = Lock()
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -71,19 +73,19 @@ def preprocess_image(
     max_resized_pixels: int = MAX_RESIZED_PIXELS,
     name: str = "picture",
 ) -> FloatArray:
-    """Resize, crop, convert and normalise one picture.
+    """Resize, crop (unless it is squashed), convert and normalise one picture.
 
     Returns:
         float32 (3, S, S), S = `spec.size_pixels`.
 
     Raises:
-        InputError: the picture has no pixels, or is so long and thin that its resized form exceeds the bound.
+        InputError: the picture has no pixels, or is so long and thin that resizing it exceeds the bound.
     """
-    _check_resized(image.size, spec.size_pixels, max_resized_pixels, name)
+    _check_resized(image.size, spec, max_resized_pixels, name)
     try:
         if spec.rgb_stage == "before_resize":
             image = image.convert("RGB")
-        square = _crop_centre(_resize_shorter_edge(image, spec), spec.size_pixels).convert("RGB")
+        square = _fit_square(image, spec).convert("RGB")
     except (OSError, ValueError) as error:
         raise InputError(
             "a picture cannot be converted to RGB",
@@ -140,22 +142,33 @@ def _check_pixels(size: tuple[int, int], max_pixels: int, name: str) -> None:
         )
 
 
-def _check_resized(size: tuple[int, int], shorter_edge: int, max_pixels: int, name: str) -> None:
+def _check_resized(size: tuple[int, int], spec: ImageSpec, max_pixels: int, name: str) -> None:
     if min(size) < 1:
         raise InputError("a picture has no pixels", where=name, got=f"{size[0]} x {size[1]}")
-    width, height = resized_size(size, shorter_edge)
+    if spec.fit == "squash":
+        # Between Pillow's two passes, either edge may still have its own length.
+        longer = max(*size, spec.size_pixels)
+        width, height = (longer, spec.size_pixels) if size[0] > size[1] else (spec.size_pixels, longer)
+    else:
+        width, height = resized_size(size, spec.size_pixels)
     if width * height > max_pixels:
         raise InputError(
-            "a picture is too long and thin to resize its shorter edge",
+            "a picture is too long and thin to resize",
             where=name,
-            expected=f"at most {max_pixels:,} pixels after resizing",
-            got=f"{size[0]} x {size[1]} would become {width} x {height}",
+            expected=f"at most {max_pixels:,} pixels while and after resizing",
+            got=f"{size[0]} x {size[1]} would take {width} x {height}",
             fix="crop it nearer to a square",
         )
 
 
-def _resize_shorter_edge(image: Image.Image, spec: ImageSpec) -> Image.Image:
-    size = resized_size(image.size, spec.size_pixels)
+def _fit_square(image: Image.Image, spec: ImageSpec) -> Image.Image:
+    edge = spec.size_pixels
+    if spec.fit == "squash":
+        return _resize(image, (edge, edge), spec)
+    return _crop_centre(_resize(image, resized_size(image.size, edge), spec), edge)
+
+
+def _resize(image: Image.Image, size: tuple[int, int], spec: ImageSpec) -> Image.Image:
     # On the picture's own mode: Pillow premultiplies alpha and treats palettes by nearest neighbour.
     return image if image.size == size else image.resize(size, _FILTERS[spec.resample])
 

@@ -23,7 +23,7 @@ from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.engine import CPU, Engine, OrtEngine
 from vlm_export.runtime.image import MAX_PIXELS, FloatArray, PictureSource, open_image, preprocess_image
 from vlm_export.runtime.text import Tokenizer
-from vlm_export.runtime.vectors import batches, run_encoder, softmax_rows, unit_rows
+from vlm_export.runtime.vectors import batches, run_encoder, softmax_rows, takes_mask, unit_rows
 from vlm_export.specs import ImageSpec, TextSpec
 
 Pictures: TypeAlias = "PictureSource | Sequence[PictureSource]"
@@ -125,7 +125,7 @@ class EncoderPair:
         facts: dict[str, Any] = {
             "family": manifest.family,
             "architecture": dict(manifest.architecture),
-            "image": None if manifest.image is None else manifest.image.to_json(),
+            "image": None if manifest.image is None else _identity_from_image(manifest.image),
             "text": None if manifest.text is None else manifest.text.to_json(),
             "weights": sorted(file.sha256 for file in source.files),
             "seed": source.random_weights_seed,
@@ -207,19 +207,24 @@ class EncoderPair:
             rows = tokenizer.encode_rows(sources, truncate=truncate)
             by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
             for batch in batches(by_length, batch_size):
-                ids = tokenizer.pad([rows[i] for i in batch], pad_to=self._fixed_tokens())
-                embeddings[list(batch)] = run_encoder(self.text, ids)
+                ids, mask = tokenizer.pad_masked([rows[i] for i in batch], pad_to=self._fixed_tokens())
+                embeddings[list(batch)] = run_encoder(self.text, ids, mask)
                 bar.update(len(batch))
         return unit_rows(embeddings)
 
-    def encode_ids(self, input_ids: npt.ArrayLike) -> FloatArray:
+    def encode_ids(self, input_ids: npt.ArrayLike, attention_mask: npt.ArrayLike | None = None) -> FloatArray:
         """Embeddings of token ids, for bundles without a tokenizer.
 
         Args:
             input_ids: integers (N, T) with start and end tokens, 1 ≤ T ≤ context length.
+            attention_mask: 1 for tokens and 0 for padding, (N, T), where the text part takes one; None for all ones.
 
         Returns:
             float32 (N, D), rows of unit length.
+
+        Raises:
+            InputError: ids or mask do not fit the model.
+            UsageError: a mask for a model that takes none.
         """
         spec = self.text_spec
         ids = np.asarray(input_ids)
@@ -230,9 +235,10 @@ class EncoderPair:
                 expected=f"integers (N, T), T from 1 to {spec.context_length}, each in [0, {spec.vocab_size})",
                 got=f"{ids.dtype} {ids.shape}" + (f", {ids.min()} to {ids.max()}" if fits else ""),
             )
+        mask = self._checked_mask(ids, attention_mask)
         if not len(ids):
             return self._no_rows()
-        return unit_rows(run_encoder(self.text, ids.astype(np.int64)))
+        return unit_rows(run_encoder(self.text, ids.astype(np.int64), mask))
 
     def classify(
         self, images: Pictures, labels: Sequence[str], *, template: str = "a photo of a {}", truncate: bool = False
@@ -253,6 +259,26 @@ class EncoderPair:
         logits = self.logit_scale * (self.encode_image(images) @ texts.T)
         return softmax_rows(logits)
 
+    def _checked_mask(self, ids: npt.NDArray[Any], given: npt.ArrayLike | None) -> npt.NDArray[np.int64]:
+        """int64 like `ids`."""
+        if given is None:
+            return np.ones(ids.shape, dtype=np.int64)
+        if not takes_mask(self.text):
+            raise UsageError(
+                "this model takes no attention_mask",
+                where=self.manifest.name,
+                fix="leave it out: padding after end-of-text changes nothing",
+            )
+        mask = np.asarray(given)
+        fits = mask.shape == ids.shape and mask.dtype.kind in "biu" and bool(np.isin(mask, (0, 1)).all())
+        if not fits or not mask.any(axis=1).all():
+            raise InputError(
+                "the attention mask does not fit the token ids",
+                expected=f"zeros and ones {ids.shape}, a one in every row",
+                got=f"{mask.dtype} {mask.shape}" + (", a row of zeros" if fits else ""),
+            )
+        return mask.astype(np.int64)
+
     def _engine(self, part: str) -> Engine:
         variant = self.manifest.part(part).variant(self.precision)
         return OrtEngine(self.bundle.model_files(variant), providers=self.providers, threads=self.threads)
@@ -268,3 +294,11 @@ class EncoderPair:
 
     def _no_rows(self, count: int = 0) -> FloatArray:
         return np.zeros((count, self.embed_dim), dtype=np.float32)
+
+
+def _identity_from_image(spec: ImageSpec) -> dict[str, Any]:
+    """The spec without the fields that only say what was so before they existed: embedding files keep their model."""
+    fields = spec.to_json()
+    if spec.fit == "crop":
+        del fields["fit"]
+    return fields

@@ -26,6 +26,8 @@ MAX_CHARACTERS = 10_000
 """Longest text that is tokenized: far above any context, and the cost of one text stays in milliseconds."""
 
 _PREVIEW_CHARACTERS = 60
+_MARKS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+_CLOSED_UP = tuple((mark, mark.strip()) for mark in _MARKS)  # in this order: one may make the next
 
 
 class Tokenizer:
@@ -63,8 +65,13 @@ class Tokenizer:
             InputError: a text is too long, or is no Unicode.
             UsageError: `texts` is a single string, or `pad_to` exceeds the context length.
         """
-        rows = self.encode_rows(texts, truncate=truncate)
-        return self.pad(rows, pad_to=pad_to)
+        return self.encode_masked(texts, truncate=truncate, pad_to=pad_to)[0]
+
+    def encode_masked(
+        self, texts: Sequence[str], *, truncate: bool = False, pad_to: int | None = None
+    ) -> tuple[Ids, Ids]:
+        """`input_ids` and `attention_mask` of a batch, as in `pad_masked`; arguments and errors as in `encode`."""
+        return self.pad_masked(self.encode_rows(texts, truncate=truncate), pad_to=pad_to)
 
     def encode_rows(self, texts: Sequence[str], *, truncate: bool = False) -> list[list[int]]:
         """Token ids of each text, unpadded; arguments and errors as in `encode`."""
@@ -76,15 +83,37 @@ class Tokenizer:
 
     def pad(self, rows: Sequence[Sequence[int]], *, pad_to: int | None = None) -> Ids:
         """int64 (B, T) from unpadded rows."""
+        return self.pad_masked(rows, pad_to=pad_to)[0]
+
+    def pad_masked(self, rows: Sequence[Sequence[int]], *, pad_to: int | None = None) -> tuple[Ids, Ids]:
+        """int64 (B, T) token ids from unpadded rows, and their mask: 1 for a row's own tokens, 0 after them.
+
+        The mask follows from the rows' lengths: a text may hold the padding token itself.
+        """
         if pad_to is not None and not 1 <= pad_to <= self.spec.context_length:
             raise UsageError(
                 "pad_to is out of range", expected=f"1 to {self.spec.context_length} tokens", got=str(pad_to)
             )
         width = max([pad_to or 1, *map(len, rows)])
         ids = np.full((len(rows), width), self.spec.pad_token_id, dtype=np.int64)
+        mask = np.zeros((len(rows), width), dtype=np.int64)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = row
-        return ids
+            mask[i, : len(row)] = 1
+        return ids, mask
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids without special tokens; of WordPieces, with spaces closed up before marks.
+
+        Source: `clean_up_tokenization` of transformers 4.25 (tokenization_utils_base.py), which BLIP's captions and
+        answers went through; the Rust decoder closes up around single tokens only.
+        """
+        text: str = self._rust.decode([int(token_id) for token_id in ids], skip_special_tokens=True)
+        if type(self._rust.decoder).__name__ != "WordPiece":
+            return text
+        for spaced, closed in _CLOSED_UP:
+            text = text.replace(spaced, closed)
+        return text
 
     def _bounded(self, index: int, text: str, truncate: bool) -> str:
         if not isinstance(text, str):

@@ -12,6 +12,8 @@ from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.engine import Engine
 from vlm_export.runtime.image import FloatArray
 
+MASK_NAME = "attention_mask"
+
 
 def batches(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     """`items` in runs of at most `size`; UsageError when it is below 1."""
@@ -20,17 +22,28 @@ def batches(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def run_encoder(engine: Engine, batch: npt.NDArray[Any]) -> FloatArray:
-    """The first output of a graph with one input, as float32 (B, D).
+def takes_mask(engine: Engine) -> bool:
+    """Whether the graph is told which tokens are padding."""
+    return any(port.name == MASK_NAME for port in engine.inputs)
+
+
+def run_encoder(engine: Engine, batch: npt.NDArray[Any], mask: npt.NDArray[Any] | None = None) -> FloatArray:
+    """The first output of a graph that takes `batch` first, as float32 (B, D).
 
     A floating-point batch is cast to the input's own precision, for graphs whose inputs are float16.
+
+    Args:
+        mask: for graphs that take an `attention_mask`; the others get none.
 
     Raises:
         InputError: the graph returns another shape, or values that are not finite.
     """
     port = engine.inputs[0]
     feed = batch.astype(port.dtype, copy=False) if batch.dtype.kind == "f" else batch
-    rows: FloatArray = engine.run({port.name: feed})[engine.outputs[0].name].astype(np.float32, copy=False)
+    feeds = {port.name: feed}
+    if mask is not None and takes_mask(engine):
+        feeds[MASK_NAME] = mask
+    rows: FloatArray = engine.run(feeds)[engine.outputs[0].name].astype(np.float32, copy=False)
     if rows.ndim != 2 or len(rows) != len(batch):
         raise InputError("a graph returned no row per input", expected=f"({len(batch)}, D)", got=str(rows.shape))
     if not np.isfinite(rows).all():

@@ -22,6 +22,7 @@ from vlm_export.verify.original_image import original_pixel_values
 from vlm_export.verify.points import Arrays
 
 _SENTENCES_PER_BATCH = 5
+_TEXT_INPUTS = (("input_ids",), ("input_ids", "attention_mask"))
 _PHOTOGRAPH_SIZES = ((640, 426), (351, 527), (300, 300))
 
 SENTENCES: tuple[str, ...] = (
@@ -77,7 +78,9 @@ def sample_inputs(
     images: Sequence[Image.Image] | None = None,
     sentences: Sequence[str] = SENTENCES,
 ) -> list[Sample]:
-    """Samples for a part that takes `pixel_values`, `pixels` or `input_ids` alone; none for any other.
+    """Samples for a part that takes `pixel_values`, `pixels` or `input_ids` alone, or the latter with its mask.
+
+    There are none for any other part.
 
     Args:
         tokenizer_path: the bundle's `tokenizer.json`; without it there are no text samples.
@@ -88,11 +91,12 @@ def sample_inputs(
         return [_image_sample(image, image_spec) for image in (synthetic_photographs() if images is None else images)]
     if signature.input_names == ("pixels",):
         return [_pixels_sample(image) for image in (synthetic_photographs() if images is None else images)]
-    if signature.input_names == ("input_ids",) and text_spec is not None and tokenizer_path is not None:
+    if signature.input_names in _TEXT_INPUTS and text_spec is not None and tokenizer_path is not None:
         tokenizer = Tokenizer(tokenizer_path, text_spec)
         starts = range(0, len(sentences), _SENTENCES_PER_BATCH)
         # Truncated, since a short context (a demo's) must not refuse a long sentence.
-        return [_text_sample(tokenizer.encode(sentences[i : i + _SENTENCES_PER_BATCH], truncate=True)) for i in starts]
+        batches = [tokenizer.encode_masked(sentences[i : i + _SENTENCES_PER_BATCH], truncate=True) for i in starts]
+        return [_text_sample(dict(zip(signature.input_names, batch, strict=False))) for batch in batches]
     return []
 
 
@@ -106,8 +110,8 @@ def _pixels_sample(image: Image.Image) -> Sample:
     return Sample({"pixels": pixels}, {"pixels": pixels})
 
 
-def _text_sample(input_ids: Array) -> Sample:
-    return Sample({"input_ids": input_ids}, {"input_ids": input_ids})
+def _text_sample(inputs: Arrays) -> Sample:
+    return Sample(inputs, inputs)
 
 
 def _synthetic_photograph(width: int, height: int, seed: int) -> Image.Image:

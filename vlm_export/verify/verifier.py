@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from vlm_export.verify.samples import Sample
 
 SEQUENCE_AXIS = "sequence"
+IDS_NAME = "input_ids"
+MASK_NAME = "attention_mask"
 _UNBOUNDED_PADDING = 9
 
 Progress = Callable[[int, int], None]
@@ -49,8 +51,8 @@ def verify_part(
     Args:
         samples: pictures or sentences, from `sample_inputs`.
         variant: name in the report; the gate's by default.
-        pad_token_id: states that tokens after end-of-text cannot change the outputs, and which token fills; then
-            padded token ids must give what unpadded ones give.
+        pad_token_id: states that tokens after end-of-text, masked where the part takes a mask, cannot change the
+            outputs, and which token fills; then padded token ids must give what unpadded ones give.
     """
     checks = list(_checks(_Candidate(part, reference, engine, gate), grid, samples, pad_token_id))
     points: list[PointResult] = []
@@ -88,10 +90,11 @@ class _Candidate:
         return judge_point("rows_alone", self.signature, inputs, expected, got, self.gate, seed=point.seed)
 
     def padding(self, point: GridPoint, pad_token_id: int) -> PointResult:
-        """Token ids padded to the longest sequence against the same ids unpadded."""
+        """Token ids padded to the longest sequence against the same ids unpadded, at the positions of both."""
         inputs = self.part.examples(point.sizes, point.seed)
         padded = _padded(self.signature, inputs, pad_token_id)
-        expected, got = (lambda: self.engine(inputs)), (lambda: self.engine(padded))
+        length = point.sizes[SEQUENCE_AXIS]
+        expected, got = (lambda: self.engine(inputs)), (lambda: _cut(self.signature, self.engine(padded), length))
         return judge_point("padding", self.signature, inputs, expected, got, self.gate, seed=point.seed)
 
 
@@ -119,19 +122,34 @@ def _all_have_axis(signature: Signature, axis: str) -> bool:
 
 
 def _paddable(signature: Signature) -> bool:
-    """Token ids in, one row of numbers per text out."""
-    ids_only = signature.input_names == ("input_ids",) and SEQUENCE_AXIS in signature.inputs[0].shape
-    return ids_only and not any(SEQUENCE_AXIS in tensor.shape for tensor in signature.outputs)
+    """Token ids in, with a mask or with one row of numbers per text out, and no other input as long as the ids."""
+    lengthened = {tensor.name for tensor in signature.inputs if SEQUENCE_AXIS in tensor.shape}
+    if lengthened == {IDS_NAME}:
+        return len(signature.inputs) == 1 and not any(SEQUENCE_AXIS in tensor.shape for tensor in signature.outputs)
+    return lengthened == {IDS_NAME, MASK_NAME}
 
 
 def _padded(signature: Signature, inputs: Arrays, pad_token_id: int) -> dict[str, Array]:
-    spec = signature.inputs[0]
-    ids = inputs[spec.name]
-    position = spec.shape.index(SEQUENCE_AXIS)
     limit = signature.axis(SEQUENCE_AXIS).maximum
-    missing = _UNBOUNDED_PADDING if limit is None else limit - ids.shape[position]
-    widths = [(0, missing if axis == position else 0) for axis in range(ids.ndim)]
-    return {spec.name: np.pad(ids, widths, constant_values=pad_token_id)}
+    padded = dict(inputs)
+    for spec in signature.inputs:
+        if SEQUENCE_AXIS not in spec.shape:
+            continue
+        array, position = inputs[spec.name], spec.shape.index(SEQUENCE_AXIS)
+        missing = _UNBOUNDED_PADDING if limit is None else limit - array.shape[position]
+        widths = [(0, missing if axis == position else 0) for axis in range(array.ndim)]
+        padded[spec.name] = np.pad(array, widths, constant_values=pad_token_id if spec.name == IDS_NAME else 0)
+    return padded
+
+
+def _cut(signature: Signature, outputs: Arrays, length: int) -> dict[str, Array]:
+    """The outputs without what stands past `length` tokens."""
+    cut = dict(outputs)
+    for tensor in signature.outputs:
+        if SEQUENCE_AXIS in tensor.shape:
+            position = tensor.shape.index(SEQUENCE_AXIS)
+            cut[tensor.name] = np.take(outputs[tensor.name], range(length), axis=position)
+    return cut
 
 
 def _joined_rows(engine: EngineRun, signature: Signature, inputs: Arrays) -> dict[str, Array]:

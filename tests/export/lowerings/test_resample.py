@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlm_export.export.lowerings import resample_matmul
+from vlm_export.export.lowerings import resample_graph_weights
 from vlm_export.export.lowerings.resample import InterpolationLowering, lower_interpolation
-from vlm_export.export.lowerings.resample_matmul import Target, interpolate_by_matmul, matrices_in_graph
+from vlm_export.export.lowerings.resample_graph_weights import matrices_in_graph
+from vlm_export.export.lowerings.resample_matmul import interpolate_by_matmul
+from vlm_export.export.lowerings.resample_sizes import Target
 from vlm_export.export.lowerings.resample_weights import Filter
 
 ORIGINAL = F.interpolate
@@ -129,6 +131,6 @@ def test_wrong_coefficients_exceed_the_tolerance(monkeypatch: pytest.MonkeyPatch
         down, across = matrices_in_graph((60, 50), sizes, form, torch.float32)
         assert float((down @ x @ across.T - expected).abs().max()) <= limit(x)
         with monkeypatch.context() as patch:
-            patch.setattr(resample_matmul, name, -0.625)
+            patch.setattr(resample_graph_weights, name, -0.625)
             down, across = matrices_in_graph((60, 50), sizes, form, torch.float32)
         assert float((down @ x @ across.T - expected).abs().max()) > 100 * limit(x)

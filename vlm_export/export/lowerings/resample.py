@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlm_export.export.lowerings.resample_matmul import Size, Target, interpolate_by_matmul, scaled_in_graph
+from vlm_export.export.lowerings.resample_matmul import interpolate_by_matmul
 from vlm_export.export.lowerings.resample_resize import interpolate_by_resize, resize_can_express
+from vlm_export.export.lowerings.resample_sizes import Size, Target, scaled_in_graph
 from vlm_export.export.lowerings.resample_weights import MODES, Filter
 
 Interpolation: TypeAlias = Literal["matmul", "resize-op"]

@@ -1,0 +1,45 @@
+"""The runtime that a bundle is meant for: its graphs' form, and what the manifest says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+
+from vlm_export.bundle.opened import open_bundle
+from vlm_export.export.backends import Target
+from vlm_export.export.options import ExportOptions
+from vlm_export.export.pipeline import export_bundle
+from vlm_export.export.reverify import verify_against_source
+from vlm_export.export.stages import Stages
+from vlm_export.family import BuildOptions
+from vlm_export.runtime.engine import CPU
+
+
+@pytest.mark.parametrize("target", [None, "onnxruntime"])
+def test_target(target: Target | None, checkpoint: Path, tmp_path: Path) -> None:
+    options = ExportOptions(
+        opset=18,
+        exporter="torchscript",
+        target=target,
+        with_tokenizer=False,
+        build=BuildOptions(dynamic_image_size=True),
+        threads=1,
+    )
+    export_bundle(str(checkpoint), tmp_path / "bundle", options)
+    bundle = open_bundle(tmp_path / "bundle")
+    assert bundle.manifest.facts["target"] == target
+    vision = ir.load(bundle.model_files(bundle.manifest.part("vision").variant("fp32")))
+    assert ("Resize" in {node.op_type for node in vision.graph}) == (target == "onnxruntime")
+    reports = verify_against_source(bundle, str(checkpoint), (CPU,), 1, Stages())
+    assert [report.part for report in reports] == ["vision", "text"]
+    assert all(report.passed for report in reports)
+
+
+def test_the_preprocessing_part_is_verified_against_the_source_too(checkpoint: Path, tmp_path: Path) -> None:
+    options = ExportOptions(opset=17, exporter="torchscript", with_tokenizer=False, with_preprocessing=True, threads=1)
+    export_bundle(str(checkpoint), tmp_path / "bundle", options)
+    reports = verify_against_source(open_bundle(tmp_path / "bundle"), str(checkpoint), (CPU,), 1, Stages())
+    assert [report.part for report in reports] == ["vision", "text", "vision_from_uint8"]
+    assert all(report.passed for report in reports)
