@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint
@@ -45,10 +45,18 @@ class VisionArchitecture:
 
 def architecture_from_json(data: Mapping[str, Any]) -> VisionArchitecture:
     """The architecture that `to_json` or a file in `configs/` states."""
-    kind = VitForm if "patch_bias" in data["vision"] else NavitSizes
+    version = data.get("version")
+    if version not in get_args(Version):
+        raise InputError(
+            "the architecture's version is not known",
+            expected=", ".join(get_args(Version)),
+            got=repr(version),
+            fix="a config writes it in quotes: YAML reads 2.0 as a number",
+        )
+    kind = NavitSizes if version in _PACKED.values() else VitForm
     parts = {
-        "vision": record_from_json(kind, data["vision"]),
-        "resampler": record_from_json(ResamplerSizes, data["resampler"]),
+        "vision": record_from_json(kind, data.get("vision", {})),
+        "resampler": record_from_json(ResamplerSizes, data.get("resampler", {})),
     }
     return record_from_json(VisionArchitecture, {**data, **parts})
 
@@ -65,8 +73,8 @@ def minicpmv_architecture(checkpoint: Checkpoint) -> VisionArchitecture:
             fix="name the directory that holds config.json and the weights, not a weights file alone",
         )
     packed = "vpm.pos_embed" not in checkpoint.tensors
-    vision: VitForm | NavitSizes = _navit(shapes) if packed else _siglip(shapes)
     version = _version(config) if packed else ("2.0" if "slice_mode" in config else "1.0")
+    vision: VitForm | NavitSizes = _navit(shapes, version) if packed else _siglip(shapes)
     resampler = _resampler(shapes, "resampler.", stored=version == "1.0")
     default = 448
     size_key = "image_size" if version == "1.0" else "scale_resolution"
@@ -123,7 +131,7 @@ def _siglip(shapes: Shapes) -> VitForm:
     )
 
 
-def _navit(shapes: Shapes) -> NavitSizes:
+def _navit(shapes: Shapes, version: Version) -> NavitSizes:
     width, _, patch, _ = shapes.of("vpm.embeddings.patch_embedding.weight", 4)
     config = config_section(shapes.checkpoint, "vision_config")
     return NavitSizes(
@@ -133,6 +141,7 @@ def _navit(shapes: Shapes) -> NavitSizes:
         hidden=shapes.of("vpm.encoder.layers.0.mlp.fc1.weight", 2)[0],
         patch_size=patch,
         grid=grid_of(shapes.of("vpm.embeddings.position_embedding.weight", 2)[0], prefix_tokens=0),
+        positions="row" if version == "2.5" else "grid",
     )
 
 

@@ -23,8 +23,12 @@ from vlm_export.models.vit import VisionTransformer
 from vlm_export.signature import Axis, Signature, TensorSpec
 
 BATCH = Axis("batch")
-# Of a slice, in patches per side and in all: twice the area of the published slices.
-_LARGEST_SIDE, _LARGEST_COUNT = 64, 2048
+# What is verified, in patches; graphs compute larger slices all the same. A square slice has 32 · 32. Sides: those of
+# pictures up to twice as wide as high (47); verification takes a middle side and the largest together, 25 · 48. All:
+# pictures up to a hundred times as wide as high give 1168.
+_LARGEST_SIDE, _LARGEST_COUNT = 48, 1200
+# What 4.5's preparation of videos packs into one group.
+_LARGEST_GROUP = 6
 
 
 def build_parts(architecture: VisionArchitecture, modules: VisionModules) -> Iterator[Part]:
@@ -106,7 +110,7 @@ def _video_resampler(architecture: VisionArchitecture) -> tuple[Signature, Noise
     tokens = TensorSpec("image_tokens", "float32", ("batch", "frames", "patches", architecture.vision.width))
     sizes = TensorSpec("tgt_sizes", "int64", ("batch", "frames", 2))
     times = TensorSpec("temporal_ids", "int64", ("batch", "frames"))
-    axes = (BATCH, Axis("frames", 1, 16), Axis("patches", 1, _LARGEST_COUNT))
+    axes = (BATCH, Axis("frames", 1, _LARGEST_GROUP), Axis("patches", 1, _LARGEST_COUNT))
     signature = Signature((tokens, sizes, times), (_features(architecture),), axes)
     return signature, NoiseExamples(signature)
 

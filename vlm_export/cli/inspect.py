@@ -35,8 +35,9 @@ def run(args: argparse.Namespace) -> int:
         data = _data_from_manifest(open_bundle(Path(args.source)).manifest)
     else:
         from vlm_export.checkpoint.open import open_checkpoint
+        from vlm_export.models.registry import read_prefixes
 
-        data = _data_from_checkpoint(open_checkpoint(args.source, revision=args.revision))
+        data = _data_from_checkpoint(open_checkpoint(args.source, revision=args.revision, reads=read_prefixes))
     if args.json:
         print_json(data)
     else:
