@@ -26,6 +26,7 @@ from vlm_export.family import (
 )
 from vlm_export.models import blip_weights
 from vlm_export.models.blip_architecture import BlipArchitecture, architecture_from_checkpoint, architecture_from_json
+from vlm_export.models.blip_nlvr import FIRST_MERGING_LAYER
 from vlm_export.models.blip_parts import build_modules, build_parts
 from vlm_export.models.pictures import apply_image_size, published_normalisation
 from vlm_export.models.weights import Target, load_weights, published_tensors
@@ -59,6 +60,8 @@ class BlipFamily:
         if options.dynamic_image_size:
             raise UsageError("BLIP takes one picture size", got="--dynamic-image-size", fix="use --image-size")
         architecture = architecture_from_checkpoint(checkpoint)
+        if architecture.key_names == "huggingface":
+            blip_weights.check_tied(checkpoint)
         modules = build_modules(architecture)
         dropped = load_weights(modules, checkpoint, _table(architecture, checkpoint.tensors), store)
         image_size = apply_image_size(modules.vision, architecture.vision.image_size, options)
@@ -91,7 +94,9 @@ def _table(architecture: BlipArchitecture, keys: Mapping[str, Any] | tuple[()]) 
     huggingface = architecture.key_names == "huggingface"
     table = blip_weights.vision_table(architecture.vision.layers, huggingface=huggingface)
     encoder, decoder = architecture.encoder, architecture.decoder
-    if encoder is not None:
+    if encoder is not None and architecture.compares_pictures:
+        table |= blip_weights.pair_table(encoder.layers, FIRST_MERGING_LAYER)
+    elif encoder is not None:
         table |= blip_weights.encoder_table(encoder.layers, has_cross_attention=bool(encoder.states_width))
     if decoder is not None:
         table |= blip_weights.decoder_table(decoder.layers, keys)

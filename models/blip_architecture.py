@@ -50,6 +50,7 @@ class BlipArchitecture:
         projection_dim: D of the contrastive space, 0 without projections.
         has_matching_head: image-text matching.
         encoder, decoder: the text transformers, None where the checkpoint has none.
+        compares_pictures: the encoder attends to two pictures at once (NLVR).
     """
 
     key_names: KeyNames
@@ -59,6 +60,7 @@ class BlipArchitecture:
     projection_dim: int
     has_matching_head: bool
     tokens: BlipTokens
+    compares_pictures: bool = False
 
     @property
     def answers_questions(self) -> bool:
@@ -77,21 +79,13 @@ def architecture_from_checkpoint(checkpoint: Checkpoint) -> BlipArchitecture:
     """Sizes from shapes; for Hugging Face directories heads, epsilons and token ids from config.json.
 
     Raises:
-        InputError: tensors that determine the sizes are missing, or it is a checkpoint for pairs of pictures (NLVR).
+        InputError: tensors that determine the sizes are missing.
     """
     shapes = Shapes(checkpoint)
     huggingface = "vision_model.embeddings.class_embedding" in checkpoint.tensors
-    if "cls_head.0.weight" in checkpoint.tensors:
-        raise InputError(
-            "BLIP's checkpoints for pairs of pictures (NLVR) are not supported",
-            where=checkpoint.source,
-            expected="features, retrieval, captioning or question answering",
-            got="cls_head.*",
-        )
-    text_config = config_section(checkpoint, "text_config")
+    text_config = config_section(checkpoint, "text_config") if huggingface else None
     has = checkpoint.tensors.__contains__
-    encoder = _text_sizes(shapes, "text_encoder.", text_config) if has(_word_key("text_encoder.")) else None
-    decoder = _text_sizes(shapes, "text_decoder.bert.", text_config) if shapes.count(_LAYERS["decoder"]) else None
+    encoder, decoder = (_text_sizes(shapes, prefix, text_config) for prefix in _TEXT_PREFIXES)
     if encoder is None and decoder is None:
         raise InputError("the checkpoint has no text transformer", where=checkpoint.source, expected="text_encoder.*")
     vocab_size = (encoder or decoder or _never()).vocab_size
@@ -102,6 +96,7 @@ def architecture_from_checkpoint(checkpoint: Checkpoint) -> BlipArchitecture:
         decoder=decoder,
         projection_dim=shapes.of("vision_proj.weight", 2)[0] if has("vision_proj.weight") else 0,
         has_matching_head=has("itm_head.weight"),
+        compares_pictures=has("cls_head.0.weight"),
         tokens=_tokens(text_config, vocab_size),
     )
     return _checked(architecture, checkpoint)
@@ -118,32 +113,43 @@ def architecture_from_json(data: Mapping[str, Any]) -> BlipArchitecture:
     return record_from_json(BlipArchitecture, {**data, **parts})
 
 
-_LAYERS = {"encoder": "text_encoder.encoder.layer.", "decoder": "text_decoder.bert.encoder.layer."}
+_TEXT_PREFIXES = ("text_encoder.", "text_decoder.bert.")
 
 
 def _never() -> BertSizes:
     raise AssertionError("one of the two is there")
 
 
-def _word_key(prefix: str) -> str:
-    return f"{prefix}embeddings.word_embeddings.weight"
+def _text_sizes(shapes: Shapes, prefix: str, config: Mapping[str, Any] | None) -> BertSizes | None:
+    """Sizes of the transformer whose keys start with `prefix`, None when there are no such keys.
 
-
-def _text_sizes(shapes: Shapes, prefix: str, config: Mapping[str, Any]) -> BertSizes:
+    `config` is config.json's section, None for Salesforce's files. Defaults are those of `BlipTextConfig`.
+    """
+    keys = [key for key in shapes.checkpoint.tensors if key.startswith(prefix)]
+    if not keys:
+        return None
     positions, width = shapes.of(f"{prefix}embeddings.position_embeddings.weight", 2)
+    default_heads = width // HEAD_WIDTH if config is None else 8
+    config = config or {}
+    _check_activation(config, "text_config")
     first = f"{prefix}encoder.layer.0."
     # transformers may store tied words only once, as the decoder's output matrix.
-    tied = "text_decoder.cls.predictions.decoder.weight"
-    words = _word_key(prefix) if _word_key(prefix) in shapes.checkpoint.tensors else tied
-    has_cross = f"{first}crossattention.self.key.weight" in shapes.checkpoint.tensors
+    tied = f"{prefix.removesuffix('bert.')}cls.predictions.decoder.weight"
+    words = f"{prefix}embeddings.word_embeddings.weight"
+    if words not in keys and tied in shapes.checkpoint.tensors:
+        words = tied
+    has_cross = any(".crossattention." in key for key in keys)
+    # Pairs of pictures have two of each projection.
+    twins = f"{first}crossattention.self0.key.weight"
+    attended = twins if twins in keys else f"{first}crossattention.self.key.weight"
     return BertSizes(
         width=width,
         layers=shapes.count(f"{prefix}encoder.layer."),
-        heads=config_integer(config, "num_attention_heads", 8 if config else width // HEAD_WIDTH),
+        heads=config_integer(config, "num_attention_heads", default_heads),
         hidden=shapes.of(f"{first}intermediate.dense.weight", 2)[0],
         vocab_size=shapes.of(words, 2)[0],
         positions=positions,
-        states_width=shapes.of(f"{first}crossattention.self.key.weight", 2)[1] if has_cross else 0,
+        states_width=shapes.of(attended, 2)[1] if has_cross else 0,
         eps=config_number(config, "layer_norm_eps", TEXT_EPS),
     )
 
@@ -171,6 +177,7 @@ def _huggingface_vision(shapes: Shapes) -> BlipVitSizes:
             got="no config.json",
             fix="name the directory that holds config.json and the weights, not the weights file alone",
         )
+    _check_activation(config, "vision_config")
     width, _, patch, _ = shapes.of("vision_model.embeddings.patch_embedding.weight", 4)
     return BlipVitSizes(
         width=width,
@@ -183,13 +190,25 @@ def _huggingface_vision(shapes: Shapes) -> BlipVitSizes:
     )
 
 
-def _tokens(config: Mapping[str, Any], vocab_size: int) -> BlipTokens:
+def _check_activation(config: Mapping[str, Any], section: str) -> None:
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise InputError(
+            "BLIP with another activation than the published one is not supported",
+            where=f"config.json: {section}.hidden_act",
+            expected="gelu",
+            got=repr(config["hidden_act"]),
+        )
+
+
+def _tokens(config: Mapping[str, Any] | None, vocab_size: int) -> BlipTokens:
     """The two added tokens are the vocabulary's last, [DEC] before [ENC], unless config.json says where [DEC] is."""
+    default_start = vocab_size - 2 if config is None else 30522
+    config = config or {}
     return BlipTokens(
         cls=CLS_ID,
         sep=config_integer(config, "sep_token_id", SEP_ID),
         pad=config_integer(config, "pad_token_id", PAD_ID),
-        decoder_start=config_integer(config, "bos_token_id", 30522 if config else vocab_size - 2),
+        decoder_start=config_integer(config, "bos_token_id", default_start),
         encoder_start=vocab_size - 1,
     )
 
@@ -199,6 +218,15 @@ def _checked(architecture: BlipArchitecture, checkpoint: Checkpoint) -> BlipArch
     for name, sizes in towers:
         if sizes is not None:
             check_heads(checkpoint, name, sizes.width, sizes.heads)
+    encoder_reads_states = architecture.has_matching_head or architecture.answers_questions
+    for name, sizes, needed in (
+        ("encoder", architecture.encoder, encoder_reads_states),
+        ("decoder", architecture.decoder, True),
+    ):
+        if sizes is not None and needed and not sizes.states_width:
+            raise InputError(
+                f"the text {name} has no cross-attention", where=checkpoint.source, expected="crossattention.*"
+            )
     tokens = asdict(architecture.tokens)
     sizes_ = architecture.encoder or architecture.decoder or _never()
     outside = {name: token for name, token in tokens.items() if token >= sizes_.vocab_size}

@@ -21,6 +21,7 @@ from vlm_export.models.bert import (
     cache_names,
 )
 from vlm_export.models.blip_architecture import BlipArchitecture
+from vlm_export.models.blip_nlvr import PairOfPicturesText
 from vlm_export.models.pictures import PictureExamples, picture_shape
 from vlm_export.models.vit import VisionTransformer, VitForm
 from vlm_export.signature import Axis, Signature, TensorSpec
@@ -46,7 +47,9 @@ class BlipModules(nn.Module):
                 eps=vision.eps,
             )
         )
-        if encoder is not None:
+        if encoder is not None and architecture.compares_pictures:
+            self.pair = PairOfPicturesText(encoder)
+        elif encoder is not None:
             self.encoder = Bert(encoder)
             if architecture.projection_dim:
                 self.vision_projection = nn.Linear(vision.width, architecture.projection_dim)
@@ -121,6 +124,10 @@ def build_parts(architecture: BlipArchitecture, modules: BlipModules) -> Iterato
 
 def _encoder_parts(architecture: BlipArchitecture, sizes: BertSizes, modules: BlipModules) -> Iterator[Part]:
     states = Axis(ENCODER_SEQUENCE, 1, architecture.image_tokens)
+    if architecture.compares_pictures:
+        signature = _pair_signature(sizes, states)
+        yield Part("pair_text", modules.pair.eval(), signature, ArrayExamples(signature, sizes.vocab_size))
+        return
     if architecture.answers_questions:
         signature = _multimodal_signature(sizes, states, has_matching_head=False)
         module: nn.Module = MultimodalEncoder(modules.encoder)
@@ -172,6 +179,17 @@ def _multimodal_signature(sizes: BertSizes, states: Axis, *, has_matching_head: 
     return Signature(
         inputs=(_ids("input_ids", "sequence"), _ids("attention_mask", "sequence"), hidden_states),
         outputs=(*logits, _hidden(sizes)),
+        axes=(BATCH, Axis("sequence", 1, sizes.positions), states),
+    )
+
+
+def _pair_signature(sizes: BertSizes, states: Axis) -> Signature:
+    pictures = tuple(
+        TensorSpec(f"encoder_hidden_states_{i}", "float32", ("batch", states.name, sizes.states_width)) for i in (0, 1)
+    )
+    return Signature(
+        inputs=(_ids("input_ids", "sequence"), _ids("attention_mask", "sequence"), *pictures),
+        outputs=(TensorSpec("logits", "float32", ("batch", 2)),),
         axes=(BATCH, Axis("sequence", 1, sizes.positions), states),
     )
 

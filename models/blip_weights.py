@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
+
+from vlm_export.errors import InputError
+from vlm_export.family import Checkpoint
 from vlm_export.models.vit_weights import vit_table
 from vlm_export.models.weights import Rows, Target, Unsqueezed, WeightTable, prefixed, repeat
 
@@ -38,10 +42,10 @@ _LAYER: WeightTable = {
 _CROSS: WeightTable = {
     "crossattention.self.query.weight": "cross.{i}.attention.q.weight",
     "crossattention.self.query.bias": "cross.{i}.attention.q.bias",
-    "crossattention.self.key.weight": Rows("keys_values.{i}.kv.weight", 0, 2),
-    "crossattention.self.key.bias": Rows("keys_values.{i}.kv.bias", 0, 2),
-    "crossattention.self.value.weight": Rows("keys_values.{i}.kv.weight", 1, 2),
-    "crossattention.self.value.bias": Rows("keys_values.{i}.kv.bias", 1, 2),
+    "crossattention.self.key.weight": "keys_values.{i}.k.weight",
+    "crossattention.self.key.bias": "keys_values.{i}.k.bias",
+    "crossattention.self.value.weight": "keys_values.{i}.v.weight",
+    "crossattention.self.value.bias": "keys_values.{i}.v.bias",
     "crossattention.output.dense.weight": "cross.{i}.attention.out.weight",
     "crossattention.output.dense.bias": "cross.{i}.attention.out.bias",
     "crossattention.output.LayerNorm.weight": "cross.{i}.norm.weight",
@@ -63,6 +67,30 @@ PROJECTIONS: WeightTable = {
     "vision_proj.bias": "vision_projection.bias",
     "text_proj.weight": "text_projection.weight",
     "text_proj.bias": "text_projection.bias",
+}
+_TWIN: WeightTable = {
+    "crossattention.self{t}.query.weight": "twins.{i}.attention{t}.q.weight",
+    "crossattention.self{t}.query.bias": "twins.{i}.attention{t}.q.bias",
+    "crossattention.self{t}.key.weight": "twins.{i}.keys_values{t}.k.weight",
+    "crossattention.self{t}.key.bias": "twins.{i}.keys_values{t}.k.bias",
+    "crossattention.self{t}.value.weight": "twins.{i}.keys_values{t}.v.weight",
+    "crossattention.self{t}.value.bias": "twins.{i}.keys_values{t}.v.bias",
+    "crossattention.output.dense{t}.weight": "twins.{i}.attention{t}.out.weight",
+    "crossattention.output.dense{t}.bias": "twins.{i}.attention{t}.out.bias",
+}
+_TWIN_NORM: WeightTable = {
+    "crossattention.output.LayerNorm.weight": "twins.{i}.norm.weight",
+    "crossattention.output.LayerNorm.bias": "twins.{i}.norm.bias",
+}
+_TWIN_MERGE: WeightTable = {
+    "crossattention.output.merge_layer.weight": "twins.{i}.merge.weight",
+    "crossattention.output.merge_layer.bias": "twins.{i}.merge.bias",
+}
+_PAIR_HEAD: WeightTable = {
+    "cls_head.0.weight": "pair.head1.weight",
+    "cls_head.0.bias": "pair.head1.bias",
+    "cls_head.2.weight": "pair.head2.weight",
+    "cls_head.2.bias": "pair.head2.bias",
 }
 MATCHING: WeightTable = {"itm_head.weight": "matching.weight", "itm_head.bias": "matching.bias"}
 _HF_VISION: WeightTable = {
@@ -105,6 +133,16 @@ def encoder_table(layers: int, *, has_cross_attention: bool) -> dict[str, Target
     return prefixed({**_WORDS, **_bert(layers, has_cross_attention)}, "text_encoder.", "encoder.")
 
 
+def pair_table(layers: int, first_merging_layer: int) -> dict[str, Target]:
+    """`text_encoder` and `cls_head` of checkpoints for pairs of pictures (NLVR)."""
+    twins = repeat(_TWIN, 2, "{t}") | dict(_TWIN_NORM)
+    table: dict[str, Target] = dict(_WORDS) | _bert(layers, False)
+    for i in range(layers):
+        layer = {**twins, **_TWIN_MERGE} if i >= first_merging_layer else twins
+        table |= repeat(prefixed(layer, "encoder.layer.{i}.", ""), 1, "{i}", first=i)
+    return prefixed(table, "text_encoder.", "pair.") | dict(_PAIR_HEAD)
+
+
 def decoder_table(layers: int, keys: Iterable[str]) -> dict[str, Target]:
     """`text_decoder`; of tied weights, whichever copy the checkpoint has."""
     stored = set(keys)
@@ -113,6 +151,23 @@ def decoder_table(layers: int, keys: Iterable[str]) -> dict[str, Target]:
         present = [name for name in names if f"text_decoder.{name}" in stored] or list(names)
         table |= dict.fromkeys(present[:-1]) | {present[-1]: target}
     return prefixed(table, "text_decoder.", "")
+
+
+def check_tied(checkpoint: Checkpoint) -> None:
+    """InputError when a Hugging Face file holds two different tensors where the model has one.
+
+    Salesforce's loader lets the last one count, transformers would not tie them; both are the same in honest files.
+    """
+    for names, _ in _TIED:
+        present = [f"text_decoder.{name}" for name in names if f"text_decoder.{name}" in checkpoint.tensors]
+        if len(present) == 2 and not torch.equal(*map(checkpoint.read, present)):
+            raise InputError(
+                "the decoder's output matrix or bias is not tied",
+                where=checkpoint.source,
+                expected=f"{present[0]} and {present[1]} equal",
+                got="different values",
+                fix="BLIP ties them; a model trained without tie_word_embeddings is not supported",
+            )
 
 
 def training_leftovers(keys: Iterable[str]) -> dict[str, Target]:

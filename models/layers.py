@@ -71,13 +71,15 @@ class KeyValueProjection(nn.Module):
     def __init__(self, width: int, states_width: int, heads: int) -> None:
         super().__init__()
         self.heads, self.head_width = heads, width // heads
-        self.kv = nn.Linear(states_width, 2 * width)
+        self.k = nn.Linear(states_width, width)
+        self.v = nn.Linear(states_width, width)
 
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """float32 (B, H, S, width / H), twice."""
-        packed = self.kv(states).reshape(-1, states.shape[1], 2, self.heads, self.head_width)
-        key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
-        return key, value
+        return self._split(self.k(states)), self._split(self.v(states))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, x.shape[1], self.heads, self.head_width).transpose(1, 2)
 
 
 class CrossAttention(nn.Module):

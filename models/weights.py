@@ -52,12 +52,12 @@ Target = Kept | None
 WeightTable = Mapping[str, Target]
 
 
-def repeat(table: WeightTable, layers: int) -> dict[str, Target]:
-    """The table with `{i}` in keys and names replaced by 0 … layers-1."""
+def repeat(table: WeightTable, count: int, mark: str = "{i}", first: int = 0) -> dict[str, Target]:
+    """The table with `mark` in keys and names replaced by `count` numbers, from `first` on."""
     numbered: dict[str, Target] = {}
-    for i in range(layers):
+    for i in range(first, first + count):
         for key, target in table.items():
-            numbered[key.replace("{i}", str(i))] = _renamed(target, "{i}", str(i))
+            numbered[key.replace(mark, str(i))] = _renamed(target, mark, str(i))
     return numbered
 
 

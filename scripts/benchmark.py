@@ -4,6 +4,7 @@
     python scripts/benchmark.py text   [--bundle DIR]      8-token captions against the same padded to 77
     python scripts/benchmark.py start  [--bundle DIR]      process start to first embedding
     python scripts/benchmark.py resample [--threads N]     interpolation in its forms against torch eager
+    python scripts/benchmark.py caption [--bundle DIR]     cached decoder against transformers' generate
 
 Without --bundle, one of ViT-B/32 with random weights is exported for the measurement. Needs the export extra.
 """
@@ -14,11 +15,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import export, resample, start, text
+from benchmarks import caption, export, resample, start, text
 from benchmarks.report import REPORTS, write_report
 
 EXPORT_NAMES = ("clip-vit-b-32", "clip-rn50", "clip-vit-l-14-336px")
 PAIR_NAME = "clip-vit-b-32"
+CAPTION_NAME = "blip-image-captioning-base-hf"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,11 +39,18 @@ def main(arguments: list[str] | None = None) -> int:
     resampling.add_argument("--rounds", type=int, default=21, help="default: 21")
     # With more, each library's idle threads keep the cores busy that the other one is measured on.
     resampling.add_argument("--threads", type=int, default=1, help="of torch and of the engine (default: 1)")
+    captioning = kinds.add_parser("caption")
+    captioning.add_argument("--name", default=CAPTION_NAME, help=f"an -hf name from configs/ (default: {CAPTION_NAME})")
+    captioning.add_argument("--bundle", type=Path, help="measure this bundle of it, exported with --random-weights 0")
+    captioning.add_argument("--rounds", type=int, default=9, help="default: 9")
+    captioning.add_argument("--threads", type=int, default=1, help="of torch and of the engine (default: 1)")
     args = parser.parse_args(arguments)
     if args.kind == "export":
         report = export.measure(tuple(args.names))
     elif args.kind == "resample":
         report = resample.measure(args.rounds, args.threads)
+    elif args.kind == "caption":
+        report = caption.measure(args.name, args.bundle, args.rounds, args.threads)
     else:
         report = (text if args.kind == "text" else start).measure(args.name, args.bundle, args.rounds)
     print(write_report(report, args.output))

@@ -6,11 +6,15 @@ import argparse
 import sys
 from pathlib import Path
 
+from torch import Tensor
+
 from vlm_export.checkpoint.known import KnownCheckpoint, known_names, load_known
+from vlm_export.family import Checkpoint
+from vlm_export.models.registry import load_family
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- checkpoints: written by scripts/readme_tables.py -->", "<!-- /checkpoints -->"
-HEADER = ("name", "checkpoint", "picture encoder", "pixels", "embedding", "published as", "sha256")
+HEADER = ("name", "checkpoint", "picture encoder", "pixels", "graphs", "published as", "sha256")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,22 +49,34 @@ def table() -> str:
 
 
 def _row(known: KnownCheckpoint) -> tuple[str, ...]:
-    vision = known.architecture["vision"]
-    if vision["kind"] == "vit":
-        encoder = f"ViT, {vision['layers']} layers of {vision['width']}, patch {vision['patch_size']}"
-    else:
+    architecture = known.architecture
+    vision, source = architecture["vision"], known.source
+    if "stages" in vision:
         encoder = f"ModifiedResNet {'-'.join(map(str, vision['stages']))}, width {vision['width']}"
-    source = known.source
-    published = f"Hub: {source.hub}" if source.hub else "download" if source.url else "part of this project"
+    else:
+        encoder = f"ViT, {vision['layers']} layers of {vision['width']}, patch {vision['patch_size']}"
     return (
         f"`{known.name}`",
         known.title.partition(" (")[0],
         encoder,
-        str(vision["image_size"]),
-        str(known.architecture["embed_dim"]),
-        published,
+        str(vision.get("image_size", architecture.get("image_size"))),
+        ", ".join(_parts(known)),
+        f"Hub: {source.hub}" if source.hub else "download" if source.url else "part of this project",
         "pinned" if known.sha256 else "recorded",
     )
+
+
+def _parts(known: KnownCheckpoint) -> list[str]:
+    """Names of the graphs that an export would make."""
+    family = load_family(known.family)
+    tensors = family.published_tensors(known.architecture)
+    config = family.published_config(known.architecture)
+    checkpoint = Checkpoint(known.name, "random", (), tensors, _no_tensor, config)
+    return [part.name for part in family.describe(checkpoint).parts]
+
+
+def _no_tensor(key: str) -> Tensor:
+    raise AssertionError(f"a description needs no weights: {key}")
 
 
 if __name__ == "__main__":

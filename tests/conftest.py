@@ -5,6 +5,7 @@ Imports torch only where it is used: the runtime's tests run without it.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from vlm_export.family import Model
 
 CLIP_DATA = Path(__file__).parent / "data" / "clip"
+BLIP_DATA = Path(__file__).parent / "data" / "blip"
 
 
 @pytest.fixture(scope="session")
@@ -145,3 +147,36 @@ def _link_distribution(dist: Distribution, site: Path) -> None:
             shutil.copytree(origin, target)
         else:
             target.symlink_to(origin)
+
+
+@pytest.fixture(scope="session")
+def blip_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The bundle of a variant of BLIP's oracle ("caption", "vqa", …), exported once; tests must not change it."""
+    bundles: dict[str, Path] = {}
+
+    def export(variant: str) -> Path:
+        from vlm_export.export.options import ExportOptions
+        from vlm_export.export.pipeline import export_bundle
+
+        if variant not in bundles:
+            (checkpoint,) = (BLIP_DATA / variant).glob("*.pth")
+            target = tmp_path_factory.mktemp("blip") / variant
+            options = ExportOptions(opset=17, threads=1, tokenizer=str(BLIP_DATA / "vocab.txt"))
+            export_bundle(str(checkpoint), target, options)
+            bundles[variant] = target
+        return bundles[variant]
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def blip_record() -> Callable[[str], dict[str, Any]]:
+    """The recorded arrays of a variant of BLIP's oracle by name, and under "strings" its recorded texts."""
+
+    def load(variant: str) -> dict[str, Any]:
+        from safetensors.numpy import load_file
+
+        meta = json.loads((BLIP_DATA / variant / "meta.json").read_text(encoding="utf-8"))
+        return {**load_file(BLIP_DATA / variant / "golden.safetensors"), "strings": meta["strings"]}
+
+    return load

@@ -8,8 +8,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from vlm_export.runtime.pair import EncoderPair, load
+    from vlm_export.runtime.vision_language import VisionLanguage, load_vision_language
 
-__all__ = ["EncoderPair", "__version__", "load"]
+__all__ = ["EncoderPair", "VisionLanguage", "__version__", "load", "load_vision_language"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +19,8 @@ def __getattr__(name: str) -> Any:
         from vlm_export.runtime import pair
 
         return getattr(pair, name)
+    if name in {"VisionLanguage", "load_vision_language"}:
+        from vlm_export.runtime import vision_language
+
+        return getattr(vision_language, name)
     raise AttributeError(f"module 'vlm_export' has no attribute {name!r}")

@@ -153,8 +153,10 @@ def test_cross_attention_equals_torchs() -> None:
     with torch.no_grad():
         attention.q.weight.copy_(original.q_proj_weight)
         attention.q.bias.copy_(q_bias)
-        projection.kv.weight.copy_(torch.cat([original.k_proj_weight, original.v_proj_weight]))
-        projection.kv.bias.copy_(torch.cat([k_bias, v_bias]))
+        projection.k.weight.copy_(original.k_proj_weight)
+        projection.k.bias.copy_(k_bias)
+        projection.v.weight.copy_(original.v_proj_weight)
+        projection.v.bias.copy_(v_bias)
     attention.out.load_state_dict(original.out_proj.state_dict())
     x, states = torch.randn(2, 4, width).double(), torch.randn(2, 5, states_width).double()
     attention_mask = torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])

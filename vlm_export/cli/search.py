@@ -8,6 +8,7 @@ from typing import Any
 
 from vlm_export.cli.common import IMAGE_SUFFIXES, add_common_options, add_engine_options, positive_integer, providers
 from vlm_export.cli.output import print_json, print_table
+from vlm_export.errors import UsageError
 
 
 def add_parser(verbs: Any) -> None:
@@ -20,12 +21,25 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("embeddings", metavar="EMBEDDINGS", help="a file that embed wrote")
     parser.add_argument("query", metavar="QUERY", help="what to look for: a text, or the path of a picture")
     parser.add_argument("-k", type=positive_integer, default=5, metavar="N", help="how many (default: 5)")
+    parser.add_argument(
+        "--rerank", action="store_true", help="order the nearest by what looks at picture and text together (BLIP)"
+    )
+    parser.add_argument(
+        "--candidates",
+        type=positive_integer,
+        metavar="N",
+        help="of --rerank: how many of the nearest are compared (default: 16, and at least as many as -k)",
+    )
     add_engine_options(parser)
     add_common_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.rerank:
+        return _run_reranked(args)
+    if args.candidates is not None:
+        raise UsageError("--candidates is for a second stage", fix="add --rerank")
     from vlm_export.runtime.pair import load
     from vlm_export.runtime.search import read_embeddings, search_embeddings
 
@@ -37,11 +51,45 @@ def run(args: argparse.Namespace) -> int:
     matches = search_embeddings(embeddings, vector, args.k)
     if args.json:
         found = [{"item": match.item, "cosine": match.score} for match in matches]
-        kind = "image" if is_picture else "text"
-        print_json({"query": args.query, "query_kind": kind, "matches": found})
+        print_json({"query": args.query, "query_kind": _kind(is_picture), "matches": found})
     else:
         print_table(("cosine", embeddings.meta.kind), [(f"{match.score:.4f}", match.item) for match in matches])
     return 0
+
+
+def _run_reranked(args: argparse.Namespace) -> int:
+    from vlm_export.runtime.retrieval import CANDIDATES, search_reranked
+    from vlm_export.runtime.search import read_embeddings
+    from vlm_export.runtime.vision_language import load_vision_language
+
+    embeddings = read_embeddings(args.embeddings)
+    model = load_vision_language(args.bundle, providers=providers(args), threads=args.threads)
+    embeddings.require_model(model.identity, model.manifest.name)
+    is_picture = _is_picture(args.query)
+    candidates = max(CANDIDATES, args.k) if args.candidates is None else args.candidates
+    results = search_reranked(model, embeddings, args.query, args.k, is_picture=is_picture, candidates=candidates)
+    if args.json:
+        found = [
+            {
+                "item": result.item,
+                "score": result.score,
+                "probability": result.match.probability,
+                "cosine": result.match.cosine,
+            }
+            for result in results
+        ]
+        print_json({"query": args.query, "query_kind": _kind(is_picture), "matches": found})
+    else:
+        rows = [
+            (f"{100 * result.match.probability:6.2f} %", f"{result.match.cosine:.4f}", result.item)
+            for result in results
+        ]
+        print_table(("probability", "cosine", embeddings.meta.kind), rows)
+    return 0
+
+
+def _kind(is_picture: bool) -> str:
+    return "image" if is_picture else "text"
 
 
 def _is_picture(query: str) -> bool:

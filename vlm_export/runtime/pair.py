@@ -41,7 +41,7 @@ def load(
     threads: int | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> EncoderPair:
-    """Open a bundle.
+    """Open a bundle; with parts whose texts attend to pictures it is a `VisionLanguage`, which is an EncoderPair too.
 
     Args:
         path: the bundle's directory.
@@ -53,8 +53,13 @@ def load(
     Raises:
         InputError: no bundle, or a damaged one. The graphs are checked when they are first used.
     """
-    return EncoderPair(
-        open_bundle(Path(path)),
+    # Imported here: it builds on this module.
+    from vlm_export.runtime.vision_language import LANGUAGE_PARTS, VisionLanguage
+
+    bundle = open_bundle(Path(path))
+    attends = any(part.name in LANGUAGE_PARTS for part in bundle.manifest.parts)
+    return (VisionLanguage if attends else EncoderPair)(
+        bundle,
         precision=precision,
         providers=tuple(providers or (CPU,)),
         threads=threads,

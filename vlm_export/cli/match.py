@@ -1,0 +1,48 @@
+"""`vlm-export match`: whether texts fit a picture."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from vlm_export.cli.common import add_common_options, add_engine_options, providers
+from vlm_export.cli.output import print_json, print_table
+
+
+def add_parser(verbs: Any) -> None:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "match",
+        help="whether texts fit a picture",
+        description="For each text the probability that it describes the picture, and the cosine of the embeddings.",
+    )
+    parser.add_argument("bundle", metavar="DIR", help="directory of the bundle")
+    parser.add_argument("image", metavar="IMAGE", help="a picture")
+    parser.add_argument("texts", metavar="TEXT", nargs="+", help="what it may show")
+    parser.add_argument(
+        "--first-token",
+        choices=("cls", "enc"),
+        help="what a text starts with: enc as in BLIP's training, cls as in its demo and in transformers "
+        "(default: what the bundle says)",
+    )
+    parser.add_argument("--truncate", action="store_true", help="cut texts that are too long instead of refusing them")
+    add_engine_options(parser)
+    add_common_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from vlm_export.runtime.vision_language import load_vision_language
+
+    model = load_vision_language(args.bundle, providers=providers(args), threads=args.threads)
+    matches = model.match(args.image, args.texts, first_token=args.first_token, truncate=args.truncate)
+    found = sorted(zip(args.texts, matches, strict=True), key=lambda entry: -entry[1].probability)
+    if args.json:
+        fits = [
+            {"text": text, "probability": match.probability, "match_logit": match.match_logit, "cosine": match.cosine}
+            for text, match in found
+        ]
+        print_json({"image": args.image, "first_token": matches[0].first_token, "matches": fits})
+    else:
+        rows = [(f"{100 * match.probability:6.2f} %", f"{match.cosine:.4f}", text) for text, match in found]
+        print_table(("probability", "cosine", "text"), rows)
+    return 0

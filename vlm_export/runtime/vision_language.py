@@ -1,0 +1,38 @@
+"""The runtime of a bundle whose texts attend to pictures: captions, answers, matches, and the encoder pair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlm_export.bundle.opened import open_bundle
+from vlm_export.runtime.answering import ENCODER, Answering
+from vlm_export.runtime.captioning import Captioning
+from vlm_export.runtime.decoding import DECODER
+from vlm_export.runtime.engine import CPU
+from vlm_export.runtime.image import MAX_PIXELS
+from vlm_export.runtime.matching import MULTIMODAL, Matching
+
+LANGUAGE_PARTS = frozenset({DECODER, ENCODER, MULTIMODAL})
+
+
+class VisionLanguage(Captioning, Answering, Matching):
+    """All that a checkpoint of this kind may have been trained for; the rest is an InputError when it is asked."""
+
+
+def load_vision_language(
+    path: str | Path,
+    *,
+    precision: str = "fp32",
+    providers: Sequence[str] | None = None,
+    threads: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> VisionLanguage:
+    """Opens any bundle to caption, answer or match with; arguments and errors as in `vlm_export.load`."""
+    return VisionLanguage(
+        open_bundle(Path(path)),
+        precision=precision,
+        providers=tuple(providers or (CPU,)),
+        threads=threads,
+        max_pixels=max_pixels,
+    )
