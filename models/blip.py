@@ -40,6 +40,7 @@ class BlipFamily:
     """Salesforce's key names and Hugging Face's."""
 
     name = "blip"
+    reads: tuple[str, ...] = ()
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         keys = checkpoint.tensors

@@ -45,6 +45,7 @@ class ClipFamily:
     """OpenAI's key names and Hugging Face's."""
 
     name = "clip"
+    reads: tuple[str, ...] = ()
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         keys = checkpoint.tensors

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from importlib import import_module
 
+from torch import Tensor
+
 from vlm_export.errors import InputError
-from vlm_export.family import Checkpoint, Family
+from vlm_export.family import Checkpoint, Family, TensorInfo
 
 FAMILIES = {
     "clip": "vlm_export.models.clip:ClipFamily",
+    "minicpmv": "vlm_export.models.minicpmv:MiniCpmVFamily",
+    "omnilmm": "vlm_export.models.omnilmm:OmniLmmFamily",
     "blip": "vlm_export.models.blip:BlipFamily",
 }
 
@@ -22,10 +27,8 @@ def load_family(name: str) -> Family:
 
 def recognise(checkpoint: Checkpoint) -> Family:
     """The family that the checkpoint belongs to; InputError when none claims it."""
-    for name in FAMILIES:
-        family = load_family(name)
-        if family.recognises(checkpoint):
-            return family
+    if family := _find(checkpoint):
+        return family
     keys = list(checkpoint.tensors)
     raise InputError(
         "no family recognises this checkpoint",
@@ -34,3 +37,21 @@ def recognise(checkpoint: Checkpoint) -> Family:
         got=f"{len(keys)} tensors, the first: {', '.join(keys[:5])}",
         fix="a wrapper's prefix such as 'module.' or 'state_dict.' must be removed from the keys first",
     )
+
+
+def read_prefixes(keys: Collection[str]) -> tuple[str, ...]:
+    """Prefixes of the keys that the family of a checkpoint with these keys reads; () when it reads all, or none does.
+
+    The families tell by names alone, so that an index is enough.
+    """
+    unread = TensorInfo((), "float32")
+    family = _find(Checkpoint("", "safetensors", (), dict.fromkeys(keys, unread), _refuse))
+    return family.reads if family else ()
+
+
+def _find(checkpoint: Checkpoint) -> Family | None:
+    return next((family for family in map(load_family, FAMILIES) if family.recognises(checkpoint)), None)
+
+
+def _refuse(key: str) -> Tensor:
+    raise AssertionError(f"nothing is read to recognise a family, not {key}")

@@ -39,7 +39,14 @@ class Unsqueezed:
     axes: int = 1
 
 
-Kept = str | Rows | Transposed | Unsqueezed
+@dataclass(frozen=True)
+class Stacked:
+    """The stored tensor holds the rows of several parameters, one below the other, in equal blocks."""
+
+    names: tuple[str, ...]
+
+
+Kept = str | Rows | Transposed | Unsqueezed | Stacked
 Target = Kept | None
 """Where a stored key goes: a parameter, a part of one, or None for "dropped on purpose"."""
 WeightTable = Mapping[str, Target]
@@ -63,6 +70,8 @@ def _renamed(target: Target, old: str, new: str) -> Target:
     """The target with `old` in its name replaced by `new`; an empty `old` puts `new` in front."""
     if target is None:
         return None
+    if isinstance(target, Stacked):
+        return Stacked(tuple(name.replace(old, new) if old else new + name for name in target.names))
     name = target if isinstance(target, str) else target.name
     changed = name.replace(old, new) if old else new + name
     return changed if isinstance(target, str) else replace(target, name=changed)
@@ -76,6 +85,9 @@ def stored_shape(target: Kept, shapes: Mapping[str, tuple[int, ...]]) -> tuple[i
         return tuple(reversed(shapes[target.name]))
     if isinstance(target, Unsqueezed):
         return (*[1] * target.axes, *shapes[target.name])
+    if isinstance(target, Stacked):
+        rows, *rest = shapes[target.names[0]]
+        return (rows * len(target.names), *rest)
     rows, *rest = shapes[target.name]
     return (rows // target.count, *rest)
 
@@ -163,6 +175,10 @@ def _place(
     shapes: Mapping[str, tuple[int, ...]],
     store: WeightStore,
 ) -> None:
+    if isinstance(target, Stacked):
+        for name, block in zip(target.names, stored.chunk(len(target.names)), strict=True):
+            _place(block, name, weights, shapes, store)
+        return
     if isinstance(target, Unsqueezed):
         stored, target = stored.reshape(shapes[target.name]), target.name
     name = target if isinstance(target, str) else target.name

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 CLIP_DATA = Path(__file__).parent / "data" / "clip"
 BLIP_DATA = Path(__file__).parent / "data" / "blip"
+MINICPMV_DATA = Path(__file__).parent / "data" / "minicpmv"
 
 
 @pytest.fixture(scope="session")
@@ -191,3 +192,39 @@ def blip_record() -> Callable[[str], dict[str, Any]]:
         return {**load_file(BLIP_DATA / variant / "golden.safetensors"), "strings": meta["strings"]}
 
     return load
+
+
+@pytest.fixture(scope="session")
+def slice_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The bundle of a variant of MiniCPM-V's oracle ("v1_0" … "v4_5", "omnilmm"), exported once; tests must not change
+    it. Slices are as small as those of the recorded pictures, and it is verified at few sizes."""
+    bundles: dict[str, Path] = {}
+
+    def export(variant: str) -> Path:
+        from vlm_export.export import verification
+        from vlm_export.export.options import ExportOptions
+        from vlm_export.export.pipeline import export_bundle
+
+        if variant not in bundles:
+            folder = tmp_path_factory.mktemp("minicpmv")
+            source, target = Path(shutil.copytree(MINICPMV_DATA / variant, folder / "source")), folder / variant
+            _shrink_slices(source / "config.json", variant)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(verification, "_LARGE_PART_BYTES", 0)
+                export_bundle(str(source), target, ExportOptions(opset=17, threads=1, with_tokenizer=False))
+            bundles[variant] = target
+        return bundles[variant]
+
+    return export
+
+
+def _shrink_slices(path: Path, variant: str) -> None:
+    recorded = json.loads((MINICPMV_DATA / "preprocess" / "meta.json").read_text(encoding="utf-8"))["pixel_config"]
+    config = json.loads(path.read_text(encoding="utf-8"))
+    most = recorded["max_slice_nums"].get(variant.removeprefix("v").replace("_", "."), 9)
+    numbers = {"scale_resolution": recorded["scale_resolution"], "max_slice_nums": most}
+    if "slice_config" in config:
+        config["slice_config"] |= numbers
+    elif variant == "v2_0":
+        config |= numbers
+    path.write_text(json.dumps(config), encoding="utf-8")

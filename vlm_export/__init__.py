@@ -8,9 +8,19 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from vlm_export.runtime.pair import EncoderPair, load
+    from vlm_export.runtime.slice_features import SliceEncoder, SliceFeatures, load_slice_encoder
     from vlm_export.runtime.vision_language import VisionLanguage, load_vision_language
 
-__all__ = ["EncoderPair", "VisionLanguage", "__version__", "load", "load_vision_language"]
+__all__ = [
+    "EncoderPair",
+    "SliceEncoder",
+    "SliceFeatures",
+    "VisionLanguage",
+    "__version__",
+    "load",
+    "load_slice_encoder",
+    "load_vision_language",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,4 +33,8 @@ def __getattr__(name: str) -> Any:
         from vlm_export.runtime import vision_language
 
         return getattr(vision_language, name)
+    if name in {"SliceEncoder", "SliceFeatures", "load_slice_encoder"}:
+        from vlm_export.runtime import slice_features
+
+        return getattr(slice_features, name)
     raise AttributeError(f"module 'vlm_export' has no attribute {name!r}")

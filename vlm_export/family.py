@@ -49,6 +49,7 @@ class Checkpoint:
         config: `config.json` as data, or None.
         side_files: tokenizer and preprocessing files by name (`tokenizer.json`, `preprocessor_config.json`, …).
         revision: the resolved commit of a hub id, or None.
+        shards_left_aside: shards that the index names and nobody opened: they hold no key that the family reads.
     """
 
     source: str
@@ -59,6 +60,7 @@ class Checkpoint:
     config: Mapping[str, Any] | None = None
     side_files: Mapping[str, Path] = field(default_factory=dict)
     revision: str | None = None
+    shards_left_aside: tuple[str, ...] = ()
 
 
 class ExampleBuilder(Protocol):
@@ -158,9 +160,15 @@ DEFAULT_BUILD = BuildOptions()
 
 
 class Family(Protocol):
-    """One model line; implementations stand in `models/` and are listed in `models/registry.py`."""
+    """One model line; implementations stand in `models/` and are listed in `models/registry.py`.
+
+    Attributes:
+        reads: prefixes of the keys that the family reads, () for all. Shards that hold no such key are neither
+            downloaded nor opened.
+    """
 
     name: str
+    reads: tuple[str, ...]
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         """Whether the stored keys (or the config) are this family's."""

@@ -16,12 +16,13 @@ MAX_FUNCTION_LINES = 60
 # What every machine has that only uses bundles; the packages of Parquet and of the second engine are optional there.
 BASE = {"PIL", "ftfy", "numpy", "onnxruntime", "openvino", "pyarrow", "tokenizers", "tqdm"}
 TORCH = {"torch", "torchvision", "transformers", "timm"}
-TYPES = {"vlm_export", "vlm_export.errors", "vlm_export.signature", "vlm_export.specs"}
+TYPES = {"vlm_export", "vlm_export.errors", "vlm_export.signature", "vlm_export.specs", "vlm_export.slice_spec"}
 # Folder or module → the parts of vlm_export that it may import besides itself.
 ARROWS = {
     "errors.py": set[str](),
     "signature.py": TYPES,
     "specs.py": TYPES,
+    "slice_spec.py": TYPES,
     "family.py": TYPES,
     "bundle": TYPES,
     "runtime": TYPES | {"vlm_export.bundle"},

@@ -16,7 +16,14 @@ from torch import Tensor
 from vlm_export.bundle.strict_json import MAX_JSON_BYTES, json_object_from_bytes
 from vlm_export.checkpoint.identify import error_from_bad_file
 from vlm_export.checkpoint.names import is_plain_name
-from vlm_export.checkpoint.safetensors_file import INDEX_SUFFIX, read_bounded, read_index, read_sharded
+from vlm_export.checkpoint.safetensors_file import (
+    INDEX_SUFFIX,
+    check_present,
+    read_bounded,
+    read_index,
+    read_sharded,
+)
+from vlm_export.checkpoint.shards import ReadPrefixes, everything, select_shards
 from vlm_export.checkpoint.tensors import StoredTensors
 from vlm_export.checkpoint.weights_file import read_weights_file
 from vlm_export.errors import InputError
@@ -37,7 +44,6 @@ SIDE_FILES = (
     "vocab.json",
     "merges.txt",
     "vocab.txt",
-    "vocab.txt",
     "preprocessor_config.json",
 )
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -52,7 +58,8 @@ class Directory:
 
     Attributes:
         weights: the file that is read, or the index that names the shards.
-        shards: key → shard, where `weights` is an index.
+        shards: key → shard, where `weights` is an index; without the shards left aside.
+        left_aside: shards that hold nothing that is read; they need not be there.
         config: `config.json` without the keys that name code, or None.
         side_files: tokenizer and preprocessing files by name.
     """
@@ -60,6 +67,7 @@ class Directory:
     path: Path
     weights: Path
     shards: Mapping[str, str]
+    left_aside: tuple[str, ...]
     config: Mapping[str, Any] | None
     side_files: Mapping[str, Path]
 
@@ -77,29 +85,41 @@ class Directory:
         return [*config, *index, *self.weight_files, *self.side_files.values()]
 
 
-def scan_directory(path: Path) -> Directory:
+def scan_directory(path: Path, reads: ReadPrefixes = everything) -> Directory:
     """Finds config, weights and side files.
 
+    Args:
+        reads: which keys of an index are read.
+
     Raises:
-        InputError: no weights or several, a malformed config or index, or a name that leaves the directory.
+        InputError: no weights or several, a missing shard, a malformed config or index, or a name that leaves the
+            directory.
     """
     weights = _find_weights(path)
     config_path = path / CONFIG_FILE
     side_files = {name: path / name for name in SIDE_FILES if (path / name).is_file()}
     if "tokenizer_config.json" in side_files:
         _check_templates(side_files["tokenizer_config.json"])
+    shards, left_aside = _scan_shards(weights, reads) if weights.name.endswith(".index.json") else ({}, ())
     return Directory(
         path=path,
         weights=weights,
-        shards=read_index(weights) if weights.name.endswith(".index.json") else {},
+        shards=shards,
+        left_aside=left_aside,
         config=_without_code(_read_json(config_path)) if config_path.is_file() else None,
         side_files=side_files,
     )
 
 
-def scan_index(index: Path) -> Directory:
+def scan_index(index: Path, reads: ReadPrefixes = everything) -> Directory:
     """The Directory around an index that the user named, instead of the weights that come first there."""
-    return Directory(index.parent, index, read_index(index), None, {})
+    return Directory(index.parent, index, *_scan_shards(index, reads), None, {})
+
+
+def _scan_shards(index: Path, reads: ReadPrefixes) -> tuple[dict[str, str], tuple[str, ...]]:
+    shards, left_aside = select_shards(read_index(index), reads)
+    check_present(index, shards)
+    return shards, left_aside
 
 
 def read_directory(directory: Directory) -> StoredTensors:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlm_export.checkpoint.directory import CONFIG_FILE, SIDE_FILES, WEIGHTS_PRECEDENCE
+from vlm_export.checkpoint.safetensors_file import read_index
+from vlm_export.checkpoint.shards import ReadPrefixes, everything, select_shards
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -33,11 +35,15 @@ def is_hub_id(source: str) -> bool:
     return _ID.fullmatch(source) is not None and ".." not in source and "--" not in source
 
 
-def fetch_snapshot(hub_id: str, revision: str | None = None) -> Snapshot:
+def fetch_snapshot(hub_id: str, revision: str | None = None, reads: ReadPrefixes = everything) -> Snapshot:
     """Downloads the allowed files of `hub_id`, or takes them from the local cache when there is no network.
+
+    Args:
+        reads: which keys of an index are read; shards without any are not downloaded.
 
     Raises:
         UsageError: the repository or revision does not exist, or access is not granted.
+        InputError: no weights in a supported format, or a malformed index.
         EnvironmentFailure: no network and nothing cached, or huggingface_hub is not installed.
     """
     try:
@@ -57,6 +63,10 @@ def fetch_snapshot(hub_id: str, revision: str | None = None) -> Snapshot:
         info = huggingface_hub.HfApi().model_info(hub_id, revision=revision, timeout=_TIMEOUT_SECONDS)
         commit = info.sha or ""
         names = wanted_files([sibling.rfilename for sibling in info.siblings or []])
+        if indexes := [name for name in names if name in _SHARDS]:
+            # The index first: it says which shards are read.
+            path = huggingface_hub.snapshot_download(hub_id, revision=commit, allow_patterns=indexes)
+            names = _without_shards(names, select_shards(read_index(Path(path) / indexes[0]), reads)[1])
         path = huggingface_hub.snapshot_download(hub_id, revision=commit, allow_patterns=names)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise _not_found(hub_id, revision, error) from error
@@ -81,6 +91,10 @@ def wanted_files(names: Collection[str]) -> list[str]:
         )
     shards = [name for name in names if weights in _SHARDS and _SHARDS[weights].fullmatch(name)]
     return [name for name in (CONFIG_FILE, *SIDE_FILES) if name in names] + [weights, *sorted(shards)]
+
+
+def _without_shards(names: Sequence[str], left_aside: Collection[str]) -> list[str]:
+    return [name for name in names if name not in left_aside]
 
 
 def _cached_snapshot(hub_id: str, revision: str | None, cause: BaseException) -> Snapshot:

@@ -11,6 +11,7 @@ from vlm_export.checkpoint.download import fetch_url
 from vlm_export.checkpoint.hashing import Progress, check_sha256, hash_file
 from vlm_export.checkpoint.hub import fetch_snapshot, is_hub_id
 from vlm_export.checkpoint.known import KnownCheckpoint, known_names, load_known, packaged_path
+from vlm_export.checkpoint.shards import ReadPrefixes, everything
 from vlm_export.checkpoint.weights_file import read_weights_file
 from vlm_export.errors import InputError, UsageError, suggestion
 from vlm_export.family import Checkpoint
@@ -25,6 +26,7 @@ def open_checkpoint(
     expected_sha256: str | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
+    reads: ReadPrefixes = everything,
 ) -> Checkpoint:
     """Opens a checkpoint read-only; no tensor is read yet and nothing in it is executed.
 
@@ -33,6 +35,8 @@ def open_checkpoint(
         expected_sha256: pins the weights file; overrides the config's own.
         revision: commit, branch or tag of a hub id.
         progress: called while files are downloaded and hashed.
+        reads: told the keys of an index, says which are read. Shards that hold none of them are not downloaded, not
+            opened, and need not be there.
 
     Raises:
         UsageError: `source` names nothing, or an option does not apply to it.
@@ -41,11 +45,11 @@ def open_checkpoint(
     """
     if _exists(source):
         _refuse_revision(revision, source)
-        return _open_path(source, Path(source), expected_sha256, progress)
+        return _open_path(source, Path(source), expected_sha256, progress, reads)
     if source in known_names():
-        return _open_known(source, load_known(source), expected_sha256, revision, progress)
+        return _open_known(source, load_known(source), expected_sha256, revision, progress, reads)
     if is_hub_id(source) and not source.endswith(_FILE_SUFFIXES):
-        return _open_hub(source, source, expected_sha256, revision, progress)
+        return _open_hub(source, source, expected_sha256, revision, progress, reads)
     raise UsageError(
         "the source is no file, no directory, no known name and no hub id",
         where=source,
@@ -66,13 +70,15 @@ def _refuse_revision(revision: str | None, source: str) -> None:
         raise UsageError("only hub ids have revisions", where=source, got=f"revision {revision}")
 
 
-def _open_path(source: str, path: Path, sha256: str | None, progress: Progress | None) -> Checkpoint:
+def _open_path(
+    source: str, path: Path, sha256: str | None, progress: Progress | None, reads: ReadPrefixes
+) -> Checkpoint:
     what = "the source's path is not valid UTF-8, and torch opens no other"
     check_utf8(path, UsageError, what, fix="rename it, or copy it to another place")
     if path.is_dir():
-        return _open_directory(source, scan_directory(path), sha256, progress)
+        return _open_directory(source, scan_directory(path, reads), sha256, progress)
     if path.name.endswith(".index.json"):
-        return _open_directory(source, scan_index(path), sha256, progress)
+        return _open_directory(source, scan_index(path, reads), sha256, progress)
     if not path.is_file():
         raise InputError("the source is neither a file nor a directory", where=source)
     # The pinned sha256 before anything is parsed.
@@ -104,29 +110,40 @@ def _open_directory(source: str, directory: Directory, sha256: str | None, progr
         read=stored.read,
         config=directory.config,
         side_files=directory.side_files,
+        shards_left_aside=directory.left_aside,
     )
 
 
 def _open_hub(
-    source: str, hub_id: str, sha256: str | None, revision: str | None, progress: Progress | None
+    source: str,
+    hub_id: str,
+    sha256: str | None,
+    revision: str | None,
+    progress: Progress | None,
+    reads: ReadPrefixes,
 ) -> Checkpoint:
-    snapshot = fetch_snapshot(hub_id, revision)
-    opened = _open_directory(source, scan_directory(snapshot.directory), sha256, progress)
+    snapshot = fetch_snapshot(hub_id, revision, reads)
+    opened = _open_directory(source, scan_directory(snapshot.directory, reads), sha256, progress)
     return replace(opened, revision=snapshot.revision)
 
 
 def _open_known(
-    source: str, known: KnownCheckpoint, sha256: str | None, revision: str | None, progress: Progress | None
+    source: str,
+    known: KnownCheckpoint,
+    sha256: str | None,
+    revision: str | None,
+    progress: Progress | None,
+    reads: ReadPrefixes,
 ) -> Checkpoint:
     pinned = sha256 or known.sha256
     if known.source.hub is not None:
-        return _open_hub(source, known.source.hub, pinned, revision or known.revision, progress)
+        return _open_hub(source, known.source.hub, pinned, revision or known.revision, progress, reads)
     _refuse_revision(revision, source)
     if known.source.url is not None:
         path = fetch_url(known.source.url, pinned, progress)
     else:
         path = packaged_path(known.source.file or "")
-    opened = _open_path(source, path, pinned, progress)
+    opened = _open_path(source, path, pinned, progress, reads)
     if known.tokenizer is None:
         return opened
     tokenizer = packaged_path(known.tokenizer)

@@ -68,10 +68,10 @@ def read_sharded(directory: Path, shards: Mapping[str, str]) -> StoredTensors:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """key → shard of a `*.index.json`, each shard a plain name of an existing file beside the index.
+    """key → shard of a `*.index.json`, each shard a plain name; whether it is there, `check_present` says.
 
     Raises:
-        InputError: the index is malformed, or a shard's name leaves the directory or names no file.
+        InputError: the index is malformed, or a shard's name leaves the directory.
     """
     if path.stat().st_size == 0:
         raise error_from_bad_file(path)
@@ -83,15 +83,21 @@ def read_index(path: Path) -> dict[str, str]:
         raise InputError("the index is too large", where=str(path), got=f"{len(weight_map)} keys, {len(names)} shards")
     for name in names:
         check_plain_name(name, where=str(path))
-        if not (path.parent / name).is_file():
+    return weight_map
+
+
+def check_present(index: Path, shards: Mapping[str, str]) -> None:
+    """InputError when one of the shards is no file beside the index."""
+    names = sorted(set(shards.values()))
+    for name in names:
+        if not (index.parent / name).is_file():
             raise InputError(
                 "a shard that the index names is not there",
-                where=str(path),
+                where=str(index),
                 expected=f"the file {name}",
-                got=f"no such file; {len(names)} shards are named",
+                got=f"no such file; {len(names)} shards are needed",
                 fix="download the missing shard into the same directory",
             )
-    return weight_map
 
 
 def read_bounded(path: Path, max_bytes: int = MAX_HEADER_BYTES) -> bytes:

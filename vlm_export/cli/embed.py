@@ -1,4 +1,4 @@
-"""`vlm-export embed`: pictures of a folder, or lines of a text file, to a file of embeddings."""
+"""`vlm-export embed`: pictures of a folder, or lines of a text file, to a file of embeddings or of slices' features."""
 
 from __future__ import annotations
 
@@ -19,18 +19,22 @@ from vlm_export.cli.output import print_json
 from vlm_export.errors import InputError, UsageError
 
 TEXT_SUFFIX = ".txt"
+_BATCH_SIZE = 32
 
 
 def add_parser(verbs: Any) -> None:
     parser: argparse.ArgumentParser = verbs.add_parser(
         "embed",
         help="embeddings of pictures or texts",
-        description="Unit-length embeddings of pictures (also of all in a folder), or of the lines of text files.",
+        description="Unit-length embeddings of pictures (also of all in a folder), or of the lines of text files. "
+        "Of a bundle that cuts pictures into slices (MiniCPM-V, OmniLMM): the features of each slice, for a language "
+        "model: .npy float32 (slices, features, width), FILE.json naming picture, slice, rows and columns of patches "
+        "of each row; .parquet with these as columns.",
     )
     parser.add_argument("bundle", metavar="DIR", help="directory of the bundle")
     parser.add_argument("paths", metavar="PATH", nargs="+", help="pictures, folders of pictures, or .txt files")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help=".npy (with FILE.json) or .parquet")
-    parser.add_argument("--batch-size", type=positive_integer, default=32, metavar="N", help="default: 32")
+    parser.add_argument("--batch-size", type=positive_integer, metavar="N", help="default: 32; of slices: 4")
     parser.add_argument("--truncate", action="store_true", help="cut texts that are too long instead of refusing them")
     add_engine_options(parser)
     add_common_options(parser)
@@ -38,20 +42,30 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from vlm_export.runtime.pair import load
-    from vlm_export.runtime.search import EmbeddingsMeta, checked_suffix, write_embeddings
+    from vlm_export.bundle.opened import open_bundle
+    from vlm_export.runtime.identity import SLICING
+    from vlm_export.runtime.search import checked_suffix
 
     checked_suffix(Path(args.output))
     pictures, texts = _collect([existing_path(path) for path in args.paths])
+    if SLICING in open_bundle(Path(args.bundle)).manifest.facts:
+        return _run_slices(args, pictures)
+    return _run_pair(args, pictures, texts)
+
+
+def _run_pair(args: argparse.Namespace, pictures: list[Path], texts: list[str]) -> int:
+    from vlm_export.runtime.pair import load
+    from vlm_export.runtime.search import EmbeddingsMeta, write_embeddings
+
     pair = load(args.bundle, providers=providers(args), threads=args.threads)
     start = time.perf_counter()
-    options = {"batch_size": args.batch_size, "progress": not args.quiet}
+    batch_size, progress = args.batch_size or _BATCH_SIZE, not args.quiet
     if pictures:
         items = [str(path) for path in pictures]
-        vectors = pair.encode_image(items, **options)
+        vectors = pair.encode_image(items, batch_size=batch_size, progress=progress)
     else:
         items = texts
-        vectors = pair.encode_text(items, truncate=args.truncate, **options)
+        vectors = pair.encode_text(items, truncate=args.truncate, batch_size=batch_size, progress=progress)
     seconds = time.perf_counter() - start
     kind: Literal["image", "text"] = "image" if pictures else "text"
     write_embeddings(args.output, items, vectors, EmbeddingsMeta(kind, pair.manifest.name, pair.identity))
@@ -61,6 +75,32 @@ def run(args: argparse.Namespace) -> int:
     else:
         rate = len(items) / seconds if seconds else float("inf")
         print(f"{len(items)} {kind} embeddings of {vectors.shape[1]} numbers in {args.output} ({rate:.1f}/s)")
+    return 0
+
+
+def _run_slices(args: argparse.Namespace, pictures: list[Path]) -> int:
+    from vlm_export.runtime.slice_features import SLICE_BATCH_SIZE, load_slice_encoder
+    from vlm_export.runtime.slice_files import SliceFileMeta, write_slice_features
+
+    encoder = load_slice_encoder(args.bundle, providers=providers(args), threads=args.threads)
+    if not pictures:
+        raise InputError("this bundle takes no texts", where=encoder.manifest.name, fix="name pictures or folders")
+    start = time.perf_counter()
+    items = [str(path) for path in pictures]
+    meta = SliceFileMeta(encoder.manifest.name, encoder.identity, encoder.feature_shape, encoder.precision)
+    batch_size = args.batch_size or SLICE_BATCH_SIZE
+    features = encoder.stream_slices(items, batch_size=batch_size, progress=not args.quiet)
+    count, slices = write_slice_features(args.output, zip(items, features, strict=True), meta)
+    seconds = time.perf_counter() - start
+    if args.json:
+        result = {"output": args.output, "kind": "slices", "count": count, "slices": slices}
+        print_json({**result, "shape": list(meta.feature_shape), "seconds": round(seconds, 4)})
+    else:
+        queries, width = meta.feature_shape
+        rate = slices / seconds if seconds else float("inf")
+        print(
+            f"{count} pictures, {slices} slices of {queries} x {width} numbers in {args.output} ({rate:.1f} slices/s)"
+        )
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`vlm-export inspect`: what a checkpoint or a bundle is."""
+"""`vlm-export inspect`: what a checkpoint or a bundle is, and how a bundle cuts a picture."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_export.cli.common import add_common_options
 from vlm_export.cli.output import print_json, print_table, size_text
+from vlm_export.cli.slice_report import report_slices
+from vlm_export.errors import UsageError
 
 if TYPE_CHECKING:
     from vlm_export.bundle.manifest import Manifest
@@ -19,24 +21,37 @@ if TYPE_CHECKING:
 def add_parser(verbs: Any) -> None:
     parser: argparse.ArgumentParser = verbs.add_parser(
         "inspect",
-        help="what a checkpoint or a bundle is",
-        description="What SOURCE is, how it would be split, and what is hard about it. Reads no weights.",
+        help="what a checkpoint or a bundle is, or how a bundle cuts a picture",
+        description="What SOURCE is, how it would be split, and what is hard about it. Reads no weights. "
+        "With --bundle, SOURCE is a picture: how it is cut into slices (MiniCPM-V, OmniLMM).",
     )
-    parser.add_argument("source", metavar="SOURCE", help="a checkpoint (as for export), or a bundle's directory")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="a checkpoint (as for export), a bundle's directory, or a picture"
+    )
     parser.add_argument("--revision", metavar="REV", help="commit, branch or tag of a Hub id")
+    parser.add_argument("--bundle", metavar="DIR", help="the bundle that would cut the picture")
+    parser.add_argument("-o", "--output", metavar="FILE", help="of --bundle: draw the slices to this .png")
     add_common_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.bundle is not None:
+        if args.revision is not None:
+            raise UsageError("--revision is for checkpoints", fix="leave it out, or --bundle")
+        report_slices(args.source, args.bundle, args.output, as_json=args.json)
+        return 0
+    if args.output is not None:
+        raise UsageError("-o is for the slices of a picture", fix="add --bundle DIR")
     if (Path(args.source) / "vlm_export.json").is_file():
         from vlm_export.bundle.opened import open_bundle
 
         data = _data_from_manifest(open_bundle(Path(args.source)).manifest)
     else:
         from vlm_export.checkpoint.open import open_checkpoint
+        from vlm_export.models.registry import read_prefixes
 
-        data = _data_from_checkpoint(open_checkpoint(args.source, revision=args.revision))
+        data = _data_from_checkpoint(open_checkpoint(args.source, revision=args.revision, reads=read_prefixes))
     if args.json:
         print_json(data)
     else:

@@ -13,7 +13,7 @@ from vlm_export.errors import UsageError, suggestion
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.stages import StepProgress
 from vlm_export.family import BuildOptions, Checkpoint, Model
-from vlm_export.models.registry import load_family
+from vlm_export.models.registry import load_family, read_prefixes
 
 
 def known_checkpoint(source: str) -> KnownCheckpoint | None:
@@ -29,6 +29,7 @@ def open_source(source: str, options: ExportOptions, scratch: Path, progress: St
             expected_sha256=options.sha256,
             revision=options.revision,
             progress=lambda _, done, total: progress(done, total),
+            reads=read_prefixes,
         )
     known = known_checkpoint(source)
     if known is None:

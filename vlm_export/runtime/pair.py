@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +19,7 @@ from vlm_export.bundle.manifest import Manifest
 from vlm_export.bundle.opened import OpenBundle, open_bundle
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.engine import CPU, Engine, OrtEngine
+from vlm_export.runtime.identity import SLICING, model_identity
 from vlm_export.runtime.image import MAX_PIXELS, FloatArray, PictureSource, open_image, preprocess_image
 from vlm_export.runtime.text import Tokenizer
 from vlm_export.runtime.vectors import batches, run_encoder, softmax_rows, takes_mask, unit_rows
@@ -51,7 +50,8 @@ def load(
         max_pixels: pictures with more are refused before they are decoded.
 
     Raises:
-        InputError: no bundle, or a damaged one. The graphs are checked when they are first used.
+        InputError: no bundle, a damaged one, or one that `load_slice_encoder` opens. The graphs are checked when they
+            are first used.
     """
     # Imported here: it builds on this module.
     from vlm_export.runtime.vision_language import LANGUAGE_PARTS, VisionLanguage
@@ -79,6 +79,7 @@ class EncoderPair:
         threads: int | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
+        _refuse_slices(bundle)
         self.bundle = bundle
         self.precision = precision
         self.providers = tuple(providers)
@@ -125,21 +126,7 @@ class EncoderPair:
     @cached_property
     def identity(self) -> str:
         """sha256 that names the model: equal for bundles of one checkpoint, whatever their opset or precision."""
-        manifest = self.manifest
-        source = manifest.source
-        facts: dict[str, Any] = {
-            "family": manifest.family,
-            "architecture": dict(manifest.architecture),
-            "image": None if manifest.image is None else _identity_from_image(manifest.image),
-            "text": None if manifest.text is None else manifest.text.to_json(),
-            "weights": sorted(file.sha256 for file in source.files),
-            "seed": source.random_weights_seed,
-        }
-        if not source.files and source.random_weights_seed is None:
-            graphs = [part.variant("fp32") for part in manifest.parts]
-            names = [name for graph in graphs for name in (graph.file, *graph.external_data)]
-            facts["weights"] = sorted(manifest.files[name].sha256 for name in names)
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return model_identity(self.manifest)
 
     @cached_property
     def vision(self) -> Engine:
@@ -301,9 +288,13 @@ class EncoderPair:
         return np.zeros((count, self.embed_dim), dtype=np.float32)
 
 
-def _identity_from_image(spec: ImageSpec) -> dict[str, Any]:
-    """The spec without the fields that only say what was so before they existed: embedding files keep their model."""
-    fields = spec.to_json()
-    if spec.fit == "crop":
-        del fields["fit"]
-    return fields
+def _refuse_slices(bundle: OpenBundle) -> None:
+    if SLICING in bundle.manifest.facts:
+        raise InputError(
+            "this bundle holds no encoder pair: it makes features of a picture's slices, for a language model",
+            where=bundle.manifest.name,
+            expected="a bundle of CLIP or BLIP",
+            got=bundle.manifest.family,
+            fix="vlm-export embed writes the features, inspect IMAGE --bundle DIR shows the slices; "
+            "in Python: vlm_export.load_slice_encoder(DIR)",
+        )

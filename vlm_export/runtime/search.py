@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args
@@ -23,7 +23,9 @@ from vlm_export.runtime.image import FloatArray
 
 ItemKind: TypeAlias = Literal["image", "text"]
 SCHEMA_VERSION = 1
-_METADATA_KEY = b"vlm_export"
+SLICES_KIND = "slices"
+"""What files of `slice_files` say instead of an ItemKind."""
+METADATA_KEY = b"vlm_export"
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,19 @@ def write_embeddings(path: str | Path, items: Sequence[str], vectors: FloatArray
         raise UsageError("one vector per item is needed", expected=f"({len(items)}, D)", got=str(vectors.shape))
     rows = np.ascontiguousarray(vectors, dtype=np.float32)
     write = {".npy": _write_npy, ".parquet": _write_parquet}[checked_suffix(target)]
-    try:
+    with replacing(target):
         write(target, items, rows, meta)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[None]:
+    """Around the writing of a file and its sidecar by way of `.tmp` files, of which none stays behind.
+
+    Raises:
+        EnvironmentFailure: the disk refuses.
+    """
+    try:
+        yield
     except OSError as error:
         raise EnvironmentFailure(
             "embeddings cannot be written",
@@ -95,7 +108,7 @@ def write_embeddings(path: str | Path, items: Sequence[str], vectors: FloatArray
     finally:
         for path in (target, sidecar_path(target)):
             with suppress(OSError):
-                path.with_name(path.name + ".tmp").unlink()
+                temporary_path(path).unlink()
 
 
 def read_embeddings(path: str | Path) -> Embeddings:
@@ -160,6 +173,11 @@ def sidecar_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
+def temporary_path(path: Path) -> Path:
+    """Where a file is written before it gets its name."""
+    return path.with_name(path.name + ".tmp")
+
+
 def checked_suffix(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix not in (".npy", ".parquet"):
@@ -168,12 +186,12 @@ def checked_suffix(path: Path) -> str:
 
 
 def _write_npy(target: Path, items: Sequence[str], vectors: FloatArray, meta: EmbeddingsMeta) -> None:
-    temporary, side = target.with_name(target.name + ".tmp"), sidecar_path(target)
+    temporary, side = temporary_path(target), sidecar_path(target)
     with temporary.open("wb") as file:
         np.save(file, vectors, allow_pickle=False)
     # The sidecar names its vectors, so that a crash between the two renames is noticed, not searched.
     data = {"schema_version": SCHEMA_VERSION, **asdict(meta), "vectors_sha256": _sha256(vectors), "items": list(items)}
-    side_temporary = side.with_name(side.name + ".tmp")
+    side_temporary = temporary_path(side)
     side_temporary.write_text(json.dumps(data, indent=0), encoding="ascii")
     os.replace(temporary, target)
     os.replace(side_temporary, side)
@@ -182,8 +200,10 @@ def _write_npy(target: Path, items: Sequence[str], vectors: FloatArray, meta: Em
 def _read_npy(source: Path) -> tuple[list[str], FloatArray, EmbeddingsMeta]:
     side = sidecar_path(source)
     try:
-        vectors = np.load(source, allow_pickle=False)
         data = json.loads(side.read_text(encoding="utf-8"))
+        if isinstance(data, dict):
+            _refuse_slices(data, source)
+        vectors = np.load(source, allow_pickle=False)
     except FileNotFoundError as error:
         raise InputError(
             "the embeddings lack the file that names their items", where=str(source), expected=str(side)
@@ -201,7 +221,7 @@ def _read_npy(source: Path) -> tuple[list[str], FloatArray, EmbeddingsMeta]:
 
 
 def _write_parquet(target: Path, items: Sequence[str], vectors: FloatArray, meta: EmbeddingsMeta) -> None:
-    pa, pq = _pyarrow()
+    pa, pq = pyarrow_modules()
     try:
         texts = pa.array(items, pa.string())
     except (UnicodeEncodeError, pa.ArrowException) as error:
@@ -210,20 +230,22 @@ def _write_parquet(target: Path, items: Sequence[str], vectors: FloatArray, meta
         ) from error
     rows = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
     table = pa.table({"item": texts, "embedding": rows})
-    metadata = {_METADATA_KEY: json.dumps({"schema_version": SCHEMA_VERSION, **asdict(meta)})}
-    temporary = target.with_name(target.name + ".tmp")
+    metadata = {METADATA_KEY: json.dumps({"schema_version": SCHEMA_VERSION, **asdict(meta)})}
+    temporary = temporary_path(target)
     pq.write_table(table.replace_schema_metadata(metadata), temporary)
     os.replace(temporary, target)
 
 
 def _read_parquet(source: Path) -> tuple[list[str], FloatArray, EmbeddingsMeta]:
-    pa, pq = _pyarrow()
+    pa, pq = pyarrow_modules()
     try:
+        # The schema first: features of slices are large.
+        data = json.loads(pq.read_schema(source).metadata[METADATA_KEY])
+        _refuse_slices(data, source)
         table = pq.read_table(source)
         items = table.column("item").to_pylist()
         column = table.column("embedding").combine_chunks()
         vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
-        data = json.loads(table.schema.metadata[_METADATA_KEY])
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise InputError(
             "the embeddings cannot be read",
@@ -234,7 +256,8 @@ def _read_parquet(source: Path) -> tuple[list[str], FloatArray, EmbeddingsMeta]:
     return items, vectors, _meta_from_json(data, str(source))
 
 
-def _pyarrow() -> tuple[Any, Any]:
+def pyarrow_modules() -> tuple[Any, Any]:
+    """`pyarrow` and `pyarrow.parquet`; EnvironmentFailure when they are not installed."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -243,6 +266,17 @@ def _pyarrow() -> tuple[Any, Any]:
             "Parquet needs pyarrow", got=str(error), fix="pip install 'vlm-export[parquet]', or use .npy"
         ) from error
     return pyarrow, pyarrow.parquet
+
+
+def _refuse_slices(data: Mapping[str, Any], source: Path) -> None:
+    if data.get("kind") == SLICES_KIND:
+        raise InputError(
+            "the file holds features of slices, for a language model: there is nothing in it to search",
+            where=str(source),
+            expected="unit-length embeddings, one for each picture or text",
+            got=f"several features for each slice, made by {data.get('model')}",
+            fix="embed the pictures with a bundle of CLIP or BLIP",
+        )
 
 
 def _meta_from_json(data: Mapping[str, Any], where: str) -> EmbeddingsMeta:

@@ -1,0 +1,165 @@
+"""Sizes of the vision modules of MiniCPM-V and OmniLMM: from shapes, and from `config.json` what shapes cannot say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from vlm_export.errors import InputError
+from vlm_export.family import Checkpoint
+from vlm_export.models.navit import NavitSizes
+from vlm_export.models.resampler import ResamplerSizes
+from vlm_export.models.shapes import Shapes, check_heads, config_integer, config_section, grid_of
+from vlm_export.models.vit import VitForm
+from vlm_export.specs import record_from_json
+
+Version = Literal["1.0", "2.0", "2.5", "2.6", "4.0", "4.5", "omnilmm"]
+# Packed versions by the number in config.json; 2.6 is what later ones without their own rules follow.
+_PACKED: dict[float, Version] = {2.5: "2.5", 2.6: "2.6", 4.0: "4.0", 4.5: "4.5"}
+# Widths of a head in the published files: timm's so400m, EVA-02 enormous and the resampler do not state it.
+_SIGLIP_HEAD, _EVA_HEADS, _RESAMPLER_HEAD = 72, 16, 128
+
+
+@dataclass(frozen=True)
+class VisionArchitecture:
+    """Everything that determines the modules, apart from weights.
+
+    Attributes:
+        vision: of timm's encoders (1.0, 2.0, OmniLMM), or of SigLIP-NaViT (2.5 and later).
+        image_size: edge in pixels of the square that 1.0 and OmniLMM take; else of a slice's area.
+    """
+
+    version: Version
+    vision: VitForm | NavitSizes
+    resampler: ResamplerSizes
+    image_size: int
+
+    @property
+    def is_packed(self) -> bool:
+        return isinstance(self.vision, NavitSizes)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def architecture_from_json(data: Mapping[str, Any]) -> VisionArchitecture:
+    """The architecture that `to_json` or a file in `configs/` states."""
+    version = data.get("version")
+    if version not in get_args(Version):
+        raise InputError(
+            "the architecture's version is not known",
+            expected=", ".join(get_args(Version)),
+            got=repr(version),
+            fix="a config writes it in quotes: YAML reads 2.0 as a number",
+        )
+    kind = NavitSizes if version in _PACKED.values() else VitForm
+    parts = {
+        "vision": record_from_json(kind, data.get("vision", {})),
+        "resampler": record_from_json(ResamplerSizes, data.get("resampler", {})),
+    }
+    return record_from_json(VisionArchitecture, {**data, **parts})
+
+
+def minicpmv_architecture(checkpoint: Checkpoint) -> VisionArchitecture:
+    """Of a MiniCPM-V directory; the depth is what the file holds, since 2.0 was saved without its last layer."""
+    shapes, config = Shapes(checkpoint), checkpoint.config
+    if config is None:
+        raise InputError(
+            "a MiniCPM-V checkpoint needs its config.json",
+            where=checkpoint.source,
+            expected="config.json beside the weights: it says the version",
+            got="no config.json",
+            fix="name the directory that holds config.json and the weights, not a weights file alone",
+        )
+    packed = "vpm.pos_embed" not in checkpoint.tensors
+    version = _version(config) if packed else ("2.0" if "slice_mode" in config else "1.0")
+    vision: VitForm | NavitSizes = _navit(shapes, version) if packed else _siglip(shapes)
+    resampler = _resampler(shapes, "resampler.", stored=version == "1.0")
+    default = 448
+    size_key = "image_size" if version == "1.0" else "scale_resolution"
+    section = config if version in ("1.0", "2.0") else config_section(checkpoint, "slice_config")
+    return _checked(
+        VisionArchitecture(version, vision, resampler, config_integer(section, size_key, default)), checkpoint
+    )
+
+
+def omnilmm_architecture(checkpoint: Checkpoint) -> VisionArchitecture:
+    """Of an OmniLMM directory."""
+    shapes = Shapes(checkpoint)
+    prefix = "model.vision_tower."
+    width, _, patch, _ = shapes.of(f"{prefix}patch_embed.proj.weight", 4)
+    vision = VitForm(
+        width=width,
+        layers=shapes.count(f"{prefix}blocks."),
+        heads=_EVA_HEADS if width % _EVA_HEADS == 0 and width >= 1024 else max(width // 32, 1),
+        hidden=shapes.of(f"{prefix}blocks.0.mlp.fc1.weight", 2)[0],
+        patch_size=patch,
+        grid=grid_of(shapes.of(f"{prefix}pos_embed", 3)[1]),
+        post_norm=True,
+        antialias=True,
+    )
+    image_size = config_integer(checkpoint.config or {}, "image_size", 448)
+    resampler = _resampler(shapes, "model.resampler.", stored=True)
+    return _checked(VisionArchitecture("omnilmm", vision, resampler, image_size), checkpoint)
+
+
+def _version(config: Mapping[str, Any]) -> Version:
+    stated = config.get("version", 2.6)
+    try:
+        return _PACKED[round(float(stated), 1)]
+    except (KeyError, TypeError, ValueError):
+        raise InputError(
+            "the version of MiniCPM-V is not known",
+            where="config.json: version",
+            expected=", ".join(str(version) for version in _PACKED),
+            got=repr(stated),
+        ) from None
+
+
+def _siglip(shapes: Shapes) -> VitForm:
+    width, _, patch, _ = shapes.of("vpm.patch_embed.proj.weight", 4)
+    return VitForm(
+        width=width,
+        layers=shapes.count("vpm.blocks."),
+        heads=max(width // _SIGLIP_HEAD, 1),
+        hidden=shapes.of("vpm.blocks.0.mlp.fc1.weight", 2)[0],
+        patch_size=patch,
+        grid=grid_of(shapes.of("vpm.pos_embed", 3)[1], prefix_tokens=0),
+        has_class_token=False,
+        antialias=True,
+    )
+
+
+def _navit(shapes: Shapes, version: Version) -> NavitSizes:
+    width, _, patch, _ = shapes.of("vpm.embeddings.patch_embedding.weight", 4)
+    config = config_section(shapes.checkpoint, "vision_config")
+    return NavitSizes(
+        width=width,
+        layers=shapes.count("vpm.encoder.layers."),
+        heads=config_integer(config, "num_attention_heads", 16),
+        hidden=shapes.of("vpm.encoder.layers.0.mlp.fc1.weight", 2)[0],
+        patch_size=patch,
+        grid=grid_of(shapes.of("vpm.embeddings.position_embedding.weight", 2)[0], prefix_tokens=0),
+        positions="row" if version == "2.5" else "grid",
+    )
+
+
+def _resampler(shapes: Shapes, prefix: str, *, stored: bool) -> ResamplerSizes:
+    queries, width = shapes.of(f"{prefix}query", 2)
+    projection = f"{prefix}kv_proj.weight"
+    has = shapes.checkpoint.tensors.__contains__
+    return ResamplerSizes(
+        queries=queries,
+        width=width,
+        heads=max(width // _RESAMPLER_HEAD, 1),
+        states_width=shapes.of(projection, 2)[1] if has(projection) else width,
+        positions="stored" if stored else "grid",
+        query_positions=has(f"{prefix}pos_embed"),
+    )
+
+
+def _checked(architecture: VisionArchitecture, checkpoint: Checkpoint) -> VisionArchitecture:
+    check_heads(checkpoint, "vision", architecture.vision.width, architecture.vision.heads)
+    check_heads(checkpoint, "resampler", architecture.resampler.width, architecture.resampler.heads)
+    return architecture

@@ -1,0 +1,42 @@
+"""OmniLMM-12B: the vision modules, EVA-02 enormous and a resampler.
+
+Port, proven by the outputs of its original: OpenBMB/OmniLMM (08ae772). All but the keys is as in MiniCPM-V 1.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_export.family import DEFAULT_BUILD, BuildOptions, Checkpoint, Description, Model, TensorInfo, WeightStore
+from vlm_export.models.minicpmv import (
+    build_vision,
+    config_from_architecture,
+    describe_vision,
+    refuse_options,
+    vision_tensors,
+)
+from vlm_export.models.minicpmv_architecture import architecture_from_json, omnilmm_architecture
+
+
+class OmniLmmFamily:
+    """`model.vision_tower.*` and `model.resampler.*`; whatever else the files hold belongs to the language model."""
+
+    name = "omnilmm"
+    reads: tuple[str, ...] = ("model.vision_tower.", "model.resampler.")
+
+    def recognises(self, checkpoint: Checkpoint) -> bool:
+        return {"model.vision_tower.pos_embed", "model.resampler.query"} <= set(checkpoint.tensors)
+
+    def describe(self, checkpoint: Checkpoint) -> Description:
+        return describe_vision(omnilmm_architecture(checkpoint), checkpoint)
+
+    def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
+        refuse_options(options)
+        return build_vision(self, omnilmm_architecture(checkpoint), checkpoint, store)
+
+    def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
+        return vision_tensors(architecture_from_json(architecture))
+
+    def published_config(self, architecture: Mapping[str, Any]) -> dict[str, Any] | None:
+        return config_from_architecture(architecture_from_json(architecture))

@@ -1,0 +1,147 @@
+"""The verbs of bundles that cut pictures into slices: what they print, write and draw, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_export.runtime.slice_features import load_slice_encoder
+
+pytestmark = pytest.mark.needs_torch
+
+Cli = Callable[..., Any]
+Bundle = Callable[[str], Path]
+FOLDER = Path(__file__).parents[1] / "data" / "minicpmv" / "preprocess"
+WIDE, SMALL = FOLDER / "wide.png", FOLDER / "small.png"
+ONE = ("--threads", "1")
+NO_TORCH = "for name in ('torch', 'transformers', 'onnx', 'onnx_ir', 'safetensors', 'yaml'): sys.modules[name] = None"
+
+
+def test_embed_npy(cli: Cli, slice_bundle: Bundle, tmp_path: Path) -> None:
+    bundle, output = slice_bundle("v2_6"), tmp_path / "f.npy"
+    result = cli("embed", bundle, FOLDER, "-o", output, *ONE)
+    assert result.status == 0
+    assert result.out.startswith(f"2 pictures, 4 slices of 5 x 256 numbers in {output}")
+    assert "picture" in result.err
+    # In the folder's order.
+    expected = load_slice_encoder(bundle, threads=1).encode_slices([SMALL, WIDE])
+    assert np.array_equal(np.load(output), np.concatenate([entry.image_features for entry in expected]))
+    rows = json.loads((tmp_path / "f.npy.json").read_text("ascii"))["rows"]
+    assert [row["item"] for row in rows] == [str(SMALL), *[str(WIDE)] * 3]
+    data = cli("embed", bundle, SMALL, "-o", output, "--quiet", "--json", "--batch-size", "1", *ONE).data
+    assert data.pop("seconds") >= 0
+    assert data == {"output": str(output), "kind": "slices", "count": 1, "slices": 1, "shape": [5, 256]}
+
+
+def test_embed_parquet(cli: Cli, slice_bundle: Bundle, tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    output = tmp_path / "f.parquet"
+    assert cli("embed", slice_bundle("v2_0"), WIDE, "-o", output, "--quiet", *ONE).status == 0
+    table = pyarrow.parquet.read_table(output)
+    assert table["features"].combine_chunks().to_numpy_ndarray().shape == (3, 9, 128)
+    assert table["item"].to_pylist() == [str(WIDE)] * 3
+
+
+def test_embed_refuses(cli: Cli, slice_bundle: Bundle, tmp_path: Path) -> None:
+    bundle, output, text = slice_bundle("v2_6"), tmp_path / "f.npy", tmp_path / "a.txt"
+    text.write_text("a cat\n", encoding="utf-8")
+    cli("embed", bundle, text, "-o", output).refused(3, "takes no texts")
+    cli("embed", bundle, SMALL, "-o", tmp_path / "f.npz").refused(2, ".npy or .parquet")
+    cli("embed", bundle, SMALL, text.parent / "b.png", "-o", output).refused(2, "b.png")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(SMALL.read_bytes()[:300])
+    cli("embed", bundle, SMALL, broken, "-o", output, "--quiet").refused(3, "broken.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "broken.png"]
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".parquet"])
+def test_search_refuses_features(cli: Cli, slice_bundle: Bundle, pair: Path, suffix: str, tmp_path: Path) -> None:
+    features = tmp_path / f"f{suffix}"
+    assert cli("embed", slice_bundle("v2_0"), SMALL, "-o", features, "--quiet", *ONE).status == 0
+    for bundle in (pair, slice_bundle("v2_0")):
+        cli("search", bundle, features, "a cat").refused(3, "nothing in it to search", features.name)
+
+
+def test_other_verbs_name_the_right_ones(cli: Cli, slice_bundle: Bundle, pair: Path, tmp_path: Path) -> None:
+    embeddings, bundle = tmp_path / "e.npy", slice_bundle("v2_6")
+    assert cli("embed", pair, SMALL, "-o", embeddings, "--quiet", *ONE).status == 0
+    for arguments in (
+        ["classify", bundle, SMALL, "a", "b"],
+        ["search", bundle, embeddings, "a"],
+        ["search", bundle, embeddings, "a", "--rerank"],
+        ["caption", bundle, SMALL],
+        ["ask", bundle, SMALL, "what"],
+        ["match", bundle, SMALL, "a"],
+    ):
+        cli(*arguments).refused(3, "no encoder pair", "embed writes the features", "inspect IMAGE --bundle")
+
+
+def test_inspect_prints_the_slices(cli: Cli, slice_bundle: Bundle) -> None:
+    lines = cli("inspect", WIDE, "--bundle", slice_bundle("v2_6")).out.splitlines()
+    assert lines[0] == f"{WIDE}: 100 x 50 pixels, seen whole, and 2 x 1 slices of it"
+    assert " ".join(lines[2].split()) == "0 whole 84 x 42 6 x 3 = 18"
+    assert " ".join(lines[4].split()) == "2 row 1, column 2 56 x 56 4 x 4 = 16"
+    assert lines[5] == "tokens for the language model: 3 x 5 = 15"
+    assert lines[6].endswith("<image_id>0</image_id><image>[0]</image><slice>[1]</slice><slice>[2]</slice>")
+    one_line = cli("inspect", WIDE, "--bundle", slice_bundle("v2_0")).out.splitlines()
+    assert one_line[6].endswith("<slice><image>[1]</image><image>[2]</image></slice>\\n")
+    assert "not cut" in cli("inspect", WIDE, "--bundle", slice_bundle("v1_0")).out
+
+
+def test_inspect_json(cli: Cli, slice_bundle: Bundle) -> None:
+    bundle = slice_bundle("v2_6")
+    data = cli("inspect", WIDE, "--bundle", bundle, "--json").data
+    (features,) = load_slice_encoder(bundle, threads=1).encode_slices(WIDE)
+    assert data == {
+        "what": "slices",
+        "image": str(WIDE),
+        "model": bundle.name,
+        "picture": [100, 50],
+        "grid": {"columns": 2, "rows": 1},
+        "slices": [{"size": [84, 42], "patches": [3, 6]}, *[{"size": [56, 56], "patches": [4, 4]}] * 2],
+        "tokens_per_slice": 5,
+        "tokens": features.image_features[..., 0].size,
+        "placeholder": list(features.parts()),
+        "query_token": "<unk>",
+    }
+
+
+def test_inspect_draws(cli: Cli, slice_bundle: Bundle, tmp_path: Path) -> None:
+    output, bundle = tmp_path / "slices.png", slice_bundle("v2_6")
+    assert cli("inspect", WIDE, "--bundle", bundle, "-o", output).out.splitlines()[-1] == f"drawing: {output}"
+    with Image.open(output) as drawing:
+        # Both panels, 640 pixels wide, below each other.
+        assert drawing.format == "PNG"
+        assert drawing.width >= 640
+        assert drawing.height >= 2 * 320
+    assert cli("inspect", WIDE, "--bundle", bundle, "-o", output, "--json").data["output"] == str(output)
+    assert [path.name for path in tmp_path.iterdir()] == ["slices.png"]
+
+
+def test_inspect_refuses(cli: Cli, slice_bundle: Bundle, pair: Path, tmp_path: Path) -> None:
+    bundle, copy = slice_bundle("v2_6"), Path(shutil.copy(WIDE, tmp_path / "copy.png"))
+    cli("inspect", WIDE, "--bundle", pair).refused(3, "does not cut pictures", "MiniCPM-V")
+    cli("inspect", WIDE, "--bundle", tmp_path).refused(3, "not a bundle")
+    cli("inspect", "nowhere.png", "--bundle", bundle).refused(3, "nowhere.png")
+    cli("inspect", WIDE, "-o", "a.png").refused(2, "--bundle")
+    cli("inspect", WIDE, "--bundle", bundle, "--revision", "main").refused(2, "--revision")
+    cli("inspect", WIDE, "--bundle", bundle, "-o", "a.jpg").refused(2, "a .png")
+    cli("inspect", WIDE, "--bundle", bundle, "-o", tmp_path / "no" / "a.png").refused(4, "cannot be written")
+    cli("inspect", copy, "--bundle", bundle, "-o", copy).refused(2, "would replace the picture")
+    assert copy.read_bytes() == WIDE.read_bytes()
+
+
+def test_slices_need_no_torch(spawn: Callable[..., Any], slice_bundle: Bundle, tmp_path: Path) -> None:
+    bundle, output = slice_bundle("v2_6"), tmp_path / "f.npy"
+    embedded = spawn("embed", bundle, WIDE, "-o", output, "--quiet", *ONE, code=NO_TORCH)
+    assert (embedded.status, embedded.err) == (0, "")
+    drawn = spawn("inspect", WIDE, "--bundle", bundle, "-o", tmp_path / "s.png", code=NO_TORCH)
+    assert (drawn.status, drawn.err) == (0, "")

@@ -1,0 +1,41 @@
+"""Which model a bundle holds: what files of embeddings and features remember of the bundle that made them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from vlm_export.bundle.manifest import Manifest
+from vlm_export.specs import ImageSpec
+
+SLICING = "slicing"
+"""The manifest's fact that holds a SliceSpec."""
+
+
+def model_identity(manifest: Manifest) -> str:
+    """sha256 that names the model: equal for bundles of one checkpoint, whatever their opset or precision."""
+    source = manifest.source
+    facts: dict[str, Any] = {
+        "family": manifest.family,
+        "architecture": dict(manifest.architecture),
+        "image": None if manifest.image is None else _identity_from_image(manifest.image),
+        "text": None if manifest.text is None else manifest.text.to_json(),
+        "weights": sorted(file.sha256 for file in source.files),
+        "seed": source.random_weights_seed,
+    }
+    if SLICING in manifest.facts:
+        facts[SLICING] = manifest.facts[SLICING]
+    if not source.files and source.random_weights_seed is None:
+        graphs = [part.variant("fp32") for part in manifest.parts]
+        names = [name for graph in graphs for name in (graph.file, *graph.external_data)]
+        facts["weights"] = sorted(manifest.files[name].sha256 for name in names)
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _identity_from_image(spec: ImageSpec) -> dict[str, Any]:
+    """The spec without the fields that only say what was so before they existed: embedding files keep their model."""
+    fields = spec.to_json()
+    if spec.fit == "crop":
+        del fields["fit"]
+    return fields

@@ -1,0 +1,309 @@
+"""Features of a picture's slices, as MiniCPM-V's and OmniLMM's language models read them, without PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest
+from vlm_export.bundle.opened import OpenBundle, open_bundle
+from vlm_export.errors import InputError, UsageError
+from vlm_export.runtime.engine import CPU, Array, Engine, OrtEngine
+from vlm_export.runtime.identity import SLICING, model_identity
+from vlm_export.runtime.image import MAX_PIXELS, FloatArray, PictureSource, open_image
+from vlm_export.runtime.slice_placeholder import PlaceholderPart, placeholder_parts, placeholder_text
+from vlm_export.runtime.slice_plan import SlicePlan
+from vlm_export.runtime.slicing import IntArray, Slices, slice_image, stack_patches
+from vlm_export.runtime.vectors import batches
+from vlm_export.slice_spec import PlaceholderSpec, SliceSpec, slice_spec_from_json
+
+SLICE_BATCH_SIZE = 4
+VISION, TOKENS, VIDEO = "vision", "vision_tokens", "video_resampler"
+_DECODER_THREADS = 4
+
+
+@dataclass(frozen=True)
+class SliceFeatures:
+    """What stands for one picture in a prompt.
+
+    Attributes:
+        plan: where it was cut.
+        tgt_sizes: int64 (S, 2), rows and columns of patches of each slice.
+        image_features: float32 (S, Q, D), the whole picture first, then the grid row by row; D is the language model's.
+        placeholder: the text around them.
+    """
+
+    plan: SlicePlan
+    tgt_sizes: IntArray
+    image_features: FloatArray
+    placeholder: PlaceholderSpec
+
+    def parts(self, *, image_index: int = 0) -> tuple[PlaceholderPart, ...]:
+        """Text, and numbers of slices: there go the rows `image_features[number]`.
+
+        Args:
+            image_index: the picture's place among those of the prompt.
+        """
+        return placeholder_parts(self.plan, self.placeholder, image_index=image_index)
+
+    def text(self, *, image_index: int = 0) -> str:
+        """`parts` with `query_token` in the place of each feature, as the originals tokenize it."""
+        return placeholder_text(self.parts(image_index=image_index), self.placeholder)
+
+
+def load_slice_encoder(
+    path: str | Path,
+    *,
+    precision: str = "fp32",
+    providers: Sequence[str] | None = None,
+    threads: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> SliceEncoder:
+    """Open a bundle whose pictures are cut into slices; arguments as in `vlm_export.load`.
+
+    Raises:
+        InputError: no bundle, a damaged one, or one without slicing.
+    """
+    return SliceEncoder(
+        open_bundle(Path(path)),
+        precision=precision,
+        providers=tuple(providers or (CPU,)),
+        threads=threads,
+        max_pixels=max_pixels,
+    )
+
+
+def slice_spec_of(bundle: OpenBundle) -> SliceSpec:
+    """How a bundle's pictures are cut; InputError when they are not, or when the manifest is odd about it."""
+    facts, where = bundle.manifest.facts, f"{bundle.root / MANIFEST_NAME}: facts.{SLICING}"
+    if SLICING not in facts:
+        raise InputError(
+            "this bundle does not cut pictures into slices",
+            where=bundle.manifest.name,
+            expected="a bundle of MiniCPM-V or OmniLMM",
+            got=bundle.manifest.family,
+        )
+    data = facts[SLICING]
+    if not isinstance(data, Mapping):
+        raise InputError("the manifest is malformed", where=where, expected="an object", got=repr(data)[:80])
+    try:
+        return slice_spec_from_json(data)
+    except InputError as error:
+        inside = f"{where}.{error.where}" if error.where else where
+        raise InputError(error.what, where=inside, expected=error.expected, got=error.got, fix=error.fix) from error
+
+
+class SliceEncoder:
+    """Encodes pictures slice by slice; each graph is opened on first use. Made by `load_slice_encoder`."""
+
+    def __init__(
+        self,
+        bundle: OpenBundle,
+        *,
+        precision: str = "fp32",
+        providers: Sequence[str] = (CPU,),
+        threads: int | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self.spec = slice_spec_of(bundle)
+        self.bundle = bundle
+        self.precision = precision
+        self.providers = tuple(providers)
+        self.threads = threads
+        self.max_pixels = max_pixels
+        self._engines: dict[str, Engine] = {}
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.bundle.manifest
+
+    @property
+    def feature_shape(self) -> tuple[int, int]:
+        """(Q, D): features of a slice, and their width."""
+        shape = self.manifest.part(VISION).signature.outputs[0].shape
+        queries, width = shape[1:] if len(shape) == 3 else (None, None)
+        if queries != self.spec.placeholder.queries or not isinstance(width, int):
+            expected = f"(batch, {self.spec.placeholder.queries}, D)"
+            raise InputError(
+                "features and placeholder differ", where=self.manifest.name, expected=expected, got=str(shape)
+            )
+        return self.spec.placeholder.queries, width
+
+    @cached_property
+    def identity(self) -> str:
+        """sha256 that names the model: equal for bundles of one checkpoint, whatever their opset or precision."""
+        return model_identity(self.manifest)
+
+    def engine(self, part: str) -> Engine:
+        """The graph of a part, opened and checked on first use."""
+        if part not in self._engines:
+            variant = self.manifest.part(part).variant(self.precision)
+            path = self.bundle.model_files(variant)
+            self._engines[part] = OrtEngine(path, providers=self.providers, threads=self.threads)
+        return self._engines[part]
+
+    def encode_slices(
+        self,
+        images: PictureSource | Sequence[PictureSource],
+        *,
+        batch_size: int = SLICE_BATCH_SIZE,
+        progress: bool = False,
+    ) -> list[SliceFeatures]:
+        """Features of pictures: PIL pictures, paths, or bytes of picture files; one or a sequence of them.
+
+        Args:
+            batch_size: slices that share a run of the graph: of all shapes where they are packed (2.5 and later), of
+                one shape otherwise. It changes no feature by more than rounding, for 2.5 neither.
+
+        Raises:
+            InputError: a picture is unreadable, too large or too thin; the message names it.
+        """
+        return list(self.stream_slices(images, batch_size=batch_size, progress=progress))
+
+    def stream_slices(
+        self,
+        images: PictureSource | Sequence[PictureSource],
+        *,
+        batch_size: int = SLICE_BATCH_SIZE,
+        progress: bool = False,
+    ) -> Iterator[SliceFeatures]:
+        """As `encode_slices`, picture by picture: the features of many do not fit memory."""
+        sources = [images] if isinstance(images, Image.Image | str | Path | bytes) else list(images)
+        with (
+            ThreadPoolExecutor(self.threads or _DECODER_THREADS) as decoders,
+            tqdm(total=len(sources), unit="picture", disable=not progress) as bar,
+        ):
+            for window in batches(range(len(sources)), batch_size):
+                cut = list(decoders.map(lambda i: self._cut(i, sources[i], self.spec), window))
+                features = self._features(cut, batch_size)
+                for slices in cut:
+                    count = len(slices.pixel_values)
+                    yield SliceFeatures(slices.plan, slices.tgt_sizes, features[:count], self.spec.placeholder)
+                    features = features[count:]
+                    bar.update()
+
+    def encode_video(
+        self,
+        frames: Sequence[PictureSource],
+        temporal_ids: Sequence[Sequence[int]],
+        *,
+        batch_size: int = SLICE_BATCH_SIZE,
+    ) -> FloatArray:
+        """Features of a video's frames, of which each group becomes as much as one slice (MiniCPM-V 4.5).
+
+        Args:
+            frames: in the video's order; never cut.
+            temporal_ids: for each group, when its frames were taken, in tenths of a second as the original counts;
+                -1 for a frame without a time. The original makes groups of 3 and of up to 6.
+            batch_size: frames that share a run of the encoder.
+
+        Returns:
+            float32 (groups, Q, D).
+
+        Raises:
+            InputError: the bundle knows no videos, or a frame is unreadable.
+            UsageError: groups are empty, or have another number of frames in all.
+        """
+        self._require_video()
+        groups = [list(group) for group in temporal_ids]
+        if not all(groups) or sum(map(len, groups)) != len(frames):
+            raise UsageError(
+                "the groups do not fit the frames", expected=f"{len(frames)} ids in all, none empty", got=str(groups)
+            )
+        whole, start = replace(self.spec, max_slices=1), 0
+        features = np.zeros((len(groups), *self.feature_shape), dtype=np.float32)
+        for row, ids in zip(features, groups, strict=True):
+            cut = [self._cut(i, frames[i], whole) for i in range(start, start + len(ids))]
+            row[:] = self._group(cut, ids, batch_size)
+            start += len(ids)
+        return features
+
+    def _group(self, cut: Sequence[Slices], ids: Sequence[int], batch_size: int) -> FloatArray:
+        """float32 (Q, D) of the frames of one group."""
+        pixels = stack_patches([slices.pixel_values[0] for slices in cut])
+        sizes = np.concatenate([slices.tgt_sizes for slices in cut])
+        tokens = [
+            self._run(TOKENS, {"pixel_values": pixels[list(batch)], "tgt_sizes": sizes[list(batch)]})
+            for batch in batches(range(len(cut)), batch_size)
+        ]
+        inputs = {"image_tokens": np.concatenate(tokens)[None], "tgt_sizes": sizes[None]}
+        features: FloatArray = self._run(VIDEO, {**inputs, "temporal_ids": np.array([ids], dtype=np.int64)})[0]
+        return features
+
+    def _features(self, cut: Sequence[Slices], batch_size: int) -> FloatArray:
+        """float32 (S, Q, D) of all slices of some pictures."""
+        pixels = [array for slices in cut for array in slices.pixel_values]
+        sizes = np.concatenate([slices.tgt_sizes for slices in cut])
+        features = np.zeros((len(pixels), *self.feature_shape), dtype=np.float32)
+        for batch in self._batches(pixels, batch_size):
+            rows = self._run(VISION, self._inputs([pixels[i] for i in batch], sizes[list(batch)]))
+            if rows.shape != (len(batch), *self.feature_shape):
+                expected = str((len(batch), *self.feature_shape))
+                raise InputError("a graph returned other features", expected=expected, got=str(rows.shape))
+            features[list(batch)] = rows
+        return features
+
+    def _batches(self, pixels: Sequence[FloatArray], batch_size: int) -> Iterator[Sequence[int]]:
+        """Numbers of slices; packed ones stand beside those of their length, since padding costs as patches do."""
+        order = sorted(range(len(pixels)), key=lambda i: pixels[i].shape)
+        if self._is_packed:
+            yield from batches(order, batch_size)
+        else:
+            for _, same in groupby(order, key=lambda i: pixels[i].shape):
+                yield from batches(list(same), batch_size)
+
+    def _inputs(self, pixels: Sequence[FloatArray], sizes: IntArray) -> dict[str, Array]:
+        if self._is_packed:
+            return {"pixel_values": stack_patches(pixels), "tgt_sizes": sizes}
+        return {"pixel_values": _whole_patches(np.stack(pixels), self.spec.patch_size)}
+
+    @property
+    def _is_packed(self) -> bool:
+        return self.spec.pixel_layout == "patches"
+
+    def _cut(self, index: int, source: PictureSource, spec: SliceSpec) -> Slices:
+        name = f"picture {index}" if isinstance(source, Image.Image | bytes) else str(source)
+        image = source if isinstance(source, Image.Image) else open_image(source, max_pixels=self.max_pixels, name=name)
+        return slice_image(image, spec, name=name)
+
+    def _run(self, part: str, feeds: Mapping[str, Array]) -> FloatArray:
+        """A part's output as float32; floats go in at the graph's own precision."""
+        engine = self.engine(part)
+        dtypes = {port.name: port.dtype for port in engine.inputs}
+        fitted = {
+            name: a.astype(dtypes.get(name), copy=False) if a.dtype.kind == "f" else a for name, a in feeds.items()
+        }
+        output: FloatArray = engine.run(fitted)[engine.outputs[0].name].astype(np.float32, copy=False)
+        if not np.isfinite(output).all():
+            raise InputError(
+                "a graph returned values that are not finite",
+                where=f"part {part}",
+                expected="finite features",
+                fix="use the fp32 variant, or verify the bundle on this machine",
+            )
+        return output
+
+    def _require_video(self) -> None:
+        parts = [part.name for part in self.manifest.parts]
+        if VIDEO not in parts:
+            raise InputError(
+                "this bundle knows no videos",
+                where=self.manifest.name,
+                expected=f"a part {VIDEO}",
+                got=", ".join(parts),
+                fix="encode the frames as pictures, or export MiniCPM-V 4.5",
+            )
+
+
+def _whole_patches(pixels: FloatArray, patch_size: int) -> FloatArray:
+    """(B, 3, H, W), with zeros below and on the right up to multiples of the patch, as timm pads squares."""
+    height, width = pixels.shape[2:]
+    return np.pad(pixels, ((0, 0), (0, 0), (0, -height % patch_size), (0, -width % patch_size)))
