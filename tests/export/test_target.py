@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
 import pytest
 
 from vlm_export.bundle.opened import open_bundle
+from vlm_export.errors import UsageError
 from vlm_export.export.backends import Target
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.pipeline import export_bundle
@@ -35,6 +37,18 @@ def test_target(target: Target | None, checkpoint: Path, tmp_path: Path) -> None
     reports = verify_against_source(bundle, str(checkpoint), (CPU,), 1, Stages())
     assert [report.part for report in reports] == ["vision", "text"]
     assert all(report.passed for report in reports)
+
+
+def test_chosen_parts(checkpoint: Path, tmp_path: Path) -> None:
+    options = ExportOptions(opset=17, exporter="torchscript", with_tokenizer=False, threads=1)
+    export_bundle(str(checkpoint), tmp_path / "bundle", replace(options, parts=("text",)))
+    bundle = open_bundle(tmp_path / "bundle")
+    assert [part.name for part in bundle.manifest.parts] == ["text"]
+    reports = verify_against_source(bundle, str(checkpoint), (CPU,), 1, Stages())
+    assert [report.part for report in reports] == ["text"]
+    with pytest.raises(UsageError, match="no part 'texts'"):
+        export_bundle(str(checkpoint), tmp_path / "other", replace(options, parts=("texts",)))
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_preprocessing_part_is_verified_against_the_source_too(checkpoint: Path, tmp_path: Path) -> None:

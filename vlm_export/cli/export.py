@@ -32,6 +32,9 @@ def add_parser(verbs: Any) -> None:
     graph.add_argument(
         "--with-preprocessing", action="store_true", help="add a graph that takes uint8 pictures of any size"
     )
+    graph.add_argument(
+        "--part", action="append", default=[], metavar="NAME", help="export only this part, repeatable (default: all)"
+    )
     targets = ("onnxruntime", "openvino", "tensorrt", "web")
     graph.add_argument("--target", choices=targets, help="runtime to write for (default: graphs that all of them take)")
     graph.add_argument("--no-simplify", action="store_true", help="publish the back end's own graphs")
@@ -96,6 +99,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         random_weights_seed=args.random_weights,
         with_preprocessing=args.with_preprocessing,
         build=BuildOptions(args.image_size, args.dynamic_image_size),
+        parts=tuple(args.part),
         images=tuple(Path(image) for image in args.image),
         threads=args.threads,
     )

@@ -29,6 +29,7 @@ class ExportOptions:
         random_weights_seed: build the named architecture with seeded random weights instead of reading a checkpoint.
         build: choices about the modules: image size, dynamic or not.
         with_preprocessing: add a part that takes uint8 pictures of any size.
+        parts: names of the parts to export, none for all.
         images: pictures for the verification in addition to the synthetic ones.
         threads: of the engine while verifying, None: its default.
     """
@@ -46,5 +47,6 @@ class ExportOptions:
     random_weights_seed: int | None = None
     build: BuildOptions = DEFAULT_BUILD
     with_preprocessing: bool = False
+    parts: Sequence[str] = ()
     images: Sequence[Path] = ()
     threads: int | None = None

@@ -22,6 +22,7 @@ from vlm_export.errors import VerificationError
 from vlm_export.export.backends import Exporter, choose_exporter, choose_lowerings, export_part
 from vlm_export.export.fp32_operators import fp32_operators
 from vlm_export.export.options import ExportOptions
+from vlm_export.export.parts import needed_bytes, select_parts
 from vlm_export.export.preprocessing_part import add_preprocessing
 from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.source import adapt_model, known_checkpoint, open_source, source_record
@@ -89,13 +90,15 @@ class _Job:
         known = known_checkpoint(self.source)
         with self.stages.stage("read") as progress:
             checkpoint = open_source(self.source, self.options, scratch, progress)
-            check_free_space(staging.path, 2 * _float32_bytes(checkpoint))
+            family = recognise(checkpoint)
+            check_free_space(staging.path, needed_bytes(family, checkpoint, self.options.parts))
         with ScratchStore(scratch / "weights.bin") as store:
             with self.stages.stage("load weights"):
-                model = recognise(checkpoint).build(checkpoint, store, self.options.build)
+                model = family.build(checkpoint, store, self.options.build)
                 model = adapt_model(model, checkpoint, known, self.options.build)
                 if self.options.with_preprocessing:
                     model = add_preprocessing(model)
+                model = select_parts(model, self.options.parts)
                 tokenizer = self._write_tokenizer(checkpoint, model, staging)
             # All graphs before any verification: a back end's failure shows early, and engines leave memory behind.
             exported = [self._export(part, staging) for part in model.parts]
@@ -179,17 +182,6 @@ class _Job:
         for name, content in files.items():
             staging.file(name).write_bytes(content)
         return staging.path / layout.TOKENIZER_NAME
-
-
-def _float32_bytes(checkpoint: Checkpoint) -> int:
-    """What the checkpoint's tensors take as float32."""
-    sizes = 0
-    for info in checkpoint.tensors.values():
-        count = 4
-        for size in info.shape:
-            count *= size
-        sizes += count
-    return sizes
 
 
 def _remove_scratch(scratch: Path) -> None:

@@ -12,6 +12,7 @@ from vlm_export.bundle.opened import OpenBundle
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import InputError
 from vlm_export.export.options import ExportOptions
+from vlm_export.export.parts import select_parts
 from vlm_export.export.preprocessing_part import PART_NAME, add_preprocessing
 from vlm_export.export.source import adapt_model, known_checkpoint, open_source
 from vlm_export.export.stages import Stages
@@ -46,7 +47,7 @@ def verify_against_source(
                 if PART_NAME in {part.name for part in bundle.manifest.parts}:
                     model = add_preprocessing(model)
             reports = []
-            for part in model.parts:
+            for part in select_parts(model, [part.name for part in bundle.manifest.parts]).parts:
                 samples = sample_inputs(part.signature, model.image, model.text, _tokenizer(bundle))
                 with stages.stage(f"verify {part.name}") as progress:
                     engine = OrtEngine(_graph(bundle, part), providers=providers, threads=threads, exact=True)

@@ -1,0 +1,34 @@
+"""Which of a model's Parts an export makes, and the room that they take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
+
+from vlm_export.errors import UsageError, suggestion
+from vlm_export.family import Checkpoint, Family, Model
+
+_FLOAT32_BYTES = 4
+
+
+def select_parts(model: Model, names: Sequence[str]) -> Model:
+    """The model with the named parts, in its own order; with all of them when no name is given.
+
+    Raises:
+        UsageError: the model has no part of a name.
+    """
+    known = [part.name for part in model.parts]
+    for name in names:
+        if name not in known:
+            raise UsageError(
+                f"the model has no part {name!r}", expected=", ".join(known), got=name, fix=suggestion(name, known)
+            )
+    return replace(model, parts=tuple(part for part in model.parts if not names or part.name in names))
+
+
+def needed_bytes(family: Family, checkpoint: Checkpoint, names: Sequence[str]) -> int:
+    """Disk that an export takes at most: weights converted to float32, and those of every graph."""
+    read = (info.shape for key, info in checkpoint.tensors.items() if not family.reads or key.startswith(family.reads))
+    outlines = (part for part in family.describe(checkpoint).parts if not names or part.name in names)
+    return _FLOAT32_BYTES * (sum(map(prod, read)) + sum(part.parameter_count for part in outlines))
