@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlm_export.models.weights import Rows, Target, Transposed, WeightTable, prefixed, repeat
+from vlm_export.models.vit_weights import HUGGINGFACE_BLOCK
+from vlm_export.models.weights import Target, Transposed, WeightTable, prefixed, repeat
 
 OPENAI_BLOCK: WeightTable = {
     "attn.in_proj_weight": "attn.qkv.weight",
@@ -63,24 +64,6 @@ OPENAI_ATTENTION_POOL: WeightTable = {
     "c_proj.weight": "out.weight",
     "c_proj.bias": "out.bias",
 }
-HF_BLOCK: WeightTable = {
-    "self_attn.q_proj.weight": Rows("attn.qkv.weight", 0, 3),
-    "self_attn.q_proj.bias": Rows("attn.qkv.bias", 0, 3),
-    "self_attn.k_proj.weight": Rows("attn.qkv.weight", 1, 3),
-    "self_attn.k_proj.bias": Rows("attn.qkv.bias", 1, 3),
-    "self_attn.v_proj.weight": Rows("attn.qkv.weight", 2, 3),
-    "self_attn.v_proj.bias": Rows("attn.qkv.bias", 2, 3),
-    "self_attn.out_proj.weight": "attn.out.weight",
-    "self_attn.out_proj.bias": "attn.out.bias",
-    "layer_norm1.weight": "norm1.weight",
-    "layer_norm1.bias": "norm1.bias",
-    "mlp.fc1.weight": "mlp.fc1.weight",
-    "mlp.fc1.bias": "mlp.fc1.bias",
-    "mlp.fc2.weight": "mlp.fc2.weight",
-    "mlp.fc2.bias": "mlp.fc2.bias",
-    "layer_norm2.weight": "norm2.weight",
-    "layer_norm2.bias": "norm2.bias",
-}
 HF_HEADS: WeightTable = {
     "text_model.embeddings.token_embedding.weight": "text.token_embedding.weight",
     "text_model.embeddings.position_embedding.weight": "text.position_embedding",
@@ -128,8 +111,8 @@ def openai_resnet_table(stages: Sequence[int], text_layers: int) -> dict[str, Ta
 
 def huggingface_table(vision_layers: int, text_layers: int) -> dict[str, Target]:
     """Key names of transformers' `CLIPModel`."""
-    vision = prefixed(HF_BLOCK, "vision_model.encoder.layers.{i}.", "vision.blocks.{i}.")
-    text = prefixed(HF_BLOCK, "text_model.encoder.layers.{i}.", "text.blocks.{i}.")
+    vision = prefixed(HUGGINGFACE_BLOCK, "vision_model.encoder.layers.{i}.", "vision.blocks.{i}.")
+    text = prefixed(HUGGINGFACE_BLOCK, "text_model.encoder.layers.{i}.", "text.blocks.{i}.")
     return {**HF_HEADS, **repeat(vision, vision_layers), **repeat(text, text_layers)}
 
 

@@ -6,8 +6,8 @@ Sources: openbmb/MiniCPM-V-2 (84ce9b0 of HwwwwwwwH's copy), MiniCPM-Llama3-V-2_5
 
 from __future__ import annotations
 
-from vlm_export.models.vit_weights import vit_table
-from vlm_export.models.weights import Rows, Stacked, Target, WeightTable, prefixed, repeat
+from vlm_export.models.vit_weights import HUGGINGFACE_BLOCK, vit_table
+from vlm_export.models.weights import Stacked, Target, WeightTable, prefixed, repeat
 
 _RESAMPLER: WeightTable = {
     "query": "query",
@@ -30,24 +30,6 @@ _NAVIT: WeightTable = {
     "post_layernorm.weight": "norm_post.weight",
     "post_layernorm.bias": "norm_post.bias",
 }
-_NAVIT_LAYER: WeightTable = {
-    "self_attn.q_proj.weight": Rows("attn.qkv.weight", 0, 3),
-    "self_attn.q_proj.bias": Rows("attn.qkv.bias", 0, 3),
-    "self_attn.k_proj.weight": Rows("attn.qkv.weight", 1, 3),
-    "self_attn.k_proj.bias": Rows("attn.qkv.bias", 1, 3),
-    "self_attn.v_proj.weight": Rows("attn.qkv.weight", 2, 3),
-    "self_attn.v_proj.bias": Rows("attn.qkv.bias", 2, 3),
-    "self_attn.out_proj.weight": "attn.out.weight",
-    "self_attn.out_proj.bias": "attn.out.bias",
-    "layer_norm1.weight": "norm1.weight",
-    "layer_norm1.bias": "norm1.bias",
-    "mlp.fc1.weight": "mlp.fc1.weight",
-    "mlp.fc1.bias": "mlp.fc1.bias",
-    "mlp.fc2.weight": "mlp.fc2.weight",
-    "mlp.fc2.bias": "mlp.fc2.bias",
-    "layer_norm2.weight": "norm2.weight",
-    "layer_norm2.bias": "norm2.bias",
-}
 
 
 def resampler_table(*, has_projection: bool, has_positions: bool) -> dict[str, Target]:
@@ -65,7 +47,7 @@ def siglip_table(layers: int) -> dict[str, Target]:
 
 def navit_table(layers: int) -> dict[str, Target]:
     """SigLIP-NaViT of MiniCPM-V 2.5 and later."""
-    return {**_NAVIT, **repeat(prefixed(_NAVIT_LAYER, "encoder.layers.{i}.", "blocks.{i}."), layers)}
+    return {**_NAVIT, **repeat(prefixed(HUGGINGFACE_BLOCK, "encoder.layers.{i}.", "blocks.{i}."), layers)}
 
 
 def vision_table(vision: WeightTable, resampler: WeightTable, vision_prefix: str, prefix: str) -> dict[str, Target]:

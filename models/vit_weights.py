@@ -35,6 +35,26 @@ _QV_BIAS: WeightTable = {
     "attn.v_bias": Rows("attn.qkv.bias", 2, 3),
 }
 
+# A block of transformers' CLIP and SigLIP classes (5.23).
+HUGGINGFACE_BLOCK: WeightTable = {
+    "self_attn.q_proj.weight": Rows("attn.qkv.weight", 0, 3),
+    "self_attn.q_proj.bias": Rows("attn.qkv.bias", 0, 3),
+    "self_attn.k_proj.weight": Rows("attn.qkv.weight", 1, 3),
+    "self_attn.k_proj.bias": Rows("attn.qkv.bias", 1, 3),
+    "self_attn.v_proj.weight": Rows("attn.qkv.weight", 2, 3),
+    "self_attn.v_proj.bias": Rows("attn.qkv.bias", 2, 3),
+    "self_attn.out_proj.weight": "attn.out.weight",
+    "self_attn.out_proj.bias": "attn.out.bias",
+    "layer_norm1.weight": "norm1.weight",
+    "layer_norm1.bias": "norm1.bias",
+    "mlp.fc1.weight": "mlp.fc1.weight",
+    "mlp.fc1.bias": "mlp.fc1.bias",
+    "mlp.fc2.weight": "mlp.fc2.weight",
+    "mlp.fc2.bias": "mlp.fc2.bias",
+    "layer_norm2.weight": "norm2.weight",
+    "layer_norm2.bias": "norm2.bias",
+}
+
 
 def vit_table(layers: int, *, has_class_token: bool) -> dict[str, Target]:
     """timm's `VisionTransformer` without a head."""
