@@ -24,6 +24,7 @@ from vlm_export.models.clip import ClipFamily
 from vlm_export.models.clip_architecture import architecture_from_openai
 from vlm_export.models.clip_encoders import build_encoders
 from vlm_export.models.registry import recognise
+from vlm_export.models.vit_weights import HUGGINGFACE_BLOCK
 from vlm_export.models.weights import Rows, WeightTable
 
 DATA = Path(__file__).parents[1] / "data"
@@ -265,7 +266,7 @@ def test_swapped_query_and_key_of_huggingface_are_caught(
         "self_attn.q_proj.weight": Rows("attn.qkv.weight", 1, 3),
         "self_attn.k_proj.weight": Rows("attn.qkv.weight", 0, 3),
     }
-    monkeypatch.setattr(clip_weights, "HUGGINGFACE_BLOCK", {**clip_weights.HUGGINGFACE_BLOCK, **swapped})
+    monkeypatch.setattr(clip_weights, "HUGGINGFACE_BLOCK", {**HUGGINGFACE_BLOCK, **swapped})
     text = build(tmp_path / "model", tmp_path).parts[1]
     with torch.inference_mode():
         expected = original.get_text_features(torch.from_numpy(_texts(524))).pooler_output.numpy()
