@@ -21,7 +21,7 @@ from vlm_export.runtime.image import FloatArray, PictureSource
 from vlm_export.runtime.language_settings import FirstToken, LanguageSettings, settings_from_facts
 from vlm_export.runtime.pair import IMAGE_BATCH_SIZE, TEXT_BATCH_SIZE, EncoderPair, Pictures
 from vlm_export.runtime.text import Tokenizer
-from vlm_export.runtime.vectors import batches
+from vlm_export.runtime.vectors import batches, run_in_float32
 
 HIDDEN, IMAGE_EMBEDS, TEXT_EMBEDS = "last_hidden_state", "image_embeds", "text_embeds"
 _DECODER_THREADS = 4
@@ -100,18 +100,8 @@ class Multimodal(EncoderPair):
             )
 
     def _run(self, part: str, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """A part's outputs by name; floats go in at the graph's own precision and come out as float32."""
-        engine = self.engine(part)
-        dtypes = {port.name: port.dtype for port in engine.inputs}
-        fitted = {
-            name: array.astype(dtypes.get(name), copy=False) if array.dtype.kind == "f" else array
-            for name, array in feeds.items()
-        }
-        outputs = engine.run(fitted)
-        return {
-            name: array.astype(np.float32, copy=False) if array.dtype.kind == "f" else array
-            for name, array in outputs.items()
-        }
+        """A part's outputs by name, as float32."""
+        return run_in_float32(self.engine(part), feeds)
 
     def _picture_rows(
         self, sources: Sequence[PictureSource], count: int, batch_size: int, *, progress: bool = False

@@ -22,7 +22,7 @@ from vlm_export.runtime.image import MAX_PIXELS, FloatArray, PictureSource, open
 from vlm_export.runtime.slice_placeholder import PlaceholderPart, placeholder_parts, placeholder_text
 from vlm_export.runtime.slice_plan import SlicePlan
 from vlm_export.runtime.slicing import IntArray, Slices, slice_image, stack_patches
-from vlm_export.runtime.vectors import batches
+from vlm_export.runtime.vectors import batches, run_in_float32
 from vlm_export.slice_spec import PlaceholderSpec, SliceSpec, slice_spec_from_json
 
 SLICE_BATCH_SIZE = 4
@@ -275,13 +275,9 @@ class SliceEncoder:
         return slice_image(image, spec, name=name)
 
     def _run(self, part: str, feeds: Mapping[str, Array]) -> FloatArray:
-        """A part's output as float32; floats go in at the graph's own precision."""
+        """A part's output as float32, all of it finite."""
         engine = self.engine(part)
-        dtypes = {port.name: port.dtype for port in engine.inputs}
-        fitted = {
-            name: a.astype(dtypes.get(name), copy=False) if a.dtype.kind == "f" else a for name, a in feeds.items()
-        }
-        output: FloatArray = engine.run(fitted)[engine.outputs[0].name].astype(np.float32, copy=False)
+        output: FloatArray = run_in_float32(engine, feeds)[engine.outputs[0].name]
         if not np.isfinite(output).all():
             raise InputError(
                 "a graph returned values that are not finite",

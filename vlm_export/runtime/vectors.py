@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vlm_export.errors import InputError, UsageError
-from vlm_export.runtime.engine import Engine
+from vlm_export.runtime.engine import Array, Engine
 from vlm_export.runtime.image import FloatArray
 
 MASK_NAME = "attention_mask"
@@ -27,10 +27,21 @@ def takes_mask(engine: Engine) -> bool:
     return any(port.name == MASK_NAME for port in engine.inputs)
 
 
+def run_in_float32(engine: Engine, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """A graph's outputs by name; floats go in at each input's own precision, and come out as float32."""
+    dtypes = {port.name: port.dtype for port in engine.inputs}
+    fitted = {
+        name: array.astype(dtypes.get(name), copy=False) if array.dtype.kind == "f" else array
+        for name, array in feeds.items()
+    }
+    return {
+        name: array.astype(np.float32, copy=False) if array.dtype.kind == "f" else array
+        for name, array in engine.run(fitted).items()
+    }
+
+
 def run_encoder(engine: Engine, batch: npt.NDArray[Any], mask: npt.NDArray[Any] | None = None) -> FloatArray:
     """The first output of a graph that takes `batch` first, as float32 (B, D).
-
-    A floating-point batch is cast to the input's own precision, for graphs whose inputs are float16.
 
     Args:
         mask: for graphs that take an `attention_mask`; the others get none.
@@ -38,12 +49,10 @@ def run_encoder(engine: Engine, batch: npt.NDArray[Any], mask: npt.NDArray[Any] 
     Raises:
         InputError: the graph returns another shape, or values that are not finite.
     """
-    port = engine.inputs[0]
-    feed = batch.astype(port.dtype, copy=False) if batch.dtype.kind == "f" else batch
-    feeds = {port.name: feed}
+    feeds: dict[str, Array] = {engine.inputs[0].name: batch}
     if mask is not None and takes_mask(engine):
         feeds[MASK_NAME] = mask
-    rows: FloatArray = engine.run(feeds)[engine.outputs[0].name].astype(np.float32, copy=False)
+    rows: FloatArray = run_in_float32(engine, feeds)[engine.outputs[0].name]
     if rows.ndim != 2 or len(rows) != len(batch):
         raise InputError("a graph returned no row per input", expected=f"({len(batch)}, D)", got=str(rows.shape))
     if not np.isfinite(rows).all():
