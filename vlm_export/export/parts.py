@@ -7,6 +7,7 @@ from dataclasses import replace
 from math import prod
 
 from vlm_export.errors import UsageError, suggestion
+from vlm_export.export.preprocessing_part import PART_NAME
 from vlm_export.family import Checkpoint, Family, Model
 
 _FLOAT32_BYTES = 4
@@ -27,8 +28,14 @@ def select_parts(model: Model, names: Sequence[str]) -> Model:
     return replace(model, parts=tuple(part for part in model.parts if not names or part.name in names))
 
 
-def needed_bytes(family: Family, checkpoint: Checkpoint, names: Sequence[str]) -> int:
-    """Disk that an export takes at most: weights converted to float32, and those of every graph."""
+def needed_bytes(family: Family, checkpoint: Checkpoint, names: Sequence[str], with_preprocessing: bool) -> int:
+    """Disk that an export takes at most: weights converted to float32, and those of every graph.
+
+    The part with preprocessing holds the picture encoder once more.
+    """
     read = (info.shape for key, info in checkpoint.tensors.items() if not family.reads or key.startswith(family.reads))
-    outlines = (part for part in family.describe(checkpoint).parts if not names or part.name in names)
-    return _FLOAT32_BYTES * (sum(map(prod, read)) + sum(part.parameter_count for part in outlines))
+    counts = {part.name: part.parameter_count for part in family.describe(checkpoint).parts}
+    if with_preprocessing and "vision" in counts:
+        counts[PART_NAME] = counts["vision"]
+    written = sum(count for name, count in counts.items() if not names or name in names)
+    return _FLOAT32_BYTES * (sum(map(prod, read)) + written)

@@ -91,7 +91,8 @@ class _Job:
         with self.stages.stage("read") as progress:
             checkpoint = open_source(self.source, self.options, scratch, progress)
             family = recognise(checkpoint)
-            check_free_space(staging.path, needed_bytes(family, checkpoint, self.options.parts))
+            needed = needed_bytes(family, checkpoint, self.options.parts, self.options.with_preprocessing)
+            check_free_space(staging.path, needed)
         with ScratchStore(scratch / "weights.bin") as store:
             with self.stages.stage("load weights"):
                 model = family.build(checkpoint, store, self.options.build)
