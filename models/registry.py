@@ -15,6 +15,7 @@ FAMILIES = {
     "minicpmv": "vlm_export.models.minicpmv:MiniCpmVFamily",
     "omnilmm": "vlm_export.models.omnilmm:OmniLmmFamily",
     "blip": "vlm_export.models.blip:BlipFamily",
+    "nanovlm": "vlm_export.models.nanovlm:NanoVlmFamily",
 }
 
 

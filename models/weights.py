@@ -17,11 +17,12 @@ FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 @dataclass(frozen=True)
 class Rows:
-    """The stored tensor is block `index` of `count` equal blocks of rows of parameter `name` (packed projections)."""
+    """The stored tensor is `span` blocks from block `index` on, of `count` equal blocks of rows of parameter `name`."""
 
     name: str
     index: int
     count: int
+    span: int = 1
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def stored_shape(target: Kept, shapes: Mapping[str, tuple[int, ...]]) -> tuple[i
         rows, *rest = shapes[target.names[0]]
         return (rows * len(target.names), *rest)
     rows, *rest = shapes[target.name]
-    return (rows // target.count, *rest)
+    return (rows // target.count * target.span, *rest)
 
 
 def module_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -189,7 +190,8 @@ def _place(
         weights[name] = store.new(shapes[name])
     block = weights[name]
     if isinstance(target, Rows):
-        block = block.chunk(target.count)[target.index]
+        rows = block.shape[0] // target.count
+        block = block.narrow(0, target.index * rows, target.span * rows)
     elif isinstance(target, Transposed):
         block = block.T
     block.copy_(stored)

@@ -5,6 +5,7 @@
     python scripts/benchmark.py start  [--bundle DIR]      process start to first embedding
     python scripts/benchmark.py resample [--threads N]     interpolation in its forms against torch eager
     python scripts/benchmark.py caption [--bundle DIR]     cached decoder against transformers' generate
+    python scripts/benchmark.py chat [--bundle DIR]        nanoVLM's first token, tokens per second and memory
 
 Without --bundle, one of ViT-B/32 with random weights is exported for the measurement. Needs the export extra.
 """
@@ -15,12 +16,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import caption, export, resample, start, text
+from benchmarks import caption, chat, export, resample, start, text
 from benchmarks.report import REPORTS, write_report
 
 EXPORT_NAMES = ("clip-vit-b-32", "clip-rn50", "clip-vit-l-14-336px")
 PAIR_NAME = "clip-vit-b-32"
 CAPTION_NAME = "blip-image-captioning-base-hf"
+CHAT_NAME = "nanovlm-222m"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,6 +46,12 @@ def main(arguments: list[str] | None = None) -> int:
     captioning.add_argument("--bundle", type=Path, help="measure this bundle of it, exported with --random-weights 0")
     captioning.add_argument("--rounds", type=int, default=9, help="default: 9")
     captioning.add_argument("--threads", type=int, default=1, help="of torch and of the engine (default: 1)")
+    chatting = kinds.add_parser("chat")
+    chatting.add_argument("--name", default=CHAT_NAME, help=f"name from configs/ (default: {CHAT_NAME})")
+    chatting.add_argument("--bundle", type=Path, help="measure this bundle of it, exported with --random-weights 0")
+    chatting.add_argument("--rounds", type=int, default=9, help="default: 9")
+    chatting.add_argument("--threads", type=int, default=2, help="of torch and of the engine (default: 2)")
+    chatting.add_argument("--new-tokens", type=int, default=32, help="default: 32")
     args = parser.parse_args(arguments)
     if args.kind == "export":
         report = export.measure(tuple(args.names))
@@ -51,6 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
         report = resample.measure(args.rounds, args.threads)
     elif args.kind == "caption":
         report = caption.measure(args.name, args.bundle, args.rounds, args.threads)
+    elif args.kind == "chat":
+        report = chat.measure(args.name, args.bundle, args.rounds, args.threads, args.new_tokens)
     else:
         report = (text if args.kind == "text" else start).measure(args.name, args.bundle, args.rounds)
     print(write_report(report, args.output))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 CLIP_DATA = Path(__file__).parent / "data" / "clip"
 BLIP_DATA = Path(__file__).parent / "data" / "blip"
 MINICPMV_DATA = Path(__file__).parent / "data" / "minicpmv"
+NANOVLM_DATA = Path(__file__).parent / "data" / "nanovlm"
 
 
 @pytest.fixture(scope="session")
@@ -228,3 +229,39 @@ def _shrink_slices(path: Path, variant: str) -> None:
     elif variant == "v2_0":
         config |= numbers
     path.write_text(json.dumps(config), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def nanovlm_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The bundle of a variant of nanoVLM's oracle ("222m", "450m", "split"), exported once; not to be changed."""
+    bundles: dict[str, Path] = {}
+
+    def export(variant: str) -> Path:
+        from vlm_export.export import verification
+        from vlm_export.export.options import ExportOptions
+        from vlm_export.export.pipeline import export_bundle
+
+        if variant not in bundles:
+            source, target = NANOVLM_DATA / variant, tmp_path_factory.mktemp("nanovlm") / variant
+            with pytest.MonkeyPatch.context() as patch:
+                # Verified at few sizes, as large parts are: the export's own tests look at all of them.
+                patch.setattr(verification, "_LARGE_PART_BYTES", 0)
+                options = ExportOptions(opset=17, threads=1, tokenizer=str(source / "tokenizer"))
+                export_bundle(str(source), target, options)
+            bundles[variant] = target
+        return bundles[variant]
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def nanovlm_record() -> Callable[[str], dict[str, npt.NDArray[Any]]]:
+    """The recorded arrays of a variant of nanoVLM's oracle by name."""
+
+    def load(variant: str) -> dict[str, npt.NDArray[Any]]:
+        from safetensors.numpy import load_file
+
+        record: dict[str, npt.NDArray[Any]] = load_file(NANOVLM_DATA / variant / "golden.safetensors")
+        return record
+
+    return load

@@ -51,6 +51,8 @@ class TextSpec:
         end_token_id: id of end-of-text, kept by truncation.
         pad_token_id: fills rows of a batch up to its longest.
         cleaning: "openai" repairs mojibake, unescapes HTML twice and collapses white space before tokenizing.
+        ends_texts: the tokenizer itself ends every text with the end token, as encoders' do; chat models' do not.
+        added_tokens: what the checkpoint's own code appends to its tokenizer, in order; the last ids of the vocabulary.
     """
 
     context_length: int
@@ -58,9 +60,14 @@ class TextSpec:
     end_token_id: int
     pad_token_id: int
     cleaning: TextCleaning
+    ends_texts: bool = True
+    added_tokens: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """As JSON data, without the fields that only say what was so before they existed."""
+        data = {**asdict(self), "added_tokens": list(self.added_tokens)}
+        defaults = {"ends_texts": True, "added_tokens": []}
+        return {key: value for key, value in data.items() if key not in defaults or value != defaults[key]}
 
 
 Record = TypeVar("Record", bound="DataclassInstance")

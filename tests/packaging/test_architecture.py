@@ -17,12 +17,14 @@ MAX_FUNCTION_LINES = 60
 BASE = {"PIL", "ftfy", "numpy", "onnxruntime", "openvino", "pyarrow", "tokenizers", "tqdm"}
 TORCH = {"torch", "torchvision", "transformers", "timm"}
 TYPES = {"vlm_export", "vlm_export.errors", "vlm_export.signature", "vlm_export.specs", "vlm_export.slice_spec"}
+TYPES |= {"vlm_export.tile_spec"}
 # Folder or module → the parts of vlm_export that it may import besides itself.
 ARROWS = {
     "errors.py": set[str](),
     "signature.py": TYPES,
     "specs.py": TYPES,
     "slice_spec.py": TYPES,
+    "tile_spec.py": TYPES,
     "family.py": TYPES,
     "bundle": TYPES,
     "runtime": TYPES | {"vlm_export.bundle"},

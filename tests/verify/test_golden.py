@@ -20,6 +20,7 @@ from vlm_export.family import Part, reference_from_module
 from vlm_export.signature import Axis, Signature, TensorSpec
 from vlm_export.verify import golden
 from vlm_export.verify.golden import GoldenRecord, golden_from_reference, golden_points, read_golden, write_golden
+from vlm_export.verify.grid import point_bytes
 from vlm_export.verify.metrics import Array
 from vlm_export.verify.tensor_proto import bytes_from_tensor, tensor_from_bytes
 
@@ -201,6 +202,7 @@ def test_points_that_would_fill_the_bundle_are_not_recorded() -> None:
     logits = TensorSpec("logits", "float32", ("batch", "sequence", 50_000))
     signature = Signature((ids,), (logits,), (Axis("batch"), Axis("sequence", 1, 512)))
     points = golden_points(signature)
-    assert {point.sizes["sequence"] for point in points} == {1, 3}
+    assert {point.sizes["sequence"] for point in points} == {1, 3, 64, 128}
+    assert all(point_bytes(signature, point.sizes) <= 32 << 20 for point in points)
     huge = Signature((ids,), (replace(logits, shape=("batch", "sequence", 50_000_000)),), signature.axes)
     assert [point.sizes["sequence"] for point in golden_points(huge)] == [1]

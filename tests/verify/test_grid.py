@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from vlm_export.signature import Axis, Signature, TensorSpec
-from vlm_export.verify.grid import BATCHES, SEEDS, axis_sizes, grid_for
+from vlm_export.verify.grid import BATCHES, SEEDS, axis_sizes, grid_for, point_bytes
 
 SEQUENCE = Axis("sequence", 1, 77)
 
@@ -85,3 +85,30 @@ def test_sums_follow_their_terms_and_stay_in_their_range() -> None:
 def test_an_axis_is_no_sum_of_unknown_ones() -> None:
     with pytest.raises(ValueError, match="unknown axes"):
         signature(Axis("batch"), Axis("total", sum_of=("past", "batch")))
+
+
+def test_a_budget_of_bytes_cuts_the_longest_axis_first() -> None:
+    total = Axis("total", 1, 8192, sum_of=("past", "sequence"))
+    logits = TensorSpec("logits", "float32", ("batch", "sequence", 50_000))
+    cache = TensorSpec("cache", "float32", ("batch", "total", 10_000))
+    axes = (Axis("batch"), Axis("sequence", 1, 8192), Axis("past", 0, 8192), total)
+    case = Signature((), (logits, cache), axes)
+    budget = 64 << 20
+    grid = grid_for(case, budget_bytes=budget)
+    for point in grid:
+        assert point_bytes(case, point.sizes) <= budget
+        assert point.sizes["total"] == point.sizes["past"] + point.sizes["sequence"]
+    assert {point.rows for point in grid} == set(BATCHES)
+    # Half of what fits, at least: long prompts and long caches are still there.
+    assert max(point.sizes["sequence"] for point in grid) > 128
+    assert max(point.sizes["past"] for point in grid) > 512
+    assert {0, 1} & {point.sizes["past"] for point in grid}
+    assert grid_for(case, budget_bytes=1 << 40) == grid_for(case)
+
+
+def test_a_budget_of_bytes_keeps_steps_and_ends_where_nothing_fits() -> None:
+    steps = Signature(
+        (), (TensorSpec("x", "float32", ("batch", "width")),), (Axis("batch"), Axis("width", 14, 1400, 14))
+    )
+    assert all(point.sizes["width"] % 14 == 0 for point in grid_for(steps, budget_bytes=4000))
+    assert {(point.rows, point.sizes["width"]) for point in grid_for(steps, budget_bytes=1)} == {(1, 14)}

@@ -20,7 +20,7 @@ PREPROCESSOR_NAME = "preprocessor_config.json"
 TOKENIZER_NAME = "tokenizer.json"
 
 PRECISION_SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}
-PART_STEMS = {"vision": "vision_model", "text": "text_model"}
+PART_STEMS = {"vision": "vision_model", "text": "text_model", "decoder": "decoder_model_merged"}
 PILLOW_RESAMPLE = {"bilinear": 2, "bicubic": 3}
 
 

@@ -38,6 +38,10 @@ def text_spec_from_fields(fields: Fields) -> TextSpec:
     for key in ("end_token_id", "pad_token_id"):
         fields.integer(key, minimum=0, maximum=vocab_size - 1)
     fields.choice("cleaning", get_args(TextCleaning))
+    if "ends_texts" in fields.data:
+        fields.boolean("ends_texts")
+    if "added_tokens" in fields.data:
+        fields.texts("added_tokens")
     return spec
 
 

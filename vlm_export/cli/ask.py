@@ -1,31 +1,49 @@
-"""`vlm-export ask`: an answer to a question about a picture."""
+"""`vlm-export ask`: an answer to a question about a picture, or about several."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
+from vlm_export.cli.chat_options import (
+    SAMPLING,
+    add_new_tokens_option,
+    add_sampling_options,
+    check_sampling,
+    chosen,
+    is_chat_bundle,
+    refuse_options,
+)
 from vlm_export.cli.common import add_common_options, add_engine_options, positive_integer, providers
 from vlm_export.cli.output import print_json, print_table
 from vlm_export.errors import UsageError
+
+_OF_BLIP = ("candidates", "rank_k", "beams", "max_length", "min_length")
+_OF_CHAT = ("stream", "sample", *SAMPLING, "max_new_tokens")
 
 
 def add_parser(verbs: Any) -> None:
     parser: argparse.ArgumentParser = verbs.add_parser(
         "ask",
-        help="an answer to a question about a picture",
-        description="Writes an answer, or ranks candidate answers. Without options the answer is the original's.",
+        help="an answer to a question about pictures",
+        description="Writes an answer, or (BLIP) ranks candidate answers. BLIP: without options the answer is the "
+        "original's. nanoVLM: the most probable words, or with --sample drawn ones as the original's.",
     )
     parser.add_argument("bundle", metavar="DIR", help="directory of the bundle")
-    parser.add_argument("image", metavar="IMAGE", help="a picture")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="a picture; of nanoVLM's later ones, also several")
     parser.add_argument("question", metavar="QUESTION", help="what to ask about it")
-    parser.add_argument("--candidates", metavar="ANSWER", nargs="+", help="rank these instead of writing an answer")
+    parser.add_argument("--stream", action="store_true", help="nanoVLM: print the words as they come")
+    parser.add_argument("--sample", action="store_true", help="nanoVLM: draw tokens")
+    add_sampling_options(parser)
+    add_new_tokens_option(parser)
+    parser.add_argument("--candidates", metavar="ANSWER", nargs="+", help="BLIP: rank these instead of writing")
     parser.add_argument(
-        "--rank-k", type=positive_integer, metavar="N", help="candidates that are scored (default: 128)"
+        "--rank-k", type=positive_integer, metavar="N", help="BLIP: candidates that are scored (default: 128)"
     )
-    parser.add_argument("--beams", type=positive_integer, metavar="N", help="width of the beam search; 1 is greedy")
-    parser.add_argument("--max-length", type=positive_integer, metavar="N", help="tokens at most")
-    parser.add_argument("--min-length", type=int, metavar="N", help="tokens at least")
+    parser.add_argument("--beams", type=positive_integer, metavar="N", help="BLIP: width of the search; 1 is greedy")
+    parser.add_argument("--max-length", type=positive_integer, metavar="N", help="BLIP: tokens at most")
+    parser.add_argument("--min-length", type=int, metavar="N", help="BLIP: tokens at least")
     parser.add_argument("--truncate", action="store_true", help="cut a question that is too long")
     add_engine_options(parser)
     add_common_options(parser)
@@ -34,10 +52,20 @@ def add_parser(verbs: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check_options(args)
+    if is_chat_bundle(args.bundle):
+        refuse_options(args, _OF_BLIP, args.bundle, "it is for BLIP; nanoVLM takes --max-new-tokens and --sample")
+        return _stream(args) if args.stream else _chat(args)
+    refuse_options(args, _OF_CHAT, args.bundle, "it is for nanoVLM; BLIP takes --beams, --max-length and --min-length")
+    if len(args.images) > 1:
+        got = f"{len(args.images)} pictures"
+        raise UsageError("this bundle answers about one picture at a time", where=args.bundle, got=got)
     return _write(args) if args.candidates is None else _rank(args)
 
 
 def _check_options(args: argparse.Namespace) -> None:
+    check_sampling(args)
+    if args.stream and args.json:
+        raise UsageError("--stream prints words, not JSON", fix="leave out --stream or --json")
     if args.candidates is None:
         if args.rank_k is not None:
             raise UsageError("--rank-k is for candidates", fix="add --candidates")
@@ -45,12 +73,36 @@ def _check_options(args: argparse.Namespace) -> None:
         raise UsageError("candidates are ranked, not written", fix="leave out --beams, --max-length and --min-length")
 
 
+def _chat(args: argparse.Namespace) -> int:
+    from vlm_export.runtime.vision_chat import load_vision_chat
+
+    model = load_vision_chat(args.bundle, providers=providers(args), threads=args.threads)
+    (answer,) = model.answer([args.images], args.question, truncate=args.truncate, **chosen(args))
+    if args.json:
+        print_json({"images": args.images, "question": args.question, "answer": answer})
+    else:
+        print(answer)
+    return 0
+
+
+def _stream(args: argparse.Namespace) -> int:
+    from vlm_export.runtime.vision_chat import load_vision_chat
+
+    model = load_vision_chat(args.bundle, providers=providers(args), threads=args.threads)
+    for piece in model.stream_answer(args.images, args.question, truncate=args.truncate, **chosen(args)):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    print()
+    return 0
+
+
 def _write(args: argparse.Namespace) -> int:
     from vlm_export.runtime.vision_language import load_vision_language
 
     model = load_vision_language(args.bundle, providers=providers(args), threads=args.threads)
+    (image,) = args.images
     (answer,) = model.answer(
-        args.image,
+        image,
         args.question,
         beams=args.beams,
         max_length=args.max_length,
@@ -58,7 +110,7 @@ def _write(args: argparse.Namespace) -> int:
         truncate=args.truncate,
     )
     if args.json:
-        print_json({"image": args.image, "question": args.question, "answer": answer})
+        print_json({"image": image, "question": args.question, "answer": answer})
     else:
         print(answer)
     return 0
@@ -69,12 +121,13 @@ def _rank(args: argparse.Namespace) -> int:
     from vlm_export.runtime.vision_language import load_vision_language
 
     model = load_vision_language(args.bundle, providers=providers(args), threads=args.threads)
+    (image,) = args.images
     (ranked,) = model.rank_answers(
-        args.image, args.question, args.candidates, rank_k=args.rank_k or RANK_K, truncate=args.truncate
+        image, args.question, args.candidates, rank_k=args.rank_k or RANK_K, truncate=args.truncate
     )
     if args.json:
         scores = [{"answer": answer.text, "score": answer.score} for answer in ranked]
-        result = {"image": args.image, "question": args.question, "answer": ranked[0].text}
+        result = {"image": image, "question": args.question, "answer": ranked[0].text}
         print_json({**result, "candidates": scores})
     else:
         print_table(("score", "answer"), [(f"{answer.score:.4f}", answer.text) for answer in ranked])

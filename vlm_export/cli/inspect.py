@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm_export.cli.chat_options import is_chat_bundle
 from vlm_export.cli.common import add_common_options
 from vlm_export.cli.output import print_json, print_table, size_text
 from vlm_export.cli.slice_report import report_slices
+from vlm_export.cli.tile_report import report_tiles
 from vlm_export.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ def add_parser(verbs: Any) -> None:
         "inspect",
         help="what a checkpoint or a bundle is, or how a bundle cuts a picture",
         description="What SOURCE is, how it would be split, and what is hard about it. Reads no weights. "
-        "With --bundle, SOURCE is a picture: how it is cut into slices (MiniCPM-V, OmniLMM).",
+        "With --bundle, SOURCE is a picture: how it is cut into slices (MiniCPM-V, OmniLMM) or tiles (nanoVLM).",
     )
     parser.add_argument(
         "source", metavar="SOURCE", help="a checkpoint (as for export), a bundle's directory, or a picture"
@@ -39,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
     if args.bundle is not None:
         if args.revision is not None:
             raise UsageError("--revision is for checkpoints", fix="leave it out, or --bundle")
-        report_slices(args.source, args.bundle, args.output, as_json=args.json)
+        report = report_tiles if is_chat_bundle(args.bundle) else report_slices
+        report(args.source, args.bundle, args.output, as_json=args.json)
         return 0
     if args.output is not None:
         raise UsageError("-o is for the slices of a picture", fix="add --bundle DIR")

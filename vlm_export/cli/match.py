@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from vlm_export.cli.chat_options import is_chat_bundle, refuse_options
 from vlm_export.cli.common import add_common_options, add_engine_options, providers
 from vlm_export.cli.output import print_json, print_table
 
@@ -17,7 +18,8 @@ def add_parser(verbs: Any) -> None:
         "match",
         help="whether texts fit a picture",
         description="For each text the cosine of its embedding and the picture's, and, where the bundle has a matching "
-        "head (BLIP), the probability that it describes the picture.",
+        "head (BLIP), the probability that it describes the picture. nanoVLM: untrained cosines "
+        "of the means of what its decoder reads.",
     )
     parser.add_argument("bundle", metavar="DIR", help="directory of the bundle")
     parser.add_argument("image", metavar="IMAGE", help="a picture")
@@ -38,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     from vlm_export.runtime.matching import MULTIMODAL
     from vlm_export.runtime.vision_language import load_vision_language
 
+    if is_chat_bundle(args.bundle):
+        return _match_chat(args)
     model = load_vision_language(args.bundle, providers=providers(args), threads=args.threads)
     parts = {part.name for part in model.manifest.parts}
     if MULTIMODAL not in parts and parts >= {"vision", "text"} and args.first_token is None:
@@ -56,6 +60,14 @@ def run(args: argparse.Namespace) -> int:
         rows = [(f"{100 * match.probability:6.2f} %", f"{match.cosine:.4f}", text) for text, match in found]
         print_table(("probability", "cosine", "text"), rows)
     return 0
+
+
+def _match_chat(args: argparse.Namespace) -> int:
+    from vlm_export.runtime.vision_chat import load_vision_chat
+
+    refuse_options(args, ["first_token"], args.bundle, "it is for BLIP's matching head")
+    model = load_vision_chat(args.bundle, providers=providers(args), threads=args.threads)
+    return _print_cosines(args, model.encode_image(args.image), model.encode_text(args.texts, truncate=args.truncate))
 
 
 def _print_cosines(args: argparse.Namespace, image: FloatArray, texts: FloatArray) -> int:

@@ -11,12 +11,14 @@ _SMALLEST_FLOAT16 = 2.0**-25
 
 
 def fp32_operators(part: Part) -> tuple[str, ...]:
-    """Names of the layer norms whose epsilon is zero in float16, so that a constant row would be divided by zero.
+    """Names of the norms that float16 breaks.
 
-    A name is a module's: the graph's LayerNormalization, or its parts, reads the initializer `<name>.weight`.
+    Layer norms whose epsilon is zero in float16: a constant row would be divided by zero. RMS norms: they square what
+    they normalise, and a residual stream's outliers exceed 256. A name is a module's: the graph's LayerNormalization,
+    or its parts, reads the initializer `<name>.weight`.
     """
     return tuple(
         name
         for name, module in part.module.named_modules()
-        if isinstance(module, nn.LayerNorm) and module.eps <= _SMALLEST_FLOAT16
+        if isinstance(module, nn.RMSNorm) or (isinstance(module, nn.LayerNorm) and module.eps <= _SMALLEST_FLOAT16)
     )

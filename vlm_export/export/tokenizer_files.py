@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_export.bundle.strict_json import json_object_from_bytes
 from vlm_export.errors import InputError, UsageError
+from vlm_export.export.chat_tokens import chat_config, chat_fitted
 from vlm_export.export.clip_bpe import (
     VOCAB_SIZE,
     read_bounded,
@@ -83,13 +84,17 @@ def resolve_tokenizer(checkpoint: Checkpoint, option: str | None, text_spec: Tex
         checkpoint: its `side_files` are used unless `option` is given.
         option: path of a tokenizer.json, of BPE merges (.txt, .txt.gz), of a WordPiece vocabulary (.txt), or of a
             directory with tokenizer.json, with vocab.json and merges.txt, or with vocab.txt.
-        text_spec: what the tokenizer has to fit. A WordPiece that is two tokens short of it gets [DEC] and [ENC].
+        text_spec: what the tokenizer has to fit. A WordPiece that is two tokens short of it gets [DEC] and [ENC]; a
+            chat model's gets the spec's added tokens, and has to be a tokenizer.json.
 
     Raises:
         InputError: a file is malformed, or its ids or its end token do not fit the model.
         UsageError: there is no tokenizer to be found.
     """
     sources = dict(checkpoint.side_files) if option is None else _files_from_option(Path(option))
+    if not text_spec.ends_texts:
+        # Vocabularies and merges alone do not say how a chat model's texts are split.
+        sources = {name: path for name, path in sources.items() if name in ("tokenizer.json", _CONFIG_NAME)}
     found = _find_tokenizer_json(sources, text_spec)
     if found is None and option is None and text_spec.vocab_size == VOCAB_SIZE:
         merges = find_open_clip_merges()
@@ -104,7 +109,9 @@ def resolve_tokenizer(checkpoint: Checkpoint, option: str | None, text_spec: Tex
         )
     text, path = found
     tokenizer = tokenizer_from_json(text, text_spec, str(path))
-    if is_wordpiece(tokenizer):
+    if not text_spec.ends_texts:
+        text = chat_fitted(tokenizer, text, text_spec, str(path))
+    elif is_wordpiece(tokenizer):
         text = wordpiece_fitted(tokenizer, text, text_spec, str(path))
     config = _tokenizer_config(sources, tokenizer, text_spec)
     special = {key: _content(config.get(key)) for key in _SPECIAL_FIELDS}
@@ -172,6 +179,8 @@ def _tokenizer_config(sources: Mapping[str, Path], tokenizer: Any, spec: TextSpe
     path = sources.get(_CONFIG_NAME)
     given = {} if path is None else json_object_from_bytes(read_bounded(path), str(path))
     kept = {key: given[key] for key in _CONFIG_FIELDS if key in given}
+    if not spec.ends_texts:
+        return chat_config(tokenizer, kept, spec, str(path or "tokenizer.json"))
     if is_wordpiece(tokenizer):
         derived = wordpiece_config(tokenizer, spec)
         for key in _OWN_WORDPIECE_FIELDS:

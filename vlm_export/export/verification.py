@@ -20,6 +20,8 @@ PRECISION = "fp32"
 # A part with more weights than this is verified on a grid that still has every axis' ends, but no large batch.
 _LARGE_PART_BYTES = 1 << 30
 _LARGE_PART_ROWS = 6
+# Inputs and outputs of one point; more only repeats what shorter rows show.
+_MAX_POINT_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class PartVerification:
             reference,
             engine,
             self._gate(),
-            grid_for(self.part.signature, budget_rows=budget),
+            grid_for(self.part.signature, budget_rows=budget, budget_bytes=_MAX_POINT_BYTES),
             self.samples,
             variant=PRECISION,
             reference_name=self.model.reference_name,

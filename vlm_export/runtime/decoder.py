@@ -11,11 +11,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from vlm_export.errors import InputError
-from vlm_export.runtime.engine import Array, Engine, Port
+from vlm_export.runtime.cache import PAST, PRESENT, no_tokens, present_name, taken_rows
+from vlm_export.runtime.engine import Array, Engine
 from vlm_export.runtime.generation_options import IdArray
 from vlm_export.runtime.image import FloatArray
 
-_PAST, _PRESENT = "past_key_values.", "present."
 _OWN, _SOURCE = ".decoder.", ".encoder."
 
 
@@ -36,9 +36,9 @@ class CrossAttentionState:
     def __init__(self, decoder: Engine, keys_values: Mapping[str, Array], source_mask: IdArray) -> None:
         self._decoder = decoder
         self._ports = {port.name: port for port in decoder.inputs}
-        given = {_PAST + name.removeprefix(_PRESENT): array for name, array in keys_values.items()}
-        wanted = {name for name in self._ports if name.startswith(_PAST) and _SOURCE in name}
-        tokens = [port for name, port in self._ports.items() if name.startswith(_PAST) and _OWN in name]
+        given = {PAST + name.removeprefix(PRESENT): array for name, array in keys_values.items()}
+        wanted = {name for name in self._ports if name.startswith(PAST) and _SOURCE in name}
+        tokens = [port for name, port in self._ports.items() if name.startswith(PAST) and _OWN in name]
         if not tokens or wanted != set(given):
             raise InputError(
                 "the decoder's graph takes other keys and values",
@@ -50,7 +50,7 @@ class CrossAttentionState:
         self._sources: IdArray = np.arange(rows, dtype=np.int64)
         self._attended = {name: self._fitted(name, given[name]) for name in sorted(given)}
         self._source_mask = source_mask
-        self._past = {port.name: _no_tokens(port, rows) for port in tokens}
+        self._past = {port.name: no_tokens(port, rows) for port in tokens}
         self._tokens = 0
 
     @property
@@ -73,7 +73,7 @@ class CrossAttentionState:
                 **self._attended,
             }
         )
-        self._past = {name: self._fitted(name, outputs[_PRESENT + name.removeprefix(_PAST)]) for name in self._past}
+        self._past = {name: self._fitted(name, outputs[present_name(name)]) for name in self._past}
         logits: FloatArray = outputs["logits"].astype(np.float32, copy=False)
         return logits
 
@@ -91,10 +91,10 @@ class CrossAttentionState:
         if not np.array_equal(sources, self._sources):
             # One at a time: the old one goes before the next is copied.
             for name in self._attended:
-                self._attended[name] = _taken(self._attended[name], rows)
-            self._source_mask = _taken(self._source_mask, rows)
+                self._attended[name] = taken_rows(self._attended[name], rows)
+            self._source_mask = taken_rows(self._source_mask, rows)
             self._sources = sources
-        self._past = {name: _taken(array, rows) for name, array in self._past.items()}
+        self._past = {name: taken_rows(array, rows) for name, array in self._past.items()}
 
     def selected(self, rows: IdArray) -> CrossAttentionState:
         """Another state with those rows; this one stays as it is."""
@@ -107,19 +107,3 @@ class CrossAttentionState:
     def _fitted(self, name: str, array: Array) -> Array:
         """In the input's own precision, for graphs whose cache is float16."""
         return array.astype(self._ports[name].dtype, copy=False)
-
-
-def _no_tokens(port: Port, rows: int) -> Array:
-    """An empty cache (rows, H, 0, d)."""
-    _, heads, _, width = port.shape
-    if not isinstance(heads, int) or not isinstance(width, int):
-        raise InputError(f"the cache {port.name!r} has no fixed heads", got=str(port.shape), fix="export again")
-    return np.zeros((rows, heads, 0, width), port.dtype)
-
-
-def _taken(array: Array, rows: IdArray) -> Array:
-    """`array[rows]`; where the rows are neighbours in order, a view instead of a copy."""
-    first = int(rows[0]) if len(rows) else 0
-    if np.array_equal(rows, np.arange(first, first + len(rows))):
-        return array[first : first + len(rows)]
-    return array[rows]

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from vlm_export.bundle.manifest import Manifest
+from vlm_export.runtime.chat_settings import TILES
 from vlm_export.specs import ImageSpec
 
 SLICING = "slicing"
@@ -24,8 +25,7 @@ def model_identity(manifest: Manifest) -> str:
         "weights": sorted(file.sha256 for file in source.files),
         "seed": source.random_weights_seed,
     }
-    if SLICING in manifest.facts:
-        facts[SLICING] = manifest.facts[SLICING]
+    facts |= {name: manifest.facts[name] for name in (SLICING, TILES) if name in manifest.facts}
     if not source.files and source.random_weights_seed is None:
         graphs = [part.variant("fp32") for part in manifest.parts]
         names = [name for graph in graphs for name in (graph.file, *graph.external_data)]

@@ -40,7 +40,9 @@ def load(
     threads: int | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> EncoderPair:
-    """Open a bundle; with parts whose texts attend to pictures it is a `VisionLanguage`, which is an EncoderPair too.
+    """Open a bundle: a `VisionLanguage` where texts attend to pictures, a `VisionChat` where a decoder reads both.
+
+    Both are EncoderPairs too.
 
     Args:
         path: the bundle's directory.
@@ -53,12 +55,8 @@ def load(
         InputError: no bundle, a damaged one, or one that `load_slice_encoder` opens. The graphs are checked when they
             are first used.
     """
-    # Imported here: it builds on this module.
-    from vlm_export.runtime.vision_language import LANGUAGE_PARTS, VisionLanguage
-
     bundle = open_bundle(Path(path))
-    attends = any(part.name in LANGUAGE_PARTS for part in bundle.manifest.parts)
-    return (VisionLanguage if attends else EncoderPair)(
+    return _kind_of(bundle)(
         bundle,
         precision=precision,
         providers=tuple(providers or (CPU,)),
@@ -141,14 +139,7 @@ class EncoderPair:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The bundle's tokenizer; InputError when it was exported without one."""
-        if TOKENIZER_NAME not in self.manifest.files:
-            raise InputError(
-                "this bundle has no tokenizer",
-                where=self.manifest.name,
-                expected=TOKENIZER_NAME,
-                fix="export again with --tokenizer PATH, or pass token ids to encode_ids",
-            )
-        return Tokenizer(self.bundle.file(TOKENIZER_NAME), self.text_spec)
+        return Tokenizer(self._tokenizer_file(), self.text_spec)
 
     def encode_image(
         self, images: Pictures, *, batch_size: int = IMAGE_BATCH_SIZE, progress: bool = False
@@ -280,6 +271,16 @@ class EncoderPair:
         image = source if isinstance(source, Image.Image) else open_image(source, max_pixels=self.max_pixels, name=name)
         return preprocess_image(image, self.image_spec, name=name)
 
+    def _tokenizer_file(self) -> Path:
+        if TOKENIZER_NAME not in self.manifest.files:
+            raise InputError(
+                "this bundle has no tokenizer",
+                where=self.manifest.name,
+                expected=TOKENIZER_NAME,
+                fix="export again with --tokenizer PATH, or work with token ids (encode_ids, generate_ids)",
+            )
+        return self.bundle.file(TOKENIZER_NAME)
+
     def _fixed_tokens(self) -> int | None:
         axis = self.text.inputs[0].shape[1]
         return axis if isinstance(axis, int) else None
@@ -288,12 +289,24 @@ class EncoderPair:
         return np.zeros((count, self.embed_dim), dtype=np.float32)
 
 
+def _kind_of(bundle: OpenBundle) -> type[EncoderPair]:
+    # Imported here: they build on this module.
+    from vlm_export.runtime.chat_inputs import is_chat
+    from vlm_export.runtime.vision_chat import VisionChat
+    from vlm_export.runtime.vision_language import LANGUAGE_PARTS, VisionLanguage
+
+    if is_chat(bundle.manifest):
+        return VisionChat
+    attends = any(part.name in LANGUAGE_PARTS for part in bundle.manifest.parts)
+    return VisionLanguage if attends else EncoderPair
+
+
 def _refuse_slices(bundle: OpenBundle) -> None:
     if SLICING in bundle.manifest.facts:
         raise InputError(
             "this bundle holds no encoder pair: it makes features of a picture's slices, for a language model",
             where=bundle.manifest.name,
-            expected="a bundle of CLIP or BLIP",
+            expected="a bundle of CLIP, BLIP or nanoVLM",
             got=bundle.manifest.family,
             fix="vlm-export embed writes the features, inspect IMAGE --bundle DIR shows the slices; "
             "in Python: vlm_export.load_slice_encoder(DIR)",

@@ -135,7 +135,7 @@ class Tokenizer:
         if len(row) <= limit:
             return row
         if truncate:
-            return [*row[: limit - 1], self.spec.end_token_id]
+            return [*row[: limit - 1], self.spec.end_token_id] if self.spec.ends_texts else row[:limit]
         raise InputError(
             "a text is too long for the model",
             where=_place(index, text),
@@ -153,7 +153,7 @@ class Tokenizer:
                     expected="Unicode text",
                     fix="read the file as UTF-8 with errors='replace'",
                 )
-        return [encoding.ids for encoding in self._rust.encode_batch(texts)]
+        return [e.ids for e in self._rust.encode_batch(texts, add_special_tokens=self.spec.ends_texts)]
 
     def _tokenize_openai(self, texts: list[str]) -> list[list[int]]:
         pieces = [_split_at_specials(clean_text(text), self._specials) for text in texts]
@@ -249,7 +249,7 @@ def _check_fit(rust: Any, spec: TextSpec, where: str) -> None:
             fix="use the tokenizer that the checkpoint was trained with",
         )
     empty: list[int] = rust.encode("").ids
-    if not empty or empty[-1] != spec.end_token_id:
+    if spec.ends_texts and (not empty or empty[-1] != spec.end_token_id):
         raise InputError(
             "the tokenizer does not end texts as the model expects",
             where=where,

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlm_export.bundle.opened import open_bundle
+from vlm_export.errors import InputError
 from vlm_export.runtime.answering import ENCODER, Answering
 from vlm_export.runtime.captioning import Captioning
+from vlm_export.runtime.chat_inputs import is_chat
 from vlm_export.runtime.decoding import DECODER
 from vlm_export.runtime.engine import CPU
 from vlm_export.runtime.image import MAX_PIXELS
@@ -28,9 +30,22 @@ def load_vision_language(
     threads: int | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> VisionLanguage:
-    """Opens any bundle to caption, answer or match with; arguments and errors as in `vlm_export.load`."""
+    """Opens a bundle to caption, answer or match with; arguments and errors as in `vlm_export.load`.
+
+    Raises:
+        InputError: also for a decoder-only model, which `load_vision_chat` opens.
+    """
+    bundle = open_bundle(Path(path))
+    if is_chat(bundle.manifest):
+        raise InputError(
+            "this bundle is a decoder-only model, which has other options",
+            where=bundle.manifest.name,
+            expected="a bundle whose texts attend to pictures, such as BLIP's",
+            got=bundle.manifest.family,
+            fix="open it with vlm_export.load_vision_chat(DIR)",
+        )
     return VisionLanguage(
-        open_bundle(Path(path)),
+        bundle,
         precision=precision,
         providers=tuple(providers or (CPU,)),
         threads=threads,

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from vlm_export.bundle.layout import golden_directory
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError
 from vlm_export.signature import Signature, TensorSpec
-from vlm_export.verify.grid import GridPoint, grid_for
+from vlm_export.verify.grid import GridPoint, grid_for, point_bytes
 from vlm_export.verify.metrics import describe_array
 from vlm_export.verify.points import Arrays
 from vlm_export.verify.tensor_proto import bytes_from_tensor, tensor_from_bytes
@@ -42,18 +39,13 @@ class GoldenRecord:
 def golden_points(signature: Signature) -> tuple[GridPoint, ...]:
     """The points to record: batches 1 and 2 and every size of the other axes, a few rows in all.
 
-    Points whose arrays would take more than `_MAX_RECORD_BYTES` are left out (a decoder's logits at full length), but
-    for the smallest.
+    Axes are cut where a record would take more than `_MAX_RECORD_BYTES` (a decoder's logits at full length); what
+    takes more at the smallest sizes is left out, but for the smallest.
     """
-    points = grid_for(signature, seeds=_SEEDS, budget_rows=1)
-    sizes = [_record_bytes(signature, point) for point in points]
-    bound = max(_MAX_RECORD_BYTES, min(sizes))
-    return tuple(point for point, size in zip(points, sizes, strict=True) if size <= bound)
-
-
-def _record_bytes(signature: Signature, point: GridPoint) -> int:
-    tensors = (*signature.inputs, *signature.outputs)
-    return sum(prod(t.concrete_shape(point.sizes)) * np.dtype(t.dtype).itemsize for t in tensors)
+    points = grid_for(signature, seeds=_SEEDS, budget_rows=1, budget_bytes=_MAX_RECORD_BYTES)
+    sizes = [point_bytes(signature, point.sizes) for point in points]
+    fitting = tuple(point for point, size in zip(points, sizes, strict=True) if size <= _MAX_RECORD_BYTES)
+    return fitting or (points[sizes.index(min(sizes))],)
 
 
 def golden_from_reference(

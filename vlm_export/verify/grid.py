@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
+from math import prod
+
+import numpy as np
 
 from vlm_export.signature import Axis, Signature
 
@@ -29,7 +32,12 @@ class GridPoint:
 
 
 def grid_for(
-    signature: Signature, *, seeds: Sequence[int] = SEEDS, thorough: bool = False, budget_rows: int | None = None
+    signature: Signature,
+    *,
+    seeds: Sequence[int] = SEEDS,
+    thorough: bool = False,
+    budget_rows: int | None = None,
+    budget_bytes: int | None = None,
 ) -> tuple[GridPoint, ...]:
     """The points for a signature; the same arguments give the same points.
 
@@ -39,10 +47,13 @@ def grid_for(
     Args:
         budget_rows: bound of the total of batch rows, for large models: first the combinations of ends are left out,
             then the large batches. Batches 1 and 2 and all sizes of the other axes stay, whatever they cost.
+        budget_bytes: bound of one point's inputs and outputs: where they take more, the longest axis is halved until
+            they fit, the batch last. A decoder's logits or cache at a context of thousands of tokens take gigabytes.
     """
     points: tuple[GridPoint, ...] = ()
     for batches, pairs in ((BATCHES, True), (BATCHES, False), (BATCHES[:3], False), (BATCHES[:2], False)):
-        points = _seeded(_combined(signature, batches, pairs), seeds, thorough)
+        sizes = [_within_bytes(signature, point, budget_bytes) for point in _combined(signature, batches, pairs)]
+        points = _seeded(_distinct(sizes), seeds, thorough)
         if budget_rows is None or sum(point.rows for point in points) <= budget_rows:
             break
     return points
@@ -75,8 +86,11 @@ def _combined(signature: Signature, batches: Sequence[int], pairs: bool) -> list
         middle = {name: values[len(values) // 2] for name, values in sizes.items()}
         for ends in product((sizes[left][0], sizes[left][-1]), (sizes[right][0], sizes[right][-1])):
             found.append({**middle, left: ends[0], right: ends[1]})
-    found = [_within_sums(signature, point) for point in found]
-    return [point for i, point in enumerate(found) if point not in found[:i]]
+    return _distinct([_within_sums(signature, point) for point in found])
+
+
+def _distinct(points: list[dict[str, int]]) -> list[dict[str, int]]:
+    return [point for i, point in enumerate(points) if point not in points[:i]]
 
 
 def _within_sums(signature: Signature, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -87,6 +101,29 @@ def _within_sums(signature: Signature, sizes: Mapping[str, int]) -> dict[str, in
         if axis.sum_of and axis.maximum is not None and total > axis.maximum:
             sizes[axis.sum_of[0]] -= total - axis.maximum
     return signature.with_sums(sizes)
+
+
+def point_bytes(signature: Signature, sizes: Mapping[str, int]) -> int:
+    """What the inputs and outputs take together; axes without a size, which only outputs have, count as 1."""
+    known = {axis.name: sizes.get(axis.name, 1) for axis in signature.axes}
+    tensors = (*signature.inputs, *signature.outputs)
+    return sum(prod(t.concrete_shape(known)) * np.dtype(t.dtype).itemsize for t in tensors)
+
+
+def _within_bytes(signature: Signature, sizes: dict[str, int], budget_bytes: int | None) -> dict[str, int]:
+    """The sizes, with the longest axis halved until the arrays fit; where they never do, the smallest sizes."""
+    while budget_bytes is not None and point_bytes(signature, sizes) > budget_bytes:
+        halves = {axis.name: _half(axis, sizes[axis.name]) for axis in signature.axes if not axis.sum_of}
+        shorter = {name: size for name, size in halves.items() if size < sizes[name]}
+        if not shorter:
+            break
+        longest = max(shorter, key=lambda name: (name != BATCH_AXIS, sizes[name]))
+        sizes = signature.with_sums({**sizes, longest: shorter[longest]})
+    return sizes
+
+
+def _half(axis: Axis, size: int) -> int:
+    return max(size // 2 // axis.multiple_of * axis.multiple_of, axis.minimum)
 
 
 def _seeded(combinations_: list[dict[str, int]], seeds: Sequence[int], thorough: bool) -> tuple[GridPoint, ...]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vlm_export.runtime.chat_prompt import ChatTokenizer
 from vlm_export.runtime.image import preprocess_image
 from vlm_export.runtime.text import Tokenizer
 from vlm_export.signature import Signature
@@ -92,7 +93,7 @@ def sample_inputs(
     if signature.input_names == ("pixels",):
         return [_pixels_sample(image) for image in (synthetic_photographs() if images is None else images)]
     if signature.input_names in _TEXT_INPUTS and text_spec is not None and tokenizer_path is not None:
-        tokenizer = Tokenizer(tokenizer_path, text_spec)
+        tokenizer = (Tokenizer if text_spec.ends_texts else ChatTokenizer)(tokenizer_path, text_spec)
         starts = range(0, len(sentences), _SENTENCES_PER_BATCH)
         # Truncated, since a short context (a demo's) must not refuse a long sentence.
         batches = [tokenizer.encode_masked(sentences[i : i + _SENTENCES_PER_BATCH], truncate=True) for i in starts]

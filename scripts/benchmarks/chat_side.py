@@ -1,0 +1,109 @@
+"""One side of the benchmark `chat`, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+TEXT_TOKENS = 12
+Generate = Callable[[npt.NDArray[np.float32], list[int]], Iterator[int]]
+
+
+def serve(side: str, name: str, bundle: str, weights: str, threads: str) -> None:
+    """Answers each number of tokens on the input with a generation's ids, times and the process's memory."""
+    generate, pixels, text = _SIDES[side](name, Path(bundle), Path(weights), int(threads))
+    for line in sys.stdin:
+        start = time.perf_counter()
+        tokens = generate(pixels, text)
+        ids = [next(tokens)]
+        first = time.perf_counter()
+        ids += islice(tokens, int(line) - 1)
+        end = time.perf_counter()
+        memory = _memory()
+        result = {
+            "ids": ids,
+            "first_seconds": first - start,
+            "token_seconds": (end - first) / max(len(ids) - 1, 1),
+            "peak_bytes": memory["VmHWM"],
+            "anonymous_bytes": memory["RssAnon"],
+        }
+        print(json.dumps(result), flush=True)
+
+
+def _inputs(size: int, vocab_size: int) -> tuple[npt.NDArray[np.float32], list[int]]:
+    rng = np.random.default_rng(0)
+    pixels = rng.random((1, 3, size, size), dtype=np.float32)
+    return pixels, rng.integers(3, vocab_size - 100, TEXT_TOKENS).tolist()
+
+
+def _bundle(name: str, bundle: Path, weights: Path, threads: int) -> tuple[Generate, Any, list[int]]:
+    from vlm_export.runtime.chat_inputs import ChatRow
+    from vlm_export.runtime.embedded_decoder import EmbeddedDecoderState
+    from vlm_export.runtime.generation import GenerationOptions, stream
+    from vlm_export.runtime.vision_chat import load_vision_chat
+
+    chat = load_vision_chat(bundle, threads=threads)
+    pixels, text = _inputs(chat.image_spec.size_pixels, chat.text_spec.vocab_size)
+
+    def generate(pixels: npt.NDArray[np.float32], text: list[int]) -> Iterator[int]:
+        features = chat.vision_encoder.run({"pixel_values": pixels})["image_features"]
+        places = chat.chat.image_token_id
+        given = [] if places is None else [places] * features.shape[1]
+        row = ChatRow([*given, *text], (features,), 0 if given else features.shape[1])
+        state = EmbeddedDecoderState(chat.decoder, chat.embed_tokens, chat.prompts([row]))
+        options = GenerationOptions(eos_token_ids=(), max_new_tokens=10_000)
+        return (token.token_id for token in stream(state, np.array([row.ids], np.int64), options))
+
+    return generate, pixels, text
+
+
+def _original(name: str, weights: Path, threads: int, *, cached: bool) -> tuple[Generate, Any, list[int]]:
+    import torch
+
+    from benchmarks.chat_original import OriginalNanoVlm
+    from vlm_export.checkpoint.known import load_known
+    from vlm_export.checkpoint.random import random_checkpoint
+    from vlm_export.models.registry import load_family
+
+    torch.set_num_threads(threads)
+    known = load_known(name)
+    family = load_family(known.family)
+    architecture = known.architecture
+    published, config = family.published_tensors(architecture), family.published_config(architecture)
+    model = OriginalNanoVlm(random_checkpoint(name, published, 0, weights, config), cached=cached)
+    assert config is not None
+    pixels, text = _inputs(config["vit_img_size"], config["lm_vocab_size"])
+
+    @torch.inference_mode()
+    def step(function: Callable[..., Any], *inputs: Any) -> Any:
+        return function(*inputs)
+
+    def generate(pixels: npt.NDArray[np.float32], text: list[int]) -> Iterator[int]:
+        logits, cache, fed = step(model.first_logits, torch.from_numpy(pixels), torch.tensor([text]))
+        while True:
+            token = logits.argmax(-1, keepdim=True)
+            yield int(token)
+            logits, cache, fed = step(model.next_logits, token, cache, fed)
+
+    return generate, pixels, text
+
+
+def _memory() -> dict[str, int]:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    return {name: int(fields[name].split()[0]) * 1024 for name in ("VmHWM", "RssAnon")}
+
+
+_SIDES: dict[str, Callable[[str, Path, Path, int], tuple[Generate, Any, list[int]]]] = {
+    "bundle": _bundle,
+    "original": lambda name, bundle, weights, threads: _original(name, weights, threads, cached=True),
+    "original-uncached": lambda name, bundle, weights, threads: _original(name, weights, threads, cached=False),
+}

@@ -1,0 +1,152 @@
+"""The verbs on bundles of decoder-only models: what they print, what they pass on, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vlm_export.runtime.vision_chat import load_vision_chat
+
+pytestmark = pytest.mark.needs_torch
+
+Cli = Callable[..., Any]
+Bundle = Callable[[str], Path]
+DATA = Path(__file__).parents[1] / "data"
+PICTURE, OTHER = (DATA / "nanovlm" / variant / "image.png" for variant in ("split", "450m"))
+ONE = ("--threads", "1")
+ASKED = "What is this?"
+NO_TORCH = "for name in ('torch', 'transformers', 'onnx', 'onnx_ir', 'safetensors', 'yaml'): sys.modules[name] = None"
+
+
+def printed(text: str) -> str:
+    """As the terminal shows it: the tiny models write control characters, which end lines for some readers."""
+    return text + "\n"
+
+
+def test_ask(cli: Cli, nanovlm_bundle: Bundle) -> None:
+    bundle = nanovlm_bundle("split")
+    model = load_vision_chat(bundle, threads=1)
+    (expected,) = model.answer([[PICTURE, OTHER]], ASKED, max_new_tokens=12)
+    asked = ("ask", bundle, PICTURE, OTHER, ASKED, "--max-new-tokens", "12", *ONE)
+    plain = cli(*asked)
+    assert (plain.status, plain.out, plain.err) == (0, printed(expected), "")
+    assert cli(*asked, "--stream").out == printed(expected)
+    data = cli(*asked, "--json").data
+    assert data == {"images": [str(PICTURE), str(OTHER)], "question": ASKED, "answer": expected}
+    (alone,) = model.answer(PICTURE, ASKED, max_new_tokens=12)
+    assert cli("ask", bundle, PICTURE, "--max-new-tokens", "12", ASKED, *ONE).out == printed(alone)
+    assert alone != expected
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        (["--seed", "3"], {"seed": 3}),
+        (["--seed", "3", "--temperature", "2.5"], {"seed": 3, "temperature": 2.5}),
+        (["--seed", "3", "--top-k", "3", "--temperature", "2"], {"seed": 3, "top_k": 3, "temperature": 2.0}),
+        (["--seed", "3", "--top-k", "0", "--top-p", "1"], {"seed": 3, "top_k": 0, "top_p": 1.0}),
+    ],
+)
+def test_sampling(cli: Cli, nanovlm_bundle: Bundle, options: list[str], arguments: dict[str, Any]) -> None:
+    bundle = nanovlm_bundle("450m")
+    model = load_vision_chat(bundle, threads=1)
+    (expected,) = model.answer(OTHER, ASKED, sample=True, **arguments)
+    for stream in ((), ("--stream",)):
+        assert cli("ask", bundle, OTHER, ASKED, "--sample", *options, *stream, *ONE).out == printed(expected)
+    (caption,) = model.caption(OTHER, sample=True, **arguments)
+    assert cli("caption", bundle, OTHER, "--sample", *options, *ONE).out == printed(caption)
+
+
+def test_caption(cli: Cli, nanovlm_bundle: Bundle) -> None:
+    bundle = nanovlm_bundle("222m")
+    model = load_vision_chat(bundle, threads=1)
+    (alone,) = model.caption(PICTURE)
+    assert cli("caption", bundle, PICTURE, *ONE).out == cli("caption", bundle, PICTURE, "--greedy", *ONE).out
+    assert cli("caption", bundle, PICTURE, *ONE).out == printed(alone)
+    expected = model.caption([PICTURE, OTHER], prompt="Where?", max_new_tokens=5)
+    options = ("--prompt", "Where?", "--max-new-tokens", "5", "--batch-size", "1", "--json", "--quiet")
+    data = cli("caption", bundle, PICTURE, OTHER, *options, *ONE).data
+    assert data["captions"] == [
+        {"image": str(image), "caption": caption} for image, caption in zip((PICTURE, OTHER), expected, strict=True)
+    ]
+
+
+def test_embed_match_and_search(cli: Cli, nanovlm_bundle: Bundle, tmp_path: Path) -> None:
+    bundle, output = nanovlm_bundle("450m"), tmp_path / "pictures.npy"
+    model = load_vision_chat(bundle, threads=1)
+    cosines = model.similarity([PICTURE, OTHER], ["a cat", "what"])
+    assert cli("embed", bundle, PICTURE, OTHER, "-o", output, "--quiet", *ONE).status == 0
+    assert np.allclose(np.load(output), model.encode_image([PICTURE, OTHER]), atol=1e-6)
+    data = cli("search", bundle, output, "a cat", "--json", *ONE).data
+    assert {match["item"]: match["cosine"] for match in data["matches"]} == {
+        str(image): pytest.approx(float(cosine), abs=1e-5)
+        for image, cosine in zip((PICTURE, OTHER), cosines[:, 0], strict=True)
+    }
+    data = cli("match", bundle, PICTURE, "a cat", "what", "--json", *ONE).data
+    assert {match["text"]: match["cosine"] for match in data["matches"]} == {
+        text: pytest.approx(float(cosine), abs=1e-5) for text, cosine in zip(("a cat", "what"), cosines[0], strict=True)
+    }
+    cli("match", bundle, PICTURE, "a", "--first-token", "enc").refused(2, "--first-token", "BLIP")
+    cli("search", bundle, output, "a", "--rerank").refused(3, "decoder-only")
+    cli("classify", bundle, PICTURE, "cat", "dog").refused(3, "not trained to compare", "ask it a question")
+
+
+def test_inspect_shows_the_tiles(cli: Cli, nanovlm_bundle: Bundle, tmp_path: Path) -> None:
+    bundle = nanovlm_bundle("split")
+    data = cli("inspect", PICTURE, "--bundle", bundle, "--json").data
+    assert (data["picture"], data["resized"], data["grid"]) == ([120, 90], [64, 64], {"rows": 2, "columns": 2})
+    assert (data["tiles"], data["tokens_per_tile"], data["tokens"]) == (5, 4, 25)
+    assert data["placeholder"].startswith("<|global_image|>[4]<row_1_col_1>[4]<row_1_col_2>[4]<row_2_col_1>")
+    model = load_vision_chat(bundle, threads=1)
+    (row,) = model.question_rows([(PICTURE,)], [""])
+    (bare,) = model.question_rows([()], [""])
+    assert data["tokens"] == len(row.ids) - len(bare.ids)
+    lines = cli("inspect", PICTURE, "--bundle", bundle).out
+    assert "120 x 90 pixels, resized to 64 x 64" in lines
+    assert "2 x 2, and the whole picture as one more" in lines
+    cli("inspect", PICTURE, "--bundle", nanovlm_bundle("450m")).refused(3, "cuts no pictures", "placeholders")
+    cli("inspect", PICTURE, "--bundle", bundle, "-o", tmp_path / "x.png").refused(2, "not drawn")
+    cli("inspect", "nowhere.png", "--bundle", bundle).refused(3, "nowhere.png")
+
+
+def test_what_is_refused(cli: Cli, nanovlm_bundle: Bundle, refused_json: Callable[..., dict[str, Any]]) -> None:
+    bundle = nanovlm_bundle("450m")
+    for options in (["--beams", "2"], ["--max-length", "9"], ["--min-length", "1"], ["--candidates", "a", "b"]):
+        cli("ask", bundle, OTHER, ASKED, *options).refused(2, "this bundle has no use for " + options[0])
+    for options in (["--beams", "2"], ["--repetition-penalty", "2"], ["--max-length", "9"], ["--min-length", "1"]):
+        cli("caption", bundle, OTHER, *options).refused(2, "this bundle has no use for " + options[0])
+    for options in (["--seed", "1"], ["--temperature", "1"], ["--top-k", "3"], ["--top-p", "0.5"]):
+        for command in (("ask", bundle, OTHER, ASKED), ("caption", bundle, OTHER)):
+            cli(*command, *options).refused(2, options[0], "--sample")
+    cli("ask", bundle, OTHER, ASKED, "--stream", "--json").refused(2, "--stream")
+    cli("ask", bundle, OTHER, ASKED, "--sample", "--top-p", "2").refused(2, "top_p")
+    cli("ask", bundle, OTHER, "cat " * 600).refused(3, "longer than the model's context", "at most 512 tokens")
+    assert cli("ask", bundle, OTHER, "cat " * 600, "--truncate", "--max-new-tokens", "2", *ONE).status == 0
+    cli("ask", bundle, "nowhere.png", ASKED, "--stream").refused(3, "nowhere.png")
+    cli("ask", bundle, OTHER, "a <|image|>").refused(3, "placeholders do not match", "it is written for you")
+    cli("ask", nanovlm_bundle("222m"), OTHER, OTHER, ASKED).refused(2, "exactly one picture")
+    assert cli("ask", bundle, ASKED).status == 2
+    assert refused_json(2, "ask", nanovlm_bundle("222m"), OTHER, OTHER, ASKED)["got"] == "2"
+
+
+def test_blip_names_what_it_has_no_use_for(cli: Cli, blip_bundle: Bundle) -> None:
+    picture = DATA / "blip" / "vqa" / "image.png"
+    bundle = blip_bundle("vqa")
+    for options in (["--stream"], ["--sample"], ["--sample", "--seed", "1"], ["--max-new-tokens", "3"]):
+        cli("ask", bundle, picture, "what", *options).refused(2, "this bundle has no use for " + options[0])
+    cli("ask", bundle, picture, picture, "what").refused(2, "one picture at a time", "2 pictures")
+    for options in (["--temperature", "1"], ["--top-k", "3"]):
+        cli("caption", bundle, picture, "--sample", *options).refused(2, "no use for " + options[0])
+    cli("caption", bundle, picture, "--max-new-tokens", "3").refused(2, "no use for --max-new-tokens")
+
+
+def test_streaming_needs_no_torch(spawn: Callable[..., Any], nanovlm_bundle: Bundle) -> None:
+    bundle = nanovlm_bundle("222m")
+    (expected,) = load_vision_chat(bundle, threads=1).answer(PICTURE, ASKED)
+    env = {"PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(DATA.parents[1])}
+    done = spawn("ask", bundle, PICTURE, ASKED, "--stream", *ONE, code=NO_TORCH, env=env)
+    assert (done.status, done.out.strip()) == (0, expected.strip()), done.err
