@@ -48,7 +48,7 @@ def _check_options(args: argparse.Namespace) -> None:
 def _write(args: argparse.Namespace) -> int:
     from vlm_export.runtime.vision_language import load_vision_language
 
-    model = load_vision_language(args.bundle, providers=providers(args), threads=args.threads)
+    model = load_vision_language(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
     (answer,) = model.answer(
         args.image,
         args.question,
@@ -68,7 +68,7 @@ def _rank(args: argparse.Namespace) -> int:
     from vlm_export.runtime.answering import RANK_K
     from vlm_export.runtime.vision_language import load_vision_language
 
-    model = load_vision_language(args.bundle, providers=providers(args), threads=args.threads)
+    model = load_vision_language(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
     (ranked,) = model.rank_answers(
         args.image, args.question, args.candidates, rank_k=args.rank_k or RANK_K, truncate=args.truncate
     )

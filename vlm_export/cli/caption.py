@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     for option, name in ((args.seed, "--seed"), (args.top_p, "--top-p")):
         if option is not None and not args.sample:
             raise UsageError(f"{name} is for sampling", fix="add --sample")
-    model = load_vision_language(args.bundle, providers=providers(args), threads=args.threads)
+    model = load_vision_language(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
     captions = model.caption(
         args.images,
         prompt=args.prompt,

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from vlm_export.runtime.matching import MULTIMODAL
     from vlm_export.runtime.vision_language import load_vision_language
 
-    model = load_vision_language(args.bundle, providers=providers(args), threads=args.threads)
+    model = load_vision_language(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
     parts = {part.name for part in model.manifest.parts}
     if MULTIMODAL not in parts and parts >= {"vision", "text"} and args.first_token is None:
         return _print_cosines(
