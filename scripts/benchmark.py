@@ -1,6 +1,7 @@
 """Measures this project on this machine; the figures in docs/benchmarks come from here and from nowhere else.
 
-    python scripts/benchmark.py export [--names NAME …]    time and peak anonymous memory of each stage of an export
+    python scripts/benchmark.py export [--names NAME …] [--precision P …] [--part PART …] [--report NAME]
+                                                           time and peak anonymous memory of each stage, and sizes
     python scripts/benchmark.py text   [--bundle DIR]      8-token captions against the same padded to 77
     python scripts/benchmark.py start  [--bundle DIR]      process start to first embedding
     python scripts/benchmark.py resample [--threads N]     interpolation in its forms against torch eager
@@ -32,6 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     kinds = parser.add_subparsers(dest="kind", required=True)
     exporting = kinds.add_parser("export")
     exporting.add_argument("--names", nargs="+", default=EXPORT_NAMES, metavar="NAME", help="names from configs/")
+    exporting.add_argument("--precision", nargs="+", default=(), metavar="P", help="variants (default: the export's)")
+    exporting.add_argument("--part", nargs="+", default=(), metavar="PART", help="only these parts (default: all)")
+    exporting.add_argument("--report", default="export", metavar="NAME", help="of the files (default: export)")
     for kind, rounds in (("text", 21), ("start", 5)):
         measured = kinds.add_parser(kind)
         measured.add_argument("--name", default=PAIR_NAME, help=f"name from configs/ (default: {PAIR_NAME})")
@@ -54,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     chatting.add_argument("--new-tokens", type=int, default=32, help="default: 32")
     args = parser.parse_args(arguments)
     if args.kind == "export":
-        report = export.measure(tuple(args.names))
+        report = export.measure(args.names, args.precision, args.part, args.report)
     elif args.kind == "resample":
         report = resample.measure(args.rounds, args.threads)
     elif args.kind == "caption":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,24 +32,34 @@ def export_random(name: str, target: Path, *options: str) -> dict[str, Any]:
     return result
 
 
-def measure(names: tuple[str, ...]) -> Report:
-    """Exports each, one after the other."""
+def measure(
+    names: Sequence[str], precisions: Sequence[str] = (), parts: Sequence[str] = (), report_name: str = "export"
+) -> Report:
+    """Exports each, one after the other.
+
+    Args:
+        precisions: variants of each part, () for the default.
+        parts: only these, () for all.
+        report_name: of the files, so that several sets of models keep a page each.
+    """
+    chosen = [("--precision", precisions), ("--part", parts)]
+    options = [text for option, values in chosen for value in values for text in (option, value)]
     results = {}
     for name in names:
         print(f"exporting {name}", file=sys.stderr)
         with TemporaryDirectory() as folder:
-            results[name] = _facts(export_random(name, Path(folder) / name, "--no-tokenizer"))
+            results[name] = _facts(export_random(name, Path(folder) / name, "--no-tokenizer", *options))
     peaks = {name: result["peak_export_bytes"] for name, result in results.items()}
     worst = max(peaks, key=lambda name: peaks[name])
     memory = [("weights of " + name, result["weights_bytes"] / MIB) for name, result in results.items()]
     return Report(
-        name="export",
+        name=report_name,
         title="Exporting full-size models",
         goal="peak anonymous memory of the export stages below 1 GB for every model.",
         reached=all(peak < GOAL_BYTES for peak in peaks.values()),
         conclusion=f"at most {peaks[worst] / MIB:,.0f} MiB, for {worst}.",
-        command=f"python scripts/benchmark.py export --names {' '.join(names)}",
-        tables=(_summary(results), _stages(results)),
+        command=" ".join(("python scripts/benchmark.py export", *_arguments(names, precisions, parts, report_name))),
+        tables=(_summary(results), _variants(results), _stages(results), *_not_run(results)),
         bars=Bars(
             "Weights of the bundle against peak anonymous memory of the export stages",
             "MiB",
@@ -57,6 +67,14 @@ def measure(names: tuple[str, ...]) -> Report:
         ),
         data={"results": results},
     )
+
+
+def _arguments(
+    names: Sequence[str], precisions: Sequence[str], parts: Sequence[str], report_name: str
+) -> Iterator[str]:
+    report = () if report_name == "export" else (report_name,)
+    chosen = (("--names", names), ("--precision", precisions), ("--part", parts), ("--report", report))
+    return (text for option, values in chosen if values for text in (option, *values))
 
 
 def _facts(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,8 +88,28 @@ def _facts(result: Mapping[str, Any]) -> dict[str, Any]:
         "peak_export_bytes": _peak(exporting),
         "peak_bytes": _peak(stages),
         "verified": all(report["passed"] for report in result["verification"]),
+        "variants": list(_variant_facts(result)),
         "stages": stages,
     }
+
+
+def _variant_facts(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Size and worst numbers of each variant of each part."""
+    files = result["manifest"]["files"]
+    for part in result["manifest"]["parts"]:
+        for variant in part["variants"]:
+            verification = variant["verification"]
+            worst = verification["worst"].values()
+            yield {
+                "part": part["name"],
+                "precision": variant["precision"],
+                "size_bytes": sum(files[name]["size_bytes"] for name in (variant["file"], *variant["external_data"])),
+                "points": sum(verification["points"].values()),
+                "max_abs": max(output["max_abs"] for output in worst),
+                "cosine": min(output["cosine"] for output in worst),
+                "not_run": verification["not_run"],
+                "warnings": variant["warnings"],
+            }
 
 
 def _peak(stages: Iterable[Mapping[str, Any]]) -> int:
@@ -92,6 +130,33 @@ def _summary(results: Mapping[str, Mapping[str, Any]]) -> Table:
         for name, result in results.items()
     ]
     return Table("Models; export stages are all up to the last written graph, before verification", header, rows)
+
+
+def _variants(results: Mapping[str, Mapping[str, Any]]) -> Table:
+    header = ("model, part, precision", "size, MiB", "points compared", "max-abs", "cosine")
+    rows = [
+        (
+            f"{name}, {variant['part']}, {variant['precision']}",
+            f"{variant['size_bytes'] / MIB:,.1f}",
+            str(variant["points"]),
+            f"{variant['max_abs']:.1e}",
+            f"{variant['cosine']:.6f}",
+        )
+        for name, result in results.items()
+        for variant in result["variants"]
+    ]
+    return Table("Graphs with their weights, and the worst numbers of their verification", header, rows)
+
+
+def _not_run(results: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
+    rows = [
+        (f"{name}, {variant['part']}, {variant['precision']}", text)
+        for name, result in results.items()
+        for variant in result["variants"]
+        for text in variant["not_run"]
+    ]
+    if rows:
+        yield Table("What the verification of large parts left out", ("model, part, precision", "not run"), rows)
 
 
 def _stages(results: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -6,7 +6,10 @@ import hashlib
 import math
 import shutil
 from collections import namedtuple
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +19,10 @@ from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.random import random_checkpoint
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import EnvironmentFailure
-from vlm_export.family import TensorInfo
+from vlm_export.family import Family, Part, TensorInfo
 from vlm_export.models.clip import ClipFamily
+from vlm_export.models.minicpmv import MiniCpmVFamily
+from vlm_export.models.omnilmm import OmniLmmFamily
 
 TENSORS = {
     "token_embedding.weight": TensorInfo((200, 64), "float16"),
@@ -30,6 +35,30 @@ TENSORS = {
     "class_embedding": TensorInfo((256,), "float32"),
     "logit_scale": TensorInfo((), "float32"),
     "bn.num_batches_tracked": TensorInfo((), "int64"),
+}
+_RESAMPLER = {"queries": 16, "width": 128, "heads": 1}
+# Small in all but the depth: EVA-02's blocks add norms of their branches, SigLIP's branches of norms.
+POST_NORM: dict[str, Any] = {
+    "version": "omnilmm",
+    "vision": {
+        "width": 128, "layers": 64, "heads": 4, "hidden": 512, "patch_size": 14, "grid": 4,
+        "post_norm": True, "antialias": True,
+    },
+    "resampler": {**_RESAMPLER, "states_width": 128, "positions": "stored", "query_positions": True},
+    "image_size": 56,
+}  # fmt: skip
+PRE_NORM: dict[str, Any] = {
+    "version": "2.0",
+    "vision": {
+        "width": 144, "layers": 32, "heads": 2, "hidden": 576, "patch_size": 14, "grid": 4,
+        "has_class_token": False, "antialias": True,
+    },
+    "resampler": {**_RESAMPLER, "states_width": 144, "positions": "grid", "query_positions": True},
+    "image_size": 56,
+}  # fmt: skip
+DEEP: dict[str, tuple[Family, dict[str, Any]]] = {
+    "post-norm": (OmniLmmFamily(), POST_NORM),
+    "pre-norm": (MiniCpmVFamily(), PRE_NORM),
 }
 Usage = namedtuple("Usage", "total used free")
 
@@ -90,6 +119,48 @@ def test_a_model_of_random_weights_tells_inputs_apart(tmp_path: Path, clip_data:
             )
             assert float((first - second).abs().max()) > 0.01 * float(first.abs().max())
             assert 0.01 < float(first.abs().max()) < 100
+
+
+@contextmanager
+def deep_vision(folder: Path, family: Family, architecture: dict[str, Any]) -> Iterator[tuple[Part, torch.Tensor]]:
+    """The vision part with random weights, and pictures for it."""
+    torch.set_num_threads(1)
+    tensors, config = family.published_tensors(architecture), family.published_config(architecture)
+    checkpoint = random_checkpoint("deep", tensors, 0, folder / "w", config)
+    with ScratchStore(folder / "scratch") as store, torch.inference_mode():
+        part = family.build(checkpoint, store).parts[0]
+        sizes = {axis.name: 56 for axis in part.signature.axes} | {"batch": 2}
+        yield part, torch.from_numpy(part.examples(sizes, 0)["pixel_values"])
+
+
+@pytest.mark.parametrize("norms", list(DEEP))
+def test_deep_models_pass_errors_on_without_growth(tmp_path: Path, norms: str) -> None:
+    with deep_vision(tmp_path, *DEEP[norms]) as (part, pixels):
+        expected = part.module(pixels)
+        noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(1))
+        moved = part.module(pixels * (1 + 1e-6 * noise)) - expected
+        assert float(moved.abs().max()) < 1e-4 * float(expected.abs().max())
+        assert float((expected[0] - expected[1]).abs().max()) > 0.1 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("norms", list(DEEP))
+def test_every_tensor_of_a_deep_model_matters(tmp_path: Path, norms: str) -> None:
+    """Zeroed, or with its rows reversed, each moves the output by ten times what the fp32 gate lets pass."""
+    family, architecture = DEEP[norms]
+    last = architecture["vision"]["layers"] - 1
+    passed_over = tuple(f".blocks.{i}." for i in range(1, last))
+    with deep_vision(tmp_path, family, architecture) as (part, pixels):
+        expected = part.module(pixels)
+        for name, parameter in part.module.named_parameters():
+            # The bias of keys adds the same to all scores of a query, and the softmax takes it out again.
+            if any(block in name for block in passed_over) or name.endswith(".key.bias"):
+                continue
+            original = parameter.clone()
+            for changed in (torch.zeros_like(original), original.flip(0)):
+                parameter.copy_(changed)
+                moved = (part.module(pixels) - expected).abs().max() / expected.abs().max()
+                assert float(moved) > 1e-3, name
+            parameter.copy_(original)
 
 
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

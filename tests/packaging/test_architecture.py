@@ -29,6 +29,7 @@ ARROWS = {
     "bundle": TYPES,
     "runtime": TYPES | {"vlm_export.bundle"},
     "graph": TYPES,
+    "precision": TYPES,
     "verify": TYPES | {"vlm_export.bundle", "vlm_export.runtime", "vlm_export.family"},
     "models": TYPES | {"vlm_export.family"},
     "checkpoint": TYPES | {"vlm_export.family", "vlm_export.bundle"},
@@ -38,6 +39,7 @@ OUTSIDE = {
     "bundle": set[str](),
     "runtime": BASE,
     "graph": {"numpy", "onnx_ir", "onnx"},
+    "precision": {"numpy", "onnx_ir", "onnx"},
     "verify": BASE - {"onnxruntime", "openvino", "pyarrow", "tqdm"},
     "cli": set[str](),
 }

@@ -48,6 +48,45 @@ def test_start(tmp_path: Path) -> None:
         assert data["totals"][part] == pytest.approx(sum(data["rounds"][part][0]), rel=1.0)
 
 
+def test_export(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "--output", str(tmp_path), "export"]
+    options = ["--names", "clip-demo", "--precision", "fp32", "fp16", "--part", "text", "--report", "small"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "small.md").read_text(encoding="utf-8")
+    assert f"scripts/benchmark.py export {' '.join(options)}" in page
+    result = json.loads((tmp_path / "small.json").read_text(encoding="utf-8"))["results"]["clip-demo"]
+    first, second = result["variants"]
+    assert (first["part"], first["precision"], second["precision"]) == ("text", "fp32", "fp16")
+    assert second["size_bytes"] < 0.6 * first["size_bytes"]
+    assert first["points"] > 0
+    assert first["not_run"] == []
+    stages = {stage["name"]: stage for stage in result["stages"]}
+    assert {"read", "write text", "write text fp16", "verify text fp16", "publish"} <= set(stages)
+    for stage in stages:
+        assert f"| {stage} |" in page
+
+
+def test_what_was_not_run_gets_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    export = importlib.import_module("benchmarks.export")
+    numbers = {"max_abs": 0.5, "cosine": 0.25}
+    verification = {"points": {"grid": 3}, "not_run": ["large sizes: slow"], "worst": {"y": numbers}, "passed": True}
+    variant = {"precision": "fp16", "file": "onnx/a", "external_data": ["onnx/b"], "warnings": []}
+    exported = {
+        "stages": [{"name": "read", "seconds": 1.0, "peak_anonymous_bytes": 3 << 20}],
+        "verification": [verification],
+        "manifest": {
+            "files": {"onnx/a": {"size_bytes": 1 << 20}, "onnx/b": {"size_bytes": 2 << 20}},
+            "parts": [{"name": "vision", "variants": [{**variant, "verification": verification}]}],
+        },
+    }
+    monkeypatch.setattr(export, "export_random", lambda *_: exported)
+    *_, sizes, _, left_out = export.measure(["huge"]).tables
+    assert sizes.rows == [("huge, vision, fp16", "3.0", "3", "5.0e-01", "0.250000")]
+    assert left_out.rows == [("huge, vision, fp16", "large sizes: slow")]
+
+
 def test_resample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     resample = importlib.import_module("benchmarks.resample")

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from vlm_export.signature import Axis, Signature, TensorSpec
-from vlm_export.verify.grid import BATCHES, SEEDS, axis_sizes, grid_for, point_bytes
+from vlm_export.verify.grid import BATCHES, SEEDS, axis_sizes, grid_for, least_grid, left_out, point_bytes
 
 SEQUENCE = Axis("sequence", 1, 77)
 
@@ -112,3 +112,41 @@ def test_a_budget_of_bytes_keeps_steps_and_ends_where_nothing_fits() -> None:
     )
     assert all(point.sizes["width"] % 14 == 0 for point in grid_for(steps, budget_bytes=4000))
     assert {(point.rows, point.sizes["width"]) for point in grid_for(steps, budget_bytes=1)} == {(1, 14)}
+
+
+SIDE = Axis("side", 14, 672, 14)
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (BATCH_ONLY, [(1,), (2,)]),
+        (signature(Axis("batch"), SIDE), [(1, 14), (2, 350), (1, 672)]),
+        (IMAGE, [(1, 28, 239), (2, 448, 28), (1, 239, 448)]),
+        (signature(Axis("batch", 1, 1), SIDE), [(1, 14), (1, 350), (1, 672)]),
+        (signature(SIDE), [(14,), (350,), (672,)]),
+        (signature(), [()]),
+    ],
+)
+def test_the_least_grid_moves_every_axis(case: Signature, expected: list[tuple[int, ...]]) -> None:
+    grid = least_grid(case)
+    assert [tuple(point.sizes[axis.name] for axis in case.axes) for point in grid] == expected
+    assert {point.seed for point in grid} == {SEEDS[0]}
+
+
+def test_the_least_grid_keeps_sums() -> None:
+    total = Axis("total", 1, 64, sum_of=("past", "sequence"))
+    for point in least_grid(signature(Axis("batch"), Axis("sequence", 1, 64), Axis("past", 0, 64), total)):
+        assert point.sizes["total"] == point.sizes["past"] + point.sizes["sequence"] <= 64
+
+
+def test_what_a_grid_leaves_out_is_named() -> None:
+    case = signature(Axis("batch"), SIDE)
+    assert left_out(case, grid_for(case)) == ""
+    whole, least = len(grid_for(case)), len(least_grid(case))
+    assert left_out(case, least_grid(case)) == (
+        f"{whole - least} of {whole} grid points (batch 3, 5; side 42; seed 1, 2)"
+    )
+    without_pairs = grid_for(case, budget_rows=12)
+    assert len(without_pairs) < whole
+    assert "combinations of sizes" in left_out(case, without_pairs)

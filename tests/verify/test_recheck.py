@@ -63,7 +63,8 @@ def publish(target: Path, *, scale: float = 1.0, with_golden: bool = True, preci
         if with_golden:
             records = golden_from_reference(part, reference_from_module(part), golden_points(SIGNATURE))
             write_golden(staging.path, part.name, records)
-        variants = (VariantRecord(precision, graph, verification={"reference": "unpatched eager module"}),)
+        verification = {"reference": "unpatched eager module", "not_run": ["large sizes: slow"]}
+        variants = (VariantRecord(precision, graph, verification=verification),)
         parts = (PartRecord(part.name, SIGNATURE, variants),)
         staging.commit(Manifest("x", SourceRecord("x", "state_dict"), "test", {}, {}, None, None, parts))
     return open_bundle(target)
@@ -90,6 +91,7 @@ def test_a_right_graph_passes_and_reports(tmp_path: Path) -> None:
     assert data["points"] == {"golden": len(golden_points(SIGNATURE))}
     assert data["reference"] == "recorded outputs of: unpatched eager module"
     assert data["engine"] == "onnxruntime 9"
+    assert data["not_run"] == ["at the export: large sizes: slow"]
 
 
 def test_a_wrong_graph_fails(tmp_path: Path) -> None:

@@ -263,3 +263,17 @@ def test_importing_the_verifier_does_not_import_torch() -> None:
     imports = "; ".join(f"import vlm_export.verify.{name}" for name in modules.split())
     code = f"{imports}; import sys; assert 'torch' not in sys.modules and 'onnx' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_was_not_run_is_told(parts: dict[str, Part]) -> None:
+    part = parts["text"]
+    run = reference_from_module(part)
+    grid = grid_for(part.signature)[:2]
+    report = verify_part(part, run, run, FP32, grid, pad_token_id=0, with_self_checks=False, not_run=("sizes: slow",))
+    assert {point.kind for point in report.points} == {"grid"}
+    told = ["sizes: slow", "the engine against itself: rows of a batch alone, padded tokens"]
+    assert report.to_json()["not_run"] == told
+    assert format_table([report]).splitlines()[-2:] == [f"not run: text fp32: {text}" for text in told]
+    whole = verify_part(part, run, run, FP32, grid, pad_token_id=0)
+    assert whole.to_json()["not_run"] == []
+    assert "not run" not in format_table([whole])

@@ -17,6 +17,8 @@ from vlm_export.specs import ImageSpec, TextSpec
 
 MANIFEST_NAME = "vlm_export.json"
 SCHEMA_VERSION = 1
+# In the order in which a bundle is used by those who do not choose.
+PRECISIONS = ("fp32", "fp16", "int8")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\\:]")
 
@@ -123,6 +125,10 @@ class PartRecord:
         known = [variant.precision for variant in self.variants]
         raise UsageError(f"part {self.name!r} has no variant {precision!r}", fix=suggestion(precision, known))
 
+    def chosen_variants(self, precision: str | None) -> tuple[VariantRecord, ...]:
+        """All variants, or the one of that precision; UsageError when there is none."""
+        return self.variants if precision is None else (self.variant(precision),)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
@@ -161,6 +167,23 @@ class Manifest:
         fix = suggestion(name, [part.name for part in self.parts])
         raise InputError(f"the bundle {self.name!r} has no part {name!r}", fix=fix)
 
+    def default_precision(self) -> str:
+        """The variant for a user who names none: float32 where every part has it, otherwise the only one.
+
+        Raises:
+            UsageError: there are several and none is float32.
+        """
+        shared = [name for name in PRECISIONS if all(name in _precisions(part) for part in self.parts)]
+        if PRECISIONS[0] in shared or len(shared) == 1:
+            return shared[0]
+        raise UsageError(
+            "the bundle's parts have no variant in common that is the default",
+            where=self.name,
+            expected=" or ".join(shared) or "one variant of all parts",
+            got="no choice",
+            fix="name one with --precision",
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The manifest as JSON data; `manifest_from_json` reads it back."""
         return {
@@ -182,6 +205,10 @@ class Manifest:
         text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         # A source path that is not UTF-8 holds lone surrogates; as \udcXX they are valid JSON and read back equal.
         return text.encode("utf-8", "backslashreplace")
+
+
+def _precisions(part: PartRecord) -> set[str]:
+    return {variant.precision for variant in part.variants}
 
 
 def _with_lists(data: Mapping[str, Any]) -> dict[str, Any]:

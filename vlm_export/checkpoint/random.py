@@ -31,9 +31,12 @@ _DTYPES = {
 _LOGIT_SCALE = math.log(100.0)
 _EMBEDDING_STD = 0.02
 _SMALL = 0.1
-# The last norm of a residual block of a ResNet: at full size, each of 60 blocks would double the variance.
-_BRANCH_END = re.compile(r"\.\d+\.bn3\.weight")
-_BRANCH_SCALE = 0.2
+# Norms that close a residual branch, and the size that they give it: with size 1, each of a ResNet's 60 blocks would
+# double the variance, and EVA-02's 63 would make attention so sharp that rounding decides what it picks.
+_BRANCH_ENDS = (
+    (re.compile(r"\.\d+\.bn3\.weight"), 0.2),
+    (re.compile(r"\bvision_tower\.blocks\.\d+\.norm[12]\.weight"), 0.1),
+)
 _CHUNK = 1 << 20
 Floats = npt.NDArray[np.float32]
 
@@ -134,7 +137,7 @@ def _mean_and_std(key: str, name: str, shape: tuple[int, ...]) -> tuple[float, f
         gain = 2.0 if len(shape) == 4 else 1.0
         return 0.0, math.sqrt(gain / max(fan_in, 1))
     if name == "weight":
-        scale = _BRANCH_SCALE if _BRANCH_END.search(key) else 1.0
+        scale = next((scale for pattern, scale in _BRANCH_ENDS if pattern.search(key)), 1.0)
         return scale, scale * _SMALL
     if name in ("bias", "running_mean") or name.endswith("_bias"):
         return 0.0, _SMALL

@@ -76,7 +76,7 @@ def _check_options(args: argparse.Namespace) -> None:
 def _chat(args: argparse.Namespace) -> int:
     from vlm_export.runtime.vision_chat import load_vision_chat
 
-    model = load_vision_chat(args.bundle, providers=providers(args), threads=args.threads)
+    model = load_vision_chat(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
     (answer,) = model.answer([args.images], args.question, truncate=args.truncate, **chosen(args))
     if args.json:
         print_json({"images": args.images, "question": args.question, "answer": answer})
@@ -88,7 +88,7 @@ def _chat(args: argparse.Namespace) -> int:
 def _stream(args: argparse.Namespace) -> int:
     from vlm_export.runtime.vision_chat import load_vision_chat
 
-    model = load_vision_chat(args.bundle, providers=providers(args), threads=args.threads)
+    model = load_vision_chat(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
     for piece in model.stream_answer(args.images, args.question, truncate=args.truncate, **chosen(args)):
         sys.stdout.write(piece)
         sys.stdout.flush()
@@ -99,7 +99,7 @@ def _stream(args: argparse.Namespace) -> int:
 def _write(args: argparse.Namespace) -> int:
     from vlm_export.runtime.vision_language import load_vision_language
 
-    model = load_vision_language(args.bundle, providers=providers(args), threads=args.threads)
+    model = load_vision_language(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
     (image,) = args.images
     (answer,) = model.answer(
         image,
@@ -120,7 +120,7 @@ def _rank(args: argparse.Namespace) -> int:
     from vlm_export.runtime.answering import RANK_K
     from vlm_export.runtime.vision_language import load_vision_language
 
-    model = load_vision_language(args.bundle, providers=providers(args), threads=args.threads)
+    model = load_vision_language(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
     (image,) = args.images
     (ranked,) = model.rank_answers(
         image, args.question, args.candidates, rank_k=args.rank_k or RANK_K, truncate=args.truncate

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 def _chat(args: argparse.Namespace) -> list[str]:
     from vlm_export.runtime.vision_chat import load_vision_chat
 
-    model = load_vision_chat(args.bundle, providers=providers(args), threads=args.threads)
+    model = load_vision_chat(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
     progress = not args.quiet and len(args.images) > 1
     return model.caption(args.images, prompt=args.prompt, batch_size=args.batch_size, progress=progress, **chosen(args))
 
@@ -81,7 +81,7 @@ def _captions(args: argparse.Namespace) -> list[str]:
     from vlm_export.runtime.captioning import SAMPLING_TOP_P
     from vlm_export.runtime.vision_language import load_vision_language
 
-    model = load_vision_language(args.bundle, providers=providers(args), threads=args.threads)
+    model = load_vision_language(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
     return model.caption(
         args.images,
         prompt=args.prompt,

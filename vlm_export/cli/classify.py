@@ -29,7 +29,7 @@ def add_parser(verbs: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from vlm_export.runtime.pair import load
 
-    pair = load(args.bundle, providers=providers(args), threads=args.threads)
+    pair = load(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
     probabilities = pair.classify([args.image], args.labels, template=args.template)[0]
     ranked = sorted(zip(args.labels, map(float, probabilities), strict=True), key=lambda entry: -entry[1])
     if args.json:

@@ -18,8 +18,10 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
-def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """--provider and --threads, for verbs that run graphs."""
+def add_engine_options(
+    parser: argparse.ArgumentParser, precision_help: str = "variant of the graphs (default: fp32, or the only one)"
+) -> None:
+    """--provider, --threads and --precision, for verbs that run graphs."""
     parser.add_argument(
         "--provider",
         action="append",
@@ -27,6 +29,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="execution provider of ONNX Runtime, in order of preference, repeatable (default: cpu)",
     )
     parser.add_argument("--threads", type=positive_integer, metavar="N", help="threads of one operator")
+    parser.add_argument("--precision", metavar="NAME", help=precision_help)
 
 
 def positive_integer(text: str) -> int:

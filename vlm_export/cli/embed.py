@@ -57,7 +57,7 @@ def _run_pair(args: argparse.Namespace, pictures: list[Path], texts: list[str]) 
     from vlm_export.runtime.pair import load
     from vlm_export.runtime.search import EmbeddingsMeta, write_embeddings
 
-    pair = load(args.bundle, providers=providers(args), threads=args.threads)
+    pair = load(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
     start = time.perf_counter()
     batch_size, progress = args.batch_size or _BATCH_SIZE, not args.quiet
     if pictures:
@@ -68,7 +68,9 @@ def _run_pair(args: argparse.Namespace, pictures: list[Path], texts: list[str]) 
         vectors = pair.encode_text(items, truncate=args.truncate, batch_size=batch_size, progress=progress)
     seconds = time.perf_counter() - start
     kind: Literal["image", "text"] = "image" if pictures else "text"
-    write_embeddings(args.output, items, vectors, EmbeddingsMeta(kind, pair.manifest.name, pair.identity))
+    write_embeddings(
+        args.output, items, vectors, EmbeddingsMeta(kind, pair.manifest.name, pair.identity, pair.precision)
+    )
     if args.json:
         result = {"output": args.output, "kind": kind, "count": len(items), "dimension": vectors.shape[1]}
         print_json({**result, "seconds": round(seconds, 4)})
@@ -82,7 +84,7 @@ def _run_slices(args: argparse.Namespace, pictures: list[Path]) -> int:
     from vlm_export.runtime.slice_features import SLICE_BATCH_SIZE, load_slice_encoder
     from vlm_export.runtime.slice_files import SliceFileMeta, write_slice_features
 
-    encoder = load_slice_encoder(args.bundle, providers=providers(args), threads=args.threads)
+    encoder = load_slice_encoder(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
     if not pictures:
         raise InputError("this bundle takes no texts", where=encoder.manifest.name, fix="name pictures or folders")
     start = time.perf_counter()

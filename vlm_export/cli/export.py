@@ -35,6 +35,12 @@ def add_parser(verbs: Any) -> None:
     graph.add_argument(
         "--part", action="append", default=[], metavar="NAME", help="export only this part, repeatable (default: all)"
     )
+    graph.add_argument(
+        "--precision",
+        action="append",
+        choices=("fp32", "fp16"),
+        help="variant of the graphs, repeatable (default: fp32); fp16 takes half the room",
+    )
     targets = ("onnxruntime", "openvino", "tensorrt", "web")
     graph.add_argument("--target", choices=targets, help="runtime to write for (default: graphs that all of them take)")
     graph.add_argument("--no-simplify", action="store_true", help="publish the back end's own graphs")
@@ -100,6 +106,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         with_preprocessing=args.with_preprocessing,
         build=BuildOptions(args.image_size, args.dynamic_image_size),
         parts=tuple(args.part),
+        precisions=tuple(dict.fromkeys(args.precision or ["fp32"])),
         images=tuple(Path(image) for image in args.image),
         threads=args.threads,
     )

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     if is_chat_bundle(args.bundle):
         return _match_chat(args)
-    model = load_vision_language(args.bundle, providers=providers(args), threads=args.threads)
+    model = load_vision_language(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
     parts = {part.name for part in model.manifest.parts}
     if MULTIMODAL not in parts and parts >= {"vision", "text"} and args.first_token is None:
         return _print_cosines(
@@ -66,7 +66,7 @@ def _match_chat(args: argparse.Namespace) -> int:
     from vlm_export.runtime.vision_chat import load_vision_chat
 
     refuse_options(args, ["first_token"], args.bundle, "it is for BLIP's matching head")
-    model = load_vision_chat(args.bundle, providers=providers(args), threads=args.threads)
+    model = load_vision_chat(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
     return _print_cosines(args, model.encode_image(args.image), model.encode_text(args.texts, truncate=args.truncate))
 
 

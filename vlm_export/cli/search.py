@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from vlm_export.runtime.search import read_embeddings, search_embeddings
 
     embeddings = read_embeddings(args.embeddings)
-    pair = load(args.bundle, providers=providers(args), threads=args.threads)
+    pair = load(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
     embeddings.require_model(pair.identity, pair.manifest.name)
     is_picture = _is_picture(args.query)
     vector = pair.encode_image([args.query])[0] if is_picture else pair.encode_text([args.query])[0]
@@ -63,7 +63,7 @@ def _run_reranked(args: argparse.Namespace) -> int:
     from vlm_export.runtime.vision_language import load_vision_language
 
     embeddings = read_embeddings(args.embeddings)
-    model = load_vision_language(args.bundle, providers=providers(args), threads=args.threads)
+    model = load_vision_language(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
     embeddings.require_model(model.identity, model.manifest.name)
     is_picture = _is_picture(args.query)
     candidates = max(CANDIDATES, args.k) if args.candidates is None else args.candidates

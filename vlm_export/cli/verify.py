@@ -27,7 +27,7 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("bundle", metavar="DIR", help="directory of the bundle")
     parser.add_argument("--source", metavar="SOURCE", help="the checkpoint that the bundle was made from")
-    add_engine_options(parser)
+    add_engine_options(parser, "only this variant of each part (default: all)")
     add_common_options(parser)
     parser.set_defaults(run=run)
 
@@ -61,7 +61,7 @@ def _print_json(reports: list[PartReport]) -> int:
 
 def _against_golden(args: argparse.Namespace) -> list[PartReport]:
     from vlm_export.bundle.opened import open_bundle
-    from vlm_export.runtime.engine import OrtEngine
+    from vlm_export.verify.engine import variant_bytes, verifying_engine
     from vlm_export.verify.points import EngineRun
     from vlm_export.verify.recheck import verify_bundle
 
@@ -69,10 +69,12 @@ def _against_golden(args: argparse.Namespace) -> list[PartReport]:
     bundle.verify(bundle.manifest.files)
 
     def start_engine(part: str, precision: str) -> EngineRun:
-        path = bundle.model_files(bundle.manifest.part(part).variant(precision))
-        return OrtEngine(path, providers=providers(args), threads=args.threads, exact=True).run
+        variant = bundle.manifest.part(part).variant(precision)
+        path, size_bytes = bundle.model_files(variant), variant_bytes(bundle.manifest, variant)
+        return verifying_engine(path, weights_bytes=size_bytes, threads=args.threads, providers=providers(args)).run
 
-    return verify_bundle(bundle, engine_factory=start_engine, engine_name=", ".join(providers(args)))
+    engine_name = ", ".join(providers(args))
+    return verify_bundle(bundle, engine_factory=start_engine, engine_name=engine_name, precision=args.precision)
 
 
 def _against_source(args: argparse.Namespace) -> list[PartReport]:
@@ -83,4 +85,4 @@ def _against_source(args: argparse.Namespace) -> list[PartReport]:
 
     bundle = open_bundle(Path(args.bundle))
     stages = Stages(None if args.quiet else StagePrinter())
-    return verify_against_source(bundle, args.source, providers(args), args.threads, stages)
+    return verify_against_source(bundle, args.source, providers(args), args.threads, stages, args.precision)

@@ -1,4 +1,4 @@
-"""Operators that later precision work must leave in float32."""
+"""Operators that no precision but float32 may compute: the manifest lists them for other tools."""
 
 from __future__ import annotations
 

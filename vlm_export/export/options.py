@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from vlm_export.export.backends import DEFAULT_OPSET, Exporter, Target
 from vlm_export.export.writer import DEFAULT_THRESHOLD_BYTES
 from vlm_export.family import DEFAULT_BUILD, BuildOptions
+
+Precision = Literal["fp32", "fp16"]
+FP32: Precision = "fp32"
+FP16: Precision = "fp16"
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class ExportOptions:
         build: choices about the modules: image size, dynamic or not.
         with_preprocessing: add a part that takes uint8 pictures of any size.
         parts: names of the parts to export, none for all.
+        precisions: the variants of each part, each written and verified.
         images: pictures for the verification in addition to the synthetic ones.
         threads: of the engine while verifying, None: its default.
     """
@@ -48,5 +54,6 @@ class ExportOptions:
     build: BuildOptions = DEFAULT_BUILD
     with_preprocessing: bool = False
     parts: Sequence[str] = ()
+    precisions: Sequence[Precision] = (FP32,)
     images: Sequence[Path] = ()
     threads: int | None = None

@@ -11,6 +11,7 @@ from vlm_export.export.preprocessing_part import PART_NAME
 from vlm_export.family import Checkpoint, Family, Model
 
 _FLOAT32_BYTES = 4
+_WEIGHT_BYTES = {"fp32": _FLOAT32_BYTES, "fp16": 2}
 
 
 def select_parts(model: Model, names: Sequence[str]) -> Model:
@@ -28,8 +29,14 @@ def select_parts(model: Model, names: Sequence[str]) -> Model:
     return replace(model, parts=tuple(part for part in model.parts if not names or part.name in names))
 
 
-def needed_bytes(family: Family, checkpoint: Checkpoint, names: Sequence[str], with_preprocessing: bool) -> int:
-    """Disk that an export takes at most: weights converted to float32, and those of every graph.
+def needed_bytes(
+    family: Family,
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    with_preprocessing: bool,
+    precisions: Sequence[str] = ("fp32",),
+) -> int:
+    """Disk that an export takes at most: weights converted to float32, and those of every graph at every precision.
 
     The part with preprocessing holds the picture encoder once more.
     """
@@ -38,4 +45,4 @@ def needed_bytes(family: Family, checkpoint: Checkpoint, names: Sequence[str], w
     if with_preprocessing and "vision" in counts:
         counts[PART_NAME] = counts["vision"]
     written = sum(count for name, count in counts.items() if not names or name in names)
-    return _FLOAT32_BYTES * (sum(map(prod, read)) + written)
+    return _FLOAT32_BYTES * sum(map(prod, read)) + written * sum(_WEIGHT_BYTES[name] for name in precisions)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,20 +20,22 @@ from vlm_export.bundle.manifest import Manifest, PartRecord, VariantRecord
 from vlm_export.bundle.publish import Staging, publication
 from vlm_export.checkpoint.known import KnownCheckpoint
 from vlm_export.checkpoint.store import ScratchStore
-from vlm_export.errors import VerificationError
+from vlm_export.errors import VerificationError, VlmExportError
 from vlm_export.export.backends import Exporter, choose_exporter, choose_lowerings, export_part
 from vlm_export.export.fp32_operators import fp32_operators
-from vlm_export.export.options import ExportOptions
+from vlm_export.export.options import FP32, ExportOptions, Precision
 from vlm_export.export.parts import needed_bytes, select_parts
 from vlm_export.export.preprocessing_part import add_preprocessing
+from vlm_export.export.rounded import rounded_points
 from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.source import adapt_model, known_checkpoint, open_source, source_record
 from vlm_export.export.stages import Stages
 from vlm_export.export.tokenizer_files import resolve_tokenizer
-from vlm_export.export.verification import PRECISION, PartVerification, engine_label
+from vlm_export.export.verification import PartVerification, engine_label, variant_label, verifying_engine
 from vlm_export.export.writer import write_graph
 from vlm_export.family import Checkpoint, Model, Part, Reference
 from vlm_export.models.registry import recognise
+from vlm_export.precision.fp16 import convert_to_fp16
 from vlm_export.runtime.engine import CPU, OrtEngine
 from vlm_export.runtime.image import open_image
 from vlm_export.verify.golden import golden_from_reference, golden_points, write_golden
@@ -44,7 +48,7 @@ _SCRATCH = "scratch"
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A published bundle: its manifest and the verification reports, in the order of the parts."""
+    """A published bundle: its manifest and the verification reports of all variants, in the order of the parts."""
 
     manifest: Manifest
     reports: tuple[PartReport, ...]
@@ -67,14 +71,22 @@ def export_bundle(source: str, target: Path, options: ExportOptions, stages: Sta
 
 
 @dataclass(frozen=True)
-class _Exported:
-    """A part's graph as written, and the back end's own graph in case the simplified one turns out to differ."""
+class _Written:
+    """A variant's graph as it lies on disk."""
 
-    part: Part
-    raw: ir.Model
+    precision: Precision
     paths: list[Path]
     simplified: bool
     warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Exported:
+    """A part's written graphs, and the back end's own graph in case a simplified one turns out to differ."""
+
+    part: Part
+    raw: ir.Model
+    variants: tuple[_Written, ...]
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,9 @@ class _Job:
         with self.stages.stage("read") as progress:
             checkpoint = open_source(self.source, self.options, scratch, progress)
             family = recognise(checkpoint)
-            needed = needed_bytes(family, checkpoint, self.options.parts, self.options.with_preprocessing)
+            needed = needed_bytes(
+                family, checkpoint, self.options.parts, self.options.with_preprocessing, self.options.precisions
+            )
             check_free_space(staging.path, needed)
         with ScratchStore(scratch / "weights.bin") as store:
             with self.stages.stage("load weights"):
@@ -109,7 +123,7 @@ class _Job:
             records = tuple(record for record, _ in results)
             _write_configs(model, records, staging)
             manifest = staging.commit(_manifest(name, checkpoint, model, records, self.options))
-        return ExportResult(manifest, tuple(report for _, report in results))
+        return ExportResult(manifest, tuple(report for _, reports in results for report in reports))
 
     def _export(self, part: Part, staging: Staging) -> _Exported:
         warnings: list[str] = []
@@ -123,50 +137,79 @@ class _Job:
                 except (RuntimeError, ValueError, VerificationError) as error:
                     warnings.append(f"simplification failed, so the graph is not simplified: {error}")
         raw = finish_graph(raw, part.signature)
-        paths = self._write(simplified or raw, part, staging)
-        return _Exported(part, raw, paths, simplified is not None, tuple(warnings))
+        graph, is_simplified = simplified or raw, simplified is not None
+        variants = tuple(
+            _Written(precision, self._write(graph, part, precision, staging), is_simplified, tuple(warnings))
+            for precision in self.options.precisions
+        )
+        return _Exported(part, raw, variants)
 
-    def _write(self, graph: ir.Model, part: Part, staging: Staging) -> list[Path]:
-        with self.stages.stage(f"write {part.name}"):
-            path = staging.file(layout.graph_path(part.name, PRECISION))
-            return write_graph(graph, path, self.options.external_data_threshold_bytes)
+    def _write(self, graph: ir.Model, part: Part, precision: Precision, staging: Staging) -> list[Path]:
+        with self.stages.stage(f"write {variant_label(part, precision)}"):
+            path = staging.file(layout.graph_path(part.name, precision))
+            if precision != FP32:
+                graph = convert_to_fp16(graph)
+            with _own_errors():
+                return write_graph(graph, path, self.options.external_data_threshold_bytes)
 
     def _verify(
         self, exported: _Exported, model: Model, known: KnownCheckpoint | None, staging: Staging, tokenizer: Path | None
-    ) -> tuple[PartRecord, PartReport]:
+    ) -> tuple[PartRecord, tuple[PartReport, ...]]:
         part = exported.part
         verification = PartVerification(part, model, known, self._samples(part, model, tokenizer))
         with self.stages.stage(f"load reference of {part.name}"):
-            reference = model.references[part.name]()
-        report = self._compare(exported, verification, reference)
-        if exported.simplified and not report.passed:
-            why = f"the simplified graph differs, so this one is not simplified: {report.first_failure()}"
-            for path in exported.paths:
-                path.unlink()
-            paths = self._write(exported.raw, part, staging)
-            exported = replace(exported, paths=paths, simplified=False, warnings=(*exported.warnings, why))
-            report = self._compare(exported, verification, reference)
-        report.raise_if_failed()
+            reference = verification.load_reference()
+        results = [
+            self._verify_variant(written, exported.raw, verification, reference, staging)
+            for written in exported.variants
+        ]
         with self.stages.stage(f"record golden of {part.name}"):
             records = golden_from_reference(part, reference, golden_points(part.signature), verification.samples[:1])
             write_golden(staging.path, part.name, records)
-        return PartRecord(part.name, part.signature, (self._variant(exported, staging, report),)), report
+        variants = tuple(self._variant(written, staging, report) for written, report in results)
+        return PartRecord(part.name, part.signature, variants), tuple(report for _, report in results)
 
-    def _compare(self, exported: _Exported, verification: PartVerification, reference: Reference) -> PartReport:
-        with self.stages.stage(f"verify {exported.part.name}") as progress:
-            engine = OrtEngine(exported.paths[0], threads=self.options.threads, exact=True)
-            return verification.run(engine.run, engine_label((CPU,)), reference, progress)
+    def _verify_variant(
+        self, written: _Written, raw: ir.Model, verification: PartVerification, reference: Reference, staging: Staging
+    ) -> tuple[_Written, PartReport]:
+        """The variant as it is published and its report; from the raw graph if the simplified one fails."""
+        report = self._compare(written, verification, reference)
+        if written.simplified and not report.passed:
+            why = f"the simplified graph differs, so this one is not simplified: {report.first_failure()}"
+            for path in written.paths:
+                path.unlink()
+            paths = self._write(raw, verification.part, written.precision, staging)
+            written = replace(written, paths=paths, simplified=False, warnings=(*written.warnings, why))
+            report = self._compare(written, verification, reference)
+        _raise_if_failed(report, written.precision)
+        return written, report
 
-    def _variant(self, exported: _Exported, staging: Staging, report: PartReport) -> VariantRecord:
-        names = [path.relative_to(staging.path).as_posix() for path in exported.paths]
+    def _compare(self, written: _Written, verification: PartVerification, reference: Reference) -> PartReport:
+        path, precision = written.paths[0], written.precision
+        with self.stages.stage(f"verify {variant_label(verification.part, precision)}") as progress:
+            start = partial(self._start_engine, verification.weights_bytes)
+            engine = start(path)
+            label, mapped = engine_label((CPU,), mapped=engine.mapped), engine.mapped
+            report = verification.run(engine.run, label, reference, progress, precision, mapped=mapped)
+            if precision == FP32 or not report.passed:
+                return report
+            del engine  # The weights of one engine at a time.
+            return replace(report, points=(*report.points, *rounded_points(path, start, verification, reference)))
+
+    def _start_engine(self, weights_bytes: int, path: Path) -> OrtEngine:
+        """`weights_bytes`: in float32, which the CPU makes of float16 ones."""
+        return verifying_engine(path, weights_bytes=weights_bytes, threads=self.options.threads)
+
+    def _variant(self, written: _Written, staging: Staging, report: PartReport) -> VariantRecord:
+        names = [path.relative_to(staging.path).as_posix() for path in written.paths]
         return VariantRecord(
-            precision=PRECISION,
+            precision=written.precision,
             file=names[0],
             external_data=tuple(names[1:]),
             opset=self.options.opset,
             exporter=self.exporter,
-            simplified=exported.simplified,
-            warnings=exported.warnings,
+            simplified=written.simplified,
+            warnings=written.warnings,
             verification=report.to_json(),
         )
 
@@ -183,6 +226,29 @@ class _Job:
         for name, content in files.items():
             staging.file(name).write_bytes(content)
         return staging.path / layout.TOKENIZER_NAME
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """An error of this project's that a tensor raised while it was written, without what onnx_ir wraps around it."""
+    try:
+        yield
+    except ir.serde.SerdeError as error:
+        cause = error.__cause__
+        while cause is not None and not isinstance(cause, VlmExportError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise cause from None
+
+
+def _raise_if_failed(report: PartReport, precision: Precision) -> None:
+    try:
+        report.raise_if_failed()
+    except VerificationError as error:
+        if precision != FP32:
+            error.fix = "this part does not work in float16; export without --precision fp16"
+        raise
 
 
 def _remove_scratch(scratch: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from vlm_export.bundle import layout
-from vlm_export.bundle.manifest import Manifest
+from vlm_export.bundle.manifest import Manifest, VariantRecord
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import InputError
@@ -16,22 +16,32 @@ from vlm_export.export.parts import select_parts
 from vlm_export.export.preprocessing_part import PART_NAME, add_preprocessing
 from vlm_export.export.source import adapt_model, known_checkpoint, open_source
 from vlm_export.export.stages import Stages
-from vlm_export.export.verification import PRECISION, PartVerification, engine_label
-from vlm_export.family import BuildOptions, Checkpoint, Part
+from vlm_export.export.verification import PartVerification, variant_label
+from vlm_export.family import BuildOptions, Checkpoint
 from vlm_export.models.registry import recognise
 from vlm_export.runtime.engine import OrtEngine
 from vlm_export.specs import record_from_json
+from vlm_export.verify.engine import engine_label, variant_bytes, verifying_engine
 from vlm_export.verify.report import PartReport
 from vlm_export.verify.samples import sample_inputs
 
 
 def verify_against_source(
-    bundle: OpenBundle, source: str, providers: Sequence[str], threads: int | None, stages: Stages
+    bundle: OpenBundle,
+    source: str,
+    providers: Sequence[str],
+    threads: int | None,
+    stages: Stages,
+    precision: str | None = None,
 ) -> list[PartReport]:
-    """One report for each part; the Reference is built from `source` again.
+    """One report for each variant of each part; the Reference is built from `source` again.
+
+    Args:
+        precision: only these variants.
 
     Raises:
         InputError: the source's files are not those that the manifest records.
+        UsageError: a part has no variant of that precision.
     """
     options = ExportOptions(random_weights_seed=bundle.manifest.source.random_weights_seed)
     with TemporaryDirectory(prefix="vlm-export-") as folder:
@@ -49,16 +59,27 @@ def verify_against_source(
             reports = []
             for part in select_parts(model, [part.name for part in bundle.manifest.parts]).parts:
                 samples = sample_inputs(part.signature, model.image, model.text, _tokenizer(bundle))
-                with stages.stage(f"verify {part.name}") as progress:
-                    engine = OrtEngine(_graph(bundle, part), providers=providers, threads=threads, exact=True)
-                    verification = PartVerification(part, model, known, samples)
-                    reference = model.references[part.name]()
-                    reports.append(verification.run(engine.run, engine_label(providers), reference, progress))
+                verification = PartVerification(part, model, known, samples)
+                reference = verification.load_reference()
+                for variant in bundle.manifest.part(part.name).chosen_variants(precision):
+                    with stages.stage(f"verify {variant_label(part, variant.precision)}") as progress:
+                        engine = _engine(bundle, variant, providers, threads)
+                        reports.append(
+                            verification.run(
+                                engine.run,
+                                engine_label(providers, mapped=engine.mapped),
+                                reference,
+                                progress,
+                                variant.precision,
+                                mapped=engine.mapped,
+                            )
+                        )
     return reports
 
 
-def _graph(bundle: OpenBundle, part: Part) -> Path:
-    return bundle.model_files(bundle.manifest.part(part.name).variant(PRECISION))
+def _engine(bundle: OpenBundle, variant: VariantRecord, providers: Sequence[str], threads: int | None) -> OrtEngine:
+    size = variant_bytes(bundle.manifest, variant)
+    return verifying_engine(bundle.model_files(variant), weights_bytes=size, threads=threads, providers=providers)
 
 
 def _tokenizer(bundle: OpenBundle) -> Path | None:

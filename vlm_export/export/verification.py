@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 
 from vlm_export.checkpoint.known import KnownCheckpoint
+from vlm_export.export.options import FP32
 from vlm_export.export.stages import StepProgress
 from vlm_export.family import Model, Part, Reference
-from vlm_export.verify.gates import GATES, PART_GATES, Gate
-from vlm_export.verify.grid import grid_for
+from vlm_export.verify.engine import MAPPED_NOTE, engine_label, verifying_engine
+from vlm_export.verify.gates import GATES, Gate, gate_name
+from vlm_export.verify.grid import GridPoint, grid_for, least_grid, left_out
 from vlm_export.verify.points import EngineRun
+from vlm_export.verify.remembered import RememberedReference
 from vlm_export.verify.report import PartReport
 from vlm_export.verify.samples import Sample
 from vlm_export.verify.verifier import verify_part
 
-PRECISION = "fp32"
+__all__ = ["PartVerification", "engine_label", "variant_label", "verifying_engine"]
+
 # A part with more weights than this is verified on a grid that still has every axis' ends, but no large batch.
 _LARGE_PART_BYTES = 1 << 30
 _LARGE_PART_ROWS = 6
 # Inputs and outputs of one point; more only repeats what shorter rows show.
 _MAX_POINT_BYTES = 256 << 20
+# Above this, each run takes minutes, and graph and Reference do not fit in a usual machine's memory side by side.
+_HUGE_PART_BYTES = 8 << 30
+_GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -33,33 +39,85 @@ class PartVerification:
     known: KnownCheckpoint | None
     samples: list[Sample]
 
-    def run(self, engine: EngineRun, engine_name: str, reference: Reference, progress: StepProgress) -> PartReport:
-        """The report over the grid and the samples."""
-        size_bytes = sum(tensor.nbytes for tensor in self.part.module.state_dict().values())
-        budget = _LARGE_PART_ROWS if size_bytes > _LARGE_PART_BYTES else None
+    @property
+    def weights_bytes(self) -> int:
+        """Of the Reference, in float32."""
+        return sum(tensor.nbytes for tensor in self.part.module.state_dict().values())
+
+    @property
+    def is_huge(self) -> bool:
+        return self.weights_bytes > _HUGE_PART_BYTES
+
+    def load_reference(self) -> Reference:
+        """The part's Reference; a huge one remembers its outputs, since every run of it takes minutes."""
+        reference = self.model.references[self.part.name]()
+        return RememberedReference(reference) if self.is_huge else reference
+
+    def run(
+        self,
+        engine: EngineRun,
+        engine_name: str,
+        reference: Reference,
+        progress: StepProgress,
+        precision: str = FP32,
+        *,
+        mapped: bool = False,
+    ) -> PartReport:
+        """The report over the grid and the samples, by the gate of that precision.
+
+        Args:
+            mapped: the engine runs with its weights mapped, which the report then says.
+        """
+        grid = self._grid()
+        if self.is_huge:
+            reference = self._prepared(reference, grid)
         return verify_part(
             self.part,
             reference,
             engine,
-            self._gate(),
-            grid_for(self.part.signature, budget_rows=budget, budget_bytes=_MAX_POINT_BYTES),
+            self.gate(precision),
+            grid,
             self.samples,
-            variant=PRECISION,
+            variant=precision,
             reference_name=self.model.reference_name,
             engine_name=engine_name,
             pad_token_id=None if self.model.text is None else self.model.text.pad_token_id,
             progress=progress,
+            with_self_checks=not self.is_huge,
+            not_run=(*self._left_out(grid), *((MAPPED_NOTE,) if mapped else ())),
         )
 
-    def _gate(self) -> Gate:
-        if self.part.name in PART_GATES:
-            return GATES[PART_GATES[self.part.name]]
-        stated = self.known.tolerances.get(PRECISION) if self.known else None
+    def _grid(self) -> tuple[GridPoint, ...]:
+        if self.is_huge:
+            return least_grid(self.part.signature)
+        rows = _LARGE_PART_ROWS if self.weights_bytes > _LARGE_PART_BYTES else None
+        return grid_for(self.part.signature, budget_rows=rows, budget_bytes=_MAX_POINT_BYTES)
+
+    def _left_out(self, grid: Sequence[GridPoint]) -> Iterator[str]:
+        points = left_out(self.part.signature, grid)
+        if points:
+            room = f"a point's inputs and outputs at most {_MAX_POINT_BYTES >> 20} MiB"
+            yield f"{points}: the weights take {self.weights_bytes / _GIB:.1f} GiB, {room}"
+
+    def _prepared(self, reference: Reference, grid: Sequence[GridPoint]) -> RememberedReference:
+        """Knows the outputs of all points: then the engine's weights need not share the memory with the Reference's,
+        which would be read from disk again at every point."""
+        remembered = reference if isinstance(reference, RememberedReference) else RememberedReference(reference)
+        for point in grid:
+            remembered.prepare(self.part.examples(point.sizes, point.seed))
+        for sample in self.samples:
+            remembered.prepare(sample.reference_inputs)
+        return remembered
+
+    def gate(self, precision: str) -> Gate:
+        """The project's, or that precision's of a known checkpoint."""
+        name = gate_name(self.part.name, precision)
+        stated = self.known.tolerances.get(name) if self.known else None
         if stated is None:
-            return GATES[PRECISION]
-        return replace(GATES[PRECISION], max_abs_relative=stated.max_abs, cosine=stated.cosine)
+            return GATES[name]
+        return replace(GATES[name], max_abs_relative=stated.max_abs, cosine=stated.cosine)
 
 
-def engine_label(providers: Sequence[str]) -> str:
-    """The engine's name, version and providers, for the report."""
-    return f"onnxruntime {version('onnxruntime')} ({', '.join(providers)})"
+def variant_label(part: Part, precision: str) -> str:
+    """What stages call a variant: the part's name, and the precision if it is not the default."""
+    return part.name if precision == FP32 else f"{part.name} {precision}"

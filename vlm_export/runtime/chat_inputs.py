@@ -70,7 +70,7 @@ class ChatInputs(EncoderPair):
         self,
         bundle: OpenBundle,
         *,
-        precision: str = "fp32",
+        precision: str | None = None,
         providers: Sequence[str] = (CPU,),
         threads: int | None = None,
         max_pixels: int = MAX_PIXELS,

@@ -62,6 +62,8 @@ class OrtEngine:
         threads: of one operator; None leaves the number to ONNX Runtime.
         exact: float32 stays float32 on accelerators (no TF32), as verification needs it. Optimisers known to compute
             something else are off in either case, so that what is verified is what runs.
+        mapped: weights stay in their file and are read where they are used, for graphs that fill the memory: the
+            engine then makes no optimised copy of them, and keeps no memory between runs.
 
     Raises:
         InputError: the file is no valid graph.
@@ -76,10 +78,11 @@ class OrtEngine:
         providers: Sequence[str] = (CPU,),
         threads: int | None = None,
         exact: bool = False,
+        mapped: bool = False,
     ) -> None:
         import onnxruntime
 
-        self.path = Path(path)
+        self.path, self.mapped = Path(path), mapped
         wanted = [_resolved_provider(name, onnxruntime.get_available_providers()) for name in providers]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _LOG_ERRORS_ONLY
@@ -87,6 +90,14 @@ class OrtEngine:
             if threads < 1:
                 raise UsageError("threads must be at least 1", got=str(threads))
             options.intra_op_num_threads = threads
+        if mapped:
+            # Optimised graphs hold computed copies (float16 weights as float32), prepacking another of each matrix.
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+            # By default a CPU first converts all float16 weights to float32, then computes; this order converts each
+            # where it is used.
+            options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         try:
             self._session = onnxruntime.InferenceSession(
                 str(self.path),

@@ -35,7 +35,7 @@ _MAX_LOG_SCALE = 100.0
 def load(
     path: str | Path,
     *,
-    precision: str = "fp32",
+    precision: str | None = None,
     providers: Sequence[str] | None = None,
     threads: int | None = None,
     max_pixels: int = MAX_PIXELS,
@@ -46,7 +46,7 @@ def load(
 
     Args:
         path: the bundle's directory.
-        precision: the variant of both parts.
+        precision: the variant of all parts; None: float32, or the only one that the bundle has.
         providers: ONNX Runtime's execution providers in order of preference; the CPU by default.
         threads: of one operator, and of picture decoding; None for as many as there are cores (decoding: 4).
         max_pixels: pictures with more are refused before they are decoded.
@@ -72,14 +72,14 @@ class EncoderPair:
         self,
         bundle: OpenBundle,
         *,
-        precision: str = "fp32",
+        precision: str | None = None,
         providers: Sequence[str] = (CPU,),
         threads: int | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         _refuse_slices(bundle)
         self.bundle = bundle
-        self.precision = precision
+        self.precision = precision or bundle.manifest.default_precision()
         self.providers = tuple(providers)
         self.threads = threads
         self.max_pixels = max_pixels

@@ -62,7 +62,7 @@ class SliceFeatures:
 def load_slice_encoder(
     path: str | Path,
     *,
-    precision: str = "fp32",
+    precision: str | None = None,
     providers: Sequence[str] | None = None,
     threads: int | None = None,
     max_pixels: int = MAX_PIXELS,
@@ -108,14 +108,14 @@ class SliceEncoder:
         self,
         bundle: OpenBundle,
         *,
-        precision: str = "fp32",
+        precision: str | None = None,
         providers: Sequence[str] = (CPU,),
         threads: int | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.spec = slice_spec_of(bundle)
         self.bundle = bundle
-        self.precision = precision
+        self.precision = precision or bundle.manifest.default_precision()
         self.providers = tuple(providers)
         self.threads = threads
         self.max_pixels = max_pixels

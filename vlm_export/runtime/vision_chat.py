@@ -288,7 +288,7 @@ def _up_to(options: GenerationOptions, room: int) -> GenerationOptions:
 def load_vision_chat(
     path: str | Path,
     *,
-    precision: str = "fp32",
+    precision: str | None = None,
     providers: Sequence[str] | None = None,
     threads: int | None = None,
     max_pixels: int = MAX_PIXELS,

@@ -25,7 +25,7 @@ class VisionLanguage(Captioning, Answering, Matching):
 def load_vision_language(
     path: str | Path,
     *,
-    precision: str = "fp32",
+    precision: str | None = None,
     providers: Sequence[str] | None = None,
     threads: int | None = None,
     max_pixels: int = MAX_PIXELS,

@@ -39,8 +39,13 @@ GATES: Mapping[str, Gate] = {
     # A pixel that the graph computes may round to its neighbour value.
     "preprocessing": Gate("preprocessing", None, 0.9999, 0.99, 1.01),
 }
-# Parts that are judged by a gate of their own, whatever their precision.
+# Parts whose float32 graph is judged by a gate of its own; that of another precision is laxer already.
 PART_GATES: Mapping[str, str] = {"vision_from_uint8": "preprocessing"}
+
+
+def gate_name(part: str, precision: str) -> str:
+    """Which of `GATES` judges that variant."""
+    return PART_GATES.get(part, precision) if precision == "fp32" else precision
 
 
 def judge(comparison: Comparison, gate: Gate) -> list[str]:

@@ -59,6 +59,41 @@ def grid_for(
     return points
 
 
+def least_grid(signature: Signature, seed: int = SEEDS[0]) -> tuple[GridPoint, ...]:
+    """The fewest points that show every axis to be one, for models that take minutes at each.
+
+    Both ends and a middle size of each axis, equal axes at different ones; a batch of 2 where a row is neither the
+    smallest nor the largest, and of 1 elsewhere.
+    """
+    others = {axis.name: _least_sizes(axis) for axis in _free_axes(signature) if axis.name != BATCH_AXIS}
+    points = sorted(_walked(others), key=lambda sizes: prod(sizes.values()))
+    batches = [size for axis in signature.axes if axis.name == BATCH_AXIS for size in axis_sizes(axis, BATCHES[:2])]
+    if batches:
+        middle = (len(points) - 1) // 2
+        rows = [batches[-1] if i == middle else batches[0] for i in range(len(points))]
+        points = [{BATCH_AXIS: count, **sizes} for count, sizes in zip(rows, points, strict=True)]
+        if len(points) == 1 and len(batches) > 1:
+            points = [{**points[0], BATCH_AXIS: batches[0]}, *points]
+    found = [_within_sums(signature, sizes) for sizes in points]
+    return tuple(GridPoint(sizes, seed) for i, sizes in enumerate(found) if sizes not in found[:i])
+
+
+def left_out(signature: Signature, points: Sequence[GridPoint]) -> str:
+    """What the points lack of the whole grid, e.g. "5 of 8 grid points (batch 3, 5; seed 1, 2)"; "" for nothing."""
+    whole = grid_for(signature)
+    ran = [point.sizes for point in points]
+    missing = len(whole) - len(points) or sum(point.sizes not in ran for point in whole)
+    if missing <= 0:
+        return ""
+    axes = [
+        (axis.name, {point.sizes[axis.name] for point in whole} - {point.sizes[axis.name] for point in points})
+        for axis in _free_axes(signature)
+    ]
+    axes.append(("seed", {point.seed for point in whole} - {point.seed for point in points}))
+    values = "; ".join(f"{name} {', '.join(map(str, sorted(sizes)))}" for name, sizes in axes if sizes)
+    return f"{missing} of {len(whole)} grid points ({values or 'combinations of sizes'})"
+
+
 def axis_sizes(axis: Axis, batches: Sequence[int] = BATCHES) -> tuple[int, ...]:
     """The sizes at which an axis is tried: `batches` in its range, or its ends and odd sizes between."""
     if axis.multiple_of > 1:
@@ -76,12 +111,8 @@ def axis_sizes(axis: Axis, batches: Sequence[int] = BATCHES) -> tuple[int, ...]:
 
 
 def _combined(signature: Signature, batches: Sequence[int], pairs: bool) -> list[dict[str, int]]:
-    sizes = {axis.name: axis_sizes(axis, batches) for axis in signature.axes if not axis.sum_of}
-    count = max((len(values) for values in sizes.values()), default=1)
-    found: list[dict[str, int]] = []
-    for i in range(count):
-        # The modulus walks short axes repeatedly along the longest one, the offset keeps equal ones out of step.
-        found.append({name: values[(i + shift) % len(values)] for shift, (name, values) in enumerate(sizes.items())})
+    sizes = {axis.name: axis_sizes(axis, batches) for axis in _free_axes(signature)}
+    found = _walked(sizes)
     for left, right in combinations(sizes, 2) if pairs else ():
         middle = {name: values[len(values) // 2] for name, values in sizes.items()}
         for ends in product((sizes[left][0], sizes[left][-1]), (sizes[right][0], sizes[right][-1])):
@@ -91,6 +122,27 @@ def _combined(signature: Signature, batches: Sequence[int], pairs: bool) -> list
 
 def _distinct(points: list[dict[str, int]]) -> list[dict[str, int]]:
     return [point for i, point in enumerate(points) if point not in points[:i]]
+
+
+def _free_axes(signature: Signature) -> list[Axis]:
+    """Those that are no sum of others."""
+    return [axis for axis in signature.axes if not axis.sum_of]
+
+
+def _walked(sizes: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
+    """As many points as the longest axis has sizes, each axis at each of its own."""
+    count = max(map(len, sizes.values()), default=1)
+    # The modulus walks short axes repeatedly along the longest one, the offset keeps equal ones out of step.
+    return [
+        {name: values[(i + shift) % len(values)] for shift, (name, values) in enumerate(sizes.items())}
+        for i in range(count)
+    ]
+
+
+def _least_sizes(axis: Axis) -> tuple[int, ...]:
+    """Both ends and the largest of the sizes between."""
+    sizes = axis_sizes(axis)
+    return tuple(dict.fromkeys((sizes[0], *sizes[-2:])))
 
 
 def _within_sums(signature: Signature, sizes: Mapping[str, int]) -> dict[str, int]:

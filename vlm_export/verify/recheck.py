@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from vlm_export.bundle.manifest import PartRecord, VariantRecord
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError, suggestion
-from vlm_export.verify.gates import GATES, PART_GATES, Gate
+from vlm_export.verify.gates import GATES, Gate, gate_name
 from vlm_export.verify.golden import iterate_golden
 from vlm_export.verify.points import EngineRun, judge_point
 from vlm_export.verify.report import PartReport
@@ -23,17 +23,20 @@ def verify_bundle(
     engine_factory: EngineFactory,
     gates: Mapping[str, Gate] = GATES,
     engine_name: str = "engine",
+    precision: str | None = None,
     progress: Progress | None = None,
 ) -> list[PartReport]:
     """Runs every variant of every part on the golden records; one report for each variant.
 
     Args:
+        precision: only these variants.
         progress: called after each variant.
 
     Raises:
         InputError: a part has no golden records, or a variant a precision without a gate.
+        UsageError: a part has no variant of that precision.
     """
-    todo = [(part, variant) for part in bundle.manifest.parts for variant in part.variants]
+    todo = [(part, variant) for part in bundle.manifest.parts for variant in part.chosen_variants(precision)]
     reports = []
     for part, variant in todo:
         gate = _gate(gates, part, variant)
@@ -58,7 +61,8 @@ def _verify_variant(
             expected="ONNX standard test data: test_data_set_0/input_0.pb and so on",
             fix="verify it against its checkpoint (--source), or export the model again",
         )
-    return PartReport(part.name, variant.precision, gate, tuple(points), _reference_name(variant), engine_name)
+    reference, not_run = _reference_name(variant), _not_run(variant)
+    return PartReport(part.name, variant.precision, gate, tuple(points), reference, engine_name, not_run)
 
 
 def _reference_name(variant: VariantRecord) -> str:
@@ -67,8 +71,14 @@ def _reference_name(variant: VariantRecord) -> str:
     return f"recorded outputs of: {stated}" if isinstance(stated, str) else "recorded outputs"
 
 
+def _not_run(variant: VariantRecord) -> tuple[str, ...]:
+    """What the verification of the export left out, as the manifest says."""
+    stated = (variant.verification or {}).get("not_run")
+    return tuple(f"at the export: {text}" for text in stated) if isinstance(stated, list) else ()
+
+
 def _gate(gates: Mapping[str, Gate], part: PartRecord, variant: VariantRecord) -> Gate:
-    name = PART_GATES.get(part.name, variant.precision)
+    name = gate_name(part.name, variant.precision)
     if name not in gates:
         raise InputError(
             f"there is no verification gate for precision {name!r}",

@@ -23,6 +23,7 @@ class PartReport:
         points: in the order in which they ran.
         reference: who computed what was expected.
         engine: name and version of what computed what was got.
+        not_run: what a verification usually does and this one did not, each with its reason.
     """
 
     part: str
@@ -31,6 +32,7 @@ class PartReport:
     points: tuple[PointResult, ...]
     reference: str
     engine: str
+    not_run: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -69,6 +71,7 @@ class PartReport:
             "points": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
             "seeds": sorted({point.seed for point in self.points if point.seed is not None}),
             "axes": {axis: sorted({p.sizes[axis] for p in self.points if axis in p.sizes}) for axis in axes},
+            "not_run": list(self.not_run),
             "worst": {name: comparison.to_json() for name, comparison in self.worst.items()},
             "failures": [f"{point}: {failure}" for point, failure in self.failures[:_MAX_LISTED_FAILURES]],
             "failure_count": len(self.failures),

@@ -12,10 +12,16 @@ _RIGHT_ALIGNED = frozenset({"points", "max-abs", "p99-abs", "cosine", "norm rati
 
 
 def format_table(reports: Iterable[PartReport]) -> str:
-    """One line for each output: the worst numbers over all points, and how many points it failed at."""
+    """One line for each output: the worst numbers over all points, and how many points it failed at.
+
+    Below stands what was not run.
+    """
+    reports = list(reports)
     rows = [_HEADER, *(row for report in reports for row in _rows(report))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
-    return "\n".join(_line(row, widths) for row in [rows[0], tuple("-" * width for width in widths), *rows[1:]])
+    lines = [_line(row, widths) for row in [rows[0], tuple("-" * width for width in widths), *rows[1:]]]
+    notes = [f"not run: {report.part} {report.variant}: {text}" for report in reports for text in report.not_run]
+    return "\n".join([*lines, *notes])
 
 
 def _line(row: tuple[str, ...], widths: list[int]) -> str:

@@ -45,6 +45,8 @@ def verify_part(
     engine_name: str = "engine",
     pad_token_id: int | None = None,
     progress: Progress | None = None,
+    with_self_checks: bool = True,
+    not_run: Sequence[str] = (),
 ) -> PartReport:
     """Compares the engine with the Reference at every grid point and sample, and the engine with itself.
 
@@ -53,14 +55,22 @@ def verify_part(
         variant: name in the report; the gate's by default.
         pad_token_id: states that tokens after end-of-text, masked where the part takes a mask, cannot change the
             outputs, and which token fills; then padded token ids must give what unpadded ones give.
+        with_self_checks: False leaves the comparisons of the engine with itself out, and the report says so.
+        not_run: what the caller has left out, for the report.
     """
-    checks = list(_checks(_Candidate(part, reference, engine, gate), grid, samples, pad_token_id))
+    candidate = _Candidate(part, reference, engine, gate)
+    checks = list(_against_reference(candidate, grid, samples))
+    own = list(_against_itself(candidate, grid, pad_token_id))
+    if with_self_checks:
+        checks += own
+    elif own:
+        not_run = (*not_run, "the engine against itself: rows of a batch alone, padded tokens")
     points: list[PointResult] = []
     for check in checks:
         points.append(check())
         if progress is not None:
             progress(len(points), len(checks))
-    return PartReport(part.name, variant or gate.name, gate, tuple(points), reference_name, engine_name)
+    return PartReport(part.name, variant or gate.name, gate, tuple(points), reference_name, engine_name, tuple(not_run))
 
 
 @dataclass(frozen=True)
@@ -98,13 +108,18 @@ class _Candidate:
         return judge_point("padding", self.signature, inputs, expected, got, self.gate, seed=point.seed)
 
 
-def _checks(
-    candidate: _Candidate, grid: Sequence[GridPoint], samples: Sequence[Sample], pad_token_id: int | None
+def _against_reference(
+    candidate: _Candidate, grid: Sequence[GridPoint], samples: Sequence[Sample]
 ) -> Iterator[Callable[[], PointResult]]:
     for point in grid:
         yield partial(candidate.at_grid_point, point)
     for sample in samples:
         yield partial(candidate.at_sample, sample)
+
+
+def _against_itself(
+    candidate: _Candidate, grid: Sequence[GridPoint], pad_token_id: int | None
+) -> Iterator[Callable[[], PointResult]]:
     batched = [point for point in grid if point.rows > 1]
     if batched and _all_have_axis(candidate.signature, BATCH_AXIS):
         smallest = min(batched, key=lambda point: point.rows)
