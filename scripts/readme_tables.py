@@ -59,7 +59,7 @@ def _row(known: KnownCheckpoint) -> tuple[str, ...]:
         f"`{known.name}`",
         known.title.partition(" (")[0],
         encoder,
-        str(vision.get("image_size", architecture.get("image_size"))),
+        str(vision.get("image_size") or architecture.get("image_size") or vision["grid"] * vision["patch_size"]),
         ", ".join(_parts(known)),
         f"Hub: {source.hub}" if source.hub else "download" if source.url else "part of this project",
         "pinned" if known.sha256 else "recorded",
