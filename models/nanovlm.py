@@ -140,7 +140,7 @@ def _facts(architecture: NanoVlmArchitecture) -> dict[str, Any]:
             "image_token_id": architecture.image_token_id,
             "global_image_token": chat.extra_tokens.get(GLOBAL_IMAGE_TOKEN),
             "tile_tokens": places,
-            "prompt": _CHATML if chat.layout == "tiles" else _QUESTION,
+            "prompt": _CHATML if chat.has_template else _QUESTION,
             "context_length": architecture.decoder.positions,
             "max_prompt_tokens": chat.max_prompt_tokens,
             "eos_token_ids": [chat.end_token_id],

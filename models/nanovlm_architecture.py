@@ -39,6 +39,7 @@ class ChatForm:
         max_prompt_tokens: the longest sequence of training.
         max_side_pixels: longest side of a picture that is cut into tiles; 0 without tiles.
         resize_to_max_side: that side always becomes as long.
+        has_template: prompts are messages in ChatML, as the config's template writes them.
     """
 
     layout: Layout
@@ -47,6 +48,7 @@ class ChatForm:
     max_prompt_tokens: int | None = None
     max_side_pixels: int = 0
     resize_to_max_side: bool = False
+    has_template: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ def config_from_architecture(architecture: NanoVlmArchitecture) -> dict[str, Any
     if chat.layout == "tiles":
         config["max_img_size"] = chat.max_side_pixels
         config["resize_to_max_side_len"] = chat.resize_to_max_side
+    if chat.has_template:
         config["lm_chat_template"] = CHAT_TEMPLATE
     return config
 
@@ -212,9 +215,9 @@ def _chat(checkpoint: Checkpoint, config: Mapping[str, Any]) -> ChatForm:
     if IMAGE_TOKEN not in extra:
         end = config_integer(config, "lm_eos_token_id", _FIRST_END_ID)
         return ChatForm("prepended", end, {}, longest)
-    _check_template(config, has_tiles=len(extra) > 1)
+    has_template = _has_template(config, has_tiles=len(extra) > 1)
     if len(extra) == 1:
-        return ChatForm("placeholders", _LATER_END_ID, extra, longest)
+        return ChatForm("placeholders", _LATER_END_ID, extra, longest, has_template=has_template)
     side = config_integer(config, "max_img_size", 0)
     if not side:
         raise InputError(
@@ -223,21 +226,24 @@ def _chat(checkpoint: Checkpoint, config: Mapping[str, Any]) -> ChatForm:
             expected="the longest side of a picture in pixels, since vlm_extra_tokens names places of tiles",
             got="nothing",
         )
-    return ChatForm("tiles", _LATER_END_ID, extra, longest, side, config.get("resize_to_max_side_len") is True)
+    resize = config.get("resize_to_max_side_len") is True
+    return ChatForm("tiles", _LATER_END_ID, extra, longest, side, resize, has_template)
 
 
-def _check_template(config: Mapping[str, Any], *, has_tiles: bool) -> None:
-    """Templates are programs: they are compared, never run."""
+def _has_template(config: Mapping[str, Any], *, has_tiles: bool) -> bool:
+    """Whether the config has a template, which is the published one: templates are programs, compared and never run."""
     stated = config.get("lm_chat_template")
-    expected = CHAT_TEMPLATE if has_tiles else None
-    if (stated.replace("\\n", "\n") if isinstance(stated, str) else stated) != expected:
+    if stated is None and not has_tiles:
+        return False
+    if (stated.replace("\\n", "\n") if isinstance(stated, str) else stated) != CHAT_TEMPLATE:
         raise InputError(
             "the way in which prompts are written is not known",
             where="config.json: lm_chat_template",
-            expected="the ChatML template of nanoVLM's own config" if has_tiles else "none: pictures are not cut",
+            expected="the ChatML template of nanoVLM's own config" + ("" if has_tiles else ", or none"),
             got=repr(stated)[:200],
             fix="only the templates of published checkpoints are supported; a template is never executed",
         )
+    return True
 
 
 def _checked(architecture: NanoVlmArchitecture, checkpoint: Checkpoint, projected: int) -> NanoVlmArchitecture:

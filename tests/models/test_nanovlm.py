@@ -315,7 +315,7 @@ def test_two_matrices(edit: Edit, tmp_path: Path) -> None:
         ("450m", {"mp_image_token_length": 9}, "mp_image_token_length 9, not 4"),
         ("450m", {"extra_token_amount": 2}, "extra_token_amount 2, not 1"),
         ("450m", {"vlm_extra_tokens": {"image_token": 7}}, "vlm_extra_tokens"),
-        ("450m", {"lm_chat_template": CHAT_TEMPLATE}, "lm_chat_template"),
+        ("450m", {"lm_chat_template": "{{ messages }}"}, "or none"),
         ("split", {"lm_chat_template": "{{ messages }}"}, "never executed"),
         ("split", {"lm_chat_template": None}, "lm_chat_template"),
         ("split", {"max_img_size": None}, "max_img_size"),
@@ -325,6 +325,12 @@ def test_configs_that_are_refused(variant: str, config: dict[str, Any], words: s
     with pytest.raises(InputError) as caught:
         load(edit(variant, config), tmp_path)
     assert words in str(caught.value)
+
+
+def test_placeholders_with_a_template_are_messages(edit: Edit, tmp_path: Path) -> None:
+    model = load(edit("450m", {"lm_chat_template": CHAT_TEMPLATE}), tmp_path)
+    assert model.facts["chat"]["layout"] == "placeholders"
+    assert model.facts["chat"]["prompt"]["before"] == "<|im_start|>user\n"
 
 
 def test_weights_without_their_config_are_refused(tmp_path: Path) -> None:
