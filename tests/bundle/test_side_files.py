@@ -67,7 +67,7 @@ def test_transformers_reads_the_squashing_one_and_gives_our_pixels(tmp_path: Pat
     assert not {"do_center_crop", "crop_size"} & set(config)
     (tmp_path / PREPROCESSOR_NAME).write_text(json.dumps(config))
     processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
-    assert type(processor).__name__ == "BlipImageProcessorPil"
+    assert type(processor).__name__ == "SiglipImageProcessorPil"
     pixels = np.random.default_rng(0).integers(0, 256, (31, 57, 3), dtype=np.uint8)
     for image in (Image.fromarray(pixels), Image.fromarray(pixels[:1, :1]), Image.fromarray(pixels[:, :, 0])):
         theirs = processor(image, return_tensors="np")["pixel_values"][0]

@@ -17,6 +17,7 @@ from vlm_export.export.backends import OPSETS, Exporter, export_part
 from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.writer import write_graph
 from vlm_export.family import Model, Part, reference_from_module
+from vlm_export.graph.interface import GRAPH_AXES
 from vlm_export.runtime.engine import OrtEngine
 
 Array = npt.NDArray[Any]
@@ -136,7 +137,9 @@ def check_the_interface_is_the_signature(exported: Exported) -> None:
             (graph.graph.output, part.signature.outputs),
         ):
             found = [(value.name, tuple(_axes(value))) for value in values]
-            assert found == [(spec.name, spec.shape) for spec in specs]
+            assert found == [
+                (spec.name, tuple(GRAPH_AXES.get(str(axis), axis) for axis in spec.shape)) for spec in specs
+            ]
         onnx.checker.check_model(graph, full_check=True)
 
 

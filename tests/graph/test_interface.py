@@ -25,24 +25,27 @@ BODY = """{
 Parse = Callable[..., ir.Model]
 
 
-def test_axes_get_the_signatures_names(parse: Parse) -> None:
+def test_axes_get_the_names_that_hosts_read(parse: Parse) -> None:
     model = parse(f"g (float[s0, 3] x, int64[s0, s1] ids) => (float[unk, 3] y) {BODY}", {})
     apply_signature(model, SIGNATURE)
-    assert [value.shape for value in model.graph.inputs] == [ir.Shape(("batch", 3)), ir.Shape(("batch", "sequence"))]
-    assert model.graph.outputs[0].shape == ir.Shape(("batch", 3))
+    assert [value.shape for value in model.graph.inputs] == [
+        ir.Shape(("batch_size", 3)),
+        ir.Shape(("batch_size", "sequence")),
+    ]
+    assert model.graph.outputs[0].shape == ir.Shape(("batch_size", 3))
 
 
 def test_fixed_size_that_the_graph_forgot_is_restored(parse: Parse) -> None:
     model = parse(f"g (float[s0, s2] x, int64[s0, s1] ids) => (float[s0, s2] y) {BODY}", {})
     apply_signature(model, SIGNATURE)
-    assert model.graph.outputs[0].shape == ir.Shape(("batch", 3))
+    assert model.graph.outputs[0].shape == ir.Shape(("batch_size", 3))
 
 
 def test_shape_that_is_not_known_is_stated(parse: Parse) -> None:
     model = parse(f"g (float[s0, 3] x, int64[s0, s1] ids) => (float[s0, 3] y) {BODY}", {})
     model.graph.outputs[0].shape = None
     apply_signature(model, SIGNATURE)
-    assert model.graph.outputs[0].shape == ir.Shape(("batch", 3))
+    assert model.graph.outputs[0].shape == ir.Shape(("batch_size", 3))
 
 
 @pytest.mark.parametrize(

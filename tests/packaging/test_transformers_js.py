@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx
 import pytest
-from onnx import ModelProto
+from onnx import ModelProto, ValueInfoProto
 
 VARIANTS = ("222m", "450m", "split")
 # `models/session_config.js`, MODEL_SESSION_CONFIG of ImageTextToText; fp32 has no suffix (`utils/dtypes.js`).
@@ -39,6 +39,10 @@ def config_of(bundle: Path) -> dict[str, Any]:
 
 def load(bundle: Path, session: str) -> ModelProto:
     return onnx.load(bundle / "onnx" / f"{session}.onnx")
+
+
+def shape_of(value: ValueInfoProto) -> tuple[int | str, ...]:
+    return tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -99,3 +103,21 @@ def test_graphs_take_and_give_the_names(nanovlm_bundle: Bundle, variant: str) ->
     renamed = {name.replace("present", "past_key_values") for name in names[2][1] if name.startswith("present")}
     assert renamed == cache
     assert "logits" in names[2][1]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cache_starts_empty_with_the_prompts_rows(nanovlm_bundle: Bundle, variant: str) -> None:
+    bundle = nanovlm_bundle(variant)
+    sizes = config_of(bundle)["text_config"]
+    decoder = load(bundle, "decoder_model_merged")
+    shapes = [shape_of(value) for value in decoder.graph.input if value.name.startswith("past_key_values.")]
+    # `models/modeling_utils.js`, `addPastKeyValues`: an axis of this name is the batch, one of any other name is 0.
+    resolved = {tuple({"batch_size": 2}.get(d, 0) if isinstance(d, str) else d for d in shape) for shape in shapes}
+    assert resolved == {(2, sizes["num_key_value_heads"], 0, sizes["head_dim"])}
+
+
+@pytest.mark.parametrize("variant", ["222m", "450m"])
+def test_pictures_have_a_processor(nanovlm_bundle: Bundle, variant: str) -> None:
+    path = nanovlm_bundle(variant) / "preprocessor_config.json"
+    # `models/image_processors.js` lists no BLIP one, and `AutoProcessor` refuses a name that is not listed.
+    assert json.loads(path.read_text(encoding="utf-8"))["image_processor_type"] == "SiglipImageProcessor"

@@ -2,7 +2,7 @@
 
 Facts: transformers.js v4 `utils/dtypes.js` (suffixes) and `utils/model-loader.js` (`use_external_data_format`: the
 graph's file name → number of data files `<graph>_data`, `<graph>_data_1`, …; `true` counts as 1); transformers 5.23
-`CLIPImageProcessor` and `BlipImageProcessor` (configuration keys).
+`CLIPImageProcessor` and `SiglipImageProcessor` (configuration keys; transformers.js knows both, but none of BLIP's).
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def golden_directory(part: str, index: int) -> str:
 
 
 def preprocessor_config(image: ImageSpec) -> dict[str, Any]:
-    """`preprocessor_config.json` for a CLIPImageProcessor, or a BlipImageProcessor where the picture is squashed."""
+    """`preprocessor_config.json` for a CLIPImageProcessor, or a SiglipImageProcessor where the picture is squashed."""
     square = {"height": image.size_pixels, "width": image.size_pixels}
-    fitted: dict[str, Any] = {"image_processor_type": "BlipImageProcessor", "size": square}
+    fitted: dict[str, Any] = {"image_processor_type": "SiglipImageProcessor", "size": square}
     if image.fit == "crop":
         shortest = {"shortest_edge": image.size_pixels}
         crop = {"do_center_crop": True, "crop_size": square}

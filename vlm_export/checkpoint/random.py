@@ -28,6 +28,7 @@ _DTYPES = {
     "int32": "I32",
 }
 # What CLIP clamps its learned scale to: ln(100).
+_ROTARY_BASE = 100_000.0
 _LOGIT_SCALE = math.log(100.0)
 _EMBEDDING_STD = 0.02
 _SMALL = 0.1
@@ -122,6 +123,10 @@ def _values(key: str, shape: tuple[int, ...], count: int, rng: np.random.Generat
         return variances
     if not shape:
         return np.zeros(count, np.float32)
+    if name == "inv_freq":
+        # Stored, but never trained: a rotary embedding's frequencies.
+        exponents: Floats = np.arange(count, dtype=np.float32) / np.float32(count)
+        return np.float32(1) / np.float32(_ROTARY_BASE) ** exponents
     mean, std = _mean_and_std(key, name, shape)
     values: Floats = rng.standard_normal(count, dtype=np.float32) * np.float32(std) + np.float32(mean)
     return values

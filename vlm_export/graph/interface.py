@@ -16,9 +16,12 @@ _DTYPES = {
     "bool": ir.DataType.BOOL,
 }
 
+# transformers.js 4.2 and later find a cache's batch by this name (`addPastKeyValues`), and take 0 for any other.
+GRAPH_AXES = {"batch": "batch_size"}
+
 
 def apply_signature(model: ir.Model, signature: Signature) -> None:
-    """Writes the Signature's axis names into the graph's inputs and outputs, in place.
+    """Writes the Signature's axes into the graph's inputs and outputs, named as hosts expect, in place.
 
     Raises:
         VerificationError: names, order, dtypes, ranks or fixed sizes differ: an input vanished, an axis became a
@@ -31,7 +34,9 @@ def apply_signature(model: ir.Model, signature: Signature) -> None:
             raise VerificationError(f"the graph's {kind}s are not the part's", expected=str(wanted), got=str(found))
         for value, spec in zip(values, specs, strict=True):
             _check_value(kind, value, spec)
-            value.shape = ir.Shape(spec.shape)
+            value.shape = ir.Shape(
+                [GRAPH_AXES.get(axis, axis) if isinstance(axis, str) else axis for axis in spec.shape]
+            )
 
 
 def _check_value(kind: str, value: ir.Value, spec: TensorSpec) -> None:
