@@ -26,7 +26,7 @@ ARROWS = {
     "family.py": TYPES,
     "bundle": TYPES,
     "runtime": TYPES | {"vlm_export.bundle"},
-    "graph": TYPES,
+    "graph": TYPES | {"vlm_export.bundle"},
     "verify": TYPES | {"vlm_export.bundle", "vlm_export.runtime", "vlm_export.family"},
     "models": TYPES | {"vlm_export.family"},
     "checkpoint": TYPES | {"vlm_export.family", "vlm_export.bundle"},
@@ -35,7 +35,7 @@ ARROWS = {
 OUTSIDE = {
     "bundle": set[str](),
     "runtime": BASE,
-    "graph": {"numpy", "onnx_ir", "onnx"},
+    "graph": {"numpy", "onnx_ir", "onnx", "onnxruntime", "yaml"},
     "verify": BASE - {"onnxruntime", "openvino", "pyarrow", "tqdm"},
     "cli": set[str](),
 }
