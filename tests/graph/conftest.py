@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -49,3 +52,16 @@ def run(tmp_path: Path) -> Callable[[ir.Model, Mapping[str, Array]], list[Array]
 def operators() -> Callable[[ir.Model], list[str]]:
     """The operators of a graph, in order."""
     return lambda model: [node.op_type for node in model.graph]
+
+
+@pytest.fixture(scope="session")
+def random_graphs() -> ModuleType:
+    """The generator of random models, with what runs, checks and compares them."""
+    path = Path(__file__).with_name("random_graphs.py")
+    spec = importlib.util.spec_from_file_location("random_graphs", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["random_graphs"] = module
+    spec.loader.exec_module(module)
+    return module

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -82,3 +83,22 @@ def test_exactly_what_exceeds_the_threshold_leaves(sizes: list[int], data: st.Da
     assert set(weights) == {name for name, array in values.items() if array.nbytes > threshold}
     assert {value.name for value in graph.inputs} == set(weights)
     assert set(graph.initializers) | set(weights) == set(values)
+
+
+def test_weights_that_are_inputs_stay_inputs() -> None:
+    # Models of IR version 3 list every weight among the inputs.
+    text = """<ir_version: 3, opset_import: ["" : 8]> g (float[2,64] x, float[64,64] w) => (float[2,64] y)
+        { y = MatMul(x, w) }"""
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.eye(64, dtype=np.float32), "w"))
+    model = ir.from_proto(proto)
+    weights = detach_weights(model)
+    skeleton = ir.to_proto(model)
+    assert [entry.name for entry in skeleton.graph.input] == ["x", "w"]
+    assert not skeleton.graph.initializer
+    onnx.checker.check_model(skeleton, full_check=True)
+    attach_weights(model, weights)
+    back = ir.to_proto(model).graph
+    assert [entry.name for entry in back.input] == ["x", "w"]
+    assert [entry.name for entry in back.initializer] == ["w"]
+    assert np.array_equal(onnx.numpy_helper.to_array(back.initializer[0]), np.eye(64))

@@ -28,7 +28,7 @@ ARROWS = {
     "family.py": TYPES,
     "bundle": TYPES,
     "runtime": TYPES | {"vlm_export.bundle"},
-    "graph": TYPES,
+    "graph": TYPES | {"vlm_export.bundle"},
     "precision": TYPES,
     "verify": TYPES | {"vlm_export.bundle", "vlm_export.runtime", "vlm_export.family"},
     "models": TYPES | {"vlm_export.family"},
@@ -38,7 +38,7 @@ ARROWS = {
 OUTSIDE = {
     "bundle": set[str](),
     "runtime": BASE,
-    "graph": {"numpy", "onnx_ir", "onnx"},
+    "graph": {"numpy", "onnx_ir", "onnx", "onnxruntime", "yaml"},
     "precision": {"numpy", "onnx_ir", "onnx"},
     "verify": BASE - {"onnxruntime", "openvino", "pyarrow", "tqdm"},
     "cli": set[str](),

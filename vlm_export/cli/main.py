@@ -12,11 +12,11 @@ from types import FrameType
 from typing import NoReturn
 
 from vlm_export import __version__
-from vlm_export.cli import ask, caption, classify, embed, export, inspect, match, search, verify
+from vlm_export.cli import ask, caption, classify, embed, export, graph, inspect, match, search, verify
 from vlm_export.cli.output import print_json
 from vlm_export.errors import EnvironmentFailure, VlmExportError
 
-VERBS = (inspect, export, verify, classify, caption, ask, match, embed, search)
+VERBS = (inspect, export, verify, classify, caption, ask, match, embed, search, graph)
 _INTERRUPTED = 130
 _EXTRA_PACKAGES = {"torch", "transformers", "timm", "onnx", "onnx_ir", "onnxscript", "onnxsim", "safetensors"}
 _EXTRA_PACKAGES |= {"huggingface_hub", "yaml", "torchvision"}

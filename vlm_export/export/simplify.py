@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
-import onnxruntime
 import onnxsim
 from onnx import ModelProto
 
 from vlm_export import __version__
 from vlm_export.graph.batch_norm import fold_batch_norms
 from vlm_export.graph.cast_like import replace_cast_likes
-from vlm_export.graph.constant_fold import Array, fold_constants
+from vlm_export.graph.constant_fold import fold_constants
 from vlm_export.graph.interface import apply_signature
+from vlm_export.graph.onnxruntime_session import run_in_onnxruntime
 from vlm_export.graph.skeleton import attach_weights, detach_weights
 from vlm_export.graph.transposes import fold_weight_transposes
-from vlm_export.runtime.engine import CPU
 from vlm_export.signature import Signature
 
 # They turn MatMul and Add on (B, T, C) into Reshape, Gemm, Reshape: more nodes and no gain in any runtime.
@@ -30,7 +27,7 @@ def finish_graph(model: ir.Model, signature: Signature) -> ir.Model:
     No traces of this machine, no products of weights alone, the Signature's interface.
     """
     _clear_traces(model)
-    fold_constants(model, _run_in_onnxruntime)
+    fold_constants(model, run_in_onnxruntime)
     passes.RemoveUnusedNodesPass()(model)
     passes.RemoveUnusedOpsetsPass()(model)
     apply_signature(model, signature)
@@ -45,20 +42,6 @@ def _clear_traces(model: ir.Model) -> None:
     model.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values(), *model.graph.outputs):
         value.metadata_props.clear()
-
-
-def _run_in_onnxruntime(model: ModelProto, feeds: Mapping[str, Array]) -> Sequence[Array] | None:
-    """The outputs, None where ONNX Runtime cannot run the graph; onnx's own evaluator is far too slow for `Resize`."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[CPU])
-        outputs: Sequence[Array] = session.run(None, dict(feeds))
-    except Exception:  # onnxruntime's own classes share no base but Exception.
-        return None
-    return outputs
 
 
 def simplify_graph(model: ir.Model) -> ir.Model:

@@ -24,7 +24,9 @@ _RANDOM = frozenset(
 )
 
 
-def fold_constants(model: ir.Model, evaluate: Evaluate, limit_bytes: int = LIMIT_BYTES) -> int:
+def fold_constants(
+    model: ir.Model, evaluate: Evaluate, limit_bytes: int = LIMIT_BYTES, *, everything: bool = False
+) -> int:
     """Folds products, convolutions and resizes of constants, and what follows from them alone, in place.
 
     The nodes before them are computed for them, and stay where others read them. What makes an output of the graph
@@ -32,11 +34,12 @@ def fold_constants(model: ir.Model, evaluate: Evaluate, limit_bytes: int = LIMIT
 
     Args:
         limit_bytes: of all folded values together, and of each value on the way to them: memory stays flat.
+        everything: also nodes that only move or convert constants.
 
     Returns:
         How many initializers took the place of nodes.
     """
-    fold = _Fold(model, evaluate, limit_bytes)
+    fold = _Fold(model, evaluate, limit_bytes, everything)
     for node in model.graph:
         fold.visit(node)
     for value, array in fold.values.items():
@@ -55,7 +58,8 @@ class _Fold:
         values: their outputs that other nodes read, computed.
     """
 
-    def __init__(self, model: ir.Model, evaluate: Evaluate, limit_bytes: int) -> None:
+    def __init__(self, model: ir.Model, evaluate: Evaluate, limit_bytes: int, everything: bool) -> None:
+        self._everything = everything
         self._model, self._evaluate, self._limit_bytes = model, evaluate, limit_bytes
         self.nodes: set[ir.Node] = set()
         self.values: dict[ir.Value, Array] = {}
@@ -66,7 +70,8 @@ class _Fold:
         if not _is_foldable(node) or not all(value in self._constants or _is_weight(value) for value in inputs):
             return
         self._constants.update(node.outputs)
-        if node.op_type not in _SEEDS and not any(value in self.values for value in inputs):
+        starts = self._everything or node.op_type in _SEEDS
+        if not starts and not any(value in self.values for value in inputs):
             return
         known = dict(self.values)
         held = {*self.values, *node.outputs}
@@ -91,7 +96,8 @@ class _Fold:
         if any(array.dtype.kind not in "biuf" for array in feeds.values()):
             return False
         arrays = self._evaluate(_model_of_one(node, feeds, self._model), feeds)
-        if arrays is None:
+        # A sequence is a list: nothing that an initializer could hold.
+        if arrays is None or not all(isinstance(array, np.ndarray) for array in arrays):
             return False
         outputs = [value for value in node.outputs if value.name]
         known.update(zip(outputs, arrays, strict=True))

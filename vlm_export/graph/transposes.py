@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -35,15 +36,21 @@ def fold_weight_transposes(model: ir.Model) -> int:
 
 
 def _transposed_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol, perm: tuple[int, ...]) -> ir.Value:
-    sizes = tensor.shape.numpy()
-    shape = ir.Shape(sizes[axis] for axis in perm)
     # The plain transpose of a matrix keeps its parameter's name recognisable to readers of the graph.
     new_name = f"{name}.transposed" if perm == tuple(reversed(range(len(perm)))) else f"{name}.{perm}"
-    lazy = ir.LazyTensor(partial(_transpose, tensor, perm), dtype=tensor.dtype, shape=shape, name=new_name)
-    value = ir.Value(name=new_name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=lazy)
+    lazy = transposed_tensor(tensor, perm, new_name)
+    value = ir.Value(name=new_name, shape=lazy.shape, type=ir.TensorType(tensor.dtype), const_value=lazy)
     graph.register_initializer(value)
     return value
 
 
-def _transpose(tensor: ir.TensorProtocol, perm: tuple[int, ...]) -> ir.TensorProtocol:
-    return ir.Tensor(np.ascontiguousarray(np.transpose(tensor.numpy(), perm)))
+def transposed_tensor(tensor: ir.TensorProtocol, perm: Sequence[int], name: str) -> ir.LazyTensor:
+    """The tensor with its axes permuted, computed when it is read; one with fewer axes gets leading ones first."""
+    sizes = [*(1 for _ in range(len(perm) - len(tensor.shape))), *tensor.shape.numpy()]
+    shape = ir.Shape([sizes[axis] for axis in perm])
+    return ir.LazyTensor(partial(_transpose, tensor, tuple(sizes), perm), dtype=tensor.dtype, shape=shape, name=name)
+
+
+def _transpose(tensor: ir.TensorProtocol, sizes: tuple[int, ...], perm: Sequence[int]) -> ir.TensorProtocol:
+    array = np.ascontiguousarray(np.transpose(tensor.numpy().reshape(sizes), perm))
+    return ir.Tensor(array, dtype=tensor.dtype)

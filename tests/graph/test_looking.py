@@ -1,0 +1,154 @@
+"""Show, find and draw: what they say of small models whose every part is known."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ElementTree
+
+import onnx
+import onnx_ir as ir
+import pytest
+
+from vlm_export.graph.draw import draw_graph
+from vlm_export.graph.errors import GraphError
+from vlm_export.graph.find import find_nodes
+from vlm_export.graph.show import describe_model
+
+TEXT = """<ir_version: 10, opset_import: ["" : 18, "com.microsoft" : 1, "local" : 1]>
+g (float[n,4] x, bool c) => (float[n,4] y, float[4,n] t)
+    <float[4,4] w = {1,0,0,0,0,1,0,0,0,0,1,0,0,0,0,1}, float[4] b = {1,2,3,4}> {
+    m = MatMul(x, w)
+    [bias] a = Add(m, b)
+    [act] g0 = com.microsoft.FastGelu(a)
+    f = local.same(g0)
+    t = Transpose<perm=[1,0]>(f)
+    y = If (c) <then_branch = g1 () => (float[n,4] p) { q = Relu(g0) p = LeakyRelu<alpha=0.25>(q) },
+                else_branch = g2 () => (float[n,4] e) { e = Identity(a) }>
+}
+<domain: "local", opset_import: ["" : 18]> same (v) => (u) { u = Relu(v) }"""
+
+
+@pytest.fixture
+def model() -> ir.Model:
+    found: ir.Model = ir.from_proto(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(TEXT)))
+    next(node for node in found.graph if node.name == "act").name = "blocks.0.act"
+    return found
+
+
+def test_description(model: ir.Model) -> None:
+    data = describe_model(model)
+    assert data["opsets"] == {"ai.onnx": 18, "com.microsoft": 1, "local": 1}
+    assert data["inputs"][0] == {"name": "x", "dtype": "float32", "shape": ["n", 4]}
+    assert data["operators"]["Relu"] == 2
+    assert data["operators"]["com.microsoft:FastGelu"] == 1
+    assert (data["graphs"], data["functions"]) == (4, ["local:same"])
+    assert data["weights"]["bytes_by_dtype"] == {"float32": 80}
+    assert data["weights"]["largest"][0] == {"name": "w", "dtype": "float32", "shape": [4, 4], "bytes": 64}
+    assert "g0" in data["unknown_shapes"]["without_shape"]
+    assert data["custom_domains"] == {"com.microsoft": 1, "local": 1}
+    assert data["missing_imports"] == []
+    del model.opset_imports["com.microsoft"]
+    assert describe_model(model)["missing_imports"] == ["com.microsoft"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("Relu", ["q", "u"]),
+        ("*Relu", ["q", "p", "u"]),
+        ("Relu|Add", ["a", "q", "u"]),
+        ("FastGelu", []),
+        ("com.microsoft:*Gelu", ["g0"]),
+        ("*:*Gelu", ["g0"]),
+        ("ai.onnx:Add", ["a"]),
+        ("MatMul -> Add -> *:*Gelu", ["m"]),
+        ("MatMul -> *:*Gelu", []),
+        ("MatMul ->> *:*Gelu", ["m"]),
+        ("*:FastGelu -> Relu", ["g0"]),
+        ("Transpose[@perm=(1,0)]", ["t"]),
+        ("Transpose[@perm=(0,1)]", []),
+        ("*[@alpha]", ["p"]),
+        ("*[@alpha=0.25]", ["p"]),
+        ("*Relu[!@alpha]", ["q", "u"]),
+        ("*:*[name=blocks.*]", ["g0"]),
+        ("*[name=bias, in1=const]", ["a"]),
+        ("*[in1=const]", ["m", "a"]),
+        ("*[in=input]", ["m", "y", "u"]),
+        ("*[in1=float32(4,4)]", ["m"]),
+        ("*[out0=(n,*)]", ["m", "a", "y", "p", "e"]),
+        ("*[out0=(...,n)]", ["t"]),
+        ("*[out0=(...)]", ["m", "a", "t", "y", "p", "e"]),
+        ("*[in0=float16]", []),
+    ],
+)
+def test_patterns(model: ir.Model, pattern: str, found: list[str]) -> None:
+    assert [chain[0].outputs[0].name for chain in find_nodes(model, pattern)] == found
+
+
+@pytest.mark.parametrize("pattern", ["", "Relu ->", "-> Relu", "Relu[", "Relu[perm=1]", "Relu Add", "Relu[where=x]"])
+def test_malformed_patterns_are_refused(model: ir.Model, pattern: str) -> None:
+    with pytest.raises(GraphError, match="the pattern"):
+        find_nodes(model, pattern)
+
+
+def test_a_chain_names_all_of_its_nodes(model: ir.Model) -> None:
+    ((first, second, third),) = find_nodes(model, "MatMul -> Add ->> Transpose")
+    assert [node.op_type for node in (first, second, third)] == ["MatMul", "Add", "Transpose"]
+
+
+def _texts(svg: str) -> list[str]:
+    return [entry.text or "" for entry in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def _boxes(svg: str) -> list[tuple[float, float, float, float]]:
+    rects = list(ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}rect"))[1:]
+    boxes = [[float(rect.attrib[key]) for key in ("x", "y", "width", "height")] for rect in rects]
+    return [(x, y, x + width, y + height) for x, y, width, height in boxes]
+
+
+def test_a_picture_shows_what_is_between(model: ir.Model) -> None:
+    texts = _texts(draw_graph(model, ["m"], ["g0"]))
+    assert [text for text in texts if text in ("MatMul", "Add", "com.microsoft:FastGelu", "Transpose")] == [
+        "Add",
+        "com.microsoft:FastGelu",
+    ]
+    whole = _texts(draw_graph(model))
+    assert {"x", "c", "y", "t", "MatMul", "If", "local:same"} <= set(whole)
+    assert "then_branch: graph" in whole
+    assert "perm=(1, 0)" in whole or "perm=[1, 0]" in whole
+
+
+def test_boxes_do_not_overlap_and_edges_lead_down(model: ir.Model) -> None:
+    svg = draw_graph(model)
+    boxes = _boxes(svg)
+    for index, (left, top, right, bottom) in enumerate(boxes):
+        for other in boxes[:index]:
+            assert right <= other[0] or other[2] <= left or bottom <= other[1] or other[3] <= top
+    ends = [list(map(float, re.findall(r"[\d.]+", path))) for path in re.findall(r'd="(M[^"]+)" fill="none"', svg)]
+    assert len(ends) >= 9
+    assert all(numbers[1] < numbers[-1] for numbers in ends)
+
+
+def test_names_are_escaped(model: ir.Model) -> None:
+    model.graph.inputs[0].name = '<script>&"'
+    assert '<script>&"' in _texts(draw_graph(model))
+
+
+def test_distance_and_limits(model: ir.Model) -> None:
+    near = _texts(draw_graph(model, ["x"], distance=1))
+    assert "MatMul" in near
+    assert "Add" not in near
+    with pytest.raises(GraphError, match="no nodes between"):
+        draw_graph(model, ["t"], ["x"])
+    with pytest.raises(GraphError, match="no tensor 'mm'") as caught:
+        draw_graph(model, ["mm"])
+    assert "did you mean 'm'" in caught.value.fix
+
+
+def test_a_graph_too_large_to_read_is_refused() -> None:
+    lines = "\n".join(f"v{i + 1} = Relu(v{i})" for i in range(500))
+    text = f'<ir_version: 10, opset_import: ["" : 18]> g (float[4] v0) => (float[4] v500) {{ {lines} }}'
+    chain = ir.from_proto(onnx.parser.parse_model(text))
+    with pytest.raises(GraphError, match="too large to read"):
+        draw_graph(chain)
+    assert _texts(draw_graph(chain, ["v250"], distance=3)).count("Relu") == 3

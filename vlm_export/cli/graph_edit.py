@@ -1,0 +1,236 @@
+"""The verbs of `vlm-export graph` that write: those of the table, `apply` for recipes, `split`, `store`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_export.cli.graph_look import add_proof_options
+from vlm_export.cli.output import print_json
+from vlm_export.errors import UsageError, VerificationError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from vlm_export.graph.files import Storage
+    from vlm_export.graph.program import Program
+    from vlm_export.graph.prove import Proof
+    from vlm_export.graph.recipe import Applied, Step
+    from vlm_export.graph.verb_arguments import Argument
+
+
+def add_parsers(verbs: Any) -> Iterator[argparse.ArgumentParser]:
+    """One parser per verb."""
+    from vlm_export.graph.verbs import VERBS
+
+    for verb in VERBS:
+        parser = verbs.add_parser(verb.name, help=verb.help)
+        parser.add_argument("model", metavar="IN", help="an .onnx file")
+        for argument in verb.arguments:
+            _add_argument(parser, argument)
+        parser.set_defaults(run=run_verb, graph_verb=verb.name)
+        _add_writing_options(parser)
+        yield parser
+    apply = verbs.add_parser("apply", help="apply a recipe: a YAML list of verbs with their arguments")
+    apply.add_argument("model", metavar="IN", help="an .onnx file")
+    apply.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe")
+    apply.set_defaults(run=run_recipe)
+    store = verbs.add_parser("store", help="write a model as it is, with its weights elsewhere")
+    store.add_argument("model", metavar="IN", help="an .onnx file")
+    store.set_defaults(run=run_store)
+    split = verbs.add_parser("split", help="cut a model in two at tensors; `compose` puts it together again")
+    split.add_argument("model", metavar="IN", help="an .onnx file")
+    split.add_argument("--at", nargs="+", required=True, metavar="TENSOR", help="the tensors")
+    split.add_argument("--second", required=True, metavar="OUT2", help="where to write the second model")
+    split.set_defaults(run=run_split)
+    for parser in (apply, store, split):
+        _add_writing_options(parser)
+        yield parser
+
+
+def _add_argument(parser: argparse.ArgumentParser, argument: Argument) -> None:
+    settings: dict[str, Any] = {"help": argument.help, "default": argparse.SUPPRESS}
+    if argument.takes_several:
+        settings["nargs"] = "+"
+    if argument.metavar or argument.positional:
+        settings["metavar"] = argument.metavar or argument.name.upper()
+    if argument.positional:
+        parser.add_argument(f"verb_{argument.name}", **settings)
+        return
+    option = f"--{argument.name.replace('_', '-')}"
+    parser.add_argument(option, dest=f"verb_{argument.name}", required=argument.required, **settings)
+
+
+def _add_writing_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="where to write the model")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    parser.add_argument("--verify", action="store_true", help="compare with IN in onnxruntime before writing")
+    add_proof_options(parser)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--external", action="store_true", help="weights in files beside the graph")
+    where.add_argument("--embedded", action="store_true", help="weights in the graph file")
+    parser.add_argument("--shard-size", metavar="SIZE", help="largest file of weights: 2GB")
+    parser.add_argument("--threshold", metavar="SIZE", help="tensors up to this size stay in the graph (default: 1KiB)")
+
+
+def run_verb(args: argparse.Namespace) -> int:
+    from vlm_export.graph.recipe import Step
+    from vlm_export.graph.verb_arguments import value_from_words
+    from vlm_export.graph.verbs import verb_named
+
+    verb = verb_named(args.graph_verb)
+    given = {argument: getattr(args, f"verb_{argument.name}", None) for argument in verb.arguments}
+    values = {entry.name: value_from_words(entry, words) for entry, words in given.items() if words is not None}
+    return _run_steps(args, [Step(verb, values)])
+
+
+def run_recipe(args: argparse.Namespace) -> int:
+    from vlm_export.graph.recipe import read_recipe
+
+    return _run_steps(args, read_recipe(Path(args.recipe)))
+
+
+def run_store(args: argparse.Namespace) -> int:
+    return _run_steps(args, [])
+
+
+def _run_steps(args: argparse.Namespace, steps: Sequence[Step]) -> int:
+    from vlm_export.graph.files import open_model, save_model
+    from vlm_export.graph.outputs import check_output
+    from vlm_export.graph.recipe import apply_steps
+
+    storage = _storage(args)
+    _check_proof_options(args)
+    check_output(args.output, overwrite=args.overwrite)
+    original = open_model(args.model)
+    applied = apply_steps(open_model(args.model), list(steps))
+    _validate(applied.model, original)
+    proof = _prove(args, original, applied, steps) if args.verify else None
+    files = save_model(applied.model, args.output, storage=storage, overwrite=args.overwrite)
+    results = [(step.verb.name, _json_from(result)) for step, result in zip(steps, applied.results, strict=True)]
+    _report(args, results, files, proof)
+    return 0
+
+
+def _prove(args: argparse.Namespace, original: ir.Model, applied: Applied, steps: Sequence[Step]) -> Proof:
+    from vlm_export.graph.program import Chain, ModelProgram
+
+    first = ModelProgram(original)
+    before: Program = first
+    renamed = dict(applied.renamed)
+    composed = [step for step in steps if step.verb.name == "compose"]
+    if composed and len(steps) > 1:
+        raise UsageError("a recipe that composes models cannot be verified", fix="use `graph compose --verify`")
+    for step in composed:
+        second = ModelProgram(step.values["second"])
+        for key, program in (("prefix_first", first), ("prefix_second", second)):
+            names = [str(value.name) for value in (*program.inputs, *program.outputs)]
+            renamed |= {f"{step.values.get(key, '')}{name}": name for name in names if step.values.get(key)}
+        before = Chain(first, second, step.values["connect"])
+    return _proof(args, before, ModelProgram(applied.model), renamed)
+
+
+def _proof(args: argparse.Namespace, before: Program, after: Program, renamed: Mapping[str, str]) -> Proof:
+    from vlm_export.graph.prove import prove
+
+    inputs = [Path(name) for name in args.inputs]
+    try:
+        return prove(before, after, inputs=inputs, tolerance=args.tolerance, renamed=renamed)
+    except VerificationError as error:
+        fix = "; ".join(part for part in ("nothing was written", error.fix) if part)
+        raise VerificationError(error.what, expected=error.expected, got=error.got, fix=fix) from error
+
+
+def run_split(args: argparse.Namespace) -> int:
+    from vlm_export.graph.extract import split
+    from vlm_export.graph.files import open_model, save_model
+    from vlm_export.graph.outputs import check_output
+    from vlm_export.graph.program import Chain, ModelProgram
+
+    storage = _storage(args)
+    _check_proof_options(args)
+    if Path(args.output).resolve() == Path(args.second).resolve():
+        raise UsageError("both parts would be written to one file", where=args.output, fix="give --second another name")
+    for path in (args.output, args.second):
+        check_output(path, overwrite=args.overwrite)
+    original = open_model(args.model)
+    parts = split(original, args.at)
+    proof = None
+    if args.verify:
+        chain = Chain(ModelProgram(parts.first), ModelProgram(parts.second), parts.connections)
+        proof = _proof(args, ModelProgram(original), chain, {})
+    files = save_model(parts.first, args.output, storage=storage, overwrite=args.overwrite)
+    files += save_model(parts.second, args.second, storage=storage, overwrite=args.overwrite)
+    _report(args, [("split", {"connections": list(map(list, parts.connections))})], files, proof)
+    return 0
+
+
+def _check_proof_options(args: argparse.Namespace) -> None:
+    if not args.verify and (args.inputs or args.tolerance):
+        raise UsageError("--inputs and --tolerance are for the comparison", fix="add --verify")
+
+
+def _storage(args: argparse.Namespace) -> Storage:
+    from vlm_export.graph.files import Storage
+    from vlm_export.graph.verb_arguments import read_size
+
+    sizes: dict[str, int] = {}
+    for option, field in (("shard_size", "shard_bytes"), ("threshold", "threshold_bytes")):
+        text = getattr(args, option)
+        try:
+            sizes |= {} if text is None else {field: read_size(text)}
+        except ValueError as error:
+            raise UsageError(f"--{option.replace('_', '-')} is no size", expected=str(error), got=text) from error
+    if args.embedded and args.shard_size is not None:
+        raise UsageError("embedded weights have no shards", fix="leave out --embedded or --shard-size")
+    external = True if args.external else False if args.embedded else None
+    return Storage(external=external, **sizes)
+
+
+def _validate(model: ir.Model, original: ir.Model) -> None:
+    """Refuses a result that is not valid; of an original that was not valid either, only a warning says so."""
+    from vlm_export.graph.checks import validate
+    from vlm_export.graph.errors import GraphError
+
+    try:
+        validate(model)
+    except GraphError as error:
+        try:
+            validate(original)
+        except GraphError:
+            print(f"warning: the model is not valid, and was not before: {error.what} {error.got}", file=sys.stderr)
+            return
+        raise
+
+
+def _json_from(result: Any) -> Any:
+    """What a verb says it did, as JSON; None where it only gives back an object."""
+    if is_dataclass(result) and not isinstance(result, type):
+        return asdict(result)
+    return dict(result) if isinstance(result, dict) else result if isinstance(result, int | str) else None
+
+
+def _report(
+    args: argparse.Namespace, results: Sequence[tuple[str, Any]], files: Sequence[Path], proof: Proof | None
+) -> None:
+    if args.json:
+        steps = [{"verb": name, "result": result} for name, result in results]
+        data = {"steps": steps, "files": list(map(str, files)), "proof": proof.to_json() if proof else None}
+        print_json(data)
+        return
+    for name, result in results:
+        print(f"{name}: {'done' if result is None else _text(result)}")
+    if proof is not None:
+        print(proof)
+    if not args.quiet:
+        print("written: " + ", ".join(map(str, files)))
+
+
+def _text(result: Any) -> str:
+    if isinstance(result, dict):
+        return ", ".join(f"{key} {_text(value)}" for key, value in result.items()) or "nothing"
+    return str(result)

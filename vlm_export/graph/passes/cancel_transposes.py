@@ -1,0 +1,154 @@
+"""Transposes that undo each other, also across elementwise operators: the fewest that give the same values.
+
+For one permutation p, every value v of the graph can be had in two layouts: as it is, or as w with v = transpose(w, p).
+`Transpose(perm=p)` reads the second and gives the first, its inverse the other way round, and an elementwise operator
+works in either layout, if all its inputs and outputs are in the same one. A Transpose is needed for each value that is
+made in one layout and read in the other, so the fewest Transposes are a minimum cut between what is bound to the one
+layout and what is bound to the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from typing import TypeAlias
+
+import onnx_ir as ir
+
+from vlm_export.graph.names import nested_graphs, root_graphs
+from vlm_export.graph.passes.dead_code import remove_unused_initializers
+from vlm_export.graph.passes.elementwise import axis_inputs
+from vlm_export.graph.passes.layout_roles import Perm, Roles, has_no_layout, is_identity, perm_of, possible_roles
+from vlm_export.graph.passes.min_cut import SINK, SOURCE, UNBOUNDED, Network
+from vlm_export.graph.passes.rewiring import bypass, names_returned, remove_node
+from vlm_export.graph.passes.transposed_layout import Rewrite, Scope, make_identity
+
+
+def cancel_transposes(model: ir.Model) -> int:
+    """Removes, in place, Transposes that others undo; returns how many fewer the model has.
+
+    Elementwise operators between them are moved to the other layout: their constants are permuted when the file is
+    written. A value that is also needed in its old layout, by other readers or as an output of the graph, gets a
+    Transpose of its own where that still leaves fewer. Results are the same to the last bit, but for engines whose
+    kernels round by an element's place in memory.
+    """
+    count = 0
+    returned = names_returned(model)
+    for root in root_graphs(model):
+        opset = root.opset_imports.get("", 0)
+        for graph in list(nested_graphs(root)):
+            scope = Scope(root, graph, opset, returned, in_function=root is not model.graph)
+            before = _count(graph)
+            while _merge(graph, returned) or any(_move(scope, perm) for perm in _perms(graph)):
+                pass
+            count += before - _count(graph)
+    if count:
+        remove_unused_initializers(model)
+    return count
+
+
+def _transposes(graph: ir.Graph) -> Iterable[tuple[ir.Node, Perm]]:
+    for node in list(graph):
+        perm = perm_of(node)
+        if perm is not None and node.graph is graph:
+            yield node, perm
+
+
+def _count(graph: ir.Graph) -> int:
+    return sum(node.op_type == "Transpose" and node.domain == "" for node in graph)
+
+
+def _perms(graph: ir.Graph) -> list[Perm]:
+    return sorted({perm for _, perm in _transposes(graph) if not is_identity(perm)})
+
+
+def _merge(graph: ir.Graph, returned: set[str]) -> bool:
+    """Two Transposes in a row become one or none, equal ones of one tensor one; returns whether any did."""
+    merged = False
+    seen: dict[tuple[ir.Value, Perm], ir.Value] = {}
+    for node, perm in _transposes(graph):
+        source, output = node.inputs[0], node.outputs[0]
+        assert source is not None
+        before = source.producer()
+        inner = perm_of(before) if before is not None and before.graph is graph else None
+        if before is not None and inner is not None and len(inner) == len(perm) and before.inputs[0] is not None:
+            perm, source = tuple(inner[axis] for axis in perm), before.inputs[0]
+            node.replace_input_with(0, source)
+            node.attributes["perm"] = ir.AttrInt64s("perm", perm)
+            if _drop(before, returned):
+                seen = {key: value for key, value in seen.items() if value is not before.outputs[0]}
+                merged = True
+        same = source if is_identity(perm) else seen.setdefault((source, perm), output)
+        if same is output:
+            continue
+        if output.name not in returned and bypass(output, same):
+            remove_node(node)
+        else:
+            make_identity(node, same)
+        merged = True
+    return merged
+
+
+def _drop(node: ir.Node, returned: set[str]) -> bool:
+    output = node.outputs[0]
+    if output.uses() or output.is_graph_output() or output.name in returned:
+        return False
+    remove_node(node)
+    return True
+
+
+def _move(scope: Scope, perm: Perm) -> bool:
+    """Moves elementwise nodes to the layout before `perm` where that takes fewer Transposes; returns whether it did."""
+    for roles in possible_roles(scope.graph, perm, scope.opset):
+        readings = list(_readings(roles, scope.returned))
+        cost, moved = _network(readings).cut()
+        nodes = [node for node in roles.free if node in moved]
+        if nodes and cost < sum(map(_crosses, readings)):
+            Rewrite(scope, roles).move(nodes)
+            return True
+    return False
+
+
+# Who makes a value, and who reads it: free nodes, or the layout that others are bound to.
+_Reading: TypeAlias = "tuple[Hashable, set[Hashable]]"
+
+
+def _readings(roles: Roles, returned: set[str]) -> Iterable[_Reading]:
+    values = dict.fromkeys(
+        value for node in (*roles.free, *roles.back) for value in (*node.inputs, *node.outputs) if value is not None
+    )
+    for value in dict.fromkeys((*roles.forward, *values)):
+        if has_no_layout(value):
+            continue
+        readers: set[Hashable] = {_reader(user, index, roles) for user, index in value.uses()}
+        if value.is_graph_output() or value.name in returned:
+            readers.add(SINK)
+        producer = value.producer()
+        made: Hashable = producer if producer is not None and producer in roles.free else SINK
+        yield SOURCE if value in roles.forward else made, readers
+
+
+def _reader(user: ir.Node, index: int, roles: Roles) -> Hashable:
+    if user in roles.back:
+        return SOURCE
+    return user if user in roles.free and index in axis_inputs(user) else SINK
+
+
+def _crosses(reading: _Reading) -> bool:
+    """Whether the value needs a Transpose as long as no node moves."""
+    made, readers = reading
+    return bool(readers - {SOURCE}) if made == SOURCE else SOURCE in readers
+
+
+def _network(readings: Iterable[_Reading]) -> Network:
+    """The source's side works in the layout before the permutation; each value costs one if both layouts meet in it."""
+    network = Network()
+    for number, (made, readers) in enumerate(readings):
+        others = readers - {made}
+        if not others:
+            continue
+        network.add(made, ("leaves", number), 1)
+        network.add(("enters", number), made, 1)
+        for reader in others:
+            network.add(("leaves", number), reader, UNBOUNDED)
+            network.add(reader, ("enters", number), UNBOUNDED)
+    return network

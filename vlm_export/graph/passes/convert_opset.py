@@ -1,0 +1,245 @@
+"""Another version of ONNX's operators, node by node with the library's converter.
+
+The library converts whole models, and then drops or renames what it does not know (functions, value names, metadata)
+and takes 2 GB at most. Here it sees one node at a time; everything else stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TypeAlias
+
+import onnx
+import onnx_ir as ir
+from onnx import helper, version_converter
+
+from vlm_export.graph.errors import GraphError
+from vlm_export.graph.inference import check, copy_of, infer
+from vlm_export.graph.names import fresh_name, nested_graphs, root_graphs, subgraphs_of, taken_names
+from vlm_export.graph.operators import opset_imports_of
+from vlm_export.graph.passes.infer_shapes import infer_shapes
+from vlm_export.graph.passes.rewiring import constant_tensor, remove_node
+
+_MAX_CONSTANT_BYTES = 1 << 16
+# Position of a node among all nodes of the model → the graph that takes its place, with inputs iN and outputs oN.
+_Plan: TypeAlias = "dict[int, ir.Graph]"
+
+
+def convert_opset(model: ir.Model, version: int) -> int:
+    """Converts the model, with its subgraphs and functions, to another version of ONNX's operators, in place.
+
+    Returns:
+        How many nodes took another form.
+
+    Raises:
+        GraphError: the version does not exist, or an operator has no form at it that the library knows.
+    """
+    newest = onnx.defs.onnx_opset_version()
+    if not 7 <= version <= newest:
+        raise GraphError("there is no such opset", expected=f"7 to {newest}", got=str(version))
+    plan = _plan(model, version)
+    trial = copy_of(model).model
+    _apply(trial, plan, version)
+    check(copy_of(trial).model)
+    _check_types(model, trial)
+    _apply(model, plan, version)
+    return len(plan)
+
+
+def _check_types(model: ir.Model, trial: ir.Model) -> None:
+    """Operators take other dtypes at other versions; faults that the model had before are no reason to refuse."""
+    try:
+        infer(copy_of(model).model)
+    except GraphError:
+        return
+    infer(copy_of(trial).model)
+
+
+def _plan(model: ir.Model, version: int) -> _Plan:
+    # Some forms depend on dtypes and ranks.
+    typed = copy_of(model).model
+    infer_shapes(typed)
+    plan: _Plan = {}
+    position = 0
+    for root in root_graphs(typed):
+        source = opset_imports_of(typed, root).get("", version)
+        for graph in nested_graphs(root):
+            for node in graph:
+                converted = _converted(node, source, version) if node.domain == "" and source != version else None
+                if converted is not None:
+                    plan[position] = converted
+                position += 1
+    return plan
+
+
+def _converted(node: ir.Node, source: int, version: int) -> ir.Graph | None:
+    """The graph that takes a node's place; None where the node is right as it is."""
+    if _since(node.op_type, source) == _since(node.op_type, version) is not None:
+        return None
+    if node.op_type == "Scan" and min(source, version) < 9:
+        raise _refusal(node, source, version, "Scan had another form before opset 9")
+    if any(True for _ in subgraphs_of(node)) and _since(node.op_type, version) is not None:
+        # Other versions of If, Loop and Scan differ only in the dtypes they take: the checker looks at those.
+        return None
+    proto, names = _model_of_one(node, source)
+    result, reason = _library_conversion(proto.SerializeToString(deterministic=True), version)
+    if result is None:
+        if "No Adapter" in reason and _differ_in_dtypes_only(node.op_type, source, version):
+            return None
+        raise _refusal(node, source, version, reason)
+    graph: ir.Graph = ir.from_proto(onnx.ModelProto.FromString(result)).graph
+    for entry in graph:
+        if entry.domain == "" and _since(entry.op_type, version) is None:
+            raise _refusal(node, source, version, f"{entry.op_type} does not exist there")
+    if _is_unchanged(node, proto.graph, graph, names):
+        return None
+    if any(attribute.is_ref() for attribute in node.attributes.values()):
+        raise _refusal(node, source, version, "attributes that the function's caller sets")
+    return graph
+
+
+@lru_cache(maxsize=4096)
+def _library_conversion(model: bytes, version: int) -> tuple[bytes | None, str]:
+    """The converted model, or None and the reason; a call takes 11 ms, and models repeat their nodes."""
+    try:
+        return version_converter.convert_version(onnx.ModelProto.FromString(model), version).SerializeToString(), ""
+    # The converter's assertions are RuntimeErrors, and it has a class of its own.
+    except Exception as error:
+        return None, str(error)
+
+
+def _since(op_type: str, version: int) -> int | None:
+    """The version that defines an operator's form at an opset; None where it does not exist or is deprecated."""
+    if not onnx.defs.has(op_type, version, ""):
+        return None
+    schema = onnx.defs.get_schema(op_type, version, "")
+    return None if schema.deprecated else schema.since_version
+
+
+def _differ_in_dtypes_only(op_type: str, source: int, version: int) -> bool:
+    """Whether two forms of an operator have the same inputs, outputs, and attributes with their defaults."""
+    if _since(op_type, version) is None:
+        return False
+    forms = []
+    for opset in (source, version):
+        schema = onnx.defs.get_schema(op_type, opset, "")
+        attributes = {
+            (name, entry.type, entry.required, entry.default_value.SerializeToString())
+            for name, entry in schema.attributes.items()
+        }
+        forms.append((attributes, [_formal(entry) for entry in (*schema.inputs, *schema.outputs)]))
+    return forms[0] == forms[1]
+
+
+def _formal(parameter: onnx.defs.OpSchema.FormalParameter) -> tuple[object, ...]:
+    return parameter.name, parameter.option, parameter.is_homogeneous, parameter.min_arity
+
+
+def _refusal(node: ir.Node, source: int, version: int, reason: str) -> GraphError:
+    return GraphError(
+        f"operator {node.op_type} cannot be converted from opset {source} to {version}",
+        where=node.name or str(node.outputs[0].name),
+        got=reason.strip().splitlines()[-1][-200:] if reason.strip() else "",
+        fix="choose another version, or replace the node first",
+    )
+
+
+def _model_of_one(node: ir.Node, source: int) -> tuple[onnx.ModelProto, Mapping[str, str]]:
+    """The node alone: inputs iN, outputs oN; small constants with their values, which some forms need."""
+    names = {str(value.name): f"i{index}" for index, value in enumerate(node.inputs) if value is not None}
+    proto = onnx.NodeProto(op_type=node.op_type)
+    proto.input.extend("" if value is None else names[str(value.name)] for value in node.inputs)
+    proto.output.extend(f"o{index}" if value.name else "" for index, value in enumerate(node.outputs))
+    # Attributes that refer to a function's parameters have no value here.
+    proto.attribute.extend(ir.to_proto(entry) for entry in node.attributes.values() if not entry.is_ref())
+    inputs, constants = [], []
+    for value in {value: None for value in node.inputs if value is not None}:
+        tensor = constant_tensor(value)
+        if tensor is not None and tensor.nbytes <= _MAX_CONSTANT_BYTES:
+            constant: onnx.TensorProto = ir.to_proto(tensor)
+            constant.name = names[str(value.name)]
+            constants.append(constant)
+        else:
+            inputs.append(_value_info(value, names[str(value.name)]))
+    outputs = [_value_info(value, f"o{index}") for index, value in enumerate(node.outputs) if value.name]
+    graph = helper.make_graph([proto], "node", inputs, outputs, constants)
+    opset = helper.make_opsetid("", source)
+    return helper.make_model(graph, opset_imports=[opset], ir_version=10), names
+
+
+def _value_info(value: ir.Value, name: str) -> onnx.ValueInfoProto:
+    info = onnx.ValueInfoProto() if value.type is None else ir.to_proto(value)
+    info.name = name
+    info.ClearField("metadata_props")
+    return info
+
+
+def _is_unchanged(node: ir.Node, before: onnx.GraphProto, after: ir.Graph, names: Mapping[str, str]) -> bool:
+    if len(after) != 1:
+        return False
+    old, new = before.node[0], ir.to_proto(after[0])
+    same = (old.op_type, list(old.input), list(old.output)) == (new.op_type, list(new.input), list(new.output))
+    return same and sorted(map(str, old.attribute)) == sorted(map(str, new.attribute))
+
+
+def _apply(model: ir.Model, plan: _Plan, version: int) -> None:
+    nodes = [(root, node) for root in root_graphs(model) for graph in nested_graphs(root) for node in graph]
+    for position, replacement in plan.items():
+        _replace(*nodes[position], replacement)
+    for root in root_graphs(model):
+        imports = opset_imports_of(model, root)
+        if "" in imports:
+            imports[""] = version
+    least = helper.find_min_ir_version_for([helper.make_opsetid("", version)], ignore_unknown=True)
+    model.ir_version = max(model.ir_version, least)
+
+
+def _replace(root: ir.Graph, node: ir.Node, replacement: ir.Graph) -> None:
+    graph = node.graph
+    assert graph is not None
+    taken = taken_names(root, graph)
+    values: dict[str, ir.Value | None] = {f"i{index}": value for index, value in enumerate(node.inputs)}
+    for name, constant in replacement.initializers.items():
+        if name not in values:
+            values[name] = _constant(constant, node, fresh_name(f"{node.outputs[0].name}.{name}", taken))
+    for entry in replacement:
+        inputs = [None if value is None else values[str(value.name)] for value in entry.inputs]
+        new = ir.Node("", entry.op_type, inputs, list(entry.attributes.values()), num_outputs=len(entry.outputs))
+        graph.insert_before(node, new)
+        for made, output in zip(entry.outputs, new.outputs, strict=True):
+            values[str(made.name)] = output
+            output.type, output.shape = made.type, made.shape
+            if not made.name:
+                output.name = ""
+            elif not _is_output(made, replacement):
+                output.name = fresh_name(f"{node.outputs[0].name}.{made.name}", taken)
+    for index, old in enumerate(node.outputs):
+        if old.name:
+            _take_over(old, values[f"o{index}"])
+    remove_node(node)
+
+
+def _constant(initializer: ir.Value, reader: ir.Node, name: str) -> ir.Value:
+    """A Constant node, which a function may hold too."""
+    tensor = initializer.const_value
+    assert tensor is not None
+    node = ir.node("Constant", [], {"value": tensor})
+    value = node.outputs[0]
+    value.name, value.type, value.shape = name, ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
+    reader.prepend(node)
+    return value
+
+
+def _is_output(value: ir.Value, graph: ir.Graph) -> bool:
+    return any(value is output for output in graph.outputs)
+
+
+def _take_over(old: ir.Value, new: ir.Value | None) -> None:
+    assert new is not None
+    name = old.name
+    new.type, new.shape = old.type, old.shape
+    new.metadata_props.update(old.metadata_props)
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    old.name = None
+    new.name = name

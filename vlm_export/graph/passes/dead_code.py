@@ -1,0 +1,71 @@
+"""What no output depends on: nodes, initializers, functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from vlm_export.graph.names import all_graphs, nested_graphs, root_graphs
+from vlm_export.graph.passes.rewiring import names_returned, remove_node
+
+
+@dataclass(frozen=True)
+class DeadCode:
+    """How much was removed."""
+
+    nodes: int
+    initializers: int
+    functions: int
+
+    def __bool__(self) -> bool:
+        return bool(self.nodes or self.initializers or self.functions)
+
+
+def remove_dead_code(model: ir.Model) -> DeadCode:
+    """Removes, in place, what no output depends on; inputs stay, used or not.
+
+    The library's own pass leaves what only a removed If or Loop read, and initializers of subgraphs.
+    """
+    returned = names_returned(model)
+    nodes = sum(_remove_nodes(root, returned) for root in root_graphs(model))
+    return DeadCode(nodes, remove_unused_initializers(model), _remove_functions(model))
+
+
+def _remove_nodes(root: ir.Graph, returned: set[str]) -> int:
+    count = 0
+    # Inner graphs first: what they no longer read may be dead outside.
+    for graph in reversed(list(nested_graphs(root))):
+        for node in reversed(graph):
+            if any(value.uses() or value.is_graph_output() or value.name in returned for value in node.outputs):
+                continue
+            remove_node(node)
+            count += 1
+    return count
+
+
+def _remove_functions(model: ir.Model) -> int:
+    used: set[ir.OperatorIdentifier] = set()
+    graphs = [model.graph]
+    while graphs:
+        called = {node.op_identifier() for node in ir.traversal.RecursiveGraphIterator(graphs.pop())}
+        new = [name for name in called - used if name in model.functions]
+        used.update(new)
+        graphs += [model.functions[name].graph for name in new]
+    unused = [name for name in model.functions if name not in used]
+    for name in unused:
+        del model.functions[name]
+    return len(unused)
+
+
+def remove_unused_initializers(model: ir.Model) -> int:
+    """Removes initializers that nothing reads and that are neither inputs nor outputs; returns how many."""
+    returned = names_returned(model)
+    count = 0
+    for graph in all_graphs(model):
+        for name, value in list(graph.initializers.items()):
+            if value.uses() or value.is_graph_input() or value.is_graph_output() or name in returned:
+                continue
+            del graph.initializers[name]
+            count += 1
+    return count

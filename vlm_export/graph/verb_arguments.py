@@ -1,0 +1,197 @@
+"""Arguments of the graph verbs: the same declarations read a command line and a recipe. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vlm_export.errors import UsageError
+
+Kind = Literal[
+    "text", "texts", "integer", "size", "flag", "value", "axis", "pairs", "shapes", "versions", "values", "operands",
+    "connections", "model",
+]  # fmt: skip
+# Those that take several words of a command line.
+_SEVERAL = ("connections", "texts", "pairs", "shapes", "versions", "values", "operands")
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of a verb.
+
+    Attributes:
+        name: in a recipe; on the command line with dashes, as `--name`, or as what stands there if positional.
+        keyword: of the function; by default the name.
+        none_if_absent: the function wants to be told that there is none.
+    """
+
+    name: str
+    kind: Kind
+    help: str
+    keyword: str = ""
+    positional: bool = False
+    required: bool = False
+    metavar: str = ""
+    none_if_absent: bool = False
+
+    @property
+    def target(self) -> str:
+        return self.keyword or self.name
+
+    @property
+    def takes_several(self) -> bool:
+        return self.kind in _SEVERAL
+
+
+def value_from_words(argument: Argument, words: Any) -> Any:
+    """The function's value from the words of a command line.
+
+    Raises:
+        UsageError: they are of another form.
+    """
+    if argument.kind == "connections":
+        return _checked(argument, [_pair(argument, word) for word in words])
+    if argument.kind in ("pairs", "shapes", "versions", "values"):
+        return _checked(argument, dict(_pair(argument, word) for word in words))
+    return _checked(argument, words)
+
+
+def value_from_yaml(argument: Argument, value: Any) -> Any:
+    """The function's value from a recipe, where numbers, lists and mappings may stand for their texts.
+
+    Raises:
+        UsageError: it is of another form.
+    """
+    if argument.takes_several and argument.kind in ("texts", "operands") and isinstance(value, str):
+        value = [value]
+    return _checked(argument, value)
+
+
+def _checked(argument: Argument, value: Any) -> Any:
+    try:
+        return _READERS[argument.kind](value)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{argument.name} is of another form",
+            expected=argument.help,
+            got=repr(value) + (f" ({error})" if isinstance(error, ValueError) and str(error) else ""),
+        ) from error
+
+
+def _pair(argument: Argument, word: str) -> tuple[str, str]:
+    # Names of tensors may hold "=" less often than values do.
+    name, separator, value = word.partition("=")
+    if not separator or not name:
+        raise UsageError(f"{argument.name} is given as NAME=VALUE", got=word, expected=argument.help)
+    return name, value
+
+
+def read_size(text: str | int) -> int:
+    """Bytes from `2GB`, `64MiB`, `1000`."""
+    found = re.fullmatch(r"\s*(\d+)\s*([A-Za-z]*)\s*", str(text))
+    if found is None or found[2].upper() not in _UNITS:
+        raise ValueError("a size is a number with B, KB, MB, GB, KiB, MiB or GiB")
+    return int(found[1]) * _UNITS[found[2].upper()]
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _texts(value: Any) -> list[str]:
+    if not isinstance(value, list | tuple):
+        raise TypeError
+    return [_text(entry) for entry in value]
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return int(value)
+
+
+def _literal(value: Any) -> Any:
+    """A Python literal, otherwise the text itself."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+def _axis(value: Any) -> int | str | None:
+    if value in ("?", None):
+        return None
+    return int(value) if isinstance(value, int) or re.fullmatch(r"\d+", value) else _text(value)
+
+
+def _shape(value: Any) -> list[int | str | None]:
+    entries = [entry.strip() for entry in value.strip("()[]").split(",")] if isinstance(value, str) else list(value)
+    return [_axis(entry) for entry in entries if entry != ""]
+
+
+def _each(read: Callable[[Any], Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    return lambda value: {_text(name): read(entry) for name, entry in value.items()}
+
+
+def _operands(value: Any) -> list[Any]:
+    return [_operand(entry) for entry in value]
+
+
+def _operand(value: Any) -> Any:
+    """A tensor's name, "" for an input that is left out, or a constant: `int64:[0, 1]`."""
+    if value is None or value == "":
+        return None
+    dtype, _, literal = _text(value).partition(":")
+    if dtype not in ("bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8"):
+        return value
+    import numpy as np
+
+    return np.asarray(ast.literal_eval(literal), dtype=dtype)
+
+
+def _model(value: Any) -> Any:
+    from vlm_export.graph.files import open_model
+
+    return open_model(_text(value))
+
+
+def _connections(value: Any) -> list[tuple[str, str]]:
+    """A mapping, or pairs: one output may feed several inputs."""
+    pairs = value.items() if isinstance(value, Mapping) else value
+    return [(_text(out), _text(into)) for out, into in pairs]
+
+
+def _versions(value: Mapping[str, Any]) -> dict[str, int]:
+    return {"" if domain == "ai.onnx" else domain: _integer(version) for domain, version in value.items()}
+
+
+_READERS: Mapping[Kind, Callable[[Any], Any]] = {
+    "text": _text,
+    "texts": _texts,
+    "integer": _integer,
+    "size": read_size,
+    "flag": _flag,
+    "value": _literal,
+    "axis": _axis,
+    "pairs": _each(_text),
+    "shapes": _each(_shape),
+    "versions": _versions,
+    "values": _each(_literal),
+    "operands": _operands,
+    "connections": _connections,
+    "model": _model,
+}
