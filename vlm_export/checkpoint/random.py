@@ -126,7 +126,8 @@ def _values(key: str, shape: tuple[int, ...], count: int, rng: np.random.Generat
     if name == "inv_freq":
         # Stored, but never trained: a rotary embedding's frequencies.
         exponents: Floats = np.arange(count, dtype=np.float32) / np.float32(count)
-        return np.float32(1) / np.float32(_ROTARY_BASE) ** exponents
+        frequencies: Floats = np.float32(1) / np.float32(_ROTARY_BASE) ** exponents
+        return frequencies
     mean, std = _mean_and_std(key, name, shape)
     values: Floats = rng.standard_normal(count, dtype=np.float32) * np.float32(std) + np.float32(mean)
     return values

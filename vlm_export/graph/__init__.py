@@ -13,4 +13,13 @@ give new models. Weights are read only by operations that compute with them.
     extract      extract, split
     compose      compose
     checks       validate
+    passes       cancel_transposes, remove_noops, make_arguments_static, fold_all_constants, remove_dead_code,
+                 share_initializers, infer_shapes, convert_opset, add_opset_imports; one module for each
+    storage      share_stored_weights, describe_storage
+    show         describe_model
+    find         find_nodes
+    draw         draw_graph
+    prove        prove
+    recipe       read_recipe, apply_steps
+    verbs        the table behind `vlm-export graph` and recipes
 """

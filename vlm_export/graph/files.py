@@ -143,21 +143,21 @@ def save_model(
     Weights are written once each, also when several initializers share one. The files are `PATH`, `PATH_data`,
     `PATH_data_1`, …. The model may have been read from the files that are replaced: its tensors then refer to the new
     ones afterwards; otherwise it is left as it was. Data files of before that the new model has no use for stay. When
-    weights are replaced, the old files are set aside first, so
-    that a process killed between the renames leaves no mixture.
+    weights are replaced, the old files are set aside first, so that a process killed between the renames leaves no
+    mixture.
 
     Args:
         overwrite: replace files of these names.
 
     Returns:
-        The files written, the graph first.
+        The files written, the graph first, as `path` names them.
 
     Raises:
         UsageError: the target exists without `overwrite`, or its directory does not.
         GraphError: what stays in the graph file exceeds protobuf's 2 GB.
         EnvironmentFailure: the disk is full or read-only.
     """
-    path, storage = Path(os.path.abspath(path)), storage or Storage()
+    given, path, storage = Path(path), Path(os.path.abspath(path)), storage or Storage()
     slots = list(tensor_slots(model))
     shards = _shards(_external_slots(slots, storage), storage.shard_bytes)
     names = [path.name, *(_data_name(path.name, index) for index in range(len(shards)))]
@@ -176,7 +176,7 @@ def save_model(
             if isinstance(tensor, ir.ExternalTensor):
                 tensor.base_dir = str(path.parent)
             slot.tensor = tensor
-    return targets
+    return tuple(given.with_name(name) for name in names)
 
 
 def _data_name(name: str, index: int) -> str:
