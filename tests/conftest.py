@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import cache
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,16 @@ def build_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[.
             return recognise(checkpoint).build(checkpoint, store, options)
 
         yield build
+
+
+@pytest.fixture(scope="module")
+def models_under(build_model: Callable[..., Model]) -> Callable[[Path], Callable[[str], Model]]:
+    """A directory → a function that builds the model of the checkpoint of a name there, once for a test module."""
+
+    def under(directory: Path) -> Callable[[str], Model]:
+        return cache(lambda name: build_model(directory / name))
+
+    return under
 
 
 @pytest.fixture(scope="session")

@@ -49,17 +49,8 @@ RESIZE = Lowerings(interpolation="resize-op")
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    torch.set_num_threads(1)
-    models: dict[str, Model] = {}
-    folder = tmp_path_factory.mktemp("weights")
-
-    def get(variant: str) -> Model:
-        if variant not in models:
-            models[variant] = oracle.build(variant, folder)
-        return models[variant]
-
-    return get
+def build(models_under: Callable[[Path], Build]) -> Build:
+    return models_under(oracle.DATA)
 
 
 @pytest.fixture

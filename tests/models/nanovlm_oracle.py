@@ -16,10 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
 
-from vlm_export.checkpoint.open import open_checkpoint
-from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.family import Model, Part, reference_from_module
-from vlm_export.models.registry import recognise
 
 DATA = Path(__file__).parents[1] / "data" / "nanovlm"
 VARIANTS = ("222m", "450m", "split")
@@ -47,13 +44,6 @@ class Prompt(NamedTuple):
 
 def golden(variant: str) -> dict[str, Array]:
     return dict(load_file(DATA / variant / "golden.safetensors"))
-
-
-def build(variant: str, folder: Path) -> Model:
-    """The family's model of the checkpoint, read as a user's would be."""
-    checkpoint = open_checkpoint(str(DATA / variant))
-    with ScratchStore(folder / f"{variant}.bin") as store:
-        return recognise(checkpoint).build(checkpoint, store)
 
 
 def part_of(model: Model, name: str) -> Part:

@@ -43,17 +43,8 @@ SIZES = RotaryDecoderSizes(width=48, layers=1, heads=6, kv_heads=2, hidden=32, v
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    torch.set_num_threads(1)
-    models: dict[str, Model] = {}
-    folder = tmp_path_factory.mktemp("weights")
-
-    def get(variant: str) -> Model:
-        if variant not in models:
-            models[variant] = oracle.build(variant, folder)
-        return models[variant]
-
-    return get
+def build(models_under: Callable[[Path], Build]) -> Build:
+    return models_under(oracle.DATA)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +21,8 @@ oracle = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("minicpmv
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    built: Model = oracle.build("omnilmm", tmp_path_factory.mktemp("weights"))
-    return built
+def model(build_model: Callable[[Path], Model]) -> Model:
+    return build_model(oracle.DATA / "omnilmm")
 
 
 def test_facts(model: Model) -> None:

@@ -55,11 +55,11 @@ def test_a_square_is_the_record(variant: str, encoder: Any, oracle: Any, assert_
 @pytest.mark.parametrize(("variant", "version"), [("v2_0", "2.0"), ("v2_5", "2.5"), ("v2_6", "2.6")])
 @pytest.mark.parametrize("name", ["wide", "small"])
 def test_pictures_are_those_of_the_original(
-    variant: str, version: str, name: str, encoder: Any, oracle: Any, assert_same: Same, tmp_path: Path
+    variant: str, version: str, name: str, encoder: Any, oracle: Any, assert_same: Same, build_model: Any
 ) -> None:
     """The recorded slices of the recorded picture, through the eager module one by one."""
     record = oracle.golden("preprocess")
-    part = oracle.part_of(oracle.build(variant, tmp_path), "vision")
+    part = oracle.part_of(build_model(oracle.DATA / variant), "vision")
     sizes = record[f"{version}.{name}.tgt_sizes"]
     inputs = [{"pixel_values": record[f"{version}.{name}.slice{i}"][None]} for i in range(len(sizes))]
     if version != "2.0":
