@@ -90,7 +90,7 @@ class OrtEngine:
             if threads < 1:
                 raise UsageError("threads must be at least 1", got=str(threads))
             options.intra_op_num_threads = threads
-        # Engines run in turn: picture, prompt, token. Idle threads would go on spinning and take cores from the next one.
+        # Engines run in turn: picture, prompt, token. Idle threads would spin on and take cores from the next one.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if mapped:
             # Optimised graphs hold computed copies (float16 weights as float32), prepacking another of each matrix.
