@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from vlm_export.signature import Axis, Signature, TensorSpec
-from vlm_export.verify.grid import BATCHES, SEEDS, axis_sizes, grid_for, least_grid, left_out, point_bytes
+from vlm_export.verify.grid import BATCHES, SEEDS, GridPoint, axis_sizes, grid_for, least_grid, left_out, point_bytes
 
 SEQUENCE = Axis("sequence", 1, 77)
 
@@ -150,3 +150,11 @@ def test_what_a_grid_leaves_out_is_named() -> None:
     without_pairs = grid_for(case, budget_rows=12)
     assert len(without_pairs) < whole
     assert "combinations of sizes" in left_out(case, without_pairs)
+
+
+def test_points_that_were_made_smaller_count_as_left_out() -> None:
+    case = signature(Axis("batch"), SIDE)
+    whole = grid_for(case)
+    smaller = tuple(GridPoint({**point.sizes, "side": 14}, point.seed) for point in whole)
+    changed = sum(point.sizes["side"] != 14 for point in whole)
+    assert left_out(case, smaller) == f"{changed} of {len(whole)} grid points (side 42, 350, 672)"

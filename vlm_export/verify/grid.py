@@ -82,7 +82,8 @@ def left_out(signature: Signature, points: Sequence[GridPoint]) -> str:
     """What the points lack of the whole grid, e.g. "5 of 8 grid points (batch 3, 5; seed 1, 2)"; "" for nothing."""
     whole = grid_for(signature)
     ran = [point.sizes for point in points]
-    missing = len(whole) - len(points) or sum(point.sizes not in ran for point in whole)
+    # Points may have been dropped, or made smaller.
+    missing = max(len(whole) - len(points), sum(point.sizes not in ran for point in whole))
     if missing <= 0:
         return ""
     axes = [
