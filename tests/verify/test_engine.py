@@ -42,7 +42,7 @@ def test_too_little_memory_is_named(available: pytest.MonkeyPatch) -> None:
     available.setattr(engine_module, "available_bytes", lambda: GIB)
     with pytest.raises(EnvironmentFailure) as caught:
         verifying_engine(GRAPH, weights_bytes=17 * GIB)
-    assert "2.0 GiB" in caught.value.expected
+    assert "3.0 GiB" in caught.value.expected
     assert "17.0 GiB" in caught.value.expected
     assert "1.0 GiB" in caught.value.got
     assert caught.value.exit_status == 4

@@ -13,9 +13,9 @@ from vlm_export.runtime.memory import available_bytes, keeps_weights_mapped
 
 MAPPED_NOTE = "the engine's own graph optimisations: off, so that the weights stay in their file"
 _GIB = 1 << 30
-# With mapped weights EVA-02 enormous takes 1.1 GiB at its largest pictures (2304 patches, 16 heads), and 1.4 GiB where
-# float16 weights are converted as they are used.
-_ROOM_BYTES = 2 * _GIB
+# With mapped weights the process took 2.8 GiB more than before to verify EVA-02 enormous in float16, its Reference
+# included, at its largest pictures (docs/benchmarks/export-omnilmm).
+_ROOM_BYTES = 3 * _GIB
 # What smaller graphs compute with fits wherever their weights do.
 _CHECKED_ABOVE_BYTES = _GIB
 
