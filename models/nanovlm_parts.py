@@ -97,10 +97,11 @@ def _decoder_signature(sizes: RotaryDecoderSizes) -> Signature:
             TensorSpec("inputs_embeds", "float32", ("batch", "sequence", sizes.width)),
             TensorSpec("attention_mask", "int64", ("batch", total.name)),
             TensorSpec("position_ids", "int64", ("batch", "sequence")),
+            TensorSpec("num_logits_to_keep", "int64", ()),
             *_cache(sizes, "past_key_values", "past_sequence"),
         ),
         outputs=(
-            TensorSpec("logits", "float32", ("batch", "sequence", sizes.vocab_size)),
+            TensorSpec("logits", "float32", ("batch", "logits_sequence", sizes.vocab_size)),
             *_cache(sizes, "present", total.name),
         ),
         axes=(
@@ -108,6 +109,7 @@ def _decoder_signature(sizes: RotaryDecoderSizes) -> Signature:
             Axis("sequence", 1, sizes.positions),
             Axis("past_sequence", 0, sizes.positions),
             total,
+            Axis("logits_sequence", 1, sizes.positions, at_most="sequence"),
         ),
     )
 
@@ -132,6 +134,10 @@ class ChatExamples:
         if "position_ids" in arrays:
             counted = np.maximum(arrays["attention_mask"].cumsum(axis=1) - 1, 0)
             arrays["position_ids"] = np.ascontiguousarray(counted[:, -sizes["sequence"] :])
+        if "num_logits_to_keep" in arrays:
+            kept = sizes["logits_sequence"]
+            # All of them are asked for as hosts do that count none.
+            arrays["num_logits_to_keep"] = np.array(0 if kept == sizes["sequence"] else kept, np.int64)
         return arrays
 
     def _array(self, spec: TensorSpec, sizes: Mapping[str, int], rng: np.random.Generator) -> Array:

@@ -79,7 +79,7 @@ def _matrices(tied: bool, stored: frozenset[str]) -> dict[str, Target]:
 
 
 def _block(sizes: RotaryDecoderSizes) -> dict[str, Target]:
-    """One layer; its projections of the same input are packed, in blocks of a head's rows."""
+    """One layer; queries, keys and values are packed, in blocks of a head's rows."""
     heads, kv_heads = sizes.heads, sizes.kv_heads
     packed = heads + 2 * kv_heads
     return {
@@ -89,7 +89,7 @@ def _block(sizes: RotaryDecoderSizes) -> dict[str, Target]:
         "attn.k_proj.weight": Rows("attn.qkv.weight", heads, packed, kv_heads),
         "attn.v_proj.weight": Rows("attn.qkv.weight", heads + kv_heads, packed, kv_heads),
         "attn.out_proj.weight": "attn.out.weight",
-        "mlp.gate_proj.weight": Rows("mlp.gate_up.weight", 0, 2),
-        "mlp.up_proj.weight": Rows("mlp.gate_up.weight", 1, 2),
+        "mlp.gate_proj.weight": "mlp.gate.weight",
+        "mlp.up_proj.weight": "mlp.up.weight",
         "mlp.down_proj.weight": "mlp.down.weight",
     }

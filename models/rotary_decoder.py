@@ -57,7 +57,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class RotaryPositions(nn.Module):
-    """position_ids int64 (B, T) → cosines and signed sines, float32 (B, 1, T, head width), for `rotated`."""
+    """position_ids int64 (B, T) → cosines and signed sines, float32 (B, T, 1, head width), for `rotated`."""
 
     inv_freq: Tensor
 
@@ -70,11 +70,11 @@ class RotaryPositions(nn.Module):
         angles = position_ids.to(torch.float32)[:, :, None] * self.inv_freq
         cos, sin = torch.cos(angles) * self.scaling, torch.sin(angles) * self.scaling
         # The sign of the swapped half stands in the table: one negation for all layers.
-        return torch.cat([cos, cos], dim=-1)[:, None], torch.cat([-sin, sin], dim=-1)[:, None]
+        return torch.cat([cos, cos], dim=-1)[:, :, None], torch.cat([-sin, sin], dim=-1)[:, :, None]
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x float32 (B, H, T, d): each head's two halves turned by the angles of `RotaryPositions`."""
+    """x float32 (B, T, H, d): each head's two halves turned by the angles of `RotaryPositions`."""
     first, second = cut(x, -1, x.shape[-1] // 2)
     return x * cos + torch.cat([second, first], dim=-1) * sin
 
@@ -104,12 +104,13 @@ class GroupedQueryAttention(nn.Module):
             past_key, past_value: float32 (B, kv_heads, P, d).
         """
         # Of the positions, whose length all layers share: that of x would be asked anew in each of them.
-        tokens, kv_heads, d = cos.shape[2], self.kv_heads, self.head_width
-        packed = self.qkv(x).reshape(-1, tokens, self.heads + 2 * kv_heads, d).transpose(1, 2)
-        turning, v = cut(packed, 1, self.heads + kv_heads)
-        q, k = cut(rotated(turning, cos, sin), 1, self.heads)
-        key, value = torch.cat([past_key, k], dim=2), torch.cat([past_value, v], dim=2)
-        queries = q.reshape(-1, kv_heads, self.heads // kv_heads * tokens, d)
+        tokens, kv_heads, d = cos.shape[1], self.kv_heads, self.head_width
+        packed = self.qkv(x).reshape(-1, tokens, self.heads + 2 * kv_heads, d)
+        turning, v = cut(packed, 2, self.heads + kv_heads)
+        q, k = cut(rotated(turning, cos, sin), 2, self.heads)
+        key = torch.cat([past_key, k.transpose(1, 2)], dim=2)
+        value = torch.cat([past_value, v.transpose(1, 2)], dim=2)
+        queries = q.transpose(1, 2).reshape(-1, kv_heads, self.heads // kv_heads * tokens, d)
         scores = (queries @ key.transpose(2, 3)) * d**-0.5 + mask
         attended = (scores.softmax(dim=-1) @ value).reshape(-1, self.heads, tokens, d)
         mixed: Tensor = self.out(attended.transpose(1, 2).reshape(-1, tokens, self.heads * d))
@@ -117,16 +118,16 @@ class GroupedQueryAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x)), gate and up packed in one matrix."""
+    """SwiGLU: down(silu(gate(x)) · up(x)); packing gate and up would only have a host copy them apart again."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = cut(self.gate_up(x), -1, self.down.in_features)
-        y: Tensor = self.down(F.silu(gate) * up)
+        y: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
         return y
 
 
@@ -140,12 +141,17 @@ class RotaryBlock(nn.Module):
         self.norm2 = RMSNorm(sizes.width, eps=sizes.eps)
         self.mlp = GatedMLP(sizes.width, sizes.hidden)
 
-    def forward(
+    def attend(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past_key: Tensor, past_value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """The first half, where tokens see one another; arguments and the rest as in `GroupedQueryAttention`."""
         attended, key, value = self.attn(self.norm1(x), cos, sin, mask, past_key, past_value)
-        x = x + attended
-        return x + self.mlp(self.norm2(x)), key, value
+        return x + attended, key, value
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The second half, each token by itself."""
+        y: Tensor = x + self.mlp(self.norm2(x))
+        return y
 
 
 class LanguageModel(nn.Module):
@@ -177,9 +183,12 @@ class EmbedTokens(nn.Module):
 class CachedDecoder(nn.Module):
     """T new tokens after P cached ones → logits and the grown cache.
 
-    forward(inputs_embeds float32 (B, T, width), attention_mask int64 (B, P + T), position_ids int64 (B, T), then for
-    each layer past key and value float32 (B, kv_heads, P, d)) → logits float32 (B, T, vocabulary), then for each layer
-    key and value float32 (B, kv_heads, P + T, d).
+    forward(inputs_embeds float32 (B, T, width), attention_mask int64 (B, P + T), position_ids int64 (B, T),
+    num_logits_to_keep int64 (), then for each layer past key and value float32 (B, kv_heads, P, d)) → logits float32
+    (B, K, vocabulary) of the last K tokens, then for each layer key and value float32 (B, kv_heads, P + T, d).
+
+    K is num_logits_to_keep, or T where that is 0 or more than T. A host that generates asks for 1: a prompt's other
+    logits would take longer than a layer, and at 8,192 tokens 1.6 GB.
     """
 
     def __init__(self, model: LanguageModel) -> None:
@@ -190,19 +199,28 @@ class CachedDecoder(nn.Module):
         self.head: nn.Module = model.embedding if model.sizes.tied else model.head
 
     def forward(
-        self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, *cache: Tensor
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        num_logits_to_keep: Tensor,
+        *cache: Tensor,
     ) -> tuple[Tensor, ...]:
         past_tokens, tokens, width = cache[0].shape[2], inputs_embeds.shape[1], inputs_embeds.shape[2]
         mask = grouped_mask(attention_mask, past_tokens, tokens, self.groups)
         cos, sin = self.rotary(position_ids)
         x, present = inputs_embeds, list[Tensor]()
         for i, block in enumerate(cast("Iterable[RotaryBlock]", self.blocks)):
-            x, key, value = block(x, cos, sin, mask, cache[2 * i], cache[2 * i + 1])
+            x, key, value = block.attend(x, cos, sin, mask, cache[2 * i], cache[2 * i + 1])
             present += [key, value]
+            if i + 1 == len(self.blocks):
+                # From here on no token sees another. A slice of the last 0 holds all of them.
+                x = x[:, -num_logits_to_keep:]
+            x = block.transform(x)
         table = cast("Tensor", self.head.weight)
         # In two dimensions it exports as Gemm, which reads the table as it is stored.
-        logits = F.linear(self.norm(x).reshape(-1, width), table).reshape(-1, tokens, table.shape[0])
-        return logits, *present
+        logits = F.linear(self.norm(x).reshape(-1, width), table)
+        return logits.reshape(inputs_embeds.shape[0], -1, table.shape[0]), *present
 
 
 def grouped_mask(attention_mask: Tensor, past_tokens: int, tokens: int, groups: int) -> Tensor:

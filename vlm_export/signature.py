@@ -19,7 +19,7 @@ class Axis:
     """A symbolic axis: its name, the inclusive range of its size (`maximum` None: unbounded), and its steps.
 
     Sizes are multiples of `multiple_of`, and so are `minimum` and `maximum`. With `sum_of`, the size is the sum of
-    those axes, in the range.
+    those axes, in the range; with `at_most`, it is never above that axis's.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Axis:
     maximum: int | None = None
     multiple_of: int = 1
     sum_of: tuple[str, ...] = ()
+    at_most: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Signature:
         for axis in self.axes:
             if not set(axis.sum_of) <= known:
                 raise ValueError(f"axis {axis.name} is the sum of unknown axes: {sorted(set(axis.sum_of) - known)}")
+            if axis.at_most is not None and axis.at_most not in known:
+                raise ValueError(f"axis {axis.name} is bounded by an unknown axis: {axis.at_most}")
         for tensor in (*self.inputs, *self.outputs):
             unknown = {entry for entry in tensor.shape if isinstance(entry, str)} - known
             if unknown:
@@ -72,10 +75,12 @@ class Signature:
         """The axis of that name; KeyError when there is none."""
         return {axis.name: axis for axis in self.axes}[name]
 
-    def with_sums(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """The sizes with those of the axes that are sums of others."""
+    def related(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """The sizes with those of the axes that are sums of others, and none above the axis that bounds it."""
         sums = {axis.name: sum(sizes[term] for term in axis.sum_of) for axis in self.axes if axis.sum_of}
-        return {**sizes, **sums}
+        found = {**sizes, **sums}
+        bounds = {axis.name: axis.at_most for axis in self.axes if axis.at_most is not None and axis.name in found}
+        return {**found, **{name: min(found[name], found[bound]) for name, bound in bounds.items()}}
 
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
         """Tensor name → position → axis name, for every symbolic entry."""
@@ -96,7 +101,8 @@ class Signature:
 def _json_from_axis(axis: Axis) -> dict[str, Any]:
     steps = {} if axis.multiple_of == 1 else {"multiple_of": axis.multiple_of}
     terms = {"sum_of": list(axis.sum_of)} if axis.sum_of else {}
-    return {"minimum": axis.minimum, "maximum": axis.maximum, **steps, **terms}
+    bound = {} if axis.at_most is None else {"at_most": axis.at_most}
+    return {"minimum": axis.minimum, "maximum": axis.maximum, **steps, **terms, **bound}
 
 
 def _json_from_tensor(tensor: TensorSpec) -> dict[str, Any]:
@@ -122,6 +128,7 @@ def signature_from_json(data: Mapping[str, Any]) -> Signature:
                     entry["maximum"],
                     entry.get("multiple_of", 1),
                     tuple(entry.get("sum_of", ())),
+                    entry.get("at_most"),
                 )
                 for name, entry in data["axes"].items()
             ),

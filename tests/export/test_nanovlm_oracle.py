@@ -144,6 +144,25 @@ def test_rows_of_a_batch_are_as_each_alone(
         np.testing.assert_array_equal(ids[i : i + 1], oracle.generate(model, runs, [one], 8))
 
 
+@pytest.mark.parametrize(("exporter", "opset"), [("torchscript", 11), ("torchscript", 17), ("dynamo", 18)])
+@pytest.mark.parametrize("variant", oracle.VARIANTS)
+def test_the_last_logits_are_those_of_all(
+    variant: str, exporter: Exporter, opset: int, build: Build, graphs: Graphs
+) -> None:
+    """As transformers.js counts them: 0 keeps all, and so does more than there are."""
+    model = build(variant)
+    run = graphs(variant, exporter, opset, True)["decoder"].run
+    inputs = oracle.decoder_inputs(model, list(oracle.golden(variant)["output.combined_embeds"]))
+    whole = run(inputs)
+    tokens = whole["logits"].shape[1]
+    for count in (1, 2, tokens - 1, tokens, tokens + 1, 10**9):
+        some = run({**inputs, "num_logits_to_keep": np.array(count)})
+        assert some["logits"].shape[1] == min(count, tokens)
+        assert not judge(compare(whole["logits"][:, -count:], some["logits"]), GATES["fp32"])
+        for name in set(whole) - {"logits"}:
+            np.testing.assert_array_equal(some[name], whole[name])
+
+
 def test_the_graph_holds_each_weight_once(build: Build, tmp_path: Path) -> None:
     """Also the tied matrix, as it is stored or transposed, and it repeats no key."""
     part = oracle.part_of(build("450m"), "decoder")
@@ -244,7 +263,9 @@ def test_ignored_padding_is_noticed(build: Build, tmp_path: Path) -> None:
     with mock.patch.object(rotary_decoder, "grouped_mask", without_padding_mask):
         engine = write(part, tmp_path, "torchscript", 17)
     assert not verify(part, engine.run).passed
-    inputs = part.examples(part.signature.with_sums({"batch": 2, "sequence": 5, "past_sequence": 0}), 1)
+    inputs = part.examples(
+        part.signature.related({"batch": 2, "sequence": 5, "past_sequence": 0, "logits_sequence": 5}), 1
+    )
     unpadded = {**inputs, "attention_mask": np.ones_like(inputs["attention_mask"])}
     right = reference_from_module(part)(unpadded)["logits"]
     assert not judge(compare(right, engine.run(unpadded)["logits"]), GATES["fp32"])

@@ -21,6 +21,7 @@ from vlm_export.family import Model, Part, reference_from_module
 DATA = Path(__file__).parents[1] / "data" / "nanovlm"
 VARIANTS = ("222m", "450m", "split")
 Array = npt.NDArray[Any]
+ALL_LOGITS: npt.NDArray[np.int64] = np.array(0)
 Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 Runs = Mapping[str, Run]
 
@@ -77,10 +78,16 @@ def decoder_inputs(model: Model, rows: Sequence[Array]) -> dict[str, Array]:
     mask = np.stack([np.arange(longest) >= longest - len(row) for row in rows]).astype(np.int64)
     cache = {
         spec.name: np.zeros(spec.concrete_shape({"batch": len(rows), "past_sequence": 0}), np.float32)
-        for spec in part_of(model, "decoder").signature.inputs[3:]
+        for spec in part_of(model, "decoder").signature.inputs[4:]
     }
     positions = np.maximum(mask.cumsum(1) - 1, 0)
-    return {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions, **cache}
+    return {
+        "inputs_embeds": embeds,
+        "attention_mask": mask,
+        "position_ids": positions,
+        "num_logits_to_keep": ALL_LOGITS,
+        **cache,
+    }
 
 
 def next_inputs(inputs: Mapping[str, Array], outputs: Mapping[str, Array], embeds: Array) -> dict[str, Array]:
@@ -88,7 +95,13 @@ def next_inputs(inputs: Mapping[str, Array], outputs: Mapping[str, Array], embed
     mask = np.pad(inputs["attention_mask"], ((0, 0), (0, 1)), constant_values=1)
     cache = {name.replace("present", "past_key_values"): a for name, a in outputs.items() if name != "logits"}
     positions = inputs["position_ids"][:, -1:] + 1
-    return {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions, **cache}
+    return {
+        "inputs_embeds": embeds,
+        "attention_mask": mask,
+        "position_ids": positions,
+        "num_logits_to_keep": ALL_LOGITS,
+        **cache,
+    }
 
 
 def generate(model: Model, runs: Runs, prompts: Sequence[Prompt], tokens: int, *, cached: bool = True) -> Array:

@@ -17,8 +17,9 @@ from onnx import ModelProto, ValueInfoProto
 VARIANTS = ("222m", "450m", "split")
 # `models/session_config.js`, MODEL_SESSION_CONFIG of ImageTextToText; fp32 has no suffix (`utils/dtypes.js`).
 SESSIONS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
-# `models/modeling_utils.js`, `generic_text_to_text_forward`: what it hands to the decoder besides the cache.
-DECODER_FEEDS = {"inputs_embeds", "attention_mask", "position_ids"}
+# `models/modeling_utils.js`, `generic_text_to_text_forward`, and `setNumLogitsToKeep`, which counts as our graphs do:
+# what it hands to the decoder besides the cache.
+DECODER_FEEDS = {"inputs_embeds", "attention_mask", "position_ids", "num_logits_to_keep"}
 
 # `configs.js`, `getNormalizedConfig`: "llava" takes these from `text_config`, whose own type must be one that it maps.
 # Each equals a size in the published config.json.

@@ -41,7 +41,13 @@ class ToyAttention:
             Port(f"past_key_values.0.{kind}", dtype, ("batch", 1, "past_sequence", WIDTH)) for kind in ("key", "value")
         ]
         ids = [Port(name, "int64", ("batch", None)) for name in ("attention_mask", "position_ids")]
-        self.inputs: tuple[Port, ...] = (Port("inputs_embeds", dtype, ("batch", "sequence", WIDTH)), *ids, *caches)
+        kept = Port("num_logits_to_keep", "int64", ())
+        self.inputs: tuple[Port, ...] = (
+            Port("inputs_embeds", dtype, ("batch", "sequence", WIDTH)),
+            *ids,
+            kept,
+            *caches,
+        )
         names = ("logits", "present.0.key", "present.0.value")
         self.outputs: tuple[Port, ...] = tuple(Port(name, dtype, (None,)) for name in names)
         self.dtype = dtype
@@ -63,7 +69,8 @@ class ToyAttention:
         scores = query @ key.transpose(0, 2, 1) + np.where(causal * mask[:, None] > 0, 0.0, -1e9)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         context = weights / weights.sum(axis=-1, keepdims=True) @ value
-        present = {"present.0.key": key[:, None], "present.0.value": value[:, None], "logits": context @ self.head}
+        logits = context[:, -int(feeds["num_logits_to_keep"]) :] @ self.head
+        present = {"present.0.key": key[:, None], "present.0.value": value[:, None], "logits": logits}
         return {name: array.astype(self.dtype) for name, array in present.items()}
 
 
@@ -115,6 +122,8 @@ def test_what_is_fed() -> None:
     assert state.step(np.array([[5], [6]])).shape == (2, VOCABULARY)
     state.step(np.array([[7, 8], [9, 1]]))
     first, second, third = decoder.fed
+    # A step needs the last token's logits only: all of a long prompt's would take gigabytes.
+    assert [int(feeds["num_logits_to_keep"]) for feeds in decoder.fed] == [0, 1, 1]
     assert first["position_ids"].tolist() == [[0, 0, 1], [0, 1, 2]]
     assert first["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 1]]
     assert second["position_ids"].tolist() == [[2], [3]]

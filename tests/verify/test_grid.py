@@ -82,6 +82,26 @@ def test_sums_follow_their_terms_and_stay_in_their_range() -> None:
     assert {0, 63} <= {point.sizes["past"] for point in grid}
 
 
+def test_a_bounded_axis_stays_within_the_other() -> None:
+    kept = Axis("kept", 1, 64, at_most="sequence")
+    case = signature(Axis("batch"), Axis("sequence", 1, 64), kept)
+    grid = grid_for(case)
+    assert all(1 <= point.sizes["kept"] <= point.sizes["sequence"] for point in grid)
+    assert any(point.sizes["kept"] == point.sizes["sequence"] > 1 for point in grid)
+    assert any(1 == point.sizes["kept"] < point.sizes["sequence"] for point in grid)
+    # Its ends with those of every other axis would double the grid of a decoder.
+    assert len(grid) <= len(grid_for(signature(Axis("batch"), Axis("sequence", 1, 64)))) + 2
+    assert all(point.sizes["kept"] <= point.sizes["sequence"] for point in least_grid(case))
+    budget = 2000
+    assert all(point_bytes(case, point.sizes) <= budget for point in grid_for(case, budget_bytes=budget))
+    assert Signature.related(case, {"batch": 1, "sequence": 3, "kept": 9})["kept"] == 3
+
+
+def test_an_axis_is_bounded_by_no_unknown_one() -> None:
+    with pytest.raises(ValueError, match="bounded by an unknown axis: other"):
+        signature(Axis("batch"), Axis("kept", at_most="other"))
+
+
 def test_an_axis_is_no_sum_of_unknown_ones() -> None:
     with pytest.raises(ValueError, match="unknown axes"):
         signature(Axis("batch"), Axis("total", sum_of=("past", "batch")))

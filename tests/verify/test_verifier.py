@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -122,6 +122,51 @@ def test_a_missing_output_and_a_reference_against_its_signature_fail(parts: dict
     contradicting = verify_part(part, flat, flat, FP32, points)
     assert not contradicting.passed
     assert "the reference contradicts the signature" in str(contradicting.failures[0][1])
+
+
+class KeptRows(nn.Module):
+    """x (B, T) and a number K → the last K of each row, as a decoder gives the logits of its last tokens."""
+
+    def forward(self, x: Tensor, count: Tensor) -> Tensor:
+        return x[:, -count:] * 2
+
+
+def kept_part() -> Part:
+    def examples(sizes: Mapping[str, int], seed: int) -> dict[str, Array]:
+        rows = np.random.default_rng(seed).standard_normal((sizes["batch"], sizes["sequence"]), dtype=np.float32)
+        return {"count": np.array(sizes["kept"], np.int64), "x": rows}
+
+    signature = Signature(
+        (TensorSpec("x", "float32", ("batch", "sequence")), TensorSpec("count", "int64", ())),
+        (TensorSpec("y", "float32", ("batch", "kept")),),
+        (Axis("batch"), Axis("sequence", 1, 9), Axis("kept", 1, 9, at_most="sequence")),
+    )
+    return Part("kept", KeptRows(), signature, examples)
+
+
+def test_a_number_that_all_rows_share_goes_to_each_of_them() -> None:
+    part = kept_part()
+    run, points = reference_from_module(part), [GridPoint({"batch": 3, "sequence": 5, "kept": 2}, 0)]
+    report = verify_points(part, run, *points)
+    assert report.passed
+    assert report.to_json()["points"] == {"grid": 1, "rows_alone": 1}
+
+    def by_rows(inputs: Arrays) -> Arrays:
+        return {"y": run(inputs)["y"] * len(inputs["x"])}
+
+    assert {point.kind for point, _ in verify_points(part, by_rows, *points).failures} == {"grid", "rows_alone"}
+
+
+def test_an_output_with_an_axis_of_its_own_is_held_to_the_others_and_its_rank() -> None:
+    part = kept_part()
+    run, points = reference_from_module(part), [GridPoint({"batch": 3, "sequence": 5, "kept": 2}, 0)]
+    for wrong in (lambda y: y[:2], lambda y: y.ravel(), lambda y: y[..., None], lambda y: y.astype(np.float64)):
+
+        def bent(inputs: Arrays, wrong: Callable[[Array], Array] = wrong) -> dict[str, Array]:
+            return {"y": wrong(run(inputs)["y"])}
+
+        report = verify_part(part, bent, bent, FP32, points)
+        assert "the reference contradicts the signature" in str(report.failures[0][1])
 
 
 def test_rows_that_depend_on_the_size_of_their_batch_fail(parts: dict[str, Part]) -> None:

@@ -52,13 +52,15 @@ def signature_from_fields(fields: Fields) -> Signature:
         fields.each(key, _check_tensor)
     axes = fields.fields("axes")
     for name in axes.data:
-        optional = [key for key in ("multiple_of", "sum_of") if key in axes.fields(name).data]
+        optional = [key for key in ("multiple_of", "sum_of", "at_most") if key in axes.fields(name).data]
         axis = axes.fields(name).only(("minimum", "maximum", *optional))
         minimum = axis.integer("minimum")
         if "multiple_of" in optional:
             axis.integer("multiple_of", minimum=1)
         if "sum_of" in optional:
             axis.texts("sum_of")
+        if "at_most" in optional:
+            axis.text("at_most")
         axis.integer_or_none("maximum", minimum=minimum)
     try:
         return signature_from_json(fields.data)

@@ -18,6 +18,7 @@ import torch
 
 from vlm_export.errors import EnvironmentFailure, UsageError
 from vlm_export.export.lowerings.attention import lower_attention
+from vlm_export.export.lowerings.gelu import GELU_OPSET, lower_tanh_gelu
 from vlm_export.export.lowerings.resample import Interpolation, InterpolationLowering, lower_interpolation
 from vlm_export.export.lowerings.resample_resize import RESIZE_OPSET
 from vlm_export.family import Part
@@ -82,6 +83,8 @@ def export_part(part: Part, opset: int, exporter: Exporter, lowerings: Lowerings
         stack.enter_context(torch.no_grad())
         if opset < ATTENTION_OPSET:
             stack.enter_context(lower_attention())
+        if opset < GELU_OPSET:
+            stack.enter_context(lower_tanh_gelu())
         stack.enter_context(lower_interpolation(_interpolation(part, opset, lowerings)))
         try:
             return export(part, opset)
@@ -108,7 +111,7 @@ def _example_tensors(part: Part) -> tuple[torch.Tensor, ...]:
     sizes |= {"batch": _BATCH}
     limits = {axis.name: axis.maximum for axis in axes}
     sizes = {name: min(size, limits.get(name) or size) for name, size in sizes.items()}
-    arrays = part.examples(part.signature.with_sums(sizes), seed=0)
+    arrays = part.examples(part.signature.related(sizes), seed=0)
     return tuple(torch.from_numpy(arrays[name]) for name in part.signature.input_names)
 
 

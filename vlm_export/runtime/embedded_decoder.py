@@ -18,6 +18,8 @@ from vlm_export.runtime.generation_options import IdArray
 from vlm_export.runtime.image import FloatArray
 
 IDS, EMBEDS, MASK, POSITIONS, LOGITS = "input_ids", "inputs_embeds", "attention_mask", "position_ids", "logits"
+KEPT_LOGITS = "num_logits_to_keep"
+_ALL, _LAST = np.array(0, np.int64), np.array(1, np.int64)
 
 
 class EmbeddedRows(NamedTuple):
@@ -47,10 +49,10 @@ class EmbeddedDecoderState:
         ports = {port.name: port for port in decoder.inputs}
         past = [port for port in decoder.inputs if port.name.startswith(PAST)]
         outputs = {port.name for port in decoder.outputs}
-        if not past or not {present_name(port.name) for port in past} | {LOGITS} <= outputs:
+        if not past or KEPT_LOGITS not in ports or not {present_name(p.name) for p in past} | {LOGITS} <= outputs:
             raise InputError(
-                "the decoder's graph has no cache",
-                expected=f"inputs {PAST}N.key and .value, and the outputs that follow them",
+                "the decoder's graph has no cache, or no choice of logits",
+                expected=f"inputs {PAST}N.key and .value, the outputs that follow them, and {KEPT_LOGITS}",
                 got=", ".join(sorted(ports)),
                 fix="export the bundle again",
             )
@@ -73,7 +75,10 @@ class EmbeddedDecoderState:
         return len(self._mask)
 
     def forward(self, token_ids: IdArray) -> Array:
-        """Feeds int64 (N, T); the first call feeds the prompts. Returns what the graph does, logits (N, T, V)."""
+        """Feeds int64 (N, T); the first call feeds the prompts. Returns logits (N, T, V) as the graph does."""
+        return self._fed_logits(token_ids, _ALL)
+
+    def _fed_logits(self, token_ids: IdArray, kept: Array) -> Array:
         if self._waiting is not None:
             embeds, self._waiting = self._waiting, None
             positions = np.maximum(np.cumsum(self._mask, axis=1) - 1, 0)
@@ -86,7 +91,9 @@ class EmbeddedDecoderState:
         if not self._cached:
             embeds = self._fed = embeds if self._fed is None else np.concatenate([self._fed, embeds], axis=1)
             positions = np.maximum(np.cumsum(self._mask, axis=1) - 1, 0)
-        outputs = self._decoder.run({EMBEDS: embeds, MASK: self._mask, POSITIONS: positions, **self._past})
+        outputs = self._decoder.run(
+            {EMBEDS: embeds, MASK: self._mask, POSITIONS: positions, KEPT_LOGITS: kept, **self._past}
+        )
         if self._cached:
             self._past = {
                 name: array if (array := outputs[present]).dtype == dtype else array.astype(dtype)
@@ -96,8 +103,7 @@ class EmbeddedDecoderState:
 
     def step(self, token_ids: IdArray) -> FloatArray:
         """As in DecoderState."""
-        # Only the last row of a prompt's logits is converted: all of them may take hundreds of megabytes.
-        logits: FloatArray = self.forward(token_ids)[:, -1].astype(np.float32)
+        logits: FloatArray = self._fed_logits(token_ids, _LAST)[:, -1].astype(np.float32, copy=False)
         return logits
 
     def select(self, rows: IdArray) -> None:

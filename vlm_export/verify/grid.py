@@ -41,8 +41,8 @@ def grid_for(
 ) -> tuple[GridPoint, ...]:
     """The points for a signature; the same arguments give the same points.
 
-    Every size of every axis appears at least once, and both ends of each pair of axes in all four combinations. The
-    seeds alternate, and each appears; `thorough` takes every point with every seed.
+    Every size of every axis appears at least once, and both ends of each pair of axes in all four combinations, but
+    for axes that others bound. The seeds alternate, and each appears; `thorough` takes every point with every seed.
 
     Args:
         budget_rows: bound of the total of batch rows, for large models: first the combinations of ends are left out,
@@ -74,7 +74,7 @@ def least_grid(signature: Signature, seed: int = SEEDS[0]) -> tuple[GridPoint, .
         points = [{BATCH_AXIS: count, **sizes} for count, sizes in zip(rows, points, strict=True)]
         if len(points) == 1 and len(batches) > 1:
             points = [{**points[0], BATCH_AXIS: batches[0]}, *points]
-    found = [_within_sums(signature, sizes) for sizes in points]
+    found = [_related(signature, sizes) for sizes in points]
     return tuple(GridPoint(sizes, seed) for i, sizes in enumerate(found) if sizes not in found[:i])
 
 
@@ -114,11 +114,13 @@ def axis_sizes(axis: Axis, batches: Sequence[int] = BATCHES) -> tuple[int, ...]:
 def _combined(signature: Signature, batches: Sequence[int], pairs: bool) -> list[dict[str, int]]:
     sizes = {axis.name: axis_sizes(axis, batches) for axis in _free_axes(signature)}
     found = _walked(sizes)
-    for left, right in combinations(sizes, 2) if pairs else ():
+    # An axis that another bounds has its ends already: with each of the others they would cost more than they show.
+    paired = [axis.name for axis in _free_axes(signature) if axis.at_most is None]
+    for left, right in combinations(paired, 2) if pairs else ():
         middle = {name: values[len(values) // 2] for name, values in sizes.items()}
         for ends in product((sizes[left][0], sizes[left][-1]), (sizes[right][0], sizes[right][-1])):
             found.append({**middle, left: ends[0], right: ends[1]})
-    return _distinct([_within_sums(signature, point) for point in found])
+    return _distinct([_related(signature, point) for point in found])
 
 
 def _distinct(points: list[dict[str, int]]) -> list[dict[str, int]]:
@@ -146,14 +148,14 @@ def _least_sizes(axis: Axis) -> tuple[int, ...]:
     return tuple(dict.fromkeys((sizes[0], *sizes[-2:])))
 
 
-def _within_sums(signature: Signature, sizes: Mapping[str, int]) -> dict[str, int]:
-    """The sizes with sums of axes; where a sum exceeds its range, its first term gives way."""
+def _related(signature: Signature, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The sizes as the axes' relations have them; where a sum exceeds its range, its first term gives way."""
     sizes = dict(sizes)
     for axis in signature.axes:
         total = sum(sizes[term] for term in axis.sum_of)
         if axis.sum_of and axis.maximum is not None and total > axis.maximum:
             sizes[axis.sum_of[0]] -= total - axis.maximum
-    return signature.with_sums(sizes)
+    return signature.related(sizes)
 
 
 def point_bytes(signature: Signature, sizes: Mapping[str, int]) -> int:
@@ -171,7 +173,7 @@ def _within_bytes(signature: Signature, sizes: dict[str, int], budget_bytes: int
         if not shorter:
             break
         longest = max(shorter, key=lambda name: (name != BATCH_AXIS, sizes[name]))
-        sizes = signature.with_sums({**sizes, longest: shorter[longest]})
+        sizes = signature.related({**sizes, longest: shorter[longest]})
     return sizes
 
 

@@ -113,8 +113,10 @@ def _unusable(tensor: TensorSpec, sizes: Mapping[str, int], expected: Arrays, go
         if tensor.name not in outputs:
             return f"{side} returned no such output, only {', '.join(outputs) or 'nothing'}"
     reference = expected[tensor.name]
-    if all(entry in sizes for entry in tensor.shape if isinstance(entry, str)):
-        stated = f"{tensor.dtype} {tensor.concrete_shape(sizes)}"
-        if describe_array(reference) != stated:
-            return f"the reference contradicts the signature: expected {stated}, got {describe_array(reference)}"
+    # Axes that only outputs have keep the size that the reference gives them; its rank is compared all the same.
+    open_axes = (entry for entry in tensor.shape if isinstance(entry, str) and entry not in sizes)
+    given = dict(zip(tensor.shape, reference.shape, strict=False))
+    stated = f"{tensor.dtype} {tensor.concrete_shape({**sizes, **{axis: given.get(axis, 0) for axis in open_axes}})}"
+    if describe_array(reference) != stated:
+        return f"the reference contradicts the signature: expected {stated}, got {describe_array(reference)}"
     return ""

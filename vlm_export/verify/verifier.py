@@ -121,7 +121,7 @@ def _against_itself(
     candidate: _Candidate, grid: Sequence[GridPoint], pad_token_id: int | None
 ) -> Iterator[Callable[[], PointResult]]:
     batched = [point for point in grid if point.rows > 1]
-    if batched and _all_have_axis(candidate.signature, BATCH_AXIS):
+    if batched and _has_rows(candidate.signature):
         smallest = min(batched, key=lambda point: point.rows)
         yield partial(candidate.rows_alone, smallest)
     if pad_token_id is not None and _paddable(candidate.signature):
@@ -132,8 +132,10 @@ def _against_itself(
             yield partial(candidate.padding, longest, pad_token_id)
 
 
-def _all_have_axis(signature: Signature, axis: str) -> bool:
-    return all(axis in tensor.shape for tensor in (*signature.inputs, *signature.outputs))
+def _has_rows(signature: Signature) -> bool:
+    """Whether all tensors have a batch; single numbers, which all rows share, may stand beside them."""
+    inputs = [tensor for tensor in signature.inputs if tensor.shape]
+    return bool(inputs) and all(BATCH_AXIS in tensor.shape for tensor in (*inputs, *signature.outputs))
 
 
 def _paddable(signature: Signature) -> bool:
@@ -169,10 +171,14 @@ def _cut(signature: Signature, outputs: Arrays, length: int) -> dict[str, Array]
 
 def _joined_rows(engine: EngineRun, signature: Signature, inputs: Arrays) -> dict[str, Array]:
     """Outputs of every row run alone, joined to a batch."""
-    positions = {t.name: t.shape.index(BATCH_AXIS) for t in (*signature.inputs, *signature.outputs)}
-    first = signature.inputs[0].name
+    tensors = (*signature.inputs, *signature.outputs)
+    positions = {tensor.name: tensor.shape.index(BATCH_AXIS) for tensor in tensors if tensor.shape}
+    first = next(name for name in inputs if name in positions)
     alone: list[Mapping[str, Array]] = []
     for row in range(inputs[first].shape[positions[first]]):
-        one = {name: np.take(array, [row], axis=positions[name]) for name, array in inputs.items()}
+        one = {
+            name: np.take(array, [row], axis=positions[name]) if name in positions else array
+            for name, array in inputs.items()
+        }
         alone.append(engine(one))
     return {name: np.concatenate([row[name] for row in alone], axis=positions[name]) for name in signature.output_names}
