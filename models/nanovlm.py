@@ -147,8 +147,6 @@ def _facts(architecture: NanoVlmArchitecture) -> dict[str, Any]:
             "pad_token_id": chat.end_token_id,
             "max_new_tokens": _MAX_NEW_TOKENS[chat.layout],
             "sampling": _SAMPLING,
-            "greedy": False,
-            "stops_at_end_token": chat.layout != "prepended",
         },
     }
     if chat.layout == "tiles":

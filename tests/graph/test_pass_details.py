@@ -210,6 +210,18 @@ def test_inference_keeps_what_it_cannot_tell() -> None:
     assert not infer_shapes(model)
 
 
+def test_inference_that_fails_as_a_whole_says_why() -> None:
+    text = """<ir_version: 10, opset_import: ["acme" : 1]>
+    g (float[2] x) => (float[2] y) { a = Relu(x)\n y = Relu(a) }"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    before = str(ir.to_proto(model))
+    found = infer_shapes(model)
+    assert not found
+    assert found.failure is not None
+    assert "No opset import" in found.failure
+    assert str(ir.to_proto(model)) == before
+
+
 def test_operators_that_cannot_be_converted_are_named() -> None:
     text = """<ir_version: 10, opset_import: ["" : 20]>
     g (float[4] x) => (float[4] y) { a = Relu(x)\n y = Gelu(a) }"""

@@ -26,8 +26,6 @@ _SHARED: dict[str, Any] = {
     "pad_token_id": 2,
     "max_new_tokens": 20,
     "sampling": {"top_k": 50, "top_p": 0.9, "temperature": 0.5},
-    "greedy": False,
-    "stops_at_end_token": True,
 }
 
 

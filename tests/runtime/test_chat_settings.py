@@ -63,8 +63,6 @@ def test_no_narrowing_is_null() -> None:
         ("eos_token_ids", [True]),
         ("pad_token_id", -1),
         ("max_new_tokens", 0),
-        ("greedy", 0),
-        ("stops_at_end_token", None),
         ("prompt.before", None),
         ("prompt.after", 1),
         ("sampling.top_k", 0),

@@ -232,5 +232,5 @@ def _report(
 
 def _text(result: Any) -> str:
     if isinstance(result, dict):
-        return ", ".join(f"{key} {_text(value)}" for key, value in result.items()) or "nothing"
+        return ", ".join(f"{key} {_text(value)}" for key, value in result.items() if value is not None) or "nothing"
     return str(result)

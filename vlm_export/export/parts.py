@@ -20,13 +20,17 @@ def select_parts(model: Model, names: Sequence[str]) -> Model:
     Raises:
         UsageError: the model has no part of a name.
     """
-    known = [part.name for part in model.parts]
+    check_names(names, [part.name for part in model.parts])
+    return replace(model, parts=tuple(part for part in model.parts if not names or part.name in names))
+
+
+def check_names(names: Sequence[str], known: Sequence[str]) -> None:
+    """UsageError where one of the names is no part's."""
     for name in names:
         if name not in known:
             raise UsageError(
                 f"the model has no part {name!r}", expected=", ".join(known), got=name, fix=suggestion(name, known)
             )
-    return replace(model, parts=tuple(part for part in model.parts if not names or part.name in names))
 
 
 def needed_bytes(
@@ -39,10 +43,14 @@ def needed_bytes(
     """Disk that an export takes at most: weights converted to float32, and those of every graph at every precision.
 
     The part with preprocessing holds the picture encoder once more.
+
+    Raises:
+        UsageError: the checkpoint's model has no part of a name; found here, before minutes are spent on its weights.
     """
     read = (info.shape for key, info in checkpoint.tensors.items() if not family.reads or key.startswith(family.reads))
     counts = {part.name: part.parameter_count for part in family.describe(checkpoint).parts}
     if with_preprocessing and "vision" in counts:
         counts[PART_NAME] = counts["vision"]
+    check_names(names, list(counts))
     written = sum(count for name, count in counts.items() if not names or name in names)
     return _FLOAT32_BYTES * sum(map(prod, read)) + written * sum(_WEIGHT_BYTES[name] for name in precisions)

@@ -30,8 +30,6 @@ _FIELDS = (
     "pad_token_id",
     "max_new_tokens",
     "sampling",
-    "greedy",
-    "stops_at_end_token",
 )
 
 
@@ -63,8 +61,6 @@ class ChatSettings:
         pad_token_id: fills the left of shorter rows.
         max_new_tokens: of an answer, in the original's script.
         sampling: what the original's script draws from.
-        greedy: whether that script searches greedily instead.
-        stops_at_end_token: whether the original looks at end tokens at all.
         tiles: how pictures are cut, for the layout "tiles" alone.
     """
 
@@ -82,8 +78,6 @@ class ChatSettings:
     pad_token_id: int
     max_new_tokens: int
     sampling: SamplingDefaults
-    greedy: bool
-    stops_at_end_token: bool
     tiles: TileSpec | None
 
 
@@ -116,8 +110,6 @@ def chat_settings_from_facts(facts: Mapping[str, Any], vocab_size: int, where: s
         pad_token_id=fields.integer("pad_token_id", maximum=vocab_size - 1),
         max_new_tokens=fields.integer("max_new_tokens", 1, _MAX_TOKENS),
         sampling=_sampling(fields.fields("sampling")),
-        greedy=fields.boolean("greedy"),
-        stops_at_end_token=fields.boolean("stops_at_end_token"),
         tiles=tile_spec_from_json(top.mapping(TILES)) if TILES in facts else None,
     )
     _check_layout(settings, fields)

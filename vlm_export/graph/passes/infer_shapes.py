@@ -23,10 +23,11 @@ _LIKE_FIRST_INPUT = {
 
 @dataclass(frozen=True)
 class Inferred:
-    """How many values are better known than before."""
+    """How many values are better known than before, and what ONNX says where its inference failed as a whole."""
 
     dtypes: int
     shapes: int
+    failure: str | None = None
 
     def __bool__(self) -> bool:
         return bool(self.dtypes or self.shapes)
@@ -41,13 +42,16 @@ def infer_shapes(model: ir.Model) -> Inferred:
     """
     before = _known(model)
     while True:
-        _merge(model, _inferred(model))
+        inferred, failure = _inferred(model)
+        _merge(model, inferred)
         if not _fill_like_first_input(model):
             break
     after = _known(model)
     changes = [(before[value], after[value]) for value in after]
     return Inferred(
-        dtypes=sum(old[0] != new[0] for old, new in changes), shapes=sum(old[1] != new[1] for old, new in changes)
+        dtypes=sum(old[0] != new[0] for old, new in changes),
+        shapes=sum(old[1] != new[1] for old, new in changes),
+        failure=failure,
     )
 
 
@@ -59,8 +63,8 @@ def _known(model: ir.Model) -> dict[ir.Value, tuple[object, object]]:
     }
 
 
-def _inferred(model: ir.Model) -> ir.Model:
-    proto = skeleton_proto(copy_of(model).model)
+def _inferred(model: ir.Model) -> tuple[ir.Model, str | None]:
+    proto, failure = skeleton_proto(copy_of(model).model), None
     try:
         inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     # Inference raises exceptions of several classes, also for graphs that are right.
@@ -68,10 +72,10 @@ def _inferred(model: ir.Model) -> ir.Model:
     except Exception:
         try:
             inferred = onnx.shape_inference.infer_shapes(proto)
-        except Exception:
-            inferred = proto
+        except Exception as error:
+            inferred, failure = proto, " ".join(str(error).split())
     found: ir.Model = ir.from_proto(inferred)
-    return found
+    return found, failure
 
 
 def _merge(model: ir.Model, inferred: ir.Model) -> None:
