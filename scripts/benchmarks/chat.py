@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.export import export_random
 from benchmarks.report import Bars, Report, Table
@@ -22,27 +22,37 @@ SIDES = {OURS: "bundle", "PyTorch": "original", "PyTorch without a cache": "orig
 """Label → the side of `chat_side`. The last is nanoVLM-222M's own way; later versions keep a cache."""
 
 
-def measure(name: str, bundle: Path | None, rounds: int, threads: int, new_tokens: int) -> Report:
+class Prompt(NamedTuple):
+    """Tokens of text that go in besides the picture's, and tokens that come out."""
+
+    tokens: int = 12
+    new_tokens: int = 32
+
+
+def measure(
+    name: str, bundle: Path | None, rounds: int, threads: int, prompt: Prompt, report_name: str = "chat"
+) -> Report:
     """Each side in a process of its own, rounds interleaved, after one round of each that must give the same ids."""
     with TemporaryDirectory() as folder:
         if bundle is None:
             bundle = Path(folder) / "bundle"
             export_random(name, bundle, "--no-tokenizer")
-        sides = {label: Side(side, name, bundle, Path(folder), threads) for label, side in SIDES.items()}
+        sides = {label: Side(side, name, bundle, Path(folder), threads, prompt.tokens) for label, side in SIDES.items()}
         try:
-            results = _rounds(sides, rounds, new_tokens)
+            results = _rounds(sides, rounds, prompt.new_tokens)
         finally:
             for side in sides.values():
                 side.close()
-    return report_from_results(name, results, rounds, threads, new_tokens)
+    return report_from_results(name, results, rounds, threads, prompt, report_name)
 
 
 class Side:
     """A process that answers each line on its input, a number of tokens, with one JSON line."""
 
-    def __init__(self, side: str, name: str, bundle: Path, folder: Path, threads: int) -> None:
+    def __init__(self, side: str, name: str, bundle: Path, folder: Path, threads: int, prompt_tokens: int) -> None:
         code = "import sys; from benchmarks.chat_side import serve; serve(*sys.argv[1:])"
-        arguments = [side, name, str(bundle), str(folder / f"{side}.safetensors"), str(threads)]
+        weights = folder / f"{side}.safetensors"
+        arguments = [side, name, str(bundle), str(weights), str(threads), str(prompt_tokens)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self._process = subprocess.Popen(
             [sys.executable, "-c", code, *arguments],
@@ -82,7 +92,12 @@ def _rounds(sides: Mapping[str, Side], rounds: int, new_tokens: int) -> dict[str
 
 
 def report_from_results(
-    name: str, results: Mapping[str, Sequence[Mapping[str, Any]]], rounds: int, threads: int, new_tokens: int
+    name: str,
+    results: Mapping[str, Sequence[Mapping[str, Any]]],
+    rounds: int,
+    threads: int,
+    prompt: Prompt,
+    report_name: str = "chat",
 ) -> Report:
     """The page of what the processes returned, round by round."""
     ids = [result["ids"] for rounds_of_side in results.values() for result in rounds_of_side]
@@ -107,17 +122,19 @@ def report_from_results(
         for label in results
     ]
     return Report(
-        name="chat",
-        title="nanoVLM: picture and question to words",
+        name=report_name,
+        title=f"nanoVLM: picture and {prompt.tokens} tokens of text to words",
         goal=f"first token and tokens per second at least {GOAL_RATIO:g} times better than eager PyTorch in fp32, with "
         "the same ids, and less memory.",
         reached=min(slowest_first, slowest_rate) >= GOAL_RATIO and equal and smaller,
         conclusion=f"first token {slowest_first:.2f} times, tokens {slowest_rate:.2f} times, "
         f"memory {'below' if smaller else 'above'}, ids {'equal' if equal else 'differ'}.",
-        command=f"python scripts/benchmark.py chat --name {name} --rounds {rounds} --threads {threads}",
+        command=f"python scripts/benchmark.py chat --name {name} --rounds {rounds} --threads {threads} "
+        f"--prompt-tokens {prompt.tokens} --new-tokens {prompt.new_tokens} --report {report_name}",
         tables=(
             Table(
-                f"{name}, random weights, {threads} threads, one picture, {new_tokens} tokens, greedy; {rounds} "
+                f"{name}, random weights, {threads} threads, one picture, {prompt.tokens} tokens of text, "
+                f"{prompt.new_tokens} new tokens, greedy; {rounds} "
                 "interleaved rounds, each side in its own process; medians; ratio: median of the rounds'; memory: "
                 "VmHWM and RssAnon, mapped files count in the first",
                 header,
@@ -129,7 +146,7 @@ def report_from_results(
             "tokens/s",
             [(label, 1 / _median(results[label], "token_seconds")) for label in results],
         ),
-        data={"model": name, "threads": threads, "new_tokens": new_tokens, "results": results},
+        data={"model": name, "threads": threads, **prompt._asdict(), "results": results},
     )
 
 

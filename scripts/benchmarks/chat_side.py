@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-TEXT_TOKENS = 12
+Form = tuple[int, int]
+"""Pixels of a picture's side, and the size of the vocabulary."""
+
 Generate = Callable[[npt.NDArray[np.float32], list[int]], Iterator[int]]
 
 
-def serve(side: str, name: str, bundle: str, weights: str, threads: str) -> None:
+def serve(side: str, name: str, bundle: str, weights: str, threads: str, prompt_tokens: str) -> None:
     """Answers each number of tokens on the input with a generation's ids, times and the process's memory."""
-    generate, pixels, text = _SIDES[side](name, Path(bundle), Path(weights), int(threads))
+    generate, form = _SIDES[side](name, Path(bundle), Path(weights), int(threads))
+    pixels, text = _inputs(*form, int(prompt_tokens))
     for line in sys.stdin:
         start = time.perf_counter()
         tokens = generate(pixels, text)
@@ -38,20 +41,20 @@ def serve(side: str, name: str, bundle: str, weights: str, threads: str) -> None
         print(json.dumps(result), flush=True)
 
 
-def _inputs(size: int, vocab_size: int) -> tuple[npt.NDArray[np.float32], list[int]]:
+def _inputs(size: int, vocab_size: int, tokens: int) -> tuple[npt.NDArray[np.float32], list[int]]:
     rng = np.random.default_rng(0)
     pixels = rng.random((1, 3, size, size), dtype=np.float32)
-    return pixels, rng.integers(3, vocab_size - 100, TEXT_TOKENS).tolist()
+    return pixels, rng.integers(3, vocab_size - 100, tokens).tolist()
 
 
-def _bundle(name: str, bundle: Path, weights: Path, threads: int) -> tuple[Generate, Any, list[int]]:
+def _bundle(name: str, bundle: Path, weights: Path, threads: int) -> tuple[Generate, Form]:
     from vlm_export.runtime.chat_inputs import ChatRow
     from vlm_export.runtime.embedded_decoder import EmbeddedDecoderState
     from vlm_export.runtime.generation import GenerationOptions, stream
     from vlm_export.runtime.vision_chat import load_vision_chat
 
     chat = load_vision_chat(bundle, threads=threads)
-    pixels, text = _inputs(chat.image_spec.size_pixels, chat.text_spec.vocab_size)
+    form = (chat.image_spec.size_pixels, chat.text_spec.vocab_size)
 
     def generate(pixels: npt.NDArray[np.float32], text: list[int]) -> Iterator[int]:
         features = chat.vision_encoder.run({"pixel_values": pixels})["image_features"]
@@ -62,10 +65,10 @@ def _bundle(name: str, bundle: Path, weights: Path, threads: int) -> tuple[Gener
         options = GenerationOptions(eos_token_ids=(), max_new_tokens=10_000)
         return (token.token_id for token in stream(state, np.array([row.ids], np.int64), options))
 
-    return generate, pixels, text
+    return generate, form
 
 
-def _original(name: str, weights: Path, threads: int, *, cached: bool) -> tuple[Generate, Any, list[int]]:
+def _original(name: str, weights: Path, threads: int, *, cached: bool) -> tuple[Generate, Form]:
     import torch
 
     from benchmarks.chat_original import OriginalNanoVlm
@@ -80,7 +83,7 @@ def _original(name: str, weights: Path, threads: int, *, cached: bool) -> tuple[
     published, config = family.published_tensors(architecture), family.published_config(architecture)
     model = OriginalNanoVlm(random_checkpoint(name, published, 0, weights, config), cached=cached)
     assert config is not None
-    pixels, text = _inputs(config["vit_img_size"], config["lm_vocab_size"])
+    form = (config["vit_img_size"], config["lm_vocab_size"])
 
     @torch.inference_mode()
     def step(function: Callable[..., Any], *inputs: Any) -> Any:
@@ -93,7 +96,7 @@ def _original(name: str, weights: Path, threads: int, *, cached: bool) -> tuple[
             yield int(token)
             logits, cache, fed = step(model.next_logits, token, cache, fed)
 
-    return generate, pixels, text
+    return generate, form
 
 
 def _memory() -> dict[str, int]:
@@ -102,7 +105,7 @@ def _memory() -> dict[str, int]:
     return {name: int(fields[name].split()[0]) * 1024 for name in ("VmHWM", "RssAnon")}
 
 
-_SIDES: dict[str, Callable[[str, Path, Path, int], tuple[Generate, Any, list[int]]]] = {
+_SIDES: dict[str, Callable[[str, Path, Path, int], tuple[Generate, Form]]] = {
     "bundle": _bundle,
     "original": lambda name, bundle, weights, threads: _original(name, weights, threads, cached=True),
     "original-uncached": lambda name, bundle, weights, threads: _original(name, weights, threads, cached=False),

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from vlm_export.errors import InputError, UsageError
+from vlm_export.runtime import embedded_decoder
 from vlm_export.runtime.embedded_decoder import EmbeddedDecoderState, EmbeddedRows, left_padded
 from vlm_export.runtime.engine import Array, Port
 from vlm_export.runtime.generation import GenerationOptions, generate
@@ -112,6 +113,26 @@ def test_the_cache_changes_nothing() -> None:
         assert feeds["past_key_values.0.key"].shape[2] == 0
         assert feeds["inputs_embeds"].shape[1] == 7 + number
         assert np.array_equal(feeds["position_ids"], np.maximum(feeds["attention_mask"].cumsum(axis=1) - 1, 0))
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 4, 6])
+def test_prompts_in_pieces_are_prompts(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = prompts_of(3, 7, 1, 5, 2, 6)
+    whole, whole_ids = ToyAttention(), ids_of(rows)
+    logits = EmbeddedDecoderState(whole, ToyEmbedding(), left_padded(rows)).forward(np.zeros((6, 7), np.int64))
+    assert len(whole.fed) == 1
+    monkeypatch.setattr(embedded_decoder, "_PIECE_TOKENS", piece)
+    cut = ToyAttention()
+    pieces = EmbeddedDecoderState(cut, ToyEmbedding(), left_padded(rows)).forward(np.zeros((6, 7), np.int64))
+    lengths = [feeds["inputs_embeds"].shape[1] for feeds in cut.fed]
+    assert sum(lengths) == 7
+    assert max(lengths) <= piece
+    # A short piece would read all weights for few tokens.
+    assert max(lengths) - min(lengths) <= 1
+    real = left_padded(rows).attention_mask > 0
+    assert np.allclose(pieces[real], logits[real], atol=1e-5)
+    assert ids_of(rows) == whole_ids
+    assert ids_of(rows, cached=False) == whole_ids
 
 
 def test_what_is_fed() -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 import vlm_export
 from vlm_export import VisionChat, load, load_vision_chat, load_vision_language
 from vlm_export.errors import InputError, UsageError
-from vlm_export.runtime import chat_inputs
+from vlm_export.runtime import chat_inputs, embedded_decoder
 from vlm_export.runtime.image import PictureSource
 from vlm_export.runtime.vision_chat import CAPTION_QUESTION
 
@@ -97,6 +97,15 @@ def test_batches_answer_like_single_questions(variant: str, opened: Model) -> No
     shared = [model.answer(images[0], question)[0] for question in OTHERS]
     assert model.answer(images[0], OTHERS, batch_size=2) == shared
     assert model.answer(images, ASKED) == [model.answer(image, ASKED)[0] for image in images]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_prompts_in_pieces_answer_like_whole_ones(variant: str, opened: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = opened(variant)
+    images: list[PictureSource] = [picture(variant), *other_pictures(), picture(variant).read_bytes()]
+    whole = model.answer(images, OTHERS)
+    monkeypatch.setattr(embedded_decoder, "_PIECE_TOKENS", 5)
+    assert model.answer(images, OTHERS) == whole
 
 
 @pytest.mark.parametrize("variant", ["450m", "split"])

@@ -6,7 +6,8 @@ the left; positions count a row's own tokens, so a row decodes the same with and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,9 @@ from vlm_export.runtime.image import FloatArray
 IDS, EMBEDS, MASK, POSITIONS, LOGITS = "input_ids", "inputs_embeds", "attention_mask", "position_ids", "logits"
 KEPT_LOGITS = "num_logits_to_keep"
 _ALL, _LAST = np.array(0, np.int64), np.array(1, np.int64)
+_PIECE_TOKENS = 256
+"""Of a prompt, fed one after the other: a piece's scores stay in the processor's cache, and no token is compared with
+later ones. Shorter pieces read the weights too often."""
 
 
 class EmbeddedRows(NamedTuple):
@@ -76,9 +80,33 @@ class EmbeddedDecoderState:
 
     def forward(self, token_ids: IdArray) -> Array:
         """Feeds int64 (N, T); the first call feeds the prompts. Returns logits (N, T, V) as the graph does."""
-        return self._fed_logits(token_ids, _ALL)
+        pieces = list(self._decoded(token_ids, _ALL))
+        return np.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0]
 
-    def _fed_logits(self, token_ids: IdArray, kept: Array) -> Array:
+    def _decoded(self, token_ids: IdArray, kept: Array) -> Iterator[Array]:
+        """The graph's logits for each piece of what is fed; `kept`: of how many of a piece's tokens, 0 for all."""
+        embeds, positions = self._next(token_ids)
+        tokens = embeds.shape[1]
+        past_tokens = self._mask.shape[1] - tokens
+        for start, stop in pairwise(_piece_ends(tokens) if self._cached else (0, tokens)):
+            outputs = self._decoder.run(
+                {
+                    EMBEDS: embeds[:, start:stop],
+                    MASK: self._mask[:, : past_tokens + stop],
+                    POSITIONS: positions[:, start:stop],
+                    KEPT_LOGITS: kept,
+                    **self._past,
+                }
+            )
+            if self._cached:
+                self._past = {
+                    name: array if (array := outputs[present]).dtype == dtype else array.astype(dtype)
+                    for name, present, dtype in self._caches
+                }
+            yield outputs[LOGITS]
+
+    def _next(self, token_ids: IdArray) -> tuple[Array, IdArray]:
+        """Embeddings (N, T, D) and positions (N, T) of what the decoder has to see; the mask grows with them."""
         if self._waiting is not None:
             embeds, self._waiting = self._waiting, None
             positions = np.maximum(np.cumsum(self._mask, axis=1) - 1, 0)
@@ -91,19 +119,12 @@ class EmbeddedDecoderState:
         if not self._cached:
             embeds = self._fed = embeds if self._fed is None else np.concatenate([self._fed, embeds], axis=1)
             positions = np.maximum(np.cumsum(self._mask, axis=1) - 1, 0)
-        outputs = self._decoder.run(
-            {EMBEDS: embeds, MASK: self._mask, POSITIONS: positions, KEPT_LOGITS: kept, **self._past}
-        )
-        if self._cached:
-            self._past = {
-                name: array if (array := outputs[present]).dtype == dtype else array.astype(dtype)
-                for name, present, dtype in self._caches
-            }
-        return outputs[LOGITS]
+        return embeds, positions
 
     def step(self, token_ids: IdArray) -> FloatArray:
         """As in DecoderState."""
-        logits: FloatArray = self._fed_logits(token_ids, _LAST)[:, -1].astype(np.float32, copy=False)
+        *_, last = self._decoded(token_ids, _LAST)
+        logits: FloatArray = last[:, -1].astype(np.float32, copy=False)
         return logits
 
     def select(self, rows: IdArray) -> None:
@@ -115,6 +136,12 @@ class EmbeddedDecoderState:
             self._fed = taken_rows(self._fed, rows)
         for name in self._past:
             self._past[name] = taken_rows(self._past[name], rows)
+
+
+def _piece_ends(tokens: int) -> list[int]:
+    """0 and the ends of pieces of about one length, none above `_PIECE_TOKENS`."""
+    count = -(-tokens // _PIECE_TOKENS)
+    return [tokens * i // count for i in range(count + 1)]
 
 
 def left_padded(rows: Sequence[FloatArray]) -> EmbeddedRows:
