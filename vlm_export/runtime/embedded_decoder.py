@@ -45,7 +45,7 @@ class EmbeddedDecoderState:
         cached: False feeds all tokens again at each step, which proves the cache: slow, for tests.
 
     Raises:
-        InputError: the decoder's graph takes no caches of the expected names.
+        InputError: the decoder's graph lacks caches of the expected names, or `num_logits_to_keep`.
         UsageError: a prompt has no tokens.
     """
 
