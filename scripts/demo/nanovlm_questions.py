@@ -14,8 +14,8 @@ from vlm_export.runtime.vision_chat import CAPTION_QUESTION
 CAPTION = "caption"
 # How often a kind is asked: comparing what is said with what is seen is learnt last.
 _WEIGHTS = {"exists": 4.0, "count": 2.0}
-_SHARES = np.array([_WEIGHTS.get(kind, 1.0) for kind in KINDS]) / sum(_WEIGHTS.get(kind, 1.0) for kind in KINDS)
-# Of the BLIP demo's questions these are the one that asks for a caption: tokens have no capitals.
+_FREQUENCIES = np.array([_WEIGHTS.get(kind, 1.0) for kind in KINDS])
+# The BLIP demo's questions that are the caption's, since the tokenizer knows no capitals, or its plural.
 _SAME = ("what is this", "what are these")
 
 
@@ -34,5 +34,5 @@ def question_of_kind(composition: Composition, kind: str, rng: np.random.Generat
 
 def training_questions(composition: Composition, count: int, rng: np.random.Generator) -> Sequence[Question]:
     """The caption's question and `count` others."""
-    kinds = rng.choice(len(KINDS), size=count, p=_SHARES)
+    kinds = rng.choice(len(KINDS), size=count, p=_FREQUENCIES / _FREQUENCIES.sum())
     return [caption_question(composition), *(question_of_kind(composition, KINDS[int(kind)], rng) for kind in kinds)]
