@@ -127,17 +127,17 @@ def held_out_questions(drawings: Sequence[Drawing]) -> list[tuple[Drawing, Quest
 def caption_exactness(parts: Parts, drawings: Sequence[Drawing], beams: int = 1) -> Exactness:
     """Of the pictures' canonical captions."""
     truths = [caption(drawing.composition).removeprefix(PROMPT) for drawing in drawings]
-    return _exactness(parts.captions(drawings, beams), truths, ["caption"] * len(truths))
+    return exactness(parts.captions(drawings, beams), truths, ["caption"] * len(truths))
 
 
 def answer_exactness(parts: Parts, drawings: Sequence[Drawing], beams: int = 1) -> Exactness:
     """Of the answers to a question of each kind about every picture."""
     asked = held_out_questions(drawings)
     said = parts.answers(asked, beams)
-    return _exactness(said, [question.answer for _, question in asked], [question.kind for _, question in asked])
+    return exactness(said, [question.answer for _, question in asked], [question.kind for _, question in asked])
 
 
-def _exactness(said: Sequence[str], truths: Sequence[str], kinds: Sequence[str]) -> Exactness:
+def exactness(said: Sequence[str], truths: Sequence[str], kinds: Sequence[str]) -> Exactness:
     right = np.array([text == truth for text, truth in zip(said, truths, strict=True)])
     of_kind = {kind: right[[other == kind for other in kinds]] for kind in dict.fromkeys(kinds)}
     return Exactness(len(right), float(right.mean()), {kind: float(rows.mean()) for kind, rows in of_kind.items()})

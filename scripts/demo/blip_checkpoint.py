@@ -27,7 +27,7 @@ def published_checkpoint(modules: BlipModules, architecture: BlipArchitecture) -
     """What `torch.save` takes: `{"model": state dict}`. Matrices are float16 where the original has float32."""
     ours = modules.state_dict()
     kept = {key: target for key, target in _table(architecture).items() if target is not None}
-    state = {key: _stored(ours, target) for key, target in kept.items()}
+    state = {key: stored(ours, target) for key, target in kept.items()}
     state |= {key: state[twin] for key, twin in _TWINS.items()}
     for prefix, sizes in (("text_encoder.", architecture.encoder), ("text_decoder.bert.", architecture.decoder)):
         if sizes is not None:
@@ -42,12 +42,12 @@ def _table(architecture: BlipArchitecture) -> WeightTable:
     return table if encoder is None else table | encoder_table(encoder.layers, has_cross_attention=True)
 
 
-def _stored(ours: Mapping[str, Tensor], target: Kept) -> Tensor:
-    """The parameter, or the part of it, that a published key holds: the inverse of loading."""
+def stored(ours: Mapping[str, Tensor], target: Kept) -> Tensor:
+    """The parameter, or the part of it, that a published key holds: the inverse of loading. Matrices are float16."""
     if isinstance(target, str):
         weight = ours[target]
     elif isinstance(target, Rows):
-        weight = ours[target.name].chunk(target.count)[target.index]
+        weight = torch.cat(ours[target.name].chunk(target.count)[target.index : target.index + target.span])
     elif isinstance(target, Transposed):
         weight = ours[target.name].T
     else:

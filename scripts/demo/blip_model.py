@@ -111,23 +111,35 @@ def initialise(pair: DemoPair, seed: int) -> None:
 
 
 def warm_start(vision: VisionTransformer, clip_checkpoint: Path, pictures: Sequence[Image.Image]) -> None:
-    """Fills the vision encoder with the first blocks of the CLIP demo's.
-
-    CLIP normalises its tokens before the blocks and BLIP does not. A norm with the scale that the pictures' tokens
-    have on average is a linear map, which patches, class token and positions take in.
-    """
-    clip = next(part.module for part in load_model(clip_checkpoint).parts if part.name == "vision")
-    assert isinstance(clip, ClipVisionTransformer)
+    """Fills the vision encoder with the first blocks of the CLIP demo's."""
+    clip = clip_vision(clip_checkpoint)
     with torch.no_grad():
-        patches = clip.patches(pixel_values(pictures, IMAGE)) + clip.position_embedding[1:]
-        scale = clip.norm_pre.weight / patches.std(dim=-1, unbiased=False).mean()
-        vision.patches.conv.weight.copy_(_centred(clip.patches.conv.weight, 0) * scale[:, None, None, None])
-        positions = _centred(clip.position_embedding, -1)
-        vision.position_embedding.copy_(positions * scale + clip.norm_pre.bias)
+        weight, positions = entry_without_norm(clip, pictures)
+        vision.patches.conv.weight.copy_(weight)
+        vision.position_embedding.copy_(positions)
         first = clip.class_embedding + clip.position_embedding[0]
         vision.class_embedding.copy_(clip.norm_pre(first) - vision.position_embedding[0])
         for ours, theirs in zip(vision.blocks, clip.blocks, strict=False):
             ours.load_state_dict(theirs.state_dict())
+
+
+def clip_vision(checkpoint: Path) -> ClipVisionTransformer:
+    """The CLIP demo's vision encoder."""
+    clip = next(part.module for part in load_model(checkpoint).parts if part.name == "vision")
+    assert isinstance(clip, ClipVisionTransformer)
+    return clip
+
+
+def entry_without_norm(clip: ClipVisionTransformer, pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+    """Patch weights float32 (C, 3, P, P) and positions float32 (1 + N, C) that need no norm before the blocks.
+
+    CLIP normalises its tokens there, BLIP and SigLIP do not. A norm with the scale that the pictures' tokens have on
+    average is a linear map, which patches and positions take in.
+    """
+    patches = clip.patches(pixel_values(pictures, IMAGE)) + clip.position_embedding[1:]
+    scale = clip.norm_pre.weight / patches.std(dim=-1, unbiased=False).mean()
+    weight = _centred(clip.patches.conv.weight, 0) * scale[:, None, None, None]
+    return weight, _centred(clip.position_embedding, -1) * scale + clip.norm_pre.bias
 
 
 def _centred(tensor: Tensor, axis: int) -> Tensor:

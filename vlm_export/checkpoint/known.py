@@ -27,7 +27,7 @@ class KnownSource:
     Attributes:
         url: an https address.
         hub: a Hugging Face Hub id.
-        file: a path inside `configs/`.
+        file: a path inside `configs/`, of a file or of a checkpoint's directory.
     """
 
     url: str | None = None
@@ -101,9 +101,9 @@ def load_known(name: str) -> KnownCheckpoint:
 
 
 def packaged_path(relative: str) -> Path:
-    """The file at `relative` inside `configs/`; EnvironmentFailure when the installation lacks it."""
+    """The file or directory at `relative` inside `configs/`; EnvironmentFailure when the installation lacks it."""
     path = Path(str(resources.files(_PACKAGE))).joinpath(*relative.split("/"))
-    if not path.is_file():
+    if not path.exists():
         raise EnvironmentFailure(
             "a file that the configs name is not installed",
             where=str(path),

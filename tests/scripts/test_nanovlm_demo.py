@@ -1,0 +1,171 @@
+"""The committed nanoVLM demo: in the published form, right on held-out pictures, the same in both engines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import train_nanovlm_demo
+from demo.blip_accuracy import held_out_pictures
+from demo.blip_questions import KINDS
+from demo.checkpoint import load_model
+from demo.files import sha256_of
+from demo.nanovlm_accuracy import answer_exactness, held_out_questions
+from demo.nanovlm_chat import TorchChat
+from demo.nanovlm_files import NAME, NanoVlmDemoFiles
+from demo.nanovlm_questions import CAPTION, caption_question
+from demo.nanovlm_vocab import tokenizer_json
+from demo.world import HELD_OUT, Drawing, draw
+from PIL import Image
+from safetensors import safe_open
+
+from vlm_export.checkpoint.known import load_known
+from vlm_export.checkpoint.open import open_checkpoint
+from vlm_export.export.options import ExportOptions
+from vlm_export.export.pipeline import export_bundle
+from vlm_export.models.nanovlm import NanoVlmFamily
+from vlm_export.models.nanovlm_weights import EMBEDDING_KEY, HEAD_KEY
+from vlm_export.models.registry import recognise
+from vlm_export.runtime.vision_chat import CAPTION_QUESTION, VisionChat, load_vision_chat
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = NanoVlmDemoFiles(ROOT / "configs")
+PUBLISHED_FORM = ROOT / "tests" / "data" / "nanovlm" / "450m"
+
+
+@pytest.fixture(scope="module")
+def drawings() -> list[Drawing]:
+    """40 pictures that neither training nor the script's own measurement has seen."""
+    return [draw(HELD_OUT[(11 * i) % len(HELD_OUT)], (4111, i)) for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def in_torch() -> TorchChat:
+    torch.set_num_threads(1)
+    return TorchChat(FILES.checkpoint)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint as a user exports it: by its name, verified, offline."""
+    folder = tmp_path_factory.mktemp("nanovlm-demo") / "chat"
+    export_bundle(NAME, folder, ExportOptions(opset=17, threads=1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chat(bundle: Path) -> VisionChat:
+    return load_vision_chat(bundle, threads=1)
+
+
+def report() -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(FILES.report.read_text(encoding="utf-8"))
+    return data
+
+
+def share(said: list[str], truths: list[str]) -> float:
+    return sum(text == truth for text, truth in zip(said, truths, strict=True)) / len(truths)
+
+
+def test_answers_are_right_and_the_same_in_onnx(drawings: list[Drawing], in_torch: TorchChat, chat: VisionChat) -> None:
+    asked = held_out_questions(drawings)
+    pictures, questions = [drawing.picture for drawing, _ in asked], [question.text for _, question in asked]
+    said, truths = in_torch.answer(pictures, questions), [question.answer for _, question in asked]
+    assert share(said, truths) >= 0.9
+    captions = [i for i, (_, question) in enumerate(asked) if question.kind == CAPTION]
+    assert share([said[i] for i in captions], [truths[i] for i in captions]) >= 0.9
+    yes_or_no = [i for i, (_, question) in enumerate(asked) if question.kind == "exists"]
+    assert {truths[i] for i in yes_or_no} == {"yes", "no"}
+    assert share([said[i] for i in yes_or_no], [truths[i] for i in yes_or_no]) >= 0.85
+    few = slice(0, 10 * (1 + len(KINDS)))
+    assert chat.answer(pictures[few], questions[few]) == said[few]
+
+
+def test_demo_pictures_get_their_captions(chat: VisionChat) -> None:
+    pictures = sorted((FILES.folder / "demo" / "pictures").iterdir())
+    truths = (FILES.folder / "demo" / "captions.txt").read_text(encoding="utf-8").splitlines()
+    said = [f"a picture of {text}" for text in chat.caption(pictures)]
+    # Of the four small rings it counts three.
+    assert share(said, truths) >= 0.9
+    assert len(set(said)) == len(pictures)
+
+
+def test_a_picture_answers_for_itself_and_streams_the_same(chat: VisionChat) -> None:
+    picture = FILES.folder / "demo" / "pictures" / "green-triangle-small-two-left.png"
+    truths = {
+        "What colour are the triangles?": "green",
+        "what shape are they": "triangle",
+        "How many objects are in the picture?": "two",
+        "where are they?": "on the left",
+        "Are there any green triangles?": "yes",
+        "Is there a red triangle?": "no",
+        CAPTION_QUESTION: "two small green triangles on the left",
+    }
+    assert chat.answer(picture, list(truths)) == list(truths.values())
+    pieces = [list(chat.stream_answer(picture, question)) for question in truths]
+    assert ["".join(own) for own in pieces] == list(truths.values())
+    assert len(pieces[-1]) == 7
+
+
+def test_words_beyond_the_world_and_a_black_picture_are_no_error(chat: VisionChat) -> None:
+    assert isinstance(chat.answer(Image.new("RGB", (30, 200)), "Is there a giraffe? 🦒")[0], str)
+
+
+def test_one_zeroed_matrix_ruins_the_captions(drawings: list[Drawing]) -> None:
+    broken = TorchChat(FILES.checkpoint)
+    broken.module("vision_encoder").get_parameter("projection.weight").zero_()
+    truths = [caption_question(drawing.composition).answer for drawing in drawings]
+    said = broken.answer([drawing.picture for drawing in drawings], [CAPTION_QUESTION] * len(drawings))
+    assert share(said, truths) < 0.2
+
+
+def test_report_is_about_this_file(in_torch: TorchChat) -> None:
+    written = report()
+    assert written["sha256"] == sha256_of(FILES.weights)
+    assert written["size_bytes"] == FILES.weights.stat().st_size <= train_nanovlm_demo.MAX_SIZE_BYTES
+    greedy = written["exact_match"]["greedy"]
+    assert min(greedy["exact"], greedy["by_kind"][CAPTION]) >= 0.9
+    assert list(greedy["by_kind"]) == [CAPTION, *KINDS]
+    # The report was measured on more pictures.
+    assert answer_exactness(in_torch.answer, held_out_pictures(60)).exact == pytest.approx(greedy["exact"], abs=0.04)
+
+
+def test_config_pins_this_file_and_its_architecture() -> None:
+    known, checkpoint = load_known(NAME), open_checkpoint(NAME)
+    model = load_model(FILES.checkpoint)
+    assert recognise(checkpoint).name == known.family == "nanovlm"
+    pinned = {file.name: file.sha256 for file in checkpoint.files}
+    assert known.sha256 == sha256_of(FILES.weights) == pinned["model.safetensors"]
+    assert dict(known.architecture) == dict(NanoVlmFamily().describe(checkpoint).architecture)
+    assert known.image == model.image
+    assert FILES.tokenizer.read_text(encoding="utf-8") == tokenizer_json()
+
+
+def test_keys_and_layout_are_those_of_the_second_generation() -> None:
+    """The fixture, saved by nanoVLM's own classes, has the same keys."""
+    ours, original = open_checkpoint(str(FILES.checkpoint)), open_checkpoint(str(PUBLISHED_FORM))
+    assert {without_numbers(key) for key in ours.tensors} == {without_numbers(key) for key in original.tensors}
+    assert {key: len(ours.tensors[key].shape) for key in ours.tensors if key in original.tensors} == {
+        key: len(info.shape) for key, info in original.tensors.items() if key in ours.tensors
+    }
+    assert ours.config is not None
+    assert original.config is not None
+    assert set(ours.config) <= set(original.config)
+    facts = [load_model(folder).facts["chat"] for folder in (FILES.checkpoint, PUBLISHED_FORM)]
+    same = ("layout", "prompt", "image_token", "eos_token_ids", "max_new_tokens")
+    assert [facts[0][name] for name in same] == [facts[1][name] for name in same]
+
+
+def without_numbers(key: str) -> str:
+    return ".".join("N" if part.isdigit() else part for part in key.split("."))
+
+
+def test_tied_head_is_stored_once() -> None:
+    with safe_open(str(FILES.weights), "pt") as opened:
+        stored = set(opened.keys())
+        assert HEAD_KEY in stored
+        assert EMBEDDING_KEY not in stored
+        assert opened.metadata() == {EMBEDDING_KEY: HEAD_KEY}

@@ -1,0 +1,148 @@
+"""The nanoVLM demo's training: prompts as the runtime writes them, loss on answers alone, a start from CLIP's demo."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import train_nanovlm_demo
+from demo.blip_model import IMAGE, clip_vision
+from demo.blip_questions import KINDS
+from demo.checkpoint import pixel_values
+from demo.files import DemoFiles, sha256_of
+from demo.nanovlm_chat import TorchChat
+from demo.nanovlm_files import NanoVlmDemoFiles
+from demo.nanovlm_model import NanoVlmDemoSizes, demo_architecture, initialise, warm_start
+from demo.nanovlm_questions import caption_question, question_of_kind
+from demo.nanovlm_training import Batch, Losses, NanoVlmSchedule, batch_losses, draw_batch
+from demo.world import COMPOSITIONS, TRAINED, draw
+
+from vlm_export.checkpoint.open import open_checkpoint
+from vlm_export.models.nanovlm_parts import NanoVlmModules, VisionEncoder
+from vlm_export.models.registry import recognise
+from vlm_export.models.rotary_decoder import CachedDecoder
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+FILES = NanoVlmDemoFiles(CONFIGS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads on a busy machine wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def chat() -> TorchChat:
+    return TorchChat(FILES.checkpoint)
+
+
+def built(chat: TorchChat) -> NanoVlmModules:
+    """The demo's modules, untrained."""
+    assert chat.model.text is not None
+    modules = NanoVlmModules(demo_architecture(chat.model.text.vocab_size, NanoVlmDemoSizes()))
+    initialise(modules, 0)
+    return modules
+
+
+def losses_of(modules: NanoVlmModules, batch: Batch, chat: TorchChat) -> Losses:
+    vision, decoder = VisionEncoder(modules, NanoVlmDemoSizes.pixel_shuffle), CachedDecoder(modules.decoder)
+    with torch.no_grad():
+        return batch_losses(vision, decoder, modules, batch, chat.texts.settings.image_token_id)
+
+
+def test_rows_are_the_runtimes_prompts_and_the_answers(chat: TorchChat) -> None:
+    texts, end = chat.texts, chat.texts.settings.eos_token_ids[0]
+    batch = draw_batch(texts, NanoVlmSchedule(batch=3, questions_each=2), np.random.default_rng(1))
+    assert batch.pixels.shape == (3, 3, 64, 64)
+    assert len(batch.ids) == 9
+    for i, (ids, mask, targets) in enumerate(zip(batch.ids, batch.mask, batch.targets, strict=True)):
+        answer = targets[targets >= 0].tolist()
+        prompt = ids[: int((targets >= 0).nonzero()[0]) + 1].tolist()
+        written = texts.tokenizer.decode(prompt)
+        question = written.removeprefix("question: ").removesuffix(" answer:")
+        assert written == f"question: {question} answer:"
+        assert prompt == texts.prompt(question)
+        assert (question == "what is this?") == (i % 3 == 0)
+        # A target is the next token, and the last of them ends the answer. The end is fed where the row has room.
+        fed = ids[mask == 1].tolist()
+        assert fed in ([*prompt, *answer], [*prompt, *answer[:-1]])
+        assert answer[-1] == end
+        assert end not in answer[:-1]
+
+
+def test_loss_is_of_answers_alone(chat: TorchChat) -> None:
+    """Other ids in the padding change nothing; another answer does."""
+    modules = built(chat)
+    batch = draw_batch(chat.texts, NanoVlmSchedule(batch=2, questions_each=2), np.random.default_rng(2))
+    losses = losses_of(modules, batch, chat)
+    scrambled = batch._replace(ids=batch.ids.masked_fill(batch.mask == 0, 7))
+    assert not torch.equal(scrambled.ids, batch.ids)
+    torch.testing.assert_close(losses_of(modules, scrambled, chat), losses)
+    targets = batch.targets.clone()
+    targets[0, int((targets[0] >= 0).nonzero()[0])] = 7
+    other = losses_of(modules, batch._replace(targets=targets), chat)
+    assert other.caption != losses.caption
+    assert other.answer == losses.answer
+    # Nearly even at the start.
+    assert losses.answer.item() == pytest.approx(np.log(len(modules.decoder.embedding.weight)), abs=0.5)
+
+
+def test_trained_weights_have_little_loss_on_new_pictures(chat: TorchChat) -> None:
+    """What training computes is what the published weights were trained for: the table of keys leads back to it."""
+    modules = built(chat)
+    vision, decoder = chat.module("vision_encoder").state_dict(), chat.module("decoder").state_dict()
+    named = {f"decoder.{name}".replace("decoder.head.", "decoder.embedding."): decoder[name] for name in decoder}
+    modules.load_state_dict(vision | named)
+    batch = draw_batch(chat.texts, NanoVlmSchedule(batch=16), np.random.default_rng(3))
+    assert max(losses_of(modules, batch, chat)) < 0.15
+
+
+def test_vision_encoder_starts_from_the_clip_demo(chat: TorchChat) -> None:
+    """Patches enter the blocks nearly as CLIP's do after its norm, from pixels that nothing normalises."""
+    pictures = [draw(composition, (8, i)).picture for i, composition in enumerate(TRAINED[::100])]
+    modules, checkpoint = built(chat), DemoFiles(CONFIGS).checkpoint
+    warm_start(modules.vision, checkpoint, pictures)
+    clip = clip_vision(checkpoint)
+    assert modules.vision.patches.conv.bias is not None
+    with torch.no_grad():
+        theirs = clip.norm_pre(clip.patches(pixel_values(pictures, IMAGE)) + clip.position_embedding[1:])
+        pixels = pixel_values(pictures, chat.texts.image)
+        ours = modules.vision.patches(pixels) + modules.vision.position_embedding
+    bias = clip.norm_pre.bias
+    assert torch.cosine_similarity(ours - bias, theirs - bias, dim=-1).min() > 0.999
+    assert 0.9 < ((ours - bias).norm(dim=-1) / (theirs - bias).norm(dim=-1)).mean() < 1.1
+    assert torch.equal(
+        modules.vision.blocks[2].get_parameter("mlp.fc1.weight"), clip.blocks[2].get_parameter("mlp.fc1.weight")
+    )
+
+
+def test_no_question_has_two_answers() -> None:
+    rng = np.random.default_rng(5)
+    for composition in COMPOSITIONS[::97]:
+        asked = [caption_question(composition)]
+        asked += [question_of_kind(composition, kind, rng) for kind in KINDS for _ in range(40)]
+        answers: dict[str, str] = {}
+        for question in asked:
+            text = question.text.lower().removesuffix("?")
+            assert answers.setdefault(text, question.answer) == question.answer, (composition, text)
+
+
+def test_script_writes_a_checkpoint_that_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["--steps", "2", "--batch", "4", "--pictures", "3", "--threads", "1"]
+    # Two steps teach nothing, and the status says so.
+    assert train_nanovlm_demo.main(["--output", str(tmp_path), *settings]) == 1
+    files = NanoVlmDemoFiles(tmp_path)
+    assert recognise(open_checkpoint(str(files.checkpoint))).name == "nanovlm"
+    written = json.loads(files.report.read_text(encoding="utf-8"))
+    assert written["sha256"] == sha256_of(files.weights) != sha256_of(FILES.weights)
+    assert written["training"]["steps"] == 2
+    assert files.config.read_text(encoding="utf-8").startswith("family: nanovlm\n")
+    assert "24 held-out captions and answers" in capsys.readouterr().out
