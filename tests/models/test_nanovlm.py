@@ -131,8 +131,7 @@ def test_grouped_queries_are_those_of_repeated_keys() -> None:
     with torch.inference_mode():
         found, key, value = attention(x, cos, sin, grouped_mask(mask, past, tokens, 3), keys, values)
         q, k, v = attention.qkv(x).split([48, 16, 16], dim=-1)
-        turned = (rotated(part.unflatten(-1, (-1, d)).transpose(1, 2), cos, sin) for part in (q, k))
-        query, new_key = turned
+        query, new_key = (rotated(part.unflatten(-1, (-1, d)), cos, sin).transpose(1, 2) for part in (q, k))
         key_all = torch.cat([keys, new_key], dim=2)
         value_all = torch.cat([values, v.unflatten(-1, (-1, d)).transpose(1, 2)], dim=2)
         visible = torch.ones(tokens, past + tokens).tril(past).bool() & mask.bool()[:, None, None]
@@ -147,8 +146,8 @@ def test_rotation_is_that_of_the_original() -> None:
     """x cos + rotate_half(x) sin, with the frequencies twice beside each other."""
     rotary, d = RotaryPositions(SIZES), SIZES.head_width
     rotary.inv_freq.copy_(1 / SIZES.rope_base ** (torch.arange(0, d, 2) / d))
-    positions, x = torch.tensor([[0, 3, 61], [7, 8, 63]]), torch.randn(2, 6, 3, d)
-    angles = (positions.float()[..., None] * rotary.inv_freq).repeat(1, 1, 2)[:, None]
+    positions, x = torch.tensor([[0, 3, 61], [7, 8, 63]]), torch.randn(2, 3, 6, d)
+    angles = (positions.float()[..., None] * rotary.inv_freq).repeat(1, 1, 2)[:, :, None]
     first, second = x.chunk(2, dim=-1)
     expected = x * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
     torch.testing.assert_close(rotated(x, *rotary(positions)), expected, atol=0, rtol=0)
