@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from demo.blip_questions import Question
 from demo.checkpoint import pixel_values
 from demo.nanovlm_chat import ChatTexts
 from demo.nanovlm_questions import training_questions
-from demo.training import REPORT_STEPS
+from demo.training import REPORT_STEPS, rate_factor
 from demo.world import PICTURE_PIXELS, TRAINED, draw
 from vlm_export.models.nanovlm_parts import NanoVlmModules, VisionEncoder
 from vlm_export.models.rotary_decoder import CachedDecoder
@@ -85,7 +84,7 @@ def train(
         nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["first_lr"] * _rate_factor(step, schedule.steps)
+                group["lr"] = group["first_lr"] * rate_factor(step, schedule.steps, max(1, schedule.steps // 10))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         sums += [losses.caption.item(), losses.answer.item()]
@@ -93,13 +92,6 @@ def train(
             means, seconds = sums / REPORT_STEPS, time.monotonic() - started
             report(f"step {step}/{schedule.steps}  caption {means[0]:.4f}  answer {means[1]:.4f}  {seconds:.0f} s")
             sums[:] = 0
-
-
-def _rate_factor(step: int, steps: int) -> float:
-    rising = max(1, steps // 10)
-    if step <= rising:
-        return step / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
 def _build_optimizers(modules: NanoVlmModules, schedule: NanoVlmSchedule) -> list[torch.optim.Optimizer]:

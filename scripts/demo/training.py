@@ -154,7 +154,7 @@ def train(encoders: ClipEncoders, tokenizer: Tokenizer, schedule: Schedule, repo
         losses += _step(encoders, aids, tokenizer, schedule.batch, rng)
         nn.utils.clip_grad_norm_(encoders.parameters(), 1.0)
         for optimizer, rate in optimizers:
-            _move(optimizer, rate * _rate_factor(step, schedule))
+            _move(optimizer, rate * rate_factor(step, schedule.steps, schedule.warmup_steps))
         with torch.no_grad():
             encoders.logit_scale.clamp_(max=_LAST_LOGIT_SCALE)
         if step % REPORT_STEPS == 0:
@@ -202,8 +202,9 @@ def _move(optimizer: torch.optim.Optimizer, rate: float) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def _rate_factor(step: int, schedule: Schedule) -> float:
-    if step <= schedule.warmup_steps:
-        return step / schedule.warmup_steps
-    done = (step - schedule.warmup_steps) / max(1, schedule.steps - schedule.warmup_steps)
+def rate_factor(step: int, steps: int, warmup_steps: int) -> float:
+    """Of the full rate, at a step that counts from 1: up to it in a line, then down to zero along a cosine."""
+    if step <= warmup_steps:
+        return step / warmup_steps
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * done))
