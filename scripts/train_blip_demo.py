@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from demo.blip_accuracy import Exactness, answer_exactness, caption_exactness, held_out_pictures
 from demo.blip_checkpoint import published_checkpoint, torch_parts
-from demo.blip_files import CAPTION, NAMES, VQA, BlipDemoFiles, write_config, write_report
+from demo.blip_files import CAPTION, NAMES, VQA, BlipDemoFiles, write_config
 from demo.blip_model import BlipDemoSizes, DemoPair, build_pair, initialise, warm_start
 from demo.blip_training import BlipSchedule, train
 from demo.blip_vocab import load_tokenizer, tokenizer_json
 from demo.checkpoint import load_model
-from demo.files import DemoFiles, sha256_of
+from demo.files import DemoFiles, sha256_of, write_report
 from demo.world import HELD_OUT, TRAINED, draw
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -55,7 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
         print_exactness(name, exactness)
         if cost is not None:
             write_config(files, name, load_model(files.checkpoint(name)))
-            write_report(files, name, build_report(files, name, exactness) | {"training": asdict(schedule) | cost})
+            write_report(
+                files.report(name), build_report(files, name, exactness) | {"training": asdict(schedule) | cost}
+            )
     passed = all(exactness["greedy"].exact >= REQUIRED_EXACT for exactness in measured.values())
     return 0 if passed and files.size_bytes() <= MAX_SIZE_BYTES else 1
 

@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     accuracy = measure(files, args.pictures_each)
     write_config(files, load_model(files.checkpoint))
     write_pictures(files)
-    write_report(files, build_report(files, schedule, accuracy, cost))
+    write_report(files.report, build_report(files, schedule, accuracy, cost))
     print_accuracy(accuracy)
     return 0 if accuracy.top1 >= REQUIRED_TOP1 and files.checkpoint.stat().st_size <= MAX_SIZE_BYTES else 1
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from demo.blip_accuracy import Exactness, held_out_pictures
 from demo.checkpoint import load_model
-from demo.files import DemoFiles, sha256_of
+from demo.files import DemoFiles, sha256_of, write_report
 from demo.nanovlm_accuracy import answer_exactness
 from demo.nanovlm_chat import TorchChat, chat_texts
-from demo.nanovlm_files import NanoVlmDemoFiles, write_checkpoint, write_config, write_report
+from demo.nanovlm_files import NanoVlmDemoFiles, write_checkpoint, write_config
 from demo.nanovlm_model import NanoVlmDemoSizes, demo_architecture, initialise, warm_start
 from demo.nanovlm_training import NanoVlmSchedule, train
 from demo.nanovlm_vocab import tokenizer_json
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     print_exactness(exactness)
     if cost is not None:
         write_config(files, load_model(files.checkpoint))
-        write_report(files, build_report(files, exactness) | {"training": asdict(schedule) | cost})
+        write_report(files.report, build_report(files, exactness) | {"training": asdict(schedule) | cost})
     passed = min(exactness.by_kind["caption"], exactness.exact) >= REQUIRED_EXACT
     return 0 if passed and files.weights.stat().st_size <= MAX_SIZE_BYTES else 1
 

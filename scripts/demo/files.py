@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,31 +87,54 @@ def picture_name(composition: Composition) -> str:
 
 def write_config(files: DemoFiles, model: Model) -> None:
     """The YAML that makes the demo a known checkpoint."""
-    assert model.image is not None
     assert model.text is not None
+    text = {"text": model.text.to_json()}
+    title = "CLIP demo, trained on generated pictures of coloured shapes"
+    tokenizer = {"tokenizer": "demo/tokenizer.json"}
+    # PyYAML writes 1e-05, which YAML 1.1 reads as text.
+    written = known_yaml(model, title, files.checkpoint, sha256_of(files.checkpoint), "train_demo.py", tokenizer, text)
+    files.config.write_text(written.replace("1.0e-05", "0.00001"), encoding="utf-8")
+
+
+def known_yaml(
+    model: Model,
+    title: str,
+    source: Path,
+    sha256: str,
+    script: str,
+    tokenizer: Mapping[str, str],
+    text: Mapping[str, Any],
+) -> str:
+    """The config of a demo checkpoint.
+
+    Args:
+        source: the checkpoint, in the folder `demo`; its report beside it has its name.
+        sha256: of the weights.
+        script: in `scripts/`, what trains it.
+        tokenizer, text: these fields of the config, or nothing.
+    """
+    assert model.image is not None
     data = {
         "family": model.family,
-        "title": "CLIP demo, trained on generated pictures of coloured shapes",
-        "source": {"file": "demo/clip-demo.pt"},
-        "sha256": sha256_of(files.checkpoint),
-        "tokenizer": "demo/tokenizer.json",
+        "title": title,
+        "source": {"file": f"demo/{source.name}"},
+        "sha256": sha256,
+        **tokenizer,
         "licence": "Apache-2.0",
         "notes": "A demo: it knows drawn shapes and short sentences about them, nothing else. "
-        "Made by scripts/train_demo.py; its accuracy is in demo/clip-demo.json.",
+        f"Made by scripts/{script}; its accuracy is in demo/{source.stem}.json.",
         "architecture": dict(model.architecture),
         "image": _plain(model.image.to_json()),
-        "text": model.text.to_json(),
+        **text,
         "tolerances": {"fp32": {"max_abs": 0.0001, "cosine": 0.99999}},
     }
-    # PyYAML writes 1e-05, which YAML 1.1 reads as text.
-    text = yaml.safe_dump(data, sort_keys=False, width=118, default_flow_style=False).replace("1.0e-05", "0.00001")
-    files.config.write_text(text, encoding="utf-8")
+    return yaml.safe_dump(data, sort_keys=False, width=118, default_flow_style=False)
 
 
 def _plain(data: dict[str, Any]) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
 
 
-def write_report(files: DemoFiles, report: dict[str, Any]) -> None:
+def write_report(path: Path, report: Mapping[str, Any]) -> None:
     """The figures that documents quote."""
-    files.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

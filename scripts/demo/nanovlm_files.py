@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
 from safetensors.torch import save
 from torch import Tensor
 
 from demo.blip_checkpoint import stored
-from demo.files import sha256_of
+from demo.files import known_yaml, sha256_of
 from demo.nanovlm_vocab import tokenizer_config_json, tokenizer_json
 from vlm_export.family import Model
 from vlm_export.models.nanovlm_architecture import NanoVlmArchitecture, config_from_architecture
@@ -74,24 +71,7 @@ def published_tensors(modules: NanoVlmModules, architecture: NanoVlmArchitecture
 
 
 def write_config(files: NanoVlmDemoFiles, model: Model) -> None:
-    """The YAML that makes the checkpoint a known one."""
-    assert model.image is not None
-    data = {
-        "family": model.family,
-        "title": "nanoVLM demo: answers questions about pictures of coloured shapes, and captions them",
-        "source": {"file": f"demo/{NAME}"},
-        "sha256": sha256_of(files.weights),
-        "licence": "Apache-2.0",
-        "notes": "A demo: it knows drawn shapes and short sentences about them, nothing else. Made by "
-        f"scripts/train_nanovlm_demo.py; its accuracy is in demo/{NAME}.json.",
-        "architecture": dict(model.architecture),
-        "image": model.image.to_json() | {"mean": list(model.image.mean), "std": list(model.image.std)},
-        "tolerances": {"fp32": {"max_abs": 0.0001, "cosine": 0.99999}},
-    }
-    text = yaml.safe_dump(data, sort_keys=False, width=118, default_flow_style=False)
-    files.config.write_text(text, encoding="utf-8")
-
-
-def write_report(files: NanoVlmDemoFiles, report: Mapping[str, Any]) -> None:
-    """The figures that documents quote."""
-    files.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    """The YAML that makes the checkpoint a known one; the directory holds the tokenizer."""
+    title = "nanoVLM demo: answers questions about pictures of coloured shapes, and captions them"
+    sha256, script = sha256_of(files.weights), "train_nanovlm_demo.py"
+    files.config.write_text(known_yaml(model, title, files.checkpoint, sha256, script, {}, {}), encoding="utf-8")
