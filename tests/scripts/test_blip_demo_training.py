@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,16 +28,8 @@ from vlm_export.models.blip_architecture import CLS_ID, PAD_ID, SEP_ID
 from vlm_export.models.clip_encoders import ClipVisionTransformer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+pytestmark = pytest.mark.usefixtures("one_thread")
 TWO_CROSSES = Composition("cross", "orange", "small", "left", "two")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads on a busy machine wait for each other longer than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
