@@ -11,8 +11,8 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from demo.accuracy import held_out_drawings
-from demo.blip_questions import KINDS, PROMPT, Question, ask
 from demo.blip_vocab import Ids, token_rows
+from demo.questions import KINDS, PROMPT, Question, ask
 from demo.sentences import caption
 from demo.world import HELD_OUT, Drawing
 from vlm_export.runtime.generation import GenerationOptions, generate

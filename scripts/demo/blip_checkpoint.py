@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
 
 from demo.blip_accuracy import Array, Parts, Run
+from demo.checkpoint import stored
 from vlm_export.family import Model
 from vlm_export.models.blip_architecture import BlipArchitecture
 from vlm_export.models.blip_parts import BlipModules
 from vlm_export.models.blip_weights import decoder_table, encoder_table, vision_table
-from vlm_export.models.weights import Kept, Rows, Transposed, Unsqueezed, WeightTable
+from vlm_export.models.weights import WeightTable
 
 # salesforce/BLIP models/med.py (3a29b74) ties these, and its files hold both copies: stored key → its twin.
 _TWINS = {
@@ -40,21 +41,6 @@ def _table(architecture: BlipArchitecture) -> WeightTable:
     assert decoder is not None
     table = vision_table(vision.layers, huggingface=False) | decoder_table(decoder.layers, ())
     return table if encoder is None else table | encoder_table(encoder.layers, has_cross_attention=True)
-
-
-def stored(ours: Mapping[str, Tensor], target: Kept) -> Tensor:
-    """The parameter, or the part of it, that a published key holds: the inverse of loading. Matrices are float16."""
-    if isinstance(target, str):
-        weight = ours[target]
-    elif isinstance(target, Rows):
-        weight = torch.cat(ours[target.name].chunk(target.count)[target.index : target.index + target.span])
-    elif isinstance(target, Transposed):
-        weight = ours[target.name].T
-    else:
-        assert isinstance(target, Unsqueezed)
-        weight = ours[target.name].reshape(*[1] * target.axes, *ours[target.name].shape)
-    dtype = torch.float16 if weight.squeeze().ndim >= 2 else torch.float32
-    return weight.detach().to(dtype).clone().contiguous()
 
 
 def torch_parts(model: Model, tokenizer: Tokenizer) -> Parts:

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from demo.blip_model import IMAGE, DemoPair
-from demo.blip_questions import KINDS, Question, ask
 from demo.blip_vocab import token_rows
 from demo.checkpoint import pixel_values
+from demo.questions import KINDS, Question, ask
 from demo.sentences import caption
 from demo.training import REPORT_STEPS
 from demo.world import PICTURE_PIXELS, TRAINED, Composition, draw

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from demo.blip_questions import every_word
+from demo.questions import every_word
 from vlm_export.export.wordpiece import DECODER_TOKEN, ENCODER_TOKEN, tokenizer_json_from_wordpiece_vocab
 
 PAD_ID, UNKNOWN_ID, CLS_ID, SEP_ID, MASK_ID = 0, 100, 101, 102, 103

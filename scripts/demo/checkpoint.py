@@ -1,9 +1,9 @@
-"""The demo's checkpoint file: written as OpenAI publishes state dicts, read back as any other checkpoint is."""
+"""Demo checkpoints: CLIP's as OpenAI publishes state dicts, published keys' tensors, and reading any of them back."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ from vlm_export.models.clip_architecture import ClipArchitecture, VitSizes
 from vlm_export.models.clip_encoders import ClipEncoders
 from vlm_export.models.clip_weights import openai_vit_table
 from vlm_export.models.registry import recognise
+from vlm_export.models.weights import Kept, Rows, Transposed, Unsqueezed
 from vlm_export.runtime.image import preprocess_image
 from vlm_export.runtime.text import Tokenizer
 from vlm_export.specs import ImageSpec
@@ -83,3 +84,18 @@ def _encode(module: nn.Module, items: Sequence[Item], prepare: Callable[[Sequenc
     with torch.inference_mode():
         rows = [module(prepare(items[i : i + _BATCH])).numpy() for i in range(0, len(items), _BATCH)]
     return np.concatenate(rows)
+
+
+def stored(ours: Mapping[str, Tensor], target: Kept) -> Tensor:
+    """The parameter, or the part of it, that a published key holds: the inverse of loading. Matrices are float16."""
+    if isinstance(target, str):
+        weight = ours[target]
+    elif isinstance(target, Rows):
+        weight = torch.cat(ours[target.name].chunk(target.count)[target.index : target.index + target.span])
+    elif isinstance(target, Transposed):
+        weight = ours[target.name].T
+    else:
+        assert isinstance(target, Unsqueezed)
+        weight = ours[target.name].reshape(*[1] * target.axes, *ours[target.name].shape)
+    dtype = torch.float16 if weight.squeeze().ndim >= 2 else torch.float32
+    return weight.detach().to(dtype).clone().contiguous()

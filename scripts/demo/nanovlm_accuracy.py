@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 from demo.blip_accuracy import Exactness, exactness
-from demo.blip_questions import KINDS, Question
 from demo.nanovlm_questions import caption_question, question_of_kind
+from demo.questions import KINDS, Question
 from demo.world import Drawing
 
 Answer = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[str]]

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
-from demo.blip_checkpoint import stored
+from demo.checkpoint import stored
 from demo.files import known_yaml, sha256_of
 from demo.nanovlm_vocab import tokenizer_config_json, tokenizer_json
 from vlm_export.family import Model

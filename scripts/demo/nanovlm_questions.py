@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from demo.blip_questions import KINDS, PROMPT, Question, ask
+from demo.questions import KINDS, PROMPT, Question, ask
 from demo.sentences import caption
 from demo.world import Composition
 from vlm_export.runtime.vision_chat import CAPTION_QUESTION

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from demo.blip_questions import Question
 from demo.checkpoint import pixel_values
 from demo.nanovlm_chat import ChatTexts
 from demo.nanovlm_questions import training_questions
+from demo.questions import Question
 from demo.training import REPORT_STEPS, rate_factor
 from demo.world import PICTURE_PIXELS, TRAINED, draw
 from vlm_export.models.nanovlm_parts import NanoVlmModules, VisionEncoder

@@ -9,7 +9,7 @@ import json
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from demo.blip_questions import every_word
+from demo.questions import every_word
 
 IMAGE_PLACEHOLDER = "<|image|>"
 # SmolLM2-Instruct's first ids; the third ends answers.

@@ -12,10 +12,10 @@ import torch
 from demo.blip_accuracy import Parts, answer_exactness, caption_exactness, held_out_pictures, held_out_questions
 from demo.blip_checkpoint import torch_parts
 from demo.blip_files import CAPTION, NAMES, VQA, BlipDemoFiles
-from demo.blip_questions import KINDS, PROMPT
 from demo.blip_vocab import load_tokenizer
 from demo.checkpoint import load_model
 from demo.files import DemoFiles, sha256_of
+from demo.questions import KINDS, PROMPT
 from demo.sentences import caption
 from demo.world import HELD_OUT, Drawing, draw
 from PIL import Image

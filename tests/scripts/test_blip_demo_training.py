@@ -14,11 +14,11 @@ from demo.blip_accuracy import answer_exactness, caption_exactness, held_out_pic
 from demo.blip_checkpoint import published_checkpoint, torch_parts
 from demo.blip_files import CAPTION, NAMES, BlipDemoFiles
 from demo.blip_model import IMAGE, BlipDemoSizes, build_pair, initialise, warm_start
-from demo.blip_questions import KINDS, PLACES, PROMPT, ask, every_word, phrase
 from demo.blip_training import BlipSchedule, decoder_loss, train
 from demo.blip_vocab import load_tokenizer, token_rows, tokenizer_json, vocabulary
 from demo.checkpoint import load_model, pixel_values
 from demo.files import DemoFiles
+from demo.questions import KINDS, PLACES, PROMPT, ask, every_word, phrase
 from demo.sentences import caption
 from demo.world import COMPOSITIONS, TRAINED, Composition, Drawing, draw
 from tokenizers import Tokenizer

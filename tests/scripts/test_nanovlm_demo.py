@@ -10,7 +10,6 @@ import pytest
 import torch
 import train_nanovlm_demo
 from demo.blip_accuracy import held_out_pictures
-from demo.blip_questions import KINDS
 from demo.checkpoint import load_model
 from demo.files import sha256_of
 from demo.nanovlm_accuracy import answer_exactness, held_out_questions
@@ -18,6 +17,7 @@ from demo.nanovlm_chat import TorchChat
 from demo.nanovlm_files import NAME, NanoVlmDemoFiles
 from demo.nanovlm_questions import CAPTION, caption_question
 from demo.nanovlm_vocab import tokenizer_json
+from demo.questions import KINDS
 from demo.world import HELD_OUT, Drawing, draw
 from PIL import Image
 from safetensors import safe_open

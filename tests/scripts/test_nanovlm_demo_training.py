@@ -10,7 +10,6 @@ import pytest
 import torch
 import train_nanovlm_demo
 from demo.blip_model import IMAGE, clip_vision
-from demo.blip_questions import KINDS
 from demo.checkpoint import pixel_values
 from demo.files import DemoFiles, sha256_of
 from demo.nanovlm_chat import TorchChat
@@ -18,6 +17,7 @@ from demo.nanovlm_files import NanoVlmDemoFiles
 from demo.nanovlm_model import NanoVlmDemoSizes, demo_architecture, initialise, warm_start
 from demo.nanovlm_questions import caption_question, question_of_kind
 from demo.nanovlm_training import Batch, Losses, NanoVlmSchedule, batch_losses, draw_batch
+from demo.questions import KINDS
 from demo.world import COMPOSITIONS, TRAINED, draw
 
 from vlm_export.checkpoint.open import open_checkpoint
