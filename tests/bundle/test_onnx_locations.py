@@ -102,10 +102,10 @@ def test_locations_are_found_wherever_a_tensor_can_stand(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("depth", [1, 32, 200, 5000])
 def test_locations_in_nested_graphs(depth: int) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     model = nested_graphs(depth, message(5, external_tensor("../secret").SerializeToString()))
     assert locations(model) == {"../secret"}
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize("depth", [1, 32, 200])

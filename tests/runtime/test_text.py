@@ -117,9 +117,10 @@ def test_endless_word_is_capped_and_fast(clip_tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match="too many characters") as caught:
         clip_tokenizer.encode([word])
     assert "64,000" in str(caught.value)
-    start = time.perf_counter()
+    # Of the processor: what else runs on the machine is not the tokenizer's time.
+    start = time.process_time()
     ids = clip_tokenizer.encode([word], truncate=True)
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
     assert ids.shape == (1, 77)
 
 
