@@ -1,7 +1,8 @@
 """CLIP: image encoder (ViT or ModifiedResNet) and causal text encoder, each with its projection.
 
 Ports of openai/CLIP model.py (d05afc4) and transformers 5.23 models/clip/modeling_clip.py, valid for the nine
-OpenAI downloads, state dicts with the same keys, and Hugging Face `CLIPModel` directories.
+OpenAI downloads, state dicts with the same keys (fine-tuned, or of open_clip: `clip_open.py`), and Hugging Face
+`CLIPModel` directories.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from vlm_export.family import (
     WeightStore,
     reference_from_module,
 )
-from vlm_export.models import clip_architecture, clip_weights
+from vlm_export.models import clip_architecture, clip_open, clip_weights
 from vlm_export.models.clip_architecture import ClipArchitecture, ResNetSizes, VitSizes
 from vlm_export.models.clip_encoders import build_encoders
 from vlm_export.models.pictures import PictureExamples, apply_image_size, picture_shape, published_normalisation
@@ -53,17 +54,19 @@ class ClipFamily:
         return openai or ("visual_projection.weight" in keys and "vision_model.pre_layrnorm.weight" in keys)
 
     def describe(self, checkpoint: Checkpoint) -> Description:
-        architecture = _architecture(checkpoint)
+        huggingface = "visual_projection.weight" in checkpoint.tensors
+        architecture = _architecture(checkpoint) if huggingface else clip_open.described_architecture(checkpoint)
         encoders = build_encoders(architecture)
         modules = (("vision", encoders.vision, _vision_signature), ("text", encoders.text, _text_signature))
         parts = tuple(
             PartOutline(name, signature(architecture), sum(p.numel() for p in module.parameters()))
             for name, module, signature in modules
         )
-        return Description(architecture.to_json(), parts, tuple(_notes(architecture)))
+        warnings = clip_open.assumptions(checkpoint, architecture)
+        return Description(architecture.to_json(), parts, tuple(_notes(architecture)), warnings)
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
-        architecture = _architecture(checkpoint)
+        architecture = _architecture(checkpoint, options)
         encoders = build_encoders(architecture)
         dropped = load_weights(encoders, checkpoint, _table(architecture), store)
         architecture = _resized(architecture, encoders.vision, options)
@@ -80,11 +83,12 @@ class ClipFamily:
             parts=parts,
             image=_image_spec(architecture, checkpoint),
             text=_text_spec(architecture),
-            hub_config=checkpoint.config or _config_from_architecture(architecture),
+            hub_config=(checkpoint.config if huggingface else None) or _config_from_architecture(architecture),
             facts={"logit_scale": float(encoders.logit_scale), "activation": architecture.activation},
             dropped_keys=dropped,
             references={part.name: partial(build_reference, part) for part in parts},
             reference_name="transformers CLIPModel" if huggingface else "unpatched eager module",
+            warnings=clip_open.assumptions(checkpoint, architecture, options),
         )
 
     def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
@@ -96,10 +100,11 @@ class ClipFamily:
         return _config_from_architecture(parsed) if parsed.key_names == "huggingface" else None
 
 
-def _architecture(checkpoint: Checkpoint) -> ClipArchitecture:
+def _architecture(checkpoint: Checkpoint, options: BuildOptions = DEFAULT_BUILD) -> ClipArchitecture:
     if "visual_projection.weight" in checkpoint.tensors:
+        clip_open.refuse_choices(options, checkpoint)
         return clip_architecture.architecture_from_huggingface(checkpoint)
-    return clip_architecture.architecture_from_openai(checkpoint)
+    return clip_open.clip_architecture(checkpoint, options)
 
 
 def _table(architecture: ClipArchitecture) -> dict[str, Target]:
@@ -166,6 +171,8 @@ class _TextExamples:
 
 
 def _image_spec(architecture: ClipArchitecture, checkpoint: Checkpoint) -> ImageSpec:
+    if stated := clip_open.open_clip_image(checkpoint, architecture.vision.image_size):
+        return stated
     mean, std = published_normalisation(checkpoint)
     # Each published pipeline in its own order: OpenAI's converts to RGB last, transformers' first.
     rgb_stage: RgbStage = "after_crop" if architecture.key_names == "openai" else "before_resize"

@@ -1,5 +1,7 @@
 """CLIP's sizes: from tensor shapes (OpenAI), from shapes and `config.json` (Hugging Face), from `configs/`.
 
+What shapes do not tell about weights with OpenAI's key names comes as ClipChoices; `clip_open.py` finds them.
+
 Source of the rules for shapes: `build_model` in openai/CLIP model.py (d05afc4).
 """
 
@@ -70,17 +72,35 @@ class ClipArchitecture:
         return data
 
 
-def architecture_from_openai(checkpoint: Checkpoint) -> ClipArchitecture:
-    """Sizes from OpenAI's key names and shapes; the activation is QuickGELU, as in every file of that format."""
+@dataclass(frozen=True)
+class ClipChoices:
+    """What the shapes of weights with OpenAI's key names do not tell; the defaults are OpenAI's own.
+
+    Attributes:
+        activation: of both encoders; a ResNet has none of these.
+        head_width: channels of an attention head of the image encoder.
+        text_heads: attention heads of the text encoder, None: one for each 64 channels.
+    """
+
+    activation: Activation = "quick_gelu"
+    head_width: int = HEAD_WIDTH
+    text_heads: int | None = None
+
+
+OPENAI_CHOICES = ClipChoices()
+
+
+def architecture_from_openai(checkpoint: Checkpoint, choices: ClipChoices = OPENAI_CHOICES) -> ClipArchitecture:
+    """Sizes from OpenAI's key names and shapes; activation and heads from `choices`."""
     shapes = Shapes(checkpoint)
     is_vit = "visual.proj" in checkpoint.tensors
-    vision: VitSizes | ResNetSizes = _openai_vit(shapes) if is_vit else _openai_resnet(shapes)
+    vision: VitSizes | ResNetSizes = (_openai_vit if is_vit else _openai_resnet)(shapes, choices.head_width)
     vocab_size = shapes.of("token_embedding.weight", 2)[0]
     width = shapes.of("ln_final.weight", 1)[0]
     text = TextSizes(
         width=width,
         layers=shapes.count("transformer.resblocks."),
-        heads=width // HEAD_WIDTH,
+        heads=width // HEAD_WIDTH if choices.text_heads is None else choices.text_heads,
         hidden=shapes.of("transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
         context_length=shapes.of("positional_embedding", 2)[0],
         vocab_size=vocab_size,
@@ -88,29 +108,34 @@ def architecture_from_openai(checkpoint: Checkpoint) -> ClipArchitecture:
         end_token_id=vocab_size - 1,
     )
     embed_dim = shapes.of("text_projection", 2)[1]
-    return _checked(ClipArchitecture("openai", embed_dim, "quick_gelu", LAYER_NORM_EPS, vision, text), checkpoint)
+    return _checked(ClipArchitecture("openai", embed_dim, choices.activation, LAYER_NORM_EPS, vision, text), checkpoint)
 
 
-def _openai_vit(shapes: Shapes) -> VitSizes:
+def _openai_vit(shapes: Shapes, head_width: int) -> VitSizes:
     width, _, patch, _ = shapes.of("visual.conv1.weight", 4)
     return VitSizes(
         width=width,
         layers=shapes.count("visual.transformer.resblocks."),
-        heads=width // HEAD_WIDTH,
+        heads=_heads(width, head_width),
         hidden=shapes.of("visual.transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
         patch_size=patch,
         image_size=patch * grid_of(shapes.of("visual.positional_embedding", 2)[0]),
     )
 
 
-def _openai_resnet(shapes: Shapes) -> ResNetSizes:
+def _openai_resnet(shapes: Shapes, head_width: int) -> ResNetSizes:
     width = shapes.of("visual.layer1.0.conv1.weight", 4)[0]
     return ResNetSizes(
         width=width,
         stages=tuple(shapes.count(f"visual.layer{stage}.") for stage in (1, 2, 3, 4)),
-        heads=width * 32 // HEAD_WIDTH,
+        heads=_heads(width * 32, head_width),
         image_size=32 * grid_of(shapes.of("visual.attnpool.positional_embedding", 2)[0]),
     )
+
+
+def _heads(width: int, head_width: int) -> int:
+    # Rounded down, as OpenAI and open_clip have it; no head at all is refused with the other sizes.
+    return width // head_width if head_width > 0 else 0
 
 
 def architecture_from_huggingface(checkpoint: Checkpoint) -> ClipArchitecture:

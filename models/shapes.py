@@ -9,6 +9,8 @@ from typing import Any
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint
 
+CONFIG = "config.json"
+
 
 class Shapes:
     """Looks up shapes and counts layers; a missing key or a wrong rank is the user's InputError, not a KeyError."""
@@ -56,23 +58,19 @@ def config_section(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
     return section
 
 
-def config_integer(section: Mapping[str, Any], key: str, default: int) -> int:
-    """A number of config.json, at least 0; InputError when it is anything else."""
+def config_integer(section: Mapping[str, Any], key: str, default: int, file: str = CONFIG) -> int:
+    """A number of config.json or another file, at least 0; InputError when it is anything else."""
     value = section.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise InputError(
-            "config.json is malformed", where=f"config.json: {key}", expected="an integer", got=repr(value)
-        )
+        raise InputError(f"{file} is malformed", where=f"{file}: {key}", expected="an integer", got=repr(value))
     return value
 
 
-def config_number(section: Mapping[str, Any], key: str, default: float) -> float:
-    """A positive number of config.json; InputError when it is anything else."""
+def config_number(section: Mapping[str, Any], key: str, default: float, file: str = CONFIG) -> float:
+    """A positive number of config.json or another file; InputError when it is anything else."""
     value = section.get(key, default)
     if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise InputError(
-            "config.json is malformed", where=f"config.json: {key}", expected="a positive number", got=repr(value)
-        )
+        raise InputError(f"{file} is malformed", where=f"{file}: {key}", expected="a positive number", got=repr(value))
     return float(value)
 
 

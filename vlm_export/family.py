@@ -49,6 +49,7 @@ class Checkpoint:
         config: `config.json` as data, or None.
         side_files: tokenizer and preprocessing files by name (`tokenizer.json`, `preprocessor_config.json`, …).
         revision: the resolved commit of a hub id, or None.
+        open_clip_config: `open_clip_config.json` beside weights with OpenAI's key names, as data, or None.
         shards_left_aside: shards that the index names and nobody opened: they hold no key that the family reads.
     """
 
@@ -60,6 +61,7 @@ class Checkpoint:
     config: Mapping[str, Any] | None = None
     side_files: Mapping[str, Path] = field(default_factory=dict)
     revision: str | None = None
+    open_clip_config: Mapping[str, Any] | None = None
     shards_left_aside: tuple[str, ...] = ()
 
 
@@ -100,11 +102,13 @@ class Description:
         architecture: sizes and choices, as JSON data.
         parts: how it would be split.
         notes: what is hard about exporting it, and how that is met; one sentence each.
+        warnings: what is assumed because the checkpoint does not say it.
     """
 
     architecture: Mapping[str, Any]
     parts: tuple[PartOutline, ...]
     notes: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,7 @@ class Model:
         dropped_keys: stored keys that are not weights of the model, left out on purpose.
         references: part name → loads the Reference; called only by verification.
         reference_name: who computes the Reference, for the manifest.
+        warnings: what is assumed because neither the checkpoint nor the options say it.
     """
 
     family: str
@@ -133,6 +138,7 @@ class Model:
     dropped_keys: tuple[str, ...]
     references: Mapping[str, Callable[[], Reference]]
     reference_name: str
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,10 +148,16 @@ class BuildOptions:
     Attributes:
         image_size: edge in pixels of the square that the vision part takes, instead of the checkpoint's own.
         dynamic_image_size: height and width become axes of the vision part.
+        activation, head_width, text_heads: what CLIP weights with OpenAI's key names do not say, for those that
+            nothing else describes: the activation, the width of the image encoder's attention heads, the number of
+            the text encoder's.
     """
 
     image_size: int | None = None
     dynamic_image_size: bool = False
+    activation: Literal["quick_gelu", "gelu"] | None = None
+    head_width: int | None = None
+    text_heads: int | None = None
 
 
 class WeightStore(Protocol):

@@ -181,6 +181,31 @@ def test_wanted_files() -> None:
         wanted_files(["tf_model.h5", "config.json"])
 
 
+def test_wanted_files_of_open_clip() -> None:
+    own = ["open_clip_pytorch_model.bin", "open_clip_model.safetensors", "open_clip_config.json", "tokenizer.json"]
+    assert wanted_files(own) == ["open_clip_config.json", "tokenizer.json", "open_clip_model.safetensors"]
+    # Where the publisher converted the weights for transformers, these are taken, as ever.
+    assert wanted_files([*own, "model.safetensors"])[-1] == "model.safetensors"
+
+
+def test_open_clip_config_is_read_beside_weights_that_it_describes(tmp_path: Path, refusal: Refusal) -> None:
+    weights = {"visual.conv1.weight": torch.zeros(8, 3, 4, 4), "token_embedding.weight": torch.zeros(5, 8)}
+    (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {"quick_gelu": true}}')
+    for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"):
+        save_file(weights, tmp_path / name)
+    for source in (tmp_path, tmp_path / "open_clip_model.safetensors"):
+        checkpoint = open_checkpoint(str(source))
+        assert checkpoint.open_clip_config == {"model_cfg": {"quick_gelu": True}}
+        assert [file.name for file in checkpoint.files] == ["open_clip_model.safetensors", "open_clip_config.json"]
+    # Others in the same directory are not its: neither their files nor what they are change.
+    save_file({"visual_projection.weight": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert checkpoint.open_clip_config is None
+    assert [file.name for file in checkpoint.files] == ["model.safetensors"]
+    (tmp_path / "open_clip_config.json").write_text('{"model_cfg": 1, "model_cfg": 2}')
+    assert "stands twice" in refusal(tmp_path / "open_clip_model.safetensors")
+
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OPEN_OFFLINE = """
 import sys

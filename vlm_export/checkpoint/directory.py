@@ -30,13 +30,17 @@ from vlm_export.errors import InputError
 from vlm_export.family import TensorInfo
 
 CONFIG_FILE = "config.json"
+OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
 # The first that is there is read, the others are not.
 WEIGHTS_PRECEDENCE = (
     "model.safetensors",
     f"model{INDEX_SUFFIX}",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
 )
+_OPENAI_CLIP_KEY = "visual.conv1.weight"
 SIDE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -133,6 +137,22 @@ def read_directory(directory: Directory) -> StoredTensors:
     if directory.config is None:
         return stored
     return StoredTensors("hf_directory", stored.tensors, stored.read)
+
+
+def find_open_clip_config(folder: Path, stored: StoredTensors) -> Path | None:
+    """`open_clip_config.json` beside weights with the key names of the models that it describes.
+
+    Beside others it is not read: some publishers put transformers' weights into the same directory. OpenAI's
+    TorchScript archives need none.
+    """
+    path = folder / OPEN_CLIP_CONFIG_FILE
+    is_described = stored.format != "torchscript" and _OPENAI_CLIP_KEY in stored.tensors
+    return path if is_described and path.is_file() else None
+
+
+def read_open_clip_config(path: Path) -> dict[str, Any]:
+    """The config as data; InputError when it is malformed."""
+    return _read_json(path)
 
 
 def _find_weights(path: Path) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_export.checkpoint.directory import CONFIG_FILE, SIDE_FILES, WEIGHTS_PRECEDENCE
+from vlm_export.checkpoint.directory import CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, SIDE_FILES, WEIGHTS_PRECEDENCE
 from vlm_export.checkpoint.safetensors_file import read_index
 from vlm_export.checkpoint.shards import ReadPrefixes, everything, select_shards
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
@@ -15,6 +15,7 @@ from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT_SECONDS = 15.0
+_CONFIGS = (CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, *SIDE_FILES)
 # Shards are named by an index; these are the only forms that transformers writes.
 _SHARDS = {
     "model.safetensors.index.json": re.compile(r"model-\d{5}-of-\d{5}\.safetensors"),
@@ -90,7 +91,7 @@ def wanted_files(names: Collection[str]) -> list[str]:
             fix="download the weights yourself and name the file or its directory",
         )
     shards = [name for name in names if weights in _SHARDS and _SHARDS[weights].fullmatch(name)]
-    return [name for name in (CONFIG_FILE, *SIDE_FILES) if name in names] + [weights, *sorted(shards)]
+    return [name for name in _CONFIGS if name in names] + [weights, *sorted(shards)]
 
 
 def _without_shards(names: Sequence[str], left_aside: Collection[str]) -> list[str]:
@@ -100,7 +101,7 @@ def _without_shards(names: Sequence[str], left_aside: Collection[str]) -> list[s
 def _cached_snapshot(hub_id: str, revision: str | None, cause: BaseException) -> Snapshot:
     import huggingface_hub
 
-    allowed = [CONFIG_FILE, *SIDE_FILES, *WEIGHTS_PRECEDENCE, "model-*.safetensors", "pytorch_model-*.bin"]
+    allowed = [*_CONFIGS, *WEIGHTS_PRECEDENCE, "model-*.safetensors", "pytorch_model-*.bin"]
     try:
         path = huggingface_hub.snapshot_download(
             hub_id, revision=revision, allow_patterns=allowed, local_files_only=True

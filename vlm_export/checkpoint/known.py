@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from vlm_export.bundle.strict_json import Fields
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError, suggestion
+from vlm_export.family import CheckpointFile
 from vlm_export.specs import ImageSpec, TextSpec, record_from_json
 
 _PACKAGE = "vlm_export.configs"
@@ -98,6 +99,12 @@ def load_known(name: str) -> KnownCheckpoint:
         raise UsageError("no config has this name", where=name, fix=suggestion(name, names))
     text = (resources.files(_PACKAGE) / f"{name}.yaml").read_text(encoding="utf-8")
     return known_from_yaml(name, text)
+
+
+def is_pinned(files: Iterable[CheckpointFile]) -> bool:
+    """Whether one of the files is, by its sha256, the weights of a checkpoint that `configs/` describes."""
+    pinned = {load_known(name).sha256 for name in known_names()}
+    return any(file.sha256 in pinned for file in files)
 
 
 def packaged_path(relative: str) -> Path:

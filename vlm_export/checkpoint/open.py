@@ -6,7 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from vlm_export.bundle.path_names import check_utf8
-from vlm_export.checkpoint.directory import Directory, read_directory, scan_directory, scan_index
+from vlm_export.checkpoint.directory import (
+    Directory,
+    find_open_clip_config,
+    read_directory,
+    read_open_clip_config,
+    scan_directory,
+    scan_index,
+)
 from vlm_export.checkpoint.download import fetch_url
 from vlm_export.checkpoint.hashing import Progress, check_sha256, hash_file
 from vlm_export.checkpoint.hub import fetch_snapshot, is_hub_id
@@ -85,7 +92,8 @@ def _open_path(
     file = hash_file(path, path.name, progress)
     check_sha256(file, sha256, where=source)
     stored = read_weights_file(path)
-    return Checkpoint(source, stored.format, (file,), stored.tensors, stored.read)
+    opened = Checkpoint(source, stored.format, (file,), stored.tensors, stored.read)
+    return _with_open_clip_config(opened, find_open_clip_config(path.parent, stored), progress)
 
 
 def _open_directory(source: str, directory: Directory, sha256: str | None, progress: Progress | None) -> Checkpoint:
@@ -102,7 +110,7 @@ def _open_directory(source: str, directory: Directory, sha256: str | None, progr
         if path in directory.weight_files:
             check_sha256(files[-1], sha256, where=str(path))
     stored = read_directory(directory)
-    return Checkpoint(
+    opened = Checkpoint(
         source=source,
         format=stored.format,
         files=tuple(files),
@@ -112,6 +120,14 @@ def _open_directory(source: str, directory: Directory, sha256: str | None, progr
         side_files=directory.side_files,
         shards_left_aside=directory.left_aside,
     )
+    return _with_open_clip_config(opened, find_open_clip_config(directory.path, stored), progress)
+
+
+def _with_open_clip_config(opened: Checkpoint, path: Path | None, progress: Progress | None) -> Checkpoint:
+    if path is None:
+        return opened
+    files = (*opened.files, hash_file(path, path.name, progress))
+    return replace(opened, files=files, open_clip_config=read_open_clip_config(path))
 
 
 def _open_hub(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_export.cli.common import add_common_options, positive_integer
-from vlm_export.cli.output import print_json, size_text
+from vlm_export.cli.output import print_json, print_warnings, size_text
 
 if TYPE_CHECKING:
     from vlm_export.export.options import ExportOptions
@@ -60,11 +60,26 @@ def add_parser(verbs: Any) -> None:
     source.add_argument("--sha256", metavar="HEX", help="expected sha256 of the weights file")
     source.add_argument("--revision", metavar="REV", help="commit, branch or tag of a Hub id")
     source.add_argument("--random-weights", type=int, metavar="SEED", help="seeded random weights for a known name")
+    _add_clip_options(parser)
     checks = parser.add_argument_group("verification")
     checks.add_argument("--image", action="append", default=[], metavar="FILE", help="also verify with this picture")
     checks.add_argument("--threads", type=positive_integer, metavar="N", help="threads of one operator")
     add_common_options(parser)
     parser.set_defaults(run=run)
+
+
+def _add_clip_options(parser: argparse.ArgumentParser) -> None:
+    unsaid = parser.add_argument_group(
+        "CLIP weights that nothing describes",
+        "For files with OpenAI's key names from elsewhere, without open_clip_config.json beside them.",
+    )
+    unsaid.add_argument("--activation", choices=("quick_gelu", "gelu"), help="of both encoders (default: quick_gelu)")
+    unsaid.add_argument(
+        "--head-width", type=positive_integer, metavar="N", help="of the image encoder's attention (default: 64)"
+    )
+    unsaid.add_argument(
+        "--text-heads", type=positive_integer, metavar="N", help="of the text encoder's attention (default: width / 64)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
     stages = Stages(None if args.quiet else StagePrinter())
     result = export_bundle(args.source, Path(args.output), _options(args), stages)
+    print_warnings(result.manifest.facts.get("warnings", ()))
     if args.json:
         print_json(_json_from_result(args, result, stages))
     else:
@@ -104,7 +120,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         revision=args.revision,
         random_weights_seed=args.random_weights,
         with_preprocessing=args.with_preprocessing,
-        build=BuildOptions(args.image_size, args.dynamic_image_size),
+        build=BuildOptions(args.image_size, args.dynamic_image_size, args.activation, args.head_width, args.text_heads),
         parts=tuple(args.part),
         precisions=tuple(dict.fromkeys(args.precision or ["fp32"])),
         images=tuple(Path(image) for image in args.image),

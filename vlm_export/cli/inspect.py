@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_export.cli.chat_options import is_chat_bundle
 from vlm_export.cli.common import add_common_options
-from vlm_export.cli.output import print_json, print_table, size_text
+from vlm_export.cli.output import print_json, print_table, print_warnings, size_text
 from vlm_export.cli.slice_report import report_slices
 from vlm_export.cli.tile_report import report_tiles
 from vlm_export.errors import UsageError
@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
         from vlm_export.models.registry import read_prefixes
 
         data = _data_from_checkpoint(open_checkpoint(args.source, revision=args.revision, reads=read_prefixes))
+    print_warnings(data["warnings"])
     if args.json:
         print_json(data)
     else:
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _data_from_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    from vlm_export.checkpoint.known import is_pinned
     from vlm_export.models.registry import recognise
 
     family = recognise(checkpoint)
@@ -87,10 +89,12 @@ def _data_from_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
             for part in description.parts
         ],
         "notes": notes,
+        "warnings": list(description.warnings) if description.warnings and not is_pinned(checkpoint.files) else [],
     }
 
 
 def _data_from_manifest(manifest: Manifest) -> dict[str, Any]:
+    warnings = manifest.facts.get("warnings")
     return {
         "what": "bundle",
         "source": manifest.source.name,
@@ -110,6 +114,7 @@ def _data_from_manifest(manifest: Manifest) -> dict[str, Any]:
             for part in manifest.parts
         ],
         "notes": [warning for part in manifest.parts for variant in part.variants for warning in variant.warnings],
+        "warnings": warnings if isinstance(warnings, list) else [],
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -21,6 +21,12 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def print_warnings(warnings: Iterable[object]) -> None:
+    """One line each on stderr, also with --quiet and --json."""
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def size_text(size_bytes: int) -> str:

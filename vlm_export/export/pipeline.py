@@ -28,7 +28,7 @@ from vlm_export.export.parts import needed_bytes, select_parts
 from vlm_export.export.preprocessing_part import add_preprocessing
 from vlm_export.export.rounded import rounded_points
 from vlm_export.export.simplify import finish_graph, simplify_graph
-from vlm_export.export.source import adapt_model, known_checkpoint, open_source, source_record
+from vlm_export.export.source import build_model, known_checkpoint, open_source, source_record
 from vlm_export.export.stages import Stages
 from vlm_export.export.tokenizer_files import resolve_tokenizer
 from vlm_export.export.verification import PartVerification, engine_label, variant_label, verifying_engine
@@ -109,8 +109,7 @@ class _Job:
             check_free_space(staging.path, needed)
         with ScratchStore(scratch / "weights.bin") as store:
             with self.stages.stage("load weights"):
-                model = family.build(checkpoint, store, self.options.build)
-                model = adapt_model(model, checkpoint, known, self.options.build)
+                model = build_model(family, checkpoint, known, store, self.options.build)
                 if self.options.with_preprocessing:
                     model = add_preprocessing(model)
                 model = select_parts(model, self.options.parts)
@@ -279,6 +278,7 @@ def _manifest(
             "dropped_keys": list(model.dropped_keys),
             "reference": model.reference_name,
             "build": asdict(options.build),
+            **({"warnings": list(model.warnings)} if model.warnings else {}),
             "target": options.target,
             "keep_fp32": {part.name: list(names) for part in model.parts if (names := fp32_operators(part))},
         },

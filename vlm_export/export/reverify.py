@@ -14,7 +14,7 @@ from vlm_export.errors import InputError
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.parts import select_parts
 from vlm_export.export.preprocessing_part import PART_NAME, add_preprocessing
-from vlm_export.export.source import adapt_model, known_checkpoint, open_source
+from vlm_export.export.source import build_model, known_checkpoint, open_source
 from vlm_export.export.stages import Stages
 from vlm_export.export.verification import PartVerification, variant_label
 from vlm_export.family import BuildOptions, Checkpoint
@@ -52,8 +52,7 @@ def verify_against_source(
             with stages.stage("load weights"):
                 known = known_checkpoint(source)
                 build = record_from_json(BuildOptions, bundle.manifest.facts.get("build", {}))
-                model = recognise(checkpoint).build(checkpoint, store, build)
-                model = adapt_model(model, checkpoint, known, build)
+                model = build_model(recognise(checkpoint), checkpoint, known, store, build)
                 if PART_NAME in {part.name for part in bundle.manifest.parts}:
                     model = add_preprocessing(model)
             reports = []

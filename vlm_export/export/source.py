@@ -6,14 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from vlm_export.bundle.manifest import SourceFile, SourceRecord
-from vlm_export.checkpoint.known import KnownCheckpoint, known_names, load_known, packaged_path
+from vlm_export.checkpoint.known import KnownCheckpoint, is_pinned, known_names, load_known, packaged_path
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.random import random_checkpoint
 from vlm_export.errors import UsageError, suggestion
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.stages import StepProgress
-from vlm_export.family import BuildOptions, Checkpoint, Model
+from vlm_export.family import BuildOptions, Checkpoint, Family, Model, WeightStore
 from vlm_export.models.registry import load_family, read_prefixes
+
+_CHOOSING_FAMILY = "clip"
 
 
 def known_checkpoint(source: str) -> KnownCheckpoint | None:
@@ -49,6 +51,27 @@ def open_source(source: str, options: ExportOptions, scratch: Path, progress: St
     )
     side_files = {"tokenizer.json": packaged_path(known.tokenizer)} if known.tokenizer else {}
     return replace(checkpoint, side_files=side_files)
+
+
+def build_model(
+    family: Family, checkpoint: Checkpoint, known: KnownCheckpoint | None, store: WeightStore, build: BuildOptions
+) -> Model:
+    """What the family builds, with what our configs state: how inputs are prepared, and that nothing is assumed.
+
+    Raises:
+        UsageError: the options say what the checkpoint says itself.
+    """
+    if (build.activation, build.head_width, build.text_heads) != (None, None, None):
+        other = None if family.name == _CHOOSING_FAMILY else f"the family {family.name}"
+        if got := "a known checkpoint" if is_pinned(checkpoint.files) else other:
+            raise UsageError(
+                "--activation, --head-width and --text-heads are for CLIP weights that nothing else describes",
+                where=checkpoint.source,
+                got=got,
+                fix="leave these options out",
+            )
+    model = adapt_model(family.build(checkpoint, store, build), checkpoint, known, build)
+    return replace(model, warnings=()) if model.warnings and is_pinned(checkpoint.files) else model
 
 
 def adapt_model(model: Model, checkpoint: Checkpoint, known: KnownCheckpoint | None, build: BuildOptions) -> Model:
