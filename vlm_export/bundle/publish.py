@@ -14,7 +14,7 @@ from vlm_export.bundle.contents import foreign_entries, has_manifest
 from vlm_export.bundle.environment import check_free_space, environment_errors
 from vlm_export.bundle.graph_check import check_variant_graph
 from vlm_export.bundle.hashing import map_in_threads
-from vlm_export.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest
+from vlm_export.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest, manifest_from_bytes
 from vlm_export.bundle.path_names import check_utf8
 from vlm_export.bundle.replacement import (
     aside_path,
@@ -61,7 +61,7 @@ class Staging:
 
         Raises:
             InputError: a link or special file, an odd file name, a variant whose files are missing or whose graph
-                names other files.
+                names other files, a manifest that would not open again.
             EnvironmentFailure: disk full, read-only, file size limit.
         """
         with environment_errors("publishing the bundle", self.target.parent):
@@ -70,7 +70,7 @@ class Staging:
             for part in complete.parts:
                 for variant in part.variants:
                     check_variant_graph(self.path, complete, variant)
-            _write_manifest(self.path / MANIFEST_NAME, complete)
+            _write_manifest(self.path / MANIFEST_NAME, manifest_content(complete))
             for directory, _, _ in os.walk(self.path):
                 sync_directory(Path(directory))
             check_target(self.target, self.overwrite)
@@ -227,8 +227,27 @@ def _sweep(target: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _write_manifest(path: Path, manifest: Manifest) -> None:
+def manifest_content(manifest: Manifest) -> bytes:
+    """The content of the manifest's file, once it is found to open again.
+
+    Raises:
+        InputError: a value is out of the range that readers take, not finite, or too large.
+    """
+    what = "the bundle could not be opened again, so it is not made"
+    fix = "correct the checkpoint's configuration, or the option that this value comes from"
+    try:
+        content = manifest.to_bytes()
+        manifest_from_bytes(content)
+    except InputError as error:
+        got = f"{error.what}: {error.got}" if error.got else error.what
+        raise InputError(what, where=error.where, expected=error.expected, got=got, fix=fix) from error
+    except ValueError as error:
+        raise InputError(what, where=MANIFEST_NAME, expected="JSON data", got=str(error), fix=fix) from error
+    return content
+
+
+def _write_manifest(path: Path, content: bytes) -> None:
     with path.open("xb") as file:
-        file.write(manifest.to_bytes())
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
