@@ -50,6 +50,7 @@ class Checkpoint:
         side_files: tokenizer and preprocessing files by name (`tokenizer.json`, `preprocessor_config.json`, …).
         revision: the resolved commit of a hub id, or None.
         shards_left_aside: shards that the index names and nobody opened: they hold no key that the family reads.
+        check_unchanged: InputError when one of the files is no longer what it was when its sha256 was taken.
     """
 
     source: str
@@ -61,6 +62,7 @@ class Checkpoint:
     side_files: Mapping[str, Path] = field(default_factory=dict)
     revision: str | None = None
     shards_left_aside: tuple[str, ...] = ()
+    check_unchanged: Callable[[], None] = lambda: None
 
 
 class ExampleBuilder(Protocol):

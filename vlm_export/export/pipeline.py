@@ -118,6 +118,7 @@ class _Job:
             results = [self._verify(graph, model, known, staging, tokenizer) for graph in exported]
         _remove_scratch(scratch)
         with self.stages.stage("publish"):
+            checkpoint.check_unchanged()
             records = tuple(record for record, _ in results)
             _write_configs(model, records, staging)
             manifest = staging.commit(manifest_from_model(name, checkpoint, model, records, self.options))
