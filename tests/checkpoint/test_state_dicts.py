@@ -8,16 +8,20 @@ import tracemalloc
 import zipfile
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from vlm_export.checkpoint import pickle_data
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.pickle_data import MAX_OPCODES, MAX_PICKLE_BYTES
+from vlm_export.errors import InputError
 
 Refusal = Callable[..., str]
 ROOT = Path(__file__).parents[2]
@@ -224,3 +228,19 @@ def test_legacy_storages_beyond_the_file(tmp_path: Path, refusal: Refusal) -> No
     assert "cut off" in refusal(path)
     path.write_bytes(raw.replace((5).to_bytes(8, "little"), (4).to_bytes(8, "little")))
     assert "stated size" in refusal(path)
+
+
+@FORMS
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4))
+def test_any_damage_ends_in_one_error_type(tmp_path: Path, legacy: bool, damage: list[tuple[float, int]]) -> None:
+    path = save(
+        {"model": {"a": torch.ones(3, 4), "b": torch.ones(4).half()}, "e": [1, 2.0, "x"]}, tmp_path / "x", legacy
+    )
+    raw = bytearray(path.read_bytes())
+    for place, value in damage:
+        raw[int(place * len(raw))] = value
+    path.write_bytes(raw)
+    with suppress(InputError):
+        checkpoint = open_checkpoint(str(path))
+        assert all(checkpoint.read(key).sum() is not None for key in checkpoint.tensors)

@@ -105,7 +105,7 @@ def _open_directory(source: str, directory: Directory, sha256: str | None, progr
     files = []
     for file in directory.files:
         files.append(hash_file(file, file.path.name, progress))
-        if file in directory.weight_files:
+        if sha256 is not None and file in directory.weight_files:
             check_sha256(files[-1], sha256, where=str(file))
     stored = read_directory(directory)
     return Checkpoint(
@@ -158,6 +158,11 @@ def _open_known(
     opened = _open_path(source, path, pinned, progress, reads)
     if known.tokenizer is None:
         return opened
-    tokenizer = packaged_path(known.tokenizer)
-    files = (*opened.files, hash_file(see_file(tokenizer), TOKENIZER_FILE, progress))
-    return replace(opened, files=files, side_files={TOKENIZER_FILE: tokenizer})
+    tokenizer = see_file(packaged_path(known.tokenizer))
+    files = (*opened.files, hash_file(tokenizer, TOKENIZER_FILE, progress))
+
+    def check_unchanged() -> None:
+        opened.check_unchanged()
+        tokenizer.check_unchanged()
+
+    return replace(opened, files=files, side_files={TOKENIZER_FILE: tokenizer.path}, check_unchanged=check_unchanged)
