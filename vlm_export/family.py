@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -51,6 +51,7 @@ class Checkpoint:
         revision: the resolved commit of a hub id, or None.
         open_clip_config: `open_clip_config.json` beside weights with OpenAI's key names, as data, or None.
         shards_left_aside: shards that the index names and nobody opened: they hold no key that the family reads.
+        check_unchanged: InputError when one of the files is no longer what it was when its sha256 was taken.
     """
 
     source: str
@@ -63,6 +64,7 @@ class Checkpoint:
     revision: str | None = None
     open_clip_config: Mapping[str, Any] | None = None
     shards_left_aside: tuple[str, ...] = ()
+    check_unchanged: Callable[[], None] = lambda: None
 
 
 class ExampleBuilder(Protocol):
@@ -158,6 +160,11 @@ class BuildOptions:
     activation: Literal["quick_gelu", "gelu"] | None = None
     head_width: int | None = None
     text_heads: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON data, without the fields that only say what was so before they existed."""
+        later = ("activation", "head_width", "text_heads")
+        return {name: value for name, value in asdict(self).items() if name not in later or value is not None}
 
 
 class WeightStore(Protocol):

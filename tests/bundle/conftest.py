@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest, PartRecord, SourceFile, SourceRecord, VariantRecord
 from vlm_export.bundle.opened import open_bundle
-from vlm_export.bundle.publish import publication
+from vlm_export.bundle.publish import Staging, publication
 from vlm_export.bundle.safe_files import record_of_file, relative_files
 from vlm_export.signature import Axis, Signature, TensorSpec
 from vlm_export.specs import ImageSpec, TextSpec
@@ -119,6 +119,17 @@ def harness() -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def write_graph() -> Callable[[Staging], None]:
+    """Writes what the manifest of `make_manifest` names."""
+
+    def write(staging: Staging) -> None:
+        staging.file(GRAPH).write_bytes(make_graph({"location": "vision_model.onnx_data"}))
+        staging.file(DATA).write_bytes(bytes(128))
+
+    return write
 
 
 @pytest.fixture

@@ -81,7 +81,10 @@ variants = st.builds(
     verification=st.one_of(st.none(), json_objects),
 )
 parts = st.builds(
-    PartRecord, texts, signatures, st.lists(variants, max_size=3, unique_by=lambda v: v.precision).map(tuple)
+    PartRecord,
+    texts,
+    signatures,
+    st.lists(variants, min_size=1, max_size=3, unique_by=lambda v: v.precision).map(tuple),
 )
 sources = st.builds(
     SourceRecord,
@@ -100,7 +103,7 @@ manifests = st.builds(
     facts=json_objects,
     image=st.one_of(st.none(), images),
     text=st.one_of(st.none(), text_specs),
-    parts=st.lists(parts, max_size=2, unique_by=lambda part: part.name).map(tuple),
+    parts=st.lists(parts, min_size=1, max_size=2, unique_by=lambda part: part.name).map(tuple),
     tools=st.dictionaries(texts, texts, max_size=2),
     files=st.dictionaries(names, st.builds(FileRecord, sizes, hashes), max_size=3),
 )
@@ -239,6 +242,14 @@ def test_names_that_leave_the_bundle(name: str) -> None:
 @pytest.mark.parametrize("name", ["a", "onnx/model.onnx", "größe/..x/…"])
 def test_plain_names(name: str) -> None:
     assert checked_relative_name(name, "test") == name
+
+
+def test_a_bundle_has_parts_and_each_has_variants(manifest: Manifest) -> None:
+    empty = replace(manifest, parts=()), replace(manifest, parts=(replace(manifest.parts[0], variants=()),))
+    for changed, field in zip(empty, ("parts", "variants"), strict=True):
+        with pytest.raises(InputError, match=f"field '{field}'") as caught:
+            manifest_from_bytes(changed.to_bytes())
+        assert "at least one" in caught.value.expected
 
 
 def test_two_parts_of_one_name(manifest: Manifest) -> None:

@@ -23,7 +23,7 @@ from vlm_export.bundle import replacement
 from vlm_export.bundle.environment import check_free_space, environment_errors
 from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest
 from vlm_export.bundle.opened import open_bundle
-from vlm_export.bundle.publish import publication
+from vlm_export.bundle.publish import Staging, publication
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 
 DATA = "onnx/vision_model.onnx_data"
@@ -125,13 +125,15 @@ def test_what_is_not_ours_is_never_replaced(
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_what_appears_during_an_export_is_not_replaced(tmp_path: Path, manifest: Manifest) -> None:
-
+def test_what_appears_during_an_export_is_not_replaced(
+    tmp_path: Path, manifest: Manifest, write_graph: Callable[[Staging], None]
+) -> None:
     def export() -> None:
         with publication(tmp_path / "t", overwrite=False) as staging:
             (tmp_path / "t").mkdir()
             (tmp_path / "t" / "mine").write_text("x")
-            staging.commit(replace(manifest, parts=()))
+            write_graph(staging)
+            staging.commit(manifest)
 
     with pytest.raises(UsageError):
         export()
@@ -264,12 +266,13 @@ def test_the_working_directory_is_left_alone(
 
 
 def test_a_change_of_directory_during_the_work(
-    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, manifest: Manifest, write_graph: Callable[[Staging], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with publication(Path("bundle"), overwrite=False) as staging:
         monkeypatch.chdir("/")
-        staging.commit(replace(manifest, parts=()))
+        write_graph(staging)
+        staging.commit(manifest)
     assert (tmp_path / "bundle" / MANIFEST_NAME).is_file()
 
 
@@ -287,13 +290,51 @@ def test_links_and_special_files_are_not_published(tmp_path: Path, manifest: Man
     def export(make: Callable[[Path], object]) -> None:
         with publication(tmp_path / "b", overwrite=False) as staging:
             make(staging.path / "file")
-            staging.commit(replace(manifest, parts=()))
+            staging.commit(manifest)
 
     for make in makers:
-        with pytest.raises(InputError):
+        with pytest.raises(InputError, match=r"a file of the bundle (is|has)|not a plain path"):
             export(make)
         assert os.listdir(tmp_path) == ["outside"]
         assert outside.read_text() == "secret"
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda manifest: replace(manifest, parts=()), "parts"),
+        (lambda manifest: replace(manifest, parts=(replace(manifest.parts[0], variants=()),)), "variants"),
+        (lambda manifest: replace(manifest, source=replace(manifest.source, random_weights_seed=-1)), "seed"),
+        (lambda manifest: replace(manifest, source=replace(manifest.source, random_weights_seed=2**64)), "seed"),
+        (lambda manifest: replace(manifest, image=replace(manifest.image, std=(-1.0, 1.0, 1.0))), "std"),
+        (lambda manifest: replace(manifest, text=replace(manifest.text, end_token_id=100)), "end_token_id"),
+        (lambda manifest: replace(manifest, facts={"eps": float("nan")}), "not JSON compliant"),
+        (lambda manifest: replace(manifest, facts={"end": 10**80}), "81 characters"),
+        (lambda manifest: replace(manifest, facts={"text": "x" * (17 << 20)}), "too large"),
+    ],
+)
+def test_what_could_not_be_opened_again_replaces_nothing(
+    read_generation: Read,
+    tmp_path: Path,
+    manifest: Manifest,
+    publish_generation: Publish,
+    write_graph: Callable[[Staging], None],
+    change: Callable[[Manifest], Manifest],
+    field: str,
+) -> None:
+    publish_generation(tmp_path / "bundle", 1)
+
+    def export() -> None:
+        with publication(tmp_path / "bundle", overwrite=True) as staging:
+            write_graph(staging)
+            staging.commit(change(manifest))
+
+    with pytest.raises(InputError, match="could not be opened again") as caught:
+        export()
+    assert field in caught.value.got
+    assert "--overwrite" not in caught.value.fix
+    assert read_generation(tmp_path / "bundle") == 1
+    assert os.listdir(tmp_path) == ["bundle"]
 
 
 def test_a_graph_that_names_other_files_is_not_published(

@@ -17,7 +17,7 @@ from vlm_export.bundle.layout import (
     preprocessor_config,
 )
 from vlm_export.bundle.manifest import VariantRecord, checked_relative_name
-from vlm_export.errors import UsageError
+from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.image import preprocess_image
 from vlm_export.specs import ImageSpec
 
@@ -93,3 +93,8 @@ def test_config_of_the_source_keeps_its_other_settings() -> None:
     expected = {"model_type": "clip", "transformers.js_config": {"dtype": "fp16"}}
     assert hub_config(source, [VariantRecord("fp32", "onnx/a.onnx")]) == expected
     assert source["transformers.js_config"] == {"dtype": "fp16", "use_external_data_format": True}
+    assert hub_config({"transformers.js_config": None}, []) == {}
+    for odd in (5, "x", ["dtype"]):
+        with pytest.raises(InputError, match=r"config\.json is malformed") as caught:
+            hub_config({"transformers.js_config": odd}, [])
+        assert "transformers.js_config" in caught.value.where

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,9 +47,8 @@ Cli = Callable[..., Result]
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
+def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
     """Runs a command in this process."""
-    handler = signal.getsignal(signal.SIGTERM)
 
     def run(*arguments: object) -> Result:
         capsys.readouterr()
@@ -61,8 +59,7 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
         out, err = capsys.readouterr()
         return Result(status, out, err)
 
-    yield run
-    signal.signal(signal.SIGTERM, handler)
+    return run
 
 
 @pytest.fixture
@@ -124,9 +121,7 @@ def pair(tmp_path: Path) -> Path:
 def exported(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
     """A bundle that the export verb made, with its proof; tests must not change it."""
     target = tmp_path_factory.mktemp("exported") / "bundle"
-    handler = signal.getsignal(signal.SIGTERM)
     assert main(["export", str(checkpoint), "-o", str(target), "--quiet", *FAST]) == 0
-    signal.signal(signal.SIGTERM, handler)
     return target
 
 

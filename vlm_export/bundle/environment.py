@@ -25,12 +25,19 @@ _FIXES = {
     errno.ENOTSUP: "choose an output directory on a file system that can lock files",
     errno.ENAMETOOLONG: "choose a shorter output path",
     errno.EIO: "check the disk: the system reports an input or output error",
+    errno.EBUSY: "choose a directory that is no mount point and that nothing uses, such as one below it",
+    errno.EXDEV: "choose a directory that lies wholly on one file system, in a container one below a volume",
 }
+_OTHER_FIX = "choose another output directory; the system refuses this operation there"
+# Libraries raise errors without a number; a file that is not there is the caller's to name; a closed pipe is no fault.
+_NOT_THE_MACHINES = (None, errno.ENOENT, errno.EPIPE)
 
 
 @contextmanager
 def environment_errors(stage: str, path: Path | None = None, needed_bytes: int = 0) -> Iterator[None]:
     """Turns OSErrors that tell of the machine (disk full, read-only, limits) and MemoryError into EnvironmentFailure.
+
+    Those are all that the system numbers, but for files that do not exist and closed pipes.
 
     Args:
         stage: what was being done, for the message.
@@ -42,7 +49,7 @@ def environment_errors(stage: str, path: Path | None = None, needed_bytes: int =
     except MemoryError as error:
         raise EnvironmentFailure("out of memory", where=stage, fix=_FIXES[errno.ENOMEM]) from error
     except OSError as error:
-        if error.errno not in _FIXES:
+        if error.errno in _NOT_THE_MACHINES:
             raise
         named = error.filename2 or error.filename
         raise EnvironmentFailure(
@@ -50,7 +57,7 @@ def environment_errors(stage: str, path: Path | None = None, needed_bytes: int =
             where=f"{stage}: {os.fsdecode(named)}" if isinstance(named, str | bytes) else stage,
             expected=f"{needed_bytes} bytes free" if needed_bytes else "",
             got=f"{free_bytes(path)} bytes free" if path is not None else "",
-            fix=_FIXES[error.errno],
+            fix=_FIXES.get(error.errno or 0, _OTHER_FIX),
         ) from error
 
 

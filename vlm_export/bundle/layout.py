@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vlm_export.bundle.manifest import VariantRecord
-from vlm_export.errors import UsageError, suggestion
+from vlm_export.errors import InputError, UsageError, suggestion
 from vlm_export.specs import ImageSpec
 
 GRAPH_DIRECTORY = "onnx"
@@ -63,11 +63,24 @@ def preprocessor_config(image: ImageSpec) -> dict[str, Any]:
 
 
 def hub_config(config: Mapping[str, Any], variants: Iterable[VariantRecord]) -> dict[str, Any]:
-    """`config.json`: the family's `config`, and for transformers.js which graphs have external data files."""
+    """`config.json`: the family's `config`, and for transformers.js which graphs have external data files.
+
+    Raises:
+        InputError: the config has a `transformers.js_config` that is no object.
+    """
     chunks = {variant.file.rpartition("/")[2]: len(variant.external_data) for variant in variants}
     external = {name: count for name, count in sorted(chunks.items()) if count}
     result = {key: value for key, value in config.items() if key != "transformers.js_config"}
-    own = dict(config.get("transformers.js_config") or {})
+    stated = config.get("transformers.js_config") or {}
+    if not isinstance(stated, Mapping):
+        raise InputError(
+            "config.json is malformed",
+            where="config.json: transformers.js_config",
+            expected="an object",
+            got=repr(stated)[:200],
+            fix="correct it, or take it out",
+        )
+    own = dict(stated)
     own.pop("use_external_data_format", None)
     if external:
         own["use_external_data_format"] = external

@@ -225,7 +225,7 @@ def manifest_from_json(data: Mapping[str, Any], where: str = MANIFEST_NAME) -> M
     top = Fields(data, where)
     _check_schema(top)
     top.only(("schema_version", *_names(Manifest)))
-    parts = top.each("parts", _part_from_fields)
+    parts = top.some("parts", _part_from_fields)
     _check_unique([part.name for part in parts], "parts", where)
     tools = top.fields("tools")
     files = top.fields("files")
@@ -316,7 +316,7 @@ def _source_from_fields(fields: Fields) -> SourceRecord:
 
 def _part_from_fields(fields: Fields) -> PartRecord:
     fields.only(_names(PartRecord))
-    variants = fields.each("variants", _variant_from_fields)
+    variants = fields.some("variants", _variant_from_fields)
     _check_unique([variant.precision for variant in variants], "variants", fields.where)
     return PartRecord(fields.text("name"), signature_from_fields(fields.fields("signature")), variants)
 

@@ -10,12 +10,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vlm_export.bundle.contents import foreign_entries, has_manifest
 from vlm_export.bundle.environment import check_free_space, environment_errors
 from vlm_export.bundle.graph_check import check_variant_graph
 from vlm_export.bundle.hashing import map_in_threads
 from vlm_export.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest, manifest_from_bytes
 from vlm_export.bundle.path_names import check_utf8
 from vlm_export.bundle.replacement import (
+    aside_path,
     is_empty_directory,
     new_staging_path,
     recover,
@@ -24,11 +26,11 @@ from vlm_export.bundle.replacement import (
     sync_file,
 )
 from vlm_export.bundle.safe_files import record_of_file, relative_files
-from vlm_export.bundle.strict_json import MAX_JSON_BYTES
 from vlm_export.bundle.target_lock import locked, locked_if_free
-from vlm_export.errors import InputError, UsageError
+from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 
 _LEFTOVER = re.compile(r"\.(?P<target>.+)\.vlm-export-\d+-[0-9a-f]{12}\.tmp", re.DOTALL)
+_RESERVED = re.compile(rf"{_LEFTOVER.pattern}|\..+\.vlm-export\.(old|lock)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Staging:
 
         Raises:
             InputError: a link or special file, an odd file name, a variant whose files are missing or whose graph
-                names other files.
+                names other files, a manifest that would not open again.
             EnvironmentFailure: disk full, read-only, file size limit.
         """
         with environment_errors("publishing the bundle", self.target.parent):
@@ -68,7 +70,7 @@ class Staging:
             for part in complete.parts:
                 for variant in part.variants:
                     check_variant_graph(self.path, complete, variant)
-            _write_manifest(self.path / MANIFEST_NAME, complete)
+            _write_manifest(self.path / MANIFEST_NAME, manifest_content(complete))
             for directory, _, _ in os.walk(self.path):
                 sync_directory(Path(directory))
             check_target(self.target, self.overwrite)
@@ -93,15 +95,14 @@ def publication(target: Path, *, overwrite: bool, needed_bytes: int = 0) -> Iter
 
     Raises:
         UsageError: the target exists without `overwrite`, is not a bundle, holds files that are not the bundle's,
-            or has a name that is not UTF-8.
+            is a mount point, or has a name that is not UTF-8 or that leftovers have.
         EnvironmentFailure: another export holds the target, the place is read-only, the disk is too small or full.
     """
     target = _absolute(target)
     with environment_errors("writing the bundle", target.parent, needed_bytes), _parents(target.parent):
         check_free_space(target.parent, needed_bytes)
         with locked(target):
-            recover(target)
-            check_target(target, overwrite)
+            _recover(target, overwrite)
             _sweep(target)
             staging = new_staging_path(target)
             try:
@@ -144,12 +145,24 @@ def _parents(parent: Path) -> Iterator[None]:
 
 def check_target(target: Path, overwrite: bool) -> None:
     """UsageError unless a bundle may be put at `target`: absent, empty, or with `overwrite` only a bundle."""
+    if _RESERVED.fullmatch(target.absolute().name):
+        raise UsageError(
+            "the output path has a name that exports use for what they leave behind, so it would be swept away",
+            where=str(target),
+            fix="choose another name",
+        )
+    if os.path.ismount(target):
+        raise UsageError(
+            "the output path is a mount point, and no directory can be put in its place",
+            where=str(target),
+            fix=f"name a directory below it, such as {target / 'bundle'}",
+        )
     if not os.path.lexists(target) or is_empty_directory(target):
         return
     if target.is_symlink() or not target.is_dir():
         kind = "link" if target.is_symlink() else "file"
         raise UsageError(f"the output path is a {kind}", where=str(target), fix="choose a directory's own path")
-    if not (target / MANIFEST_NAME).is_file():
+    if not has_manifest(target):
         raise UsageError(
             "the output directory holds something that is not a bundle; it is left as it is",
             where=str(target),
@@ -162,11 +175,9 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 def _check_only_bundle_files(target: Path) -> None:
-    """UsageError when the bundle holds files that its manifest does not list: they are somebody's."""
-    fix = "move them away, or delete the directory yourself"
+    """UsageError when the bundle holds what its manifest does not list: it is somebody's."""
     try:
-        with (target / MANIFEST_NAME).open("rb") as file:
-            manifest = manifest_from_bytes(file.read(MAX_JSON_BYTES + 1))
+        foreign = foreign_entries(target)
     except InputError as error:
         raise UsageError(
             "the manifest of the bundle to be replaced cannot be read, so its files cannot be told from others",
@@ -174,13 +185,25 @@ def _check_only_bundle_files(target: Path) -> None:
             got=error.what,
             fix="delete the directory yourself, or choose another",
         ) from error
-    known = {*manifest.files, MANIFEST_NAME}
-    found = [Path(top, name).relative_to(target).as_posix() for top, _, names in os.walk(target) for name in names]
-    foreign = sorted(set(found) - known)
     if foreign:
-        shown = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
         raise UsageError(
-            "the bundle to be replaced holds files that no export wrote", where=str(target), got=shown, fix=fix
+            "the bundle to be replaced holds files, links or directories that no export wrote",
+            where=str(target),
+            got=", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""),
+            fix="move them away, or delete the directory yourself",
+        )
+
+
+def _recover(target: Path, overwrite: bool) -> None:
+    """Undoes or finishes a replacement that was cut off, if a bundle may be put at `target` before and after it."""
+    check_target(target, overwrite)
+    recover(target)
+    check_target(target, overwrite)
+    if os.path.lexists(aside_path(target)):
+        raise UsageError(
+            "what stands beside the output directory has the name that the old bundle gets for a moment",
+            where=str(aside_path(target)),
+            fix="move it away, or choose another output directory",
         )
 
 
@@ -197,15 +220,34 @@ def _sweep(target: Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)
             continue
         doomed = new_staging_path(target)
-        with suppress(OSError), locked_if_free(target.with_name(match["target"])) as free:
+        with suppress(OSError, EnvironmentFailure), locked_if_free(target.with_name(match["target"])) as free:
             # Renamed under that lock and deleted after it, so that an export that starts meanwhile finds it free.
             if free:
                 entry.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _write_manifest(path: Path, manifest: Manifest) -> None:
+def manifest_content(manifest: Manifest) -> bytes:
+    """The content of the manifest's file, once it is found to open again.
+
+    Raises:
+        InputError: a value is out of the range that readers take, not finite, or too large.
+    """
+    what = "the bundle could not be opened again, so it is not made"
+    fix = "correct the checkpoint's configuration, or the option that this value comes from"
+    try:
+        content = manifest.to_bytes()
+        manifest_from_bytes(content)
+    except InputError as error:
+        got = f"{error.what}: {error.got}" if error.got else error.what
+        raise InputError(what, where=error.where, expected=error.expected, got=got, fix=fix) from error
+    except ValueError as error:
+        raise InputError(what, where=MANIFEST_NAME, expected="JSON data", got=str(error), fix=fix) from error
+    return content
+
+
+def _write_manifest(path: Path, content: bytes) -> None:
     with path.open("xb") as file:
-        file.write(manifest.to_bytes())
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())

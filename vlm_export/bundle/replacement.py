@@ -14,6 +14,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from vlm_export.bundle.contents import has_manifest, holds_only_a_bundle
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
@@ -72,21 +74,21 @@ def _replace_in_two_steps(new: Path, target: Path) -> None:
 def recover(target: Path) -> None:
     """Finishes or undoes a replacement that was cut off; the caller holds the target's lock.
 
-    With the target in place the old directory is deleted, without it the old directory becomes the target again.
+    With a bundle in place the old one is deleted, without it the old one becomes the target again. What stands at the
+    old one's name and is no bundle, or holds more than a bundle, is somebody's and stays.
     """
     aside = aside_path(target)
-    if not os.path.lexists(aside):
-        return
-    if os.path.lexists(target) and not is_empty_directory(target):
+    if not os.path.lexists(target) or is_empty_directory(target):
+        if has_manifest(aside):
+            if os.path.lexists(target):
+                target.rmdir()
+            os.rename(aside, target)
+            sync_directory(target.parent)
+    elif holds_only_a_bundle(aside) and holds_only_a_bundle(target):
         # Under a name that is never restored, because from here on it is incomplete.
         doomed = new_staging_path(target)
         os.rename(aside, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
-    else:
-        if os.path.lexists(target):
-            target.rmdir()
-        os.rename(aside, target)
-        sync_directory(target.parent)
 
 
 def is_empty_directory(path: Path) -> bool:

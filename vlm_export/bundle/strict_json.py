@@ -13,6 +13,7 @@ from vlm_export.errors import InputError, suggestion
 
 MAX_JSON_BYTES = 16 << 20
 MAX_JSON_DEPTH = 200
+MAX_INTEGER = 2**63 - 1
 _DAMAGED = "the file is damaged or was changed by hand; copy the bundle again, or export again"
 _MAX_NUMBER_CHARACTERS = 64
 _STRUCTURE = re.compile(rb'\\.|["\[\]{}]', re.DOTALL)
@@ -136,7 +137,7 @@ class Fields:
             raise self.fail(key, f"one of {', '.join(choices)}")
         return self.text(key)
 
-    def integer(self, key: str, minimum: int = 0, maximum: int = 2**63 - 1) -> int:
+    def integer(self, key: str, minimum: int = 0, maximum: int = MAX_INTEGER) -> int:
         value = self.data[key]
         if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
             raise self.fail(key, f"an integer from {minimum} to {maximum}")
@@ -180,3 +181,10 @@ class Fields:
                 raise self.fail(key, "a list of objects")
             items.append(read(Fields(value, f"{self.where}.{key}[{i}]")))
         return tuple(items)
+
+    def some(self, key: str, read: Callable[[Fields], Item]) -> tuple[Item, ...]:
+        """As `each`, of a list that is not empty."""
+        items = self.each(key, read)
+        if not items:
+            raise self.fail(key, "a list of at least one object")
+        return items

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from vlm_export.errors import EnvironmentFailure
 
 _PID_OFFSET = 1
+_MAX_LOCK_BYTES = 32
 # A sweep on behalf of a neighbouring target holds the lock for a moment.
 _RETRIES = 4
 _RETRY_SECONDS = 0.05
@@ -24,7 +26,11 @@ def lock_path(target: Path) -> Path:
 
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """Holds the target's lock; EnvironmentFailure when another process (or this one) already holds it."""
+    """Holds the target's lock.
+
+    Raises:
+        EnvironmentFailure: another process (or this one) already holds it, or something else has its name.
+    """
     path = lock_path(target)
     descriptor = _acquire(path)
     for _ in range(_RETRIES):
@@ -47,7 +53,7 @@ def locked(target: Path) -> Iterator[None]:
 
 @contextmanager
 def locked_if_free(target: Path) -> Iterator[bool]:
-    """Holds the target's lock when nobody else does, and says whether it does."""
+    """Holds the target's lock when nobody else does, and says whether it does; EnvironmentFailure as in `locked`."""
     path = lock_path(target)
     descriptor = _acquire(path)
     try:
@@ -58,15 +64,23 @@ def locked_if_free(target: Path) -> Iterator[bool]:
 
 
 def _acquire(path: Path) -> int | None:
-    """The locked descriptor, or None when another holds the lock."""
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+    """The locked descriptor, or None when another holds the lock.
+
+    Raises:
+        EnvironmentFailure: something that is no lock has the lock's name; it is left as it is.
+    """
+    flags = os.O_RDWR | os.O_CREAT
+    for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):
+        flags |= getattr(os, name, 0)
     while True:
+        _check_regular(path)
         descriptor = os.open(path, flags, 0o644)
         try:
             if not _try_lock(descriptor):
                 os.close(descriptor)
                 return None
             if _is_same_file(path, descriptor):
+                _check_owner(path, descriptor)
                 _write_owner(descriptor)
                 return descriptor
         except BaseException:
@@ -79,15 +93,41 @@ def _acquire(path: Path) -> int | None:
 def _release(path: Path, descriptor: int) -> None:
     # Deleted while still held, so that nobody locks a file that is about to go; Windows refuses, and keeps the file.
     with suppress(OSError):
-        path.unlink()
+        if _is_same_file(path, descriptor):
+            path.unlink()
     os.close(descriptor)
 
 
 def _is_same_file(path: Path, descriptor: int) -> bool:
     try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
     except FileNotFoundError:
         return False
+
+
+def _check_regular(path: Path) -> None:
+    """EnvironmentFailure when a link, directory, pipe or device has the name; opening those may do something."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise _not_a_lock(path, "no regular file")
+
+
+def _check_owner(path: Path, descriptor: int) -> None:
+    """EnvironmentFailure unless the file holds a process id, as locks do, or nothing: the locker was just killed."""
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    content = os.read(descriptor, _MAX_LOCK_BYTES + 1).strip(b"\0")
+    if content and not (content.isdigit() and len(content) <= _MAX_LOCK_BYTES):
+        raise _not_a_lock(path, "a file that no export wrote")
+
+
+def _not_a_lock(path: Path, got: str) -> EnvironmentFailure:
+    return EnvironmentFailure(
+        "what stands beside the output directory has the name of its lock",
+        where=str(path),
+        expected="nothing, or the lock of an export",
+        got=got,
+        fix="move it away, or choose another output directory",
+    )
 
 
 def _write_owner(descriptor: int) -> None:
@@ -98,7 +138,7 @@ def _write_owner(descriptor: int) -> None:
 
 def _owner(path: Path) -> str:
     with suppress(OSError):
-        text = path.read_bytes()[:32].strip(b"\0").decode("ascii", "replace")
+        text = path.read_bytes()[:_MAX_LOCK_BYTES].strip(b"\0").decode("ascii", "replace")
         if text.isdigit():
             return text
     return "unknown"

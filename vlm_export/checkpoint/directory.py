@@ -6,28 +6,21 @@ itself states never leaves the directory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from vlm_export.bundle.strict_json import MAX_JSON_BYTES, json_object_from_bytes
 from vlm_export.checkpoint.identify import error_from_bad_file
 from vlm_export.checkpoint.names import is_plain_name
-from vlm_export.checkpoint.safetensors_file import (
-    INDEX_SUFFIX,
-    check_present,
-    read_bounded,
-    read_index,
-    read_sharded,
-)
+from vlm_export.checkpoint.safetensors_file import INDEX_SUFFIX, find_shards, read_bounded, read_index
+from vlm_export.checkpoint.seen_file import SeenFile, see_file
 from vlm_export.checkpoint.shards import ReadPrefixes, everything, select_shards
 from vlm_export.checkpoint.tensors import StoredTensors
 from vlm_export.checkpoint.weights_file import read_weights_file
 from vlm_export.errors import InputError
-from vlm_export.family import TensorInfo
+from vlm_export.family import CheckpointFormat
 
 CONFIG_FILE = "config.json"
 OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
@@ -63,28 +56,31 @@ class Directory:
     Attributes:
         weights: the file that is read, or the index that names the shards.
         shards: key → shard, where `weights` is an index; without the shards left aside.
+        shard_files: the shards by name.
         left_aside: shards that hold nothing that is read; they need not be there.
-        config: `config.json` without the keys that name code, or None.
+        config_file: `config.json`, or None.
+        config: its data without the keys that name code, or None.
         side_files: tokenizer and preprocessing files by name.
     """
 
     path: Path
-    weights: Path
+    weights: SeenFile
     shards: Mapping[str, str]
+    shard_files: Mapping[str, SeenFile]
     left_aside: tuple[str, ...]
+    config_file: SeenFile | None
     config: Mapping[str, Any] | None
-    side_files: Mapping[str, Path]
+    side_files: Mapping[str, SeenFile]
 
     @property
-    def weight_files(self) -> list[Path]:
+    def weight_files(self) -> list[SeenFile]:
         """The files that hold tensors."""
-        names = sorted(set(self.shards.values()))
-        return [self.path / name for name in names] or [self.weights]
+        return list(self.shard_files.values()) or [self.weights]
 
     @property
-    def files(self) -> list[Path]:
+    def files(self) -> list[SeenFile]:
         """Every file that is read: config, index, weights, side files."""
-        config = [self.path / CONFIG_FILE] if self.config is not None else []
+        config = [self.config_file] if self.config_file is not None else []
         index = [self.weights] if self.shards else []
         return [*config, *index, *self.weight_files, *self.side_files.values()]
 
@@ -99,47 +95,44 @@ def scan_directory(path: Path, reads: ReadPrefixes = everything) -> Directory:
         InputError: no weights or several, a missing shard, a malformed config or index, or a name that leaves the
             directory.
     """
-    weights = _find_weights(path)
-    config_path = path / CONFIG_FILE
-    side_files = {name: path / name for name in SIDE_FILES if (path / name).is_file()}
+    weights = see_file(_find_weights(path))
+    config = see_file(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else None
+    side_files = {name: see_file(path / name) for name in SIDE_FILES if (path / name).is_file()}
     if "tokenizer_config.json" in side_files:
         _check_templates(side_files["tokenizer_config.json"])
-    shards, left_aside = _scan_shards(weights, reads) if weights.name.endswith(".index.json") else ({}, ())
     return Directory(
-        path=path,
-        weights=weights,
-        shards=shards,
-        left_aside=left_aside,
-        config=_without_code(_read_json(config_path)) if config_path.is_file() else None,
+        path,
+        weights,
+        *_scan_shards(weights, reads),
+        config_file=config,
+        config=_without_code(_read_json(config)) if config is not None else None,
         side_files=side_files,
     )
 
 
 def scan_index(index: Path, reads: ReadPrefixes = everything) -> Directory:
     """The Directory around an index that the user named, instead of the weights that come first there."""
-    return Directory(index.parent, index, *_scan_shards(index, reads), None, {})
+    weights = see_file(index)
+    return Directory(index.parent, weights, *_scan_shards(weights, reads), config_file=None, config=None, side_files={})
 
 
-def _scan_shards(index: Path, reads: ReadPrefixes) -> tuple[dict[str, str], tuple[str, ...]]:
-    shards, left_aside = select_shards(read_index(index), reads)
-    check_present(index, shards)
-    return shards, left_aside
+def _scan_shards(weights: SeenFile, reads: ReadPrefixes) -> tuple[dict[str, str], dict[str, SeenFile], tuple[str, ...]]:
+    """key → shard, the shards' files, and those left aside; nothing where `weights` is no index."""
+    if not weights.path.name.endswith(".index.json"):
+        return {}, {}, ()
+    shards, left_aside = select_shards(read_index(weights), reads)
+    return shards, find_shards(weights, shards), left_aside
 
 
 def read_directory(directory: Directory) -> StoredTensors:
     """The tensors of the directory's weights; nothing else is read here."""
-    if not directory.shards:
-        stored = read_weights_file(directory.weights)
-    elif directory.weights.name.endswith(INDEX_SUFFIX):
-        stored = read_sharded(directory.path, directory.shards)
-    else:
-        stored = _read_pickled_shards(directory)
+    stored = _read_shards(directory) if directory.shards else read_weights_file(directory.weights)
     if directory.config is None:
         return stored
     return StoredTensors("hf_directory", stored.tensors, stored.read)
 
 
-def find_open_clip_config(folder: Path, stored: StoredTensors) -> Path | None:
+def find_open_clip_config(folder: Path, stored: StoredTensors) -> SeenFile | None:
     """`open_clip_config.json` beside weights with the key names of the models that it describes.
 
     Beside others it is not read: some publishers put transformers' weights into the same directory. OpenAI's
@@ -147,12 +140,12 @@ def find_open_clip_config(folder: Path, stored: StoredTensors) -> Path | None:
     """
     path = folder / OPEN_CLIP_CONFIG_FILE
     is_described = stored.format != "torchscript" and _OPENAI_CLIP_KEY in stored.tensors
-    return path if is_described and path.is_file() else None
+    return see_file(path) if is_described and path.is_file() else None
 
 
-def read_open_clip_config(path: Path) -> dict[str, Any]:
+def read_open_clip_config(file: SeenFile) -> dict[str, Any]:
     """The config as data; InputError when it is malformed."""
-    return _read_json(path)
+    return _read_json(file)
 
 
 def _find_weights(path: Path) -> Path:
@@ -174,26 +167,29 @@ def _find_weights(path: Path) -> Path:
     )
 
 
-def _read_pickled_shards(directory: Directory) -> StoredTensors:
-    parts = {path.name: read_weights_file(path) for path in directory.weight_files}
-    tensors: dict[str, TensorInfo] = {}
-    readers: dict[str, Callable[[str], Tensor]] = {}
-    for name, part in parts.items():
-        for key, info in part.tensors.items():
-            if directory.shards.get(key) != name:
-                raise InputError("the index and the shards disagree", where=f"{directory.path}: {key} in {name}")
-            tensors[key], readers[key] = info, part.read
-    absent = sorted(set(directory.shards) - set(tensors))
-    if absent:
-        raise InputError("shards lack keys that the index names", where=str(directory.path), got=", ".join(absent[:5]))
-    return StoredTensors("state_dict", tensors, lambda key: readers[key](key))
+def _read_shards(directory: Directory) -> StoredTensors:
+    parts = {name: read_weights_file(file) for name, file in directory.shard_files.items()}
+    shards = directory.shards
+    absent = [f"{key} in {name}" for key, name in shards.items() if key not in parts[name].tensors]
+    unlisted = [f"{key} in {name}" for name, part in parts.items() for key in part.tensors if shards.get(key) != name]
+    if absent or unlisted:
+        raise InputError(
+            "the index and the shards disagree",
+            where=str(directory.path),
+            expected="each key in the shard that the index names, and no other keys",
+            got=f"{len(absent)} absent {absent[:3]}, {len(unlisted)} unlisted {unlisted[:3]}",
+            fix="download the index and all shards again, from one revision",
+        )
+    tensors = {key: parts[name].tensors[key] for key, name in shards.items()}
+    form: CheckpointFormat = "safetensors" if directory.weights.path.name.endswith(INDEX_SUFFIX) else "state_dict"
+    return StoredTensors(form, tensors, lambda key: parts[shards[key]].read(key))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    raw = read_bounded(path, MAX_JSON_BYTES)
+def _read_json(file: SeenFile) -> dict[str, Any]:
+    raw = read_bounded(file, MAX_JSON_BYTES)
     if not raw.lstrip().startswith(b"{"):
-        raise error_from_bad_file(path)
-    return json_object_from_bytes(raw, str(path))
+        raise error_from_bad_file(file)
+    return json_object_from_bytes(raw, str(file))
 
 
 def _without_code(value: Any) -> Any:
@@ -209,9 +205,9 @@ def _names_code(key: str) -> bool:
     return key in _CODE_KEYS or any(part in key for part in _CODE_KEY_PARTS)
 
 
-def _check_templates(path: Path) -> None:
+def _check_templates(file: SeenFile) -> None:
     """Tokenizers save named chat templates as files of those names (CVE-2026-9856): the names must be plain."""
-    templates = _read_json(path).get("chat_template")
+    templates = _read_json(file).get("chat_template")
     names: list[Any] = []
     if isinstance(templates, list):
         names = [entry.get("name") if isinstance(entry, dict) else None for entry in templates]
@@ -221,7 +217,7 @@ def _check_templates(path: Path) -> None:
         if not isinstance(name, str) or not is_plain_name(name):
             raise InputError(
                 "a chat template has a name that leads out of its directory",
-                where=f"{path}: chat_template",
+                where=f"{file}: chat_template",
                 expected="plain names",
                 got=repr(name)[:200],
                 fix="do not trust this checkpoint; get it from its publisher",

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from vlm_export.checkpoint.hashing import Progress, hash_file
 from vlm_export.checkpoint.names import check_plain_name
+from vlm_export.checkpoint.seen_file import see_file
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 
 CACHE_VARIABLE = "VLM_EXPORT_CACHE"
@@ -53,7 +54,7 @@ def fetch_url(url: str, sha256: str | None, progress: Progress | None = None) ->
     # One folder per address: the same file name may come from two publishers.
     folder = cache_directory() / (sha256 or hashlib.sha256(url.encode()).hexdigest())[:16]
     target = folder / name
-    if target.is_file() and (sha256 is None or hash_file(target, name, progress).sha256 == sha256):
+    if target.is_file() and (sha256 is None or hash_file(see_file(target), name, progress).sha256 == sha256):
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from pathlib import Path
 
+from vlm_export.checkpoint.seen_file import SeenFile, error_from_unreadable
 from vlm_export.errors import InputError
 from vlm_export.family import CheckpointFile
 
@@ -14,20 +14,19 @@ Progress = Callable[[str, int, int], None]
 _CHUNK_BYTES = 4 << 20
 
 
-def hash_file(path: Path, name: str, progress: Progress | None = None) -> CheckpointFile:
+def hash_file(file: SeenFile, name: str, progress: Progress | None = None) -> CheckpointFile:
     """The file's size and sha256, listed under `name`; InputError when it cannot be read."""
     digest = hashlib.sha256()
     done = 0
-    try:
-        total = path.stat().st_size
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
+    with file.open() as opened:
+        try:
+            while chunk := opened.read(_CHUNK_BYTES):
                 digest.update(chunk)
                 done += len(chunk)
                 if progress is not None:
-                    progress(name, done, max(total, done))
-    except OSError as error:
-        raise InputError("a file of the checkpoint cannot be read", where=str(path), got=str(error)) from error
+                    progress(name, done, max(file.size_bytes, done))
+        except OSError as error:
+            raise error_from_unreadable(file.path, error) from error
     return CheckpointFile(name, done, digest.hexdigest())
 
 

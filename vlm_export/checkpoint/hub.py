@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vlm_export.checkpoint.directory import CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, SIDE_FILES, WEIGHTS_PRECEDENCE
 from vlm_export.checkpoint.safetensors_file import read_index
+from vlm_export.checkpoint.seen_file import see_file
 from vlm_export.checkpoint.shards import ReadPrefixes, everything, select_shards
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 
@@ -67,7 +68,7 @@ def fetch_snapshot(hub_id: str, revision: str | None = None, reads: ReadPrefixes
         if indexes := [name for name in names if name in _SHARDS]:
             # The index first: it says which shards are read.
             path = huggingface_hub.snapshot_download(hub_id, revision=commit, allow_patterns=indexes)
-            names = _without_shards(names, select_shards(read_index(Path(path) / indexes[0]), reads)[1])
+            names = _without_shards(names, select_shards(read_index(see_file(Path(path) / indexes[0])), reads)[1])
         path = huggingface_hub.snapshot_download(hub_id, revision=commit, allow_patterns=names)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise _not_found(hub_id, revision, error) from error

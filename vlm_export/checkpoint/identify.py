@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
+from vlm_export.checkpoint.seen_file import SeenFile, error_from_unreadable
 from vlm_export.errors import InputError
 
 WeightsKind = Literal["zip", "legacy_pickle", "safetensors"]
@@ -23,50 +23,50 @@ _OTHER_FORMATS = {
 }
 
 
-def identify_weights(path: Path) -> WeightsKind:
-    """How the weights in `path` are stored, by content alone.
+def identify_weights(file: SeenFile) -> WeightsKind:
+    """How the weights in `file` are stored, by content alone.
 
     Raises:
         InputError: the file is none of the known kinds; the error says what it is instead.
     """
-    head = _read_head(path)
+    head = _read_head(file)
     if head.startswith(ZIP_MAGIC):
         return "zip"
     if head.startswith(LEGACY_MAGIC):
         return "legacy_pickle"
-    if _is_safetensors(path, head):
+    if _is_safetensors(file, head):
         return "safetensors"
-    raise error_from_bad_file(path)
+    raise error_from_bad_file(file)
 
 
-def error_from_bad_file(path: Path) -> InputError:
+def error_from_bad_file(file: SeenFile) -> InputError:
     """The error for a file that is no checkpoint, with its real cause."""
-    head = _read_head(path)
-    what, fix = _describe(head, path)
+    head = _read_head(file)
+    what, fix = _describe(head)
     return InputError(
         f"the file is no checkpoint: it is {what}",
-        where=str(path),
+        where=str(file),
         expected="a .pt/.pth file as torch.save or torch.jit.save writes it, or a .safetensors file",
-        got=f"{path.stat().st_size} bytes that start with {head[:24]!r}",
+        got=f"{file.size_bytes} bytes that start with {head[:24]!r}",
         fix=fix,
     )
 
 
-def _read_head(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(_HEAD_BYTES)
-    except OSError as error:
-        raise InputError("the checkpoint cannot be read", where=str(path), got=str(error)) from error
+def _read_head(file: SeenFile) -> bytes:
+    with file.open() as opened:
+        try:
+            return opened.read(_HEAD_BYTES)
+        except OSError as error:
+            raise error_from_unreadable(file.path, error) from error
 
 
-def _is_safetensors(path: Path, head: bytes) -> bool:
+def _is_safetensors(file: SeenFile, head: bytes) -> bool:
     # An eight-byte length and a JSON header: the only kind whose brace stands at byte 8.
-    named = path.suffix == ".safetensors" and len(head) >= 8 and head.strip(b"\x00") != b""
+    named = file.path.suffix == ".safetensors" and len(head) >= 8 and head.strip(b"\x00") != b""
     return head[8:9] == b"{" or (named and _plain_text(head) is None)
 
 
-def _describe(head: bytes, path: Path) -> tuple[str, str]:
+def _describe(head: bytes) -> tuple[str, str]:
     if not head:
         return "empty", _TRY_AGAIN
     if not head.strip(b"\x00"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from vlm_export.bundle.path_names import check_utf8
@@ -18,6 +20,7 @@ from vlm_export.checkpoint.download import fetch_url
 from vlm_export.checkpoint.hashing import Progress, check_sha256, hash_file
 from vlm_export.checkpoint.hub import fetch_snapshot, is_hub_id
 from vlm_export.checkpoint.known import KnownCheckpoint, known_names, load_known, packaged_path
+from vlm_export.checkpoint.seen_file import SeenFile, see_file
 from vlm_export.checkpoint.shards import ReadPrefixes, everything
 from vlm_export.checkpoint.weights_file import read_weights_file
 from vlm_export.errors import InputError, UsageError, suggestion
@@ -84,15 +87,18 @@ def _open_path(
     check_utf8(path, UsageError, what, fix="rename it, or copy it to another place")
     if path.is_dir():
         return _open_directory(source, scan_directory(path, reads), sha256, progress)
-    if path.name.endswith(".index.json"):
-        return _open_directory(source, scan_index(path, reads), sha256, progress)
     if not path.is_file():
         raise InputError("the source is neither a file nor a directory", where=source)
+    if path.name.endswith(".index.json"):
+        return _open_directory(source, scan_index(path, reads), sha256, progress)
     # The pinned sha256 before anything is parsed.
-    file = hash_file(path, path.name, progress)
+    seen = see_file(path)
+    file = hash_file(seen, path.name, progress)
     check_sha256(file, sha256, where=source)
-    stored = read_weights_file(path)
-    opened = Checkpoint(source, stored.format, (file,), stored.tensors, stored.read)
+    stored = read_weights_file(seen)
+    opened = Checkpoint(
+        source, stored.format, (file,), stored.tensors, stored.read, check_unchanged=partial(_check_unchanged, [seen])
+    )
     return _with_open_clip_config(opened, find_open_clip_config(path.parent, stored), progress)
 
 
@@ -105,10 +111,10 @@ def _open_directory(source: str, directory: Directory, sha256: str | None, progr
             fix="pin a hub revision instead",
         )
     files = []
-    for path in directory.files:
-        files.append(hash_file(path, path.name, progress))
-        if path in directory.weight_files:
-            check_sha256(files[-1], sha256, where=str(path))
+    for file in directory.files:
+        files.append(hash_file(file, file.path.name, progress))
+        if sha256 is not None and file in directory.weight_files:
+            check_sha256(files[-1], sha256, where=str(file))
     stored = read_directory(directory)
     opened = Checkpoint(
         source=source,
@@ -117,17 +123,33 @@ def _open_directory(source: str, directory: Directory, sha256: str | None, progr
         tensors=stored.tensors,
         read=stored.read,
         config=directory.config,
-        side_files=directory.side_files,
+        side_files={name: file.path for name, file in directory.side_files.items()},
         shards_left_aside=directory.left_aside,
+        check_unchanged=partial(_check_unchanged, directory.files),
     )
     return _with_open_clip_config(opened, find_open_clip_config(directory.path, stored), progress)
 
 
-def _with_open_clip_config(opened: Checkpoint, path: Path | None, progress: Progress | None) -> Checkpoint:
-    if path is None:
+def _with_open_clip_config(opened: Checkpoint, file: SeenFile | None, progress: Progress | None) -> Checkpoint:
+    if file is None:
         return opened
-    files = (*opened.files, hash_file(path, path.name, progress))
-    return replace(opened, files=files, open_clip_config=read_open_clip_config(path))
+    check_weights = opened.check_unchanged
+
+    def check_unchanged() -> None:
+        check_weights()
+        file.check_unchanged()
+
+    return replace(
+        opened,
+        files=(*opened.files, hash_file(file, file.path.name, progress)),
+        open_clip_config=read_open_clip_config(file),
+        check_unchanged=check_unchanged,
+    )
+
+
+def _check_unchanged(files: Sequence[SeenFile]) -> None:
+    for file in files:
+        file.check_unchanged()
 
 
 def _open_hub(
@@ -162,6 +184,11 @@ def _open_known(
     opened = _open_path(source, path, pinned, progress, reads)
     if known.tokenizer is None:
         return opened
-    tokenizer = packaged_path(known.tokenizer)
+    tokenizer = see_file(packaged_path(known.tokenizer))
     files = (*opened.files, hash_file(tokenizer, TOKENIZER_FILE, progress))
-    return replace(opened, files=files, side_files={TOKENIZER_FILE: tokenizer})
+
+    def check_unchanged() -> None:
+        opened.check_unchanged()
+        tokenizer.check_unchanged()
+
+    return replace(opened, files=files, side_files={TOKENIZER_FILE: tokenizer.path}, check_unchanged=check_unchanged)

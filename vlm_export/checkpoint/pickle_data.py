@@ -1,7 +1,9 @@
-"""A pickle as data: an interpreter of the opcodes that torch's C++ pickler writes, which calls and imports nothing.
+"""A pickle as data: an interpreter of the opcodes that torch writes, which calls and imports nothing.
 
-A global becomes its name, an object the record of its class's name and state, a call the record of its arguments.
-Source of the opcode set: torch/csrc/jit/serialization/pickler.cpp (torch 2.10); the opcodes' meaning: pickletools.
+A global becomes its name, an object the record of its class's name and state, a call the record of its arguments: time
+and memory stay within a constant times the number of opcodes.
+Source of the opcode set: torch/csrc/jit/serialization/pickler.cpp (torch 2.10), and protocol 2, which torch.save uses;
+the opcodes' meaning: pickletools.
 """
 
 from __future__ import annotations
@@ -9,14 +11,19 @@ from __future__ import annotations
 import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from io import BytesIO
 from typing import Any, NoReturn
 
 from vlm_export.errors import InputError
 
-MAX_PICKLE_BYTES = 64 << 20
+MAX_PICKLE_BYTES = 16 << 20
+# A tensor takes some 35 opcodes, and up to 100 more with an optimizer's state; CLIP's largest has 1353 tensors.
+MAX_OPCODES = 1_000_000
+# Integers are their own hashes up to 2**61; beyond, as many as one likes have one and the same hash.
+_MAX_KEY = 1 << 60
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Global:
     """The name of a class or function; never looked up."""
 
@@ -27,7 +34,7 @@ class Global:
         return f"{self.module}.{self.name}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Call:
     """What the pickle would have called, and with what."""
 
@@ -35,14 +42,14 @@ class Call:
     arguments: tuple[Any, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PersistentId:
     """A reference to something outside the pickle: torch's storages."""
 
     value: Any
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Instance:
     """An object of a class of the archive, with the state that would have been given to it."""
 
@@ -56,33 +63,38 @@ class _Mark:
 
 _MARK = _Mark()
 GlobalPolicy = Callable[[Global], bool]
+Persistent = Callable[[Any], Any]
 
 
-def load_pickle_data(raw: bytes, where: str, allow: GlobalPolicy) -> Any:
+def load_pickle_data(
+    raw: bytes | BytesIO, where: str, allow: GlobalPolicy, persistent: Persistent = PersistentId
+) -> Any:
     """The data that the pickle describes: str, int, float, bool, None, tuple, list, dict and this module's records.
 
     Args:
-        raw: the pickle.
+        raw: the pickle, of at most `MAX_PICKLE_BYTES`; a stream stands behind the pickle afterwards.
         where: the file and member, for errors.
         allow: whether a global may stand in the pickle at all; none is ever imported.
+        persistent: makes the record of a persistent id.
 
     Raises:
-        InputError: a global that is not allowed, an opcode that torch does not write, or a damaged pickle.
+        InputError: a global that is not allowed, an opcode that torch does not write, or a pickle that is damaged or
+            has more than `MAX_OPCODES`.
     """
-    if len(raw) > MAX_PICKLE_BYTES:
-        raise InputError("a pickle is too large", where=where, expected=f"at most {MAX_PICKLE_BYTES} bytes")
-    return _Interpreter(where, allow).run(raw)
+    return _Interpreter(where, allow, persistent).run(raw)
 
 
 class _Interpreter:
-    def __init__(self, where: str, allow: GlobalPolicy) -> None:
-        self.where, self.allow = where, allow
+    def __init__(self, where: str, allow: GlobalPolicy, persistent: Persistent) -> None:
+        self.where, self.allow, self.persistent = where, allow, persistent
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
-    def run(self, raw: bytes) -> Any:
+    def run(self, raw: bytes | BytesIO) -> Any:
         try:
-            for opcode, argument, _ in pickletools.genops(raw):
+            for count, (opcode, argument, _) in enumerate(pickletools.genops(raw)):
+                if count >= MAX_OPCODES:
+                    self._fail(f"at most {MAX_OPCODES} opcodes", "more")
                 if opcode.name == "STOP":
                     return self.stack.pop()
                 self._step(opcode.name, argument)
@@ -161,12 +173,14 @@ class _Interpreter:
     def _build(self, _: Any) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
-        if not isinstance(target, Instance):
+        # A state dict's attribute `_metadata`, which says nothing of weights, is given to a dict.
+        if isinstance(target, Instance):
+            target.state = state
+        elif not isinstance(target, dict):
             self._fail("an object of the archive's own classes", type(target).__name__)
-        target.state = state
 
     def _persistent(self, _: Any) -> None:
-        self.stack.append(PersistentId(self.stack.pop()))
+        self.stack.append(self.persistent(self.stack.pop()))
 
     def _set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
@@ -174,7 +188,7 @@ class _Interpreter:
             self._fail("a dict and pairs", type(target).__name__)
         for key, value in zip(items[::2], items[1::2], strict=True):
             # Only these: hashing a nested tuple could take time exponential in the pickle's size.
-            if not isinstance(key, str | int):
+            if not isinstance(key, str) and not (isinstance(key, int) and abs(key) < _MAX_KEY):
                 self._fail("text or integers as keys", type(key).__name__)
             target[key] = value
 

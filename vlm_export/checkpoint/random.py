@@ -17,6 +17,7 @@ import torch
 
 from vlm_export.checkpoint.disk import check_free, failure_from_write
 from vlm_export.checkpoint.safetensors_file import read_safetensors
+from vlm_export.checkpoint.seen_file import see_file
 from vlm_export.family import Checkpoint, CheckpointFile, TensorInfo
 
 _DTYPES = {
@@ -74,7 +75,7 @@ def random_checkpoint(
                 digest.update(piece)
     except OSError as error:
         raise failure_from_write(path, needed_bytes, error) from error
-    stored = read_safetensors(path)
+    stored = read_safetensors(see_file(path))
     files = (CheckpointFile(path.name, needed_bytes, digest.hexdigest()),)
     return Checkpoint(source_name, "random", files, stored.tensors, stored.read, config)
 

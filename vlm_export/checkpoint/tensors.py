@@ -1,13 +1,16 @@
-"""What every format's reader gives: the tensors by stored key, without having read one."""
+"""What every format's reader gives: the tensors by stored key, mapped from the file, without having read one."""
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from vlm_export.checkpoint.seen_file import SeenFile
 from vlm_export.errors import InputError
 from vlm_export.family import CheckpointFormat, TensorInfo
 
@@ -27,14 +30,59 @@ class StoredTensors:
     read: Callable[[str], Tensor]
 
 
-def check_stored_bytes(path: Path, tensor_bytes: int) -> None:
-    """InputError when the tensors together are far larger than the file: many names for the same few bytes."""
-    limit = _MAX_SHARING * path.stat().st_size + _SMALL_BYTES
+@dataclass(frozen=True)
+class View:
+    """Where a tensor's elements are: `size` and `stride` from byte `offset` of the file."""
+
+    dtype: torch.dtype
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def span(self) -> int:
+        """Elements from the first to the last, both included."""
+        if 0 in self.size:
+            return 0
+        return 1 + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
+
+
+def stored_views(format: CheckpointFormat, file: SeenFile, views: Mapping[str, View]) -> StoredTensors:
+    """The tensors at `views`, each of which lies within the file.
+
+    Raises:
+        InputError: the tensors together are far larger than the file: many names for the same few bytes.
+    """
+    tensor_bytes = sum(math.prod(view.size) * view.dtype.itemsize for view in views.values())
+    limit = _MAX_SHARING * file.size_bytes + _SMALL_BYTES
     if tensor_bytes > limit:
         raise InputError(
             "the checkpoint names the same bytes as many tensors",
-            where=str(path),
+            where=str(file),
             expected=f"tensors of at most {limit} bytes in all",
             got=f"{tensor_bytes} bytes",
             fix="get the checkpoint from its publisher",
         )
+    infos = {key: TensorInfo(view.size, str(view.dtype).removeprefix("torch.")) for key, view in views.items()}
+    return StoredTensors(format, infos, _MappedViews(file, views))
+
+
+class _MappedViews:
+    """key → the tensor, on one private mapping of the file that opens at the first read."""
+
+    def __init__(self, file: SeenFile, views: Mapping[str, View]) -> None:
+        self.file, self.views = file, views
+        self.mapping: mmap.mmap | None = None
+
+    def __call__(self, key: str) -> Tensor:
+        view = self.views[key]
+        if view.span == 0:
+            return torch.empty(view.size, dtype=view.dtype)
+        if self.mapping is None:
+            # Copy-on-write: nobody can write into the checkpoint through a tensor.
+            with self.file.open() as opened:
+                self.mapping = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+        flat = torch.frombuffer(self.mapping, dtype=view.dtype, count=view.span, offset=view.offset)
+        tensor = flat.as_strided(view.size, view.stride)
+        # Old archives do not align every storage; kernels expect it.
+        return tensor if view.offset % view.dtype.itemsize == 0 else tensor.clone()

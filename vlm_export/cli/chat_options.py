@@ -44,7 +44,8 @@ def check_sampling(args: argparse.Namespace) -> None:
 def refuse_options(args: argparse.Namespace, names: Iterable[str], bundle: str, fix: str) -> None:
     """UsageError that names the first of these options that is given, for a bundle that has no use for it."""
     for name in names:
-        if getattr(args, name) not in (None, False):
+        # 0 equals False, and is a value.
+        if getattr(args, name) is not None and getattr(args, name) is not False:
             raise UsageError(f"this bundle has no use for {option(name)}", where=bundle, got=option(name), fix=fix)
 
 

@@ -21,6 +21,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--template", default="a photo of a {}", metavar="TEXT", help="sentence around a label (default: '%(default)s')"
     )
+    parser.add_argument("--truncate", action="store_true", help="cut texts that are too long instead of refusing them")
     add_engine_options(parser)
     add_common_options(parser)
     parser.set_defaults(run=run)
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from vlm_export.runtime.pair import load
 
     pair = load(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
-    probabilities = pair.classify([args.image], args.labels, template=args.template)[0]
+    probabilities = pair.classify([args.image], args.labels, template=args.template, truncate=args.truncate)[0]
     ranked = sorted(zip(args.labels, map(float, probabilities), strict=True), key=lambda entry: -entry[1])
     if args.json:
         labels = [{"label": label, "probability": probability} for label, probability in ranked]

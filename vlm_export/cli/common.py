@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
-from vlm_export.errors import UsageError
+from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 )
+
+_MOST = 2**31 - 1  # what ONNX Runtime holds a number of threads in
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +38,8 @@ def add_engine_options(
 def positive_integer(text: str) -> int:
     """An argparse type."""
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    if not 1 <= value <= _MOST:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 to {_MOST}")
     return value
 
 
@@ -46,8 +49,26 @@ def providers(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def existing_path(text: str) -> Path:
-    """A path that exists; UsageError otherwise."""
+    """A path that exists; UsageError otherwise, InputError where the system does not say."""
     path = Path(text)
-    if not path.exists():
+    try:
+        found = path.exists()
+    except OSError as error:
+        raise InputError("a path cannot be looked at", where=text, got=error.strerror or str(error)) from error
+    if not found:
         raise UsageError("there is no such file or directory", where=text)
     return path
+
+
+def check_output(path: Path) -> None:
+    """EnvironmentFailure where no file can be written, so that long work does not end in it."""
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir():
+        raise EnvironmentFailure(
+            "the output cannot be written",
+            where=str(path),
+            got="a directory" if path.is_dir() else f"{folder} is no directory",
+            fix="name a file in an existing directory",
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise EnvironmentFailure("the output cannot be written", where=str(folder), fix="choose a directory of yours")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from vlm_export.cli.common import (
     IMAGE_SUFFIXES,
     add_common_options,
     add_engine_options,
+    check_output,
     existing_path,
     positive_integer,
     providers,
@@ -44,9 +46,11 @@ def add_parser(verbs: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from vlm_export.bundle.opened import open_bundle
     from vlm_export.runtime.identity import SLICING
-    from vlm_export.runtime.search import checked_suffix
+    from vlm_export.runtime.search import checked_suffix, pyarrow_modules
 
-    checked_suffix(Path(args.output))
+    check_output(Path(args.output))
+    if checked_suffix(Path(args.output)) == ".parquet":
+        pyarrow_modules()
     pictures, texts = _collect([existing_path(path) for path in args.paths])
     if SLICING in open_bundle(Path(args.bundle)).manifest.facts:
         return _run_slices(args, pictures)
@@ -112,7 +116,7 @@ def _collect(paths: list[Path]) -> tuple[list[Path], list[str]]:
     texts: list[str] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            found = _pictures_below(path)
             if not found:
                 raise InputError(
                     "the folder holds no pictures", where=str(path), expected=", ".join(sorted(IMAGE_SUFFIXES))
@@ -127,11 +131,25 @@ def _collect(paths: list[Path]) -> tuple[list[Path], list[str]]:
     return pictures, texts
 
 
+def _pictures_below(folder: Path) -> list[Path]:
+    """Sorted. InputError when a folder in it cannot be read: its pictures would be missing without a word."""
+
+    def refuse(error: OSError) -> NoReturn:
+        where = os.fsdecode(error.filename or folder)
+        raise InputError("a folder cannot be read", where=where, got=error.strerror or str(error)) from error
+
+    below = (Path(where, name) for where, _, names in os.walk(folder, onerror=refuse) for name in names)
+    return sorted(path for path in below if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+
+
 def _lines(path: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        # Only line ends divide texts; `splitlines` would also cut at form feeds and the like.
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         raise InputError("a text file is not UTF-8", where=str(path), got=str(error)) from error
+    except OSError as error:
+        raise InputError("a text file cannot be read", where=str(path), got=error.strerror or str(error)) from error
     kept = [line for line in lines if line]
     if not kept:
         raise InputError("the text file has no lines", where=str(path))

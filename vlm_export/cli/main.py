@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
-from io import TextIOWrapper
-from types import FrameType
 from typing import NoReturn
 
 from vlm_export import __version__
 from vlm_export.cli import ask, caption, classify, embed, export, graph, inspect, match, search, verify
 from vlm_export.cli.output import print_json
-from vlm_export.errors import EnvironmentFailure, VlmExportError
+from vlm_export.cli.streams import discard, standard_streams
+from vlm_export.errors import EnvironmentFailure, UsageError, VlmExportError
+from vlm_export.interrupts import remembered_interrupts
 
 VERBS = (inspect, export, verify, classify, caption, ask, match, embed, search, graph)
 _INTERRUPTED = 130
@@ -24,9 +23,16 @@ _EPILOG = """exit status: 0 done; 1 verification failed; 2 usage; 3 bad or unsaf
 (disk, memory, missing package, no network); 130 interrupted"""
 
 
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError instead of leaving the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, where=self.format_usage().strip(), fix=f"see {self.prog} --help")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all verbs; imports nothing heavy."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="vlm-export",
         description="Vision-language checkpoints to verified ONNX encoders that run without PyTorch.",
         epilog=_EPILOG,
@@ -41,41 +47,58 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
-    args = build_parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _terminate)
-    if isinstance(sys.stdout, TextIOWrapper):
-        # Paths and texts that are not Unicode are printed as escapes, also in a terminal that lacks their letters.
-        sys.stdout.reconfigure(errors="backslashreplace")
-    status = 0
-    try:
-        status = _run(args)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader closed the pipe (`| head`): not an error, and nothing more can be printed.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return status
+    with standard_streams(), remembered_interrupts():
+        return _flushed(_run(sys.argv[1:] if argv is None else argv))
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(arguments: Sequence[str]) -> int:
+    as_json = "--json" in arguments
     try:
+        args = build_parser().parse_args(arguments)
         status: int = args.run(args)
         return status
     except KeyboardInterrupt as interrupt:
         print("interrupted", *(f"({stage})" for stage in interrupt.args), file=sys.stderr)
         return _INTERRUPTED
     except ImportError as error:
-        return _fail(args, _missing_package(error))
+        return _fail(as_json, _missing_package(error))
     except MemoryError:
-        return _fail(args, EnvironmentFailure("out of memory", fix="free memory, or use a machine with more"))
+        return _fail(as_json, EnvironmentFailure("out of memory", fix="free memory, or use a machine with more"))
+    except BrokenPipeError:
+        # stderr raises nothing, so it is stdout: its reader has read enough (`| head`), which is no error.
+        return 0
+    except OSError as error:
+        return _fail(as_json, _refused_by_system(error))
     except VlmExportError as error:
-        return _fail(args, error)
+        return _fail(as_json, error)
 
 
-def _fail(args: argparse.Namespace, error: VlmExportError) -> int:
+def _flushed(status: int) -> int:
+    """The status, after the last of stdout is written."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        discard(sys.stdout)
+        if status == 0 and not isinstance(error, BrokenPipeError):
+            return _fail(False, _refused_by_system(error))
+    return status
+
+
+def _fail(as_json: bool, error: VlmExportError) -> int:
     print(f"vlm-export: {error}", file=sys.stderr)
-    if args.json:
+    if as_json:
         print_json(error.to_json())
     return error.exit_status
+
+
+def _refused_by_system(error: OSError) -> EnvironmentFailure:
+    """Of an operation that nothing expected to fail, such as printing to a full disk."""
+    named = error.filename2 or error.filename
+    return EnvironmentFailure(
+        f"the system refused: {error.strerror or error}",
+        where=os.fsdecode(named) if isinstance(named, str | bytes) else "",
+        fix="check the paths of the command, and where its output goes",
+    )
 
 
 def _missing_package(error: ImportError) -> EnvironmentFailure:
@@ -85,11 +108,6 @@ def _missing_package(error: ImportError) -> EnvironmentFailure:
     return EnvironmentFailure(
         "a package that this verb needs is not installed", got=str(error), fix="pip install 'vlm-export[export]'"
     )
-
-
-def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
-    """SIGTERM unwinds like Ctrl-C, so that temporary directories and locks are released."""
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -10,9 +11,13 @@ from typing import Any
 
 
 def print_json(data: Any) -> None:
-    """One JSON document on stdout; a closed pipe is left to `main`, since it must not change the exit status."""
+    """One JSON document on stdout. A closed pipe is left to `main`, since it must not change the exit status.
+
+    Where stdout cannot hold every letter, those beyond ASCII are JSON's escapes.
+    """
+    escaped = codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8"
     with suppress(BrokenPipeError):
-        sys.stdout.write(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        sys.stdout.write(json.dumps(data, indent=1, ensure_ascii=escaped, allow_nan=False) + "\n")
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

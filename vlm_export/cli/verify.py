@@ -13,6 +13,7 @@ from vlm_export.cli.output import print_json
 from vlm_export.errors import VerificationError
 
 if TYPE_CHECKING:
+    from vlm_export.bundle.opened import OpenBundle
     from vlm_export.verify.report import PartReport
 
 
@@ -21,8 +22,8 @@ def add_parser(verbs: Any) -> None:
         "verify",
         help="prove again that a bundle computes what the original computes",
         description=(
-            "Check every file of a bundle and run its graphs on the golden records. "
-            "With --source, compare with the original itself over the whole grid (needs the export extra)."
+            "Check every file of a bundle and run its graphs on the golden records. With --source, compare what it "
+            "states and its graphs with the original itself, over the whole grid (needs the export extra)."
         ),
     )
     parser.add_argument("bundle", metavar="DIR", help="directory of the bundle")
@@ -33,7 +34,14 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    reports = _against_source(args) if args.source else _against_golden(args)
+    from vlm_export.bundle.opened import open_bundle
+
+    bundle = open_bundle(Path(args.bundle))
+    reports = _against_source(args, bundle) if args.source else _against_golden(args, bundle)
+    if not reports:
+        raise VerificationError(
+            "nothing was compared, so nothing is proved", where=args.bundle, fix="export the model again"
+        )
     if args.json:
         return _print_json(reports)
     from vlm_export.verify.table import format_table
@@ -59,13 +67,11 @@ def _print_json(reports: list[PartReport]) -> int:
     return 0
 
 
-def _against_golden(args: argparse.Namespace) -> list[PartReport]:
-    from vlm_export.bundle.opened import open_bundle
+def _against_golden(args: argparse.Namespace, bundle: OpenBundle) -> list[PartReport]:
     from vlm_export.verify.engine import variant_bytes, verifying_engine
     from vlm_export.verify.points import EngineRun
     from vlm_export.verify.recheck import verify_bundle
 
-    bundle = open_bundle(Path(args.bundle))
     bundle.verify(bundle.manifest.files)
 
     def start_engine(part: str, precision: str) -> EngineRun:
@@ -77,12 +83,10 @@ def _against_golden(args: argparse.Namespace) -> list[PartReport]:
     return verify_bundle(bundle, engine_factory=start_engine, engine_name=engine_name, precision=args.precision)
 
 
-def _against_source(args: argparse.Namespace) -> list[PartReport]:
-    from vlm_export.bundle.opened import open_bundle
+def _against_source(args: argparse.Namespace, bundle: OpenBundle) -> list[PartReport]:
     from vlm_export.cli.progress import StagePrinter
     from vlm_export.export.reverify import verify_against_source
     from vlm_export.export.stages import Stages
 
-    bundle = open_bundle(Path(args.bundle))
     stages = Stages(None if args.quiet else StagePrinter())
     return verify_against_source(bundle, args.source, providers(args), args.threads, stages, args.precision)

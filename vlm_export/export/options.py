@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from vlm_export.bundle.spec_fields import MAX_IMAGE_SIZE_PIXELS
+from vlm_export.bundle.strict_json import MAX_INTEGER
+from vlm_export.errors import UsageError
 from vlm_export.export.backends import DEFAULT_OPSET, Exporter, Target
 from vlm_export.export.writer import DEFAULT_THRESHOLD_BYTES
 from vlm_export.family import DEFAULT_BUILD, BuildOptions
@@ -31,8 +34,9 @@ class ExportOptions:
         with_tokenizer: False for a bundle that takes token ids only.
         sha256: expected sha256 of the weights file.
         revision: of a hub id.
-        random_weights_seed: build the named architecture with seeded random weights instead of reading a checkpoint.
-        build: choices about the modules: image size, dynamic or not.
+        random_weights_seed: build the named architecture with seeded random weights instead of reading a checkpoint;
+            0 to 2**63 - 1.
+        build: choices about the modules: image size (at most 8192), dynamic or not.
         with_preprocessing: add a part that takes uint8 pictures of any size.
         parts: names of the parts to export, none for all.
         precisions: the variants of each part, each written and verified.
@@ -57,3 +61,13 @@ class ExportOptions:
     precisions: Sequence[Precision] = (FP32,)
     images: Sequence[Path] = ()
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        """UsageError for numbers that no bundle could state."""
+        _check_range("the seed of the random weights", self.random_weights_seed, 0, MAX_INTEGER)
+        _check_range("the image size", self.build.image_size, 1, MAX_IMAGE_SIZE_PIXELS)
+
+
+def _check_range(name: str, value: int | None, minimum: int, maximum: int) -> None:
+    if value is not None and not minimum <= value <= maximum:
+        raise UsageError(f"{name} is out of range", expected=f"from {minimum} to {maximum}", got=str(value))

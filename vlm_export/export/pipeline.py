@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from vlm_export import __version__
 from vlm_export.bundle import layout
 from vlm_export.bundle.environment import check_free_space
 from vlm_export.bundle.manifest import Manifest, PartRecord, VariantRecord
@@ -22,13 +20,13 @@ from vlm_export.checkpoint.known import KnownCheckpoint
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import VerificationError, VlmExportError
 from vlm_export.export.backends import Exporter, choose_exporter, choose_lowerings, export_part
-from vlm_export.export.fp32_operators import fp32_operators
+from vlm_export.export.bundle_manifest import check_publishable, manifest_from_model
 from vlm_export.export.options import FP32, ExportOptions, Precision
 from vlm_export.export.parts import needed_bytes, select_parts
 from vlm_export.export.preprocessing_part import add_preprocessing
 from vlm_export.export.rounded import rounded_points
 from vlm_export.export.simplify import finish_graph, simplify_graph
-from vlm_export.export.source import build_model, known_checkpoint, open_source, source_record
+from vlm_export.export.source import build_model, known_checkpoint, open_source
 from vlm_export.export.stages import Stages
 from vlm_export.export.tokenizer_files import resolve_tokenizer
 from vlm_export.export.verification import PartVerification, engine_label, variant_label, verifying_engine
@@ -42,7 +40,6 @@ from vlm_export.verify.golden import golden_from_reference, golden_points, write
 from vlm_export.verify.report import PartReport
 from vlm_export.verify.samples import Sample, sample_inputs, synthetic_photographs
 
-TOOLS = ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "onnxsim", "torch", "transformers")
 _SCRATCH = "scratch"
 
 
@@ -113,15 +110,17 @@ class _Job:
                 if self.options.with_preprocessing:
                     model = add_preprocessing(model)
                 model = select_parts(model, self.options.parts)
+                check_publishable(name, checkpoint, model, self.options)
                 tokenizer = self._write_tokenizer(checkpoint, model, staging)
             # All graphs before any verification: a back end's failure shows early, and engines leave memory behind.
             exported = [self._export(part, staging) for part in model.parts]
             results = [self._verify(graph, model, known, staging, tokenizer) for graph in exported]
         _remove_scratch(scratch)
         with self.stages.stage("publish"):
+            checkpoint.check_unchanged()
             records = tuple(record for record, _ in results)
             _write_configs(model, records, staging)
-            manifest = staging.commit(_manifest(name, checkpoint, model, records, self.options))
+            manifest = staging.commit(manifest_from_model(name, checkpoint, model, records, self.options))
         return ExportResult(manifest, tuple(report for _, reports in results for report in reports))
 
     def _export(self, part: Part, staging: Staging) -> _Exported:
@@ -263,38 +262,3 @@ def _write_configs(model: Model, records: tuple[PartRecord, ...], staging: Stagi
         files["preprocessor_config.json"] = layout.preprocessor_config(model.image)
     for name, data in files.items():
         staging.file(name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
-def _manifest(
-    name: str, checkpoint: Checkpoint, model: Model, records: tuple[PartRecord, ...], options: ExportOptions
-) -> Manifest:
-    return Manifest(
-        name=name,
-        source=source_record(checkpoint, options),
-        family=model.family,
-        architecture=model.architecture,
-        facts={
-            **model.facts,
-            "dropped_keys": list(model.dropped_keys),
-            "reference": model.reference_name,
-            "build": asdict(options.build),
-            **({"warnings": list(model.warnings)} if model.warnings else {}),
-            "target": options.target,
-            "keep_fp32": {part.name: list(names) for part in model.parts if (names := fp32_operators(part))},
-        },
-        image=model.image,
-        text=model.text,
-        parts=records,
-        tools=tool_versions(),
-    )
-
-
-def tool_versions() -> dict[str, str]:
-    """Versions of the packages that take part in an export."""
-    versions = {"vlm-export": __version__}
-    for tool in TOOLS:
-        try:
-            versions[tool] = version(tool)
-        except PackageNotFoundError:
-            continue
-    return versions

@@ -1,4 +1,4 @@
-"""A published bundle against the checkpoint that it was made from, over the whole grid again."""
+"""A published bundle against the checkpoint that it was made from: its files, what it states, and its graphs."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from vlm_export.bundle import layout
-from vlm_export.bundle.manifest import Manifest, VariantRecord
+from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest, VariantRecord
 from vlm_export.bundle.opened import OpenBundle
+from vlm_export.bundle.spec_fields import MAX_IMAGE_SIZE_PIXELS
+from vlm_export.bundle.strict_json import Fields
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import InputError
+from vlm_export.export.bundle_manifest import planned_manifest
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.parts import select_parts
 from vlm_export.export.preprocessing_part import PART_NAME, add_preprocessing
 from vlm_export.export.source import build_model, known_checkpoint, open_source
 from vlm_export.export.stages import Stages
+from vlm_export.export.stated import check_stated
 from vlm_export.export.verification import PartVerification, variant_label
-from vlm_export.family import BuildOptions, Checkpoint
+from vlm_export.family import DEFAULT_BUILD, BuildOptions, Checkpoint
 from vlm_export.models.registry import recognise
 from vlm_export.runtime.engine import OrtEngine
 from vlm_export.specs import record_from_json
@@ -34,33 +38,40 @@ def verify_against_source(
     stages: Stages,
     precision: str | None = None,
 ) -> list[PartReport]:
-    """One report for each variant of each part; the Reference is built from `source` again.
+    """One report for each variant of each part, over the whole grid; the Reference is built from `source` again.
 
     Args:
         precision: only these variants.
 
     Raises:
-        InputError: the source's files are not those that the manifest records.
+        InputError: a file of the bundle is not the one that was exported, the source's files are not those that the
+            manifest records, or it states odd options.
         UsageError: a part has no variant of that precision.
+        VerificationError: the manifest states another family, architecture, preprocessing, fact or signature.
     """
-    options = ExportOptions(random_weights_seed=bundle.manifest.source.random_weights_seed)
+    manifest = bundle.manifest
+    bundle.verify(manifest.files)
+    options = ExportOptions(
+        random_weights_seed=manifest.source.random_weights_seed, build=_build_options(manifest, str(bundle.root))
+    )
     with TemporaryDirectory(prefix="vlm-export-") as folder:
         with stages.stage("read") as progress:
             checkpoint = open_source(source, options, Path(folder), progress)
-            _check_same_source(checkpoint, bundle.manifest)
+            _check_same_source(checkpoint, manifest)
         with ScratchStore(Path(folder) / "weights.bin") as store:
             with stages.stage("load weights"):
                 known = known_checkpoint(source)
-                build = record_from_json(BuildOptions, bundle.manifest.facts.get("build", {}))
-                model = build_model(recognise(checkpoint), checkpoint, known, store, build)
-                if PART_NAME in {part.name for part in bundle.manifest.parts}:
+                model = build_model(recognise(checkpoint), checkpoint, known, store, options.build)
+                if PART_NAME in {part.name for part in manifest.parts}:
                     model = add_preprocessing(model)
+                model = select_parts(model, [part.name for part in manifest.parts])
+                check_stated(bundle, planned_manifest(manifest.name, checkpoint, model, options))
             reports = []
-            for part in select_parts(model, [part.name for part in bundle.manifest.parts]).parts:
+            for part in model.parts:
                 samples = sample_inputs(part.signature, model.image, model.text, _tokenizer(bundle))
                 verification = PartVerification(part, model, known, samples)
                 reference = verification.load_reference()
-                for variant in bundle.manifest.part(part.name).chosen_variants(precision):
+                for variant in manifest.part(part.name).chosen_variants(precision):
                     with stages.stage(f"verify {variant_label(part, variant.precision)}") as progress:
                         engine = _engine(bundle, variant, providers, threads)
                         reports.append(
@@ -74,6 +85,24 @@ def verify_against_source(
                             )
                         )
     return reports
+
+
+def _build_options(manifest: Manifest, root: str) -> BuildOptions:
+    """What the user chose at the export, as the manifest's facts state it."""
+    facts = Fields(manifest.facts, f"{root}: {MANIFEST_NAME}: facts")
+    if "build" not in facts.data:
+        return DEFAULT_BUILD
+    build = facts.fields("build")
+    if build.data.get("image_size") is not None:
+        build.integer("image_size", minimum=1, maximum=MAX_IMAGE_SIZE_PIXELS)
+    if "dynamic_image_size" in build.data:
+        build.boolean("dynamic_image_size")
+    if build.data.get("activation") is not None:
+        build.choice("activation", ("quick_gelu", "gelu"))
+    for name in ("head_width", "text_heads"):
+        if build.data.get(name) is not None:
+            build.integer(name, minimum=1)
+    return record_from_json(BuildOptions, build.data)
 
 
 def _engine(bundle: OpenBundle, variant: VariantRecord, providers: Sequence[str], threads: int | None) -> OrtEngine:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from vlm_export.bundle.environment import environment_errors
 from vlm_export.errors import VlmExportError
+from vlm_export.interrupts import raise_remembered
 
 _STATUS = Path("/proc/self/status")
 _SAMPLE_SECONDS = 0.02
@@ -72,6 +73,7 @@ class Stages:
             try:
                 with environment_errors(name):
                     yield lambda done, total: self.listener.progressed(name, done, total)
+                    raise_remembered()
             except VlmExportError as error:
                 error.where = f"{error.where} (stage: {name})" if error.where else f"stage: {name}"
                 raise

@@ -1,0 +1,182 @@
+"""What `verify` looks at: every file, everything that the manifest states about the model, and at least one graph."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Cli = Callable[..., Any]
+Change = Callable[[dict[str, Any]], object]
+
+
+@pytest.fixture
+def changed(exported: Path, tmp_path: Path) -> Callable[[Change], Path]:
+    """A copy of the exported bundle whose manifest was changed."""
+
+    def change(edit: Change) -> Path:
+        bundle = Path(shutil.copytree(exported, tmp_path / "bundle"))
+        manifest = json.loads((bundle / "vlm_export.json").read_text())
+        edit(manifest)
+        (bundle / "vlm_export.json").write_text(json.dumps(manifest))
+        return bundle
+
+    return change
+
+
+@pytest.mark.parametrize("with_source", [False, True])
+@pytest.mark.parametrize(
+    "edit",
+    [lambda data: data.update(parts=[]), lambda data: [part.update(variants=[]) for part in data["parts"]]],
+)
+def test_a_bundle_without_graphs_proves_nothing(
+    cli: Cli, changed: Callable[[Change], Path], checkpoint: Path, edit: Change, with_source: bool
+) -> None:
+    bundle = changed(edit)
+    options = ("--source", checkpoint, "--quiet") if with_source else ()
+    cli("verify", bundle, *options).refused(3, "at least one")
+    data = cli("verify", bundle, *options, "--json").data
+    assert (data["error"], data["exit_status"]) == ("input", 3)
+
+
+def test_no_report_is_no_proof(cli: Cli, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlm_export.verify.recheck.verify_bundle", lambda *_, **__: [])
+    cli("verify", exported).refused(1, "nothing was compared", "fix: ")
+    assert cli("verify", exported, "--json").refused(1, "nothing").data["error"] == "verification"
+
+
+def _set(*path: str, value: Any) -> Change:
+    def edit(data: Any) -> None:
+        for key in path[:-1]:
+            data = data[key]
+        data[path[-1]] = value
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "field", "expected", "got"),
+    [
+        (_set("family", value="blip"), "family", "'clip'", "'blip'"),
+        (_set("architecture", value={}), "architecture.activation", "'quick_gelu'", "nothing"),
+        (_set("architecture", "x\u001b[31m", value=1), r"architecture.'x\x1b[31m'", "nothing", "1"),
+        (_set("image", "mean", value=[0.1, 0.9, 0.1]), "image.mean", "0.48145466", "0.9"),
+        (_set("image", "resample", value="bilinear"), "image.resample", "'bicubic'", "'bilinear'"),
+        (_set("image", value=None), "image", "size_pixels", "None"),
+        (_set("text", "cleaning", value="none"), "text.cleaning", "'openai'", "'none'"),
+        (_set("facts", "logit_scale", value=-3.0), "facts.logit_scale", "3.25", "-3.0"),
+        (_set("facts", "keep_fp32", value={"text": ["x"]}), "facts.keep_fp32.text", "nothing", "['x']"),
+        (_set("facts", "reference", value="the authors"), "facts.reference", "unpatched", "'the authors'"),
+        (_set("facts", "more", value=True), "facts.more", "nothing", "True"),
+        (
+            lambda data: data["parts"][1]["signature"]["axes"]["sequence"].update(maximum=77),
+            "signature.text.axes.sequence.maximum",
+            "20",
+            "77",
+        ),
+    ],
+)
+def test_what_the_manifest_states_is_compared_with_the_source(
+    cli: Cli,
+    changed: Callable[[Change], Path],
+    checkpoint: Path,
+    edit: Change,
+    field: str,
+    expected: str,
+    got: str,
+) -> None:
+    result = cli("verify", changed(edit), "--source", checkpoint, "--json", "--quiet").refused(1, "than its source")
+    assert f"vlm_export.json: {field} (stage: " in result.data["where"]
+    assert expected in result.data["expected"]
+    assert got in result.data["got"]
+    assert "with vlm-export" not in result.data["fix"]
+
+
+def test_bundles_of_another_version_may_state_other_things(
+    cli: Cli, changed: Callable[[Change], Path], checkpoint: Path
+) -> None:
+    def edit(data: dict[str, Any]) -> None:
+        data["tools"]["vlm-export"] = "0.0.1"
+        del data["facts"]["keep_fp32"]
+
+    result = cli("verify", changed(edit), "--source", checkpoint, "--quiet")
+    result.refused(1, "facts.keep_fp32", "verify with vlm-export '0.0.1'")
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "golden/text/test_data_set_0/output_0.pb"])
+@pytest.mark.parametrize("with_source", [False, True])
+def test_every_file_is_checked(
+    cli: Cli, exported: Path, tmp_path: Path, checkpoint: Path, name: str, with_source: bool
+) -> None:
+    bundle = Path(shutil.copytree(exported, tmp_path / "bundle"))
+    (bundle / name).write_bytes(b"junk")
+    options = ("--source", checkpoint, "--quiet") if with_source else ()
+    cli("verify", bundle, *options).refused(3, name, "not the one that was exported")
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (5, "an object"),
+        ({"image_size": "x"}, "an integer from 1"),
+        ({"image_size": 8_000_000}, "an integer from 1"),
+        ({"image_size": -14}, "an integer from 1"),
+        ({"dynamic_image_size": "yes"}, "true or false"),
+        ({"image_sizes": 42}, "image_size"),
+    ],
+)
+def test_odd_options_in_the_manifest(
+    cli: Cli, changed: Callable[[Change], Path], checkpoint: Path, build: Any, says: str
+) -> None:
+    bundle = changed(_set("facts", "build", value=build))
+    cli("verify", bundle, "--source", checkpoint, "--quiet").refused(3, says)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--image-size", "56"),
+        ("--dynamic-image-size", "--target", "onnxruntime"),
+        ("--with-preprocessing", "--precision", "fp16"),
+        ("--part", "text", "--no-simplify"),
+    ],
+)
+def test_options_of_the_export_are_no_difference(
+    cli: Cli,
+    tmp_path: Path,
+    checkpoint: Path,
+    fast: tuple[str, ...],
+    options: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Verified at few sizes, as large parts are: this is about what the manifest states.
+    monkeypatch.setattr("vlm_export.export.verification._LARGE_PART_BYTES", 0)
+    bundle = tmp_path / "bundle"
+    assert cli("export", checkpoint, "-o", bundle, "--quiet", *fast, *options).status == 0
+    result = cli("verify", bundle, "--source", checkpoint, "--quiet", "--threads", "1")
+    assert (result.status, result.err) == (0, "")
+
+
+@pytest.mark.parametrize("options", [(), ("--random-weights", "7")])
+def test_known_names_are_no_difference(
+    cli: Cli, tmp_path: Path, fast: tuple[str, ...], options: tuple[str, ...]
+) -> None:
+    """Of a checkpoint without a config: our own states how pictures and texts are prepared."""
+    bundle = tmp_path / "bundle"
+    assert cli("export", "clip-demo", "-o", bundle, "--quiet", *fast, "--part", "text", *options).status == 0
+    assert cli("verify", bundle, "--source", "clip-demo", "--quiet", "--threads", "1").status == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--random-weights", "-1"), ("--random-weights", str(2**63)), ("--image-size", "8000000")],
+)
+def test_numbers_that_no_bundle_could_state(
+    cli: Cli, tmp_path: Path, fast: tuple[str, ...], options: tuple[str, ...]
+) -> None:
+    cli("export", "clip-demo", "-o", tmp_path / "bundle", *fast, *options).refused(2, options[1], "expected: from ")
+    assert not list(tmp_path.iterdir())

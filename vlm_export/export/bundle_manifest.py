@@ -1,0 +1,74 @@
+"""What a bundle says about itself: its manifest, from the checkpoint, the model and the user's choices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from vlm_export import __version__
+from vlm_export.bundle import layout
+from vlm_export.bundle.manifest import Manifest, PartRecord, VariantRecord
+from vlm_export.bundle.publish import manifest_content
+from vlm_export.export.fp32_operators import fp32_operators
+from vlm_export.export.options import ExportOptions
+from vlm_export.export.source import source_record
+from vlm_export.family import Checkpoint, Model
+
+TOOLS = ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "onnxsim", "torch", "transformers")
+
+
+def manifest_from_model(
+    name: str, checkpoint: Checkpoint, model: Model, records: Sequence[PartRecord], options: ExportOptions
+) -> Manifest:
+    """The manifest of the model's bundle, but for `files`, which publication fills."""
+    return Manifest(
+        name=name,
+        source=source_record(checkpoint, options),
+        family=model.family,
+        architecture=model.architecture,
+        facts={
+            **model.facts,
+            "dropped_keys": list(model.dropped_keys),
+            "reference": model.reference_name,
+            "build": options.build.to_json(),
+            **({"warnings": list(model.warnings)} if model.warnings else {}),
+            "target": options.target,
+            "keep_fp32": {part.name: list(names) for part in model.parts if (names := fp32_operators(part))},
+        },
+        image=model.image,
+        text=model.text,
+        parts=tuple(records),
+        tools=tool_versions(),
+    )
+
+
+def planned_manifest(name: str, checkpoint: Checkpoint, model: Model, options: ExportOptions) -> Manifest:
+    """The manifest before any graph exists: what only graphs tell is left at its default."""
+    records = [
+        PartRecord(
+            part.name,
+            part.signature,
+            tuple(
+                VariantRecord(precision, layout.graph_path(part.name, precision)) for precision in options.precisions
+            ),
+        )
+        for part in model.parts
+    ]
+    return manifest_from_model(name, checkpoint, model, records, options)
+
+
+def check_publishable(name: str, checkpoint: Checkpoint, model: Model, options: ExportOptions) -> None:
+    """InputError when publication would fail whatever the graphs are; found before minutes are spent on them."""
+    manifest_content(planned_manifest(name, checkpoint, model, options))
+    layout.hub_config(model.hub_config, ())
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of the packages that take part in an export."""
+    versions = {"vlm-export": __version__}
+    for tool in TOOLS:
+        try:
+            versions[tool] = version(tool)
+        except PackageNotFoundError:
+            continue
+    return versions

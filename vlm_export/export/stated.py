@@ -1,0 +1,75 @@
+"""What a bundle's manifest states about the model, against what its source says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_export import __version__
+from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest
+from vlm_export.bundle.opened import OpenBundle
+from vlm_export.errors import VerificationError
+
+_FIELDS = ("family", "architecture", "image", "text", "facts")
+_NOTHING = "nothing"
+
+
+def check_stated(bundle: OpenBundle, rebuilt: Manifest) -> None:
+    """Compares what the runtime goes by: family, architecture, preprocessing, facts, and each part's signature.
+
+    Args:
+        rebuilt: the manifest that an export of the same parts with the same options would write.
+
+    Raises:
+        VerificationError: names the first field that differs.
+    """
+    found = _difference(_stated(rebuilt.to_json()), _stated(bundle.manifest.to_json()), "")
+    if found is None:
+        return
+    field, expected, got = found
+    made_by = bundle.manifest.tools.get("vlm-export", __version__)
+    fix = "do not use this bundle; export the model again"
+    raise VerificationError(
+        "the manifest states something else about the model than its source",
+        where=f"{bundle.root / MANIFEST_NAME}: {field}",
+        expected=expected,
+        got=got,
+        fix=fix if made_by == __version__ else f"verify with vlm-export {made_by!r}, which made the bundle, or {fix}",
+    )
+
+
+def _stated(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What is compared, as plain JSON data; which runtime the graphs are written for is the user's choice alone."""
+    data = {field: manifest[field] for field in _FIELDS}
+    data["facts"] = {key: value for key, value in data["facts"].items() if key != "target"}
+    data["signature"] = {part["name"]: part["signature"] for part in manifest["parts"]}
+    plain: dict[str, Any] = json.loads(json.dumps(data))
+    return plain
+
+
+def _difference(expected: Any, got: Any, field: str) -> tuple[str, str, str] | None:
+    """The first field that differs, what it should be and what it is; keys below objects, joined by dots."""
+    if isinstance(expected, dict) and isinstance(got, dict):
+        for key in sorted({*expected, *got}):
+            name = key if key.isidentifier() else repr(key)
+            path = f"{field}.{name}".lstrip(".")
+            if key not in got or key not in expected:
+                return path, _shown(expected, key), _shown(got, key)
+            found = _difference(expected[key], got[key], path)
+            if found is not None:
+                return found
+        return None
+    # To Python, true is 1.
+    if isinstance(expected, bool) is isinstance(got, bool) and expected == got:
+        return None
+    return field, _short(expected), _short(got)
+
+
+def _shown(data: dict[str, Any], key: str) -> str:
+    return _short(data[key]) if key in data else _NOTHING
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "…"
