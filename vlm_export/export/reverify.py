@@ -52,7 +52,10 @@ def verify_against_source(
     manifest = bundle.manifest
     bundle.verify(manifest.files)
     options = ExportOptions(
-        random_weights_seed=manifest.source.random_weights_seed, build=_build_options(manifest, str(bundle.root))
+        random_weights_seed=manifest.source.random_weights_seed,
+        # Of a Hub id the commit that was exported: its branch may have moved since.
+        revision=None if Path(source).exists() else manifest.source.revision,
+        build=_build_options(manifest, str(bundle.root)),
     )
     with TemporaryDirectory(prefix="vlm-export-") as folder:
         with stages.stage("read") as progress:
