@@ -34,6 +34,7 @@ from vlm_export.models import clip_architecture, clip_weights
 from vlm_export.models.clip_architecture import ClipArchitecture, ResNetSizes, VitSizes
 from vlm_export.models.clip_encoders import build_encoders
 from vlm_export.models.pictures import PictureExamples, apply_image_size, picture_shape, published_normalisation
+from vlm_export.models.token_ids import EDGES, random_ids
 from vlm_export.models.weights import Target, load_weights, published_tensors
 from vlm_export.signature import Axis, Signature, TensorSpec
 from vlm_export.specs import ImageSpec, RgbStage, TextSpec
@@ -149,7 +150,10 @@ def _text_signature(architecture: ClipArchitecture) -> Signature:
 
 
 class _TextExamples:
-    """Random ids with end-of-text at a random position (a different one in each row) and padding after it."""
+    """Random ids with end-of-text at a random position (a different one in each row) and padding after it.
+
+    The first row's comes late enough for the vocabulary's edges to stand before it.
+    """
 
     def __init__(self, architecture: ClipArchitecture) -> None:
         self.sizes = architecture.text
@@ -157,10 +161,12 @@ class _TextExamples:
     def __call__(self, sizes: Mapping[str, int], seed: int) -> dict[str, Array]:
         rng = np.random.default_rng(seed)
         rows, tokens = sizes["batch"], sizes["sequence"]
-        ids = rng.integers(1, self.sizes.end_token_id, (rows, tokens), dtype=np.int64)
-        for row in ids:
-            end = int(rng.integers(0, tokens))
-            row[end] = self.sizes.end_token_id
+        end_id = self.sizes.end_token_id
+        ids = random_ids(rng, (rows, tokens), self.sizes.vocab_size, without=end_id)
+        ends = rng.integers(0, tokens, rows)
+        ends[0] = max(ends[0], min(EDGES, tokens - 1))
+        for row, end in zip(ids, ends, strict=True):
+            row[end] = end_id
             row[end + 1 :] = 0
         return {"input_ids": ids}
 
