@@ -74,6 +74,10 @@ _FIX = (
     "pass --tokenizer PATH (a tokenizer.json, BPE merges, BERT's vocab.txt, or a directory that holds them) or "
     "--no-tokenizer"
 )
+_CHAT_FIX = (
+    "pass --tokenizer PATH (the tokenizer.json of the model that the checkpoint's config names as lm_tokenizer, or its "
+    "directory) or --no-tokenizer"
+)
 _BERT_FIX = "pass --tokenizer PATH with the vocab.txt of bert-base-uncased, or --no-tokenizer"
 
 
@@ -99,6 +103,13 @@ def resolve_tokenizer(checkpoint: Checkpoint, option: str | None, text_spec: Tex
     if found is None and option is None and text_spec.vocab_size == VOCAB_SIZE:
         merges = find_open_clip_merges()
         found = None if merges is None else (tokenizer_json_from_bpe_merges(merges), merges)
+    if found is None and not text_spec.ends_texts:
+        raise UsageError(
+            "there is no tokenizer for this checkpoint",
+            where=option or checkpoint.source,
+            expected="the tokenizer.json of the language model",
+            fix=_CHAT_FIX,
+        )
     if found is None:
         raise UsageError(
             "there is no tokenizer for this checkpoint",

@@ -263,7 +263,7 @@ class SliceEncoder:
     def _inputs(self, pixels: Sequence[FloatArray], sizes: IntArray) -> dict[str, Array]:
         if self._is_packed:
             return {"pixel_values": stack_patches(pixels), "tgt_sizes": sizes}
-        return {"pixel_values": _whole_patches(np.stack(pixels), self.spec.patch_size)}
+        return {"pixel_values": whole_patches(np.stack(pixels), self.spec.patch_size)}
 
     @property
     def _is_packed(self) -> bool:
@@ -299,7 +299,7 @@ class SliceEncoder:
             )
 
 
-def _whole_patches(pixels: FloatArray, patch_size: int) -> FloatArray:
+def whole_patches(pixels: FloatArray, patch_size: int) -> FloatArray:
     """(B, 3, H, W), with zeros below and on the right up to multiples of the patch, as timm pads squares."""
     height, width = pixels.shape[2:]
     return np.pad(pixels, ((0, 0), (0, 0), (0, -height % patch_size), (0, -width % patch_size)))
