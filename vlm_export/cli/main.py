@@ -104,10 +104,7 @@ def _refused_by_system(error: OSError) -> EnvironmentFailure:
 
 
 def _missing_package(error: ImportError, extra: str) -> EnvironmentFailure:
-    """
-    Args:
-        extra: of this project's extras the smallest that the verb needs; verbs state it beside `run`.
-    """
+    """What to install: `extra`, the smallest of this project's that the verb needs, which it states beside `run`."""
     name = (error.name or "").partition(".")[0]
     if name not in _EXTRA_PACKAGES:
         raise error

@@ -118,7 +118,7 @@ class _Job:
                 if self.options.with_preprocessing:
                     model = add_preprocessing(model)
                 model = select_parts(model, self.options.parts)
-                check_publishable(name, checkpoint, model, self.options)
+                check_publishable(name, checkpoint, model, known, self.options)
                 tokenizer = self._write_tokenizer(checkpoint, model, staging)
                 self._check_pictures(model)
             # All graphs before any verification: a back end's failure shows early, and engines leave memory behind.
@@ -129,7 +129,7 @@ class _Job:
             checkpoint.check_unchanged()
             records = tuple(record for record, _ in results)
             _write_configs(model, records, staging)
-            manifest = staging.commit(manifest_from_model(name, checkpoint, model, records, self.options))
+            manifest = staging.commit(manifest_from_model(name, checkpoint, model, known, records, self.options))
         return ExportResult(manifest, tuple(report for _, reports in results for report in reports))
 
     def _export(self, part: Part, staging: Staging) -> _Exported:

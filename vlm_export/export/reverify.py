@@ -68,7 +68,7 @@ def verify_against_source(
                 if PART_NAME in {part.name for part in manifest.parts}:
                     model = add_preprocessing(model)
                 model = select_parts(model, [part.name for part in manifest.parts])
-                check_stated(bundle, planned_manifest(manifest.name, checkpoint, model, options))
+                check_stated(bundle, planned_manifest(manifest.name, checkpoint, model, known, options))
             reports = []
             for part in model.parts:
                 samples = part_samples(part, model, _tokenizer(bundle))
