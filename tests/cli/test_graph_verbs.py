@@ -11,6 +11,8 @@ import numpy as np
 import onnx
 import pytest
 
+from vlm_export.graph import checks
+from vlm_export.graph.errors import GraphError
 from vlm_export.graph.verbs import VERBS
 
 TEXT = """<ir_version: 10, opset_import: ["" : 18]>
@@ -125,6 +127,72 @@ def test_storage(cli: Callable[..., Any], model: Path) -> None:
     assert cli("graph", "store", out, "-o", model.with_name("again.onnx"), "--embedded").status == 0
     cli("graph", "store", out, "-o", "x.onnx", "--shard-size", "big").refused(2, "--shard-size is no size")
     cli("graph", "store", out, "-o", "x.onnx", "--embedded", "--shard-size", "1GB").refused(2, "no shards")
+
+
+WEIGHTED = """<ir_version: 10, opset_import: ["" : 18]>
+g (float[n,2] x) => (float[n,2] y) <float[2] w1 = {1,2}, float[2] w2 = {3,4}> { h = Mul(x, w1) y = Add(h, w2) }"""
+EXTERNAL = ["--external", "--threshold", "0"]
+
+
+@pytest.fixture
+def weighted(cli: Callable[..., Any], tmp_path: Path) -> Path:
+    """A model with its weights beside it."""
+    onnx.save(onnx.parser.parse_model(WEIGHTED), tmp_path / "in.onnx")
+    assert cli("graph", "store", tmp_path / "in.onnx", "-o", tmp_path / "b.onnx", *EXTERNAL).status == 0
+    (tmp_path / "in.onnx").unlink()
+    return tmp_path / "b.onnx"
+
+
+def test_small_weights_beside_a_graph_are_found_from_anywhere(cli: Callable[..., Any], weighted: Path) -> None:
+    assert cli("graph", "check", weighted).out == "valid\n"
+    result = cli("graph", "rename-tensor", weighted, "h=k", "-o", weighted.with_name("c.onnx"))
+    assert (result.status, result.err) == (0, "")
+
+
+def test_weights_that_an_input_reads_are_kept(cli: Callable[..., Any], weighted: Path) -> None:
+    a, data = weighted.with_name("a.onnx"), weighted.with_name("b.onnx_data")
+    a.write_bytes(weighted.read_bytes())
+    before = {file: file.read_bytes() for file in weighted.parent.iterdir()}
+    text = "weights that an input reads"
+    cut = ["graph", "extract", a, "--from", "h", "--to", "y", "--overwrite", *EXTERNAL]
+    cli(*cut, "-o", weighted).refused(2, text, "a.onnx reads tensor 'w1' there")
+    cli("graph", "rename-tensor", weighted, "h=k", "-o", data, "--overwrite").refused(2, text)
+    split = ["graph", "split", a, "--at", "h", "-o", weighted, "--second", weighted.with_name("c.onnx")]
+    cli(*split, "--overwrite", *EXTERNAL).refused(2, text)
+    compose = ["graph", "compose", a, weighted, "--connect", "y=x", "--prefix-second", "2/", "--overwrite"]
+    cli(*compose, "-o", weighted, *EXTERNAL).refused(2, text)
+    assert {file: file.read_bytes() for file in weighted.parent.iterdir()} == before
+    assert cli(*cut, "-o", a).status == 0
+
+
+def test_split_writes_both_models_or_none(cli: Callable[..., Any], weighted: Path) -> None:
+    first, second, data = (weighted.with_name(name) for name in ("1.onnx", "2.onnx", "2.onnx_data"))
+    data.write_text("precious")
+    before = {file: file.read_bytes() for file in weighted.parent.iterdir()}
+    split = ["graph", "split", weighted, "--at", "h", "-o", first, *EXTERNAL, "--second"]
+    cli(*split, second).refused(2, "2.onnx_data", "the output exists")
+    cli(*split, weighted.with_name("1.onnx_data"), "--overwrite").refused(2, "two files would have the same name")
+    assert {file: file.read_bytes() for file in weighted.parent.iterdir()} == before
+    assert len(cli(*split, second, "--overwrite", "--verify", "--json").data["files"]) == 4
+
+
+def test_split_refuses_what_is_not_valid(
+    cli: Callable[..., Any], weighted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen = checks.validate, list[str]()
+
+    def validate(model: Any) -> None:
+        names = [str(value.name) for value in model.graph.outputs]
+        seen.extend(names)
+        if model.graph.inputs[0].name == "h":
+            raise GraphError("the second is not valid")
+        real(model)
+
+    monkeypatch.setattr(checks, "validate", validate)
+    split = ["graph", "split", weighted, "--at", "h", "-o", weighted.with_name("1.onnx"), "--second"]
+    cli(*split, weighted.with_name("2.onnx")).refused(3, "the second is not valid")
+    assert seen == ["h", "y", "y"]
+    assert not weighted.with_name("1.onnx").exists()
 
 
 def test_looking(cli: Callable[..., Any], model: Path) -> None:
