@@ -110,18 +110,11 @@ def _run_steps(args: argparse.Namespace, steps: Sequence[Step]) -> int:
     applied = apply_steps(open_model(args.model), list(steps))
     _validate(applied.model, original)
     proof = _prove(args, original, applied, steps) if args.verify else None
-    opened = [original, *_models_in(steps)]
+    opened = [original, *(model for step in steps for model in step.models)]
     files = save_model(applied.model, args.output, storage=storage, overwrite=args.overwrite, opened=opened)
     results = [(step.verb.name, _json_from(result)) for step, result in zip(steps, applied.results, strict=True)]
     _report(args, results, files, proof)
     return 0
-
-
-def _models_in(steps: Sequence[Step]) -> list[ir.Model]:
-    """The models that steps were given besides the one they change."""
-    import onnx_ir as ir
-
-    return [value for step in steps for value in step.values.values() if isinstance(value, ir.Model)]
 
 
 def _prove(args: argparse.Namespace, original: ir.Model, applied: Applied, steps: Sequence[Step]) -> Proof:

@@ -23,6 +23,12 @@ class Step:
     verb: Verb
     values: dict[str, Any]
 
+    @property
+    def models(self) -> list[ir.Model]:
+        """Those among the arguments."""
+        names = [entry.name for entry in self.verb.arguments if entry.kind == "model"]
+        return [self.values[name] for name in names if name in self.values]
+
 
 @dataclass(frozen=True)
 class Applied:
