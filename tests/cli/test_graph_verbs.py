@@ -157,6 +157,7 @@ def test_weights_that_an_input_reads_are_kept(cli: Callable[..., Any], weighted:
     text = "weights that an input reads"
     cut = ["graph", "extract", a, "--from", "h", "--to", "y", "--overwrite", *EXTERNAL]
     cli(*cut, "-o", weighted).refused(2, text, "a.onnx reads tensor 'w1' there")
+    cli("graph", "store", a, "-o", weighted, "--overwrite", "--verify", *EXTERNAL).refused(2, text)
     cli("graph", "rename-tensor", weighted, "h=k", "-o", data, "--overwrite").refused(2, text)
     split = ["graph", "split", a, "--at", "h", "-o", weighted, "--second", weighted.with_name("c.onnx")]
     cli(*split, "--overwrite", *EXTERNAL).refused(2, text)

@@ -147,7 +147,7 @@ def _python_literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     # The parser's own limits end in the last two.
-    except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise ValueError("not a number or a list of numbers") from error
 
 
