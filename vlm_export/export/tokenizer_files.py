@@ -29,7 +29,8 @@ from vlm_export.export.wordpiece import (
     wordpiece_config,
     wordpiece_fitted,
 )
-from vlm_export.runtime.text import tokenizer_from_json
+from vlm_export.runtime.rust_tokenizer import tokenizer_from_json
+from vlm_export.runtime.text import check_unicode
 from vlm_export.specs import TextSpec
 
 if TYPE_CHECKING:
@@ -126,10 +127,11 @@ def resolve_tokenizer(checkpoint: Checkpoint, option: str | None, text_spec: Tex
         text = wordpiece_fitted(tokenizer, text, text_spec, str(path))
     config = _tokenizer_config(sources, tokenizer, text_spec)
     special = {key: _content(config.get(key)) for key in _SPECIAL_FIELDS}
+    where = str(sources.get(_CONFIG_NAME, path))
     return {
         "tokenizer.json": text.encode(),
-        _CONFIG_NAME: _json_bytes(config),
-        "special_tokens_map.json": _json_bytes({key: token for key, token in special.items() if token}),
+        _CONFIG_NAME: _json_bytes(config, where),
+        "special_tokens_map.json": _json_bytes({key: token for key, token in special.items() if token}, where),
     }
 
 
@@ -144,10 +146,14 @@ def find_open_clip_merges() -> Path | None:
 
 
 def _files_from_option(path: Path) -> dict[str, Path]:
-    if path.is_dir():
-        return {file.name: file for file in sorted(path.iterdir()) if file.is_file()}
-    if not path.is_file():
-        raise UsageError("--tokenizer names nothing", where=str(path), got="no such file or directory", fix=_FIX)
+    try:
+        if path.is_dir():
+            return {file.name: file for file in sorted(path.iterdir()) if file.is_file()}
+        got = "" if path.is_file() else "no such file or directory"
+    except OSError as error:
+        got = str(error)
+    if got:
+        raise UsageError("--tokenizer names nothing that can be read", where=str(path), got=got, fix=_FIX)
     if path.suffix == ".json":
         return {"tokenizer.json": path}
     wordpiece = path.name == _VOCAB_NAME or is_wordpiece_vocab(read_bounded(path))
@@ -220,8 +226,10 @@ def _content(token: Any) -> Any:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _json_bytes(data: Mapping[str, Any]) -> bytes:
-    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+def _json_bytes(data: Mapping[str, Any], where: str) -> bytes:
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    check_unicode(text, where)
+    return text.encode()
 
 
 def _text(path: Path) -> str:
