@@ -102,6 +102,26 @@ def test_normalizers_that_swell_texts_are_refused(opened: Callable[..., Tokenize
         opened(normalizer=normalizer)
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"type": "WordPiece", "unk_token": "a", "continuing_subword_prefix": "##", "vocab": {"a": 0}}
+        | {"max_input_chars_per_word": 10**9},
+        {"type": "Unigram", "unk_id": 0, "vocab": [["<|endoftext|>", 0.0], ["a" * 300, -1.0]], "byte_fallback": False},
+    ],
+)
+def test_models_that_look_for_endless_tokens_are_refused(
+    opened: Callable[..., Tokenizer], model: dict[str, Any]
+) -> None:
+    with pytest.raises(InputError, match="tokens that are too long"):
+        opened(model=model)
+
+
+def test_a_tokenizer_without_tokens_is_refused(opened: Callable[..., Tokenizer]) -> None:
+    with pytest.raises(InputError, match="do not fit"):
+        opened(model={"type": "BPE", "vocab": {}, "merges": []}, added_tokens=[])
+
+
 def test_decoders_that_swell_texts_are_refused(opened: Callable[..., Tokenizer]) -> None:
     stages = replacements(*["a" * 10] * 6)["normalizers"]
     with pytest.raises(InputError, match="decoder makes texts too long"):

@@ -16,6 +16,9 @@ MAX_GROWTH = 40
 """How many times longer a tokenizer's own replacements may make a text. SentencePiece's character map alone makes 18
 characters of one; CLIP's, BERT's and byte-level tokenizers stay below 4."""
 
+MAX_TOKEN_CHARACTERS = 256
+"""Of a WordPiece's longest word, which is 100 in BERT's, and of a token of SentencePiece's unigrams."""
+
 _MAX_STEPS = 64
 _MANY = 10**9
 _RIGHT_TOKENIZER = "use the tokenizer that the checkpoint was trained with"
@@ -43,7 +46,7 @@ def tokenizer_from_json(text: str, spec: TextSpec, where: str) -> Any:
     """The `tokenizers.Tokenizer` in the content of a tokenizer.json, without truncation and padding of its own.
 
     Raises:
-        InputError: malformed, its replacements make texts too long, or its ids or its end token do not fit `spec`.
+        InputError: malformed, a text may cost more than seconds, or its ids or its end token do not fit `spec`.
     """
     from tokenizers import Tokenizer as RustTokenizer
 
@@ -51,22 +54,25 @@ def tokenizer_from_json(text: str, spec: TextSpec, where: str) -> Any:
         rust = RustTokenizer.from_str(text)
         rust.no_truncation()
         rust.no_padding()
-        _check_growth("normalizer", rust.normalizer, where)
-        _check_growth("decoder", rust.decoder, where)
-        _check_fit(rust, spec, where)
+    _check_search(rust, where)
+    _check_growth("normalizer", rust.normalizer, where)
+    _check_growth("decoder", rust.decoder, where)
+    with named_failures("a tokenizer cannot encode an empty text", where):
+        around: list[int] = rust.encode("").ids
+    _check_fit(rust, around, spec, where)
     return rust
 
 
-def _check_fit(rust: Any, spec: TextSpec, where: str) -> None:
-    highest = max(rust.get_vocab(with_added_tokens=True).values(), default=-1)
-    empty: list[int] = rust.encode("").ids
+def _check_fit(rust: Any, empty: list[int], spec: TextSpec, where: str) -> None:
+    known = rust.get_vocab(with_added_tokens=True).values()
     # The ids that are put around a text are stated apart from the vocabulary.
-    if not 0 <= max(highest, *empty, -1) < spec.vocab_size:
+    highest = max([*known, *empty], default=-1)
+    if not known or highest >= spec.vocab_size:
         raise InputError(
             "the tokenizer's ids do not fit the model's vocabulary",
             where=where,
             expected=f"ids below {spec.vocab_size}",
-            got=f"ids up to {max(highest, *empty, -1)}",
+            got=f"ids up to {highest}",
             fix=_RIGHT_TOKENIZER,
         )
     if spec.ends_texts and (not empty or empty[-1] != spec.end_token_id or len(empty) > spec.context_length):
@@ -75,6 +81,24 @@ def _check_fit(rust: Any, spec: TextSpec, where: str) -> None:
             where=where,
             expected=f"end-of-text id {spec.end_token_id} as the last of at most {spec.context_length} tokens",
             got=f"an empty text gives {len(empty)} tokens: {[*empty[:4], '…', *empty[-4:]] if empty[8:] else empty}",
+            fix=_RIGHT_TOKENIZER,
+        )
+
+
+def _check_search(rust: Any, where: str) -> None:
+    """InputError when the model looks for tokens so long that a long word takes minutes: the time grows with their
+    square."""
+    kind, longest = type(rust.model).__name__, 0
+    if kind == "WordPiece":
+        longest = rust.model.max_input_chars_per_word
+    elif kind == "Unigram":
+        longest = max(map(len, rust.get_vocab(with_added_tokens=False)), default=0)
+    if longest > MAX_TOKEN_CHARACTERS:
+        raise InputError(
+            "the tokenizer looks for tokens that are too long",
+            where=where,
+            expected=f"at most {MAX_TOKEN_CHARACTERS} characters",
+            got=f"{longest} in a {kind} model",
             fix=_RIGHT_TOKENIZER,
         )
 
