@@ -64,10 +64,10 @@ class BlipFamily:
             blip_weights.check_tied(checkpoint)
         modules = build_modules(architecture)
         dropped = load_weights(modules, checkpoint, _table(architecture, checkpoint.tensors), store)
+        mean, std = published_normalisation(checkpoint, architecture.vision.image_size, "squash")
         image_size = apply_image_size(modules.vision, architecture.vision.image_size, options)
         architecture = replace(architecture, vision=replace(architecture.vision, image_size=image_size))
         parts = tuple(build_parts(architecture, modules))
-        mean, std = published_normalisation(checkpoint)
         return Model(
             family=self.name,
             architecture=architecture.to_json(),

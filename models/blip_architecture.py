@@ -9,7 +9,7 @@ from typing import Any, Literal
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint
 from vlm_export.models.bert import BertSizes
-from vlm_export.models.shapes import Shapes, check_heads, config_integer, config_number, config_section, grid_of
+from vlm_export.models.shapes import Shapes, check_context, check_heads, config_integer, config_number, config_section
 from vlm_export.specs import record_from_json
 
 KeyNames = Literal["original", "huggingface"]
@@ -162,7 +162,7 @@ def _original_vision(shapes: Shapes) -> BlipVitSizes:
         heads=width // HEAD_WIDTH,
         hidden=shapes.of("visual_encoder.blocks.0.mlp.fc1.weight", 2)[0],
         patch_size=patch,
-        image_size=patch * grid_of(shapes.of("visual_encoder.pos_embed", 3)[1]),
+        image_size=patch * shapes.grid("visual_encoder.pos_embed", 3),
         eps=VISION_EPS,
     )
 
@@ -185,7 +185,7 @@ def _huggingface_vision(shapes: Shapes) -> BlipVitSizes:
         heads=config_integer(config, "num_attention_heads", 12),
         hidden=shapes.of("vision_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
         patch_size=patch,
-        image_size=patch * grid_of(shapes.of("vision_model.embeddings.position_embedding", 3)[1]),
+        image_size=patch * shapes.grid("vision_model.embeddings.position_embedding", 3),
         eps=config_number(config, "layer_norm_eps", 1e-5),
     )
 
@@ -218,6 +218,8 @@ def _checked(architecture: BlipArchitecture, checkpoint: Checkpoint) -> BlipArch
     for name, sizes in towers:
         if sizes is not None:
             check_heads(checkpoint, name, sizes.width, sizes.heads)
+        if isinstance(sizes, BertSizes):
+            check_context(checkpoint.source, sizes.positions)
     encoder_reads_states = architecture.has_matching_head or architecture.answers_questions
     for name, sizes, needed in (
         ("encoder", architecture.encoder, encoder_reads_states),

@@ -23,6 +23,7 @@ from vlm_export.models.bert import (
 from vlm_export.models.blip_architecture import BlipArchitecture
 from vlm_export.models.blip_nlvr import PairOfPicturesText
 from vlm_export.models.pictures import PictureExamples, picture_shape
+from vlm_export.models.token_ids import EDGES, random_ids
 from vlm_export.models.vit import VisionTransformer, VitForm
 from vlm_export.signature import Axis, Signature, TensorSpec
 
@@ -233,7 +234,8 @@ def _decoder_signature(sizes: BertSizes, states: Axis) -> Signature:
 
 
 class ArrayExamples:
-    """Normal noise for floats, random ids for `input_ids`, and for masks 1 up to a random length of each row."""
+    """Normal noise for floats, random ids for `input_ids`, and for masks 1 up to a random length of each row, in the
+    first at least that of the vocabulary's edges."""
 
     def __init__(self, signature: Signature, vocab_size: int = 0) -> None:
         self.signature, self.vocab_size = signature, vocab_size
@@ -247,6 +249,7 @@ class ArrayExamples:
         if spec.dtype == "float32":
             return rng.standard_normal(shape, dtype=np.float32)
         if spec.name == "input_ids":
-            return rng.integers(0, self.vocab_size, shape, dtype=np.int64)
+            return random_ids(rng, shape, self.vocab_size)
         lengths = rng.integers(1, shape[1] + 1, (shape[0], 1))
+        lengths[0] = max(lengths[0, 0], min(EDGES, shape[1]))
         return (np.arange(shape[1]) < lengths).astype(np.int64)

@@ -32,9 +32,16 @@ from vlm_export.family import (
     reference_from_module,
 )
 from vlm_export.models import clip_architecture, clip_open, clip_weights
-from vlm_export.models.clip_architecture import ClipArchitecture, ResNetSizes, VitSizes
+from vlm_export.models.clip_architecture import (
+    ClipArchitecture,
+    ResNetSizes,
+    VitSizes,
+    stated_text,
+    stated_vision,
+)
 from vlm_export.models.clip_encoders import build_encoders
 from vlm_export.models.pictures import PictureExamples, apply_image_size, picture_shape, published_normalisation
+from vlm_export.models.token_ids import EDGES, random_ids
 from vlm_export.models.weights import Target, load_weights, published_tensors
 from vlm_export.signature import Axis, Signature, TensorSpec
 from vlm_export.specs import ImageSpec, RgbStage, TextSpec
@@ -69,19 +76,21 @@ class ClipFamily:
         architecture = _architecture(checkpoint, options)
         encoders = build_encoders(architecture)
         dropped = load_weights(encoders, checkpoint, _table(architecture), store)
-        architecture = _resized(architecture, encoders.vision, options)
+        published, architecture = architecture, _resized(architecture, encoders.vision, options)
         vision = _vision_signature(architecture, options.dynamic_image_size)
         parts = (
             Part("vision", encoders.vision, vision, PictureExamples(vision)),
             Part("text", encoders.text, _text_signature(architecture), _TextExamples(architecture)),
         )
         huggingface = architecture.key_names == "huggingface"
-        build_reference = partial(_transformers_reference, checkpoint) if huggingface else reference_from_module
+        build_reference = (
+            partial(_transformers_reference, checkpoint, published) if huggingface else reference_from_module
+        )
         return Model(
             family=self.name,
             architecture=architecture.to_json(),
             parts=parts,
-            image=_image_spec(architecture, checkpoint),
+            image=_image_spec(published, architecture.vision.image_size, checkpoint),
             text=_text_spec(architecture),
             hub_config=(checkpoint.config if huggingface else None) or _config_from_architecture(architecture),
             facts={"logit_scale": float(encoders.logit_scale), "activation": architecture.activation},
@@ -154,7 +163,10 @@ def _text_signature(architecture: ClipArchitecture) -> Signature:
 
 
 class _TextExamples:
-    """Random ids with end-of-text at a random position (a different one in each row) and padding after it."""
+    """Random ids with end-of-text at a random position (a different one in each row) and padding after it.
+
+    The first row's comes late enough for the vocabulary's edges to stand before it.
+    """
 
     def __init__(self, architecture: ClipArchitecture) -> None:
         self.sizes = architecture.text
@@ -162,21 +174,24 @@ class _TextExamples:
     def __call__(self, sizes: Mapping[str, int], seed: int) -> dict[str, Array]:
         rng = np.random.default_rng(seed)
         rows, tokens = sizes["batch"], sizes["sequence"]
-        ids = rng.integers(1, self.sizes.end_token_id, (rows, tokens), dtype=np.int64)
-        for row in ids:
-            end = int(rng.integers(0, tokens))
-            row[end] = self.sizes.end_token_id
+        end_id = self.sizes.end_token_id
+        ids = random_ids(rng, (rows, tokens), self.sizes.vocab_size, without=end_id)
+        ends = rng.integers(0, tokens, rows)
+        ends[0] = max(ends[0], min(EDGES, tokens - 1))
+        for row, end in zip(ids, ends, strict=True):
+            row[end] = end_id
             row[end + 1 :] = 0
         return {"input_ids": ids}
 
 
-def _image_spec(architecture: ClipArchitecture, checkpoint: Checkpoint) -> ImageSpec:
-    if stated := clip_open.open_clip_image(checkpoint, architecture.vision.image_size):
+def _image_spec(architecture: ClipArchitecture, image_size: int, checkpoint: Checkpoint) -> ImageSpec:
+    """For pictures of `image_size`; the checkpoint states its own architecture's."""
+    if stated := clip_open.open_clip_image(checkpoint, image_size):
         return stated
-    mean, std = published_normalisation(checkpoint)
+    mean, std = published_normalisation(checkpoint, architecture.vision.image_size, "crop")
     # Each published pipeline in its own order: OpenAI's converts to RGB last, transformers' first.
     rgb_stage: RgbStage = "after_crop" if architecture.key_names == "openai" else "before_resize"
-    return ImageSpec(architecture.vision.image_size, "bicubic", rgb_stage, mean, std)
+    return ImageSpec(image_size, "bicubic", rgb_stage, mean, std)
 
 
 def _text_spec(architecture: ClipArchitecture) -> TextSpec:
@@ -195,13 +210,7 @@ def _config_from_architecture(architecture: ClipArchitecture) -> dict[str, Any]:
     vision = architecture.vision
     vision_config: dict[str, Any] = {"image_size": vision.image_size, "num_channels": 3, **common}
     if isinstance(vision, VitSizes):
-        vision_config |= {
-            "hidden_size": vision.width,
-            "intermediate_size": vision.hidden,
-            "num_attention_heads": vision.heads,
-            "num_hidden_layers": vision.layers,
-            "patch_size": vision.patch_size,
-        }
+        vision_config |= {**stated_vision(vision), "num_attention_heads": vision.heads}
     else:
         # transformers has no ModifiedResNet; the sizes are told for the reader.
         vision_config |= {"hidden_size": vision.width * 32, "stages": list(vision.stages)}
@@ -211,12 +220,8 @@ def _config_from_architecture(architecture: ClipArchitecture) -> dict[str, Any]:
         "projection_dim": architecture.embed_dim,
         "text_config": {
             "model_type": "clip_text_model",
-            "hidden_size": text.width,
-            "intermediate_size": text.hidden,
+            **stated_text(text),
             "num_attention_heads": text.heads,
-            "num_hidden_layers": text.layers,
-            "max_position_embeddings": text.context_length,
-            "vocab_size": text.vocab_size,
             "eos_token_id": clip_architecture.LEGACY_END_TOKEN_ID if legacy else text.end_token_id,
             **common,
         },
@@ -224,14 +229,21 @@ def _config_from_architecture(architecture: ClipArchitecture) -> dict[str, Any]:
     }
 
 
-def _transformers_reference(checkpoint: Checkpoint, part: Part) -> Reference:
+def _transformers_reference(checkpoint: Checkpoint, architecture: ClipArchitecture, part: Part) -> Reference:
     from transformers import CLIPConfig, CLIPModel
 
-    config = CLIPConfig.from_dict(dict(checkpoint.config or {}))
+    # Of checked sizes alone: whatever else the checkpoint's own config states may be made to hurt.
+    stated = _config_from_architecture(architecture)
+    # No ids that only generation reads, which transformers would compare with the vocabulary.
+    stated["text_config"] |= {"bos_token_id": None, "pad_token_id": None}
+    config = CLIPConfig.from_dict(stated)
     config._attn_implementation = "eager"
-    model = CLIPModel(config).eval()
+    with torch.device("meta"):
+        model = CLIPModel(config).eval()
     weights = {key: checkpoint.read(key).float() for key in checkpoint.tensors if not key.endswith("position_ids")}
-    model.load_state_dict(weights, strict=True)
+    model.load_state_dict(weights, strict=True, assign=True)
+    for embeddings in (model.text_model.embeddings, model.vision_model.embeddings):
+        embeddings.position_ids = torch.arange(embeddings.position_ids.shape[-1])[None]
     name = part.signature.input_names[0]
     encode = model.get_image_features if part.name == "vision" else model.get_text_features
     own_size = model.config.vision_config.image_size

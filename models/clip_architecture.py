@@ -7,18 +7,28 @@ Source of the rules for shapes: `build_model` in openai/CLIP model.py (d05afc4).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint
 from vlm_export.models.layers import Activation
-from vlm_export.models.shapes import Shapes, check_heads, config_integer, config_section, grid_of
+from vlm_export.models.shapes import (
+    Shapes,
+    check_context,
+    check_heads,
+    check_stated,
+    check_token,
+    config_integer,
+    config_number,
+    config_section,
+)
 from vlm_export.specs import record_from_json
 
 KeyNames = Literal["openai", "huggingface"]
 Pooling = Literal["argmax", "first_end_token"]
+Value = TypeVar("Value")
 HEAD_WIDTH = 64
 # transformers marks checkpoints older than its fix of the end-of-text id with this value; it then pools by argmax.
 LEGACY_END_TOKEN_ID = 2
@@ -119,7 +129,7 @@ def _openai_vit(shapes: Shapes, head_width: int) -> VitSizes:
         heads=_heads(width, head_width),
         hidden=shapes.of("visual.transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
         patch_size=patch,
-        image_size=patch * grid_of(shapes.of("visual.positional_embedding", 2)[0]),
+        image_size=patch * shapes.grid("visual.positional_embedding", 2),
     )
 
 
@@ -129,7 +139,7 @@ def _openai_resnet(shapes: Shapes, head_width: int) -> ResNetSizes:
         width=width,
         stages=tuple(shapes.count(f"visual.layer{stage}.") for stage in (1, 2, 3, 4)),
         heads=_heads(width * 32, head_width),
-        image_size=32 * grid_of(shapes.of("visual.attnpool.positional_embedding", 2)[0]),
+        image_size=32 * shapes.grid("visual.attnpool.positional_embedding", 2),
     )
 
 
@@ -139,7 +149,11 @@ def _heads(width: int, head_width: int) -> int:
 
 
 def architecture_from_huggingface(checkpoint: Checkpoint) -> ClipArchitecture:
-    """Sizes from shapes; head counts, activation, epsilon and pooling from `config.json`, with its defaults."""
+    """Sizes from shapes; head counts, activation, epsilon and pooling from `config.json`, with its defaults.
+
+    Raises:
+        InputError: there is no config.json, it is malformed, or it and the tensors contradict each other.
+    """
     if checkpoint.config is None:
         raise InputError(
             "a Hugging Face CLIP checkpoint needs its config.json",
@@ -148,25 +162,25 @@ def architecture_from_huggingface(checkpoint: Checkpoint) -> ClipArchitecture:
             got="no config.json",
             fix="name the directory that holds config.json and the weights, not the weights file alone",
         )
-    vision_config = config_section(checkpoint, "vision_config")
-    text_config = config_section(checkpoint, "text_config")
+    vision_config, text_config = _tower_config(checkpoint, "vision"), _tower_config(checkpoint, "text")
     shapes = Shapes(checkpoint)
-    activation = _same(checkpoint, "hidden_act", vision_config, text_config, "quick_gelu")
+    towers = (vision_config, text_config)
+    activation = _same(checkpoint, "hidden_act", [tower.get("hidden_act", "quick_gelu") for tower in towers])
     if activation not in ("quick_gelu", "gelu"):
         raise InputError(
             "the activation is not one that CLIP checkpoints use",
             where="config.json: hidden_act",
             expected="quick_gelu or gelu",
-            got=str(activation),
+            got=f"{activation!r:.200}",
         )
-    width, _, patch, _ = shapes.of("vision_model.embeddings.patch_embedding.weight", 4)
+    width, channels, patch, _ = shapes.of("vision_model.embeddings.patch_embedding.weight", 4)
     vision = VitSizes(
         width=width,
         layers=shapes.count("vision_model.encoder.layers."),
         heads=config_integer(vision_config, "num_attention_heads", 12),
         hidden=shapes.of("vision_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
         patch_size=patch,
-        image_size=patch * grid_of(shapes.of("vision_model.embeddings.position_embedding.weight", 2)[0]),
+        image_size=patch * shapes.grid("vision_model.embeddings.position_embedding.weight", 2),
     )
     end_token_id = config_integer(text_config, "eos_token_id", 49407)
     vocab_size, text_width = shapes.of("text_model.embeddings.token_embedding.weight", 2)
@@ -181,8 +195,12 @@ def architecture_from_huggingface(checkpoint: Checkpoint) -> ClipArchitecture:
         pooling="argmax" if legacy else "first_end_token",
         end_token_id=vocab_size - 1 if legacy else end_token_id,
     )
-    eps = float(_same(checkpoint, "layer_norm_eps", vision_config, text_config, LAYER_NORM_EPS))
+    check_token(checkpoint, "text_config: eos_token_id", text.end_token_id, vocab_size)
+    eps = _same(checkpoint, "layer_norm_eps", [config_number(t, "layer_norm_eps", LAYER_NORM_EPS) for t in towers])
     embed_dim = shapes.of("visual_projection.weight", 2)[0]
+    check_stated(checkpoint, "", checkpoint.config, {"projection_dim": embed_dim})
+    check_stated(checkpoint, "vision_config", vision_config, {**stated_vision(vision), "num_channels": channels})
+    check_stated(checkpoint, "text_config", text_config, stated_text(text))
     return _checked(
         ClipArchitecture("huggingface", embed_dim, cast(Activation, activation), eps, vision, text), checkpoint
     )
@@ -198,20 +216,51 @@ def architecture_from_json(data: Mapping[str, Any]) -> ClipArchitecture:
     return record_from_json(ClipArchitecture, {**fields_left, "vision": vision, "text": text})
 
 
-def _same(checkpoint: Checkpoint, key: str, vision: Mapping[str, Any], text: Mapping[str, Any], default: Any) -> Any:
-    left, right = vision.get(key, default), text.get(key, default)
-    if left != right:
+def _tower_config(checkpoint: Checkpoint, tower: str) -> Mapping[str, Any]:
+    """What config.json says of a tower: where old files have `text_config_dict`, transformers reads nothing else."""
+    old = f"{tower}_config_dict"
+    has_old = (checkpoint.config or {}).get(old) is not None
+    return config_section(checkpoint, old if has_old else f"{tower}_config")
+
+
+def _same(checkpoint: Checkpoint, key: str, stated: Sequence[Value]) -> Value:
+    """What the vision and the text tower state alike."""
+    vision, text = stated
+    if vision != text:
         raise InputError(
             f"the two towers disagree on {key}",
             where=f"{checkpoint.source}: config.json",
-            got=f"vision {left}, text {right}",
+            got=f"vision {vision!r:.80}, text {text!r:.80}",
             fix="such a checkpoint is not supported; please report it",
         )
-    return left
+    return vision
+
+
+def stated_vision(sizes: VitSizes) -> dict[str, int]:
+    """The sizes under config.json's names, without heads, which no tensor tells."""
+    return {
+        "hidden_size": sizes.width,
+        "intermediate_size": sizes.hidden,
+        "num_hidden_layers": sizes.layers,
+        "image_size": sizes.image_size,
+        "patch_size": sizes.patch_size,
+    }
+
+
+def stated_text(sizes: TextSizes) -> dict[str, int]:
+    """As `stated_vision`."""
+    return {
+        "hidden_size": sizes.width,
+        "intermediate_size": sizes.hidden,
+        "num_hidden_layers": sizes.layers,
+        "max_position_embeddings": sizes.context_length,
+        "vocab_size": sizes.vocab_size,
+    }
 
 
 def _checked(architecture: ClipArchitecture, checkpoint: Checkpoint) -> ClipArchitecture:
     for name, sizes in (("vision", architecture.vision), ("text", architecture.text)):
         width = sizes.width * 32 if isinstance(sizes, ResNetSizes) else sizes.width
         check_heads(checkpoint, name, width, sizes.heads)
+    check_context(checkpoint.source, architecture.text.context_length)
     return architecture

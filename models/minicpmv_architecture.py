@@ -8,9 +8,16 @@ from typing import Any, Literal, get_args
 
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint
-from vlm_export.models.navit import NavitSizes
+from vlm_export.models.navit import EPS, NavitSizes
 from vlm_export.models.resampler import ResamplerSizes
-from vlm_export.models.shapes import Shapes, check_heads, config_integer, config_section, grid_of
+from vlm_export.models.shapes import (
+    Shapes,
+    check_heads,
+    check_implemented,
+    check_stated,
+    config_integer,
+    config_section,
+)
 from vlm_export.models.vit import VitForm
 from vlm_export.specs import record_from_json
 
@@ -95,7 +102,7 @@ def omnilmm_architecture(checkpoint: Checkpoint) -> VisionArchitecture:
         heads=_EVA_HEADS if width % _EVA_HEADS == 0 and width >= 1024 else max(width // 32, 1),
         hidden=shapes.of(f"{prefix}blocks.0.mlp.fc1.weight", 2)[0],
         patch_size=patch,
-        grid=grid_of(shapes.of(f"{prefix}pos_embed", 3)[1]),
+        grid=shapes.grid(f"{prefix}pos_embed", 3),
         post_norm=True,
         antialias=True,
     )
@@ -113,7 +120,7 @@ def _version(config: Mapping[str, Any]) -> Version:
             "the version of MiniCPM-V is not known",
             where="config.json: version",
             expected=", ".join(str(version) for version in _PACKED),
-            got=repr(stated),
+            got=f"{stated!r:.200}",
         ) from None
 
 
@@ -125,7 +132,7 @@ def _siglip(shapes: Shapes) -> VitForm:
         heads=max(width // _SIGLIP_HEAD, 1),
         hidden=shapes.of("vpm.blocks.0.mlp.fc1.weight", 2)[0],
         patch_size=patch,
-        grid=grid_of(shapes.of("vpm.pos_embed", 3)[1], prefix_tokens=0),
+        grid=shapes.grid("vpm.pos_embed", 3, prefix_tokens=0),
         has_class_token=False,
         antialias=True,
     )
@@ -134,15 +141,37 @@ def _siglip(shapes: Shapes) -> VitForm:
 def _navit(shapes: Shapes, version: Version) -> NavitSizes:
     width, _, patch, _ = shapes.of("vpm.embeddings.patch_embedding.weight", 4)
     config = config_section(shapes.checkpoint, "vision_config")
-    return NavitSizes(
+    sizes = NavitSizes(
         width=width,
         layers=shapes.count("vpm.encoder.layers."),
         heads=config_integer(config, "num_attention_heads", 16),
         hidden=shapes.of("vpm.encoder.layers.0.mlp.fc1.weight", 2)[0],
         patch_size=patch,
-        grid=grid_of(shapes.of("vpm.embeddings.position_embedding.weight", 2)[0], prefix_tokens=0),
+        grid=shapes.grid("vpm.embeddings.position_embedding.weight", 2, prefix_tokens=0),
         positions="row" if version == "2.5" else "grid",
     )
+    implemented = {"hidden_act": ("gelu_pytorch_tanh",), "layer_norm_eps": (EPS,)}
+    check_implemented(f"{shapes.checkpoint.source}: config.json: vision_config", config, implemented)
+    stated = {"hidden_size": width, "intermediate_size": sizes.hidden, "patch_size": patch}
+    stated["image_size"] = sizes.grid * patch
+    if (drops := _drops_last_layer(shapes.checkpoint)) is not None:
+        # The original builds one layer less, and saves none for it.
+        stated["num_hidden_layers"] = sizes.layers + drops
+    check_stated(shapes.checkpoint, "vision_config", config, stated)
+    return sizes
+
+
+def _drops_last_layer(checkpoint: Checkpoint) -> bool | None:
+    """Whether the original leaves its encoder's last layer out; None where config.json leaves it to the code."""
+    stated = (checkpoint.config or {}).get("drop_vision_last_layer")
+    if stated is not None and not isinstance(stated, bool):
+        raise InputError(
+            "config.json is malformed",
+            where="config.json: drop_vision_last_layer",
+            expected="true or false",
+            got=f"{stated!r:.200}",
+        )
+    return stated
 
 
 def _resampler(shapes: Shapes, prefix: str, *, stored: bool) -> ResamplerSizes:

@@ -14,7 +14,16 @@ from typing import Any, Literal
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint
 from vlm_export.models.rotary_decoder import RotaryDecoderSizes
-from vlm_export.models.shapes import Shapes, check_heads, config_integer, config_number, config_section
+from vlm_export.models.shapes import (
+    Shapes,
+    check_context,
+    check_heads,
+    check_stated,
+    check_token,
+    config_integer,
+    config_number,
+    config_section,
+)
 from vlm_export.models.vit import VitForm
 from vlm_export.specs import record_from_json
 
@@ -28,6 +37,8 @@ CHAT_TEMPLATE = (
 )
 # End of text: of cosmo2's tokenizer, and <|im_end|> of SmolLM2-Instruct's, which later versions take.
 _FIRST_END_ID, _LATER_END_ID = 0, 2
+# Published: 8192. Prompts are fed in pieces, so that only the cache grows with it.
+LARGEST_CONTEXT = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -112,6 +123,7 @@ def architecture_from_checkpoint(checkpoint: Checkpoint) -> NanoVlmArchitecture:
     vision, decoder = _vision(shapes, config), _decoder(shapes, config)
     projected = shapes.of("MP.proj.weight", 2)[1]
     chat = _chat(checkpoint, config)
+    check_token(checkpoint, "lm_eos_token_id", chat.end_token_id, decoder.vocab_size)
     return _checked(NanoVlmArchitecture(vision, decoder, isqrt(projected // vision.width), chat), checkpoint, projected)
 
 
@@ -173,7 +185,7 @@ def _vision(shapes: Shapes, config: Mapping[str, Any]) -> VitForm:
         heads=config_integer(config, "vit_n_heads", 12),
         hidden=shapes.of(f"{prefix}blocks.0.mlp.fc1.weight", 2)[0],
         patch_size=patch,
-        grid=isqrt(shapes.of(f"{prefix}patch_embedding.position_embedding", 3)[1]),
+        grid=shapes.grid(f"{prefix}patch_embedding.position_embedding", 3, prefix_tokens=0),
         activation="gelu_tanh",
         eps=config_number(config, "vit_ln_eps", 1e-6),
         has_class_token=False,
@@ -194,7 +206,7 @@ def _decoder(shapes: Shapes, config: Mapping[str, Any]) -> RotaryDecoderSizes:
         kv_heads=max(shapes.of(f"{prefix}blocks.0.attn.k_proj.weight", 2)[0] // head_width, 1),
         hidden=shapes.of(f"{prefix}blocks.0.mlp.gate_proj.weight", 2)[0],
         vocab_size=vocab_size,
-        positions=max(config_integer(config, "lm_max_position_embeddings", 8192), 1),
+        positions=_positions(config),
         eps=config_number(config, "lm_rms_eps", 1e-5),
         rope_base=config_number(config, "lm_re_base", 100000.0),
         rope_scaling=config_number(config, "lm_attn_scaling", 1.0),
@@ -202,14 +214,21 @@ def _decoder(shapes: Shapes, config: Mapping[str, Any]) -> RotaryDecoderSizes:
     )
 
 
+def _positions(config: Mapping[str, Any]) -> int:
+    """The longest sequence: no tensor is as long, so config.json alone says it."""
+    positions = max(config_integer(config, "lm_max_position_embeddings", 8192), 1)
+    check_context("config.json: lm_max_position_embeddings", positions, LARGEST_CONTEXT)
+    return positions
+
+
 def _chat(checkpoint: Checkpoint, config: Mapping[str, Any]) -> ChatForm:
     extra = {str(name): token for name, token in config_section(checkpoint, "vlm_extra_tokens").items()}
-    if not all(isinstance(token, str) and token for token in extra.values()):
+    if not all(isinstance(token, str) and token and token.isprintable() for token in extra.values()):
         raise InputError(
             "config.json is malformed",
             where="config.json: vlm_extra_tokens",
-            expected="names and tokens",
-            got=repr(extra),
+            expected="names and printable tokens",
+            got=f"{extra!r:.200}",
         )
     longest = config_integer(config, "lm_max_length", 0) or None
     if IMAGE_TOKEN not in extra:
@@ -268,14 +287,5 @@ def _checked(architecture: NanoVlmArchitecture, checkpoint: Checkpoint, projecte
     }
     if extra := len(architecture.chat.extra_tokens):
         stated |= {"extra_token_amount": extra, "lm_base_vocab_size": decoder.vocab_size - extra}
-    config = checkpoint.config or {}
-    wrong = [f"{key} {config[key]!r}, not {value}" for key, value in stated.items() if config.get(key, value) != value]
-    if wrong:
-        raise InputError(
-            "config.json contradicts the tensors",
-            where=f"{checkpoint.source}: config.json",
-            expected="what the shapes say",
-            got="; ".join(wrong),
-            fix="take the config.json that was saved with these weights",
-        )
+    check_stated(checkpoint, "", checkpoint.config or {}, stated)
     return architecture

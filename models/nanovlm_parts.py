@@ -17,6 +17,7 @@ from vlm_export.models.rotary_decoder import (
     RotaryDecoderSizes,
     cache_names,
 )
+from vlm_export.models.token_ids import random_ids
 from vlm_export.models.vit import VisionTransformer
 from vlm_export.signature import Axis, Signature, TensorSpec
 
@@ -149,4 +150,6 @@ class ChatExamples:
         if spec.name == "attention_mask":
             padding = rng.integers(0, shape[1], (shape[0], 1))
             return (np.arange(shape[1]) >= padding).astype(np.int64)
-        return rng.integers(0, max(self.vocab_size, 1), shape, dtype=np.int64)
+        if spec.name == "input_ids":
+            return random_ids(rng, shape, self.vocab_size)
+        return np.zeros(shape, np.int64)  # what follows from the others

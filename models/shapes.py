@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeGuard
 
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint
 
 CONFIG = "config.json"
+_LONGEST_NAME = 200
+# Of texts that are read as a whole. Published: up to 512 positions.
+LARGEST_CONTEXT = 4096
 
 
 class Shapes:
@@ -23,7 +26,7 @@ class Shapes:
         if info is None or len(info.shape) != rank or 0 in info.shape:
             raise InputError(
                 "a tensor that determines the architecture is missing or has another rank",
-                where=f"{self.checkpoint.source}: tensor {key}",
+                where=f"{self.checkpoint.source}: tensor {printable(key)}",
                 expected=f"{rank} axes, none empty",
                 got="no such tensor" if info is None else f"shape {info.shape}",
                 fix="check that the file is complete",
@@ -34,6 +37,27 @@ class Shapes:
         """The number of consecutive layers, from 0, whose keys start with `prefix` and a number."""
         return _count_consecutive(key[len(prefix) :] for key in self.checkpoint.tensors if key.startswith(prefix))
 
+    def grid(self, key: str, rank: int, prefix_tokens: int = 1) -> int:
+        """Patches per side of the square whose patches have a row each in a position table, after those of a prefix.
+
+        Rows that make no square are left to the loader, which lists all shapes that do not fit.
+        """
+        rows = self.of(key, rank)[-2]
+        if rows <= prefix_tokens:
+            raise InputError(
+                "a position table has no row for a patch",
+                where=f"{self.checkpoint.source}: tensor {key}",
+                expected=f"more than {prefix_tokens} rows",
+                got=str(rows),
+            )
+        return round(math.sqrt(rows - prefix_tokens))
+
+
+def printable(name: str) -> str:
+    """A file's own name for something, as it may stand in a message: nothing that moves a terminal's cursor."""
+    shown = name if name.isprintable() else ascii(name)
+    return shown if len(shown) <= _LONGEST_NAME else f"{shown[:_LONGEST_NAME]}…"
+
 
 def _count_consecutive(rests: Iterable[str]) -> int:
     numbers = {rest.split(".", 1)[0] for rest in rests}
@@ -43,17 +67,12 @@ def _count_consecutive(rests: Iterable[str]) -> int:
     return count
 
 
-def grid_of(positions: int, prefix_tokens: int = 1) -> int:
-    """Patches per side of a square grid whose position table has that many rows."""
-    return round(math.sqrt(positions - prefix_tokens))
-
-
 def config_section(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
     """The object `name` of config.json, empty when there is none; InputError when it is no object."""
     section = (checkpoint.config or {}).get(name, {})
     if not isinstance(section, Mapping):
         raise InputError(
-            "config.json is malformed", where=f"config.json: {name}", expected="an object", got=repr(section)
+            "config.json is malformed", where=f"config.json: {name}", expected="an object", got=f"{section!r:.200}"
         )
     return section
 
@@ -62,16 +81,86 @@ def config_integer(section: Mapping[str, Any], key: str, default: int, file: str
     """A number of config.json or another file, at least 0; InputError when it is anything else."""
     value = section.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise InputError(f"{file} is malformed", where=f"{file}: {key}", expected="an integer", got=repr(value))
+        raise InputError(f"{file} is malformed", where=f"{file}: {key}", expected="an integer", got=f"{value!r:.200}")
     return value
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value of a JSON file is a number."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def config_number(section: Mapping[str, Any], key: str, default: float, file: str = CONFIG) -> float:
     """A positive number of config.json or another file; InputError when it is anything else."""
     value = section.get(key, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise InputError(f"{file} is malformed", where=f"{file}: {key}", expected="a positive number", got=repr(value))
+    if not is_number(value) or not value > 0:
+        raise InputError(
+            f"{file} is malformed", where=f"{file}: {key}", expected="a positive number", got=f"{value!r:.200}"
+        )
     return float(value)
+
+
+def check_stated(checkpoint: Checkpoint, name: str, section: Mapping[str, Any], derived: Mapping[str, Any]) -> None:
+    """InputError when a section of config.json states other sizes than the tensors have; unstated ones are right.
+
+    Args:
+        name: the section's, "" for the whole file.
+        derived: key → the value that follows from the tensors.
+    """
+    wrong = [
+        f"{key} {section[key]!r:.80}, not {value}" for key, value in derived.items() if section.get(key, value) != value
+    ]
+    if wrong:
+        raise InputError(
+            "config.json contradicts the tensors",
+            where=f"{checkpoint.source}: config.json" + (f": {name}" if name else ""),
+            expected="what the shapes say",
+            got="; ".join(wrong),
+            fix="take the config.json that was saved with these weights",
+        )
+
+
+def check_implemented(where: str, section: Mapping[str, Any], implemented: Mapping[str, Sequence[Any]]) -> None:
+    """InputError when a key of `section` asks for another computation than the one that is exported.
+
+    Args:
+        where: the file, and the section's name if it has one.
+        implemented: key → the values that are; an absent key or null stands for them.
+    """
+    for key, values in implemented.items():
+        stated = section.get(key)
+        # Of equal types: 1 is not true.
+        if stated is not None and not any(type(stated) is type(value) and stated == value for value in values):
+            raise InputError(
+                f"{key} asks for a computation that is not the published one",
+                where=f"{where}: {key}",
+                expected=f"{' or '.join(map(repr, values))}, or no such key",
+                got=f"{stated!r:.200}",
+                fix="such a checkpoint is not supported; please report it",
+            )
+
+
+def check_token(checkpoint: Checkpoint, key: str, token_id: int, vocab_size: int) -> None:
+    """InputError when a special token of config.json is outside the vocabulary."""
+    if token_id >= vocab_size:
+        raise InputError(
+            "a special token is outside the vocabulary",
+            where=f"{checkpoint.source}: config.json: {key}",
+            expected=f"an id below {vocab_size}",
+            got=str(token_id),
+        )
+
+
+def check_context(where: str, positions: int, largest: int = LARGEST_CONTEXT) -> None:
+    """InputError when texts may be longer than `largest` tokens: masks and scores grow with the square."""
+    if positions > largest:
+        raise InputError(
+            "the text context is too long",
+            where=where,
+            expected=f"at most {largest} positions",
+            got=str(positions),
+            fix="such a checkpoint is not supported; please report it",
+        )
 
 
 def check_heads(checkpoint: Checkpoint, name: str, width: int, heads: int) -> None:

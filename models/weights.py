@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint, TensorInfo, WeightStore
+from vlm_export.models.shapes import printable
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -133,15 +133,15 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, table: WeightTable, 
 def _check_keys(checkpoint: Checkpoint, table: WeightTable, shapes: Mapping[str, tuple[int, ...]]) -> None:
     found = checkpoint.tensors
     problems = [f"missing: {key}" for key, target in table.items() if target is not None and key not in found]
-    problems += [f"unexpected: {key} {found[key].shape}" for key in found if key not in table]
+    problems += [f"unexpected: {printable(key)} {found[key].shape}" for key in found if key not in table]
     for key, target in table.items():
         if target is None or key not in found:
             continue
-        expected = stored_shape(target, shapes)
+        expected, name = stored_shape(target, shapes), printable(key)
         if found[key].shape != expected:
-            problems.append(f"shape: {key} expected {expected}, got {found[key].shape}")
+            problems.append(f"shape: {name} expected {expected}, got {found[key].shape}")
         if found[key].dtype not in FLOAT_DTYPES:
-            problems.append(f"dtype: {key} expected one of {', '.join(FLOAT_DTYPES)}, got {found[key].dtype}")
+            problems.append(f"dtype: {name} expected one of {', '.join(FLOAT_DTYPES)}, got {found[key].dtype}")
     if problems:
         shown = problems[:20] + ([f"… and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise InputError(
@@ -157,12 +157,13 @@ def _check_finite(key: str, tensor: Tensor) -> None:
         return
     # One pass without a temporary: NaN propagates through both ends, infinity is one of them.
     low, high = torch.aminmax(tensor)
-    if math.isfinite(low) and math.isfinite(high):
+    # float64 alone holds more than float32, which is what it becomes.
+    if low.float().isfinite() and high.float().isfinite():
         return
-    bad = int((~torch.isfinite(tensor)).sum())
+    bad = int((~tensor.float().isfinite()).sum())
     raise InputError(
-        "a weight is NaN or infinite",
-        where=f"tensor {key}",
+        "a weight is NaN, infinite, or too large for float32",
+        where=f"tensor {printable(key)}",
         expected="finite values",
         got=f"{bad} of {tensor.numel()} values are not finite",
         fix="download or convert the checkpoint again",
@@ -198,7 +199,6 @@ def _place(
 
 
 def _assign(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    # Overflow of float64 and the like would appear only after the conversion; the table covers every name.
     expected = module_shapes(module)
     absent = sorted(set(expected) - set(weights))
     if absent:

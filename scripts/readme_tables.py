@@ -6,10 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from torch import Tensor
-
 from vlm_export.checkpoint.known import KnownCheckpoint, known_names, load_known
-from vlm_export.family import Checkpoint
+from vlm_export.cli.inspect_known import checkpoint_from_config
 from vlm_export.models.registry import load_family
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -69,14 +67,7 @@ def _row(known: KnownCheckpoint) -> tuple[str, ...]:
 def _parts(known: KnownCheckpoint) -> list[str]:
     """Names of the graphs that an export would make."""
     family = load_family(known.family)
-    tensors = family.published_tensors(known.architecture)
-    config = family.published_config(known.architecture)
-    checkpoint = Checkpoint(known.name, "random", (), tensors, _no_tensor, config)
-    return [part.name for part in family.describe(checkpoint).parts]
-
-
-def _no_tensor(key: str) -> Tensor:
-    raise AssertionError(f"a description needs no weights: {key}")
+    return [part.name for part in family.describe(checkpoint_from_config(known)).parts]
 
 
 if __name__ == "__main__":

@@ -69,7 +69,8 @@ class EnvironmentFailure(VlmExportError):
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """A sentence that names the nearest known word, or lists all known words."""
+    """A sentence that names the nearest known word, or lists all known words; "" where none is known."""
     choices = list(known)
     near = difflib.get_close_matches(name, choices, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(choices)}"
+    listed = f"known: {', '.join(choices)}" if choices else ""
+    return f"did you mean {near[0]!r}?" if near else listed

@@ -27,7 +27,7 @@ class ImageSpec:
             transparent pictures differ.
         mean, std: per channel (R, G, B), applied to values in [0, 1].
         fit: "crop" resizes the shorter edge and cuts a square from the centre; "squash" resizes both edges to the
-            square's, whatever the aspect ratio (BLIP).
+            square's, whatever the aspect ratio (BLIP, nanoVLM without tiles).
     """
 
     size_pixels: int

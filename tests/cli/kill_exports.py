@@ -1,4 +1,4 @@
-"""Kills overwriting exports at random points and prints what they left, as JSON; run by test_killed_export.py.
+"""Kills overwriting exports at random points and prints what they left, as JSON; run by test_faults.py.
 
 Takes the target, the sources of two bundles, a directory for their references, and the path of the kill harness.
 """

@@ -290,6 +290,14 @@ def test_missing_extra(spawn: Spawn, tmp_path: Path, checkpoint: Path, pair: Pat
         assert spawn(*verb, code=BLOCK).status == 0
 
 
+def test_each_verb_names_its_own_extra(spawn: Spawn, tmp_path: Path, pair: Path) -> None:
+    """Of `graph` the small one; protobuf's package is called google."""
+    graph = pair / "onnx" / "text_model.onnx"
+    spawn("graph", "show", graph, code=BLOCK).refused(4, "pip install 'vlm-export[graph]'")
+    code = "sys.modules['google'] = None; sys.modules['google.protobuf'] = None"
+    spawn("graph", "check", graph, code=code).refused(4, "pip install 'vlm-export[graph]'", "google")
+
+
 def test_closed_pipe(tmp_path: Path, pair: Path) -> None:
     """As behind `| head`: no traceback, and a failure keeps its status."""
     for arguments, expected in ((["inspect", str(pair)], 0), (["verify", str(tmp_path / "none")], 3)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 import onnx
 import pytest
 
+from vlm_export.graph import checks
+from vlm_export.graph.errors import GraphError
 from vlm_export.graph.verbs import VERBS
 
 TEXT = """<ir_version: 10, opset_import: ["" : 18]>
@@ -127,6 +130,73 @@ def test_storage(cli: Callable[..., Any], model: Path) -> None:
     cli("graph", "store", out, "-o", "x.onnx", "--embedded", "--shard-size", "1GB").refused(2, "no shards")
 
 
+WEIGHTED = """<ir_version: 10, opset_import: ["" : 18]>
+g (float[n,2] x) => (float[n,2] y) <float[2] w1 = {1,2}, float[2] w2 = {3,4}> { h = Mul(x, w1) y = Add(h, w2) }"""
+EXTERNAL = ["--external", "--threshold", "0"]
+
+
+@pytest.fixture
+def weighted(cli: Callable[..., Any], tmp_path: Path) -> Path:
+    """A model with its weights beside it."""
+    onnx.save(onnx.parser.parse_model(WEIGHTED), tmp_path / "in.onnx")
+    assert cli("graph", "store", tmp_path / "in.onnx", "-o", tmp_path / "b.onnx", *EXTERNAL).status == 0
+    (tmp_path / "in.onnx").unlink()
+    return tmp_path / "b.onnx"
+
+
+def test_small_weights_beside_a_graph_are_found_from_anywhere(cli: Callable[..., Any], weighted: Path) -> None:
+    assert cli("graph", "check", weighted).out == "valid\n"
+    result = cli("graph", "rename-tensor", weighted, "h=k", "-o", weighted.with_name("c.onnx"))
+    assert (result.status, result.err) == (0, "")
+
+
+def test_weights_that_an_input_reads_are_kept(cli: Callable[..., Any], weighted: Path) -> None:
+    a, data = weighted.with_name("a.onnx"), weighted.with_name("b.onnx_data")
+    a.write_bytes(weighted.read_bytes())
+    before = {file: file.read_bytes() for file in weighted.parent.iterdir()}
+    text = "weights that an input reads"
+    cut = ["graph", "extract", a, "--from", "h", "--to", "y", "--overwrite", *EXTERNAL]
+    cli(*cut, "-o", weighted).refused(2, text, "a.onnx reads tensor 'w1' there")
+    cli("graph", "store", a, "-o", weighted, "--overwrite", "--verify", *EXTERNAL).refused(2, text)
+    cli("graph", "rename-tensor", weighted, "h=k", "-o", data, "--overwrite").refused(2, text)
+    split = ["graph", "split", a, "--at", "h", "-o", weighted, "--second", weighted.with_name("c.onnx")]
+    cli(*split, "--overwrite", *EXTERNAL).refused(2, text)
+    compose = ["graph", "compose", a, weighted, "--connect", "y=x", "--prefix-second", "2/", "--overwrite"]
+    cli(*compose, "-o", weighted, *EXTERNAL).refused(2, text)
+    assert {file: file.read_bytes() for file in weighted.parent.iterdir()} == before
+    assert cli(*cut, "-o", a).status == 0
+
+
+def test_split_writes_both_models_or_none(cli: Callable[..., Any], weighted: Path) -> None:
+    first, second, data = (weighted.with_name(name) for name in ("1.onnx", "2.onnx", "2.onnx_data"))
+    data.write_text("precious")
+    before = {file: file.read_bytes() for file in weighted.parent.iterdir()}
+    split = ["graph", "split", weighted, "--at", "h", "-o", first, *EXTERNAL, "--second"]
+    cli(*split, second).refused(2, "2.onnx_data", "the output exists")
+    cli(*split, weighted.with_name("1.onnx_data"), "--overwrite").refused(2, "two files would have the same name")
+    assert {file: file.read_bytes() for file in weighted.parent.iterdir()} == before
+    assert len(cli(*split, second, "--overwrite", "--verify", "--json").data["files"]) == 4
+
+
+def test_split_refuses_what_is_not_valid(
+    cli: Callable[..., Any], weighted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen = checks.validate, list[str]()
+
+    def validate(model: Any) -> None:
+        names = [str(value.name) for value in model.graph.outputs]
+        seen.extend(names)
+        if model.graph.inputs[0].name == "h":
+            raise GraphError("the second is not valid")
+        real(model)
+
+    monkeypatch.setattr(checks, "validate", validate)
+    split = ["graph", "split", weighted, "--at", "h", "-o", weighted.with_name("1.onnx"), "--second"]
+    cli(*split, weighted.with_name("2.onnx")).refused(3, "the second is not valid")
+    assert seen == ["h", "y", "y"]
+    assert not weighted.with_name("1.onnx").exists()
+
+
 def test_looking(cli: Callable[..., Any], model: Path) -> None:
     assert cli("graph", "check", model).out == "valid\n"
     shown = cli("graph", "show", model)
@@ -150,6 +220,56 @@ def test_given_inputs(cli: Callable[..., Any], model: Path) -> None:
     cli("graph", "verify", model, out, "--inputs", model).refused(2, "one .npz file or several .pb files")
 
 
+def _damaged(folder: Path) -> None:
+    """Files that look like .npz and are none."""
+    np.savez_compressed(folder / "whole.npz", x=np.arange(1000.0))
+    data = (folder / "whole.npz").read_bytes()
+    (folder / "whole.npz").unlink()
+    (folder / "zlib.npz").write_bytes(data[:200] + bytes(8) + data[208:])
+    (folder / "cut.npz").write_bytes(data[:300])
+    (folder / "zip.npz").write_bytes(b"PK\x03\x04junk")
+    (folder / "empty.npz").write_bytes(b"")
+    (folder / "folder.npz").mkdir()
+    np.save(folder / "one.npy", np.zeros(2))
+    (folder / "one.npy").rename(folder / "one.npz")
+    with zipfile.ZipFile(folder / "text.npz", "w") as archive:
+        archive.writestr("x", "no array")
+    np.savez(folder / "pickle.npz", x=np.array([{}], object))
+
+
+def test_inputs_that_cannot_be_read(cli: Callable[..., Any], model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "inputs"
+    folder.mkdir()
+    _damaged(folder)
+    for path in (*sorted(folder.iterdir()), folder / "none.npz"):
+        cli("graph", "verify", model, model, "--inputs", path).refused(2, "no .npz of plain arrays", path.name)
+
+
+@pytest.mark.parametrize(
+    ("ends", "axes"), [(",".join(["999999999999"] * 3), "0,1,2"), ("999999999999,9", "0"), ("9", "-3")]
+)
+def test_a_slice_of_axes_that_are_not_there_is_no_traceback(
+    cli: Callable[..., Any], tmp_path: Path, ends: str, axes: str
+) -> None:
+    starts = ",".join("0" for _ in ends.split(","))
+    sizes = (len(starts.split(",")), len(ends.split(",")), len(axes.split(",")))
+    weights = "int64[{}] s = {{{}}}, int64[{}] e = {{{}}}, int64[{}] a = {{{}}}"
+    values = weights.format(sizes[0], starts, sizes[1], ends, sizes[2], axes)
+    text = f"""<ir_version: 10, opset_import: ["" : 18]>
+    g (float[n,3] x) => (float[m,k] y) <{values}> {{ t = Slice(x, s, e, a) y = Neg(t) }}"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "in.onnx")
+    result = cli("graph", "remove-noops", tmp_path / "in.onnx", "-o", tmp_path / "out.onnx")
+    assert result.status in (0, 3)
+    assert "Traceback" not in result.err
+
+
+def test_an_axis_where_none_has_a_name(cli: Callable[..., Any], tmp_path: Path) -> None:
+    onnx.save(onnx.parser.parse_model(TEXT.replace("batch", "2")), tmp_path / "in.onnx")
+    out = tmp_path / "out.onnx"
+    result = cli("graph", "set-axis", tmp_path / "in.onnx", "n", "3", "-o", out)
+    assert "known" not in result.refused(3, "no input has an axis 'n'", "fix: no input has a named axis").err
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "texts"),
     [
@@ -161,6 +281,37 @@ def test_given_inputs(cli: Callable[..., Any], model: Path) -> None:
         (["convert-opset", "IN", "900"], 3, ["there is no such opset"]),
         (["find", "IN", "Relu["], 3, ["the pattern is malformed"]),
         (["insert-node", "IN", "Relu"], 2, ["after", "before"]),
+        (["rename-tensor", "IN", "x=a", "x=b"], 2, ["names names 'x' twice"]),
+        (["rename-tensor", "IN", "x=\udcff"], 2, ["names is of another form", "surrogates not allowed"]),
+        (["set-axis", "IN", "batch", "-1"], 2, ["a whole number from 0 up"]),
+        (["set-axis", "IN", "batch", "1.5"], 2, ["size is of another form"]),
+        (["set-axis", "IN", "batch", "99999999999999999999"], 2, ["beyond 64 bits"]),
+        (["set-shape", "IN", "x=-1,4,6"], 2, ["a whole number from 0 up"]),
+        (["set-shape", "IN", "x=1,,4,6"], 2, ["an axis is missing"]),
+        (["set-shape", "IN", "x=99999999999999999999,4,6"], 2, ["beyond 64 bits"]),
+        (["set-attribute", "IN", "t0", "perm", "[99999999999999999999, 0, 1]"], 3, ["another type"]),
+        (["set-attribute", "IN", "e", "alpha", f"1{'0' * 400}"], 3, ["another type"]),
+        (["set-attribute", "IN", "e", "alpha", "(" * 5000], 3, ["another type"]),
+        (["delete-attribute", "IN", "i", "to"], 3, ["has no attribute 'to'", "no attributes"]),
+        (["convert-opset", "IN", "19.5"], 2, ["version is of another form"]),
+        (["add-opset-imports", "IN", "--versions", "d=99999999999999999999"], 2, ["beyond 64 bits"]),
+        *(
+            (["insert-node", "IN", "Mul", "--after", "y", "--operands", text], 2, ["operands is of another form"])
+            for text in (
+                "int64:[0, 1",
+                "int64:",
+                "int64:1.5",
+                "int64:[9223372036854775808]",
+                "int8:[300]",
+                "uint8:[-1]",
+                "bool:2",
+                "bool:['a']",
+                "float32:foo",
+                "float16:1e9",
+                "int64:[[1], [2, 3]]",
+                f"int64:{'[' * 5000}",
+            )
+        ),
     ],
 )
 def test_mistakes(cli: Callable[..., Any], model: Path, arguments: list[str], status: int, texts: list[str]) -> None:

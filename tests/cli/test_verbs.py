@@ -120,6 +120,23 @@ def test_embed_and_search_pictures(cli: Cli, pair: Path, picture: Path, tmp_path
     assert cli("search", pair, output, "something red").status == 0
 
 
+def test_search_refuses_paths_that_lead_nowhere(cli: Cli, pair: Path, picture: Path, tmp_path: Path) -> None:
+    vectors = tmp_path / "v.npy"
+    assert cli("embed", pair, picture, "-o", vectors, "--quiet").status == 0
+    for query in ("/nonexistent/pic.png", "pic.JPG", "my pictures/a cat.png", "/nonexistent/pic", "../pic"):
+        cli("search", pair, vectors, query).refused(3, "no such file", "--text", query)
+        assert cli("search", pair, vectors, query, "--text", "--truncate", "--json").data["query_kind"] == "text"
+    for query in ("a b.png", "black/white", "a cat.", "x" * 300):
+        assert cli("search", pair, vectors, query, "--truncate", "--json").data["query_kind"] == "text"
+
+
+def test_search_cuts_long_texts_if_asked(cli: Cli, pair: Path, picture: Path, tmp_path: Path) -> None:
+    vectors, words = tmp_path / "v.npy", "cat " * 500
+    assert cli("embed", pair, picture, "-o", vectors, "--quiet").status == 0
+    cli("search", pair, vectors, words).refused(3)
+    assert cli("search", pair, vectors, words, "--truncate").status == 0
+
+
 def test_embed_and_search_texts(cli: Cli, pair: Path, tmp_path: Path) -> None:
     lines = tmp_path / "lines.txt"
     lines.write_text("a red circle\n\n  two blue squares \nnothing\n", encoding="utf-8")

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from vlm_export.errors import EnvironmentFailure
+
 Cli = Callable[..., Any]
 Change = Callable[[dict[str, Any]], object]
 
@@ -180,3 +182,18 @@ def test_numbers_that_no_bundle_could_state(
 ) -> None:
     cli("export", "clip-demo", "-o", tmp_path / "bundle", *fast, *options).refused(2, options[1], "expected: from ")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_hub_source_is_fetched_at_the_commit_that_was_exported(
+    cli: Cli, changed: Callable[[Change], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fetch(hub_id: str, revision: str | None, reads: object) -> None:
+        asked.append((hub_id, revision))
+        raise EnvironmentFailure("no network", fix="connect")
+
+    monkeypatch.setattr("vlm_export.checkpoint.open.fetch_snapshot", fetch)
+    bundle = changed(_set("source", "revision", value="a" * 40))
+    cli("verify", bundle, "--source", "owner/name", "--quiet").refused(4, "no network")
+    assert asked == [("owner/name", "a" * 40)]

@@ -79,3 +79,9 @@ def test_the_spec_states_only_what_is_new() -> None:
     plain = TextSpec(77, 100, 99, 0, "openai")
     assert set(plain.to_json()) == {"context_length", "vocab_size", "end_token_id", "pad_token_id", "cleaning"}
     assert record_from_json(TextSpec, plain.to_json()) == plain
+
+
+def test_an_added_token_that_is_no_unicode_is_refused() -> None:
+    with pytest.raises(InputError, match="surrogate") as caught:
+        resolve(spec("<|image|>", "\ud800"))
+    assert "added tokens" in caught.value.where

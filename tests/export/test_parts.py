@@ -8,11 +8,16 @@ import pytest
 
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.errors import UsageError
-from vlm_export.export.parts import needed_bytes
-from vlm_export.family import Model
+from vlm_export.export.parts import check_pictures, needed_bytes, planned_parts
+from vlm_export.family import Checkpoint, Model
 from vlm_export.models.registry import recognise
 
 DATA = Path(__file__).parents[1] / "data"
+
+
+def disk_bytes(checkpoint: Checkpoint, names: tuple[str, ...], with_preprocessing: bool = False) -> int:
+    family = recognise(checkpoint)
+    return needed_bytes(family, checkpoint, planned_parts(family, checkpoint, names, with_preprocessing))
 
 
 def test_the_disk_check_counts_what_is_read_and_every_graph() -> None:
@@ -20,9 +25,47 @@ def test_the_disk_check_counts_what_is_read_and_every_graph() -> None:
     family = recognise(checkpoint)
     counts = {part.name: part.parameter_count for part in family.describe(checkpoint).parts}
     read = sum(prod(info.shape) for info in checkpoint.tensors.values())
-    assert needed_bytes(family, checkpoint, (), False) == 4 * (read + sum(counts.values()))
-    assert needed_bytes(family, checkpoint, ("text",), False) == 4 * (read + counts["text"])
-    assert needed_bytes(family, checkpoint, (), True) == 4 * (read + sum(counts.values()) + counts["vision"])
+    assert disk_bytes(checkpoint, ()) == 4 * (read + sum(counts.values()))
+    assert disk_bytes(checkpoint, ("text",)) == 4 * (read + counts["text"])
+    assert disk_bytes(checkpoint, (), True) == 4 * (read + sum(counts.values()) + counts["vision"])
+
+
+def test_the_picture_encoder_is_found_by_what_it_takes() -> None:
+    checkpoint = open_checkpoint(str(DATA / "nanovlm" / "222m"))
+    family = recognise(checkpoint)
+    (vision,) = (part for part in family.describe(checkpoint).parts if part.name == "vision_encoder")
+    (planned,) = planned_parts(family, checkpoint, ("vision_from_uint8",), True)
+    assert (planned.name, planned.parameter_count) == ("vision_from_uint8", vision.parameter_count)
+    assert disk_bytes(checkpoint, (), True) == disk_bytes(checkpoint, ()) + 4 * vision.parameter_count
+
+
+@pytest.mark.parametrize(
+    ("name", "names", "with_preprocessing", "message"),
+    [
+        ("clip/vit_p14/state_dict_fp32.pt", ("vision",), True, "adds the part vision_from_uint8"),
+        ("nanovlm/222m", ("vision_encoder",), True, "adds the part vision_from_uint8"),
+        ("nanovlm/222m", ("vision_from_uint8",), False, "--with-preprocessing"),
+        ("minicpmv/v2_6", (), True, "no vision part that takes pictures alone"),
+    ],
+)
+def test_preprocessing_that_nobody_would_get_is_refused(
+    name: str, names: tuple[str, ...], with_preprocessing: bool, message: str
+) -> None:
+    checkpoint = open_checkpoint(str(checkpoint_path(name)))
+    with pytest.raises(UsageError) as caught:
+        planned_parts(recognise(checkpoint), checkpoint, names, with_preprocessing)
+    assert message in str(caught.value)
+
+
+def test_pictures_need_a_part_that_takes_them() -> None:
+    checkpoint = open_checkpoint(str(DATA / "minicpmv" / "v2_6"))
+    family, picture = recognise(checkpoint), [Path("a.png")]
+    for names in ((), ("vision",), ("vision_tokens", "resampler")):
+        check_pictures(planned_parts(family, checkpoint, names, False), picture)
+    resampler = planned_parts(family, checkpoint, ("resampler",), False)
+    check_pictures(resampler, [])
+    with pytest.raises(UsageError, match="no part of this export takes a picture"):
+        check_pictures(resampler, picture)
 
 
 def test_the_language_model_is_not_counted() -> None:
@@ -32,7 +75,7 @@ def test_the_language_model_is_not_counted() -> None:
     assert aside
     counts = sum(part.parameter_count for part in family.describe(checkpoint).parts)
     read = sum(prod(info.shape) for info in checkpoint.tensors.values()) - sum(map(prod, aside))
-    assert needed_bytes(family, checkpoint, (), False) == 4 * (read + counts)
+    assert disk_bytes(checkpoint, ()) == 4 * (read + counts)
 
 
 CHECKPOINTS = (
@@ -56,7 +99,7 @@ def test_unknown_names_are_refused_before_weights_are_read(name: str, build_mode
     family = recognise(checkpoint)
     described = [part.name for part in family.describe(checkpoint).parts]
     assert described == [part.name for part in build_model(checkpoint_path(name)).parts]
-    assert needed_bytes(family, checkpoint, described, False) == needed_bytes(family, checkpoint, (), False)
+    assert disk_bytes(checkpoint, tuple(described)) == disk_bytes(checkpoint, ())
     with pytest.raises(UsageError, match="no part 'texts'") as caught:
-        needed_bytes(family, checkpoint, (described[0], "texts"), False)
+        planned_parts(family, checkpoint, (described[0], "texts"), False)
     assert caught.value.expected == ", ".join(described)

@@ -29,8 +29,8 @@ def test_every_family_states_the_same_again(name: str, tmp_path: Path) -> None:
         checkpoint = open_checkpoint(str(source))
         with ScratchStore(tmp_path / f"{turn}.bin") as store:
             model = recognise(checkpoint).build(checkpoint, store)
-            contents.append(manifest_content(planned_manifest("again", checkpoint, model, ExportOptions())))
-            planned = planned_manifest("again", checkpoint, model, ExportOptions(target="web"))
+            contents.append(manifest_content(planned_manifest("again", checkpoint, model, None, ExportOptions())))
+            planned = planned_manifest("again", checkpoint, model, None, ExportOptions(target="web"))
     bundle = OpenBundle(tmp_path, manifest_from_bytes(contents[0]), contents[0])
     check_stated(bundle, planned)
     assert contents[0] == contents[1]

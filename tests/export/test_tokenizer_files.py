@@ -216,3 +216,16 @@ def test_neither_torch_nor_open_clip_is_imported() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ)
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_half_a_surrogate_pair_in_a_config_is_refused(clip_json: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(clip_json, encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text('{"unk_token": "\\ud800"}', encoding="utf-8")
+    with pytest.raises(InputError, match="surrogate") as caught:
+        resolve_tokenizer(checkpoint(), str(tmp_path), SPEC)
+    assert "tokenizer_config.json" in caught.value.where
+
+
+def test_a_path_that_no_system_takes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--tokenizer names nothing"):
+        resolve_tokenizer(checkpoint(), str(tmp_path / ("x" * 300)), SPEC)

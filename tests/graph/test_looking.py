@@ -134,6 +134,14 @@ def test_names_are_escaped(model: ir.Model) -> None:
     assert '<script>&"' in _texts(draw_graph(model))
 
 
+def test_characters_that_xml_lacks_are_replaced(model: ir.Model) -> None:
+    model.graph.inputs[0].name = "a\x01\x1b\x7f\uffffz\U0001f600"
+    model.graph[0].name = "n\x02"
+    svg = draw_graph(model)
+    assert "a\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}\x7f\N{REPLACEMENT CHARACTER}z\U0001f600" in _texts(svg)
+    assert "\x02" not in svg
+
+
 def test_distance_and_limits(model: ir.Model) -> None:
     near = _texts(draw_graph(model, ["x"], distance=1))
     assert "MatMul" in near

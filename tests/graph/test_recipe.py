@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -13,7 +14,7 @@ import pytest
 from vlm_export.errors import UsageError
 from vlm_export.graph.prove import prove
 from vlm_export.graph.recipe import apply_steps, read_recipe
-from vlm_export.graph.verb_arguments import read_size
+from vlm_export.graph.verb_arguments import Argument, Kind, read_size, value_from_words
 from vlm_export.graph.verbs import VERBS, Verb
 
 TEXT = """<ir_version: 10, opset_import: ["" : 18]>
@@ -78,6 +79,19 @@ def test_names_are_followed_through_several_steps(model: ir.Model, tmp_path: Pat
         ("- {extract: {to: [y]}, remove-noops: }", "a step is one verb"),
         ("- convert-opset: {version: soon}", "version is of another form"),
         ("- fold-constants: {limit: 3 parsecs}", "a size is a number with"),
+        ("- convert-opset: {version: .inf}", "version is of another form"),
+        ("- convert-opset: {version: 19.9}", "version is of another form"),
+        ("- convert-opset: {version: 99999999999999999999}", "beyond 64 bits"),
+        ("- convert-opset: {version: 2001-99-99}", "the recipe is not YAML"),
+        ("- convert-opset: {version: !!int ''}", "the recipe is not YAML"),
+        ("- set-axis: {axis: b, size: 1.5}", "size is of another form"),
+        ("- set-axis: {axis: b, size: yes}", "size is of another form"),
+        ("- set-axis: {axis: b, size: -1}", "a whole number from 0 up"),
+        ("- set-shape: {shapes: {x: {a: b}}}", "shapes is of another form"),
+        ("- rename-tensor: {names: {x: z, x: q}}", "key 'x' stands twice"),
+        ("- rename-tensor: {names: {x: z}, names: {y: q}}", "key 'names' stands twice"),
+        ("- ? [1, 2]\n  : 3", "the recipe is not YAML"),
+        (f"- {'[' * 2000}", "the recipe is not YAML"),
     ],
 )
 def test_mistakes_are_named_with_the_step(tmp_path: Path, text: str, message: str) -> None:
@@ -87,6 +101,12 @@ def test_mistakes_are_named_with_the_step(tmp_path: Path, text: str, message: st
         read_recipe(path)
     assert message in str(caught.value)
     assert "recipe.yaml" in caught.value.where
+
+
+def test_keys_that_are_merged_may_be_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("- insert-node: &first {op_type: Relu, after: x}\n- insert-node: {<<: *first, after: y}\n")
+    assert [step.values["after"] for step in read_recipe(path)] == ["x", "y"]
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
@@ -102,6 +122,25 @@ def test_the_table_fits_the_functions(verb: Verb) -> None:
     assert required <= known.keys()
     # Extraction from the model's own inputs is what no --from means.
     assert all(known[name].required for name in required - {"inputs"})
+
+
+def _read(kind: Kind, *words: str) -> Any:
+    argument = Argument("it", kind, "")
+    return value_from_words(argument, words if argument.takes_several else words[0])
+
+
+def test_forms_of_arguments() -> None:
+    shapes = ["1,3,h", "(3,)", "", "[2, ?]", "2_x, b+1"]
+    expected = [[1, 3, "h"], [3], [], [2, None], ["2_x", "b+1"]]
+    assert [_read("shapes", f"x={text}")["x"] for text in shapes] == expected
+    texts = ["int64:[]", "int64:[0, -1]", "bool:[True, 0]", "float16:65504", "float32:1", "float64:[[1], [1e400]]"]
+    values = [[], [0, -1], [True, False], 65504, 1, [[1], [float("inf")]]]
+    arrays = _read("operands", *texts)
+    assert [array.tolist() for array in arrays] == values
+    assert [array.dtype.name for array in arrays] == [text.partition(":")[0] for text in texts]
+    assert _read("operands", "name", "", "a:b") == ["name", None, "a:b"]
+    assert [_read("value", text) for text in ("[1, 2]", "(1,0", "{[]: 1}", "1e3")] == [[1, 2], "(1,0", "{[]: 1}", 1e3]
+    assert [_read("axis", text) for text in ("12", "n", "?")] == [12, "n", None]
 
 
 def test_sizes() -> None:

@@ -233,6 +233,19 @@ def test_a_mismatching_shape_is_an_error_and_no_silent_drop(key: str, shape: tup
 
 
 @pytest.mark.parametrize(
+    ("key", "shape", "what"),
+    [
+        ("visual_encoder.pos_embed", (1, 1, 64), "no row for a patch"),
+        ("text_encoder.embeddings.position_embeddings.weight", (4097, 64), "too long"),
+    ],
+)
+def test_position_tables_that_no_graph_fits_are_refused(
+    key: str, shape: tuple[int, ...], what: str, tmp_path: Path
+) -> None:
+    assert what in error_of({**original_weights("retrieval"), key: torch.zeros(shape)}, tmp_path)
+
+
+@pytest.mark.parametrize(
     ("variant", "key"),
     [
         ("caption", "text_decoder.bert.encoder.layer.0.crossattention.self.key.weight"),

@@ -21,7 +21,7 @@ from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint, Model, Part, TensorInfo
 from vlm_export.models import clip, clip_weights
 from vlm_export.models.clip import ClipFamily
-from vlm_export.models.clip_architecture import architecture_from_openai
+from vlm_export.models.clip_architecture import architecture_from_huggingface, architecture_from_openai
 from vlm_export.models.clip_encoders import build_encoders
 from vlm_export.models.registry import recognise
 from vlm_export.models.vit_weights import HUGGINGFACE_BLOCK
@@ -352,4 +352,4 @@ def test_transformers_reference_is_loaded_strictly(tmp_path: Path, make_huggingf
     fewer = {key: info for key, info in checkpoint.tensors.items() if "k_proj" not in key}
     broken = Checkpoint(checkpoint.source, checkpoint.format, (), fewer, checkpoint.read, checkpoint.config)
     with pytest.raises(RuntimeError, match="k_proj"):
-        clip._transformers_reference(broken, model.parts[0])
+        clip._transformers_reference(broken, architecture_from_huggingface(checkpoint), model.parts[0])

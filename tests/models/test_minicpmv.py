@@ -159,11 +159,30 @@ def with_config(checkpoint: Checkpoint, **changes: Any) -> Checkpoint:
         ({"vision_config": {"num_attention_heads": 5}}, "multiple of its heads"),
         ({"vision_config": 3}, "malformed"),
         ({"slice_config": {"scale_resolution": "wide"}}, "malformed"),
+        ({"vision_config": {"num_attention_heads": 3, "hidden_act": "relu"}}, "hidden_act"),
+        ({"vision_config": {"num_attention_heads": 3, "layer_norm_eps": 0.1}}, "layer_norm_eps"),
+        ({"vision_config": {"num_attention_heads": 3, "patch_size": 7}}, "contradicts"),
+        ({"vision_config": {"num_attention_heads": 3, "num_hidden_layers": 3}}, "contradicts"),
+        ({"drop_vision_last_layer": True}, "contradicts"),
+        ({"drop_vision_last_layer": "no"}, "malformed"),
     ],
 )
 def test_configs_that_are_refused(change: dict[str, Any], cause: str) -> None:
     with pytest.raises(InputError, match=cause):
         MiniCpmVFamily().describe(with_config(opened("v2_6"), **change))
+
+
+def test_a_dropped_layer_is_one_that_the_file_lacks() -> None:
+    """The file's two layers are all that the original builds of three; where nobody says so, the file counts."""
+    vision = {"num_attention_heads": 3, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+    three = {**vision, "num_hidden_layers": 3}
+    for change in (
+        {"vision_config": three, "drop_vision_last_layer": True},
+        {"vision_config": three, "drop_vision_last_layer": None},
+        {"vision_config": vision, "drop_vision_last_layer": True},
+    ):
+        described = MiniCpmVFamily().describe(with_config(opened("v2_6"), **change))
+        assert described.architecture["vision"]["layers"] == 2
 
 
 def test_a_config_is_needed() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint, TensorInfo
+from vlm_export.models.registry import recognise
 from vlm_export.models.weights import Rows, Transposed, WeightTable, load_weights, prefixed, repeat
 
 TABLE: WeightTable = {
@@ -84,13 +85,38 @@ def test_long_lists_are_cut(tmp_path: Path) -> None:
         load_weights(build_module(), as_checkpoint(tensors), TABLE, store)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_values_that_are_not_finite_are_counted(tmp_path: Path, bad: float) -> None:
-    tensors = stored_tensors()
+def test_values_that_are_not_finite_are_counted(tmp_path: Path, bad: float, dtype: torch.dtype) -> None:
+    tensors = {key: tensor.to(dtype) for key, tensor in stored_tensors().items()}
     tensors["v"][0, :] = bad
     with ScratchStore(tmp_path / "store") as store, pytest.raises(InputError) as caught:
         load_weights(build_module(), as_checkpoint(tensors), TABLE, store)
     assert (caught.value.where, caught.value.got) == ("tensor v", "2 of 4 values are not finite")
+
+
+@pytest.mark.parametrize("bad", [1e300, -1e39])
+def test_values_that_float32_cannot_hold_are_refused(tmp_path: Path, bad: float) -> None:
+    tensors = {key: tensor.double() for key, tensor in stored_tensors().items()}
+    tensors["k"][0, 0] = bad
+    with ScratchStore(tmp_path / "store") as store, pytest.raises(InputError, match="float32") as caught:
+        load_weights(build_module(), as_checkpoint(tensors), TABLE, store)
+    assert caught.value.where == "tensor k"
+    tensors["k"][0, 0] = torch.finfo(torch.float32).max
+    with ScratchStore(tmp_path / "fits") as store:
+        load_weights(build_module(), as_checkpoint(tensors), TABLE, store)
+
+
+def test_keys_move_no_terminals_cursor(tmp_path: Path) -> None:
+    tensors = {**stored_tensors(), "\x1b[2Jgone\n": torch.zeros(1), "long" * 1000: torch.zeros(1)}
+    with ScratchStore(tmp_path / "store") as store, pytest.raises(InputError) as caught:
+        load_weights(build_module(), as_checkpoint(tensors), TABLE, store)
+    assert "unexpected: '\\x1b[2Jgone\\n' (1,)" in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+    with pytest.raises(InputError, match="no family") as caught:
+        recognise(as_checkpoint({"\x1b[2J": torch.zeros(1)}))
+    assert "\x1b" not in str(caught.value)
 
 
 def test_tables_are_repeated_and_prefixed() -> None:

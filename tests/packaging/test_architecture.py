@@ -32,7 +32,7 @@ ARROWS = {
     "graph": TYPES | {"vlm_export.bundle"},
     "precision": TYPES,
     "verify": TYPES | {"vlm_export.bundle", "vlm_export.runtime", "vlm_export.family"},
-    "models": TYPES | {"vlm_export.family"},
+    "models": TYPES | {"vlm_export.family", "vlm_export.bundle.strict_json"},
     "checkpoint": TYPES | {"vlm_export.family", "vlm_export.bundle"},
 }
 # Folder → the packages from outside that it may import.

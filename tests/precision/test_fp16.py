@@ -280,6 +280,95 @@ def test_an_operator_without_a_form_in_float16_stays() -> None:
     assert stored(half)["s"] == "FLOAT"
 
 
+LIKE = "(float[N, 8] x) => (float[N, 8] y) {{ h = MatMul(x, w) r = {} (h) z = Mul(r, zero) y = Add(z, h) }}"
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        *("RandomNormalLike <dtype = 1>", "RandomUniformLike <dtype = 1>", "EyeLike <dtype = 1>"),
+        *("RandomNormalLike", "EyeLike", "Bernoulli <dtype = 1>"),
+    ],
+)
+def test_what_names_float32_makes_float32(operator: str) -> None:
+    model = model_of(LIKE.format(operator), w=np.eye(WIDTH, dtype=np.float32), zero=np.array(0, np.float32))
+    half = checked(model)
+    assert precisions(half, operator.split()[0]) == ["FLOAT" if "dtype" in operator else "FLOAT16"]
+    feeds = {"x": np.full((WIDTH, WIDTH), 0.5, np.float32)}
+    np.testing.assert_allclose(run(half, feeds)[0], run(model, feeds)[0])
+
+
+@pytest.mark.parametrize(("opset", "attribute"), [(23, "<output_dtype = 1>"), (23, ""), (21, "")])
+def test_dequantized_weights_are_halved_unless_they_name_float32(opset: int, attribute: str) -> None:
+    graph = f"(float[N, 8] x) => (float[N, 8] y) {{ w = DequantizeLinear {attribute} (q, scale) y = MatMul(x, w) }}"
+    quantized = {"q": np.ones((WIDTH, WIDTH), np.int8), "scale": np.array(0.5, np.float32)}
+    model = model_at(opset, graph, **quantized)
+    half = checked(model)
+    assert precisions(half, "DequantizeLinear") == ["FLOAT" if attribute else "FLOAT16"]
+    feeds = {"x": np.ones((3, WIDTH), np.float32)}
+    np.testing.assert_allclose(run(half, feeds)[0], run(model, feeds)[0])
+
+
+@pytest.mark.parametrize("is_stated", [True, False])
+@pytest.mark.parametrize(
+    "middle",
+    [
+        "s = SequenceConstruct(h, x) y = ConcatFromSequence <axis = 1> (s)",
+        "s = SplitToSequence <axis = 1> (h) a = SequenceAt(s, one) y = MatMul(a, v)",
+        "e = SequenceEmpty() s = SequenceInsert(e, h) a = SequenceAt(s, zero) y = Relu(a)",
+    ],
+)
+def test_sequences_stay_in_float32(middle: str, is_stated: bool) -> None:
+    graph = f"(float[N, 8] x) => (float[N, M] y) {{ h = MatMul(x, w) {middle} }}"
+    indices = {name: np.array(index, np.int64) for name, index in (("zero", 0), ("one", 1)) if name in middle}
+    weights = {"v": matrix(1, 3)} if "v)" in middle else {}
+    model = model_of(graph, w=matrix(), **indices, **weights)
+    if not is_stated:
+        for value in (value for node in model.graph for value in node.outputs if not value.is_graph_output()):
+            value.type = None
+    half = checked(model)
+    assert all(isinstance(node.outputs[0].type, ir.SequenceType) for node in half.graph if "s" in _names(node))
+    assert precisions(half, "MatMul")[0] == "FLOAT16"
+    feeds = {"x": matrix(3)}
+    for rounded in (False, True):
+        np.testing.assert_allclose(run(half, feeds, rounded)[0], run(model, feeds)[0], atol=0.05)
+
+
+def _names(node: ir.Node) -> list[str | None]:
+    return [value.name for value in node.outputs]
+
+
+@pytest.mark.parametrize(
+    ("operators", "kept"),
+    [
+        ("v, i = TopK <axis = 1> (h, three)", True),
+        ("v, none = TopK <axis = 1> (h, three) i = Identity(three)", False),
+        ("u = Unsqueeze(h, three) v, i = MaxPool <kernel_shape = [1]> (u)", True),
+        ("v, i = Unique <axis = 0> (h)", True),
+    ],
+)
+def test_what_makes_integers_that_are_read_stays_in_float32(operators: str, kept: bool) -> None:
+    axis = 1 if "Unsqueeze" in operators else 3
+    constants = {"three": np.array([axis], np.int64)} if "three" in operators else {}
+    shapes = ("[N, 1, 8]", "[N, 1, 8]") if axis == 1 else ("[N, K]", "[K]" if not kept else "[N, K]")
+    if "Unique" in operators:
+        shapes = ("[M, 8]", "[M]")
+    graph = f"(float[N, 8] x) => (float{shapes[0]} v, int64{shapes[1]} i) {{ h = MatMul(x, w) {operators} }}"
+    half = checked(model_of(graph, w=matrix(), **constants))
+    (op_type,) = {node.op_type for node in half.graph} & {"TopK", "MaxPool", "Unique"}
+    assert precisions(half, op_type) == ["FLOAT" if kept else "FLOAT16"]
+    assert precisions(half, "MatMul") == ["FLOAT16"]
+
+
+def test_a_table_that_indices_choose_from_is_exact() -> None:
+    graph = """(float[N, 8] x) => (float[N, 1] y) {
+        s = Softmax(x) v, i = TopK <axis = 1> (s, one) y = Gather(table, i) }"""
+    model = model_of(graph, one=np.array([1], np.int64), table=np.arange(WIDTH, dtype=np.float32))
+    feeds = {"x": np.array([[1000.1, 1000.2, 1000.3, 5, 6, 7, 8, 1000.4]], np.float32)}
+    half = checked(model)
+    assert run(half, feeds)[0] == run(model, feeds)[0] == 7
+
+
 def test_a_graph_without_float32_is_left_alone() -> None:
     graph = "(int64[N] x) => (int64[N] y) { y = Add(x, x) }"
     assert [node.op_type for node in checked(model_of(graph)).graph] == ["Add"]

@@ -12,7 +12,9 @@ import pytest
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.chat_prompt import MAX_CHARACTERS, ChatTokenizer, PromptWriter
 from vlm_export.runtime.chat_settings import chat_settings_from_facts
+from vlm_export.runtime.tiling import plan_tiles
 from vlm_export.specs import TextSpec
+from vlm_export.tile_spec import TileSpec
 
 FACTS = runpy.run_path(str(Path(__file__).with_name("chat_facts.py")))
 facts_of, tokenizer_json, VOCABULARY = FACTS["facts_of"], FACTS["tokenizer_json"], FACTS["VOCABULARY"]
@@ -75,6 +77,25 @@ def test_several_pictures_are_numbered_where_the_original_does(tmp_path: Path) -
     writer = writer_of("450m", tmp_path)
     assert writer.text("Q", [(1, 1)] * 2) == features * 2 + "Question: Q Answer:"
     assert writer.ids(ASKED, [(1, 1)] * 3) == [320] * 12 + QUESTION
+
+
+def test_a_tile_without_a_marker_is_named(tmp_path: Path) -> None:
+    marks = {f"r{row}c{column}": f"<row_{row}_col_{column}>" for row in (1, 2, 3) for column in (1, 2, 3)}
+    writer = writer_of("split", tmp_path, tile_tokens=marks)
+    grid = plan_tiles((187, 187), TileSpec(512, 1536, True)).grid
+    assert grid == (4, 3)
+    with pytest.raises(InputError, match="more tiles than the model has markers for") as caught:
+        writer.ids(ASKED, [grid])
+    assert "r4c1" in caught.value.got
+    assert writer.ids(ASKED, [(3, 3)])
+
+
+def test_half_a_surrogate_pair_is_named_by_its_question(tmp_path: Path) -> None:
+    writer = writer_of("split", tmp_path)
+    with pytest.raises(InputError, match="surrogate") as caught:
+        writer.ids("Is it \ud800?", [(1, 1)], name="question 7")
+    assert caught.value.where.startswith("question 7: 'Is it")
+    assert "character 6" in caught.value.got
 
 
 def test_text_alone_works_where_pictures_have_places(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zlib
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 from PIL import Image
 
 from vlm_export.errors import InputError
+from vlm_export.runtime import image as image_module
 from vlm_export.runtime.image import open_image, preprocess_image, resized_size
 from vlm_export.specs import Fit, ImageSpec, RgbStage
 
@@ -202,6 +205,35 @@ def test_missing_file_and_directory_are_named(tmp_path: Path) -> None:
         open_image(tmp_path / "absent.png")
     with pytest.raises(InputError, match="a directory"):
         open_image(tmp_path)
+
+
+def test_a_pipe_is_read_to_its_end(data: Path, tmp_path: Path) -> None:
+    path, content = tmp_path / "pipe.png", (data / "runtime" / "pictures" / "large.png").read_bytes()
+    os.mkfifo(path)
+    for sent in (content, content[:100], b""):
+        writer = Thread(target=path.write_bytes, args=(sent,))
+        writer.start()
+        try:
+            if sent == content:
+                assert open_image(path).tobytes() == open_image(content).tobytes()
+            else:
+                with pytest.raises(InputError, match="cannot be decoded"):
+                    open_image(path)
+        finally:
+            writer.join()
+
+
+def test_a_pipe_without_end_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_module, "MAX_STREAM_BYTES", 1 << 16)
+    with pytest.raises(InputError, match="cannot be read") as caught:
+        open_image("/dev/zero")
+    assert "more than 65,536 bytes" in caught.value.got
+
+
+@pytest.mark.parametrize("name", ["a\0b.png", "x" * 5000, "x" * 300])
+def test_names_that_no_system_takes_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        open_image(tmp_path / name)
 
 
 def test_picture_without_pixels_is_refused() -> None:

@@ -16,6 +16,7 @@ from vlm_export.runtime.search import (
     EmbeddingsMeta,
     Match,
     read_embeddings,
+    replacing,
     search_embeddings,
     sidecar_path,
     top_k,
@@ -43,6 +44,37 @@ def test_files_come_back_as_written(name: str, tmp_path: Path) -> None:
     assert embeddings.vectors.dtype == np.float32
     assert np.array_equal(embeddings.vectors, vectors[:2])
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def write_half(path: Path) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text("half", encoding="utf-8")
+        raise OSError("the disk is full")
+
+
+@pytest.mark.parametrize("name", ["e.npy", "e.parquet"])
+def test_files_of_like_names_are_left_alone(name: str, tmp_path: Path) -> None:
+    others = [tmp_path / f"{name}.tmp", tmp_path / f"{name}.json.tmp"]
+    for other in others:
+        other.write_text("mine", encoding="utf-8")
+    write_embeddings(tmp_path / name, ITEMS, unit_vectors(3), META)
+    assert [other.read_text(encoding="utf-8") for other in others] == ["mine", "mine"]
+    with pytest.raises(EnvironmentFailure, match="cannot be written"):
+        write_half(tmp_path / name)
+    assert sorted(tmp_path.glob("*.tmp")) == sorted(others)
+    assert len(read_embeddings(tmp_path / name).items) == 3
+
+
+def test_the_longest_name_has_room_for_a_temporary_one(tmp_path: Path) -> None:
+    path = tmp_path / ("ü" * 123 + ".npy")
+    write_embeddings(path, ITEMS, unit_vectors(3), META)
+    assert read_embeddings(path).items == tuple(ITEMS)
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".npy", "absent.npy", "."])
+def test_files_that_cannot_be_looked_at_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there are no embeddings"):
+        read_embeddings(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["e.npy", "e.parquet"])

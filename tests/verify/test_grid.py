@@ -126,6 +126,22 @@ def test_a_budget_of_bytes_cuts_the_longest_axis_first() -> None:
     assert grid_for(case, budget_bytes=1 << 40) == grid_for(case)
 
 
+def test_a_budget_bounds_the_scores_of_cached_attention() -> None:
+    """A long context of small tokens: the arrays are small, but not what stands between them."""
+    total = Axis("total", 1, 1 << 20, sum_of=("past", "sequence"))
+    embeds = TensorSpec("embeds", "float32", ("batch", "sequence", 8))
+    cache = TensorSpec("cache", "float32", ("batch", "total", 8))
+    case = Signature(
+        (embeds,), (cache,), (Axis("batch"), Axis("sequence", 1, 1 << 20), Axis("past", 0, 1 << 20), total)
+    )
+    grid = grid_for(case, budget_bytes=256 << 20)
+    assert max(point.rows * point.sizes["sequence"] * point.sizes["total"] for point in grid) <= 1 << 24
+    assert {point.rows for point in grid} == set(BATCHES)
+    assert max(point.sizes["sequence"] for point in grid) >= 1024
+    assert max(point.sizes["past"] for point in grid) > 8192
+    assert max(point.sizes["sequence"] for point in grid_for(case)) == 1 << 20
+
+
 def test_a_budget_of_bytes_keeps_steps_and_ends_where_nothing_fits() -> None:
     steps = Signature(
         (), (TensorSpec("x", "float32", ("batch", "width")),), (Axis("batch"), Axis("width", 14, 1400, 14))

@@ -4,12 +4,14 @@ import json
 import math
 import tracemalloc
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from vlm_export.errors import InputError
 from vlm_export.verify import metrics
 from vlm_export.verify.gates import GATES, judge
 from vlm_export.verify.metrics import Array, Comparison, compare, worst_of
@@ -124,6 +126,49 @@ def test_small_outputs_cannot_hide_a_scale_behind_the_absolute_limit() -> None:
 def test_integers_and_booleans_compare() -> None:
     assert compare(np.array([[2**31, 5]]), np.array([[2**31 + 3, 5]])).max_abs == 3
     assert compare(np.array([[True, False]]), np.array([[True, True]])).max_abs == 1
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.int64, np.uint64])
+def test_whole_numbers_differ_by_whole_numbers(dtype: type[np.integer]) -> None:
+    low, high = int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
+    for left, right in ((high - 100, high), (low, low + 1), (low, high), (0, high), (high, high - 7)):
+        for one, other in ((left, right), (right, left)):
+            result = compare(np.array([[one, 0]], dtype), np.array([[other, 0]], dtype))
+            assert result.max_abs == float(abs(one - other))
+
+
+@pytest.mark.parametrize("block", [2, 1 << 20])
+@pytest.mark.parametrize("scale", [1e-320, 1e-200, 1e-150, 1.0, 1e150, 1e200, 1e307])
+def test_rows_of_any_size_are_judged_alike(scale: float, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_BLOCK_VALUES", block)
+    row = np.array([3.0, 4.0, 5.0])
+    left = np.stack([row, scale * row, row])
+    assert judge(compare(left, left.copy()), GATES["fp32"]) == []
+    turned = left.copy()
+    turned[1] *= -2
+    result = compare(left, turned)
+    assert (result.cosine, result.norm_ratio_max) == pytest.approx((-1, 2), rel=1e-3 if scale < 1e-300 else 1e-12)
+    assert judge(result, GATES["int8"])
+
+
+def test_norms_of_different_sizes_have_a_ratio() -> None:
+    result = compare(np.full((1, 3), 1e-200), np.full((1, 3), 1e100))
+    assert (result.norm_ratio_min, result.norm_ratio_max) == pytest.approx((1e300, 1e300))
+    assert compare(np.full((1, 3), 1e-200), np.full((1, 3), 1e200)).norm_ratio_max == math.inf
+
+
+@pytest.mark.parametrize("array", [np.array([1j]), np.array(["a"]), np.array([{}], object)])
+def test_what_is_no_real_number_is_refused(array: Array) -> None:
+    with pytest.raises(InputError, match="only real numbers"):
+        compare(array, array)
+    with pytest.raises(InputError, match="only real numbers"):
+        compare(np.ones(1), array)
+
+
+def test_numbers_that_numpy_lacks_compare() -> None:
+    array = np.array([[1.0, 2.5]], ml_dtypes.bfloat16)
+    assert judge(compare(array, array.copy()), GATES["fp32"]) == []
+    assert compare(array, -array).max_abs == 5
 
 
 def test_json_is_strict() -> None:

@@ -71,11 +71,25 @@ def shift_positions(module: nn.Module) -> None:
     table.copy_(table.roll(1, 0))
 
 
+def change_first_token(module: nn.Module) -> None:
+    """Seen in texts alone: the padding of OpenAI's texts has the same id, but nothing reads it."""
+    module.get_parameter("token_embedding.weight")[0].neg_()
+
+
+def change_start_token(module: nn.Module) -> None:
+    module.get_parameter("token_embedding.weight")[-2].neg_()
+
+
+def change_last_token(module: nn.Module) -> None:
+    module.get_parameter("token_embedding.weight")[-1].neg_()
+
+
 MODULE_FAULTS = [
     *[(part, fault) for part in ("vision", "text") for fault in (swap_query_and_key, zero_layer, scale_output)],
     *[(part, fault) for part in ("vision", "text") for fault in (poison_output, overflow, load_another_model)],
     *[(part, fault) for part in ("vision", "text") for fault in (use_erf_gelu, shift_positions)],
     ("text", lose_causal_mask),
+    *[("text", fault) for fault in (change_first_token, change_start_token, change_last_token)],
 ]
 
 

@@ -10,6 +10,9 @@ from tokenizers import models, pre_tokenizers, processors
 
 from vlm_export.family import Model, Part
 from vlm_export.signature import Axis, Signature, TensorSpec
+from vlm_export.slice_spec import slice_spec_from_version
+from vlm_export.tile_spec import TileSpec
+from vlm_export.verify.picture_samples import PictureSpec, picture_spec
 from vlm_export.verify.samples import SENTENCES, sample_inputs, synthetic_photographs
 
 
@@ -106,6 +109,68 @@ def test_parts_with_other_inputs_have_no_samples(model: Model, parts: dict[str, 
         assert sample_inputs(attending, model.image, model.text, tokenizer_path) == []
     assert sample_inputs(parts["text"].signature, model.image, model.text, None) == []
     assert sample_inputs(parts["vision"].signature, None, model.text, tokenizer_path) == []
+
+
+SIZES = TensorSpec("tgt_sizes", "int64", ("batch", 2))
+
+
+def pixels(*shape: int | str) -> Signature:
+    axes = tuple(Axis(name) for name in ("batch", *shape) if isinstance(name, str))
+    values = TensorSpec("pixel_values", "float32", ("batch", *shape))
+    return Signature((values,), (), tuple(dict.fromkeys(axes)))
+
+
+def packed() -> Signature:
+    values = TensorSpec("pixel_values", "float32", ("batch", 3, 14, "packed_width"))
+    return Signature((values, SIZES), (), (Axis("batch"), Axis("packed_width")))
+
+
+CUT: list[tuple[PictureSpec, Signature, list[tuple[int, ...]]]] = [
+    (slice_spec_from_version("omnilmm", queries=4), pixels(3, "side", "side"), [(1, 3, 448, 448)]),
+    (slice_spec_from_version("1.0", queries=4, size_pixels=90), pixels(3, "side", "side"), [(1, 3, 98, 98)]),
+    (
+        slice_spec_from_version("2.0", queries=4, size_pixels=112, max_slices=4),
+        pixels(3, "height", "width"),
+        [(1, 3, 70, 168), (2, 3, 126, 98), (1, 3, 126, 98)],
+    ),
+    (
+        slice_spec_from_version("2.6", queries=4, size_pixels=112, max_slices=4),
+        packed(),
+        [(2, 3, 14, 14 * 63), (2, 3, 14, 14 * 63)],
+    ),
+    (TileSpec(64, 192, True), pixels(3, 64, 64), [(2, 3, 64, 64), (2, 3, 64, 64), (2, 3, 64, 64), (1, 3, 64, 64)]),
+]
+
+
+@pytest.mark.parametrize(("spec", "signature", "shapes"), CUT, ids=["omnilmm", "1.0", "2.0", "2.6", "tiles"])
+def test_a_picture_that_is_cut_is_prepared_for_both_sides(
+    spec: PictureSpec, signature: Signature, shapes: list[tuple[int, ...]]
+) -> None:
+    photograph = synthetic_photographs()[0].resize((320, 150))
+    samples = sample_inputs(signature, spec, None, None, images=[photograph])
+    assert [sample.inputs["pixel_values"].shape for sample in samples] == shapes
+    for sample in samples:
+        assert tuple(sample.inputs) == tuple(sample.reference_inputs) == signature.input_names
+        for name, ours in sample.inputs.items():
+            theirs = sample.reference_inputs[name]
+            assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+            assert float(np.abs(ours - theirs).max()) <= 1e-6
+        assert float(sample.inputs["pixel_values"].std()) > 0.1
+
+
+def test_of_the_project_s_own_photographs_a_few_slices_are_seen() -> None:
+    spec = slice_spec_from_version("2.6", queries=4, size_pixels=56)
+    rows = [len(sample.inputs["tgt_sizes"]) for sample in sample_inputs(packed(), spec, None, None)]
+    assert rows == [2, 2] * 3
+    every = sample_inputs(packed(), spec, None, None, images=synthetic_photographs()[:1])
+    assert sum(len(sample.inputs["tgt_sizes"]) for sample in every) > 4
+
+
+def test_how_pictures_are_prepared_is_in_the_facts(model: Model) -> None:
+    slicing, tiles = slice_spec_from_version("2.0", queries=4), TileSpec(64, 128, False)
+    assert picture_spec(model.image, {}) == model.image
+    assert picture_spec(None, {"slicing": slicing.to_json()}) == slicing
+    assert picture_spec(None, {"tiles": tiles.to_json()}) == tiles
 
 
 def test_the_sentences_vary() -> None:

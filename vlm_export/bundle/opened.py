@@ -160,8 +160,9 @@ def _recover_interrupted(path: Path) -> None:
 def _check_is_bundle(path: Path) -> None:
     try:
         status = os.stat(path)
-    except OSError as error:
-        raise InputError("there is no bundle here", where=str(path), got=str(error.strerror)) from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name.
+        got = str(getattr(error, "strerror", None) or error)
+        raise InputError("there is no bundle here", where=str(path), got=got) from error
     if not stat.S_ISDIR(status.st_mode):
         raise InputError(
             "a bundle is a directory, this is a file",

@@ -46,18 +46,11 @@ def fetch_url(url: str, sha256: str | None, progress: Progress | None = None) ->
         EnvironmentFailure: no network, the server refuses, or the disk is full.
         InputError: what arrived is not what `sha256` pins.
     """
-    parts = urlsplit(url)
-    name = parts.path.rsplit("/", 1)[-1]
-    check_plain_name(name, where=url)
-    if parts.scheme != "https":
-        raise UsageError("only https addresses are downloaded", where=url, got=parts.scheme or "no scheme")
-    # One folder per address: the same file name may come from two publishers.
-    folder = cache_directory() / (sha256 or hashlib.sha256(url.encode()).hexdigest())[:16]
-    target = folder / name
-    if target.is_file() and (sha256 is None or hash_file(see_file(target), name, progress).sha256 == sha256):
+    target = cached_path(url, sha256)
+    if target.is_file() and (sha256 is None or hash_file(see_file(target), target.name, progress).sha256 == sha256):
         return target
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         _download(url, target, sha256, progress)
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         raise EnvironmentFailure(
@@ -67,6 +60,17 @@ def fetch_url(url: str, sha256: str | None, progress: Progress | None = None) ->
             fix=f"connect to the network and try again, or put the file at {target} by other means",
         ) from error
     return target
+
+
+def cached_path(url: str, sha256: str | None) -> Path:
+    """Where the download of `url` is kept; UsageError when the address is not https."""
+    parts = urlsplit(url)
+    name = parts.path.rsplit("/", 1)[-1]
+    check_plain_name(name, where=url)
+    if parts.scheme != "https":
+        raise UsageError("only https addresses are downloaded", where=url, got=parts.scheme or "no scheme")
+    # One folder per address: the same file name may come from two publishers.
+    return cache_directory() / (sha256 or hashlib.sha256(url.encode()).hexdigest())[:16] / name
 
 
 def _download(url: str, target: Path, sha256: str | None, progress: Progress | None) -> None:

@@ -65,7 +65,7 @@ def random_checkpoint(
         EnvironmentFailure: the disk has no room.
     """
     header = _header(tensors)
-    needed_bytes = len(header) + sum(_size_bytes(info) for info in tensors.values())
+    needed_bytes = len(header) + sum(tensor_bytes(info) for info in tensors.values())
     check_free(path, needed_bytes)
     digest = hashlib.sha256()
     try:
@@ -80,7 +80,8 @@ def random_checkpoint(
     return Checkpoint(source_name, "random", files, stored.tensors, stored.read, config)
 
 
-def _size_bytes(info: TensorInfo) -> int:
+def tensor_bytes(info: TensorInfo) -> int:
+    """Room that a tensor takes as it is stored."""
     return math.prod(info.shape) * _torch_dtype(info).itemsize
 
 
@@ -93,7 +94,7 @@ def _header(tensors: Mapping[str, TensorInfo]) -> bytes:
     entries: dict[str, Any] = {}
     position = 0
     for key, info in tensors.items():
-        end = position + _size_bytes(info)
+        end = position + tensor_bytes(info)
         entries[key] = {"dtype": _DTYPES[info.dtype], "shape": list(info.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(entries, separators=(",", ":")).encode()

@@ -43,6 +43,14 @@ def positive_integer(text: str) -> int:
     return value
 
 
+def natural_number(text: str) -> int:
+    """An argparse type: 0 or more."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
 def providers(args: argparse.Namespace) -> tuple[str, ...]:
     """The providers asked for, or the CPU."""
     return tuple(args.provider or ("cpu",))

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_export.cli.common import add_common_options, positive_integer
+from vlm_export.cli.common import add_common_options, natural_number, positive_integer
 from vlm_export.cli.output import print_json, print_warnings, size_text
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def add_parser(verbs: Any) -> None:
     graph.add_argument("--no-simplify", action="store_true", help="publish the back end's own graphs")
     graph.add_argument(
         "--external-data-threshold",
-        type=int,
+        type=natural_number,
         default=64,
         metavar="MIB",
         help="weights above this go to a file of their own (default: 64)",
@@ -62,7 +62,9 @@ def add_parser(verbs: Any) -> None:
     source.add_argument("--random-weights", type=int, metavar="SEED", help="seeded random weights for a known name")
     _add_clip_options(parser)
     checks = parser.add_argument_group("verification")
-    checks.add_argument("--image", action="append", default=[], metavar="FILE", help="also verify with this picture")
+    checks.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="also verify with this picture, repeatable"
+    )
     checks.add_argument("--threads", type=positive_integer, metavar="N", help="threads of one operator")
     add_common_options(parser)
     parser.set_defaults(run=run)

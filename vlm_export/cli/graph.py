@@ -28,3 +28,4 @@ def add_parser(verbs: Any) -> None:
     for module in (graph_look, graph_edit):
         for verb in module.add_parsers(graph_verbs):
             add_common_options(verb)
+            verb.set_defaults(extra="graph")

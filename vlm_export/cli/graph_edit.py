@@ -110,7 +110,8 @@ def _run_steps(args: argparse.Namespace, steps: Sequence[Step]) -> int:
     applied = apply_steps(open_model(args.model), list(steps))
     _validate(applied.model, original)
     proof = _prove(args, original, applied, steps) if args.verify else None
-    files = save_model(applied.model, args.output, storage=storage, overwrite=args.overwrite)
+    opened = [original, *(model for step in steps for model in step.models)]
+    files = save_model(applied.model, args.output, storage=storage, overwrite=args.overwrite, opened=opened)
     results = [(step.verb.name, _json_from(result)) for step, result in zip(steps, applied.results, strict=True)]
     _report(args, results, files, proof)
     return 0
@@ -147,7 +148,7 @@ def _proof(args: argparse.Namespace, before: Program, after: Program, renamed: M
 
 def run_split(args: argparse.Namespace) -> int:
     from vlm_export.graph.extract import split
-    from vlm_export.graph.files import open_model, save_model
+    from vlm_export.graph.files import open_model, save_models
     from vlm_export.graph.outputs import check_output
     from vlm_export.graph.program import Chain, ModelProgram
 
@@ -159,12 +160,14 @@ def run_split(args: argparse.Namespace) -> int:
         check_output(path, overwrite=args.overwrite)
     original = open_model(args.model)
     parts = split(original, args.at)
+    for part in (parts.first, parts.second):
+        _validate(part, original)
     proof = None
     if args.verify:
         chain = Chain(ModelProgram(parts.first), ModelProgram(parts.second), parts.connections)
         proof = _proof(args, ModelProgram(original), chain, {})
-    files = save_model(parts.first, args.output, storage=storage, overwrite=args.overwrite)
-    files += save_model(parts.second, args.second, storage=storage, overwrite=args.overwrite)
+    targets = [(parts.first, args.output), (parts.second, args.second)]
+    files = save_models(targets, storage=storage, overwrite=args.overwrite, opened=[original])
     _report(args, [("split", {"connections": list(map(list, parts.connections))})], files, proof)
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_export.cli.chat_options import is_chat_bundle
 from vlm_export.cli.common import add_common_options
+from vlm_export.cli.inspect_known import checkpoint_from_config, known_data, list_known, print_known
 from vlm_export.cli.output import print_json, print_table, print_warnings, size_text
 from vlm_export.cli.slice_report import report_slices
 from vlm_export.cli.tile_report import report_tiles
@@ -19,16 +21,22 @@ if TYPE_CHECKING:
     from vlm_export.bundle.manifest import Manifest
     from vlm_export.family import Checkpoint
 
+_LAYER_NUMBER = re.compile(r"\.\d+\.")
+
 
 def add_parser(verbs: Any) -> None:
     parser: argparse.ArgumentParser = verbs.add_parser(
         "inspect",
-        help="what a checkpoint or a bundle is, or how a bundle cuts a picture",
-        description="What SOURCE is, how it would be split, and what is hard about it. Reads no weights. "
-        "With --bundle, SOURCE is a picture: how it is cut into slices (MiniCPM-V, OmniLMM) or tiles (nanoVLM).",
+        help="what a checkpoint or a bundle is, or how a bundle cuts a picture; the known names",
+        description="What SOURCE is, how it would be split, and what is hard about it. Reads no weights, and of a "
+        "known name downloads none. Without SOURCE: the known names. With --bundle, SOURCE is a picture: how it is cut "
+        "into slices (MiniCPM-V, OmniLMM) or tiles (nanoVLM).",
     )
     parser.add_argument(
-        "source", metavar="SOURCE", help="a checkpoint (as for export), a bundle's directory, or a picture"
+        "source",
+        nargs="?",
+        metavar="SOURCE",
+        help="a checkpoint (as for export), a bundle's directory, or a picture; none: list the known names",
     )
     parser.add_argument("--revision", metavar="REV", help="commit, branch or tag of a Hub id")
     parser.add_argument("--bundle", metavar="DIR", help="the bundle that would cut the picture")
@@ -39,6 +47,8 @@ def add_parser(verbs: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.bundle is not None:
+        if args.source is None:
+            raise UsageError("--bundle cuts a picture, and none is named", fix="name a picture, or leave --bundle out")
         if args.revision is not None:
             raise UsageError("--revision is for checkpoints", fix="leave it out, or --bundle")
         report = report_tiles if is_chat_bundle(args.bundle) else report_slices
@@ -46,15 +56,17 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.output is not None:
         raise UsageError("-o is for the slices of a picture", fix="add --bundle DIR")
+    if args.source is None:
+        if args.revision is not None:
+            raise UsageError("--revision is for checkpoints, and none is named", fix="name a Hub id, or leave it out")
+        list_known(as_json=args.json)
+        return 0
     if (Path(args.source) / "vlm_export.json").is_file():
         from vlm_export.bundle.opened import open_bundle
 
         data = _data_from_manifest(open_bundle(Path(args.source)).manifest)
     else:
-        from vlm_export.checkpoint.open import open_checkpoint
-        from vlm_export.models.registry import read_prefixes
-
-        data = _data_from_checkpoint(open_checkpoint(args.source, revision=args.revision, reads=read_prefixes))
+        data = _data_from_source(args.source, args.revision)
     print_warnings(data["warnings"])
     if args.json:
         print_json(data)
@@ -63,8 +75,31 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _data_from_source(source: str, revision: str | None) -> dict[str, Any]:
+    from vlm_export.checkpoint.known import known_names, load_known
+    from vlm_export.checkpoint.local import open_local
+    from vlm_export.checkpoint.open import open_checkpoint
+    from vlm_export.models.registry import read_prefixes
+
+    if source not in known_names() or Path(source).exists():
+        checkpoint = open_checkpoint(source, revision=revision, reads=read_prefixes)
+        return {**_data_from_checkpoint(checkpoint), "known": None}
+    known = load_known(source)
+    if revision is not None:
+        # Another commit than the config speaks of.
+        local: Checkpoint | None = open_checkpoint(source, revision=revision, reads=read_prefixes)
+    else:
+        local = open_local(known, read_prefixes)
+    if local is None:
+        data = {**_data_from_checkpoint(checkpoint_from_config(known)), "format": None}
+    else:
+        data = _data_from_checkpoint(local)
+    return {**data, "known": known_data(known)}
+
+
 def _data_from_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     from vlm_export.checkpoint.known import is_pinned
+    from vlm_export.checkpoint.random import tensor_bytes
     from vlm_export.models.registry import recognise
 
     family = recognise(checkpoint)
@@ -73,14 +108,20 @@ def _data_from_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     notes = list(description.notes)
     if dtypes["float16"] or dtypes["bfloat16"]:
         notes.append("half-precision weights are converted to float32, through a mapped file and not through memory")
-    if not any("token" in name for name in checkpoint.side_files):
+    takes_text = any("input_ids" in part.signature.input_names for part in description.parts)
+    # Of a checkpoint that is not here, nobody knows.
+    if takes_text and checkpoint.files and not any("token" in name for name in checkpoint.side_files):
         notes.append("the checkpoint carries no tokenizer: pass --tokenizer, or install open_clip_torch for CLIP's own")
     return {
         "what": "checkpoint",
         "source": checkpoint.source,
         "format": checkpoint.format,
         "family": family.name,
-        "tensors": {"count": len(checkpoint.tensors), "dtypes": dict(dtypes)},
+        "tensors": {
+            "count": len(checkpoint.tensors),
+            "dtypes": dict(dtypes),
+            "size_bytes": sum(map(tensor_bytes, checkpoint.tensors.values())),
+        },
         "files": [{"name": f.name, "size_bytes": f.size_bytes, "sha256": f.sha256} for f in checkpoint.files],
         "revision": checkpoint.revision,
         "architecture": dict(description.architecture),
@@ -100,6 +141,7 @@ def _data_from_manifest(manifest: Manifest) -> dict[str, Any]:
         "source": manifest.source.name,
         "format": manifest.source.format,
         "family": manifest.family,
+        "licence": manifest.facts.get("licence"),
         "files": [
             {"name": name, "size_bytes": file.size_bytes, "sha256": file.sha256}
             for name, file in manifest.files.items()
@@ -124,7 +166,14 @@ def _data_from_variant(variant: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _print(data: Mapping[str, Any]) -> None:
-    print(f"{data['what']}: {data['source']} ({data['family']}, {data['format']})")
+    print(f"{data['what']}: {data['source']} ({data['family']}, {data['format'] or 'not on this machine'})")
+    if data.get("known"):
+        print_known(data["known"])
+    if data.get("licence"):
+        print(f"  licence: {data['licence']}")
+    if data["format"] is None:
+        tensors = data["tensors"]
+        print(f"  as published: {tensors['count']} tensors, {size_text(tensors['size_bytes'])}")
     for file in data["files"]:
         print(f"  {file['name']}  {size_text(file['size_bytes'])}  sha256 {file['sha256'][:16]}…")
     print("architecture:")
@@ -139,7 +188,10 @@ def _print(data: Mapping[str, Any]) -> None:
 
 def _signature_text(signature: Mapping[str, Any]) -> str:
     def tensors(kind: str) -> str:
-        return ", ".join(f"{t['name']} {t['dtype']} ({', '.join(map(str, t['shape']))})" for t in signature[kind])
+        # A cache's tensors differ in the number of their layer alone.
+        names = ((_LAYER_NUMBER.sub(".N.", t["name"]), t) for t in signature[kind])
+        texts = Counter(f"{name} {t['dtype']} ({', '.join(map(str, t['shape']))})" for name, t in names)
+        return ", ".join(text if count == 1 else f"{count} x {text}" for text, count in texts.items())
 
     return f"{tensors('inputs')} → {tensors('outputs')}"
 

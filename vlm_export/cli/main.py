@@ -18,7 +18,8 @@ from vlm_export.interrupts import remembered_interrupts
 VERBS = (inspect, export, verify, classify, caption, ask, match, embed, search, graph)
 _INTERRUPTED = 130
 _EXTRA_PACKAGES = {"torch", "transformers", "timm", "onnx", "onnx_ir", "onnxscript", "onnxsim", "safetensors"}
-_EXTRA_PACKAGES |= {"huggingface_hub", "yaml", "torchvision"}
+_EXTRA_PACKAGES |= {"huggingface_hub", "yaml", "torchvision", "google"}  # google: protobuf
+_DEFAULT_EXTRA = "export"
 _EPILOG = """exit status: 0 done; 1 verification failed; 2 usage; 3 bad or unsafe input; 4 environment
 (disk, memory, missing package, no network); 130 interrupted"""
 
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     as_json = "--json" in arguments
+    args = argparse.Namespace()
     try:
         args = build_parser().parse_args(arguments)
         status: int = args.run(args)
@@ -61,7 +63,7 @@ def _run(arguments: Sequence[str]) -> int:
         print("interrupted", *(f"({stage})" for stage in interrupt.args), file=sys.stderr)
         return _INTERRUPTED
     except ImportError as error:
-        return _fail(as_json, _missing_package(error))
+        return _fail(as_json, _missing_package(error, getattr(args, "extra", _DEFAULT_EXTRA)))
     except MemoryError:
         return _fail(as_json, EnvironmentFailure("out of memory", fix="free memory, or use a machine with more"))
     except BrokenPipeError:
@@ -101,12 +103,13 @@ def _refused_by_system(error: OSError) -> EnvironmentFailure:
     )
 
 
-def _missing_package(error: ImportError) -> EnvironmentFailure:
+def _missing_package(error: ImportError, extra: str) -> EnvironmentFailure:
+    """What to install: `extra`, the smallest of this project's that the verb needs, which it states beside `run`."""
     name = (error.name or "").partition(".")[0]
     if name not in _EXTRA_PACKAGES:
         raise error
     return EnvironmentFailure(
-        "a package that this verb needs is not installed", got=str(error), fix="pip install 'vlm-export[export]'"
+        "a package that this verb needs is not installed", got=str(error), fix=f"pip install 'vlm-export[{extra}]'"
     )
 
 

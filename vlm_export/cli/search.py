@@ -8,7 +8,9 @@ from typing import Any
 
 from vlm_export.cli.common import IMAGE_SUFFIXES, add_common_options, add_engine_options, positive_integer, providers
 from vlm_export.cli.output import print_json, print_table
-from vlm_export.errors import UsageError
+from vlm_export.errors import InputError, UsageError
+
+_PATH_BEGINNINGS = ("/", "./", "../", "~/")
 
 
 def add_parser(verbs: Any) -> None:
@@ -20,6 +22,8 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("bundle", metavar="DIR", help="the bundle that made the embeddings")
     parser.add_argument("embeddings", metavar="EMBEDDINGS", help="a file that embed wrote")
     parser.add_argument("query", metavar="QUERY", help="what to look for: a text, or the path of a picture")
+    parser.add_argument("--text", action="store_true", help="QUERY is a text, also where it looks like a path")
+    parser.add_argument("--truncate", action="store_true", help="cut texts that are too long instead of refusing them")
     parser.add_argument("-k", type=positive_integer, default=5, metavar="N", help="how many (default: 5)")
     parser.add_argument(
         "--rerank", action="store_true", help="order the nearest by what looks at picture and text together (BLIP)"
@@ -43,11 +47,13 @@ def run(args: argparse.Namespace) -> int:
     from vlm_export.runtime.pair import load
     from vlm_export.runtime.search import read_embeddings, search_embeddings
 
+    is_picture = _is_picture(args)
     embeddings = read_embeddings(args.embeddings)
     pair = load(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
     embeddings.require_model(pair.identity, pair.manifest.name)
-    is_picture = _is_picture(args.query)
-    vector = pair.encode_image([args.query])[0] if is_picture else pair.encode_text([args.query])[0]
+    vector = (
+        pair.encode_image([args.query])[0] if is_picture else pair.encode_text([args.query], truncate=args.truncate)[0]
+    )
     matches = search_embeddings(embeddings, vector, args.k)
     if args.json:
         found = [{"item": match.item, "cosine": match.score} for match in matches]
@@ -62,12 +68,20 @@ def _run_reranked(args: argparse.Namespace) -> int:
     from vlm_export.runtime.search import read_embeddings
     from vlm_export.runtime.vision_language import load_vision_language
 
+    is_picture = _is_picture(args)
     embeddings = read_embeddings(args.embeddings)
     model = load_vision_language(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
     embeddings.require_model(model.identity, model.manifest.name)
-    is_picture = _is_picture(args.query)
     candidates = max(CANDIDATES, args.k) if args.candidates is None else args.candidates
-    results = search_reranked(model, embeddings, args.query, args.k, is_picture=is_picture, candidates=candidates)
+    results = search_reranked(
+        model,
+        embeddings,
+        args.query,
+        args.k,
+        is_picture=is_picture,
+        candidates=candidates,
+        truncate=args.truncate,
+    )
     if args.json:
         found = [
             {
@@ -92,9 +106,24 @@ def _kind(is_picture: bool) -> str:
     return "image" if is_picture else "text"
 
 
-def _is_picture(query: str) -> bool:
+def _is_picture(args: argparse.Namespace) -> bool:
+    """Whether the query is a picture's path; InputError when it looks like one and there is no such file."""
+    query = args.query
+    if args.text:
+        return False
     try:
-        return Path(query).suffix.lower() in IMAGE_SUFFIXES and Path(query).is_file()
+        named_as_picture, exists = Path(query).suffix.lower() in IMAGE_SUFFIXES, Path(query).is_file()
     except (OSError, ValueError):
         # A long text is no file name.
         return False
+    if exists:
+        return named_as_picture
+    one_word = len(query.split()) == 1
+    if (named_as_picture and (one_word or "/" in query)) or (one_word and query.startswith(_PATH_BEGINNINGS)):
+        raise InputError(
+            "the query looks like the path of a picture, and there is no such file",
+            where=query,
+            expected="a picture's path, or a text",
+            fix="check the path; to search for these words themselves, add --text",
+        )
+    return False

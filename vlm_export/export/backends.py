@@ -60,15 +60,18 @@ def choose_lowerings(target: Target | None) -> Lowerings:
 def choose_exporter(opset: int, exporter: Exporter | None) -> Exporter:
     """The back end for the opset: dynamo where it reaches, otherwise torchscript, unless one is asked for."""
     chosen: Exporter = exporter or ("dynamo" if opset in OPSETS["dynamo"] else "torchscript")
-    reach = OPSETS[chosen]
-    if opset not in reach:
+    if opset in OPSETS[chosen]:
+        return chosen
+    if not any(opset in reach for reach in OPSETS.values()):
         raise UsageError(
-            f"the {chosen} back end does not write opset {opset}",
-            expected=f"{reach.start} to {reach.stop - 1}" if exporter else "11 to 23",
-            got=str(opset),
-            fix="choose another --opset, or leave --exporter out",
+            f"no back end writes opset {opset}", expected="11 to 23", got=str(opset), fix="choose another --opset"
         )
-    return chosen
+    raise UsageError(
+        f"the {chosen} back end does not write opset {opset}",
+        expected=f"{OPSETS[chosen].start} to {OPSETS[chosen].stop - 1}",
+        got=str(opset),
+        fix="choose another --opset, or leave --exporter out",
+    )
 
 
 def export_part(part: Part, opset: int, exporter: Exporter, lowerings: Lowerings = DEFAULT_LOWERINGS) -> ir.Model:

@@ -9,6 +9,7 @@ from vlm_export import __version__
 from vlm_export.bundle import layout
 from vlm_export.bundle.manifest import Manifest, PartRecord, VariantRecord
 from vlm_export.bundle.publish import manifest_content
+from vlm_export.checkpoint.known import KnownCheckpoint
 from vlm_export.export.fp32_operators import fp32_operators
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.source import source_record
@@ -18,9 +19,16 @@ TOOLS = ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "onnxsim", "to
 
 
 def manifest_from_model(
-    name: str, checkpoint: Checkpoint, model: Model, records: Sequence[PartRecord], options: ExportOptions
+    name: str,
+    checkpoint: Checkpoint,
+    model: Model,
+    known: KnownCheckpoint | None,
+    records: Sequence[PartRecord],
+    options: ExportOptions,
 ) -> Manifest:
     """The manifest of the model's bundle, but for `files`, which publication fills."""
+    # Nobody's weights have nobody's licence.
+    licence = known.licence if known is not None and options.random_weights_seed is None else None
     return Manifest(
         name=name,
         source=source_record(checkpoint, options),
@@ -33,6 +41,7 @@ def manifest_from_model(
             "build": options.build.to_json(),
             **({"warnings": list(model.warnings)} if model.warnings else {}),
             "target": options.target,
+            **({} if licence is None else {"licence": licence}),
             "keep_fp32": {part.name: list(names) for part in model.parts if (names := fp32_operators(part))},
         },
         image=model.image,
@@ -42,7 +51,9 @@ def manifest_from_model(
     )
 
 
-def planned_manifest(name: str, checkpoint: Checkpoint, model: Model, options: ExportOptions) -> Manifest:
+def planned_manifest(
+    name: str, checkpoint: Checkpoint, model: Model, known: KnownCheckpoint | None, options: ExportOptions
+) -> Manifest:
     """The manifest before any graph exists: what only graphs tell is left at its default."""
     records = [
         PartRecord(
@@ -54,12 +65,14 @@ def planned_manifest(name: str, checkpoint: Checkpoint, model: Model, options: E
         )
         for part in model.parts
     ]
-    return manifest_from_model(name, checkpoint, model, records, options)
+    return manifest_from_model(name, checkpoint, model, known, records, options)
 
 
-def check_publishable(name: str, checkpoint: Checkpoint, model: Model, options: ExportOptions) -> None:
+def check_publishable(
+    name: str, checkpoint: Checkpoint, model: Model, known: KnownCheckpoint | None, options: ExportOptions
+) -> None:
     """InputError when publication would fail whatever the graphs are; found before minutes are spent on them."""
-    manifest_content(planned_manifest(name, checkpoint, model, options))
+    manifest_content(planned_manifest(name, checkpoint, model, known, options))
     layout.hub_config(model.hub_config, ())
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from vlm_export.errors import InputError
+from vlm_export.runtime.text import check_unicode
 from vlm_export.specs import TextSpec
 
 _FIX = "use the tokenizer that the checkpoint's config names (lm_tokenizer)"
@@ -24,8 +25,10 @@ def chat_fitted(tokenizer: Any, text: str, spec: TextSpec, where: str) -> str:
         tokenizer: what `text` holds; changed by this.
 
     Raises:
-        InputError: the added tokens do not get the last ids of the model's vocabulary.
+        InputError: an added token is no Unicode, or they do not get the last ids of the model's vocabulary.
     """
+    for token in spec.added_tokens:
+        check_unicode(token, "added tokens of the checkpoint's config")
     before = tokenizer.get_vocab(with_added_tokens=True)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in spec.added_tokens])
     first = spec.vocab_size - len(spec.added_tokens)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 
 from vlm_export.errors import UsageError, suggestion
-from vlm_export.export.preprocessing_part import PART_NAME
-from vlm_export.family import Checkpoint, Family, Model
+from vlm_export.export.preprocessing_part import PART_NAME, find_vision
+from vlm_export.family import Checkpoint, Family, Model, PartOutline
+from vlm_export.verify.picture_samples import takes_pictures
 
 _FLOAT32_BYTES = 4
 _WEIGHT_BYTES = {"fp32": _FLOAT32_BYTES, "fp16": 2}
@@ -28,29 +30,47 @@ def check_names(names: Sequence[str], known: Sequence[str]) -> None:
     """UsageError where one of the names is no part's."""
     for name in names:
         if name not in known:
+            fix = "add --with-preprocessing" if name == PART_NAME else suggestion(name, known)
+            raise UsageError(f"the model has no part {name!r}", expected=", ".join(known), got=name, fix=fix)
+
+
+def planned_parts(
+    family: Family, checkpoint: Checkpoint, names: Sequence[str], with_preprocessing: bool
+) -> tuple[PartOutline, ...]:
+    """The parts that an export makes, known before minutes are spent on weights.
+
+    Raises:
+        UsageError: the checkpoint's model has no part of a name, or none that preprocessing can stand before, or the
+            names leave out what `with_preprocessing` asks for.
+    """
+    parts = family.describe(checkpoint).parts
+    if with_preprocessing:
+        # The part with preprocessing holds the picture encoder once more.
+        parts = (*parts, replace(find_vision(parts), name=PART_NAME))
+        if names and PART_NAME not in names:
             raise UsageError(
-                f"the model has no part {name!r}", expected=", ".join(known), got=name, fix=suggestion(name, known)
+                f"--with-preprocessing adds the part {PART_NAME}, which --part leaves out",
+                got=", ".join(names),
+                fix=f"add --part {PART_NAME}, or leave --with-preprocessing out",
             )
+    check_names(names, [part.name for part in parts])
+    return tuple(part for part in parts if not names or part.name in names)
+
+
+def check_pictures(parts: Sequence[PartOutline], pictures: Sequence[Path]) -> None:
+    """UsageError where pictures are named and none of the parts starts from one."""
+    if pictures and not any(takes_pictures(part.signature) for part in parts):
+        raise UsageError(
+            "no part of this export takes a picture to verify with",
+            got=", ".join(part.name for part in parts),
+            fix="leave --image out, or export a part that takes pictures (--part)",
+        )
 
 
 def needed_bytes(
-    family: Family,
-    checkpoint: Checkpoint,
-    names: Sequence[str],
-    with_preprocessing: bool,
-    precisions: Sequence[str] = ("fp32",),
+    family: Family, checkpoint: Checkpoint, parts: Sequence[PartOutline], precisions: Sequence[str] = ("fp32",)
 ) -> int:
-    """Disk that an export takes at most: weights converted to float32, and those of every graph at every precision.
-
-    The part with preprocessing holds the picture encoder once more.
-
-    Raises:
-        UsageError: the checkpoint's model has no part of a name; found here, before minutes are spent on its weights.
-    """
+    """Disk that an export takes at most: weights converted to float32, and those of every graph at every precision."""
     read = (info.shape for key, info in checkpoint.tensors.items() if not family.reads or key.startswith(family.reads))
-    counts = {part.name: part.parameter_count for part in family.describe(checkpoint).parts}
-    if with_preprocessing and "vision" in counts:
-        counts[PART_NAME] = counts["vision"]
-    check_names(names, list(counts))
-    written = sum(count for name, count in counts.items() if not names or name in names)
+    written = sum(part.parameter_count for part in parts)
     return _FLOAT32_BYTES * sum(map(prod, read)) + written * sum(_WEIGHT_BYTES[name] for name in precisions)

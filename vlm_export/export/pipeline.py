@@ -22,14 +22,20 @@ from vlm_export.errors import VerificationError, VlmExportError
 from vlm_export.export.backends import Exporter, choose_exporter, choose_lowerings, export_part
 from vlm_export.export.bundle_manifest import check_publishable, manifest_from_model
 from vlm_export.export.options import FP32, ExportOptions, Precision
-from vlm_export.export.parts import needed_bytes, select_parts
+from vlm_export.export.parts import check_pictures, needed_bytes, planned_parts, select_parts
 from vlm_export.export.preprocessing_part import add_preprocessing
 from vlm_export.export.rounded import rounded_points
 from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.source import build_model, known_checkpoint, open_source
 from vlm_export.export.stages import Stages
 from vlm_export.export.tokenizer_files import resolve_tokenizer
-from vlm_export.export.verification import PartVerification, engine_label, variant_label, verifying_engine
+from vlm_export.export.verification import (
+    PartVerification,
+    engine_label,
+    part_samples,
+    variant_label,
+    verifying_engine,
+)
 from vlm_export.export.writer import write_graph
 from vlm_export.family import Checkpoint, Model, Part, Reference
 from vlm_export.models.registry import recognise
@@ -37,8 +43,8 @@ from vlm_export.precision.fp16 import convert_to_fp16
 from vlm_export.runtime.engine import CPU, OrtEngine
 from vlm_export.runtime.image import open_image
 from vlm_export.verify.golden import golden_from_reference, golden_points, write_golden
+from vlm_export.verify.picture_samples import takes_pictures
 from vlm_export.verify.report import PartReport
-from vlm_export.verify.samples import Sample, sample_inputs, synthetic_photographs
 
 _SCRATCH = "scratch"
 
@@ -98,20 +104,22 @@ class _Job:
         scratch.mkdir()
         known = known_checkpoint(self.source)
         with self.stages.stage("read") as progress:
+            for path in self.options.images:
+                open_image(path)
             checkpoint = open_source(self.source, self.options, scratch, progress)
             family = recognise(checkpoint)
-            needed = needed_bytes(
-                family, checkpoint, self.options.parts, self.options.with_preprocessing, self.options.precisions
-            )
-            check_free_space(staging.path, needed)
+            parts = planned_parts(family, checkpoint, self.options.parts, self.options.with_preprocessing)
+            check_pictures(parts, self.options.images)
+            check_free_space(staging.path, needed_bytes(family, checkpoint, parts, self.options.precisions))
         with ScratchStore(scratch / "weights.bin") as store:
             with self.stages.stage("load weights"):
                 model = build_model(family, checkpoint, known, store, self.options.build)
                 if self.options.with_preprocessing:
                     model = add_preprocessing(model)
                 model = select_parts(model, self.options.parts)
-                check_publishable(name, checkpoint, model, self.options)
+                check_publishable(name, checkpoint, model, known, self.options)
                 tokenizer = self._write_tokenizer(checkpoint, model, staging)
+                self._check_pictures(model)
             # All graphs before any verification: a back end's failure shows early, and engines leave memory behind.
             exported = [self._export(part, staging) for part in model.parts]
             results = [self._verify(graph, model, known, staging, tokenizer) for graph in exported]
@@ -120,7 +128,7 @@ class _Job:
             checkpoint.check_unchanged()
             records = tuple(record for record, _ in results)
             _write_configs(model, records, staging)
-            manifest = staging.commit(manifest_from_model(name, checkpoint, model, records, self.options))
+            manifest = staging.commit(manifest_from_model(name, checkpoint, model, known, records, self.options))
         return ExportResult(manifest, tuple(report for _, reports in results for report in reports))
 
     def _export(self, part: Part, staging: Staging) -> _Exported:
@@ -154,7 +162,7 @@ class _Job:
         self, exported: _Exported, model: Model, known: KnownCheckpoint | None, staging: Staging, tokenizer: Path | None
     ) -> tuple[PartRecord, tuple[PartReport, ...]]:
         part = exported.part
-        verification = PartVerification(part, model, known, self._samples(part, model, tokenizer))
+        verification = PartVerification(part, model, known, part_samples(part, model, tokenizer, self.options.images))
         with self.stages.stage(f"load reference of {part.name}"):
             reference = verification.load_reference()
         results = [
@@ -211,11 +219,11 @@ class _Job:
             verification=report.to_json(),
         )
 
-    def _samples(self, part: Part, model: Model, tokenizer: Path | None) -> list[Sample]:
-        images = None
-        if {"pixel_values", "pixels"} & set(part.signature.input_names):
-            images = [*synthetic_photographs(), *(open_image(path) for path in self.options.images)]
-        return sample_inputs(part.signature, model.image, model.text, tokenizer, images=images)
+    def _check_pictures(self, model: Model) -> None:
+        """InputError where the model's preparation refuses one of the user's pictures, before minutes are spent."""
+        if self.options.images:
+            part = next(part for part in model.parts if takes_pictures(part.signature))
+            part_samples(part, model, None, self.options.images)
 
     def _write_tokenizer(self, checkpoint: Checkpoint, model: Model, staging: Staging) -> Path | None:
         if model.text is None or not self.options.with_tokenizer:

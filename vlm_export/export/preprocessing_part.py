@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from vlm_export.errors import UsageError
-from vlm_export.family import Array, Arrays, Model, Part, Reference
+from vlm_export.family import Array, Arrays, Model, Part, PartOutline, Reference
 from vlm_export.models.from_uint8 import PreprocessedVision
 from vlm_export.signature import Axis, Signature, TensorSpec
 from vlm_export.specs import ImageSpec
@@ -17,22 +18,37 @@ from vlm_export.verify.original_image import original_pixel_values
 
 PART_NAME = "vision_from_uint8"
 INPUT_NAME = "pixels"
+AnyPart = TypeVar("AnyPart", Part, PartOutline)
 
 
 def add_preprocessing(model: Model) -> Model:
     """The model with the extra Part; its Reference is the original host pipeline and the vision part's Reference.
 
     Raises:
-        UsageError: the model has no vision part that takes pictures alone.
+        UsageError: the model has no vision part that takes pictures alone, or pictures are cut before it.
     """
-    vision = next((part for part in model.parts if part.signature.input_names == ("pixel_values",)), None)
-    if vision is None or model.image is None:
+    vision = find_vision(model.parts)
+    if model.image is None:
         raise UsageError(
-            "this model has no vision part that takes pictures alone", fix="leave --with-preprocessing out"
+            "this model's pictures are cut into slices or tiles, which no graph does",
+            got=f"family {model.family}",
+            fix="leave --with-preprocessing out",
         )
     part = _preprocessed_part(vision, model.image)
     load = _reference_loader(model.references[vision.name], model.image)
     return replace(model, parts=(*model.parts, part), references={**model.references, PART_NAME: load})
+
+
+def find_vision(parts: Sequence[AnyPart]) -> AnyPart:
+    """The part that preprocessing can stand before; UsageError when none takes pictures alone."""
+    vision = next((part for part in parts if part.signature.input_names == ("pixel_values",)), None)
+    if vision is None:
+        raise UsageError(
+            "this model has no vision part that takes pictures alone",
+            got=", ".join(f"{part.name} ({', '.join(part.signature.input_names)})" for part in parts),
+            fix="leave --with-preprocessing out",
+        )
+    return vision
 
 
 def _preprocessed_part(vision: Part, spec: ImageSpec) -> Part:

@@ -20,14 +20,13 @@ from vlm_export.export.preprocessing_part import PART_NAME, add_preprocessing
 from vlm_export.export.source import build_model, known_checkpoint, open_source
 from vlm_export.export.stages import Stages
 from vlm_export.export.stated import check_stated
-from vlm_export.export.verification import PartVerification, variant_label
+from vlm_export.export.verification import PartVerification, part_samples, variant_label
 from vlm_export.family import DEFAULT_BUILD, BuildOptions, Checkpoint
 from vlm_export.models.registry import recognise
 from vlm_export.runtime.engine import OrtEngine
 from vlm_export.specs import record_from_json
 from vlm_export.verify.engine import engine_label, variant_bytes, verifying_engine
 from vlm_export.verify.report import PartReport
-from vlm_export.verify.samples import sample_inputs
 
 
 def verify_against_source(
@@ -52,7 +51,10 @@ def verify_against_source(
     manifest = bundle.manifest
     bundle.verify(manifest.files)
     options = ExportOptions(
-        random_weights_seed=manifest.source.random_weights_seed, build=_build_options(manifest, str(bundle.root))
+        random_weights_seed=manifest.source.random_weights_seed,
+        # Of a Hub id the commit that was exported: its branch may have moved since.
+        revision=None if Path(source).exists() else manifest.source.revision,
+        build=_build_options(manifest, str(bundle.root)),
     )
     with TemporaryDirectory(prefix="vlm-export-") as folder:
         with stages.stage("read") as progress:
@@ -65,10 +67,10 @@ def verify_against_source(
                 if PART_NAME in {part.name for part in manifest.parts}:
                     model = add_preprocessing(model)
                 model = select_parts(model, [part.name for part in manifest.parts])
-                check_stated(bundle, planned_manifest(manifest.name, checkpoint, model, options))
+                check_stated(bundle, planned_manifest(manifest.name, checkpoint, model, known, options))
             reports = []
             for part in model.parts:
-                samples = sample_inputs(part.signature, model.image, model.text, _tokenizer(bundle))
+                samples = part_samples(part, model, _tokenizer(bundle))
                 verification = PartVerification(part, model, known, samples)
                 reference = verification.load_reference()
                 for variant in manifest.part(part.name).chosen_variants(precision):

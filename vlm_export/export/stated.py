@@ -40,9 +40,13 @@ def check_stated(bundle: OpenBundle, rebuilt: Manifest) -> None:
 
 
 def _stated(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What is compared, as plain JSON data; which runtime the graphs are written for is the user's choice alone."""
+    """What is compared, as plain JSON data.
+
+    Which runtime the graphs are written for is the user's choice alone, and a licence belongs to the name that was
+    exported: the same file under another name has none.
+    """
     data = {field: manifest[field] for field in _FIELDS}
-    data["facts"] = {key: value for key, value in data["facts"].items() if key != "target"}
+    data["facts"] = {key: value for key, value in data["facts"].items() if key not in ("target", "licence")}
     data["signature"] = {part["name"]: part["signature"] for part in manifest["parts"]}
     plain: dict[str, Any] = json.loads(json.dumps(data))
     return plain

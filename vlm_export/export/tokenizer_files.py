@@ -29,7 +29,8 @@ from vlm_export.export.wordpiece import (
     wordpiece_config,
     wordpiece_fitted,
 )
-from vlm_export.runtime.text import tokenizer_from_json
+from vlm_export.runtime.rust_tokenizer import tokenizer_from_json
+from vlm_export.runtime.text import check_unicode
 from vlm_export.specs import TextSpec
 
 if TYPE_CHECKING:
@@ -74,6 +75,10 @@ _FIX = (
     "pass --tokenizer PATH (a tokenizer.json, BPE merges, BERT's vocab.txt, or a directory that holds them) or "
     "--no-tokenizer"
 )
+_CHAT_FIX = (
+    "pass --tokenizer PATH (the tokenizer.json of the model that the checkpoint's config names as lm_tokenizer, or its "
+    "directory) or --no-tokenizer"
+)
 _BERT_FIX = "pass --tokenizer PATH with the vocab.txt of bert-base-uncased, or --no-tokenizer"
 
 
@@ -99,6 +104,13 @@ def resolve_tokenizer(checkpoint: Checkpoint, option: str | None, text_spec: Tex
     if found is None and option is None and text_spec.vocab_size == VOCAB_SIZE:
         merges = find_open_clip_merges()
         found = None if merges is None else (tokenizer_json_from_bpe_merges(merges), merges)
+    if found is None and not text_spec.ends_texts:
+        raise UsageError(
+            "there is no tokenizer for this checkpoint",
+            where=option or checkpoint.source,
+            expected="the tokenizer.json of the language model",
+            fix=_CHAT_FIX,
+        )
     if found is None:
         raise UsageError(
             "there is no tokenizer for this checkpoint",
@@ -115,10 +127,11 @@ def resolve_tokenizer(checkpoint: Checkpoint, option: str | None, text_spec: Tex
         text = wordpiece_fitted(tokenizer, text, text_spec, str(path))
     config = _tokenizer_config(sources, tokenizer, text_spec)
     special = {key: _content(config.get(key)) for key in _SPECIAL_FIELDS}
+    where = str(sources.get(_CONFIG_NAME, path))
     return {
         "tokenizer.json": text.encode(),
-        _CONFIG_NAME: _json_bytes(config),
-        "special_tokens_map.json": _json_bytes({key: token for key, token in special.items() if token}),
+        _CONFIG_NAME: _json_bytes(config, where),
+        "special_tokens_map.json": _json_bytes({key: token for key, token in special.items() if token}, where),
     }
 
 
@@ -133,10 +146,14 @@ def find_open_clip_merges() -> Path | None:
 
 
 def _files_from_option(path: Path) -> dict[str, Path]:
-    if path.is_dir():
-        return {file.name: file for file in sorted(path.iterdir()) if file.is_file()}
-    if not path.is_file():
-        raise UsageError("--tokenizer names nothing", where=str(path), got="no such file or directory", fix=_FIX)
+    try:
+        if path.is_dir():
+            return {file.name: file for file in sorted(path.iterdir()) if file.is_file()}
+        got = "" if path.is_file() else "no such file or directory"
+    except OSError as error:
+        got = str(error)
+    if got:
+        raise UsageError("--tokenizer names nothing that can be read", where=str(path), got=got, fix=_FIX)
     if path.suffix == ".json":
         return {"tokenizer.json": path}
     wordpiece = path.name == _VOCAB_NAME or is_wordpiece_vocab(read_bounded(path))
@@ -209,8 +226,10 @@ def _content(token: Any) -> Any:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _json_bytes(data: Mapping[str, Any]) -> bytes:
-    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+def _json_bytes(data: Mapping[str, Any], where: str) -> bytes:
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    check_unicode(text, where)
+    return text.encode()
 
 
 def _text(path: Path) -> str:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from vlm_export.checkpoint.known import KnownCheckpoint
+from vlm_export.errors import InputError
 from vlm_export.export.options import FP32
 from vlm_export.export.stages import StepProgress
 from vlm_export.family import Model, Part, Reference
+from vlm_export.runtime.image import open_image
 from vlm_export.verify.engine import MAPPED_NOTE, engine_label, verifying_engine
 from vlm_export.verify.gates import GATES, Gate, gate_name
 from vlm_export.verify.grid import GridPoint, grid_for, least_grid, left_out
+from vlm_export.verify.picture_samples import picture_spec, takes_pictures
 from vlm_export.verify.points import EngineRun
 from vlm_export.verify.remembered import RememberedReference
 from vlm_export.verify.report import PartReport
-from vlm_export.verify.samples import Sample
+from vlm_export.verify.samples import Sample, sample_inputs, synthetic_photographs
 from vlm_export.verify.verifier import verify_part
 
 __all__ = ["PartVerification", "engine_label", "variant_label", "verifying_engine"]
@@ -42,11 +46,11 @@ class PartVerification:
     @property
     def weights_bytes(self) -> int:
         """Of the Reference, in float32."""
-        return sum(tensor.nbytes for tensor in self.part.module.state_dict().values())
+        return _weights_bytes(self.part)
 
     @property
     def is_huge(self) -> bool:
-        return self.weights_bytes > _HUGE_PART_BYTES
+        return _is_huge(self.part)
 
     def load_reference(self) -> Reference:
         """The part's Reference; a huge one remembers its outputs, since every run of it takes minutes."""
@@ -94,6 +98,8 @@ class PartVerification:
         return grid_for(self.part.signature, budget_rows=rows, budget_bytes=_MAX_POINT_BYTES)
 
     def _left_out(self, grid: Sequence[GridPoint]) -> Iterator[str]:
+        if self.is_huge and takes_pictures(self.part.signature):
+            yield "synthetic photographs but for the first: every run takes minutes"
         points = left_out(self.part.signature, grid)
         if points:
             room = f"a point's inputs and outputs at most {_MAX_POINT_BYTES >> 20} MiB"
@@ -118,6 +124,35 @@ class PartVerification:
         return replace(GATES[name], max_abs_relative=stated.max_abs, cosine=stated.cosine)
 
 
+def part_samples(part: Part, model: Model, tokenizer: Path | None, pictures: Sequence[Path] = ()) -> list[Sample]:
+    """Pictures or sentences for a part: the project's own, of a huge part one picture, and those that the user names.
+
+    Args:
+        tokenizer: the bundle's `tokenizer.json`, None for no sentences.
+
+    Raises:
+        InputError: a picture cannot be read, or the model's preparation refuses it; the message names it.
+    """
+    spec, starts_with_pixels = picture_spec(model.image, model.facts), takes_pictures(part.signature)
+    own = synthetic_photographs()[:1] if starts_with_pixels and _is_huge(part) else None
+    samples = sample_inputs(part.signature, spec, model.text, tokenizer, images=own)
+    for path in pictures if starts_with_pixels else ():
+        try:
+            samples += sample_inputs(part.signature, spec, None, None, images=[open_image(path)])
+        except InputError as error:
+            error.where = str(path)
+            raise
+    return samples
+
+
 def variant_label(part: Part, precision: str) -> str:
     """What stages call a variant: the part's name, and the precision if it is not the default."""
     return part.name if precision == FP32 else f"{part.name} {precision}"
+
+
+def _weights_bytes(part: Part) -> int:
+    return sum(tensor.nbytes for tensor in part.module.state_dict().values())
+
+
+def _is_huge(part: Part) -> bool:
+    return _weights_bytes(part) > _HUGE_PART_BYTES

@@ -4,7 +4,7 @@ An operation changes the `onnx_ir.Model` it is given, wholly or not at all: it i
 weights, and what would be invalid is refused there with a `GraphError` (`errors`). `extract`, `split` and `compose`
 give new models. Weights are read only by operations that compute with them.
 
-    files        open_model, save_model, Storage
+    files        open_model, save_model, save_models, Storage
     io_edits     rename_tensor, rename_tensors, add_output, drop_output, reorder_interface
     shapes       set_shape, set_axis
     dtypes       set_dtype

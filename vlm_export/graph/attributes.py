@@ -106,7 +106,7 @@ def make_attribute(
     """
     if schema is not None and name not in schema.attributes:
         known = sorted(schema.attributes)
-        raise GraphError(f"{schema.name} has no attribute {name!r}", fix=suggestion(name, known) if known else "")
+        raise GraphError(f"{schema.name} has no attribute {name!r}", fix=suggestion(name, known))
     stated = kind
     if schema is not None:
         stated = ir.AttributeType[str(schema.attributes[name].type).rpartition(".")[2]]
@@ -121,7 +121,7 @@ def make_attribute(
     stated = stated or _kind_of(name, value)
     try:
         return ir.Attr(name, stated, _CONVERTERS[stated](value))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise _wrong_type(name, stated, repr(value)[:200]) from error
 
 
@@ -184,7 +184,7 @@ def _wrong_type(name: str, stated: ir.AttributeType | None, got: str) -> GraphEr
 
 
 def _integer(value: Any) -> int:
-    if not isinstance(value, Integral):
+    if not isinstance(value, Integral) or not -(1 << 63) <= int(value) < 1 << 63:
         raise TypeError
     return int(value)
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +13,10 @@ import onnx
 import onnx_ir as ir
 
 from vlm_export.bundle.environment import check_free_space, environment_errors
-from vlm_export.bundle.replacement import sync_directory, sync_file
 from vlm_export.errors import UsageError
 from vlm_export.graph.errors import GraphError
+from vlm_export.graph.placing import GRAPH_FILE_KEY, Staged, check_readers, check_targets, put_in_place, staging
+from vlm_export.graph.protos import attribute_protos, graph_protos, tensor_protos
 from vlm_export.graph.tensor_slots import TensorSlot, tensor_slots
 
 DEFAULT_EXTERNAL_BYTES = 64 << 20
@@ -47,8 +47,8 @@ def open_model(path: Path | str) -> ir.Model:
     """Reads the graph; tensors with external data are mapped when they are used, and never read as a whole.
 
     Raises:
-        GraphError: no ONNX model, a part that would get lost (sparse initializers, training information), or external
-            data that is missing, too short, or lies outside the model's directory.
+        GraphError: no ONNX model, a part that would get lost (sparse tensors, training information), a type that is not
+            supported (maps), or external data that is missing, too short, or lies outside the model's directory.
         EnvironmentFailure: the file cannot be read.
     """
     path = Path(os.path.abspath(path))
@@ -62,8 +62,14 @@ def open_model(path: Path | str) -> ir.Model:
         model = ir.from_proto(proto)
     except Exception as error:
         # The library wraps what it finds in errors that print whole graphs; the innermost names the fault.
-        raise GraphError("the graph is malformed", where=str(path), got=_innermost(error)) from error
+        cause = _innermost(error)
+        what, got = "the graph is malformed", str(cause).partition("\n")[0][:200]
+        if isinstance(cause, NotImplementedError):
+            # Only the first sentence is about the graph.
+            what, got = "the graph uses a part of ONNX that is not supported", got.partition(". ")[0]
+        raise GraphError(what, where=str(path), got=got) from error
     _locate_external_data(model, path)
+    model.meta[GRAPH_FILE_KEY] = str(path)
     return model
 
 
@@ -87,18 +93,25 @@ def _first_bytes(path: Path) -> str:
 
 def _refuse_what_gets_lost(proto: onnx.ModelProto, path: Path) -> None:
     lost = {
-        "sparse initializers": proto.graph.sparse_initializer,
-        "training information": proto.training_info,
+        "sparse initializers": any(graph.sparse_initializer for graph in graph_protos(proto)),
+        "sparse tensors of attributes": any(
+            attribute.HasField("sparse_tensor") or attribute.sparse_tensors for attribute in attribute_protos(proto)
+        ),
+        "training information": bool(proto.training_info),
     }
-    for name, entries in lost.items():
-        if entries:
-            raise GraphError(f"{name} cannot be kept", where=str(path), fix="remove them with the tool that wrote them")
+    for name, occurs in lost.items():
+        if occurs:
+            raise GraphError(
+                f"{name} cannot be kept: not supported",
+                where=str(path),
+                fix="remove them with the tool that wrote them",
+            )
 
 
-def _innermost(error: BaseException) -> str:
+def _innermost(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).partition("\n")[0][:200]
+    return error
 
 
 def _locate_external_data(model: ir.Model, path: Path) -> None:
@@ -136,7 +149,12 @@ def _data_file_size(file: Path, root: Path, tensor_name: str) -> int:
 
 
 def save_model(
-    model: ir.Model, path: Path | str, *, storage: Storage | None = None, overwrite: bool = False
+    model: ir.Model,
+    path: Path | str,
+    *,
+    storage: Storage | None = None,
+    overwrite: bool = False,
+    opened: Sequence[ir.Model] = (),
 ) -> tuple[Path, ...]:
     """Writes the model beside its target and puts it in place when it is complete, the graph file last.
 
@@ -148,35 +166,84 @@ def save_model(
 
     Args:
         overwrite: replace files of these names.
+        opened: other models from `open_model`, as they were read: none of their data files may be replaced, unless
+            the graph that reads it is replaced too. The same holds for the file that `model` was read from.
 
     Returns:
         The files written, the graph first, as `path` names them.
 
     Raises:
-        UsageError: the target exists without `overwrite`, or its directory does not.
+        UsageError: the target exists without `overwrite`, its directory does not, or an opened model needs it.
         GraphError: what stays in the graph file exceeds protobuf's 2 GB.
         EnvironmentFailure: the disk is full or read-only.
     """
-    given, path, storage = Path(path), Path(os.path.abspath(path)), storage or Storage()
-    slots = list(tensor_slots(model))
+    return save_models([(model, path)], storage=storage, overwrite=overwrite, opened=opened)
+
+
+def save_models(
+    models: Sequence[tuple[ir.Model, Path | str]],
+    *,
+    storage: Storage | None = None,
+    overwrite: bool = False,
+    opened: Sequence[ir.Model] = (),
+) -> tuple[Path, ...]:
+    """As `save_model` for several models: all of them are written, or none.
+
+    Raises:
+        UsageError: also where two of them would have a file of the same name.
+    """
+    plans = [_plan(model, Path(path), storage or Storage()) for model, path in models]
+    targets = [target for plan in plans for target in plan.targets]
+    check_targets(targets, overwrite)
+    check_readers(targets, [*(plan.model for plan in plans), *opened])
+    needed: defaultdict[Path, int] = defaultdict(int)
+    for plan in plans:
+        _check_inline_bytes(plan.slots, plan.shards)
+        needed[plan.targets[0].parent] += sum(slot.nbytes for slot in plan.slots)
+    with environment_errors("writing the model", targets[0].parent, sum(needed.values())), ExitStack() as stack:
+        for folder, needed_bytes in needed.items():
+            check_free_space(folder, needed_bytes)
+        staged = [Staged(stack.enter_context(staging(plan.targets[0])), plan.targets) for plan in plans]
+        placed = [_write(plan, entry.folder) for plan, entry in zip(plans, staged, strict=True)]
+        replaced = any(target.exists() for target in targets)
+        put_in_place(staged)
+    if replaced:
+        for plan, slots in zip(plans, placed, strict=True):
+            _refer_to_new_files(plan, slots)
+    return tuple(plan.given.with_name(target.name) for plan in plans for target in plan.targets)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What becomes of a model.
+
+    Attributes:
+        given: where to write it, as the caller names it.
+        shards: of each data file the tensors by identity, with all the slots that hold them.
+        targets: absolute paths of the files, the graph first.
+    """
+
+    model: ir.Model
+    given: Path
+    slots: list[TensorSlot]
+    shards: list[dict[object, list[TensorSlot]]]
+    targets: tuple[Path, ...]
+
+
+def _plan(model: ir.Model, given: Path, storage: Storage) -> _Plan:
+    path, slots = Path(os.path.abspath(given)), list(tensor_slots(model))
     shards = _shards(_external_slots(slots, storage), storage.shard_bytes)
     names = [path.name, *(_data_name(path.name, index) for index in range(len(shards)))]
-    targets = tuple(path.with_name(name) for name in names)
-    _check_targets(targets, overwrite)
-    _check_inline_bytes(slots, shards)
-    needed_bytes = sum(slot.nbytes for slot in slots)
-    with environment_errors("writing the model", path.parent, needed_bytes):
-        check_free_space(path.parent, needed_bytes)
-        with _staging(path) as staging:
-            placed = _write(model, slots, shards, [staging / name for name in names])
-            replaced = any(target.exists() for target in targets)
-            _put_in_place(staging, targets)
-    if replaced:
-        for slot, tensor in placed:
-            if isinstance(tensor, ir.ExternalTensor):
-                tensor.base_dir = str(path.parent)
-            slot.tensor = tensor
-    return tuple(given.with_name(name) for name in names)
+    return _Plan(model, given, slots, shards, tuple(path.with_name(name) for name in names))
+
+
+def _refer_to_new_files(plan: _Plan, placed: Sequence[tuple[TensorSlot, ir.TensorProtocol]]) -> None:
+    path = plan.targets[0]
+    for slot, tensor in placed:
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.base_dir = str(path.parent)
+        slot.tensor = tensor
+    plan.model.meta[GRAPH_FILE_KEY] = str(path)
 
 
 def _data_name(name: str, index: int) -> str:
@@ -207,17 +274,6 @@ def _shards(slots: Sequence[TensorSlot], shard_bytes: int | None) -> list[dict[o
     return shards
 
 
-def _check_targets(targets: Sequence[Path], overwrite: bool) -> None:
-    parent = targets[0].parent
-    if not parent.is_dir():
-        raise UsageError("the output's directory does not exist", where=str(parent), fix="create it")
-    for target in targets:
-        if target.is_dir():
-            raise UsageError("the output is a directory", where=str(target), fix="name a file")
-        if os.path.lexists(target) and not overwrite:
-            raise UsageError("the output exists", where=str(target), fix="choose another name, or pass --overwrite")
-
-
 def _check_inline_bytes(slots: Sequence[TensorSlot], shards: Sequence[dict[object, list[TensorSlot]]]) -> None:
     external = {id(slot) for shard in shards for group in shard.values() for slot in group}
     inline_bytes = sum(slot.nbytes for slot in slots if id(slot) not in external)
@@ -230,71 +286,38 @@ def _check_inline_bytes(slots: Sequence[TensorSlot], shards: Sequence[dict[objec
         )
 
 
-def _write(
-    model: ir.Model,
-    slots: Sequence[TensorSlot],
-    shards: Sequence[dict[object, list[TensorSlot]]],
-    files: Sequence[Path],
-) -> list[tuple[TensorSlot, ir.TensorProtocol]]:
-    """Writes all files; returns what each slot holds in them, and leaves the slots as they were."""
+def _write(plan: _Plan, folder: Path) -> list[tuple[TensorSlot, ir.TensorProtocol]]:
+    """Writes all files into the folder; returns what each slot holds in them, and leaves the slots as they were."""
     placed: dict[int, tuple[TensorSlot, ir.TensorProtocol]] = {}
-    for shard, file in zip(shards, files[1:], strict=True):
+    for shard, target in zip(plan.shards, plan.targets[1:], strict=True):
         tensors = [group[0].tensor for group in shard.values()]
-        written = ir.external_data.convert_tensors_to_external(tensors, str(file.parent), file.name)
+        written = ir.external_data.convert_tensors_to_external(tensors, str(folder), target.name)
         for group, external in zip(shard.values(), written, strict=True):
+            # The library keeps neither.
+            external.doc_string = group[0].tensor.doc_string
+            external.metadata_props.update(group[0].tensor.metadata_props)
             placed |= {id(slot): (slot, external) for slot in group}
-    for slot in slots:
+    for slot in plan.slots:
         if id(slot) not in placed and slot.is_stored_elsewhere:
             placed[id(slot)] = slot, slot.loaded()
     before = [(slot, slot.tensor) for slot, _ in placed.values()]
     try:
         for slot, tensor in placed.values():
             slot.tensor = tensor
-        onnx.save(ir.to_proto(model), files[0], format="protobuf")
+        proto = ir.to_proto(plan.model)
+        _drop_repeated_metadata(proto)
+        onnx.save(proto, folder / plan.targets[0].name, format="protobuf")
     finally:
         for slot, tensor in before:
             slot.tensor = tensor
     return list(placed.values())
 
 
-@contextmanager
-def _staging(path: Path) -> Iterator[Path]:
-    folder = path.with_name(f".{path.name}.vlm-export-{os.getpid()}-{secrets.token_hex(6)}.tmp")
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _put_in_place(staging: Path, targets: Sequence[Path]) -> None:
-    for target in targets:
-        sync_file(staging / target.name)
-    if len(targets) == 1:
-        os.replace(staging / targets[0].name, targets[0])
-    else:
-        _replace_together(staging, targets)
-    # The model is complete and in place by now; what may be lost is only that this survives a power cut.
-    with suppress(OSError):
-        sync_directory(targets[0].parent)
-
-
-def _replace_together(staging: Path, targets: Sequence[Path]) -> None:
-    """The old graph leaves first and the new one comes last: at no time does a graph stand beside other weights."""
-    aside = staging / "old"
-    aside.mkdir()
-    old = [target for target in targets if os.path.lexists(target)]
-    done: list[Path] = []
-    try:
-        for target in old:
-            os.replace(target, aside / target.name)
-        for target in reversed(targets):
-            os.replace(staging / target.name, target)
-            done.append(target)
-    except BaseException:
-        for target in done:
-            target.unlink(missing_ok=True)
-        for target in reversed(old):
-            if (aside / target.name).exists():
-                os.replace(aside / target.name, target)
-        raise
+def _drop_repeated_metadata(proto: onnx.ModelProto) -> None:
+    """The library writes the metadata of a tensor that it keeps as it was read a second time."""
+    for tensor in tensor_protos(proto):
+        entries = {entry.key: entry.value for entry in tensor.metadata_props}
+        if len(entries) < len(tensor.metadata_props):
+            del tensor.metadata_props[:]
+            for key, value in entries.items():
+                tensor.metadata_props.add(key=key, value=value)

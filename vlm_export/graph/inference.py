@@ -12,6 +12,7 @@ import onnx_ir as ir
 from vlm_export.graph.errors import GraphError
 from vlm_export.graph.names import all_graphs, defined_values, fresh_name, names_in, nested_graphs, root_graphs
 from vlm_export.graph.skeleton import SKELETON_THRESHOLD_BYTES, detach_weights
+from vlm_export.graph.tensor_slots import tensor_slots
 
 _Key = TypeVar("_Key", ir.Graph, ir.Node, ir.Value)
 
@@ -81,11 +82,15 @@ def _own_type(kind: ir.TypeProtocol | None) -> ir.TypeProtocol | None:
 
 
 def skeleton_proto(scratch: ir.Model) -> onnx.ModelProto:
-    """The model as a protobuf in which weights are inputs; `scratch` is spent."""
+    """The model as a protobuf without external data, in which weights are inputs; `scratch` is spent."""
     detach_weights(scratch)
     for root in root_graphs(scratch):
         if root is scratch.graph:
             _hoist_nested_weights(root)
+    # ONNX's tools would look for the files of those that stay in the working directory.
+    for slot in tensor_slots(scratch):
+        if isinstance(slot.tensor, ir.ExternalTensor):
+            slot.tensor = slot.loaded()
     proto: onnx.ModelProto = ir.to_proto(scratch)
     return proto
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 
 # Sizes in pixels; a letter of the font is about this wide.
 _LETTER, _LINE, _PADDING, _GAP_X, _GAP_Y = 6.6, 15, 8, 26, 46
 _ROUNDS = 8
+# What XML 1.0 cannot hold, not even as a reference.
+_FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _FILLS = {"node": "#dce9f7", "input": "#dff2df", "output": "#f7e3d4", "outside": "#eeeeee"}
 
 
@@ -140,13 +143,17 @@ def _svg(placed: dict[Hashable, _Placed], edges: Iterable[Edge]) -> str:
     return "\n".join([*parts, "</svg>\n"])
 
 
+def _escaped(text: str) -> str:
+    return html.escape(_FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", text))
+
+
 def _edge_svg(source: _Placed, target: _Placed, label: str) -> str:
     x1, y1 = source.x + source.box.width / 2, source.y + source.box.height
     x2, y2 = target.x + target.box.width / 2, target.y
     bend = (y2 - y1) / 2
     return (
         f'<path d="M{x1:.1f} {y1:.1f}C{x1:.1f} {y1 + bend:.1f} {x2:.1f} {y2 - bend:.1f} {x2:.1f} {y2:.1f}" '
-        f'fill="none" stroke="#777" marker-end="url(#tip)"><title>{escape(label)}</title></path>'
+        f'fill="none" stroke="#777" marker-end="url(#tip)"><title>{_escaped(label)}</title></path>'
     )
 
 
@@ -154,10 +161,10 @@ def _box_svg(entry: _Placed) -> str:
     box = entry.box
     lines = "".join(
         f'<text x="{entry.x + _PADDING:.1f}" y="{entry.y + _LINE * (index + 1) - 2:.1f}"'
-        f"{' font-weight=' + chr(34) + 'bold' + chr(34) if index == 0 else ''}>{escape(line)}</text>"
+        f"{' font-weight=' + chr(34) + 'bold' + chr(34) if index == 0 else ''}>{_escaped(line)}</text>"
         for index, line in enumerate(box.lines)
     )
     return (
-        f'<g><title>{escape(box.title)}</title><rect x="{entry.x:.1f}" y="{entry.y:.1f}" width="{box.width:.1f}" '
+        f'<g><title>{_escaped(box.title)}</title><rect x="{entry.x:.1f}" y="{entry.y:.1f}" width="{box.width:.1f}" '
         f'height="{box.height:.1f}" rx="4" fill="{_FILLS[box.style]}" stroke="#888"/>{lines}</g>'
     )

@@ -102,10 +102,17 @@ def load_feeds(paths: Sequence[Path], inputs: Sequence[ir.Value]) -> dict[str, A
 
 def _load_npz(path: Path) -> dict[str, Array]:
     try:
-        with np.load(path, allow_pickle=False) as data:
-            return {name: data[name] for name in data.files}
-    except (OSError, ValueError) as error:
-        raise UsageError("the file is no .npz of plain arrays", where=str(path), got=str(error)) from error
+        with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as data:
+            feeds = {name: data[name] for name in data.files}
+    # zipfile, zlib and numpy raise classes of their own.
+    except Exception as error:
+        got = f"{type(error).__name__}: {error}"
+        raise UsageError("the file is no .npz of plain arrays", where=str(path), got=got[:200]) from error
+    # What is no array in the archive comes as bytes.
+    strange = [name for name, array in feeds.items() if not isinstance(array, np.ndarray)]
+    if strange:
+        raise UsageError("the file is no .npz of plain arrays", where=str(path), got=", ".join(strange))
+    return feeds
 
 
 def _load_tensor(path: Path) -> Array:

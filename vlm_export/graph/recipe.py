@@ -23,6 +23,12 @@ class Step:
     verb: Verb
     values: dict[str, Any]
 
+    @property
+    def models(self) -> list[ir.Model]:
+        """Those among the arguments."""
+        names = [entry.name for entry in self.verb.arguments if entry.kind == "model"]
+        return [self.values[name] for name in names if name in self.values]
+
 
 @dataclass(frozen=True)
 class Applied:
@@ -38,6 +44,19 @@ class Applied:
     renamed: dict[str, str]
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain data; a key that stands twice in a mapping is refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        # Keys that come by `<<` are meant to be replaced.
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in own]
+        twice = [key for number, key in enumerate(keys) if key in keys[:number]]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_recipe(path: Path) -> list[Step]:
     """The steps of a file; each entry is a verb's name, or that name with a mapping of its arguments.
 
@@ -45,10 +64,13 @@ def read_recipe(path: Path) -> list[Step]:
         UsageError: no such file, no YAML, or an unknown verb or argument (with the nearest known one).
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError("the recipe cannot be read", where=str(path), got=str(error)) from error
-    except yaml.YAMLError as error:
+    try:
+        data = yaml.load(text, _Loader)
+    # Its constructors raise what int, datetime and others raise, too.
+    except Exception as error:
         raise UsageError("the recipe is not YAML", where=str(path), got=str(error).replace("\n", " ")[:200]) from error
     if not isinstance(data, list) or not data:
         raise UsageError("a recipe is a list of verbs", where=str(path), got=type(data).__name__)

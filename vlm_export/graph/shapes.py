@@ -73,7 +73,8 @@ def set_axis(model: ir.Model, axis: str, size: int | str) -> int:
     }
     if not shapes:
         known = {_name_of(dim) for value in model.graph.inputs for dim in value.shape or ()} - {None}
-        raise GraphError(f"no input has an axis {axis!r}", fix=suggestion(axis, sorted(map(str, known))))
+        fix = suggestion(axis, sorted(map(str, known))) or "no input has a named axis: state shapes instead"
+        raise GraphError(f"no input has an axis {axis!r}", fix=fix)
     set_shape(model, shapes)
     return len(shapes)
 
@@ -90,10 +91,10 @@ def _stated_axis(dim: int | ir.SymbolicDim, axis: str, size: int | str) -> Axis:
 
 def _check_axes(name: str, axes: Sequence[Axis]) -> None:
     for axis in axes:
-        if (isinstance(axis, int) and axis < 0) or axis == "":
+        if (isinstance(axis, int) and not 0 <= axis < 1 << 63) or axis == "":
             raise GraphError(
                 f"tensor {name!r} cannot have this shape",
-                expected="sizes from 0 up, names, or None",
+                expected="sizes from 0 to 2**63 - 1, names, or None",
                 got=str(list(axes)),
                 fix="name an axis whose size varies",
             )

@@ -71,7 +71,13 @@ class TensorSlot:
     def loaded(self) -> ir.TensorProtocol:
         """The tensor in memory, independent of the file it came from."""
         tensor = self.tensor
-        return ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name, doc_string=tensor.doc_string)
+        return ir.Tensor(
+            tensor.numpy().copy(),
+            dtype=tensor.dtype,
+            name=tensor.name,
+            doc_string=tensor.doc_string,
+            metadata_props=dict(tensor.metadata_props),
+        )
 
 
 def tensor_slots(model: ir.Model) -> Iterator[TensorSlot]:

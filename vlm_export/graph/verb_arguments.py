@@ -16,6 +16,7 @@ Kind = Literal[
 ]  # fmt: skip
 # Those that take several words of a command line.
 _SEVERAL = ("connections", "texts", "pairs", "shapes", "versions", "values", "operands")
+_LARGEST = (1 << 63) - 1
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
@@ -56,7 +57,11 @@ def value_from_words(argument: Argument, words: Any) -> Any:
     if argument.kind == "connections":
         return _checked(argument, [_pair(argument, word) for word in words])
     if argument.kind in ("pairs", "shapes", "versions", "values"):
-        return _checked(argument, dict(_pair(argument, word) for word in words))
+        pairs = [_pair(argument, word) for word in words]
+        twice = [name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number])]
+        if twice:
+            raise UsageError(f"{argument.name} names {twice[0]!r} twice", got=" ".join(words), fix="give it once")
+        return _checked(argument, dict(pairs))
     return _checked(argument, words)
 
 
@@ -78,7 +83,7 @@ def _checked(argument: Argument, value: Any) -> Any:
         raise UsageError(
             f"{argument.name} is of another form",
             expected=argument.help,
-            got=repr(value) + (f" ({error})" if isinstance(error, ValueError) and str(error) else ""),
+            got=repr(value)[:400] + (f" ({error})" if isinstance(error, ValueError) and str(error) else ""),
         ) from error
 
 
@@ -101,6 +106,8 @@ def read_size(text: str | int) -> int:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError
+    # What a terminal sends need not be text; ValueError then.
+    value.encode("utf-8")
     return value
 
 
@@ -117,9 +124,12 @@ def _flag(value: Any) -> bool:
 
 
 def _integer(value: Any) -> int:
-    if isinstance(value, bool):
+    if isinstance(value, bool | float):
         raise TypeError
-    return int(value)
+    number = int(value)
+    if not -_LARGEST <= number <= _LARGEST:
+        raise ValueError("beyond 64 bits")
+    return number
 
 
 def _literal(value: Any) -> Any:
@@ -127,20 +137,42 @@ def _literal(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+        return _python_literal(value)
+    except ValueError:
         return value
+
+
+def _python_literal(text: str) -> Any:
+    """The value of a number, text, list, …; ValueError where it is none."""
+    try:
+        return ast.literal_eval(text)
+    # The parser's own limits end in the last two.
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError("not a number or a list of numbers") from error
 
 
 def _axis(value: Any) -> int | str | None:
     if value in ("?", None):
         return None
-    return int(value) if isinstance(value, int) or re.fullmatch(r"\d+", value) else _text(value)
+    is_number = isinstance(value, int | float) or re.fullmatch(r"[-+]?\d[\d.]*", value) is not None
+    if not is_number:
+        return _text(value)
+    size = _integer(value)
+    if size < 0:
+        raise ValueError("a size is a whole number from 0 up")
+    return size
 
 
 def _shape(value: Any) -> list[int | str | None]:
-    entries = [entry.strip() for entry in value.strip("()[]").split(",")] if isinstance(value, str) else list(value)
-    return [_axis(entry) for entry in entries if entry != ""]
+    if isinstance(value, str):
+        value = [entry.strip() for entry in value.strip("()[] ").split(",")]
+        if value[-1] == "":
+            value.pop()
+    if not isinstance(value, list | tuple):
+        raise TypeError
+    if "" in value:
+        raise ValueError("an axis is missing: ? stands for one that is not known")
+    return [_axis(entry) for entry in value]
 
 
 def _each(read: Callable[[Any], Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
@@ -158,9 +190,24 @@ def _operand(value: Any) -> Any:
     dtype, _, literal = _text(value).partition(":")
     if dtype not in ("bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8"):
         return value
+    return _constant(_python_literal(literal), dtype)
+
+
+def _constant(value: Any, dtype: str) -> Any:
+    """An array of numbers; ValueError where the dtype cannot hold them: whole numbers exactly, others as finite."""
     import numpy as np
 
-    return np.asarray(ast.literal_eval(literal), dtype=dtype)
+    given = np.asarray(value)
+    if given.dtype.kind not in "biuf":
+        # Whole numbers beyond 64 bits, texts, and what is no array.
+        raise ValueError(f"not numbers of {dtype}")
+    with np.errstate(all="ignore"):
+        array = given.astype(dtype)
+        is_real = array.dtype.kind == "f"
+        fits = np.isfinite(array) | ~np.isfinite(given) if is_real else array == given
+    if not fits.all():
+        raise ValueError(f"{dtype} cannot hold these numbers")
+    return array
 
 
 def _model(value: Any) -> Any:

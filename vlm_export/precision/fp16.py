@@ -10,7 +10,7 @@ import onnx_ir.passes.common as passes
 
 from vlm_export.errors import InputError
 from vlm_export.precision.fp16_plan import Plan, float_inputs, is_float, plan_fp16
-from vlm_export.precision.fp16_rules import LARGEST_FLOAT16, overflows
+from vlm_export.precision.fp16_rules import LARGEST_FLOAT16, makes_sequences, overflows
 
 _SUFFIXES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16"}
 
@@ -46,6 +46,7 @@ def _require_dtypes(model: ir.Model) -> None:
             )
     if _values_without_dtype(model):
         passes.ShapeInferencePass()(model)
+        _state_sequences(model.graph)
     if unknown := _values_without_dtype(model):
         raise InputError(
             "half precision needs every value's dtype",
@@ -54,6 +55,16 @@ def _require_dtypes(model: ir.Model) -> None:
             got=f"{len(unknown)} values of unknown dtype",
             fix="export without --no-simplify, or with --precision fp32",
         )
+
+
+def _state_sequences(graph: ir.Graph) -> None:
+    """The pass calls a sequence of tensors a tensor."""
+    for node in graph:
+        for value, is_sequence in zip(
+            node.outputs, makes_sequences(node, graph.opset_imports.get("", 0)), strict=False
+        ):
+            if is_sequence and isinstance(value.type, ir.TensorType):
+                value.type = ir.SequenceType(value.type)
 
 
 def _values_without_dtype(model: ir.Model) -> list[ir.Value]:

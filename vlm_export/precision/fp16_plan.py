@@ -17,6 +17,7 @@ from vlm_export.precision.fp16_rules import (
     REDUCTIONS,
     SHAPE_READERS,
     fits_float16,
+    is_bound_to_float32,
     takes_float16,
 )
 
@@ -58,7 +59,13 @@ def plan_fp16(model: ir.Model) -> Plan:
 
 
 def is_float(value: ir.Value | None) -> bool:
-    return value is not None and value.dtype == ir.DataType.FLOAT
+    """A float32 tensor; a sequence of such tensors is none."""
+    return value is not None and isinstance(value.type, ir.TensorType) and value.dtype == ir.DataType.FLOAT
+
+
+def is_sequence(value: ir.Value | None) -> bool:
+    """A sequence, or what else holds tensors and is none."""
+    return value is not None and value.type is not None and not isinstance(value.type, ir.TensorType)
 
 
 def float_inputs(node: ir.Node) -> list[ir.Value]:
@@ -77,7 +84,7 @@ class _Planner:
     """Visits nodes in the order of the graph.
 
     Attributes:
-        origins: of every float32 value.
+        origins: of every float32 value, and of sequences.
         unfit: values that float16 cannot hold: constants out of its range, and what is made of them and no activation.
         float32: nodes that stay, but for moves before `settle_moves`.
         moves: nodes that only move weights or activations.
@@ -102,8 +109,8 @@ class _Planner:
 
     def visit(self, node: ir.Node) -> None:
         inputs, outputs = float_inputs(node), float_outputs(node)
-        origin = self._origin(node, inputs)
-        self.origins.update((value, origin) for value in outputs)
+        origin = self._origin(node, [*inputs, *(value for value in node.inputs if value and is_sequence(value))])
+        self.origins.update((value, origin) for value in node.outputs if is_float(value) or is_sequence(value))
         has_unfit = not self.unfit.isdisjoint(inputs)
         if has_unfit and not any(self.origins[value] is Origin.ACTIVATION for value in inputs):
             self.unfit.update(outputs)
@@ -115,7 +122,8 @@ class _Planner:
             self.moves.append(node)
 
     def _origin(self, node: ir.Node, inputs: Iterable[ir.Value]) -> Origin:
-        found = {self.origins[value] for value in inputs}
+        # What the graph is given as a sequence was not seen before.
+        found = {self.origins.get(value, Origin.ACTIVATION) for value in inputs}
         if Origin.ACTIVATION in found or (found and node.op_type in ACTIVATION_STARTS):
             return Origin.ACTIVATION
         if Origin.COUNT in found or not found:
@@ -126,7 +134,7 @@ class _Planner:
         if not float_outputs(node) or origin is Origin.COUNT:
             # Comparisons and conversions to integers are exact or wrong.
             return bool(float_inputs(node)) or origin is Origin.COUNT
-        if not takes_float16(node, self.opset) or node.op_type in FLOAT32_OPERATORS:
+        if node.op_type in FLOAT32_OPERATORS or is_bound_to_float32(node) or not takes_float16(node, self.opset):
             return True
         if node.op_type in MOVES:
             return False

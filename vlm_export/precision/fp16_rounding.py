@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from vlm_export.precision.fp16_plan import is_sequence
 from vlm_export.precision.fp16_rules import MOVES
 
 # Concat has a float16 kernel everywhere and is not optimised away. A single one between float32 nodes is: ONNX Runtime
@@ -26,7 +27,7 @@ def round_every_float16(model: ir.Model) -> int:
             continue
         for value in node.outputs:
             has_axis = value.shape is None or len(value.shape) > 0
-            if value.dtype == ir.DataType.FLOAT16 and has_axis and value.uses():
+            if value.dtype == ir.DataType.FLOAT16 and has_axis and value.uses() and not is_sequence(value):
                 _put_behind(model.graph, node, value)
                 count += 1
     return count

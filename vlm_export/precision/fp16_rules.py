@@ -43,6 +43,8 @@ FLOAT32_OPERATORS = NORMS | SOFTMAXES | REDUCTIONS | CONVERSIONS
 ARITHMETIC = frozenset({"Add", "Div", "Mul", "Sub"})
 # What comes out of them are activations, whatever went in: numbers of sizes and positions end here.
 ACTIVATION_STARTS = NORMS | SOFTMAXES | {"Attention", "Conv", "ConvTranspose"}
+# Attributes that name the dtype of what a node makes.
+_DTYPE_ATTRIBUTES = ("dtype", "output_datatype", "output_dtype", "to")
 
 
 def takes_float16(node: ir.Node, opset: int) -> bool:
@@ -59,17 +61,40 @@ def takes_float16(node: ir.Node, opset: int) -> bool:
     )
 
 
+def is_bound_to_float32(node: ir.Node) -> bool:
+    """The node says that it makes float32, or makes integers or truth values that are used."""
+    attributes = (node.attributes.get(name) for name in _DTYPE_ATTRIBUTES)
+    if any(entry is not None and not entry.is_ref() and entry.value == ir.DataType.FLOAT for entry in attributes):
+        return True
+    used = (value for value in node.outputs if value.uses() or value.is_graph_output())
+    return any(
+        value.dtype is not None and (value.dtype.is_integer() or value.dtype == ir.DataType.BOOL) for value in used
+    )
+
+
+def makes_sequences(node: ir.Node, opset: int) -> tuple[bool, ...]:
+    """For each output that the operator defines whether it is a sequence."""
+    schema = _schema(node.op_type, opset) if node.domain == "" else None
+    return () if schema is None else tuple(all(t.startswith("seq(") for t in port.types) for port in schema.outputs)
+
+
 @cache
 def _half_ports(op_type: str, opset: int) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
     """For each input and output of the operator whether float16 is allowed; the last one repeats if variadic."""
-    try:
-        schema = onnx.defs.get_schema(op_type, opset)
-    except onnx.defs.SchemaError:
+    schema = _schema(op_type, opset)
+    if schema is None:
         return (), ()
     inputs, outputs = (
         tuple("tensor(float16)" in port.types for port in ports) for ports in (schema.inputs, schema.outputs)
     )
     return inputs, outputs
+
+
+def _schema(op_type: str, opset: int) -> onnx.defs.OpSchema | None:
+    try:
+        return onnx.defs.get_schema(op_type, opset)
+    except onnx.defs.SchemaError:
+        return None
 
 
 def fits_float16(tensor: ir.TensorProtocol) -> bool:

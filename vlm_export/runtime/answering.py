@@ -15,9 +15,9 @@ from vlm_export.runtime.decoding import Decoding, given_or, shortest_length
 from vlm_export.runtime.engine import Array
 from vlm_export.runtime.generation import GenerationOptions, generate
 from vlm_export.runtime.generation_options import IdArray
+from vlm_export.runtime.given import Pictures
 from vlm_export.runtime.language_settings import AnswerSettings
 from vlm_export.runtime.multimodal import HIDDEN, paired
-from vlm_export.runtime.pair import Pictures
 from vlm_export.runtime.text_cleaning import clean_question
 
 RANK_K = 128

@@ -13,9 +13,9 @@ import numpy as np
 from vlm_export.runtime.decoding import DECODER, Decoding, given_or, shortest_length
 from vlm_export.runtime.generation import GenerationOptions, generate
 from vlm_export.runtime.generation_options import IdArray
+from vlm_export.runtime.given import Pictures, picture_list
 from vlm_export.runtime.language_settings import CaptionSettings
-from vlm_export.runtime.multimodal import HIDDEN, picture_list
-from vlm_export.runtime.pair import Pictures
+from vlm_export.runtime.multimodal import HIDDEN
 
 # What the original samples with; top_k is the default of transformers 4.25, which it leaves alone.
 SAMPLING_TOP_K, SAMPLING_TOP_P, SAMPLING_REPETITION_PENALTY = 50, 0.9, 1.1

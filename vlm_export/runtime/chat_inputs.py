@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -19,8 +17,9 @@ from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.chat_prompt import ChatTokenizer, PromptForm, PromptWriter
 from vlm_export.runtime.chat_settings import CHAT, ChatSettings, chat_settings_from_facts
 from vlm_export.runtime.embedded_decoder import EMBEDS, IDS, EmbeddedRows, left_padded
-from vlm_export.runtime.engine import CPU, Engine
-from vlm_export.runtime.image import MAX_PIXELS, FloatArray, PictureSource, open_image, preprocess_image
+from vlm_export.runtime.engine import Engine
+from vlm_export.runtime.given import decoder_threads, map_pictures, picture_list, text_list
+from vlm_export.runtime.image import FloatArray, PictureSource, preprocess_image
 from vlm_export.runtime.pair import EncoderPair
 from vlm_export.runtime.tiling import Grid, cut_tiles
 from vlm_export.runtime.vectors import batches, run_in_float32
@@ -30,7 +29,6 @@ PIXELS, FEATURES = "pixel_values", "image_features"
 TILE_BATCH_SIZE = 4
 """Tiles in one run of the vision part: attention over a tile of 512 pixels takes 50 MB for each."""
 
-_READER_THREADS = 4
 RowPictures: TypeAlias = "PictureSource | Sequence[PictureSource] | None"
 Seen: TypeAlias = "tuple[Grid, FloatArray]"
 """A picture's grid, and its features float32 (tiles, L, D)."""
@@ -66,16 +64,9 @@ class ChatRow:
 class ChatInputs(EncoderPair):
     """A bundle with a vision part, an embedding of tokens and a decoder that reads both."""
 
-    def __init__(
-        self,
-        bundle: OpenBundle,
-        *,
-        precision: str | None = None,
-        providers: Sequence[str] = (CPU,),
-        threads: int | None = None,
-        max_pixels: int = MAX_PIXELS,
-    ) -> None:
-        super().__init__(bundle, precision=precision, providers=providers, threads=threads, max_pixels=max_pixels)
+    @staticmethod
+    def _check_kind(bundle: OpenBundle) -> None:
+        EncoderPair._check_kind(bundle)
         if not is_chat(bundle.manifest):
             raise InputError(
                 "this bundle holds no model to talk with",
@@ -130,7 +121,7 @@ class ChatInputs(EncoderPair):
         raise InputError(
             "this model was not trained to compare pictures with texts",
             where=self.manifest.name,
-            expected="a bundle of CLIP, or of a BLIP for retrieval",
+            expected="a bundle of CLIP",
             got=self.manifest.family,
             fix="ask it a question instead",
         )
@@ -141,8 +132,8 @@ class ChatInputs(EncoderPair):
         Args:
             first: the number of the first one, in the names of pictures that have no path.
         """
-        with ThreadPoolExecutor(self.threads or _READER_THREADS) as readers:
-            return list(readers.map(self._prepared, range(first, first + len(sources)), sources))
+        with decoder_threads(self.threads) as decoders:
+            return map_pictures(self._prepared, sources, decoders, max_pixels=self.max_pixels, first=first)
 
     def features(self, sources: Sequence[PictureSource], first: int = 0) -> list[Seen]:
         """The grid of each picture and its features; errors as in `prepare`."""
@@ -161,6 +152,7 @@ class ChatInputs(EncoderPair):
         *,
         shared: Sequence[Seen] | None = None,
         first: int = 0,
+        first_picture: int = 0,
         truncate: bool = False,
     ) -> list[ChatRow]:
         """A prompt for each question.
@@ -168,7 +160,7 @@ class ChatInputs(EncoderPair):
         Args:
             entries: the pictures of each question; left aside with `shared`.
             shared: what was seen of pictures that all questions are about.
-            first: the number of the first question, in errors.
+            first, first_picture: numbers of the first question and picture, in errors.
             truncate: as in `PromptWriter.ids`.
 
         Raises:
@@ -179,7 +171,7 @@ class ChatInputs(EncoderPair):
             return self.writer.ids(questions[row], grids, truncate=truncate, name=f"question {first + row}")
 
         if shared is None:
-            return self._rows_of(entries, ids)
+            return self._rows_of(entries, ids, first_picture)
         grids = [grid for grid, _ in shared]
         return [self._row(ids(i, grids), shared) for i in range(len(questions))]
 
@@ -202,7 +194,9 @@ class ChatInputs(EncoderPair):
 
     def prompts(self, rows: Sequence[ChatRow]) -> EmbeddedRows:
         """What the decoder starts with: features in their places, rows padded on the left."""
-        words = np.split(self.embedded([token for row in rows for token in row.ids]), _ends(rows))
+        words = np.split(
+            self.embedded([token for row in rows for token in row.ids]), row_ends([row.ids for row in rows])
+        )
         return left_padded([self._placed(row, own) for row, own in zip(rows, words, strict=True)])
 
     def _placed(self, row: ChatRow, words: FloatArray) -> FloatArray:
@@ -217,10 +211,13 @@ class ChatInputs(EncoderPair):
         return placed
 
     def _rows_of(
-        self, entries: Sequence[tuple[PictureSource, ...]], ids: Callable[[int, Sequence[Grid]], list[int]]
+        self,
+        entries: Sequence[tuple[PictureSource, ...]],
+        ids: Callable[[int, Sequence[Grid]], list[int]],
+        first_picture: int = 0,
     ) -> list[ChatRow]:
         """All pictures are read and all prompts checked, then the pictures are seen."""
-        prepared = self.prepare([picture for entry in entries for picture in entry])
+        prepared = self.prepare([picture for entry in entries for picture in entry], first_picture)
         pictures = iter(prepared)
         own = [[next(pictures) for _ in entry] for entry in entries]
         written = [ids(i, [picture.grid for picture in entry]) for i, entry in enumerate(own)]
@@ -255,9 +252,7 @@ class ChatInputs(EncoderPair):
             )
         return features
 
-    def _prepared(self, index: int, source: PictureSource) -> PreparedPicture:
-        name = f"picture {index}" if isinstance(source, Image.Image | bytes) else str(source)
-        image = source if isinstance(source, Image.Image) else open_image(source, max_pixels=self.max_pixels, name=name)
+    def _prepared(self, image: Image.Image, name: str) -> PreparedPicture:
         if self.chat.tiles is None:
             return PreparedPicture((1, 1), preprocess_image(image, self.image_spec, name=name)[None])
         whole = self.chat.global_image_token is not None
@@ -284,7 +279,7 @@ def picture_tuple(images: RowPictures) -> tuple[PictureSource, ...]:
     """The pictures of one entry."""
     if images is None:
         return ()
-    return (images,) if isinstance(images, Image.Image | str | Path | bytes) else tuple(images)
+    return tuple(picture_list(images))
 
 
 def paired_rows(
@@ -295,11 +290,9 @@ def paired_rows(
     Raises:
         UsageError: two different numbers above one.
     """
-    if images is None or isinstance(images, Image.Image | str | Path | bytes):
-        entries = [picture_tuple(images)]
-    else:
-        entries = [picture_tuple(entry) for entry in images]
-    sentences = [questions] if isinstance(questions, str) else list(questions)
+    given: Any = images  # mypy cannot know that `picture_list` tells one from several
+    entries = [picture_tuple(entry) for entry in ([None] if images is None else picture_list(given))]
+    sentences = text_list(questions)
     if len(sentences) == 1:
         sentences *= len(entries)
     if len(entries) not in (1, len(sentences)):
@@ -312,6 +305,6 @@ def paired_rows(
     return entries, sentences
 
 
-def _ends(rows: Sequence[ChatRow]) -> list[int]:
+def row_ends(rows: Sequence[Sequence[int]]) -> list[int]:
     """Where each row but the last ends among the ids of all rows."""
-    return [int(end) for end in np.cumsum([len(row.ids) for row in rows])[:-1]]
+    return [int(end) for end in np.cumsum([len(row) for row in rows])[:-1]]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.chat_settings import ChatSettings
-from vlm_export.runtime.text import Tokenizer
+from vlm_export.runtime.text import Tokenizer, check_unicode
 from vlm_export.runtime.tiling import Grid
 
 MAX_CHARACTERS = 100_000
@@ -26,12 +26,13 @@ class ChatTokenizer(Tokenizer):
         return found
 
     def prompt_ids(self, text: str) -> list[int]:
-        """Token ids of a text of any length; InputError when it is no Unicode."""
+        """Token ids of a text of any length; InputError when it is no Unicode, or the tokenizer fails on it."""
         return self._tokenize_plain([text])[0]
 
     def word_ends(self, text: str) -> list[int]:
         """For each token of a text, how many of its characters are behind with it."""
-        return [end for _, end in self._rust.encode(text, add_special_tokens=False).offsets]
+        with self._failures("a tokenizer cannot encode a question"):
+            return [end for _, end in self._rust.encode(text, add_special_tokens=False).offsets]
 
 
 class PromptForm:
@@ -45,6 +46,7 @@ class PromptForm:
 
         Raises:
             UsageError: the layout takes another number of pictures.
+            InputError: a tile has no marker.
         """
         settings, pictures = self.settings, self._image_text(grids)
         if settings.layout == "tiles":
@@ -110,12 +112,25 @@ class PromptForm:
         return "".join(number + self._tiles_text(grid, features) for number, grid in zip(numbers, grids, strict=True))
 
     def _tiles_text(self, grid: Grid, features: str) -> str:
+        """What stands for one picture; InputError when a tile has no marker.
+
+        Rounding cuts a few sizes one row or column further than `max_side_pixels`: see `plan_tiles`.
+        """
         settings = self.settings
         whole = "" if settings.global_image_token is None else settings.global_image_token + features
         if whole and grid == (1, 1):
             return whole
         names = (f"r{row}c{column}" for row in range(1, grid[0] + 1) for column in range(1, grid[1] + 1))
-        return whole + "".join(settings.tile_tokens[name] + features for name in names)
+        try:
+            return whole + "".join(settings.tile_tokens[name] + features for name in names)
+        except KeyError as error:
+            raise InputError(
+                "a picture is cut into more tiles than the model has markers for",
+                where=f"a picture of {grid[0]} x {grid[1]} tiles",
+                expected="a marker for each row and column",
+                got=f"none for {error.args[0]}",
+                fix="resize the picture by a pixel: its size is rounded up to one more row or column of tiles",
+            ) from error
 
 
 class PromptWriter(PromptForm):
@@ -150,12 +165,13 @@ class PromptWriter(PromptForm):
             name: what errors call the question.
 
         Raises:
-            InputError: the prompt is longer than the context, or the question holds placeholders of its own, is no
-                string or has too many characters.
+            InputError: the prompt is longer than the context, a tile has no marker, or the question holds placeholders
+                of its own, is no Unicode string or has too many characters.
             UsageError: the layout takes another number of pictures.
         """
         if not isinstance(question, str):
             raise InputError("a question is not a string", where=name, got=type(question).__name__)
+        check_unicode(question, name)
         if len(question) > MAX_CHARACTERS and not truncate:
             raise InputError(
                 "a question has too many characters to tokenize",

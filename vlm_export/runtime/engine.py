@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -30,6 +31,9 @@ _DTYPES = {
     "tensor(bool)": "bool",
 }
 _LOG_ERRORS_ONLY = 3
+
+MAX_THREADS = 1024
+"""More than any machine has cores for, and few enough for every system to start."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class OrtEngine:
     Raises:
         InputError: the file is no valid graph.
         EnvironmentFailure: a provider is not available, or does not start.
-        UsageError: `threads` is below 1.
+        UsageError: `threads` is out of its range.
     """
 
     def __init__(
@@ -86,9 +90,7 @@ class OrtEngine:
         wanted = [_resolved_provider(name, onnxruntime.get_available_providers()) for name in providers]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _LOG_ERRORS_ONLY
-        if threads is not None:
-            if threads < 1:
-                raise UsageError("threads must be at least 1", got=str(threads))
+        if checked_threads(threads) is not None:
             options.intra_op_num_threads = threads
         # Engines run in turn: picture, prompt, token. Idle threads would spin on and take cores from the next one.
         options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -158,6 +160,15 @@ class OrtEngine:
                     expected=f"{port.dtype} {_shape_text(port.shape)}",
                     got=f"{array.dtype} {_shape_text(array.shape)}",
                 )
+
+
+def checked_threads(threads: int | None) -> int | None:
+    """A number of threads, or None; UsageError unless it is a whole number from 1 to MAX_THREADS."""
+    if threads is None:
+        return None
+    if isinstance(threads, bool) or not isinstance(threads, Integral) or not 1 <= threads <= MAX_THREADS:
+        raise UsageError("threads is out of its range", expected=f"1 to {MAX_THREADS}, or None", got=repr(threads))
+    return int(threads)
 
 
 def _resolved_provider(name: str, available: Sequence[str]) -> str:

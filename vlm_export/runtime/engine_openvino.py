@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 
 from vlm_export.errors import EnvironmentFailure, InputError
-from vlm_export.runtime.engine import Array, Port
+from vlm_export.runtime.engine import Array, Port, checked_threads
 
 _DTYPES = {"f32": "float32", "f16": "float16", "f64": "float64", "i64": "int64", "i32": "int32", "u8": "uint8"}
 
 
 class OpenVinoEngine:
-    """A graph in OpenVINO; what `Engine` states.
+    """A graph in OpenVINO; what `Engine` states. Safe to use from several threads, which take turns.
 
     Args:
         path: the `.onnx` file; its external data is found beside it.
@@ -24,6 +25,7 @@ class OpenVinoEngine:
     Raises:
         EnvironmentFailure: the package is not installed.
         InputError: OpenVINO does not read the graph.
+        UsageError: `threads` is out of its range.
     """
 
     def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
@@ -36,7 +38,7 @@ class OpenVinoEngine:
         self.path = Path(path)
         # On processors that have it, OpenVINO would compute in bfloat16.
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
-        if threads is not None:
+        if checked_threads(threads) is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
         try:
             compiled = openvino.Core().compile_model(str(self.path), "CPU", settings)
@@ -44,7 +46,7 @@ class OpenVinoEngine:
             raise InputError(
                 "a graph cannot be loaded", where=str(self.path), expected="a graph for OpenVINO", got=_last_line(error)
             ) from error
-        self._request = compiled.create_infer_request()
+        self._request, self._busy = compiled.create_infer_request(), Lock()
         self.inputs = tuple(_port(entry) for entry in compiled.inputs)
         self.outputs = tuple(_port(entry) for entry in compiled.outputs)
 
@@ -63,12 +65,13 @@ class OpenVinoEngine:
                 expected=", ".join(sorted(names)),
                 got=", ".join(sorted(feeds)) or "none",
             )
-        try:
-            values = self._request.infer(dict(feeds))
-        except (RuntimeError, TypeError) as error:
-            raise InputError("a graph failed while running", where=str(self.path), got=_last_line(error)) from error
-        # OpenVINO reuses its outputs' memory in the next run.
-        return {port.name: np.array(values[port.name]) for port in self.outputs}
+        # A request takes one run at a time, and reuses its outputs' memory in the next.
+        with self._busy:
+            try:
+                values = self._request.infer(dict(feeds))
+            except (RuntimeError, TypeError) as error:
+                raise InputError("a graph failed while running", where=str(self.path), got=_last_line(error)) from error
+            return {port.name: np.array(values[port.name]) for port in self.outputs}
 
 
 def _port(entry: Any) -> Port:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
+from numbers import Integral, Real
 from typing import Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
@@ -143,13 +144,13 @@ def _check_ranges(options: GenerationOptions) -> None:
 
 
 def _check_whole(name: str, value: object, lowest: int, *, optional: bool = False) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= lowest
+    whole = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= lowest
     if not whole and not (optional and value is None):
         _refuse(name, f"a whole number, at least {lowest}", value)
 
 
 def _check_number(name: str, value: float, *, above: float = -inf, at_most: float = inf) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not isfinite(value) or not above < value <= at_most:
         bounds = [f"above {above:g}"] * isfinite(above) + [f"at most {at_most:g}"] * isfinite(at_most)
         _refuse(name, ", ".join(["a finite number", *bounds]), value)

@@ -11,7 +11,11 @@ animation the first frame counts.
 from __future__ import annotations
 
 import io
+import os
+import stat
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import BinaryIO, TypeAlias
@@ -20,11 +24,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from vlm_export.errors import EnvironmentFailure, InputError
+from vlm_export.errors import EnvironmentFailure, InputError, VlmExportError
 from vlm_export.specs import ImageSpec
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
-PictureSource: TypeAlias = "Image.Image | str | Path | bytes"
+PictureSource: TypeAlias = "Image.Image | str | os.PathLike[str] | bytes | bytearray | BinaryIO | npt.NDArray[np.uint8]"
+"""A Pillow picture, a path, the content of a file, an open file, or uint8 (H, W), (H, W, 3) or (H, W, 4)."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Pillow's decoders that untrusted files may reach; JPEG includes the multi-picture files of phones."""
@@ -36,15 +41,18 @@ MAX_RESIZED_PIXELS = 64_000_000
 """Bound while resizing. To the shorter edge, a 1x10000 picture would become 224x2240000. To a square, Pillow's first
 pass would make 224x100000000 of 1x100000000, and weights for every pixel of its mirror image."""
 
+MAX_STREAM_BYTES = 256 << 20
+"""Read at most from what is no regular file, such as a pipe; the largest pictures within MAX_PIXELS are smaller."""
+
 _OPENING = Lock()
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
-def open_image(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS, name: str = "") -> Image.Image:
+def open_image(source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_PIXELS, name: str = "") -> Image.Image:
     """Decode the first frame of a picture.
 
     Args:
-        source: a path, or the bytes of a file.
+        source: a path, also that of a pipe, or the bytes of a file.
         max_pixels: checked against the header, before memory for pixels is taken. Pillow itself refuses more than
             about 179 million.
         name: what errors call the picture; the path by default.
@@ -56,14 +64,55 @@ def open_image(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS, name
     if isinstance(source, bytes):
         return _decode(io.BytesIO(source), max_pixels, name or "picture from memory")
     path, name = Path(source), name or str(source)
-    if not path.is_file():
-        got = "a directory" if path.is_dir() else "no such file"
-        raise InputError("a picture cannot be read", where=name, expected="a picture file", got=got)
     try:
         with path.open("rb") as stream:
-            return _decode(stream, max_pixels, name)
-    except OSError as error:
-        raise InputError("a picture cannot be read", where=name, got=str(error)) from error
+            regular = stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+            return _decode(stream if regular else io.BytesIO(read_stream(stream, name)), max_pixels, name)
+    except FileNotFoundError as error:
+        raise _unreadable(name, "no such file") from error
+    except IsADirectoryError as error:
+        raise _unreadable(name, "a directory") from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name.
+        raise _unreadable(name, str(error)) from error
+
+
+def read_stream(stream: BinaryIO, name: str) -> bytes:
+    """A stream's content, from the start where it can go back; InputError above MAX_STREAM_BYTES, or when it fails."""
+    try:
+        if stream.seekable():
+            stream.seek(0)
+        content = stream.read(MAX_STREAM_BYTES + 1)
+    except (AttributeError, OSError, TypeError, ValueError) as error:
+        raise _unreadable(name, str(error)) from error
+    if not isinstance(content, bytes):
+        raise _unreadable(name, f"a stream of {type(content).__name__}")
+    if len(content) > MAX_STREAM_BYTES:
+        raise _unreadable(name, f"a stream of more than {MAX_STREAM_BYTES:,} bytes")
+    return content
+
+
+@contextmanager
+def named_decoding(name: str, expected: str, describe: Callable[[Exception], str]) -> Iterator[None]:
+    """Around Pillow's decoders, which raise whatever they stumble on in untrusted bytes.
+
+    Raises:
+        InputError: any of it, with what `describe` makes of it.
+        EnvironmentFailure: there is no memory to decode the picture.
+    """
+    try:
+        yield
+    except VlmExportError:
+        raise
+    except MemoryError as error:
+        raise EnvironmentFailure("not enough memory to decode a picture", where=name) from error
+    except Exception as error:
+        raise InputError(
+            "a picture cannot be decoded",
+            where=name,
+            expected=expected,
+            got=describe(error),
+            fix="open it in an image viewer and save it again, or leave it out",
+        ) from error
 
 
 def preprocess_image(
@@ -108,25 +157,14 @@ def resized_size(size: tuple[int, int], shorter_edge: int) -> tuple[int, int]:
 
 
 def _decode(stream: BinaryIO, max_pixels: int, name: str) -> Image.Image:
-    try:
+    expected = f"a complete file: {', '.join(FORMATS)}"
+    with named_decoding(name, expected, lambda error: _describe_failure(stream, error)):
         # `catch_warnings` is not thread-safe. Pillow warns above 89 million pixels; here `max_pixels` decides.
         with _OPENING, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(stream, formats=FORMATS)
         _check_pixels(image.size, max_pixels, name)
         image.load()
-    except InputError:
-        raise
-    except MemoryError as error:
-        raise EnvironmentFailure("not enough memory to decode a picture", where=name) from error
-    except Exception as error:  # Decoders of untrusted bytes raise whatever they stumble on.
-        raise InputError(
-            "a picture cannot be decoded",
-            where=name,
-            expected=f"a complete file: {', '.join(FORMATS)}",
-            got=_describe_failure(stream, error),
-            fix="open it in an image viewer and save it again, or leave it out",
-        ) from error
     return image
 
 
@@ -177,6 +215,10 @@ def _crop_centre(image: Image.Image, edge: int) -> Image.Image:
     # Half a pixel goes to the even side: Python's round, as torchvision has it.
     left, top = (round((extent - edge) / 2.0) for extent in image.size)
     return image.crop((left, top, left + edge, top + edge))
+
+
+def _unreadable(name: str, got: str) -> InputError:
+    return InputError("a picture cannot be read", where=name, expected="a picture file", got=got)
 
 
 def _describe_failure(stream: BinaryIO, error: Exception) -> str:

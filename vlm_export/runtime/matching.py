@@ -14,10 +14,11 @@ import numpy as np
 
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.engine import Array
+from vlm_export.runtime.given import Pictures
 from vlm_export.runtime.image import FloatArray
 from vlm_export.runtime.language_settings import FIRST_TOKENS, FirstToken, MatchSettings
 from vlm_export.runtime.multimodal import HIDDEN, IMAGE_EMBEDS, TEXT_EMBEDS, Multimodal, paired
-from vlm_export.runtime.pair import TEXT_BATCH_SIZE, Pictures
+from vlm_export.runtime.pair import TEXT_BATCH_SIZE
 from vlm_export.runtime.text_cleaning import clean_caption
 from vlm_export.runtime.vectors import batches, softmax_rows
 

@@ -6,25 +6,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from vlm_export.bundle.layout import TOKENIZER_NAME
 from vlm_export.bundle.manifest import MANIFEST_NAME
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.engine import Array, Engine
+from vlm_export.runtime.given import Pictures, decoder_threads, picture_list, text_list
 from vlm_export.runtime.image import FloatArray, PictureSource
 from vlm_export.runtime.language_settings import FirstToken, LanguageSettings, settings_from_facts
-from vlm_export.runtime.pair import IMAGE_BATCH_SIZE, TEXT_BATCH_SIZE, EncoderPair, Pictures
+from vlm_export.runtime.pair import IMAGE_BATCH_SIZE, TEXT_BATCH_SIZE, EncoderPair
 from vlm_export.runtime.text import Tokenizer
 from vlm_export.runtime.vectors import batches, run_in_float32
 
 HIDDEN, IMAGE_EMBEDS, TEXT_EMBEDS = "last_hidden_state", "image_embeds", "text_embeds"
-_DECODER_THREADS = 4
 Asked = TypeVar("Asked")
 
 
@@ -36,6 +34,12 @@ class Multimodal(EncoderPair):
         """What the manifest says about texts that attend to pictures; InputError when it says nothing."""
         where = str(self.bundle.root / MANIFEST_NAME)
         return settings_from_facts(self.manifest.facts, self.text_spec.vocab_size, where)
+
+    @property
+    def embed_dim(self) -> int:
+        """As in EncoderPair; InputError when the checkpoint has no projection to embeddings."""
+        self._require_output("vision", IMAGE_EMBEDS)
+        return super().embed_dim
 
     def encode_image(
         self, images: Pictures, *, batch_size: int = IMAGE_BATCH_SIZE, progress: bool = False
@@ -111,24 +115,21 @@ class Multimodal(EncoderPair):
         A single picture serves all rows and is encoded once.
         """
         with (
-            ThreadPoolExecutor(self.threads or _DECODER_THREADS) as decoders,
+            decoder_threads(self.threads) as decoders,
             tqdm(total=count, unit="picture", disable=not progress) as bar,
         ):
             shared: dict[str, Array] | None = None
             for batch in batches(range(count), batch_size):
                 if len(sources) == 1 and count > 1:
-                    shared = shared or self._seen(decoders, sources, [0])
+                    shared = shared or self._seen(decoders, sources, 0)
                     seen = {name: np.repeat(array, len(batch), axis=0) for name, array in shared.items()}
                 else:
-                    seen = self._seen(decoders, sources, batch)
+                    seen = self._seen(decoders, [sources[i] for i in batch], batch[0])
                 yield list(batch), seen
                 bar.update(len(batch))
 
-    def _seen(
-        self, decoders: ThreadPoolExecutor, sources: Sequence[PictureSource], rows: Sequence[int]
-    ) -> dict[str, Array]:
-        pixels = list(decoders.map(lambda i: self._prepared_picture(i, sources[i]), rows))
-        return self._run("vision", {"pixel_values": np.stack(pixels)})
+    def _seen(self, decoders: ThreadPoolExecutor, sources: Sequence[PictureSource], first: int) -> dict[str, Array]:
+        return self._run("vision", {"pixel_values": self._pixels(sources, decoders, first)})
 
     def _rows(
         self, texts: Sequence[str], convention: FirstToken, max_tokens: int, *, truncate: bool = False
@@ -150,18 +151,13 @@ class Multimodal(EncoderPair):
         return {}
 
 
-def picture_list(images: Pictures) -> list[PictureSource]:
-    """One or several pictures as a list."""
-    return [images] if isinstance(images, Image.Image | str | Path | bytes) else list(images)
-
-
 def paired(images: Pictures, texts: str | Sequence[str]) -> tuple[list[PictureSource], list[str], int]:
     """Pictures, texts and the number of pairs: item by item, where one of either may stand for all of the other's.
 
     Raises:
         UsageError: two different numbers above one.
     """
-    sources, sentences = picture_list(images), [texts] if isinstance(texts, str) else list(texts)
+    sources, sentences = picture_list(images), text_list(texts)
     sizes = {len(sources), len(sentences)}
     if len(sizes - {1}) > 1:
         raise UsageError(

@@ -7,28 +7,27 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from tqdm import tqdm
 
 from vlm_export.bundle.layout import TOKENIZER_NAME
 from vlm_export.bundle.manifest import Manifest
 from vlm_export.bundle.opened import OpenBundle, open_bundle
 from vlm_export.errors import InputError, UsageError
-from vlm_export.runtime.engine import CPU, Engine, OrtEngine
+from vlm_export.runtime.engine import Engine
+from vlm_export.runtime.engine_choice import ONNXRUNTIME, EngineName, chosen_precision, engine_choice
+from vlm_export.runtime.given import Pictures, decoder_threads, map_pictures, picture_list, text_list
 from vlm_export.runtime.identity import SLICING, model_identity
-from vlm_export.runtime.image import MAX_PIXELS, FloatArray, PictureSource, open_image, preprocess_image
+from vlm_export.runtime.image import MAX_PIXELS, FloatArray, PictureSource, preprocess_image
 from vlm_export.runtime.text import Tokenizer
+from vlm_export.runtime.token_ids import checked_ids, checked_mask
 from vlm_export.runtime.vectors import batches, run_encoder, softmax_rows, takes_mask, unit_rows
 from vlm_export.specs import ImageSpec, TextSpec
 
-Pictures: TypeAlias = "PictureSource | Sequence[PictureSource]"
 IMAGE_BATCH_SIZE = 16
 TEXT_BATCH_SIZE = 64
-_DECODER_THREADS = 4
 _MAX_LOG_SCALE = 100.0
 
 
@@ -36,32 +35,32 @@ def load(
     path: str | Path,
     *,
     precision: str | None = None,
-    providers: Sequence[str] | None = None,
+    engine: EngineName = ONNXRUNTIME,
+    providers: str | Sequence[str] | None = None,
     threads: int | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> EncoderPair:
     """Open a bundle: a `VisionLanguage` where texts attend to pictures, a `VisionChat` where a decoder reads both.
 
-    Both are EncoderPairs too.
+    Both have an EncoderPair's methods; those that the bundle has no parts for raise InputError.
 
     Args:
         path: the bundle's directory.
         precision: the variant of all parts; None: float32, or the only one that the bundle has.
-        providers: ONNX Runtime's execution providers in order of preference; the CPU by default.
+        engine: what runs the graphs; "openvino" needs the extra of that name, and runs on the CPU.
+        providers: ONNX Runtime's execution providers in order of preference, one name or several; the CPU by default.
         threads: of one operator, and of picture decoding; None for as many as there are cores (decoding: 4).
-        max_pixels: pictures with more are refused before they are decoded.
+        max_pixels: pictures with more are refused before they are decoded; those that Pillow has opened are not.
 
     Raises:
         InputError: no bundle, a damaged one, or one that `load_slice_encoder` opens. The graphs are checked when they
             are first used.
+        UsageError: the bundle has no variant of that precision, or an option is out of its range.
+        EnvironmentFailure: on first use, where an engine or a provider is missing.
     """
     bundle = open_bundle(Path(path))
     return _kind_of(bundle)(
-        bundle,
-        precision=precision,
-        providers=tuple(providers or (CPU,)),
-        threads=threads,
-        max_pixels=max_pixels,
+        bundle, precision=precision, engine=engine, providers=providers, threads=threads, max_pixels=max_pixels
     )
 
 
@@ -73,36 +72,49 @@ class EncoderPair:
         bundle: OpenBundle,
         *,
         precision: str | None = None,
-        providers: Sequence[str] = (CPU,),
+        engine: EngineName = ONNXRUNTIME,
+        providers: str | Sequence[str] | None = None,
         threads: int | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        _refuse_slices(bundle)
+        self._check_kind(bundle)
         self.bundle = bundle
-        self.precision = precision or bundle.manifest.default_precision()
-        self.providers = tuple(providers)
-        self.threads = threads
+        self.precision = chosen_precision(bundle.manifest, precision)
         self.max_pixels = max_pixels
+        self._engine_choice = engine_choice(engine, providers, threads)
 
     @property
     def manifest(self) -> Manifest:
+        """All that the bundle says about itself."""
         return self.bundle.manifest
 
     @property
+    def providers(self) -> tuple[str, ...]:
+        """ONNX Runtime's execution providers in order of preference."""
+        return self._engine_choice.providers
+
+    @property
+    def threads(self) -> int | None:
+        """Of one operator, and of picture decoding; None for the default."""
+        return self._engine_choice.threads
+
+    @property
     def image_spec(self) -> ImageSpec:
+        """How pictures become pixels; InputError when the bundle takes none, or cuts them into tiles."""
         if self.manifest.image is None:
             raise InputError("this bundle takes no pictures", where=self.manifest.name)
         return self.manifest.image
 
     @property
     def text_spec(self) -> TextSpec:
+        """How texts become token ids; InputError when the bundle takes none."""
         if self.manifest.text is None:
             raise InputError("this bundle takes no texts", where=self.manifest.name)
         return self.manifest.text
 
     @property
     def embed_dim(self) -> int:
-        """D of the embeddings."""
+        """D of the embeddings; InputError when the bundle makes none."""
         size = self.manifest.parts[0].signature.outputs[0].shape[-1]
         if not isinstance(size, int):
             raise InputError("the embeddings have no fixed size", where=self.manifest.name, got=str(size))
@@ -110,8 +122,20 @@ class EncoderPair:
 
     @property
     def logit_scale(self) -> float:
-        """Factor on cosines before the softmax; the manifest stores its logarithm, as checkpoints do."""
+        """Factor on cosines before the softmax; the manifest stores its logarithm, as checkpoints do.
+
+        Raises:
+            InputError: the model has none: it was not trained to give a picture's labels probabilities.
+        """
         stored = self.manifest.facts.get("logit_scale")
+        if stored is None:
+            raise InputError(
+                "this model has no scale for probabilities",
+                where=self.manifest.name,
+                expected="a logit_scale in the manifest's facts, as bundles of CLIP have",
+                got=f"none, of {self.manifest.family}",
+                fix="use match (BLIP for retrieval): the probability of each text; or compare the embeddings' cosines",
+            )
         if isinstance(stored, bool) or not isinstance(stored, int | float) or not abs(stored) <= _MAX_LOG_SCALE:
             raise InputError(
                 "the manifest has no usable logit_scale",
@@ -128,12 +152,12 @@ class EncoderPair:
 
     @cached_property
     def vision(self) -> Engine:
-        """The vision graph; opening it checks its files."""
+        """The vision graph; opening it checks its files. InputError when the bundle has none."""
         return self._engine("vision")
 
     @cached_property
     def text(self) -> Engine:
-        """The text graph; opening it checks its files."""
+        """The text graph; opening it checks its files. InputError when the bundle has none."""
         return self._engine("text")
 
     @cached_property
@@ -144,7 +168,8 @@ class EncoderPair:
     def encode_image(
         self, images: Pictures, *, batch_size: int = IMAGE_BATCH_SIZE, progress: bool = False
     ) -> FloatArray:
-        """Embeddings of pictures: PIL pictures, paths, or bytes of picture files; one or a sequence of them.
+        """Embeddings of pictures, one or a sequence of them: Pillow pictures, paths, bytes of files, open files, or
+        arrays uint8 (H, W, 3).
 
         Returns:
             float32 (N, D), rows of unit length.
@@ -152,15 +177,15 @@ class EncoderPair:
         Raises:
             InputError: a picture is unreadable or too large; the message names it.
         """
-        sources = [images] if isinstance(images, Image.Image | str | Path | bytes) else list(images)
+        sources = picture_list(images)
         embeddings = self._no_rows(len(sources))
         with (
-            ThreadPoolExecutor(self.threads or _DECODER_THREADS) as decoders,
+            decoder_threads(self.threads) as decoders,
             tqdm(total=len(sources), unit="picture", disable=not progress) as bar,
         ):
             for batch in batches(range(len(sources)), batch_size):
-                pixels = list(decoders.map(lambda i: self._prepared_picture(i, sources[i]), batch))
-                embeddings[list(batch)] = run_encoder(self.vision, np.stack(pixels))
+                pixels = self._pixels([sources[i] for i in batch], decoders, first=batch[0])
+                embeddings[list(batch)] = run_encoder(self.vision, pixels)
                 bar.update(len(batch))
         return unit_rows(embeddings)
 
@@ -183,7 +208,7 @@ class EncoderPair:
         Raises:
             InputError: a text is too long (the message names it), or the bundle has no tokenizer.
         """
-        sources = [texts] if isinstance(texts, str) else list(texts)
+        sources = text_list(texts)
         tokenizer = self.tokenizer
         embeddings = self._no_rows(len(sources))
         with tqdm(total=len(sources), unit="text", disable=not progress) as bar:
@@ -209,19 +234,19 @@ class EncoderPair:
             InputError: ids or mask do not fit the model.
             UsageError: a mask for a model that takes none.
         """
-        spec = self.text_spec
-        ids = np.asarray(input_ids)
-        fits = ids.ndim == 2 and ids.dtype.kind in "iu" and 1 <= ids.shape[1] <= spec.context_length
-        if not fits or (ids.size and not 0 <= ids.min() <= ids.max() < spec.vocab_size):
-            raise InputError(
-                "token ids do not fit the model",
-                expected=f"integers (N, T), T from 1 to {spec.context_length}, each in [0, {spec.vocab_size})",
-                got=f"{ids.dtype} {ids.shape}" + (f", {ids.min()} to {ids.max()}" if fits else ""),
-            )
-        mask = self._checked_mask(ids, attention_mask)
+        ids = checked_ids(input_ids, self.text_spec)
+        mask = np.ones_like(ids)
+        if attention_mask is not None:
+            if not takes_mask(self.text):
+                raise UsageError(
+                    "this model takes no attention_mask",
+                    where=self.manifest.name,
+                    fix="leave it out: padding after end-of-text changes nothing",
+                )
+            mask = checked_mask(attention_mask, ids)
         if not len(ids):
             return self._no_rows()
-        return unit_rows(run_encoder(self.text, ids.astype(np.int64), mask))
+        return unit_rows(run_encoder(self.text, ids, mask))
 
     def classify(
         self, images: Pictures, labels: Sequence[str], *, template: str = "a photo of a {}", truncate: bool = False
@@ -231,45 +256,53 @@ class EncoderPair:
         Args:
             template: the sentence around a label, with `{}` in its place.
 
+            truncate: as in `encode_text`.
+
         Returns:
             float32 (N, L), rows add up to 1.
+
+        Raises:
+            InputError: as in `encode_image`, `encode_text` and `logit_scale`.
+            UsageError: there are no labels, or the template lacks `{}`.
         """
-        if isinstance(labels, str) or not labels:
+        names = [] if isinstance(labels, str) else text_list(labels)
+        if not names or not all(isinstance(name, str) for name in names):
             raise UsageError("classification needs a list of labels", got=repr(labels))
         if "{}" not in template:
             raise UsageError("the template lacks {}", expected="'a photo of a {}'", got=repr(template))
-        texts = self.encode_text([template.replace("{}", label) for label in labels], truncate=truncate)
-        logits = self.logit_scale * (self.encode_image(images) @ texts.T)
-        return softmax_rows(logits)
+        texts = self.encode_text([template.replace("{}", name) for name in names], truncate=truncate)
+        scale = self.logit_scale
+        return softmax_rows(scale * (self.encode_image(images) @ texts.T))
 
-    def _checked_mask(self, ids: npt.NDArray[Any], given: npt.ArrayLike | None) -> npt.NDArray[np.int64]:
-        """int64 like `ids`."""
-        if given is None:
-            return np.ones(ids.shape, dtype=np.int64)
-        if not takes_mask(self.text):
-            raise UsageError(
-                "this model takes no attention_mask",
-                where=self.manifest.name,
-                fix="leave it out: padding after end-of-text changes nothing",
-            )
-        mask = np.asarray(given)
-        fits = mask.shape == ids.shape and mask.dtype.kind in "biu" and bool(np.isin(mask, (0, 1)).all())
-        if not fits or not mask.any(axis=1).all():
+    @staticmethod
+    def _check_kind(bundle: OpenBundle) -> None:
+        """InputError when this class is not made for a bundle."""
+        if SLICING in bundle.manifest.facts:
             raise InputError(
-                "the attention mask does not fit the token ids",
-                expected=f"zeros and ones {ids.shape}, a one in every row",
-                got=f"{mask.dtype} {mask.shape}" + (", a row of zeros" if fits else ""),
+                "this bundle holds no encoder pair: it makes features of a picture's slices, for a language model",
+                where=bundle.manifest.name,
+                expected="a bundle of CLIP, BLIP or nanoVLM",
+                got=bundle.manifest.family,
+                fix="vlm-export embed writes the features, inspect IMAGE --bundle DIR shows the slices; "
+                "in Python: vlm_export.load_slice_encoder(DIR)",
             )
-        return mask.astype(np.int64)
 
     def _engine(self, part: str) -> Engine:
         variant = self.manifest.part(part).variant(self.precision)
-        return OrtEngine(self.bundle.model_files(variant), providers=self.providers, threads=self.threads)
+        return self._engine_choice.open(self.bundle.model_files(variant))
 
-    def _prepared_picture(self, index: int, source: PictureSource) -> FloatArray:
-        name = f"picture {index}" if isinstance(source, Image.Image | bytes) else str(source)
-        image = source if isinstance(source, Image.Image) else open_image(source, max_pixels=self.max_pixels, name=name)
-        return preprocess_image(image, self.image_spec, name=name)
+    def _pixels(self, sources: Sequence[PictureSource], decoders: ThreadPoolExecutor, first: int) -> FloatArray:
+        """float32 (B, 3, S, S) of pictures; errors as in `map_pictures`."""
+        spec = self.image_spec
+        return np.stack(
+            map_pictures(
+                lambda image, name: preprocess_image(image, spec, name=name),
+                sources,
+                decoders,
+                max_pixels=self.max_pixels,
+                first=first,
+            )
+        )
 
     def _tokenizer_file(self) -> Path:
         if TOKENIZER_NAME not in self.manifest.files:
@@ -299,15 +332,3 @@ def _kind_of(bundle: OpenBundle) -> type[EncoderPair]:
         return VisionChat
     attends = any(part.name in LANGUAGE_PARTS for part in bundle.manifest.parts)
     return VisionLanguage if attends else EncoderPair
-
-
-def _refuse_slices(bundle: OpenBundle) -> None:
-    if SLICING in bundle.manifest.facts:
-        raise InputError(
-            "this bundle holds no encoder pair: it makes features of a picture's slices, for a language model",
-            where=bundle.manifest.name,
-            expected="a bundle of CLIP, BLIP or nanoVLM",
-            got=bundle.manifest.family,
-            fix="vlm-export embed writes the features, inspect IMAGE --bundle DIR shows the slices; "
-            "in Python: vlm_export.load_slice_encoder(DIR)",
-        )

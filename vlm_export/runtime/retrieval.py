@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
-
 from vlm_export.errors import UsageError
 from vlm_export.runtime.image import PictureSource
 from vlm_export.runtime.matching import PairMatch
@@ -83,5 +81,5 @@ def search_reranked(
     return sorted(found, key=lambda one: -one.score)[:k]
 
 
-def _picture(query: str | PictureSource) -> Image.Image | Path | bytes:
+def _picture(query: str | PictureSource) -> PictureSource:
     return Path(query) if isinstance(query, str) else query

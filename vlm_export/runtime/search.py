@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -85,19 +86,28 @@ def write_embeddings(path: str | Path, items: Sequence[str], vectors: FloatArray
         raise UsageError("one vector per item is needed", expected=f"({len(items)}, D)", got=str(vectors.shape))
     rows = np.ascontiguousarray(vectors, dtype=np.float32)
     write = {".npy": _write_npy, ".parquet": _write_parquet}[checked_suffix(target)]
-    with replacing(target):
-        write(target, items, rows, meta)
+    with replacing(target) as temporary:
+        write(target, temporary, items, rows, meta)
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[None]:
-    """Around the writing of a file and its sidecar by way of `.tmp` files, of which none stays behind.
+def replacing(target: Path) -> Iterator[Path]:
+    """Around the writing of a file, and of the sidecar that a `.npy` has: both get their names once they are complete.
+
+    Yields the path to write to, beside the target and under a name that nothing has; the sidecar goes to
+    `sidecar_path` of it. Neither stays behind.
 
     Raises:
         EnvironmentFailure: the disk refuses.
     """
+    # Of any target's name only the beginning: the longest that a disk takes leaves no room.
+    temporary = target.with_name(f"{target.name[:32]}.{secrets.token_hex(8)}.tmp")
+    pairs = [(temporary, target), (sidecar_path(temporary), sidecar_path(target))]
     try:
-        yield
+        yield temporary
+        for written, final in pairs:
+            if written.exists():
+                os.replace(written, final)
     except OSError as error:
         raise EnvironmentFailure(
             "embeddings cannot be written",
@@ -106,9 +116,9 @@ def replacing(target: Path) -> Iterator[None]:
             fix="choose a directory that exists, can be written to and has room",
         ) from error
     finally:
-        for path in (target, sidecar_path(target)):
+        for written, _ in pairs:
             with suppress(OSError):
-                temporary_path(path).unlink()
+                written.unlink()
 
 
 def read_embeddings(path: str | Path) -> Embeddings:
@@ -119,8 +129,12 @@ def read_embeddings(path: str | Path) -> Embeddings:
         EnvironmentFailure: Parquet without pyarrow.
     """
     source = Path(path)
-    if not source.is_file():
-        raise InputError("there are no embeddings", where=str(source), got="no such file", fix="vlm-export embed … -o")
+    try:
+        got = "" if source.is_file() else "no such file"
+    except OSError as error:  # a name that is too long, a directory that may not be entered
+        got = str(error)
+    if got:
+        raise InputError("there are no embeddings", where=str(source), got=got, fix="vlm-export embed … -o")
     read = {".npy": _read_npy, ".parquet": _read_parquet}[checked_suffix(source)]
     items, vectors, meta = read(source)
     fits = vectors.ndim == 2 and vectors.dtype == np.float32 and len(vectors) == len(items)
@@ -173,11 +187,6 @@ def sidecar_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def temporary_path(path: Path) -> Path:
-    """Where a file is written before it gets its name."""
-    return path.with_name(path.name + ".tmp")
-
-
 def checked_suffix(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix not in (".npy", ".parquet"):
@@ -185,16 +194,12 @@ def checked_suffix(path: Path) -> str:
     return suffix
 
 
-def _write_npy(target: Path, items: Sequence[str], vectors: FloatArray, meta: EmbeddingsMeta) -> None:
-    temporary, side = temporary_path(target), sidecar_path(target)
+def _write_npy(target: Path, temporary: Path, items: Sequence[str], vectors: FloatArray, meta: EmbeddingsMeta) -> None:
     with temporary.open("wb") as file:
         np.save(file, vectors, allow_pickle=False)
     # The sidecar names its vectors, so that a crash between the two renames is noticed, not searched.
     data = {"schema_version": SCHEMA_VERSION, **asdict(meta), "vectors_sha256": _sha256(vectors), "items": list(items)}
-    side_temporary = temporary_path(side)
-    side_temporary.write_text(json.dumps(data, indent=0), encoding="ascii")
-    os.replace(temporary, target)
-    os.replace(side_temporary, side)
+    sidecar_path(temporary).write_text(json.dumps(data, indent=0), encoding="ascii")
 
 
 def _read_npy(source: Path) -> tuple[list[str], FloatArray, EmbeddingsMeta]:
@@ -220,7 +225,9 @@ def _read_npy(source: Path) -> tuple[list[str], FloatArray, EmbeddingsMeta]:
     return items, vectors, _meta_from_json(data, str(side))
 
 
-def _write_parquet(target: Path, items: Sequence[str], vectors: FloatArray, meta: EmbeddingsMeta) -> None:
+def _write_parquet(
+    target: Path, temporary: Path, items: Sequence[str], vectors: FloatArray, meta: EmbeddingsMeta
+) -> None:
     pa, pq = pyarrow_modules()
     try:
         texts = pa.array(items, pa.string())
@@ -231,9 +238,7 @@ def _write_parquet(target: Path, items: Sequence[str], vectors: FloatArray, meta
     rows = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
     table = pa.table({"item": texts, "embedding": rows})
     metadata = {METADATA_KEY: json.dumps({"schema_version": SCHEMA_VERSION, **asdict(meta)})}
-    temporary = temporary_path(target)
     pq.write_table(table.replace_schema_metadata(metadata), temporary)
-    os.replace(temporary, target)
 
 
 def _read_parquet(source: Path) -> tuple[list[str], FloatArray, EmbeddingsMeta]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -16,9 +15,11 @@ from tqdm import tqdm
 from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest
 from vlm_export.bundle.opened import OpenBundle, open_bundle
 from vlm_export.errors import InputError, UsageError
-from vlm_export.runtime.engine import CPU, Array, Engine, OrtEngine
+from vlm_export.runtime.engine import Array, Engine
+from vlm_export.runtime.engine_choice import ONNXRUNTIME, EngineName, chosen_precision, engine_choice
+from vlm_export.runtime.given import Pictures, decoder_threads, map_pictures, picture_list
 from vlm_export.runtime.identity import SLICING, model_identity
-from vlm_export.runtime.image import MAX_PIXELS, FloatArray, PictureSource, open_image
+from vlm_export.runtime.image import MAX_PIXELS, FloatArray, PictureSource
 from vlm_export.runtime.slice_placeholder import PlaceholderPart, placeholder_parts, placeholder_text
 from vlm_export.runtime.slice_plan import SlicePlan
 from vlm_export.runtime.slicing import IntArray, Slices, slice_image, stack_patches
@@ -27,7 +28,6 @@ from vlm_export.slice_spec import PlaceholderSpec, SliceSpec, slice_spec_from_js
 
 SLICE_BATCH_SIZE = 4
 VISION, TOKENS, VIDEO = "vision", "vision_tokens", "video_resampler"
-_DECODER_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def load_slice_encoder(
     path: str | Path,
     *,
     precision: str | None = None,
-    providers: Sequence[str] | None = None,
+    engine: EngineName = ONNXRUNTIME,
+    providers: str | Sequence[str] | None = None,
     threads: int | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> SliceEncoder:
@@ -71,11 +72,13 @@ def load_slice_encoder(
 
     Raises:
         InputError: no bundle, a damaged one, or one without slicing.
+        UsageError, EnvironmentFailure: as in `vlm_export.load`.
     """
     return SliceEncoder(
         open_bundle(Path(path)),
         precision=precision,
-        providers=tuple(providers or (CPU,)),
+        engine=engine,
+        providers=providers,
         threads=threads,
         max_pixels=max_pixels,
     )
@@ -109,20 +112,21 @@ class SliceEncoder:
         bundle: OpenBundle,
         *,
         precision: str | None = None,
-        providers: Sequence[str] = (CPU,),
+        engine: EngineName = ONNXRUNTIME,
+        providers: str | Sequence[str] | None = None,
         threads: int | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.spec = slice_spec_of(bundle)
         self.bundle = bundle
-        self.precision = precision or bundle.manifest.default_precision()
-        self.providers = tuple(providers)
-        self.threads = threads
+        self.precision = chosen_precision(bundle.manifest, precision)
         self.max_pixels = max_pixels
+        self._engine_choice = engine_choice(engine, providers, threads)
         self._engines: dict[str, Engine] = {}
 
     @property
     def manifest(self) -> Manifest:
+        """All that the bundle says about itself."""
         return self.bundle.manifest
 
     @property
@@ -146,18 +150,17 @@ class SliceEncoder:
         """The graph of a part, opened and checked on first use."""
         if part not in self._engines:
             variant = self.manifest.part(part).variant(self.precision)
-            path = self.bundle.model_files(variant)
-            self._engines[part] = OrtEngine(path, providers=self.providers, threads=self.threads)
+            self._engines[part] = self._engine_choice.open(self.bundle.model_files(variant))
         return self._engines[part]
 
     def encode_slices(
         self,
-        images: PictureSource | Sequence[PictureSource],
+        images: Pictures,
         *,
         batch_size: int = SLICE_BATCH_SIZE,
         progress: bool = False,
     ) -> list[SliceFeatures]:
-        """Features of pictures: PIL pictures, paths, or bytes of picture files; one or a sequence of them.
+        """Features of pictures, of what `vlm_export.EncoderPair.encode_image` takes; one or a sequence of them.
 
         Args:
             batch_size: slices that share a run of the graph: of all shapes where they are packed (2.5 and later), of
@@ -170,19 +173,20 @@ class SliceEncoder:
 
     def stream_slices(
         self,
-        images: PictureSource | Sequence[PictureSource],
+        images: Pictures,
         *,
         batch_size: int = SLICE_BATCH_SIZE,
         progress: bool = False,
     ) -> Iterator[SliceFeatures]:
         """As `encode_slices`, picture by picture: the features of many do not fit memory."""
-        sources = [images] if isinstance(images, Image.Image | str | Path | bytes) else list(images)
+        sources = picture_list(images)
         with (
-            ThreadPoolExecutor(self.threads or _DECODER_THREADS) as decoders,
+            decoder_threads(self._engine_choice.threads) as decoders,
             tqdm(total=len(sources), unit="picture", disable=not progress) as bar,
         ):
             for window in batches(range(len(sources)), batch_size):
-                cut = list(decoders.map(lambda i: self._cut(i, sources[i], self.spec), window))
+                chosen = [sources[i] for i in window]
+                cut = map_pictures(self._cut, chosen, decoders, max_pixels=self.max_pixels, first=window[0])
                 features = self._features(cut, batch_size)
                 for slices in cut:
                     count = len(slices.pixel_values)
@@ -219,11 +223,14 @@ class SliceEncoder:
                 "the groups do not fit the frames", expected=f"{len(frames)} ids in all, none empty", got=str(groups)
             )
         whole, start = replace(self.spec, max_slices=1), 0
+        uncut = partial(self._cut, spec=whole)
         features = np.zeros((len(groups), *self.feature_shape), dtype=np.float32)
-        for row, ids in zip(features, groups, strict=True):
-            cut = [self._cut(i, frames[i], whole) for i in range(start, start + len(ids))]
-            row[:] = self._group(cut, ids, batch_size)
-            start += len(ids)
+        with decoder_threads(self._engine_choice.threads) as decoders:
+            for row, ids in zip(features, groups, strict=True):
+                chosen = [frames[i] for i in range(start, start + len(ids))]
+                cut = map_pictures(uncut, chosen, decoders, max_pixels=self.max_pixels, first=start)
+                row[:] = self._group(cut, ids, batch_size)
+                start += len(ids)
         return features
 
     def _group(self, cut: Sequence[Slices], ids: Sequence[int], batch_size: int) -> FloatArray:
@@ -263,16 +270,14 @@ class SliceEncoder:
     def _inputs(self, pixels: Sequence[FloatArray], sizes: IntArray) -> dict[str, Array]:
         if self._is_packed:
             return {"pixel_values": stack_patches(pixels), "tgt_sizes": sizes}
-        return {"pixel_values": _whole_patches(np.stack(pixels), self.spec.patch_size)}
+        return {"pixel_values": whole_patches(np.stack(pixels), self.spec.patch_size)}
 
     @property
     def _is_packed(self) -> bool:
         return self.spec.pixel_layout == "patches"
 
-    def _cut(self, index: int, source: PictureSource, spec: SliceSpec) -> Slices:
-        name = f"picture {index}" if isinstance(source, Image.Image | bytes) else str(source)
-        image = source if isinstance(source, Image.Image) else open_image(source, max_pixels=self.max_pixels, name=name)
-        return slice_image(image, spec, name=name)
+    def _cut(self, image: Image.Image, name: str, spec: SliceSpec | None = None) -> Slices:
+        return slice_image(image, spec or self.spec, name=name)
 
     def _run(self, part: str, feeds: Mapping[str, Array]) -> FloatArray:
         """A part's output as float32, all of it finite."""
@@ -299,7 +304,7 @@ class SliceEncoder:
             )
 
 
-def _whole_patches(pixels: FloatArray, patch_size: int) -> FloatArray:
+def whole_patches(pixels: FloatArray, patch_size: int) -> FloatArray:
     """(B, 3, H, W), with zeros below and on the right up to multiples of the patch, as timm pads squares."""
     height, width = pixels.shape[2:]
     return np.pad(pixels, ((0, 0), (0, 0), (0, -height % patch_size), (0, -width % patch_size)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,6 @@ from vlm_export.runtime.search import (
     pyarrow_modules,
     replacing,
     sidecar_path,
-    temporary_path,
 )
 from vlm_export.runtime.slice_features import SliceFeatures
 
@@ -70,8 +68,8 @@ def write_slice_features(
     """
     target = Path(path)
     write = {".npy": _write_npy, ".parquet": _write_parquet}[checked_suffix(target)]
-    with replacing(target):
-        return write(target, _checked(pictures, meta.feature_shape), meta)
+    with replacing(target) as temporary:
+        return write(target, temporary, _checked(pictures, meta.feature_shape), meta)
 
 
 def _checked(
@@ -84,8 +82,9 @@ def _checked(
         yield item, features
 
 
-def _write_npy(target: Path, pictures: Iterator[tuple[str, SliceFeatures]], meta: SliceFileMeta) -> tuple[int, int]:
-    temporary, side = temporary_path(target), sidecar_path(target)
+def _write_npy(
+    target: Path, temporary: Path, pictures: Iterator[tuple[str, SliceFeatures]], meta: SliceFileMeta
+) -> tuple[int, int]:
     digest, rows, count = hashlib.sha256(), [], 0
     with temporary.open("wb") as file:
         _write_header(file, 0, meta)
@@ -100,10 +99,7 @@ def _write_npy(target: Path, pictures: Iterator[tuple[str, SliceFeatures]], meta
         _write_header(file, len(rows), meta)
     # The sidecar names its features, so that a crash between the two renames can be noticed.
     data = {**meta.to_json(), "features_sha256": digest.hexdigest(), "rows": rows}
-    side_temporary = temporary_path(side)
-    side_temporary.write_text(json.dumps(data, indent=0), encoding="ascii")
-    os.replace(temporary, target)
-    os.replace(side_temporary, side)
+    sidecar_path(temporary).write_text(json.dumps(data, indent=0), encoding="ascii")
     return count, len(rows)
 
 
@@ -119,18 +115,19 @@ def _rows(item: str, features: SliceFeatures) -> list[dict[str, Any]]:
     ]
 
 
-def _write_parquet(target: Path, pictures: Iterator[tuple[str, SliceFeatures]], meta: SliceFileMeta) -> tuple[int, int]:
+def _write_parquet(
+    target: Path, temporary: Path, pictures: Iterator[tuple[str, SliceFeatures]], meta: SliceFileMeta
+) -> tuple[int, int]:
     pa, pq = pyarrow_modules()
     tensor = pa.fixed_shape_tensor(pa.float32(), meta.feature_shape)
     numbers = [(name, pa.int32()) for name in ("slice", "rows", "columns")]
     schema = pa.schema([("item", pa.string()), *numbers, ("features", tensor)])
     schema = schema.with_metadata({METADATA_KEY: json.dumps(meta.to_json())})
-    temporary, count, slices = temporary_path(target), 0, 0
+    count = slices = 0
     with pq.ParquetWriter(temporary, schema) as writer:
         for item, features in pictures:
             writer.write_table(_table(pa, schema, item, features, target))
             count, slices = count + 1, slices + len(features.tgt_sizes)
-    os.replace(temporary, target)
     return count, slices
 
 

@@ -11,6 +11,7 @@ import html
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,12 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from vlm_export.errors import InputError, UsageError
+from vlm_export.runtime.rust_tokenizer import named_failures, tokenizer_from_json
 from vlm_export.specs import TextSpec
 
 Ids: TypeAlias = npt.NDArray[np.int64]
 
 MAX_CHARACTERS = 10_000
-"""Longest text that is tokenized: far above any context, and the cost of one text stays in milliseconds."""
+"""Longest text that is tokenized: far above any context, and the cost of one text stays in milliseconds, or below
+seconds with the worst tokenizer that `rust_tokenizer` lets pass."""
 
 _PREVIEW_CHARACTERS = 60
 _MARKS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
@@ -34,13 +37,15 @@ class Tokenizer:
     """`tokenizer.json` and a TextSpec; `encode` gives what the text part takes.
 
     Raises:
-        InputError: the file is no tokenizer, or does not fit the spec (ids beyond the vocabulary, another end token).
+        InputError: the file is no tokenizer, makes texts too long, or does not fit the spec (ids beyond the vocabulary,
+            another end token).
     """
 
     def __init__(self, tokenizer_json: str | Path, spec: TextSpec, *, max_characters: int = MAX_CHARACTERS) -> None:
         self.spec = spec
         self.max_characters = max_characters
-        self._rust = tokenizer_from_json(_read(Path(tokenizer_json)), spec, str(tokenizer_json))
+        self._where = str(tokenizer_json)
+        self._rust = tokenizer_from_json(_read(Path(tokenizer_json)), spec, self._where)
         self._start_ids: list[int] = self._rust.encode("").ids[:-1]
         self._specials = _special_ids(self._rust)
         if spec.cleaning == "openai":
@@ -62,7 +67,7 @@ class Tokenizer:
             int64 (B, T), rows filled with `pad_token_id` after end-of-text.
 
         Raises:
-            InputError: a text is too long, or is no Unicode.
+            InputError: a text is too long, is no Unicode, or the tokenizer fails on it.
             UsageError: `texts` is a single string, or `pad_to` exceeds the context length.
         """
         return self.encode_masked(texts, truncate=truncate, pad_to=pad_to)[0]
@@ -108,7 +113,8 @@ class Tokenizer:
         Source: `clean_up_tokenization` of transformers 4.25 (tokenization_utils_base.py), which BLIP's captions and
         answers went through; the Rust decoder closes up around single tokens only.
         """
-        text: str = self._rust.decode([int(token_id) for token_id in ids], skip_special_tokens=True)
+        with self._failures("a tokenizer cannot decode its tokens"):
+            text: str = self._rust.decode([int(token_id) for token_id in ids], skip_special_tokens=True)
         if type(self._rust.decoder).__name__ != "WordPiece":
             return text
         for spaced, closed in _CLOSED_UP:
@@ -124,7 +130,7 @@ class Tokenizer:
             return text[: self.max_characters]
         raise InputError(
             "a text has too many characters to tokenize",
-            where=_place(index, text),
+            where=_place(f"text {index}", text),
             expected=f"at most {self.max_characters:,} characters",
             got=f"{len(text):,}",
             fix="shorten it, or allow truncation",
@@ -138,7 +144,7 @@ class Tokenizer:
             return [*row[: limit - 1], self.spec.end_token_id] if self.spec.ends_texts else row[:limit]
         raise InputError(
             "a text is too long for the model",
-            where=_place(index, text),
+            where=_place(f"text {index}", text),
             expected=f"at most {limit} tokens, start and end included",
             got=f"{len(row)} tokens",
             fix="shorten it, or allow truncation",
@@ -146,24 +152,25 @@ class Tokenizer:
 
     def _tokenize_plain(self, texts: list[str]) -> list[list[int]]:
         for i, text in enumerate(texts):
-            if not _is_unicode(text):
-                raise InputError(
-                    "a text holds half a surrogate pair",
-                    where=_place(i, text),
-                    expected="Unicode text",
-                    fix="read the file as UTF-8 with errors='replace'",
-                )
-        return [e.ids for e in self._rust.encode_batch(texts, add_special_tokens=self.spec.ends_texts)]
+            check_unicode(text, f"text {i}")
+        return self._encoded(texts, add_special_tokens=self.spec.ends_texts)
 
     def _tokenize_openai(self, texts: list[str]) -> list[list[int]]:
         pieces = [_split_at_specials(clean_text(text), self._specials) for text in texts]
         plain = [piece for row in pieces for piece in row if isinstance(piece, str)]
-        encoded = iter(self._rust.encode_batch(plain, add_special_tokens=False))
+        encoded = iter(self._encoded(plain, add_special_tokens=False))
         rows = []
         for row in pieces:
-            ids = [[piece] if isinstance(piece, int) else next(encoded).ids for piece in row]
+            ids = [[piece] if isinstance(piece, int) else next(encoded) for piece in row]
             rows.append([*self._start_ids, *(i for part in ids for i in part), self.spec.end_token_id])
         return rows
+
+    def _encoded(self, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
+        with self._failures("a tokenizer cannot encode a text"):
+            return [row.ids for row in self._rust.encode_batch(texts, add_special_tokens=add_special_tokens)]
+
+    def _failures(self, what: str) -> AbstractContextManager[None]:
+        return named_failures(what, self._where)
 
 
 def clean_text(text: str) -> str:
@@ -198,17 +205,23 @@ def _is_symbol(character: str) -> bool:
     return not character.isspace() and character != "\u0345" and unicodedata.category(character)[0] not in "LN"
 
 
-def _is_unicode(text: str) -> bool:
+def check_unicode(text: str, name: str) -> None:
+    """InputError when a text holds half a surrogate pair, which no tokenizer takes."""
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+    except UnicodeEncodeError as error:
+        raise InputError(
+            "a text holds half a surrogate pair",
+            where=_place(name, text),
+            expected="Unicode text",
+            got=f"{text[error.start]!r} as character {error.start}",
+            fix="take it out; a file is read as UTF-8 with errors='replace'",
+        ) from error
 
 
-def _place(index: int, text: str) -> str:
+def _place(name: str, text: str) -> str:
     shown = text if len(text) <= _PREVIEW_CHARACTERS else text[:_PREVIEW_CHARACTERS] + "…"
-    return f"text {index}: {shown!r}"
+    return f"{name}: {shown!r}"
 
 
 def _read(path: Path) -> str:
@@ -216,47 +229,6 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError("the tokenizer cannot be read", where=str(path), got=str(error)) from error
-
-
-def tokenizer_from_json(text: str, spec: TextSpec, where: str) -> Any:
-    """The `tokenizers.Tokenizer` in the content of a tokenizer.json, without truncation and padding of its own.
-
-    Raises:
-        InputError: malformed, or its ids or its end token do not fit `spec`.
-    """
-    from tokenizers import Tokenizer as RustTokenizer
-
-    try:
-        rust = RustTokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises bare Exception for malformed JSON.
-        raise InputError(
-            "the tokenizer cannot be loaded", where=where, expected="a tokenizer.json", got=str(error)
-        ) from error
-    rust.no_truncation()
-    rust.no_padding()
-    _check_fit(rust, spec, where)
-    return rust
-
-
-def _check_fit(rust: Any, spec: TextSpec, where: str) -> None:
-    highest = max(rust.get_vocab(with_added_tokens=True).values(), default=-1)
-    if not 0 <= highest < spec.vocab_size:
-        raise InputError(
-            "the tokenizer's ids do not fit the model's vocabulary",
-            where=where,
-            expected=f"ids below {spec.vocab_size}",
-            got=f"ids up to {highest}",
-            fix="use the tokenizer that the checkpoint was trained with",
-        )
-    empty: list[int] = rust.encode("").ids
-    if spec.ends_texts and (not empty or empty[-1] != spec.end_token_id):
-        raise InputError(
-            "the tokenizer does not end texts as the model expects",
-            where=where,
-            expected=f"end-of-text id {spec.end_token_id} as the last token",
-            got=f"an empty text gives {empty}",
-            fix="use the tokenizer that the checkpoint was trained with",
-        )
 
 
 def _special_ids(rust: Any) -> dict[str, int]:

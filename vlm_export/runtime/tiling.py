@@ -57,6 +57,9 @@ def plan_tiles(
 ) -> TilePlan:
     """Decide how a picture of `size` (width, height) is cut.
 
+    Where the float that should be a whole number of tiles lies just above it, the shorter side gets one tile more, as
+    in the original: (187, 187) with tiles of 512 and sides of 1536 becomes 4 x 3.
+
     Raises:
         InputError: the picture has no pixels, or is so long and thin that resizing it exceeds the bound.
     """

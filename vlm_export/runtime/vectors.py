@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,9 @@ MASK_NAME = "attention_mask"
 
 
 def batches(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """`items` in runs of at most `size`; UsageError when it is below 1."""
-    if size < 1:
-        raise UsageError("batch_size must be at least 1", got=str(size))
+    """`items` in runs of at most `size`; UsageError unless that is a whole number, at least 1."""
+    if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
+        raise UsageError("batch_size must be at least 1", expected="a whole number", got=repr(size))
     return (items[start : start + size] for start in range(0, len(items), size))
 
 

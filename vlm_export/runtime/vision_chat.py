@@ -15,13 +15,14 @@ from tqdm import tqdm
 
 from vlm_export.bundle.opened import open_bundle
 from vlm_export.errors import InputError
-from vlm_export.runtime.chat_inputs import ChatInputs, ChatRow, RowPictures, paired_rows, picture_tuple
+from vlm_export.runtime.chat_inputs import ChatInputs, ChatRow, RowPictures, paired_rows, picture_tuple, row_ends
 from vlm_export.runtime.embedded_decoder import EmbeddedDecoderState
-from vlm_export.runtime.engine import CPU
+from vlm_export.runtime.engine_choice import ONNXRUNTIME, EngineName
 from vlm_export.runtime.generation import GenerationOptions, generate, padded_ids, stream
 from vlm_export.runtime.generation_options import IdArray
+from vlm_export.runtime.given import Pictures, picture_list, text_list
 from vlm_export.runtime.image import MAX_PIXELS, FloatArray
-from vlm_export.runtime.pair import IMAGE_BATCH_SIZE, TEXT_BATCH_SIZE, Pictures
+from vlm_export.runtime.pair import IMAGE_BATCH_SIZE, TEXT_BATCH_SIZE
 from vlm_export.runtime.text_stream import TextStream
 from vlm_export.runtime.vectors import batches, unit_rows
 
@@ -33,6 +34,9 @@ CHAT_BATCH_SIZE = 4
 
 class VisionChat(ChatInputs):
     """Answers questions about pictures, and captions them. Made by `load` and `load_vision_chat`.
+
+    Of an EncoderPair's members, `vision`, `text`, `encode_ids`, `classify` and `logit_scale` raise InputError: no part
+    and no training of such a model has anything to do with them.
 
     Rows of a batch do not depend on one another: each is answered as if it were alone.
     """
@@ -81,7 +85,12 @@ class VisionChat(ChatInputs):
             for batch in batches(range(len(sentences)), batch_size):
                 part = slice(batch[0], batch[-1] + 1)
                 rows = self.question_rows(
-                    entries[part], sentences[part], shared=shared, first=batch[0], truncate=truncate
+                    entries[part],
+                    sentences[part],
+                    shared=shared,
+                    first=batch[0],
+                    first_picture=sum(map(len, entries[: batch[0]])),
+                    truncate=truncate,
                 )
                 answers += [self._text(ids) for ids in self._generated(rows, options, batch[0])]
                 bar.update(len(batch))
@@ -128,7 +137,7 @@ class VisionChat(ChatInputs):
 
         Other arguments and errors are those of `answer`.
         """
-        sources = [(picture,) for picture in picture_tuple(images)]
+        sources = [(picture,) for picture in picture_list(images)]
         return self.answer(
             sources,
             [CAPTION_QUESTION if prompt is None else prompt] * len(sources),
@@ -177,7 +186,7 @@ class VisionChat(ChatInputs):
 
         Nothing was trained to make these comparable with texts: see `similarity`.
         """
-        sources = picture_tuple(images)
+        sources = picture_list(images)
         rows = self._no_rows(len(sources))
         with tqdm(total=len(sources), unit="picture", disable=not progress) as bar:
             for batch in batches(range(len(sources)), batch_size):
@@ -195,13 +204,18 @@ class VisionChat(ChatInputs):
         progress: bool = False,
     ) -> FloatArray:
         """The mean of each text's token embeddings, float32 (N, D), unit length; InputError when a text has none."""
-        sources = [texts] if isinstance(texts, str) else list(texts)
+        sources = text_list(texts)
         ids = self.tokenizer.encode_rows(sources, truncate=truncate)
+        if not all(ids):
+            where = f"text {next(i for i, row in enumerate(ids) if not row)}"
+            raise InputError("an empty text has no embedding", where=where, expected="at least one token")
         rows = self._no_rows(len(sources))
-        for i, row in enumerate(tqdm(ids, unit="text", disable=not progress)):
-            if not row:
-                raise InputError("an empty text has no embedding", where=f"text {i}", expected="at least one token")
-            rows[i] = self.embedded(row).mean(axis=0, dtype=np.float64)
+        with tqdm(total=len(sources), unit="text", disable=not progress) as bar:
+            for batch in batches(range(len(ids)), batch_size):
+                own = [ids[i] for i in batch]
+                words = np.split(self.embedded([token for row in own for token in row]), row_ends(own))
+                rows[list(batch)] = [row.mean(axis=0, dtype=np.float64) for row in words]
+                bar.update(len(batch))
         return unit_rows(rows)
 
     def similarity(self, images: Pictures, texts: str | Sequence[str]) -> FloatArray:
@@ -289,7 +303,8 @@ def load_vision_chat(
     path: str | Path,
     *,
     precision: str | None = None,
-    providers: Sequence[str] | None = None,
+    engine: EngineName = ONNXRUNTIME,
+    providers: str | Sequence[str] | None = None,
     threads: int | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> VisionChat:
@@ -297,7 +312,8 @@ def load_vision_chat(
     return VisionChat(
         open_bundle(Path(path)),
         precision=precision,
-        providers=tuple(providers or (CPU,)),
+        engine=engine,
+        providers=providers,
         threads=threads,
         max_pixels=max_pixels,
     )

@@ -11,7 +11,7 @@ from vlm_export.runtime.answering import ENCODER, Answering
 from vlm_export.runtime.captioning import Captioning
 from vlm_export.runtime.chat_inputs import is_chat
 from vlm_export.runtime.decoding import DECODER
-from vlm_export.runtime.engine import CPU
+from vlm_export.runtime.engine_choice import ONNXRUNTIME, EngineName
 from vlm_export.runtime.image import MAX_PIXELS
 from vlm_export.runtime.matching import MULTIMODAL, Matching
 
@@ -26,7 +26,8 @@ def load_vision_language(
     path: str | Path,
     *,
     precision: str | None = None,
-    providers: Sequence[str] | None = None,
+    engine: EngineName = ONNXRUNTIME,
+    providers: str | Sequence[str] | None = None,
     threads: int | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> VisionLanguage:
@@ -45,9 +46,5 @@ def load_vision_language(
             fix="open it with vlm_export.load_vision_chat(DIR)",
         )
     return VisionLanguage(
-        bundle,
-        precision=precision,
-        providers=tuple(providers or (CPU,)),
-        threads=threads,
-        max_pixels=max_pixels,
+        bundle, precision=precision, engine=engine, providers=providers, threads=threads, max_pixels=max_pixels
     )

@@ -16,6 +16,8 @@ BATCHES = (1, 2, 3, 5)
 SEEDS = (0, 1, 2)
 # Stands for the upper end of an axis that has none: odd, and past the sizes that kernels special-case.
 _UNBOUNDED_SPAN = 65
+# What one score of cached attention takes: in float32 made, masked, exponentiated and divided.
+_SCORE_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ def grid_for(
             then the large batches. Batches 1 and 2 and all sizes of the other axes stay, whatever they cost.
         budget_bytes: bound of one point's inputs and outputs: where they take more, the longest axis is halved until
             they fit, the batch last. A decoder's logits or cache at a context of thousands of tokens take gigabytes.
+            So are one head's scores of cached attention, which grow with the context's square.
     """
     points: tuple[GridPoint, ...] = ()
     for batches, pairs in ((BATCHES, True), (BATCHES, False), (BATCHES[:3], False), (BATCHES[:2], False)):
@@ -165,9 +168,18 @@ def point_bytes(signature: Signature, sizes: Mapping[str, int]) -> int:
     return sum(prod(t.concrete_shape(known)) * np.dtype(t.dtype).itemsize for t in tensors)
 
 
+def _scores_bytes(signature: Signature, sizes: Mapping[str, int]) -> int:
+    """What one head's scores take where new tokens attend to cached ones and to themselves; 0 for other parts."""
+    rows = sizes.get(BATCH_AXIS, 1)
+    scores = (rows * sizes[axis.sum_of[-1]] * sizes[axis.name] for axis in signature.axes if axis.sum_of)
+    return _SCORE_BYTES * max(scores, default=0)
+
+
 def _within_bytes(signature: Signature, sizes: dict[str, int], budget_bytes: int | None) -> dict[str, int]:
     """The sizes, with the longest axis halved until the arrays fit; where they never do, the smallest sizes."""
-    while budget_bytes is not None and point_bytes(signature, sizes) > budget_bytes:
+    while (
+        budget_bytes is not None and max(point_bytes(signature, sizes), _scores_bytes(signature, sizes)) > budget_bytes
+    ):
         halves = {axis.name: _half(axis, sizes[axis.name]) for axis in signature.axes if not axis.sum_of}
         shorter = {name: size for name, size in halves.items() if size < sizes[name]}
         if not shorter:

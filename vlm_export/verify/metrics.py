@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vlm_export.errors import InputError
+
 Array = npt.NDArray[Any]
 _BLOCK_VALUES = 1 << 20
 _PERCENTILE = 0.99
@@ -58,12 +60,22 @@ def json_number(value: Any) -> Any:
 
 
 def compare(reference: Array, candidate: Array) -> Comparison:
-    """Compares two arrays of any numeric dtype; needs a few blocks and 1 % of the values as extra memory."""
+    """Compares two arrays of real numbers or truth values; needs a few blocks and 1 % of the values as extra memory.
+
+    Raises:
+        InputError: complex numbers, texts or objects.
+    """
+    for array in (reference, candidate):
+        # Kind V: bfloat16 and others that numpy itself lacks.
+        if array.dtype.kind not in "biufV":
+            raise InputError("only real numbers can be compared", got=describe_array(array))
     accumulated = _Accumulator(reference.size)
     shape_equal = reference.shape == candidate.shape
     if shape_equal:
-        for first_row, left, right in _paired_blocks(_rows(reference), _rows(candidate)):
-            accumulated.add(first_row, left, right)
+        rows = _rows(reference), _rows(candidate)
+        scales = _row_scales(rows[0]), _row_scales(rows[1])
+        for first_row, left, right in _paired_blocks(*rows):
+            accumulated.add(first_row, left, right, scales)
     max_abs, p99_abs = accumulated.differences() if shape_equal else (math.nan, math.nan)
     cosine, smallest, largest = accumulated.rows() if shape_equal else (math.nan, math.nan, math.nan)
     return Comparison(
@@ -116,13 +128,21 @@ class _Accumulator:
         self._kept = values - math.ceil(_PERCENTILE * values) + 1
         self._largest = np.empty(0)
         self._sums: dict[int, Array] = {}
+        # Per row, the power of two of the candidate's scale over the reference's.
+        self._scales: dict[int, Array] = {}
 
-    def add(self, first_row: int, left: Array, right: Array) -> None:
-        """left, right: float64 (rows, columns); rows of one `first_row` may come in several blocks of columns."""
+    def add(self, first_row: int, left: Array, right: Array, scales: tuple[Array, Array]) -> None:
+        """left, right: (rows, columns); rows of one `first_row` may come in several blocks of columns.
+
+        scales: int (all rows,): the powers of two by which the rows of either side are divided before their products.
+        """
+        self._keep_largest(_differences(left, right).ravel())
         with np.errstate(invalid="ignore", over="ignore"):
-            self._keep_largest(np.abs(left - right).ravel())
+            rows = slice(first_row, first_row + len(left))
+            left, right = _scaled(left, scales[0][rows]), _scaled(right, scales[1][rows])
             sums = np.stack([(left * right).sum(1), (left * left).sum(1), (right * right).sum(1)])
         self._sums[first_row] = self._sums.get(first_row, 0.0) + sums
+        self._scales[first_row] = scales[1][rows] - scales[0][rows]
 
     def _keep_largest(self, differences: Array) -> None:
         joined = np.concatenate([self._largest, differences])
@@ -143,12 +163,42 @@ class _Accumulator:
         dot, left, right = np.concatenate(list(self._sums.values()), axis=1)
         left, right = np.sqrt(left), np.sqrt(right)
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            cosine, ratio = dot / left / right, right / left
+            cosine, ratio = dot / left / right, np.ldexp(right / left, np.concatenate(list(self._scales.values())))
         both_zero, one_zero = (left == 0) & (right == 0), (left == 0) != (right == 0)
         cosine = np.where(both_zero, 1.0, np.where(one_zero, 0.0, cosine))
         ratio = np.where(both_zero, 1.0, ratio)
         # Rounding may put the cosine of equal rows an ulp above 1.
         return float(np.min(np.minimum(cosine, 1.0))), float(np.min(ratio)), float(np.max(ratio))
+
+
+def _differences(left: Array, right: Array) -> Array:
+    """Absolute differences as float64; of whole numbers of one dtype they are exact before they are rounded to it."""
+    if left.dtype == right.dtype and left.dtype.kind in "iu":
+        # The larger minus the smaller fits the unsigned numbers of the same width, whose arithmetic wraps around.
+        larger, smaller = (pick(left, right).astype(np.uint64) for pick in (np.maximum, np.minimum))
+        return (larger - smaller).astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.abs(left.astype(np.float64) - right.astype(np.float64))
+
+
+def _row_scales(rows: Array) -> Array:
+    """int32 (rows,): a power of two near each row's largest value, by which squares neither overflow nor vanish.
+
+    Zeros for dtypes whose squares float64 holds.
+    """
+    if rows.dtype != np.float64:
+        return np.zeros(len(rows), np.int32)
+    largest = np.zeros(len(rows))
+    for first_row, block, _ in _paired_blocks(rows, rows):
+        some = largest[first_row : first_row + len(block)]
+        np.maximum(some, np.abs(block).max(1), out=some)
+    return np.frexp(np.where(np.isfinite(largest), largest, 0.0))[1]
+
+
+def _scaled(block: Array, scales: Array) -> Array:
+    """The block in float64, divided by two to the power of its rows' scales, which is exact."""
+    block = block.astype(np.float64)
+    return np.ldexp(block, -scales[:, np.newaxis]) if scales.any() else block
 
 
 def _has_nan(array: Array) -> bool:
@@ -162,7 +212,7 @@ def _rows(array: Array) -> Array:
 
 
 def _paired_blocks(left: Array, right: Array) -> Iterator[tuple[int, Array, Array]]:
-    """Pairs of float64 blocks of at most `_BLOCK_VALUES` values, with the index of their first row."""
+    """Pairs of blocks of at most `_BLOCK_VALUES` values, with the index of their first row."""
     rows, columns = left.shape
     if not columns:
         return
@@ -170,7 +220,7 @@ def _paired_blocks(left: Array, right: Array) -> Iterator[tuple[int, Array, Arra
     for row in range(0, rows, step_rows):
         for column in range(0, columns, _BLOCK_VALUES):
             block = (slice(row, row + step_rows), slice(column, column + _BLOCK_VALUES))
-            yield row, left[block].astype(np.float64), right[block].astype(np.float64)
+            yield row, left[block], right[block]
 
 
 def _flat_blocks(array: Array) -> Iterator[Array]:

@@ -5,11 +5,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from vlm_export.slice_spec import SliceSpec
 from vlm_export.specs import ImageSpec
+from vlm_export.tile_spec import TileSpec
 from vlm_export.verify.metrics import Array
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from vlm_export.runtime.slice_plan import SlicePlan
+    from vlm_export.runtime.tiling import TilePlan
 
 
 def original_pixel_values(image: Image.Image, spec: ImageSpec) -> Array:
@@ -32,3 +39,45 @@ def original_pixel_values(image: Image.Image, spec: ImageSpec) -> Array:
     pipeline = transforms.Compose([*ordered, transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)])
     pixel_values: Array = pipeline(image).numpy()
     return pixel_values
+
+
+def original_slices(image: Image.Image, spec: SliceSpec, plan: SlicePlan) -> list[Array]:
+    """float32 (3, H, W) or (3, p, p * L) of each slice, cut where the plan says, by torchvision and torch.
+
+    Source: `slice_image` and the transform of MiniCPM-V 2.0's modeling file, `reshape_by_patch` of 2.5's and 2.6's.
+    """
+    transforms = import_module("torchvision.transforms")
+    picture = image.convert("RGB")
+    pictures = [_resized(picture, plan.source_size)]
+    if plan.refined_size is not None:
+        refined = _resized(picture, plan.refined_size)
+        pictures += [refined.crop(box) for box in plan.boxes]
+    normalise = transforms.Compose([transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)])
+    tensors, edge = [normalise(picture) for picture in pictures], spec.patch_size
+    if spec.pixel_layout == "patches":
+        tensors = [_squares(tensor, edge).permute(0, 3, 1, 2, 4).reshape(3, edge, -1) for tensor in tensors]
+    return [tensor.numpy() for tensor in tensors]
+
+
+def original_tiles(image: Image.Image, spec: TileSpec, plan: TilePlan) -> Array:
+    """float32 (N, 3, S, S) in [0, 1]: of more than one tile, the whole picture first; by torchvision.
+
+    Source: `DynamicResize` and `GlobalAndSplitImages` in huggingface/nanoVLM data/custom_transforms.py (4e0c096).
+    """
+    transforms, functional = import_module("torchvision.transforms"), import_module("torchvision.transforms.functional")
+    pixels, edge = transforms.ToTensor()(_resized(image.convert("RGB"), plan.resized_size)), spec.tile_size_pixels
+    tiles: Array = _squares(pixels, edge).permute(1, 2, 0, 3, 4).reshape(-1, 3, edge, edge).numpy()
+    if len(tiles) == 1:
+        return tiles
+    whole: Array = functional.resize(pixels, [edge, edge], antialias=True).numpy()
+    return np.concatenate([whole[None], tiles])
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Any:
+    transforms = import_module("torchvision.transforms")
+    return transforms.Resize(size[::-1], interpolation=transforms.InterpolationMode.BICUBIC)(image)
+
+
+def _squares(pixels: Any, edge: int) -> Any:
+    """(3, H, W) as (3, rows, columns, edge, edge)."""
+    return pixels.unfold(1, edge, edge).unfold(2, edge, edge)

@@ -14,16 +14,16 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vlm_export.runtime.chat_prompt import ChatTokenizer
-from vlm_export.runtime.image import preprocess_image
 from vlm_export.runtime.text import Tokenizer
 from vlm_export.signature import Signature
-from vlm_export.specs import ImageSpec, TextSpec
+from vlm_export.specs import TextSpec
 from vlm_export.verify.metrics import Array
-from vlm_export.verify.original_image import original_pixel_values
+from vlm_export.verify.picture_samples import PictureSpec, prepared_twice, takes_pictures
 from vlm_export.verify.points import Arrays
 
 _SENTENCES_PER_BATCH = 5
 _TEXT_INPUTS = (("input_ids",), ("input_ids", "attention_mask"))
+_SEEN_OF_EACH = 4
 _PHOTOGRAPH_SIZES = ((640, 426), (351, 527), (300, 300))
 
 SENTENCES: tuple[str, ...] = (
@@ -72,26 +72,27 @@ class Sample:
 
 def sample_inputs(
     signature: Signature,
-    image_spec: ImageSpec | None,
+    image_spec: PictureSpec | None,
     text_spec: TextSpec | None,
     tokenizer_path: Path | None,
     *,
     images: Sequence[Image.Image] | None = None,
     sentences: Sequence[str] = SENTENCES,
 ) -> list[Sample]:
-    """Samples for a part that takes `pixel_values`, `pixels` or `input_ids` alone, or the latter with its mask.
+    """Samples for a part that takes pictures, or token ids alone or with their mask.
 
     There are none for any other part.
 
     Args:
+        image_spec: from `picture_spec`.
         tokenizer_path: the bundle's `tokenizer.json`; without it there are no text samples.
-        images: take the place of the synthetic photographs.
+        images: take the place of the synthetic photographs. Of those, a few slices or tiles are seen.
     """
-    if signature.input_names == ("pixel_values",) and image_spec is not None:
+    if takes_pictures(signature):
         # One at a time: the grid has the batches.
-        return [_image_sample(image, image_spec) for image in (synthetic_photographs() if images is None else images)]
-    if signature.input_names == ("pixels",):
-        return [_pixels_sample(image) for image in (synthetic_photographs() if images is None else images)]
+        limit = _SEEN_OF_EACH if images is None else None
+        pictures = synthetic_photographs() if images is None else images
+        return [Sample(*both) for picture in pictures for both in prepared_twice(picture, signature, image_spec, limit)]
     if signature.input_names in _TEXT_INPUTS and text_spec is not None and tokenizer_path is not None:
         tokenizer = (Tokenizer if text_spec.ends_texts else ChatTokenizer)(tokenizer_path, text_spec)
         starts = range(0, len(sentences), _SENTENCES_PER_BATCH)
@@ -99,16 +100,6 @@ def sample_inputs(
         batches = [tokenizer.encode_masked(sentences[i : i + _SENTENCES_PER_BATCH], truncate=True) for i in starts]
         return [_text_sample(dict(zip(signature.input_names, batch, strict=False))) for batch in batches]
     return []
-
-
-def _image_sample(image: Image.Image, spec: ImageSpec) -> Sample:
-    pixel_values, original = preprocess_image(image, spec), original_pixel_values(image, spec)
-    return Sample({"pixel_values": pixel_values[None]}, {"pixel_values": original[None]})
-
-
-def _pixels_sample(image: Image.Image) -> Sample:
-    pixels = np.asarray(image.convert("RGB"))[None]
-    return Sample({"pixels": pixels}, {"pixels": pixels})
 
 
 def _text_sample(inputs: Arrays) -> Sample:

@@ -163,6 +163,9 @@ def _slice(node: ir.Node, opset: int) -> ir.Value | None:
     steps = [1] * len(starts) if given_steps is None else constant_integers(given_steps)
     if axes is None or steps is None or any(starts) or any(step != 1 for step in steps):
         return None
+    rank = len(source.shape)
+    if len(axes) != len(ends) or not all(-rank <= axis < rank for axis in axes):
+        return None
     for axis, end in zip(axes, ends, strict=True):
         size = source.shape[axis]
         # Exporters write the largest integer for "to the end".
