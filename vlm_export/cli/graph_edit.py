@@ -122,25 +122,48 @@ def _prove(args: argparse.Namespace, original: ir.Model, applied: Applied, steps
 
     first = ModelProgram(original)
     before: Program = first
-    renamed = dict(applied.renamed)
-    composed = [step for step in steps if step.verb.name == "compose"]
+    composed = [step.values for step in steps if step.verb.name == "compose"]
     if composed and len(steps) > 1:
         raise UsageError("a recipe that composes models cannot be verified", fix="use `graph compose --verify`")
-    for step in composed:
-        second = ModelProgram(step.values["second"])
-        for key, program in (("prefix_first", first), ("prefix_second", second)):
-            names = [str(value.name) for value in (*program.inputs, *program.outputs)]
-            renamed |= {f"{step.values.get(key, '')}{name}": name for name in names if step.values.get(key)}
-        before = Chain(first, second, step.values["connect"])
-    return _proof(args, before, ModelProgram(applied.model), renamed)
+    for values in composed:
+        before = Chain(
+            first,
+            ModelProgram(values["second"]),
+            values["connect"],
+            shared_inputs=values.get("shared_inputs", ()),
+            prefixes=(values.get("prefix_first", ""), values.get("prefix_second", "")),
+        )
+    return _proof(
+        args,
+        before,
+        ModelProgram(applied.model),
+        applied.renamed,
+        may_drop_outputs=any(step.verb.drops_outputs for step in steps),
+        may_change_dtypes=any(step.verb.changes_dtypes for step in steps),
+    )
 
 
-def _proof(args: argparse.Namespace, before: Program, after: Program, renamed: Mapping[str, str]) -> Proof:
+def _proof(
+    args: argparse.Namespace,
+    before: Program,
+    after: Program,
+    renamed: Mapping[str, str],
+    *,
+    may_drop_outputs: bool = False,
+    may_change_dtypes: bool = False,
+) -> Proof:
     from vlm_export.graph.prove import prove
 
-    inputs = [Path(name) for name in args.inputs]
     try:
-        return prove(before, after, inputs=inputs, tolerance=args.tolerance, renamed=renamed)
+        return prove(
+            before,
+            after,
+            inputs=[Path(name) for name in args.inputs],
+            tolerance=args.tolerance,
+            renamed=renamed,
+            may_drop_outputs=may_drop_outputs,
+            may_change_dtypes=may_change_dtypes,
+        )
     except VerificationError as error:
         fix = "; ".join(part for part in ("nothing was written", error.fix) if part)
         raise VerificationError(error.what, expected=error.expected, got=error.got, fix=fix) from error
@@ -164,7 +187,8 @@ def run_split(args: argparse.Namespace) -> int:
         _validate(part, original)
     proof = None
     if args.verify:
-        chain = Chain(ModelProgram(parts.first), ModelProgram(parts.second), parts.connections)
+        first, second = ModelProgram(parts.first), ModelProgram(parts.second)
+        chain = Chain(first, second, parts.connections, shared_inputs=parts.shared_inputs)
         proof = _proof(args, ModelProgram(original), chain, {})
     targets = [(parts.first, args.output), (parts.second, args.second)]
     files = save_models(targets, storage=storage, overwrite=args.overwrite, opened=[original])

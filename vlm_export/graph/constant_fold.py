@@ -12,6 +12,8 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from onnx import ModelProto, NodeProto, helper
 
+from vlm_export.graph.numpy_dtypes import is_plain_number
+
 Array: TypeAlias = npt.NDArray[Any]
 # Runs a graph of one node: feeds by name → its outputs, or None where the engine cannot run it.
 Evaluate: TypeAlias = Callable[[ModelProto, Mapping[str, Array]], "Sequence[Array] | None"]
@@ -93,13 +95,12 @@ class _Fold:
                 return False
         feeds = {str(value.name): known[value] if value in known else _weight(value) for value in _inputs(node)}
         # Neither numpy nor an engine's Python interface has the narrow types.
-        if any(array.dtype.kind not in "biuf" for array in feeds.values()):
+        if not all(is_plain_number(array.dtype) for array in feeds.values()):
             return False
         arrays = self._evaluate(_model_of_one(node, feeds, self._model), feeds)
-        # A sequence is a list: nothing that an initializer could hold.
-        if arrays is None or not all(isinstance(array, np.ndarray) for array in arrays):
-            return False
         outputs = [value for value in node.outputs if value.name]
+        if arrays is None or not all(map(_is_value, outputs, arrays)):
+            return False
         known.update(zip(outputs, arrays, strict=True))
         return self._bytes(known, outputs) <= self._limit_bytes
 
@@ -128,6 +129,13 @@ def _is_weight(value: ir.Value) -> bool:
 def _weight(value: ir.Value) -> Array:
     assert value.const_value is not None
     return np.asarray(value.const_value.numpy())
+
+
+def _is_value(value: ir.Value, array: object) -> bool:
+    """Whether an initializer can hold it: no list, as sequences are, no strings, and no bytes that stand for others."""
+    if not isinstance(array, np.ndarray) or not is_plain_number(array.dtype):
+        return False
+    return value.dtype is None or value.dtype.numpy() == array.dtype
 
 
 def _stated_bytes(node: ir.Node) -> int:

@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import numpy.typing as npt
 import onnxruntime
 from onnx import ModelProto
 
 Array: TypeAlias = npt.NDArray[Any]
+
+# Tensor types that come back as they are. Narrower ones come back as raw bytes under another dtype, or not at all.
+_NUMPY_KINDS: Mapping[str, str] = {
+    "tensor(bool)": "bool",
+    "tensor(double)": "float64",
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(string)": "object",
+    **{f"tensor({sign}int{bits})": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
+}
 
 
 def start_session(model: bytes | str) -> onnxruntime.InferenceSession:
@@ -22,10 +33,22 @@ def start_session(model: bytes | str) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
+def numpy_lacks(type_text: str) -> bool:
+    """Whether a tensor of this type (as a session states it) has no counterpart in numpy: bfloat16, float8, int4."""
+    return type_text.startswith("tensor(") and type_text not in _NUMPY_KINDS
+
+
 def run_in_onnxruntime(model: ModelProto, feeds: Mapping[str, Array]) -> Sequence[Array] | None:
-    """The outputs; None where ONNX Runtime cannot run the graph."""
+    """The outputs; None where ONNX Runtime cannot run the graph, or cannot give them in their own dtype."""
     try:
-        outputs: Sequence[Array] = start_session(model.SerializeToString()).run(None, dict(feeds))
+        session = start_session(model.SerializeToString())
+        if any(numpy_lacks(entry.type) for entry in session.get_outputs()):
+            return None
+        outputs: Sequence[Array] = session.run(None, dict(feeds))
     except Exception:  # onnxruntime's own classes share no base but Exception.
         return None
-    return outputs
+    kinds = [_NUMPY_KINDS.get(entry.type) for entry in session.get_outputs()]
+    is_right = all(
+        not isinstance(array, np.ndarray) or array.dtype == kind for array, kind in zip(outputs, kinds, strict=True)
+    )
+    return outputs if is_right else None

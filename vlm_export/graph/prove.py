@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ import numpy as np
 import onnx_ir as ir
 
 from vlm_export.errors import VerificationError
+from vlm_export.graph.accepted_feeds import RandomRuns, Run, run_with_defaults_replaced
 from vlm_export.graph.errors import GraphError
+from vlm_export.graph.numpy_dtypes import is_plain_number
 from vlm_export.graph.onnxruntime_session import Array
-from vlm_export.graph.program import ModelProgram, Program
-from vlm_export.graph.random_inputs import load_feeds, random_feeds
-
-_RUNS = 3
+from vlm_export.graph.pairing import Pairing, check_dtypes, fixed_sizes, pair_interfaces
+from vlm_export.graph.program import ModelProgram, Program, RunError
+from vlm_export.graph.random_inputs import load_feeds
 
 
 @dataclass(frozen=True)
@@ -27,27 +28,32 @@ class Proof:
         runs: sets of inputs.
         outputs: of the changed model, each compared in every run.
         max_abs: the largest difference.
+        not_compared: outputs of the original that the changed model lacks.
+        at_default: inputs of the original that had their default in every run.
     """
 
     runs: int
     outputs: tuple[str, ...]
     max_abs: float
+    not_compared: tuple[str, ...] = ()
+    at_default: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         result = f"differ by at most {self.max_abs:.3g}" if self.max_abs else "are equal"
-        return f"verified: {len(self.outputs)} outputs {result} on {self.runs} sets of inputs"
+        text = f"verified: {len(self.outputs)} outputs {result} on {self.runs} sets of inputs"
+        for what, names in (("not compared", self.not_compared), ("only with their defaults", self.at_default)):
+            text += f"; {what}: {', '.join(map(repr, names))}" if names else ""
+        return text
 
     def to_json(self) -> dict[str, Any]:
         """As `--json` prints it."""
-        return {"runs": self.runs, "outputs": list(self.outputs), "max_abs": self.max_abs}
-
-
-@dataclass(frozen=True)
-class Pairing:
-    """Which tensors correspond: input or output of the changed model → tensor of the original."""
-
-    inputs: dict[str, str]
-    outputs: dict[str, str]
+        return {
+            "runs": self.runs,
+            "outputs": list(self.outputs),
+            "max_abs": self.max_abs,
+            "not_compared": list(self.not_compared),
+            "at_default": list(self.at_default),
+        }
 
 
 def prove(
@@ -57,138 +63,165 @@ def prove(
     inputs: Sequence[Path] = (),
     tolerance: float = 0.0,
     renamed: Mapping[str, str] | None = None,
+    may_drop_outputs: bool = False,
+    may_change_dtypes: bool = False,
 ) -> Proof:
     """Runs both on the same inputs and compares every output of the changed model.
 
     Inputs and outputs correspond by name, then by position. What is an internal tensor of the original (the ends of a
-    part that was cut out, a tap) is taken from a run of the original. Where dtypes differ, the original's values are
-    converted to the changed model's.
+    part that was cut out, a tap) is taken from a run of the original. Inputs that have a default are tried without a
+    feed, and once with other values, where both models name them.
 
     Args:
         inputs: files for the original's inputs (one .npz, or .pb in order); none: random values.
         tolerance: allowed difference, times max(1, largest absolute value of the output); 0: equal to the last bit.
         renamed: name in the changed model → name in the original.
+        may_drop_outputs: the changed model need not have all of the original's outputs.
+        may_change_dtypes: where dtypes differ, the original's values are converted to the changed model's.
 
     Raises:
-        VerificationError: an output differs.
-        GraphError: onnxruntime cannot run the original on any inputs tried, or the interfaces do not correspond.
+        VerificationError: an output differs or is missing, or an input or output has another dtype.
+        GraphError: onnxruntime cannot run the original on any inputs tried, the interfaces do not correspond, or an
+            output has no finite value in any run.
     """
     first = ModelProgram(before) if isinstance(before, ir.Model) else before
     second = ModelProgram(after) if isinstance(after, ir.Model) else after
     pairing = pair_interfaces(first, second, renamed or {})
-    wanted = [*pairing.inputs.values(), *pairing.outputs.values()]
-    largest, runs = 0.0, 0
-    for feeds in _feeds(first, second, pairing, inputs, wanted):
-        found = dict(zip(wanted, first.run(feeds, wanted), strict=True))
-        _check_repeats(first, feeds, list(pairing.outputs.values()), found)
-        given = {name: _as_dtype(found[source], second.tensor(name)) for name, source in pairing.inputs.items()}
-        results = _run_changed(second, given, list(pairing.outputs))
-        for (name, source), result in zip(pairing.outputs.items(), results, strict=True):
-            expected = _as_dtype(found[source], second.tensor(name))
-            largest = max(largest, compare(name, expected, result, tolerance))
-        runs += 1
-    return Proof(runs, tuple(pairing.outputs), largest)
-
-
-def pair_interfaces(before: Program, after: Program, renamed: Mapping[str, str]) -> Pairing:
-    """Which tensors correspond.
-
-    Raises:
-        GraphError: an input or output of the changed model that stands for nothing in the original.
-    """
-    pairs = []
-    for kind, old, new in (("input", before.inputs, after.inputs), ("output", before.outputs, after.outputs)):
-        old_names, new_names = [str(value.name) for value in old], [str(value.name) for value in new]
-        found: dict[str, str] = {}
-        for position, name in enumerate(new_names):
-            known = renamed.get(name, name)
-            if known not in old_names and before.tensor(known) is None:
-                known = _by_position(kind, name, position, old_names, new_names)
-            found[name] = known
-        pairs.append(found)
-    return Pairing(*pairs)
-
-
-def _by_position(kind: str, name: str, position: int, old: Sequence[str], new: Sequence[str]) -> str:
-    if len(old) == len(new) and old[position] not in new:
-        return old[position]
-    raise GraphError(
-        f"{kind} {name!r} of the changed model stands for no tensor of the original",
-        got=f"the original's {kind}s are {list(old)}",
-        fix="leave --verify out: the change is not meant to keep what is computed",
-    )
-
-
-def _feeds(
-    before: Program, after: Program, pairing: Pairing, files: Sequence[Path], wanted: Sequence[str]
-) -> list[dict[str, Array]]:
-    if files:
-        feeds = load_feeds(files, before.inputs)
-        before.run(feeds, wanted)
-        return [feeds]
-    sizes = _fixed_sizes(before, after, pairing)
-    accepted: list[dict[str, Array]] = []
-    refusal: GraphError | None = None
-    for seed, feeds in enumerate(random_feeds(before.inputs, sizes)):
-        try:
-            before.run(feeds, wanted)
-        except GraphError as error:
-            refusal = refusal or error
-            continue
-        accepted.append(feeds)
-        if len(accepted) == _RUNS or (seed and not before.inputs):
-            break
-    if not accepted:
-        raise GraphError(
-            "the original cannot be run on random inputs",
-            got=refusal.got if refusal else "",
-            fix="give inputs that it takes: --inputs FILE.npz",
+    if pairing.missing and not may_drop_outputs:
+        raise VerificationError(
+            "the changed model lacks outputs of the original",
+            expected=str(list(first.outputs)),
+            got=f"without {list(pairing.missing)}",
         )
-    return accepted
+    if not may_change_dtypes:
+        check_dtypes(first, second, pairing)
+    trials = _Trials(first, second, pairing, inputs)
+    largest, count = 0.0, 0
+    shown: set[str] = set()
+    for run in trials.runs():
+        results = _run_changed(second, _feeds_of_changed(first, second, pairing, run, may_change_dtypes), pairing)
+        for (name, source), result in zip(pairing.outputs.items(), results, strict=True):
+            expected = run.found[source]
+            if may_change_dtypes:
+                expected = _as_dtype(expected, second.tensor(name))
+            largest = max(largest, compare(name, expected, result, tolerance))
+            shown.update([name] if _says_something(expected) else [])
+        count += 1
+    _check_shown([name for name in pairing.outputs if name not in shown], bool(inputs))
+    return Proof(count, tuple(pairing.outputs), largest, pairing.missing, trials.at_default)
 
 
-def _fixed_sizes(before: Program, after: Program, pairing: Pairing) -> dict[str, int]:
-    """Named axes of the original that the changed model fixes."""
-    sizes: dict[str, int] = {}
-    for name, source in pairing.inputs.items():
-        old, new = before.tensor(source), after.tensor(name)
-        for axis, (open_size, fixed) in enumerate(zip(_dims(old), _dims(new), strict=False)):
-            if isinstance(fixed, int) and not isinstance(open_size, int):
-                sizes[str(open_size.value) if open_size.value is not None else f"{source}.{axis}"] = fixed
-    return sizes
+class _Trials:
+    """The runs of the original.
 
+    Attributes:
+        at_default: inputs that had their default in all of them; known at the end.
+    """
 
-def _dims(value: ir.Value | None) -> Sequence[int | ir.SymbolicDim]:
-    return () if value is None or value.shape is None else value.shape.dims
+    def __init__(self, before: Program, after: Program, pairing: Pairing, files: Sequence[Path]) -> None:
+        self._program, self._after, self._pairing, self._files = before, after, pairing, files
+        self._wanted = list(dict.fromkeys([*pairing.inputs.values(), *pairing.outputs.values()]))
+        self._refusal: GraphError | None = None
+        self.at_default = tuple(name for name, value in before.inputs.items() if value.is_initializer())
 
-
-def _check_repeats(
-    program: Program, feeds: Mapping[str, Array], names: Sequence[str], found: Mapping[str, Array]
-) -> None:
-    for name, again in zip(names, program.run(feeds, names), strict=True):
-        if not equal_values(found[name], again):
+    def runs(self) -> Iterator[Run]:
+        """Each checked to give the same at another time."""
+        last: Run | None = None
+        for run in self._from_files() if self._files else self._random():
+            yield self._checked(run)
+            last = run
+        if last is None:
             raise GraphError(
-                "the original gives other results at every run: nothing can be compared",
-                where=name,
-                fix="remove the nodes that draw random numbers, or leave --verify out",
+                "the original cannot be run on random inputs",
+                got=(self._refusal.got or self._refusal.what) if self._refusal else "",
+                fix="give inputs that it takes: --inputs FILE.npz",
             )
+        both = set(self._pairing.inputs.values())
+        self.at_default = tuple(name for name in self.at_default if name not in last.feeds)
+        replaced = run_with_defaults_replaced(last, [name for name in self.at_default if name in both], self._attempt)
+        if replaced is not None:
+            self.at_default = tuple(name for name in self.at_default if name not in replaced.feeds)
+            yield self._checked(replaced)
+
+    def _from_files(self) -> Iterator[Run]:
+        feeds = load_feeds(self._files, self._program.inputs)
+        yield Run(feeds, self._found(feeds))
+
+    def _random(self) -> Iterator[Run]:
+        required = {name: value for name, value in self._program.inputs.items() if not value.is_initializer()}
+        sizes = fixed_sizes(self._program, self._after, self._pairing)
+        yield from RandomRuns(required, sizes, self._program.size_inputs(), self._attempt)
+
+    def _attempt(self, feeds: Mapping[str, Array]) -> Run | None:
+        try:
+            return Run(feeds, self._found(feeds))
+        except RunError as error:
+            self._refusal = self._refusal or error
+            return None
+
+    def _found(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        return dict(zip(self._wanted, self._program.run(feeds, self._wanted), strict=True))
+
+    def _checked(self, run: Run) -> Run:
+        names = list(self._pairing.outputs.values())
+        for name, again in zip(names, self._program.run(run.feeds, names), strict=True):
+            if not equal_values(run.found[name], again):
+                raise GraphError(
+                    "the original gives other results at every run: nothing can be compared",
+                    where=name,
+                    fix="remove the nodes that draw random numbers, or leave --verify out",
+                )
+        return run
 
 
-def _run_changed(program: Program, feeds: Mapping[str, Array], names: Sequence[str]) -> list[Array]:
+def _feeds_of_changed(
+    before: Program, after: Program, pairing: Pairing, run: Run, may_change_dtypes: bool
+) -> dict[str, Array]:
+    feeds: dict[str, Array] = {}
+    for name, source in pairing.inputs.items():
+        is_unfed = source in before.inputs and source not in run.feeds
+        if is_unfed and after.inputs[name].is_initializer():
+            continue
+        array = run.found[source]
+        feeds[name] = _as_dtype(array, after.tensor(name)) if may_change_dtypes else array
+    return feeds
+
+
+def _run_changed(program: Program, feeds: Mapping[str, Array], pairing: Pairing) -> list[Array]:
     try:
-        return program.run(feeds, names)
+        return program.run(feeds, list(pairing.outputs))
     except GraphError as error:
         raise VerificationError(
             "the changed model cannot be run on inputs that the original takes",
-            got=error.got,
+            got=error.got or error.what,
         ) from error
 
 
+def _says_something(array: Array) -> bool:
+    """Whether equality of such a result means anything: it has a value, and one that is finite."""
+    if not isinstance(array, np.ndarray):
+        return True
+    return array.size > 0 and (array.dtype.kind not in "fc" or bool(np.isfinite(array).any()))
+
+
+def _check_shown(names: Sequence[str], given: bool) -> None:
+    if names:
+        raise GraphError(
+            "outputs had no finite value in any run: nothing was compared",
+            where=", ".join(names),
+            fix=f"give {'other ' if given else ''}inputs for which they have: --inputs FILE.npz",
+        )
+
+
 def _as_dtype(array: Array, value: ir.Value | None) -> Array:
-    if value is None or value.dtype is None or not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+    """The values as that dtype holds them; programs take and give as float32 what numpy lacks."""
+    if value is None or value.dtype is None or not isinstance(array, np.ndarray) or not is_plain_number(array.dtype):
         return array
     wanted = value.dtype.numpy()
-    return array if array.dtype == wanted else np.asarray(array.astype(wanted))
+    if array.dtype == wanted:
+        return array
+    held = array.astype(wanted)
+    return np.asarray(held if is_plain_number(wanted) else held.astype(np.float32))
 
 
 def compare(name: str, expected: Array, got: Array, tolerance: float) -> float:

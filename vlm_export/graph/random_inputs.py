@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,51 +15,74 @@ from onnx import numpy_helper
 
 from vlm_export.errors import UsageError, suggestion
 from vlm_export.graph.errors import GraphError
+from vlm_export.graph.numpy_dtypes import is_plain_number
 
 Array = npt.NDArray[Any]
-# Sizes that open axes get, one after the other, and the bound of random integers: graphs differ in what they take.
-_SIZES = ((2, 3, 5, 4, 7, 6), (2,), (1,), (4,), (8,), (16,), (32,), (64,), (224,))
-_BOUNDS = (2, 1, 16)
 _WORDS = ("a", "cat", "on", "two", "mats", "")
+# Bounds above this are meant to reach every value that the graph takes.
+_SMALL_BOUND = 16
 
 
-def random_feeds(inputs: Sequence[ir.Value], sizes: Mapping[str, int], seed: int = 0) -> Iterator[dict[str, Array]]:
-    """Feeds to try in turn until the graph takes them; equally named axes are of one size.
+def draw_feeds(
+    inputs: Mapping[str, ir.Value],
+    sizes: Mapping[str, int],
+    choices: Sequence[int],
+    bounds: Mapping[str, int],
+    number: int,
+) -> dict[str, Array]:
+    """Random values for the inputs; equally named axes are of one size.
 
     Args:
         sizes: named axis → size, where the caller knows it.
+        choices: sizes that the other open axes get, one after the other.
+        bounds: of integers, by the name of the input: they are at least 0 and smaller. Where numbers of eight bits may
+            be large, they take all of their values.
+        number: of the draw, which decides the values.
 
     Raises:
-        GraphError: an input is no tensor, or of a dtype that numpy lacks.
+        GraphError: an input is no tensor, or of a dtype that cannot be drawn.
     """
-    for number, (bound, choices) in enumerate(product(_BOUNDS, _SIZES)):
-        rng = np.random.default_rng([seed, number])
-        known = dict(sizes)
-        feeds = {}
-        for value in inputs:
-            feeds[str(value.name)] = _random_array(value, _shape(value, known, choices), rng, bound)
-        # Flags that choose a branch take turns, so that each branch is seen.
-        flags = [name for name, array in feeds.items() if array.dtype == bool and array.size == 1]
-        for place, name in enumerate(flags):
-            feeds[name] = np.full(feeds[name].shape, (number + place) % 2 == 0)
-        yield feeds
+    rng = np.random.default_rng([0, number])
+    known = dict(sizes)
+    feeds = {
+        name: _random_array(name, value, _shape(name, value, known, choices), rng, bounds.get(name, _SMALL_BOUND))
+        for name, value in inputs.items()
+    }
+    # Flags that choose a branch take turns, so that each branch is seen.
+    flags = [name for name, array in feeds.items() if array.dtype == bool and array.size == 1]
+    for place, name in enumerate(flags):
+        feeds[name] = np.full(feeds[name].shape, (number + place) % 2 == 0)
+    return feeds
 
 
-def _shape(value: ir.Value, known: dict[str, int], choices: Sequence[int]) -> list[int]:
+def draw_near(default: Array, rng: np.random.Generator) -> Array:
+    """Other values in place of an input's default: of its sign and magnitude, so that variances stay positive."""
+    if default.dtype.kind == "f":
+        spread = float(np.abs(default.astype(np.float64)).mean()) if default.size else 0.0
+        base = np.where(default == 0, (spread or 1.0) / 2, default)
+        return np.asarray((base * rng.uniform(0.5, 1.5, default.shape)).astype(default.dtype))
+    if default.dtype.kind == "b":
+        return ~default
+    return np.asarray(rng.integers(0, _SMALL_BOUND, default.shape).astype(default.dtype))
+
+
+def _shape(name: str, value: ir.Value, known: dict[str, int], choices: Sequence[int]) -> list[int]:
     shape: list[int] = []
     for axis, size in enumerate(value.shape or ()):
-        name = str(size) if isinstance(size, int) or size.value is not None else f"{value.name}.{axis}"
-        is_new = not isinstance(size, int) and name not in known
-        if is_new:
-            known[name] = choices[len(known) % len(choices)]
-        shape.append(size if isinstance(size, int) else known[name])
+        if isinstance(size, int):
+            shape.append(size)
+            continue
+        key = str(size) if size.value is not None else f"{name}.{axis}"
+        if key not in known:
+            known[key] = choices[len(known) % len(choices)]
+        shape.append(known[key])
     return shape
 
 
-def _random_array(value: ir.Value, shape: list[int], rng: np.random.Generator, bound: int) -> Array:
+def _random_array(name: str, value: ir.Value, shape: list[int], rng: np.random.Generator, bound: int) -> Array:
     if not isinstance(value.type, ir.TensorType):
         raise GraphError(
-            f"input {value.name!r} is no tensor: random values cannot be made for it", fix="give inputs with --inputs"
+            f"input {name!r} is no tensor: random values cannot be made for it", fix="give inputs with --inputs"
         )
     dtype = value.type.dtype
     if dtype == ir.DataType.STRING:
@@ -67,21 +90,37 @@ def _random_array(value: ir.Value, shape: list[int], rng: np.random.Generator, b
     kind = dtype.numpy()
     if kind.kind == "b":
         return np.asarray(rng.integers(0, 2, shape).astype(bool))
-    if kind.kind in "iu":
-        return np.asarray(rng.integers(0, bound, shape).astype(kind))
-    if kind.kind == "f":
-        # Values that float16 holds too, so that the same inputs serve a graph of another precision.
-        return np.asarray(rng.standard_normal(shape).astype(np.float16).astype(kind))
-    raise GraphError(f"input {value.name!r} is {dtype.name}, which numpy lacks", fix="change the input's dtype first")
+    if kind.kind in "iu" and is_plain_number(kind):
+        return _random_integers(kind, shape, rng, bound)
+    if kind.kind == "c":
+        raise GraphError(f"input {name!r} is {dtype.name}: random values cannot be made for it", fix="give --inputs")
+    # Values that float16 holds too, so that the same inputs serve a graph of another precision. Of floats that numpy
+    # lacks, as float32.
+    wanted = kind if is_plain_number(kind) else np.dtype(np.float32)
+    return np.asarray(rng.standard_normal(shape).astype(np.float16).astype(wanted))
 
 
-def load_feeds(paths: Sequence[Path], inputs: Sequence[ir.Value]) -> dict[str, Array]:
+def _random_integers(kind: np.dtype[Any], shape: list[int], rng: np.random.Generator, bound: int) -> Array:
+    info = np.iinfo(kind)
+    low, high = 0, min(bound, int(info.max) + 1)
+    if bound > _SMALL_BOUND and kind.itemsize == 1:
+        low, high = int(info.min), int(info.max) + 1
+    array = np.asarray(rng.integers(low, high, shape).astype(kind))
+    if array.size > 1 and bound > 2:
+        # The ends of the range are always seen.
+        array.flat[0], array.flat[-1] = high - 1, low
+    return array
+
+
+def load_feeds(paths: Sequence[Path], inputs: Mapping[str, ir.Value]) -> dict[str, Array]:
     """Feeds from one .npz with arrays by input name, or from .pb files (ONNX TensorProto) in the order of the inputs.
+
+    Inputs with a default may be left out, and are not counted in the order.
 
     Raises:
         UsageError: a file that is neither, or names and numbers that are not the inputs'.
     """
-    names = [str(value.name) for value in inputs]
+    names = [name for name, value in inputs.items() if not value.is_initializer()]
     if len(paths) == 1 and paths[0].suffix == ".npz":
         feeds = _load_npz(paths[0])
     elif paths and all(path.suffix == ".pb" for path in paths):
@@ -92,8 +131,8 @@ def load_feeds(paths: Sequence[Path], inputs: Sequence[ir.Value]) -> dict[str, A
     else:
         raise UsageError("inputs are one .npz file or several .pb files", got=", ".join(map(str, paths)))
     for name in feeds:
-        if name not in names:
-            raise UsageError(f"the model has no input {name!r}", where=str(paths[0]), fix=suggestion(name, names))
+        if name not in inputs:
+            raise UsageError(f"the model has no input {name!r}", where=str(paths[0]), fix=suggestion(name, inputs))
     missing = [name for name in names if name not in feeds]
     if missing:
         raise UsageError("inputs are missing", where=str(paths[0]), expected=str(names), got=f"without {missing}")

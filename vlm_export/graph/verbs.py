@@ -22,6 +22,8 @@ class Verb:
         function: `module:name` below `vlm_export.graph`; its first argument is the model.
         makes_model: it returns a new model instead of changing the one given.
         renames: the argument that maps old names of tensors to new ones.
+        drops_outputs: outputs may be missing afterwards.
+        changes_dtypes: inputs and outputs may have other dtypes afterwards.
     """
 
     name: str
@@ -30,6 +32,8 @@ class Verb:
     arguments: tuple[Argument, ...] = ()
     makes_model: bool = False
     renames: str = ""
+    drops_outputs: bool = False
+    changes_dtypes: bool = False
 
     def run(self, model: ir.Model, values: Mapping[str, Any]) -> tuple[ir.Model, Any]:
         """The changed model, and what the function says it did; `values` by the names of the arguments.
@@ -159,6 +163,7 @@ INTERFACE_VERBS = (
         "dtypes:set_dtype",
         "change dtypes of inputs and outputs, with casts",
         (Argument("dtypes", "pairs", "NAME=DTYPE", positional=True, required=True, metavar="NAME=float16"),),
+        changes_dtypes=True,
     ),
     Verb(
         "add-output",
@@ -171,6 +176,7 @@ INTERFACE_VERBS = (
         "io_edits:drop_output",
         "remove outputs, and what only they needed",
         (Argument("names", "texts", "outputs", positional=True, required=True, metavar="OUTPUT"),),
+        drops_outputs=True,
     ),
     Verb(
         "reorder",
@@ -194,6 +200,7 @@ MODEL_VERBS = (
             Argument("to", "texts", "new outputs", keyword="outputs", required=True, metavar="TENSOR"),
         ),
         makes_model=True,
+        drops_outputs=True,
     ),
     Verb(
         "compose",
@@ -212,6 +219,7 @@ MODEL_VERBS = (
             Argument("output_order", "texts", "the outputs to keep, in order", keyword="outputs", metavar="OUTPUT"),
         ),
         makes_model=True,
+        drops_outputs=True,
     ),
 )  # fmt: skip
 
