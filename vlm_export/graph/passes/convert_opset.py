@@ -19,6 +19,7 @@ from vlm_export.graph.inference import check, copy_of, infer
 from vlm_export.graph.names import fresh_name, nested_graphs, root_graphs, subgraphs_of, taken_names
 from vlm_export.graph.operators import opset_imports_of
 from vlm_export.graph.passes.infer_shapes import infer_shapes
+from vlm_export.graph.passes.opset_meanings import MeaningError, attributes_that_keep_meaning, set_attributes
 from vlm_export.graph.passes.rewiring import constant_tensor, remove_node
 
 _MAX_CONSTANT_BYTES = 1 << 16
@@ -82,6 +83,10 @@ def _converted(node: ir.Node, source: int, version: int) -> ir.Graph | None:
     if any(True for _ in subgraphs_of(node)) and _since(node.op_type, version) is not None:
         # Other versions of If, Loop and Scan differ only in the dtypes they take: the checker looks at those.
         return None
+    try:
+        kept = attributes_that_keep_meaning(node, source, version)
+    except MeaningError as error:
+        raise _refusal(node, source, version, str(error)) from error
     proto, names = _model_of_one(node, source)
     result, reason = _library_conversion(proto.SerializeToString(deterministic=True), version)
     if result is None:
@@ -92,6 +97,7 @@ def _converted(node: ir.Node, source: int, version: int) -> ir.Graph | None:
     for entry in graph:
         if entry.domain == "" and _since(entry.op_type, version) is None:
             raise _refusal(node, source, version, f"{entry.op_type} does not exist there")
+    set_attributes(graph, kept, (node.op_type, "Resize"))
     if _is_unchanged(node, proto.graph, graph, names):
         return None
     if any(attribute.is_ref() for attribute in node.attributes.values()):
