@@ -7,12 +7,15 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from onnx import ModelProto
 from onnx.reference import ReferenceEvaluator
 
 from vlm_export.graph.constant_fold import fold_constants
+from vlm_export.graph.onnxruntime_session import run_in_onnxruntime
+from vlm_export.graph.passes.fold_constants import fold_all_constants
 
 RNG = np.random.default_rng(0)
 TABLE = RNG.standard_normal((9, 6)).astype(np.float32)
@@ -261,3 +264,30 @@ def test_types_that_numpy_lacks_stay(parse: Parse) -> None:
 
 def test_what_the_engine_cannot_run_stays(parse: Parse) -> None:
     _unchanged(parse(PRODUCT, {"rows": ROWS, "table": TABLE}), evaluate=lambda model, feeds: None)
+
+
+@pytest.mark.parametrize("dtype", ["FLOAT8E4M3FN", "FLOAT8E5M2", "BFLOAT16", "INT4", "STRING"])
+def test_what_the_engine_gives_as_something_else_stays(dtype: str) -> None:
+    number = int(ir.DataType[dtype])
+    text = f"""<ir_version: 10, opset_import: ["" : 21]>
+    g (float[3] x) => (float[3] y) <float[3] k = {{1.3, 2.7, -3.1}}> {{
+        n = Cast<to={number}>(k)
+        w = Cast<to=1>(n)
+        y = Add(x, w)
+    }}"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    x = np.zeros(3, np.float32)
+    expected = run_in_onnxruntime(ir.to_proto(model), {"x": x})
+    assert expected is not None
+    fold_all_constants(model)
+    got = run_in_onnxruntime(ir.to_proto(model), {"x": x})
+    assert got is not None
+    assert np.array_equal(got[0], expected[0])
+
+
+@pytest.mark.parametrize("op_type", ["Div", "Mod"])
+@pytest.mark.parametrize(("dividend", "divisor"), [(1, 0), (-(2**31), -1)])
+def test_divisions_that_end_the_process_are_not_run(parse: Parse, op_type: str, dividend: int, divisor: int) -> None:
+    text = f"g (int32[1] x) => (int32[1] y) {{ q = {op_type}(a, b)\n y = Add(x, q) }}"
+    model = parse(text, {"a": np.array([dividend], np.int32), "b": np.array([divisor], np.int32)})
+    assert fold_all_constants(model) == 0

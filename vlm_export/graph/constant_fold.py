@@ -9,10 +9,12 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnx_ir.passes.common as passes
 from onnx import ModelProto, NodeProto, helper
 
+from vlm_export.graph.ir_version import allow_plain_initializers
 from vlm_export.graph.numpy_dtypes import is_plain_number
+from vlm_export.graph.passes.dead_code import remove_dead_code
+from vlm_export.graph.passes.rewiring import names_used
 
 Array: TypeAlias = npt.NDArray[Any]
 # Runs a graph of one node: feeds by name → its outputs, or None where the engine cannot run it.
@@ -48,7 +50,8 @@ def fold_constants(
         _replace(value, array, model.graph)
     if fold.nodes:
         model.graph.remove(fold.nodes, safe=True)
-        passes.RemoveUnusedNodesPass()(model)
+        remove_dead_code(model)
+    allow_plain_initializers(model)
     return len(fold.values)
 
 
@@ -66,10 +69,13 @@ class _Fold:
         self.nodes: set[ir.Node] = set()
         self.values: dict[ir.Value, Array] = {}
         self._constants: set[ir.Value] = set()
+        self._used = names_used(model)
 
     def visit(self, node: ir.Node) -> None:
         inputs = _inputs(node)
-        if not _is_foldable(node) or not all(value in self._constants or _is_weight(value) for value in inputs):
+        if not _is_foldable(node, self._used) or not all(
+            value in self._constants or _is_weight(value) for value in inputs
+        ):
             return
         self._constants.update(node.outputs)
         starts = self._everything or node.op_type in _SEEDS
@@ -97,6 +103,8 @@ class _Fold:
         # Neither numpy nor an engine's Python interface has the narrow types.
         if not all(is_plain_number(array.dtype) for array in feeds.values()):
             return False
+        if node.op_type in ("Div", "Mod") and _traps(*feeds.values()):
+            return False
         arrays = self._evaluate(_model_of_one(node, feeds, self._model), feeds)
         outputs = [value for value in node.outputs if value.name]
         if arrays is None or not all(map(_is_value, outputs, arrays)):
@@ -113,11 +121,11 @@ def _inputs(node: ir.Node) -> list[ir.Value]:
     return [value for value in node.inputs if value is not None]
 
 
-def _is_foldable(node: ir.Node) -> bool:
+def _is_foldable(node: ir.Node, used: set[str]) -> bool:
     has_graphs = any(
         entry.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for entry in node.attributes.values()
     )
-    makes_output = any(value.is_graph_output() for value in node.outputs)
+    makes_output = any(value.is_graph_output() or value.name in used for value in node.outputs)
     return node.domain == "" and node.op_type not in _RANDOM and not has_graphs and not makes_output
 
 
@@ -129,6 +137,15 @@ def _is_weight(value: ir.Value) -> bool:
 def _weight(value: ir.Value) -> Array:
     assert value.const_value is not None
     return np.asarray(value.const_value.numpy())
+
+
+def _traps(dividend: Array, divisor: Array | None = None) -> bool:
+    """Whether a division of integers ends the process: by 0, or of the smallest by -1."""
+    divisor = dividend if divisor is None else divisor
+    if divisor.dtype.kind not in "iu":
+        return False
+    smallest = np.iinfo(dividend.dtype).min
+    return bool((divisor == 0).any() or (smallest < 0 and (divisor == -1).any() and (dividend == smallest).any()))
 
 
 def _is_value(value: ir.Value, array: object) -> bool:
@@ -164,5 +181,7 @@ def _replace(value: ir.Value, array: Array, graph: ir.Graph) -> None:
     tensor = ir.tensor(array, name=value.name)
     shape = ir.Shape(array.shape)
     folded = ir.Value(name=value.name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    folded.metadata_props.update(value.metadata_props)
+    folded.meta.update(value.meta)
     ir.convenience.replace_all_uses_with(value, folded)
     graph.register_initializer(folded)

@@ -9,7 +9,16 @@ import onnx_ir as ir
 
 from vlm_export.graph.errors import GraphError
 from vlm_export.graph.inference import Copy, copy_of, known_infos
-from vlm_export.graph.names import all_nodes, find_value, fresh_name, rename_values, taken_names
+from vlm_export.graph.ir_version import allow_plain_initializers
+from vlm_export.graph.names import (
+    all_nodes,
+    annotated_names,
+    find_value,
+    fresh_name,
+    nested_graphs,
+    rename_values,
+    taken_names,
+)
 from vlm_export.graph.structure import discard_nodes, graph_of, replace_uses
 from vlm_export.graph.trial import captured_or_read
 
@@ -173,10 +182,13 @@ def _cut(copy: Copy, starts: Sequence[ir.Value], ends: Sequence[ir.Value], nodes
     discard_nodes([node for node in graph if node not in kept])
     graph.inputs.clear()
     graph.inputs.extend(new_starts)
+    annotated = annotated_names(nested_graphs(graph))
     for name, value in list(graph.initializers.items()):
-        if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
+        if name not in annotated and not value.uses() and not value.is_graph_output() and not value.is_graph_input():
             graph.initializers.pop(name)
     _drop_functions(copy.model)
+    # An input with a default may have become an initializer alone.
+    allow_plain_initializers(copy.model)
 
 
 def _as_input(graph: ir.Graph, value: ir.Value) -> ir.Value:

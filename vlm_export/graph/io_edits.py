@@ -11,6 +11,7 @@ from vlm_export.graph.errors import GraphError
 from vlm_export.graph.inference import Copy, known_infos
 from vlm_export.graph.names import (
     TensorRef,
+    annotated_names,
     defined_values,
     enclosing_graphs,
     find_value,
@@ -122,12 +123,13 @@ def drop_output(model: ir.Model, names: str | Sequence[str], *, prune: bool = Tr
 
 def _prune(values: Sequence[ir.Value]) -> None:
     waiting = list(values)
+    annotated = annotated_names({graph_of(value) for value in values})
     while waiting:
         node = waiting.pop().producer()
         if node is None or node.graph is None or any(out.uses() or out.is_graph_output() for out in node.outputs):
             continue
         waiting += captured_or_read(node)
-        discard_nodes([node])
+        discard_nodes([node], annotated)
 
 
 def reorder_interface(

@@ -204,6 +204,12 @@ def visible_value(graph: ir.Graph, root: ir.Graph, name: str) -> ir.Value:
     raise GraphError(f"no tensor {name!r} is visible in graph {graph.name!r}", fix=_suggestion(name, known))
 
 
+def annotated_names(graphs: Iterable[ir.Graph]) -> set[str]:
+    """Names of scales and zero points that quantization annotations of these graphs' values give: uses by name."""
+    values = (value for graph in graphs for value in defined_values(graph))
+    return {name for value in values for name in (value.meta.get(_QUANTIZATION_KEY) or {}).values()}
+
+
 def rename_values(root: ir.Graph, names: dict[ir.Value, str]) -> None:
     """Gives values new names at once, also swapped ones, and to what refers to them by name: quantization annotations,
     and subgraphs that return an outer value. The names were checked before."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -10,7 +10,14 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from vlm_export.graph.errors import GraphError
-from vlm_export.graph.names import fresh_name, fresh_node_name, subgraphs_of, taken_names, visible_value
+from vlm_export.graph.names import (
+    annotated_names,
+    fresh_name,
+    fresh_node_name,
+    subgraphs_of,
+    taken_names,
+    visible_value,
+)
 from vlm_export.graph.trial import captured_or_read
 
 # An input of a node: a tensor's name, the tensor, a constant, or None for an optional input that is left out.
@@ -25,10 +32,13 @@ def graph_of(value: ir.Value) -> ir.Graph:
     return graph
 
 
-def discard_nodes(nodes: Sequence[ir.Node]) -> None:
+def discard_nodes(nodes: Sequence[ir.Node], annotated: Collection[str] | None = None) -> None:
     """Removes nodes of one graph with all that they read, and the constants that only they read.
 
     Nothing outside reads their outputs any more.
+
+    Args:
+        annotated: names that quantization annotations give; None: those of the graphs in which the constants are.
     """
     if not nodes:
         return
@@ -38,8 +48,11 @@ def discard_nodes(nodes: Sequence[ir.Node]) -> None:
     for node in nodes:
         _forget_inputs(node)
     graph.remove(nodes)
+    if annotated is None:
+        annotated = annotated_names({value.graph for value in sources if value.graph is not None})
     for value in sources:
-        _discard_constant(value)
+        if value.name not in annotated:
+            _discard_constant(value)
 
 
 def _forget_inputs(node: ir.Node) -> None:

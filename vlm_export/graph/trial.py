@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from vlm_export.graph.errors import GraphError
 from vlm_export.graph.inference import Copy, Info, check, copy_of, infer
+from vlm_export.graph.ir_version import allow_plain_initializers
 from vlm_export.graph.names import all_graphs, defined_values, nested_graphs, root_graphs, subgraphs_of
 
 Dim: TypeAlias = "int | ir.SymbolicDim"
@@ -56,11 +57,13 @@ def apply(model: ir.Model, edit: Edit) -> None:
     _complete(trial.model)
     before = {value: Info(value.type, value.shape) for value in _all_values(trial.model)}
     change = edit(trial)
+    allow_plain_initializers(trial.model)
     must_sort = not is_sorted(trial.model)
     if must_sort:
         _sort(trial.model)
     infos = _checked_infos(model, trial.model, change)
     edit(Copy(model))
+    allow_plain_initializers(model)
     if must_sort:
         _sort(model)
     values = zip(_all_values(trial.model), _all_values(model), strict=True)

@@ -14,12 +14,13 @@ from typing import TypeAlias
 
 import onnx_ir as ir
 
+from vlm_export.graph.ir_version import allow_plain_initializers
 from vlm_export.graph.names import nested_graphs, root_graphs
 from vlm_export.graph.passes.dead_code import remove_unused_initializers
 from vlm_export.graph.passes.elementwise import axis_inputs
 from vlm_export.graph.passes.layout_roles import Perm, Roles, has_no_layout, is_identity, perm_of, possible_roles
 from vlm_export.graph.passes.min_cut import SINK, SOURCE, UNBOUNDED, Network
-from vlm_export.graph.passes.rewiring import bypass, names_returned, remove_node
+from vlm_export.graph.passes.rewiring import bypass, names_used, remove_node
 from vlm_export.graph.passes.transposed_layout import Rewrite, Scope, make_identity
 
 
@@ -32,7 +33,7 @@ def cancel_transposes(model: ir.Model) -> int:
     kernels round by an element's place in memory.
     """
     count = 0
-    returned = names_returned(model)
+    returned = names_used(model)
     for root in root_graphs(model):
         opset = root.opset_imports.get("", 0)
         for graph in list(nested_graphs(root)):
@@ -43,6 +44,7 @@ def cancel_transposes(model: ir.Model) -> int:
             count += before - _count(graph)
     if count:
         remove_unused_initializers(model)
+        allow_plain_initializers(model)
     return count
 
 

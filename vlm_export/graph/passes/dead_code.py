@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from vlm_export.graph.names import all_graphs, nested_graphs, root_graphs
-from vlm_export.graph.passes.rewiring import names_returned, remove_node
+from vlm_export.graph.passes.rewiring import names_used, remove_node
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,23 @@ def remove_dead_code(model: ir.Model) -> DeadCode:
 
     The library's own pass leaves what only a removed If or Loop read, and initializers of subgraphs.
     """
-    returned = names_returned(model)
-    nodes = sum(_remove_nodes(root, returned) for root in root_graphs(model))
+    nodes = 0
+    while True:
+        used = names_used(model)
+        removed = sum(_remove_nodes(root, used) for root in root_graphs(model))
+        nodes += removed
+        # What only a removed value's annotation named is used no more.
+        if not removed or names_used(model) == used:
+            break
     return DeadCode(nodes, remove_unused_initializers(model), _remove_functions(model))
 
 
-def _remove_nodes(root: ir.Graph, returned: set[str]) -> int:
+def _remove_nodes(root: ir.Graph, used: set[str]) -> int:
     count = 0
     # Inner graphs first: what they no longer read may be dead outside.
     for graph in reversed(list(nested_graphs(root))):
         for node in reversed(graph):
-            if any(value.uses() or value.is_graph_output() or value.name in returned for value in node.outputs):
+            if any(value.uses() or value.is_graph_output() or value.name in used for value in node.outputs):
                 continue
             remove_node(node)
             count += 1
@@ -60,11 +66,11 @@ def _remove_functions(model: ir.Model) -> int:
 
 def remove_unused_initializers(model: ir.Model) -> int:
     """Removes initializers that nothing reads and that are neither inputs nor outputs; returns how many."""
-    returned = names_returned(model)
+    used = names_used(model)
     count = 0
     for graph in all_graphs(model):
         for name, value in list(graph.initializers.items()):
-            if value.uses() or value.is_graph_input() or value.is_graph_output() or name in returned:
+            if value.uses() or value.is_graph_input() or value.is_graph_output() or name in used:
                 continue
             del graph.initializers[name]
             count += 1

@@ -6,7 +6,6 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from vlm_export.graph.constant_fold import LIMIT_BYTES, fold_constants
-from vlm_export.graph.passes.dead_code import remove_dead_code
 
 
 def fold_all_constants(model: ir.Model, limit_bytes: int = LIMIT_BYTES) -> int:
@@ -21,7 +20,4 @@ def fold_all_constants(model: ir.Model, limit_bytes: int = LIMIT_BYTES) -> int:
     from vlm_export.graph.onnxruntime_session import run_in_onnxruntime
 
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    count = fold_constants(model, run_in_onnxruntime, limit_bytes, everything=True)
-    if count:
-        remove_dead_code(model)
-    return count
+    return fold_constants(model, run_in_onnxruntime, limit_bytes, everything=True)

@@ -40,6 +40,26 @@ class KnownIntegers:
             self._found[value] = self._follow(value)
         return self._found[value]
 
+    def dtype_of(self, value: ir.Value | None) -> np.dtype[Any] | None:
+        """The dtype of integers that `of` knows; None where it cannot be told."""
+        while value is not None:
+            constant = constant_argument(value)
+            if constant is not None:
+                return constant.dtype
+            if value.dtype is not None:
+                return value.dtype.numpy()
+            node = value.producer()
+            if node is None or node.domain != "" or node.op_type not in _OPERATORS:
+                return None
+            if node.op_type == "Shape":
+                return np.dtype(np.int64)
+            if node.op_type == "Cast":
+                to = node.attributes.get("to")
+                return None if to is None or to.is_ref() else ir.DataType(to.as_int()).numpy()
+            # The others make what their first input is.
+            value = input_at(node, 0)
+        return None
+
     def _follow(self, value: ir.Value) -> Integers | None:
         constant = constant_argument(value)
         if constant is not None:
@@ -81,11 +101,16 @@ def _same(known: KnownIntegers, node: ir.Node) -> Integers | None:
 
 
 def _cast(known: KnownIntegers, node: ir.Node) -> Integers | None:
-    source, to = input_at(node, 0), node.attributes.get("to")
-    integers = (ir.DataType.INT64, ir.DataType.INT32)
-    if source is None or to is None or to.is_ref() or to.as_int() not in integers or source.dtype not in integers:
+    source, dtype = known.of(input_at(node, 0)), known.dtype_of(node.outputs[0])
+    if source is None or dtype is None or dtype not in (np.int32, np.int64):
         return None
-    return known.of(source)
+    wrapped = [entry if isinstance(entry, AxisSize) else _wrapped(entry, dtype) for entry in source.reshape(-1)]
+    return _objects(wrapped).reshape(source.shape)
+
+
+def _wrapped(entry: int, dtype: np.dtype[Any]) -> int:
+    bits = 8 * dtype.itemsize
+    return (entry + (1 << bits - 1)) % (1 << bits) - (1 << bits - 1)
 
 
 def _gather(known: KnownIntegers, node: ir.Node) -> Integers | None:
@@ -128,12 +153,24 @@ def _concat(known: KnownIntegers, node: ir.Node) -> Integers | None:
 
 def _unsqueeze(known: KnownIntegers, node: ir.Node) -> Integers | None:
     data = known.of(input_at(node, 0))
-    return data.reshape(1) if data is not None and data.ndim == 0 else None
+    return data.reshape(1) if data is not None and data.ndim == 0 and _is_only_axis(known, node) else None
 
 
 def _squeeze(known: KnownIntegers, node: ir.Node) -> Integers | None:
     data = known.of(input_at(node, 0))
-    return data.reshape(()) if data is not None and data.shape == (1,) else None
+    states_axes = input_at(node, 1) is not None or "axes" in node.attributes
+    if data is None or data.shape != (1,) or (states_axes and not _is_only_axis(known, node)):
+        return None
+    return data.reshape(())
+
+
+def _is_only_axis(known: KnownIntegers, node: ir.Node) -> bool:
+    """Whether the axes, an input or an attribute, are the one that an array with one axis has."""
+    attribute = node.attributes.get("axes")
+    if attribute is not None:
+        return not attribute.is_ref() and list(attribute.as_ints()) in ([0], [-1])
+    axes = known.of(input_at(node, 1))
+    return axes is not None and axes.reshape(-1).tolist() in ([0], [-1])
 
 
 def _reshape(known: KnownIntegers, node: ir.Node) -> Integers | None:
@@ -146,27 +183,24 @@ def _reshape(known: KnownIntegers, node: ir.Node) -> Integers | None:
 def _arithmetic(compute: Callable[[Any, Any], Any]) -> Callable[[KnownIntegers, ir.Node], Integers | None]:
     def follow(known: KnownIntegers, node: ir.Node) -> Integers | None:
         first, second = known.of(input_at(node, 0)), known.of(input_at(node, 1))
-        if first is None or second is None or not _are_numbers(first) or not _are_numbers(second):
+        dtype = known.dtype_of(node.outputs[0])
+        if first is None or second is None or dtype is None or not _are_numbers(first) or not _are_numbers(second):
             return None
-        # As int64, which is what the graph computes in: Python's integers do not overflow.
-        return np.asarray(compute(first.astype(np.int64), second.astype(np.int64))).astype(object)
+        try:
+            # In the graph's dtype, in which numbers that are too large wrap; Python's integers do not.
+            return np.asarray(compute(first.astype(dtype), second.astype(dtype))).astype(object)
+        except (ValueError, OverflowError):
+            return None
 
     return follow
 
 
-def _divide(first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Towards zero, as ONNX divides integers."""
-    if not second.all():
-        raise ZeroDivisionError
+def _divide(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Towards zero, as ONNX divides integers; the smallest has no absolute value."""
+    if not second.all() or (first.dtype.kind == "i" and (first == np.iinfo(first.dtype).min).any()):
+        raise ValueError
     quotient = np.abs(first) // np.abs(second)
-    return np.asarray(np.where((first < 0) != (second < 0), -quotient, quotient))
-
-
-def _div(known: KnownIntegers, node: ir.Node) -> Integers | None:
-    try:
-        return _arithmetic(_divide)(known, node)
-    except ZeroDivisionError:
-        return None
+    return np.asarray(np.where((first < 0) != (second < 0), -quotient, quotient).astype(first.dtype))
 
 
 def _are_numbers(entries: Integers) -> bool:
@@ -177,7 +211,7 @@ _OPERATORS: dict[str, Callable[[KnownIntegers, ir.Node], Integers | None]] = {
     "Add": _arithmetic(np.add),
     "Cast": _cast,
     "Concat": _concat,
-    "Div": _div,
+    "Div": _arithmetic(_divide),
     "Gather": _gather,
     "Identity": _same,
     "Mul": _arithmetic(np.multiply),

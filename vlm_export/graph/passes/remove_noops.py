@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from vlm_export.graph.passes.dead_code import remove_unused_initializers
 from vlm_export.graph.passes.noop_rules import RULES
-from vlm_export.graph.passes.rewiring import bypass, names_returned, remove_node, scopes
+from vlm_export.graph.passes.rewiring import bypass, names_used, remove_node, scopes
 
 
 def remove_noops(model: ir.Model) -> Mapping[str, int]:
@@ -32,7 +32,7 @@ def remove_noops(model: ir.Model) -> Mapping[str, int]:
 
 def _sweep(model: ir.Model) -> Counter[str]:
     counts: Counter[str] = Counter()
-    returned = names_returned(model)
+    returned = names_used(model)
     for graph, opset in list(scopes(model)):
         for node in list(graph):
             rule = RULES.get(node.op_type) if node.domain == "" and node.graph is graph else None

@@ -9,7 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from vlm_export.graph.names import all_graphs, nested_graphs, root_graphs, subgraphs_of, unbound_outputs
+from vlm_export.graph.names import (
+    all_graphs,
+    annotated_names,
+    nested_graphs,
+    root_graphs,
+    subgraphs_of,
+    unbound_outputs,
+)
 
 # Of shapes, axes, permutations and the like: what is larger is no argument.
 MAX_ARGUMENT_BYTES = 1 << 16
@@ -23,9 +30,11 @@ def scopes(model: ir.Model) -> Iterator[tuple[ir.Graph, int]]:
             yield graph, opset
 
 
-def names_returned(model: ir.Model) -> set[str]:
-    """Names of outer values that a subgraph returns as they are: uses that the library does not know of."""
-    return {str(value.name) for graph in all_graphs(model) for value in unbound_outputs(graph)}
+def names_used(model: ir.Model) -> set[str]:
+    """Names of values with uses that the library does not know of: outer ones that a subgraph returns as they are, and
+    scales and zero points of quantization annotations."""
+    returned = {str(value.name) for graph in all_graphs(model) for value in unbound_outputs(graph)}
+    return returned | annotated_names(all_graphs(model))
 
 
 def remove_node(node: ir.Node) -> None:

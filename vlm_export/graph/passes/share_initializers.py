@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from vlm_export.graph.names import defined_values, root_graphs, subgraphs_of
-from vlm_export.graph.passes.rewiring import names_returned
+from vlm_export.graph.passes.rewiring import names_used
 
 _CHUNK_BYTES = 1 << 24
 
@@ -26,7 +26,7 @@ def share_initializers(model: ir.Model) -> int:
     """
     shapes = Counter(_form(tensor) for value in _initializers(model.graph) if (tensor := value.const_value) is not None)
     repeated = {form for form, count in shapes.items() if count > 1}
-    sharing = _Sharing(repeated, names_returned(model))
+    sharing = _Sharing(repeated, names_used(model))
     return sum(sharing.visit(root, {}, frozenset()) for root in root_graphs(model))
 
 

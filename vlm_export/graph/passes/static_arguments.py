@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from vlm_export.graph.ir_version import allow_plain_initializers
 from vlm_export.graph.names import fresh_name, nested_graphs, root_graphs, taken_names
 from vlm_export.graph.passes.dead_code import remove_dead_code
 from vlm_export.graph.passes.known_integers import AxisSize, KnownIntegers
@@ -55,6 +57,7 @@ def make_arguments_static(model: ir.Model) -> int:
             count += _GraphArguments(root, graph, in_function=root is not model.graph).replace()
     if count:
         remove_dead_code(model)
+        allow_plain_initializers(model)
     return count
 
 
@@ -77,8 +80,8 @@ class _GraphArguments:
         value = input_at(node, index)
         if value is None or constant_tensor(value) is not None:
             return False
-        known = self._known.of(value)
-        if known is None:
+        known, dtype = self._known.of(value), self._known.dtype_of(value)
+        if known is None or dtype is None:
             return False
         if any(isinstance(entry, AxisSize) for entry in known.reshape(-1)):
             if node.op_type != "Reshape":
@@ -87,13 +90,11 @@ class _GraphArguments:
             if sizes is None:
                 return False
             known = np.array(sizes, dtype=object)
-        array = known.astype(np.int32 if value.dtype == ir.DataType.INT32 else np.int64)
+        array = known.astype(dtype)
         node.replace_input_with(index, self._constant(array, str(value.name), node))
         return True
 
-    def _constant(
-        self, array: np.ndarray[tuple[int, ...], np.dtype[np.signedinteger]], base: str, reader: ir.Node
-    ) -> ir.Value:
+    def _constant(self, array: np.ndarray[tuple[int, ...], np.dtype[Any]], base: str, reader: ir.Node) -> ir.Value:
         tensor = ir.tensor(array)
         key = (tuple(array.shape), tuple(array.reshape(-1).tolist()), tensor.dtype)
         if not self._in_function and key in self._made:
