@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import cache
@@ -27,6 +28,14 @@ CLIP_DATA = Path(__file__).parent / "data" / "clip"
 BLIP_DATA = Path(__file__).parent / "data" / "blip"
 MINICPMV_DATA = Path(__file__).parent / "data" / "minicpmv"
 NANOVLM_DATA = Path(__file__).parent / "data" / "nanovlm"
+
+
+@pytest.fixture
+def default_interrupts() -> Iterator[None]:
+    """Ctrl-C as at a terminal: what a script runs in its background inherits an ignored one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ import torch
 from vlm_export.bundle.opened import open_bundle
 from vlm_export.export import pipeline
 from vlm_export.export.options import ExportOptions
-from vlm_export.verify.samples import synthetic_photographs
+from vlm_export.verify import samples
 
 KILLS = 52
 MOST_ATTEMPTS = 120
@@ -90,6 +90,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     target, first, second, references, harness = sys.argv[1:]
     # Drawn once, not in each child: a third of an export's time in which nothing is written.
-    photographs = synthetic_photographs()
-    with patch.object(pipeline, "synthetic_photographs", lambda: photographs):
+    photographs = samples.synthetic_photographs()
+    with patch.object(samples, "synthetic_photographs", lambda: photographs):
         print(json.dumps(main(Path(target), [first, second], Path(references), load_harness(harness))))

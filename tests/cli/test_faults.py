@@ -153,6 +153,7 @@ class _Raising:
         raise error
 
 
+@pytest.mark.usefixtures("default_interrupts")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_c5_signals(
     old: Path, snapshot: Snapshot, checkpoint: Path, fast: tuple[str, ...], number: signal.Signals

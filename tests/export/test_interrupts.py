@@ -11,6 +11,7 @@ from vlm_export.export.stages import Stages
 from vlm_export.interrupts import remembered_interrupts
 
 
+@pytest.mark.usefixtures("default_interrupts")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_that_a_stage_swallows(number: signal.Signals) -> None:
     before = signal.getsignal(number)

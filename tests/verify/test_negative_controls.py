@@ -13,7 +13,7 @@ from torch import nn
 from vlm_export.errors import VerificationError
 from vlm_export.family import Model, Part, reference_from_module
 from vlm_export.specs import ImageSpec
-from vlm_export.verify import samples as samples_module
+from vlm_export.verify import picture_samples
 from vlm_export.verify.gates import GATES
 from vlm_export.verify.grid import grid_for
 from vlm_export.verify.metrics import Array
@@ -226,7 +226,7 @@ def test_preprocessing_without_antialias_fails(
     run = reference_from_module(part)
     right = sample_inputs(part.signature, model.image, model.text, None)
     assert verify_part(part, run, run, GATES[gate], (), right).passed
-    monkeypatch.setattr(samples_module, "preprocess_image", resize_without_antialias)
+    monkeypatch.setattr(picture_samples, "preprocess_image", resize_without_antialias)
     wrong = sample_inputs(part.signature, model.image, model.text, None)
     report = verify_part(part, run, run, GATES[gate], (), wrong)
     assert len(report.failures) >= len(wrong)

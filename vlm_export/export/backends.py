@@ -62,15 +62,16 @@ def choose_exporter(opset: int, exporter: Exporter | None) -> Exporter:
     chosen: Exporter = exporter or ("dynamo" if opset in OPSETS["dynamo"] else "torchscript")
     if opset in OPSETS[chosen]:
         return chosen
-    if not any(opset in reach for reach in OPSETS.values()):
+    if exporter is None:
         raise UsageError(
             f"no back end writes opset {opset}", expected="11 to 23", got=str(opset), fix="choose another --opset"
         )
+    other_reaches = any(opset in reach for reach in OPSETS.values())
     raise UsageError(
         f"the {chosen} back end does not write opset {opset}",
         expected=f"{OPSETS[chosen].start} to {OPSETS[chosen].stop - 1}",
         got=str(opset),
-        fix="choose another --opset, or leave --exporter out",
+        fix="choose another --opset" + (", or leave --exporter out" if other_reaches else ""),
     )
 
 
