@@ -1,7 +1,8 @@
 """Ctrl-C and SIGTERM: both unwind as KeyboardInterrupt, and neither is lost.
 
-The exporters under the main job run code in which Python drops exceptions (finalizers, callbacks, broad handlers), and
-with them an interrupt. So it is remembered, and raised again at the next point that asks.
+Python drops what a signal's handler raises inside a finalizer or a callback ("Note on Signal Handlers and Exceptions"
+in the documentation of `signal`), and libraries catch too much. So an interrupt is remembered, and raised again at the
+next point that asks.
 """
 
 from __future__ import annotations

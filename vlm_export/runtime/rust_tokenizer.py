@@ -114,9 +114,7 @@ def _check_growth(kind: str, stage: Any, where: str) -> None:
             f"the tokenizer's {kind} makes texts too long",
             where=where,
             expected=f"at most {_MAX_STEPS} steps that make a text at most {MAX_GROWTH} times longer",
-            got=f"{len(steps)} steps, {growth} times"
-            if growth < 10**9
-            else f"{len(steps)} steps, more than 10^9 times",
+            got=f"{len(steps)} steps, {growth if growth < _MANY else 'more than 10^9'} times",
             fix=_RIGHT_TOKENIZER,
         )
 
