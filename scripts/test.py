@@ -20,11 +20,11 @@ def main(pytest_arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     failed = [" ".join(check[:2]) for check in CHECKS if run([script_in(ENVIRONMENT, check[0]), *check[1:]]) != 0]
-    # Two workers with one thread each; more would fight for the cores. A file's tests share their fixtures.
+    # Two workers with one thread each; more would fight for the cores. A file's tests share their fixtures. Files keep
+    # their order: by their number of tests, those with few long ones would come last, and one worker wait for minutes.
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    status = run(
-        [python, "-m", "pytest", "-n", "2", "--dist", "loadfile", "-m", "not slow", *pytest_arguments], environment
-    )
+    workers = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
+    status = run([python, "-m", "pytest", *workers, "-m", "not slow", *pytest_arguments], environment)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return status or int(bool(failed))
