@@ -81,8 +81,6 @@ def test_a_node_computes_the_same_or_is_refused(
 ) -> None:
     proto = _one_node(op_type, old, attributes, inputs)
     expected = _run(proto, inputs[0])
-    if expected is None:
-        pytest.skip("onnxruntime lacks the operator at the old version")
     model = ir.from_proto(proto)
     try:
         convert_opset(model, new)
@@ -91,7 +89,6 @@ def test_a_node_computes_the_same_or_is_refused(
         return
     validate(model)
     got = _run(ir.to_proto(model), inputs[0])
-    assert got is not None
     assert all(np.allclose(left, right, rtol=0, atol=1e-6) for left, right in zip(expected, got, strict=True))
 
 
@@ -134,9 +131,6 @@ def _one_node(op_type: str, opset: int, attributes: dict[str, Any], inputs: list
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8 if opset < 19 else 10)
 
 
-def _run(proto: onnx.ModelProto, first: Array | None) -> list[Array] | None:
-    try:
-        results: list[Array] = start_session(proto.SerializeToString()).run(None, {"i0": first})
-    except Exception:
-        return None
+def _run(proto: onnx.ModelProto, first: Array | None) -> list[Array]:
+    results: list[Array] = start_session(proto.SerializeToString()).run(None, {"i0": first})
     return results
