@@ -265,8 +265,8 @@ def _remove_scratch(scratch: Path) -> None:
 
 def _write_configs(model: Model, records: tuple[PartRecord, ...], staging: Staging) -> None:
     variants = [variant for record in records for variant in record.variants]
-    files: dict[str, Mapping[str, Any]] = {"config.json": layout.hub_config(model.hub_config, variants)}
+    files: dict[str, Mapping[str, Any]] = {layout.CONFIG_NAME: layout.hub_config(model.hub_config, variants)}
     if model.image is not None:
-        files["preprocessor_config.json"] = layout.preprocessor_config(model.image)
+        files[layout.PREPROCESSOR_NAME] = layout.preprocessor_config(model.image)
     for name, data in files.items():
         staging.file(name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
