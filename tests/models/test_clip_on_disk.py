@@ -6,13 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.errors import InputError
-from vlm_export.family import Model
+from vlm_export.family import Description, Model
 from vlm_export.models.registry import recognise
 
 Weights = dict[str, torch.Tensor]
@@ -47,10 +46,14 @@ def saved(value: Any, path: Path) -> Path:
     return path
 
 
+def describe(path: Path) -> Description:
+    checkpoint = open_checkpoint(str(path))
+    return recognise(checkpoint).describe(checkpoint)
+
+
 def refusal(path: Path) -> str:
     with pytest.raises(InputError) as caught:
-        checkpoint = open_checkpoint(str(path))
-        recognise(checkpoint).describe(checkpoint)
+        describe(path)
     return str(caught.value)
 
 
@@ -63,7 +66,8 @@ def test_a_scale_with_axes_of_one(tmp_path: Path, weights: Weights, build_model:
 
 def test_a_sigmoid_loss_is_named(tmp_path: Path, weights: Weights) -> None:
     message = refusal(saved({**weights, "logit_bias": torch.tensor(-10.0)}, tmp_path / "bias.pt"))
-    assert "sigmoid" in message and "delete logit_bias" in message
+    assert "sigmoid" in message
+    assert "delete logit_bias" in message
 
 
 def test_positions_of_no_square_are_named(tmp_path: Path, make_weights: Callable[..., Weights]) -> None:

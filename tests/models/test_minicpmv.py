@@ -18,10 +18,9 @@ from vlm_export.checkpoint.known import known_names, load_known
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.errors import InputError, UsageError
 from vlm_export.family import BuildOptions, Checkpoint, Model, TensorInfo
-from vlm_export.models import weights
+from vlm_export.models import navit, weights
 from vlm_export.models.minicpmv import MiniCpmVFamily
 from vlm_export.models.minicpmv_architecture import architecture_from_json
-from vlm_export.models import navit
 from vlm_export.models.navit import LARGEST_SIDE, bucket_starts, bucketed_positions, one_row
 from vlm_export.models.registry import FAMILIES, load_family, read_prefixes, recognise
 from vlm_export.models.resampler import sine_positions

@@ -73,7 +73,8 @@ def test_sizes_are_no_options() -> None:
 def test_heads_that_nothing_states_are_said() -> None:
     checkpoint, family = open_checkpoint(str(oracle.DATA / "omnilmm")), OmniLmmFamily()
     (warning,) = family.describe(checkpoint).warnings
-    assert "--head-width" in warning and "2 heads" in warning
+    assert "--head-width" in warning
+    assert "2 heads" in warning
     assert family.build(checkpoint, oracle.MetaStore()).warnings == (warning,)
     told = family.build(checkpoint, oracle.MetaStore(), BuildOptions(head_width=16))
     assert (told.architecture["vision"]["heads"], told.warnings) == (4, ())
