@@ -18,10 +18,14 @@ BASE = {"PIL", "ftfy", "numpy", "onnxruntime", "openvino", "pyarrow", "tokenizer
 TORCH = {"torch", "torchvision", "transformers", "timm"}
 TYPES = {"vlm_export", "vlm_export.errors", "vlm_export.signature", "vlm_export.specs", "vlm_export.slice_spec"}
 TYPES |= {"vlm_export.tile_spec"}
+# What every area may use: foreign text shown, faults of the machine told, and interrupts.
+TYPES |= {"vlm_export.text_display", "vlm_export.machine_faults", "vlm_export.interrupts"}
 # Folder or module → the parts of vlm_export that it may import besides itself.
 ARROWS = {
-    "errors.py": set[str](),
+    "text_display.py": set[str](),
+    "errors.py": {"vlm_export.text_display"},
     "interrupts.py": set[str](),
+    "machine_faults.py": {"vlm_export.errors"},
     "signature.py": TYPES,
     "specs.py": TYPES,
     "slice_spec.py": TYPES,
@@ -124,7 +128,8 @@ def test_the_reader_of_imports_sees_lazy_ones() -> None:
 def test_verbs_import_lazily(path: Path) -> None:
     names = imports_of(path, at_once=True)
     assert not _outside(names)
-    light = ("vlm_export", "vlm_export.errors", "vlm_export.interrupts", "vlm_export.cli")
+    light = {"vlm_export", "vlm_export.errors", "vlm_export.interrupts", "vlm_export.cli"}
+    light |= {"vlm_export.text_display", "vlm_export.machine_faults"}
     assert not {name for name in _inside(names) if name not in light and not name.startswith("vlm_export.cli.")}
 
 
