@@ -41,6 +41,7 @@ class BlipFamily:
 
     name = "blip"
     reads: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         keys = checkpoint.tensors

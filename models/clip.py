@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_export.family import (
+    CHOICES,
     DEFAULT_BUILD,
     Array,
     Arrays,
@@ -54,6 +55,7 @@ class ClipFamily:
 
     name = "clip"
     reads: tuple[str, ...] = ()
+    choices: tuple[str, ...] = CHOICES
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         keys = checkpoint.tensors
@@ -62,6 +64,7 @@ class ClipFamily:
 
     def describe(self, checkpoint: Checkpoint) -> Description:
         huggingface = "visual_projection.weight" in checkpoint.tensors
+        clip_open.refuse_sigmoid(checkpoint)
         architecture = _architecture(checkpoint) if huggingface else clip_open.described_architecture(checkpoint)
         encoders = build_encoders(architecture)
         modules = (("vision", encoders.vision, _vision_signature), ("text", encoders.text, _text_signature))
@@ -117,6 +120,7 @@ class ClipFamily:
 
 
 def _architecture(checkpoint: Checkpoint, options: BuildOptions = DEFAULT_BUILD) -> ClipArchitecture:
+    clip_open.refuse_sigmoid(checkpoint)
     if "visual_projection.weight" in checkpoint.tensors:
         clip_open.refuse_choices(options, checkpoint)
         return clip_architecture.architecture_from_huggingface(checkpoint)

@@ -49,6 +49,7 @@ class NanoVlmFamily:
 
     name = "nanovlm"
     reads: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         keys = checkpoint.tensors

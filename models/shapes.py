@@ -40,7 +40,8 @@ class Shapes:
     def grid(self, key: str, rank: int, prefix_tokens: int = 1) -> int:
         """Patches per side of the square whose patches have a row each in a position table, after those of a prefix.
 
-        Rows that make no square are left to the loader, which lists all shapes that do not fit.
+        Raises:
+            InputError: the patches make no square.
         """
         rows = self.of(key, rank)[-2]
         if rows <= prefix_tokens:
@@ -50,7 +51,19 @@ class Shapes:
                 expected=f"more than {prefix_tokens} rows",
                 got=str(rows),
             )
-        return round(math.sqrt(rows - prefix_tokens))
+        patches = rows - prefix_tokens
+        side = math.isqrt(patches)
+        if side * side != patches:
+            raise InputError(
+                f"the position table has {patches} patches, which is no square: images that are not square are not "
+                "supported",
+                where=f"{self.checkpoint.source}: tensor {printable(key)}",
+                expected=f"{side * side} or {(side + 1) ** 2} patches"
+                + (f" and {prefix_tokens} row before them" if prefix_tokens else ""),
+                got=f"{rows} rows",
+                fix="resample the position table to a square grid with the code that trained the model, and save it so",
+            )
+        return side
 
 
 def printable(name: str) -> str:

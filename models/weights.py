@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -138,7 +139,7 @@ def _check_keys(checkpoint: Checkpoint, table: WeightTable, shapes: Mapping[str,
         if target is None or key not in found:
             continue
         expected, name = stored_shape(target, shapes), printable(key)
-        if found[key].shape != expected:
+        if found[key].shape != expected and not _is_boxed_scalar(expected, found[key].shape):
             problems.append(f"shape: {name} expected {expected}, got {found[key].shape}")
         if found[key].dtype not in FLOAT_DTYPES:
             problems.append(f"dtype: {name} expected one of {', '.join(FLOAT_DTYPES)}, got {found[key].dtype}")
@@ -150,6 +151,11 @@ def _check_keys(checkpoint: Checkpoint, table: WeightTable, shapes: Mapping[str,
             got="\n    " + "\n    ".join(shown),
             fix="check that the file is complete and of this family; prefixed keys ('module.') must be renamed",
         )
+
+
+def _is_boxed_scalar(expected: tuple[int, ...], found: tuple[int, ...]) -> bool:
+    """Whether one number is stored with axes of size 1, as FSDP and open_clip's `nonscalar_logit_scale` store it."""
+    return expected == () and math.prod(found) == 1
 
 
 def _check_finite(key: str, tensor: Tensor) -> None:
@@ -183,6 +189,8 @@ def _place(
         return
     if isinstance(target, Unsqueezed):
         stored, target = stored.reshape(shapes[target.name]), target.name
+    if isinstance(target, str) and shapes[target] == ():
+        stored = stored.reshape(())
     name = target if isinstance(target, str) else target.name
     if isinstance(target, str) and stored.dtype == torch.float32 and stored.is_contiguous():
         weights[name] = stored

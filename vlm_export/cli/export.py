@@ -72,8 +72,9 @@ def add_parser(verbs: Any) -> None:
 
 def _add_clip_options(parser: argparse.ArgumentParser) -> None:
     unsaid = parser.add_argument_group(
-        "CLIP weights that nothing describes",
-        "For files with OpenAI's key names from elsewhere, without open_clip_config.json beside them.",
+        "weights that nothing describes",
+        "For CLIP files with OpenAI's key names from elsewhere, without open_clip_config.json beside them; "
+        "--head-width also for OmniLMM with another image encoder than the published one.",
     )
     unsaid.add_argument("--activation", choices=("quick_gelu", "gelu"), help="of both encoders (default: quick_gelu)")
     unsaid.add_argument(
