@@ -146,3 +146,12 @@ def test_files_and_functions_are_short(folder: str) -> None:
         assert lines <= MAX_FILE_LINES, f"{path.relative_to(ROOT)} has {lines} lines: split it"
         for name, length in _functions(path):
             assert length <= MAX_FUNCTION_LINES, f"{path.relative_to(ROOT)}: {name} has {length} lines"
+
+
+def test_verbs_print_through_the_functions_that_show_foreign_text() -> None:
+    """`print` is for what `cli/output.py` has made safe, and for stderr's messages, whose errors show themselves."""
+    allowed = {"output.py", "main.py", "streams.py", "progress.py", "ask.py", "verify.py"}
+    for path in sorted((PACKAGE / "cli").glob("*.py")):
+        calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        printed = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+        assert not printed or path.name in allowed, f"{path.name} prints foreign text as it is: use print_line"
