@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from vlm_export.models.shapes import printable
+from vlm_export.text_display import shown
 
 # How people call what config.json says; other types are called as they stand there.
 _TITLES: Mapping[str, str] = {
@@ -118,9 +118,9 @@ def open_clip_form(config: Mapping[str, Any]) -> str | None:
     if sections.get("multimodal_cfg") is not None:
         return "CoCa"
     if isinstance(vision, Mapping) and (name := vision.get("timm_model_name")):
-        return f"a model with the image encoder {printable(str(name))} of timm"
+        return f"a model with the image encoder {shown(str(name))} of timm"
     if isinstance(text, Mapping) and (name := text.get("hf_model_name")):
-        return f"a model with the text encoder {printable(str(name))} of transformers"
+        return f"a model with the text encoder {shown(str(name))} of transformers"
     return None
 
 

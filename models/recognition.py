@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint, Family
 from vlm_export.models.foreign import distinct_model, open_clip_form, other_model, title_of
-from vlm_export.models.shapes import printable
+from vlm_export.text_display import shown
 
 # Copies of a model that training keeps beside it.
 _COPIES = re.compile(r"(^|[._])(ema|swa|averaged?|shadow|momentum|teacher|target)([._]|$)")
@@ -66,7 +66,7 @@ def claimed_by(families: Sequence[Family], checkpoint: Checkpoint) -> Claim | No
             "the checkpoint holds several models side by side",
             where=checkpoint.source,
             expected="one model",
-            got=", ".join(f"{printable(claim.prefix)}* ({claim.family.name})" for claim in own[:_MOST_NAMES]),
+            got=", ".join(f"{shown(claim.prefix)}* ({claim.family.name})" for claim in own[:_MOST_NAMES]),
             fix="save the state dict of the one that is meant in a file of its own",
         )
     return replace(own[0], others=tuple(claim.prefix for claim in copies if claim is not own[0]))
@@ -89,8 +89,8 @@ def seen_by(claim: Claim, checkpoint: Checkpoint, families: Sequence[Family]) ->
     left_out = tuple(key for key in checkpoint.tensors if key not in own)
     if not prefix and not left_out:
         return checkpoint
-    notes = [f"the prefix {printable(prefix)!r} was taken off the keys"] if prefix else []
-    notes += [f"{printable(other)}* is a copy that training keeps, and was left out" for other in claim.others]
+    notes = [f"the prefix {shown(prefix)!r} was taken off the keys"] if prefix else []
+    notes += [f"{shown(other)}* is a copy that training keeps, and was left out" for other in claim.others]
     read = checkpoint.read
     return replace(
         checkpoint,
@@ -106,9 +106,9 @@ def left_out_warnings(checkpoint: Checkpoint) -> tuple[str, ...]:
     modules = list(dict.fromkeys(_module(key) for key in checkpoint.left_out))
     if not modules:
         return ()
-    shown = ", ".join(map(printable, modules[:_MOST_NAMES])) + (", …" if len(modules) > _MOST_NAMES else "")
+    names = ", ".join(map(shown, modules[:_MOST_NAMES])) + (", …" if len(modules) > _MOST_NAMES else "")
     return (
-        f"{len(checkpoint.left_out)} tensors beside the model were left out: {shown}. What is exported does not "
+        f"{len(checkpoint.left_out)} tensors beside the model were left out: {names}. What is exported does not "
         "compute them",
     )
 
@@ -122,7 +122,7 @@ def error_from_unknown(checkpoint: Checkpoint, families: Sequence[Family]) -> In
         "no family recognises this checkpoint",
         where=checkpoint.source,
         expected=f"the published key names of one of: {', '.join(family.name for family in families)}",
-        got=f"{len(keys)} tensors, the first: {', '.join(map(printable, keys[:5]))}",
+        got=f"{len(keys)} tensors, the first: {', '.join(map(shown, keys[:5]))}",
         fix="look at the names: a model of these families whose modules were renamed must be saved under the names "
         "that its publisher uses; a common prefix is no obstacle",
     )
@@ -136,7 +136,7 @@ def _refuse_by_config(checkpoint: Checkpoint, families: Sequence[Family]) -> Non
     if model_type is None:
         accepted: tuple[str, ...] = tuple(name for names in known.values() for name in names)
     elif model_type not in known:
-        stated = printable(model_type) + (f" ({', '.join(classes)})" if classes else "")
+        stated = shown(model_type) + (f" ({', '.join(classes)})" if classes else "")
         what = f"config.json says {stated}: {title_of(model_type)} is not supported"
         raise _error_from_config(checkpoint, families, what)
     else:
@@ -159,7 +159,7 @@ def _check_config_family(family: Family, checkpoint: Checkpoint, families: Seque
             "config.json and the names of the tensors say different models",
             where=f"{checkpoint.source}: config.json: model_type",
             expected=" or ".join(family.config_types) or f"no model_type, as the family {family.name} has none",
-            got=f"{printable(model_type)}, with the tensors of {family.name}",
+            got=f"{shown(model_type)}, with the tensors of {family.name}",
             fix="take the config.json that was saved with these weights",
         )
 
@@ -176,7 +176,7 @@ def stated_model(checkpoint: Checkpoint) -> tuple[str | None, tuple[str, ...]]:
         raise _malformed(checkpoint, "model_type", "a text", model_type)
     if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
         raise _malformed(checkpoint, "architectures", "a list of class names", classes)
-    return model_type or None, tuple(map(printable, classes or ()))
+    return model_type or None, tuple(map(shown, classes or ()))
 
 
 def _malformed(checkpoint: Checkpoint, key: str, expected: str, got: object) -> InputError:
@@ -190,7 +190,7 @@ def _error_from_config(checkpoint: Checkpoint, families: Sequence[Family], what:
         what,
         where=f"{checkpoint.source}: config.json",
         expected=_supported(families),
-        got=f"model_type {printable(str(model_type))}, architectures {', '.join(classes) or 'not stated'}",
+        got=f"model_type {shown(str(model_type))}, architectures {', '.join(classes) or 'not stated'}",
         fix=more or _supported_fix(),
     )
 
@@ -202,7 +202,7 @@ def _error_from_name(checkpoint: Checkpoint, families: Sequence[Family], name: s
         f"the names of the tensors are those of {name}, which is not supported",
         where=checkpoint.source,
         expected=_supported(families),
-        got=f"{len(keys)} tensors, the first: {', '.join(map(printable, keys[:5]))}",
+        got=f"{len(keys)} tensors, the first: {', '.join(map(shown, keys[:5]))}",
         fix=fix or _supported_fix(),
     )
 

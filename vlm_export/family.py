@@ -12,7 +12,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from vlm_export.signature import Signature
-from vlm_export.specs import ImageSpec, TextSpec
+from vlm_export.specs import ImageSpec, Origins, TextSpec
 
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]
@@ -109,12 +109,17 @@ class Description:
         parts: how it would be split.
         notes: what is hard about exporting it, and how that is met; one sentence each.
         warnings: what is assumed because the checkpoint does not say it.
+        image, text: how inputs are prepared, None where the model takes no such input.
+        origins: where each value of `image` and `text` comes from.
     """
 
     architecture: Mapping[str, Any]
     parts: tuple[PartOutline, ...]
     notes: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    image: ImageSpec | None = None
+    text: TextSpec | None = None
+    origins: Origins = field(default_factory=Origins)
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,7 @@ class Model:
         reference_name: who computes the Reference, for the manifest.
         warnings: what is assumed because neither the checkpoint nor the options say it.
         notes: what was decided while the checkpoint was read; one sentence each.
+        origins: where each value of `image` and `text` comes from.
     """
 
     family: str
@@ -147,6 +153,7 @@ class Model:
     reference_name: str
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    origins: Origins = field(default_factory=Origins)
 
 
 CHOICES = ("activation", "head_width", "text_heads")
