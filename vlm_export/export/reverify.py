@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,9 +24,10 @@ from vlm_export.export.stated import check_stated
 from vlm_export.export.verification import PartVerification, part_samples, variant_label
 from vlm_export.family import DEFAULT_BUILD, BuildOptions, Checkpoint
 from vlm_export.models.registry import recognise
-from vlm_export.runtime.engine import OrtEngine
+from vlm_export.runtime.engine import CPU, OrtEngine
 from vlm_export.specs import record_from_json
 from vlm_export.verify.engine import engine_label, variant_bytes, verifying_engine
+from vlm_export.verify.floor import ELSEWHERE
 from vlm_export.verify.report import PartReport
 
 
@@ -75,6 +77,9 @@ def verify_against_source(
                 reference = verification.load_reference()
                 for variant in manifest.part(part.name).chosen_variants(precision):
                     with stages.stage(f"verify {variant_label(part, variant.precision)}") as progress:
+                        floor = verification.floor(reference, variant.precision)
+                        if floor is not None and list(providers) != [CPU]:
+                            floor.floor = replace(floor.floor, allowance=ELSEWHERE)
                         engine = _engine(bundle, variant, providers, threads)
                         reports.append(
                             verification.run(
@@ -84,6 +89,7 @@ def verify_against_source(
                                 progress,
                                 variant.precision,
                                 mapped=engine.mapped,
+                                floor=floor,
                             )
                         )
     return reports
