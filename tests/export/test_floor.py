@@ -154,12 +154,7 @@ def test_a_right_graph_leaves_room(case_of: Callable[..., Case], name: str, prec
 
 def _used(seen: Mapping[str, Deviation], judge: FloorJudge) -> float:
     """The largest share of a gate that was seen."""
-    shares: list[float] = []
-    for output, deviation in seen.items():
-        gate = judge.floor.gate(output)
-        assert gate is not None
-        shares += [deviation.row_error / gate.row_error, deviation.max_abs / gate.max_abs, deviation.scale / gate.scale]
-    return max(shares)
+    return max(judge.floor.share(output, deviation) for output, deviation in seen.items())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
