@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_export.family import (
+    CHOICES,
     DEFAULT_BUILD,
     Array,
     Arrays,
@@ -54,6 +55,7 @@ class ClipFamily:
 
     name = "clip"
     reads: tuple[str, ...] = ()
+    choices: tuple[str, ...] = CHOICES
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         keys = checkpoint.tensors
@@ -62,6 +64,7 @@ class ClipFamily:
 
     def describe(self, checkpoint: Checkpoint) -> Description:
         huggingface = "visual_projection.weight" in checkpoint.tensors
+        clip_open.refuse_sigmoid(checkpoint)
         architecture = _architecture(checkpoint) if huggingface else clip_open.described_architecture(checkpoint)
         encoders = build_encoders(architecture)
         modules = (("vision", encoders.vision, _vision_signature), ("text", encoders.text, _text_signature))
@@ -70,7 +73,14 @@ class ClipFamily:
             for name, module, signature in modules
         )
         warnings = clip_open.assumptions(checkpoint, architecture)
-        return Description(architecture.to_json(), parts, tuple(_notes(architecture)), warnings)
+        return Description(
+            architecture.to_json(),
+            parts,
+            tuple(_notes(architecture)),
+            warnings,
+            image=_image_spec(architecture, architecture.vision.image_size, checkpoint),
+            text=_text_spec(architecture),
+        )
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
         architecture = _architecture(checkpoint, options)
@@ -110,6 +120,7 @@ class ClipFamily:
 
 
 def _architecture(checkpoint: Checkpoint, options: BuildOptions = DEFAULT_BUILD) -> ClipArchitecture:
+    clip_open.refuse_sigmoid(checkpoint)
     if "visual_projection.weight" in checkpoint.tensors:
         clip_open.refuse_choices(options, checkpoint)
         return clip_architecture.architecture_from_huggingface(checkpoint)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from vlm_export.signature import Signature
-from vlm_export.specs import ImageSpec, TextSpec
+from vlm_export.specs import ImageSpec, Origins, TextSpec
 
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]
@@ -105,12 +105,17 @@ class Description:
         parts: how it would be split.
         notes: what is hard about exporting it, and how that is met; one sentence each.
         warnings: what is assumed because the checkpoint does not say it.
+        image, text: how inputs are prepared, None where the model takes no such input.
+        origins: where each value of `image` and `text` comes from.
     """
 
     architecture: Mapping[str, Any]
     parts: tuple[PartOutline, ...]
     notes: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    image: ImageSpec | None = None
+    text: TextSpec | None = None
+    origins: Origins = field(default_factory=Origins)
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,7 @@ class Model:
         reserved_rows: rows of the embedding table that the model's own code uses, while its tokenizer has no token for
             them.
         with_tokenizer: the model with what it takes from its tokenizer's ids.
+        origins: where each value of `image` and `text` comes from.
     """
 
     family: str
@@ -162,6 +168,11 @@ class Model:
     warnings: tuple[str, ...] = ()
     reserved_rows: int = 0
     with_tokenizer: Callable[[Model, TokenizerIds], Model] = lambda model, _: model
+    origins: Origins = field(default_factory=Origins)
+
+
+CHOICES = ("activation", "head_width", "text_heads")
+"""The fields of BuildOptions that say what some weights do not say."""
 
 
 @dataclass(frozen=True)
@@ -171,9 +182,9 @@ class BuildOptions:
     Attributes:
         image_size: edge in pixels of the square that the vision part takes, instead of the checkpoint's own.
         dynamic_image_size: height and width become axes of the vision part.
-        activation, head_width, text_heads: what CLIP weights with OpenAI's key names do not say, for those that
-            nothing else describes: the activation, the width of the image encoder's attention heads, the number of
-            the text encoder's.
+        activation, head_width, text_heads: what some weights do not say, for families that list the field among
+            their `choices`: the activation, the width of the image encoder's attention heads, the number of the text
+            encoder's.
     """
 
     image_size: int | None = None
@@ -182,10 +193,14 @@ class BuildOptions:
     head_width: int | None = None
     text_heads: int | None = None
 
+    @property
+    def choices(self) -> dict[str, Any]:
+        """The fields that say what weights do not say, and were given."""
+        return {name: value for name in CHOICES if (value := getattr(self, name)) is not None}
+
     def to_json(self) -> dict[str, Any]:
         """As JSON data, without the fields that only say what was so before they existed."""
-        later = ("activation", "head_width", "text_heads")
-        return {name: value for name, value in asdict(self).items() if name not in later or value is not None}
+        return {name: value for name, value in asdict(self).items() if name not in CHOICES or value is not None}
 
 
 class WeightStore(Protocol):
@@ -205,10 +220,12 @@ class Family(Protocol):
     Attributes:
         reads: prefixes of the keys that the family reads, () for all. Shards that hold no such key are neither
             downloaded nor opened.
+        choices: which of `CHOICES` the family may need to be told.
     """
 
     name: str
     reads: tuple[str, ...]
+    choices: tuple[str, ...]
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         """Whether the stored keys (or the config) are this family's."""

@@ -10,6 +10,7 @@ from vlm_export.signature import Signature, signature_from_json
 from vlm_export.specs import (
     Fit,
     ImageSpec,
+    Origins,
     RgbStage,
     Side,
     TextCase,
@@ -57,6 +58,13 @@ def text_spec_from_fields(fields: Fields) -> TextSpec:
         if key in fields.data:
             fields.choice(key, choices)
     return spec
+
+
+def origins_from_fields(fields: Fields) -> Origins:
+    """The Origins; InputError when a value is no string."""
+    fields.only(("values", "ignored_files"))
+    values, ignored = fields.fields("values"), fields.fields("ignored_files")
+    return Origins({key: values.text(key) for key in values.data}, {key: ignored.text(key) for key in ignored.data})
 
 
 def signature_from_fields(fields: Fields) -> Signature:

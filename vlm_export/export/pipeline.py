@@ -232,7 +232,8 @@ class _Job:
         found = resolve_tokenizer(checkpoint, self.options.tokenizer, model.text, reserved_rows=model.reserved_rows)
         for name, content in found.files.items():
             staging.file(name).write_bytes(content)
-        model = replace(model, text=found.text, warnings=(*model.warnings, *found.warnings))
+        warnings, origins = (*model.warnings, *found.warnings), model.origins | found.origins
+        model = replace(model, text=found.text, warnings=warnings, origins=origins)
         if found.ids is not None:
             model = model.with_tokenizer(model, found.ids)
         return model, staging.path / layout.TOKENIZER_NAME

@@ -40,7 +40,7 @@ from vlm_export.export.tokenizer_parts import (
 from vlm_export.export.wordpiece import BERT_VOCAB_SIZE, has_room, is_wordpiece_vocab, wordpiece_fitted
 from vlm_export.runtime.rust_tokenizer import bounded_tokenizer, ids_around, tokenizer_from_json
 from vlm_export.runtime.text import check_unicode
-from vlm_export.specs import TextSpec
+from vlm_export.specs import Origins, TextSpec
 
 if TYPE_CHECKING:
     from vlm_export.export.library_tokenizer import LibraryTokenizer
@@ -78,14 +78,14 @@ class ResolvedTokenizer:
         files: contents of tokenizer.json, tokenizer_config.json and special_tokens_map.json by name.
         text: the spec with what the tokenizer says.
         ids: for what a family takes from the tokenizer; None for a chat model's.
-        origins: field of `text` → the file that says it.
+        origins: what says the fields of `text`.
         warnings: what the tokenizer's files leave open.
     """
 
     files: Mapping[str, bytes]
     text: TextSpec
     ids: TokenizerIds | None = None
-    origins: Mapping[str, str] = field(default_factory=dict)
+    origins: Origins = field(default_factory=Origins)
     warnings: tuple[str, ...] = ()
 
 
@@ -196,22 +196,23 @@ def _transformers_tokenizer(
 
 def _with_tokenizer(
     spec: TextSpec, library: LibraryTokenizer, tokenizer: Any, sources: Mapping[str, Path], path: Path
-) -> tuple[TextSpec, dict[str, str]]:
+) -> tuple[TextSpec, Origins]:
     """The spec with what the tokenizer says, and which file says it."""
     around = ids_around(tokenizer, str(path))
-    config = sources.get(CONFIG, path).name
-    origins = {"case": path.name}
+    name = library.class_name
+    config = f"{CONFIG}, or the default of {name}" if CONFIG in sources else f"default of {name}"
+    origins = {"text.case": f"{path.name}, as {name} reads it", "text.truncation_side": config}
     changes: dict[str, Any] = {"case": letter_case(tokenizer), "truncation_side": library.truncation_side}
     if spec.pooling != "end_token" and around:
         changes["end_token_id"] = around[-1]
-        origins["end_token_id"] = path.name
+        origins["text.end_token_id"] = f"{path.name}: what {name} puts after a text"
     if library.pad_token_id is not None:
         changes["pad_token_id"] = library.pad_token_id
-        origins["pad_token_id"] = config
+        origins["text.pad_token_id"] = f"pad_token in {config}"
     if library.longest is not None and library.longest < spec.context_length:
         changes["context_length"] = library.longest
-        origins["context_length"] = f"{config}: model_max_length"
-    return replace(spec, **changes), origins
+        origins["text.context_length"] = f"{CONFIG}: model_max_length"
+    return replace(spec, **changes), Origins(origins)
 
 
 def _published(
