@@ -238,8 +238,8 @@ def test_what_cannot_be_reproduced_is_refused(
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(fields), encoding="utf-8")
     if fields.get("pad_token") == "<pad>":
         (tmp_path / "added_tokens.json").write_text('{"<pad>": 49408}', encoding="utf-8")
+    rows = CLIP_ROWS + (fields.get("pad_token") == "<pad>")
     with pytest.raises(InputError, match=says) as caught:
-        rows = CLIP_ROWS + (fields.get("pad_token") == "<pad>")
         resolved(tmp_path, "clip", replace(CLIP_SPEC, vocab_size=rows, pooling=pooling))
     assert str(tmp_path) in str(caught.value)
 
