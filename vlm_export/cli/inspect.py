@@ -63,12 +63,15 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError("--revision is for checkpoints, and none is named", fix="name a Hub id, or leave it out")
         list_known(as_json=args.json)
         return 0
+    from vlm_export.checkpoint.names import hidden_name
+
     if (Path(args.source) / "vlm_export.json").is_file():
         from vlm_export.bundle.opened import open_bundle
 
         data = _data_from_manifest(open_bundle(Path(args.source)).manifest)
     else:
         data = _data_from_source(args.source, args.revision)
+    data["notes"] = [note for note in [hidden_name(args.source)] if note] + data["notes"]
     print_warnings(data["warnings"])
     if args.json:
         print_json(data)
