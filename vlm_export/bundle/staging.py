@@ -19,7 +19,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,10 +171,14 @@ def _left(folder: Path, pattern: re.Pattern[str]) -> list[tuple[Path, str]]:
     return [(folder / name, match["target"]) for name, match in found if match is not None]
 
 
-def put_file(staged: Path, target: Path) -> None:
-    """Syncs a finished file and gives it its name in one step; the caller holds the target's lock."""
+def put_file(staged: Path, target: Path, *, is_result: bool = True) -> None:
+    """Syncs a finished file and gives it its name in one step; the caller holds the target's lock.
+
+    Args:
+        is_result: the command is done with it, so that an interrupt comes too late.
+    """
     sync_file(staged)
-    with point_of_no_return():
+    with point_of_no_return() if is_result else nullcontext():
         os.replace(staged, target)
         with suppress(OSError):
             # It is in place; what may be lost is only that this survives a power cut.
