@@ -189,7 +189,7 @@ def test_what_only_has_the_name_of_a_commit_stays(tmp_path: Path) -> None:
     commit = tmp_path / ".m.onnx.vlm-export.commit"
     (commit / "1").mkdir(parents=True)
     (commit / "thesis.tex").write_text("years of work")
-    with pytest.raises(UsageError, match="gets for a moment"):
+    with pytest.raises(UsageError, match="get for a moment"):
         save_model(model_of(1), tmp_path / "m.onnx")
     save_model(model_of(1), tmp_path / "n.onnx")
     open_model(tmp_path / "n.onnx")
