@@ -131,6 +131,17 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, table: WeightTable, 
     return tuple(key for key, target in table.items() if target is None and key in checkpoint.tensors)
 
 
+# What is behind each kind of problem, and what to do.
+_CAUSES = {
+    "missing": "tensors are missing: save the model's whole state dict, or get the complete file",
+    "unexpected": "tensors are there that this model does not have: the model was changed, and what they add is not "
+    "computed here; only where they change nothing may they be deleted from the file",
+    "shape": "shapes differ from what the other tensors say: it mixes models of several sizes, or some were changed",
+    "dtype": "weights of this dtype are not read: save them as float32, float16 or bfloat16 (quantised ones cannot be "
+    "exported)",
+}
+
+
 def _check_keys(checkpoint: Checkpoint, table: WeightTable, shapes: Mapping[str, tuple[int, ...]]) -> None:
     found = checkpoint.tensors
     problems = [f"missing: {key}" for key, target in table.items() if target is not None and key not in found]
@@ -149,7 +160,7 @@ def _check_keys(checkpoint: Checkpoint, table: WeightTable, shapes: Mapping[str,
             f"{len(problems)} of the checkpoint's tensors do not fit its architecture",
             where=checkpoint.source,
             got=Lines.of(listed),
-            fix="check that the file is complete and of this family; prefixed keys ('module.') must be renamed",
+            fix="; ".join(cause for kind, cause in _CAUSES.items() if any(p.startswith(kind) for p in problems)),
         )
 
 
