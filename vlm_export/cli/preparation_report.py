@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vlm_export.cli.output import print_table
+from vlm_export.cli.output import print_line, print_table
 
 if TYPE_CHECKING:
     from vlm_export.specs import ImageSpec, Origins, TextSpec
@@ -33,10 +33,10 @@ def print_preparation(data: Mapping[str, Any]) -> None:
         for name, entry in (data[kind] or {}).items()
     ]
     if rows:
-        print("preparation:")
+        print_line("preparation:")
         print_table(("  field", "value", "from"), rows)
     for name, reason in data["ignored_files"].items():
-        print(f"not read: {name}: {reason}")
+        print_line(f"not read: {name}: {reason}")
 
 
 def _with_origins(kind: str, fields: Mapping[str, Any], origins: Origins) -> dict[str, Any]:
