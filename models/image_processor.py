@@ -1,7 +1,7 @@
 """How a Hugging Face checkpoint has images prepared: its processor files, read as transformers reads them.
 
-Facts of transformers 5.23. Which file counts: `ImageProcessingMixin.get_image_processor_dict`, image_processing_base.py.
-Which class: `AutoImageProcessor.from_pretrained`, models/auto/image_processing_auto.py. What a class assumes:
+Facts of transformers 5.23. Which file counts: `get_image_processor_dict`, image_processing_base.py. Which class:
+`AutoImageProcessor.from_pretrained`, models/auto/image_processing_auto.py. What a class assumes:
 models/*/image_processing_pil_*.py. Forms of sizes: `get_size_dict`, image_processing_utils.py. What the steps do:
 `PilBackend`, image_processing_backends.py. A field that is null is not a missing one: it takes the default away.
 """
@@ -205,9 +205,9 @@ def _read(checkpoint: Checkpoint, family_class: str) -> tuple[_Stated | None, di
     files, ignored = checkpoint.side_files, {}
     found: tuple[str, Mapping[str, Any]] | None = None
     if PROCESSOR_FILE in files:
-        data = read_json_object(files[PROCESSOR_FILE])
-        if _SECTION in data:
-            section = data[_SECTION]
+        whole = read_json_object(files[PROCESSOR_FILE])
+        if _SECTION in whole:
+            section = whole[_SECTION]
             if not isinstance(section, Mapping):
                 raise _malformed_file(files[PROCESSOR_FILE], f"{_SECTION}: an object", f"{section!r:.200}")
             found = f"{PROCESSOR_FILE}: {_SECTION}.", section
@@ -218,8 +218,8 @@ def _read(checkpoint: Checkpoint, family_class: str) -> tuple[_Stated | None, di
             ignored[IMAGE_PROCESSOR_FILE] = f"{PROCESSOR_FILE} has an {_SECTION}, which transformers reads instead"
     if found is None:
         return None, ignored
-    where, data = found
-    return _Stated(data, where, _class_name(where, data, checkpoint, family_class)), ignored
+    where, stated = found
+    return _Stated(stated, where, _class_name(where, stated, checkpoint, family_class)), ignored
 
 
 def _class_name(where: str, data: Mapping[str, Any], checkpoint: Checkpoint, family_class: str) -> str:
@@ -413,3 +413,29 @@ def _defaults(family_class: str, image_size: int, size_origin: str, ignored: Map
         rescale_factor=_rescale_factor(stated),
     )
     return spec, Origins({**_origins(stated, size_origin), "image.resize_pixels": size_origin}, ignored)
+
+
+def processor_files(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The names of the checkpoint's files that may say how images are prepared."""
+    return tuple(name for name in (PROCESSOR_FILE, IMAGE_PROCESSOR_FILE) if name in checkpoint.side_files)
+
+
+def same_origin(spec: ImageSpec, origin: str) -> dict[str, str]:
+    """That one origin for all of the spec's values."""
+    return {f"image.{name}": origin for name in spec.to_json()}
+
+
+def with_chosen_size(prepared: Prepared, image_size: int) -> Prepared:
+    """`with_image_size`, and that the user chose it."""
+    spec, origins = prepared
+    if image_size == spec.size_pixels:
+        return prepared
+    chosen = dict.fromkeys(("image.size_pixels", "image.resize_pixels"), IMAGE_SIZE_OPTION)
+    return with_image_size(spec, image_size), origins | Origins(chosen)
+
+
+def image_size_origin(checkpoint: Checkpoint) -> str:
+    """What states the size of the image encoder's square, where its weights have transformers' names."""
+    section = (checkpoint.config or {}).get("vision_config")
+    stated = isinstance(section, Mapping) and section.get("image_size") is not None
+    return "config.json: vision_config.image_size" if stated else "the image encoder's weights"

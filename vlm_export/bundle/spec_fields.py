@@ -28,7 +28,7 @@ MAX_TOKEN_ID = (1 << 31) - 1
 
 
 def image_spec_from_fields(fields: Fields) -> ImageSpec:
-    """The ImageSpec; InputError on odd types, sizes out of range, steps that contradict one another, or a divisor of 0."""
+    """The ImageSpec; InputError on odd types, sizes out of range, or steps that no runtime can follow."""
     spec = record_from_json(ImageSpec, fields.data)
     fields.only([entry.name for entry in dataclasses.fields(ImageSpec)])
     edge = fields.integer("size_pixels", minimum=1, maximum=MAX_IMAGE_SIZE_PIXELS)

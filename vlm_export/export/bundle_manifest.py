@@ -40,7 +40,9 @@ def manifest_from_model(
             "reference": model.reference_name,
             "build": options.build.to_json(),
             **({"warnings": list(model.warnings)} if model.warnings else {}),
-            **({} if model.image is None else {"image_processor_differs": layout.preprocessor_differences(model.image)}),
+            **(
+                {} if model.image is None else {"image_processor_differs": layout.preprocessor_differences(model.image)}
+            ),
             "target": options.target,
             **({} if licence is None else {"licence": licence}),
             "keep_fp32": {part.name: list(names) for part in model.parts if (names := fp32_operators(part))},
@@ -51,6 +53,11 @@ def manifest_from_model(
         origins=model.origins,
         tools=tool_versions(),
     )
+
+
+def _differences(model: Model) -> dict[str, list[str]]:
+    """Where readers of the published preprocessor_config.json make other pixels than the bundle."""
+    return {} if model.image is None else {"image_processor_differs": layout.preprocessor_differences(model.image)}
 
 
 def planned_manifest(

@@ -13,7 +13,9 @@ from vlm_export.errors import UsageError, suggestion
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.stages import StepProgress
 from vlm_export.family import BuildOptions, Checkpoint, Family, Model, WeightStore
+from vlm_export.models.image_processor import IMAGE_SIZE_OPTION, with_image_size
 from vlm_export.models.registry import load_family, read_prefixes
+from vlm_export.specs import Origins
 
 
 def known_checkpoint(source: str) -> KnownCheckpoint | None:

@@ -30,4 +30,3 @@ def model_identity(manifest: Manifest) -> str:
         names = [name for graph in graphs for name in (graph.file, *graph.external_data)]
         facts["weights"] = sorted(manifest.files[name].sha256 for name in names)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-

@@ -3,7 +3,7 @@
 An ImageSpec states what the original does, and each is reproduced to the last pixel. Of torchvision 0.29 on Pillow
 images: Resize, CenterCrop, ToTensor, Normalize, as in `_transform` of openai/CLIP clip.py (d05afc4), open_clip 3.3.0
 transform.py and salesforce/BLIP (056a169). Of transformers 5.23: `PilBackend` of image_processing_backends.py with
-`convert_to_rgb`, `resize`, `center_crop`, `rescale` and `normalize` of image_transforms.py; values are equal as float32.
+`convert_to_rgb`, `resize`, `center_crop`, `rescale` and `normalize` of image_transforms.py, equal as float32.
 What follows from the originals is kept on purpose: EXIF rotation is ignored; the hidden colour of transparent pixels
 shows, but for transformers 5, which puts them on white; integer and float images clip at 255; palettes and bitmaps are
 resized by nearest neighbour when RGB comes after the crop; of an animation the first frame counts.
