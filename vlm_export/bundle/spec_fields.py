@@ -15,7 +15,10 @@ from vlm_export.specs import (
     Resample,
     Resize,
     RgbStage,
+    Side,
+    TextCase,
     TextCleaning,
+    TextPooling,
     TextSpec,
     Transparency,
     record_from_json,
@@ -69,6 +72,10 @@ def text_spec_from_fields(fields: Fields) -> TextSpec:
         fields.boolean("ends_texts")
     if "added_tokens" in fields.data:
         fields.texts("added_tokens")
+    later = {"pooling": get_args(TextPooling), "case": get_args(TextCase), "truncation_side": get_args(Side)}
+    for key, choices in later.items():
+        if key in fields.data:
+            fields.choice(key, choices)
     return spec
 
 

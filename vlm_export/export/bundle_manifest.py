@@ -40,9 +40,8 @@ def manifest_from_model(
             "reference": model.reference_name,
             "build": options.build.to_json(),
             **({"warnings": list(model.warnings)} if model.warnings else {}),
-            **(
-                {} if model.image is None else {"image_processor_differs": layout.preprocessor_differences(model.image)}
-            ),
+            **({"notes": list(model.notes)} if model.notes else {}),
+            **_differences(model),
             "target": options.target,
             **({} if licence is None else {"licence": licence}),
             "keep_fp32": {part.name: list(names) for part in model.parts if (names := fp32_operators(part))},
