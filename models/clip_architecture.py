@@ -223,6 +223,14 @@ def _tower_config(checkpoint: Checkpoint, tower: str) -> Mapping[str, Any]:
     return config_section(checkpoint, old if has_old else f"{tower}_config")
 
 
+def stated_in(checkpoint: Checkpoint, tower: str, key: str) -> str:
+    """Which place states a field of a tower, for people."""
+    old = f"{tower}_config_dict"
+    section = old if (checkpoint.config or {}).get(old) is not None else f"{tower}_config"
+    has_it = key in _tower_config(checkpoint, tower)
+    return f"config.json: {section}.{key}" if has_it else f"default of CLIP{tower.capitalize()}Config"
+
+
 def _same(checkpoint: Checkpoint, key: str, stated: Sequence[Value]) -> Value:
     """What the vision and the text tower state alike."""
     vision, text = stated
