@@ -67,21 +67,8 @@ def test_any_text_gives_ids_or_an_input_error(cleaning: str, open_clip_json: Pat
     spec = TextSpec(77, 49_408, 49_407, 0, cleaning)  # type: ignore[arg-type]
     tokenizer = Tokenizer(open_clip_json, spec)
     draw = random.Random(13)
-    pieces = ("&#", "&#x", "9" * 50, ";", "&amp;", "\ud800", "\udc00", "\x00", "\x1b[2J", "\u200d", "\u0345", "\u202e")
-    pieces += (
-        "👩‍👩‍👧",
-        "e\u0301" * 9,
-        "<|endoftext|>",
-        "<end_of_text>",
-        "Ã©",
-        " ",
-        "\n",
-        "'s",
-        "ſ",
-        "\U0010ffff",
-        "ا",
-        "猫",
-    )
+    pieces = ["&#", "&#x", "9" * 50, ";", "&amp;", "\ud800", "\udc00", "\x00", "\x1b[2J", "\u200d", "\u0345", "\u202e"]
+    pieces += ["👩‍👩‍👧", "e\u0301" * 9, "<|endoftext|>", "<end_of_text>", "Ã©", " ", "\n", "'s", "ſ", "\U0010ffff"]
     for _ in range(120):
         text = "".join(draw.choice(pieces) for _ in range(draw.randrange(1, 40)))
         try:
