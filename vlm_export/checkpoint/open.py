@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,19 +12,20 @@ from vlm_export.bundle.path_names import check_utf8
 from vlm_export.checkpoint.directory import (
     Directory,
     find_open_clip_config,
+    has_described_config,
     read_directory,
     read_open_clip_config,
     scan_directory,
-    scan_index,
 )
 from vlm_export.checkpoint.download import fetch_url
 from vlm_export.checkpoint.hashing import Progress, check_sha256, hash_file
 from vlm_export.checkpoint.hub import fetch_snapshot, is_hub_id
 from vlm_export.checkpoint.known import KnownCheckpoint, known_names, load_known, packaged_path
+from vlm_export.checkpoint.names import hidden_name
 from vlm_export.checkpoint.seen_file import SeenFile, see_file
 from vlm_export.checkpoint.shards import ReadPrefixes, everything
 from vlm_export.checkpoint.weights_file import read_weights_file
-from vlm_export.errors import InputError, UsageError, suggestion
+from vlm_export.errors import InputError, UsageError, VlmExportError, suggestion
 from vlm_export.family import Checkpoint
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -54,8 +56,9 @@ def open_checkpoint(
         EnvironmentFailure: no network where it is needed, or a full disk.
     """
     if _exists(source):
-        _refuse_revision(revision, source)
-        return _open_path(source, Path(source), expected_sha256, progress, reads)
+        with _telling_of_hidden_name(source):
+            _refuse_revision(revision, source)
+            return _open_path(source, Path(source), expected_sha256, progress, reads)
     if source in known_names():
         return _open_known(source, load_known(source), expected_sha256, revision, progress, reads)
     if is_hub_id(source) and not source.endswith(_FILE_SUFFIXES):
@@ -66,6 +69,16 @@ def open_checkpoint(
         expected="an existing path, a name from configs/, or owner/name",
         fix=suggestion(source, known_names()),
     )
+
+
+@contextmanager
+def _telling_of_hidden_name(source: str) -> Iterator[None]:
+    """An error about a path says that a known checkpoint has the same name, which the user may have meant."""
+    try:
+        yield
+    except VlmExportError as error:
+        error.fix = "; ".join(part for part in (hidden_name(source), error.fix) if part)
+        raise
 
 
 def _exists(source: str) -> bool:
@@ -90,14 +103,22 @@ def _open_path(
     if not path.is_file():
         raise InputError("the source is neither a file nor a directory", where=source)
     if path.name.endswith(".index.json"):
-        return _open_directory(source, scan_index(path, reads), sha256, progress)
+        return _open_directory(source, scan_directory(path.parent, reads, path), sha256, progress)
     # The pinned sha256 before anything is parsed.
     seen = see_file(path)
     file = hash_file(seen, path.name, progress)
     check_sha256(file, sha256, where=source)
     stored = read_weights_file(seen)
+    if has_described_config(path.parent, stored):
+        return _open_directory(source, scan_directory(path.parent, reads, path), sha256, progress)
     opened = Checkpoint(
-        source, stored.format, (file,), stored.tensors, stored.read, check_unchanged=partial(_check_unchanged, [seen])
+        source,
+        stored.format,
+        (file,),
+        stored.tensors,
+        stored.read,
+        notes=stored.notes,
+        check_unchanged=partial(_check_unchanged, [seen]),
     )
     return _with_open_clip_config(opened, find_open_clip_config(path.parent, stored), progress)
 
@@ -124,6 +145,7 @@ def _open_directory(source: str, directory: Directory, sha256: str | None, progr
         read=stored.read,
         config=directory.config,
         side_files={name: file.path for name, file in directory.side_files.items()},
+        notes=stored.notes,
         shards_left_aside=directory.left_aside,
         check_unchanged=partial(_check_unchanged, directory.files),
     )
