@@ -51,6 +51,7 @@ class Checkpoint:
         revision: the resolved commit of a hub id, or None.
         open_clip_config: `open_clip_config.json` beside weights with OpenAI's key names, as data, or None.
         shards_left_aside: shards that the index names and nobody opened: they hold no key that the family reads.
+        computed: stored keys whose tensors `read` computes anew at each call and nobody keeps.
         check_unchanged: InputError when one of the files is no longer what it was when its sha256 was taken.
     """
 
@@ -64,6 +65,7 @@ class Checkpoint:
     revision: str | None = None
     open_clip_config: Mapping[str, Any] | None = None
     shards_left_aside: tuple[str, ...] = ()
+    computed: frozenset[str] = frozenset()
     check_unchanged: Callable[[], None] = lambda: None
 
 
