@@ -55,7 +55,13 @@ class BlipFamily:
             PartOutline(part.name, part.signature, sum(p.numel() for p in part.module.parameters()))
             for part in build_parts(architecture, build_modules(architecture))
         )
-        return Description(architecture.to_json(), parts, tuple(_notes(architecture, checkpoint)))
+        return Description(
+            architecture.to_json(),
+            parts,
+            tuple(_notes(architecture, checkpoint)),
+            image=_image_spec(architecture, architecture.vision.image_size, checkpoint),
+            text=_text_spec(architecture),
+        )
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
         if options.dynamic_image_size:
@@ -65,7 +71,7 @@ class BlipFamily:
             blip_weights.check_tied(checkpoint)
         modules = build_modules(architecture)
         dropped = load_weights(modules, checkpoint, _table(architecture, checkpoint.tensors), store)
-        mean, std = published_normalisation(checkpoint, architecture.vision.image_size, "squash")
+        published = architecture
         image_size = apply_image_size(modules.vision, architecture.vision.image_size, options)
         architecture = replace(architecture, vision=replace(architecture.vision, image_size=image_size))
         parts = tuple(build_parts(architecture, modules))
@@ -73,7 +79,7 @@ class BlipFamily:
             family=self.name,
             architecture=architecture.to_json(),
             parts=parts,
-            image=ImageSpec(image_size, "bicubic", "before_resize", mean, std, fit="squash"),
+            image=_image_spec(published, image_size, checkpoint),
             text=_text_spec(architecture),
             hub_config=checkpoint.config or _config_from_architecture(architecture),
             facts=_facts(architecture),
@@ -119,6 +125,12 @@ def _notes(architecture: BlipArchitecture, checkpoint: Checkpoint) -> Iterator[s
         yield f"{len(leftovers)} tensors of training (momentum copies, queues) are left aside"
     if architecture.key_names == "huggingface":
         yield "as in transformers, texts keep [CLS] as their first token; Salesforce's files take [ENC]"
+
+
+def _image_spec(architecture: BlipArchitecture, image_size: int, checkpoint: Checkpoint) -> ImageSpec:
+    """For images of `image_size`; the checkpoint states its own architecture's."""
+    mean, std = published_normalisation(checkpoint, architecture.vision.image_size, "squash")
+    return ImageSpec(image_size, "bicubic", "before_resize", mean, std, fit="squash")
 
 
 def _text_spec(architecture: BlipArchitecture) -> TextSpec:

@@ -73,7 +73,14 @@ class ClipFamily:
             for name, module, signature in modules
         )
         warnings = clip_open.assumptions(checkpoint, architecture)
-        return Description(architecture.to_json(), parts, tuple(_notes(architecture)), warnings)
+        return Description(
+            architecture.to_json(),
+            parts,
+            tuple(_notes(architecture)),
+            warnings,
+            image=_image_spec(architecture, architecture.vision.image_size, checkpoint),
+            text=_text_spec(architecture),
+        )
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
         architecture = _architecture(checkpoint, options)

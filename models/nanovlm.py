@@ -62,7 +62,13 @@ class NanoVlmFamily:
             PartOutline(part.name, part.signature, sum(p.numel() for p in part.module.parameters()))
             for part in build_parts(architecture, build_modules(architecture))
         )
-        return Description(architecture.to_json(), parts, tuple(_notes(architecture)))
+        return Description(
+            architecture.to_json(),
+            parts,
+            tuple(_notes(architecture)),
+            image=_image_spec(architecture),
+            text=_text_spec(architecture),
+        )
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
         if options != DEFAULT_BUILD:

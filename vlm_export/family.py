@@ -12,7 +12,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from vlm_export.signature import Signature
-from vlm_export.specs import ImageSpec, TextSpec
+from vlm_export.specs import ImageSpec, Origins, TextSpec
 
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]
@@ -107,12 +107,17 @@ class Description:
         parts: how it would be split.
         notes: what is hard about exporting it, and how that is met; one sentence each.
         warnings: what is assumed because the checkpoint does not say it.
+        image, text: how inputs are prepared, None where the model takes no such input.
+        origins: where each value of `image` and `text` comes from.
     """
 
     architecture: Mapping[str, Any]
     parts: tuple[PartOutline, ...]
     notes: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    image: ImageSpec | None = None
+    text: TextSpec | None = None
+    origins: Origins = field(default_factory=Origins)
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,7 @@ class Model:
         references: part name → loads the Reference; called only by verification.
         reference_name: who computes the Reference, for the manifest.
         warnings: what is assumed because neither the checkpoint nor the options say it.
+        origins: where each value of `image` and `text` comes from.
     """
 
     family: str
@@ -143,6 +149,7 @@ class Model:
     references: Mapping[str, Callable[[], Reference]]
     reference_name: str
     warnings: tuple[str, ...] = ()
+    origins: Origins = field(default_factory=Origins)
 
 
 CHOICES = ("activation", "head_width", "text_heads")

@@ -11,7 +11,7 @@ from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import VerificationError
 
-_FIELDS = ("family", "architecture", "image", "text", "facts")
+_FIELDS = ("family", "architecture", "image", "text", "origins", "facts")
 _NOTHING = "nothing"
 
 
