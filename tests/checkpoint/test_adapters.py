@@ -18,14 +18,27 @@ from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.errors import InputError, UsageError, VlmExportError
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.pipeline import export_bundle
+from vlm_export.models.registry import identify
 
 TOLERANCE = 1e-5
-_SIZES = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, projection_dim=32)
+_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "projection_dim": 32,
+}
 
 
 def tiny_clip() -> CLIPModel:
     torch.manual_seed(0)
-    text = dict(vocab_size=600, max_position_embeddings=77, bos_token_id=598, eos_token_id=599, pad_token_id=599)
+    text = {
+        "vocab_size": 600,
+        "max_position_embeddings": 77,
+        "bos_token_id": 598,
+        "eos_token_id": 599,
+        "pad_token_id": 599,
+    }
     config = CLIPConfig(
         projection_dim=32,
         text_config={**text, **_SIZES},
@@ -38,8 +51,8 @@ def tiny_blip() -> BlipForImageTextRetrieval:
     torch.manual_seed(0)
     text = {
         **_SIZES,
-        **dict(vocab_size=300, encoder_hidden_size=64, max_position_embeddings=64),
-        **dict(bos_token_id=298, eos_token_id=102, sep_token_id=102, pad_token_id=0),
+        **{"vocab_size": 300, "encoder_hidden_size": 64, "max_position_embeddings": 64},
+        **{"bos_token_id": 298, "eos_token_id": 102, "sep_token_id": 102, "pad_token_id": 0},
     }
     config = BlipConfig(
         projection_dim=32,
@@ -67,21 +80,21 @@ def save_adapter(folder: Path, model: nn.Module, **settings: Any) -> nn.Module:
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "attention": dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
-    "all linear layers": dict(r=4, lora_alpha=16, target_modules="all-linear"),
-    "rank-stabilised": dict(r=4, lora_alpha=8, use_rslora=True, target_modules=["fc1", "fc2"]),
-    "patterns": dict(
-        r=4,
-        target_modules=["q_proj", "v_proj"],
-        rank_pattern={"layers.1.self_attn.q_proj": 2},
-        alpha_pattern={"vision_model.encoder.layers.0.self_attn.v_proj": 3},
-    ),
-    "embeddings": dict(r=4, target_modules=["token_embedding", "position_embedding", "q_proj"]),
-    "convolution": dict(r=4, target_modules=["patch_embedding", "out_proj"]),
-    "biases": dict(r=4, target_modules=["q_proj"], bias="all"),
-    "bias of B": dict(r=4, target_modules=["q_proj"], lora_bias=True),
-    "weight decomposition": dict(r=4, target_modules=["q_proj", "fc2"], use_dora=True),
-    "whole modules beside": dict(r=4, target_modules=["q_proj"], modules_to_save=["visual_projection"]),
+    "attention": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    "all linear layers": {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"},
+    "rank-stabilised": {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": ["fc1", "fc2"]},
+    "patterns": {
+        "r": 4,
+        "target_modules": ["q_proj", "v_proj"],
+        "rank_pattern": {"layers.1.self_attn.q_proj": 2},
+        "alpha_pattern": {"vision_model.encoder.layers.0.self_attn.v_proj": 3},
+    },
+    "embeddings": {"r": 4, "target_modules": ["token_embedding", "position_embedding", "q_proj"]},
+    "convolution": {"r": 4, "target_modules": ["patch_embedding", "out_proj"]},
+    "biases": {"r": 4, "target_modules": ["q_proj"], "bias": "all"},
+    "bias of B": {"r": 4, "target_modules": ["q_proj"], "lora_bias": True},
+    "weight decomposition": {"r": 4, "target_modules": ["q_proj", "fc2"], "use_dora": True},
+    "whole modules beside": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["visual_projection"]},
 }
 
 
@@ -98,6 +111,19 @@ def test_weights_are_what_peft_merges(settings: dict[str, Any], tmp_path: Path) 
         assert checkpoint.tensors[key].shape == tuple(got.shape)
         changed += not torch.equal(got, base.read(key))
     assert changed, "the adapter changes nothing, so nothing is shown"
+
+
+def test_a_base_with_prefixed_keys(tmp_path: Path) -> None:
+    merged = save_adapter(tmp_path, tiny_clip(), **CASES["attention"]).state_dict()
+    weights = CLIPModel.from_pretrained(tmp_path / "base").state_dict()
+    torch.save({"state_dict": {f"module.{key}": value for key, value in weights.items()}}, tmp_path / "base" / "run.pt")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    opened = open_checkpoint(str(tmp_path / "adapter"), base=str(tmp_path / "base"))
+    _, checkpoint = identify(opened)
+    key = "text_model.encoder.layers.0.self_attn.q_proj.weight"
+    torch.testing.assert_close(checkpoint.read(key), merged[key], atol=1e-6, rtol=1e-6)
+    assert key in checkpoint.computed
+    assert any("LoRA" in note for note in checkpoint.notes)
 
 
 def clip_features(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -181,7 +207,8 @@ def test_what_cannot_be_merged_is_refused_by_name(tmp_path: Path) -> None:
 
     edit_config(tmp_path, base_model_name_or_path="/nowhere/clip")
     error = refused(adapter)
-    assert "/nowhere/clip" in str(error.where) and "--base" in str(error.fix)
+    assert "/nowhere/clip" in str(error.where)
+    assert "--base" in str(error.fix)
     edit_config(tmp_path, base_model_name_or_path=None)
     assert isinstance(refused(adapter), UsageError)
 
@@ -195,7 +222,8 @@ def test_what_cannot_be_merged_is_refused_by_name(tmp_path: Path) -> None:
     assert "IA3" in str(refused(adapter, base=base))
     edit_config(tmp_path, peft_type="LORA")
     (adapter / "adapter_model.safetensors").unlink()
-    assert isinstance(error := refused(adapter, base=base), InputError) and "adapter_model" in str(error.expected)
+    assert isinstance(error := refused(adapter, base=base), InputError)
+    assert "adapter_model" in str(error.expected)
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:

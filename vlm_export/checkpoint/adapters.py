@@ -158,7 +158,7 @@ def merge_adapter(source: str, adapter: Adapter, base: Checkpoint, progress: Pro
     Raises:
         InputError: the adapter speaks of layers that the base does not have, or of others' shapes.
     """
-    layers, whole = _sorted_keys(adapter)
+    layers, whole = _sorted_keys(adapter, base)
     merged: dict[str, Layer] = {}
     tensors = dict(base.tensors)
     problems: list[str] = []
@@ -204,6 +204,7 @@ def merge_adapter(source: str, adapter: Adapter, base: Checkpoint, progress: Pro
         tensors=tensors,
         read=read,
         computed=frozenset(merged),
+        notes=(*base.notes, f"a LoRA adapter of {len(layers)} layers was merged into {Path(base.source).name}"),
         side_files=_side_files(base.side_files, {name: file.path for name, file in own.items()}),
         check_unchanged=check_unchanged,
     )
@@ -280,7 +281,7 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, default: float) -> flo
     return default
 
 
-def _sorted_keys(adapter: Adapter) -> tuple[dict[str, Layer], dict[str, str]]:
+def _sorted_keys(adapter: Adapter, base: Checkpoint) -> tuple[dict[str, Layer], dict[str, str]]:
     """module → its matrices; and key of the base → the stored key of a tensor that replaces it whole."""
     layers: dict[str, Layer] = defaultdict(dict)
     whole: dict[str, str] = {}
@@ -291,7 +292,14 @@ def _sorted_keys(adapter: Adapter) -> tuple[dict[str, Layer], dict[str, str]]:
             whole[key] = stored
         else:
             layers[key[: -len(end) - 1]][_ROLES[end]] = stored
-    return layers, whole
+    prefix = _prefix_in(base, next(iter(layers), ""))
+    return {prefix + name: layer for name, layer in layers.items()}, {prefix + key: whole[key] for key in whole}
+
+
+def _prefix_in(base: Checkpoint, module: str) -> str:
+    """What stands before the module's name in a base whose keys a trainer prefixed (`module.`, …); mostly nothing."""
+    name = f"{module}.weight"
+    return next((key.removesuffix(name) for key in base.tensors if key == name or key.endswith(f".{name}")), "")
 
 
 def _weight_key(module: str, tensors: Mapping[str, TensorInfo]) -> str | None:

@@ -93,7 +93,7 @@ def _open_adapter(
             "the base of the adapter is an adapter itself",
             where=source,
             got=name,
-            fix="merge that one first (merge_and_unload of peft, then save_pretrained), and name the result with --base",
+            fix="merge that one first (peft: merge_and_unload, then save_pretrained), and name the result with --base",
         )
     try:
         opened = open_checkpoint(name, expected_sha256=sha256, revision=revision, progress=progress, reads=reads)
