@@ -66,7 +66,7 @@ def tiny_blip() -> BlipForImageTextRetrieval:
 def save_adapter(folder: Path, model: nn.Module, **settings: Any) -> nn.Module:
     """Writes `base` and `adapter` with random matrices into the folder; returns peft's own merged model."""
     model.save_pretrained(folder / "base")  # type: ignore[operator]
-    adapted = get_peft_model(model, LoraConfig(**settings))  # type: ignore[arg-type]
+    adapted = get_peft_model(model, LoraConfig(**settings))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -104,6 +104,8 @@ def test_weights_are_what_peft_merges(settings: dict[str, Any], tmp_path: Path) 
     base = open_checkpoint(str(tmp_path / "base"))
     checkpoint = open_checkpoint(str(tmp_path / "adapter"), base=str(tmp_path / "base"))
     assert set(checkpoint.tensors) == set(base.tensors)
+    named = open_checkpoint(str(tmp_path / "adapter" / "adapter_model.safetensors"), base=str(tmp_path / "base"))
+    assert named.computed == checkpoint.computed
     changed = 0
     for key in checkpoint.tensors:
         got, expected = checkpoint.read(key), merged[key]

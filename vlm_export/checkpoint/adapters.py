@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vlm_export.bundle.strict_json import json_object_from_bytes
-from vlm_export.checkpoint.directory import SIDE_FILES
+from vlm_export.checkpoint.directory import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS, SIDE_FILES
 from vlm_export.checkpoint.hashing import Progress, hash_file
 from vlm_export.checkpoint.safetensors_file import read_bounded
 from vlm_export.checkpoint.seen_file import SeenFile, see_file
@@ -30,8 +30,6 @@ from vlm_export.checkpoint.weights_file import read_weights_file
 from vlm_export.errors import InputError, UsageError
 from vlm_export.family import Checkpoint, TensorInfo
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
 # Ends of keys; what is left of them is a module's name. An embedding's matrices have no `.weight` behind them.
 _ROLES = {
@@ -91,9 +89,13 @@ class Adapter:
         return float(alpha / math.sqrt(rank) if self.rank_stabilised else alpha / rank)
 
 
-def is_adapter(path: Path) -> bool:
-    """Whether a directory holds an adapter: its settings stand there, as transformers recognises it too."""
-    return (path / CONFIG_FILE).is_file()
+def adapter_folder(path: Path) -> Path | None:
+    """The directory of the adapter that a path names, itself or its weights; None where it names none.
+
+    Its settings stand there, by which transformers recognises it too.
+    """
+    folder = path.parent if path.name in ADAPTER_WEIGHTS else path
+    return folder if (folder / ADAPTER_CONFIG_FILE).is_file() else None
 
 
 def read_adapter(path: Path) -> Adapter:
@@ -103,16 +105,16 @@ def read_adapter(path: Path) -> Adapter:
         InputError: its settings are malformed, or ask for another method than LoRA or for a merge that is not
             computed here; there are no weights, or they are damaged.
     """
-    config_file = see_file(path / CONFIG_FILE)
+    config_file = see_file(path / ADAPTER_CONFIG_FILE)
     config = json_object_from_bytes(read_bounded(config_file), str(config_file))
     where = str(config_file)
     _check_method(config, where)
-    weights = next((path / name for name in WEIGHTS_FILES if (path / name).is_file()), None)
+    weights = next((path / name for name in ADAPTER_WEIGHTS if (path / name).is_file()), None)
     if weights is None:
         raise InputError(
             "the adapter has no weights",
             where=str(path),
-            expected=" or ".join(WEIGHTS_FILES),
+            expected=" or ".join(ADAPTER_WEIGHTS),
             got="neither",
             fix="copy the whole directory that save_pretrained wrote",
         )
@@ -141,7 +143,7 @@ def base_of(adapter: Adapter, given: str | None) -> str:
     if base is None:
         raise UsageError(
             "a LoRA adapter needs the model that it was trained on",
-            where=str(adapter.path / CONFIG_FILE),
+            where=str(adapter.path / ADAPTER_CONFIG_FILE),
             expected="base_model_name_or_path, or --base",
             got="no base model",
             fix="name the base's directory or file with --base",
@@ -347,7 +349,7 @@ def _merged(adapter: Adapter, layer: Layer, inner: Tensor, module: str, *, is_bi
     merged = weight + (b.flatten(1) @ a.flatten(1)).reshape(weight.shape) * scaling
     if "magnitude" not in layer:
         return merged
-    factor = tensor("magnitude").flatten() / torch.linalg.norm(merged, dim=1)
+    factor: Tensor = tensor("magnitude").flatten() / torch.linalg.norm(merged, dim=1)
     return merged * factor[:, None]
 
 

@@ -7,9 +7,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_export.checkpoint.adapters import CONFIG_FILE as ADAPTER_CONFIG
-from vlm_export.checkpoint.adapters import WEIGHTS_FILES as ADAPTER_WEIGHTS
-from vlm_export.checkpoint.directory import CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, SIDE_FILES, WEIGHTS_PRECEDENCE
+from vlm_export.checkpoint.directory import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS,
+    CONFIG_FILE,
+    OPEN_CLIP_CONFIG_FILE,
+    SIDE_FILES,
+    WEIGHTS_PRECEDENCE,
+)
 from vlm_export.checkpoint.safetensors_file import read_index
 from vlm_export.checkpoint.seen_file import see_file
 from vlm_export.checkpoint.shards import ReadPrefixes, everything, select_shards
@@ -18,7 +23,7 @@ from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT_SECONDS = 15.0
-_CONFIGS = (CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, ADAPTER_CONFIG, *SIDE_FILES)
+_CONFIGS = (CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, ADAPTER_CONFIG_FILE, *SIDE_FILES)
 # Shards are named by an index; these are the only forms that transformers writes.
 _SHARDS = {
     "model.safetensors.index.json": re.compile(r"model-\d{5}-of-\d{5}\.safetensors"),
@@ -87,7 +92,7 @@ def wanted_files(names: Collection[str]) -> list[str]:
     Raises:
         InputError: the repository has no weights in a supported format.
     """
-    precedence = ADAPTER_WEIGHTS if ADAPTER_CONFIG in names else WEIGHTS_PRECEDENCE
+    precedence = ADAPTER_WEIGHTS if ADAPTER_CONFIG_FILE in names else WEIGHTS_PRECEDENCE
     weights = next((name for name in precedence if name in names), None)
     if weights is None:
         raise InputError(

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 
 from vlm_export.bundle.path_names import check_utf8
-from vlm_export.checkpoint.adapters import CONFIG_FILE as ADAPTER_CONFIG_FILE
-from vlm_export.checkpoint.adapters import base_of, is_adapter, merge_adapter, read_adapter
+from vlm_export.checkpoint.adapters import adapter_folder, base_of, merge_adapter, read_adapter
 from vlm_export.checkpoint.directory import (
+    ADAPTER_CONFIG_FILE,
     Directory,
     find_open_clip_config,
     has_described_config,
@@ -57,8 +57,8 @@ def open_checkpoint(
         InputError: the files are damaged, unsafe, or not the pinned ones.
         EnvironmentFailure: no network where it is needed, or a full disk.
     """
-    if _exists(source) and is_adapter(Path(source)):
-        return _open_adapter(source, Path(source), base, expected_sha256, revision, progress, reads)
+    if _exists(source) and (folder := adapter_folder(Path(source))) is not None:
+        return _open_adapter(source, folder, base, expected_sha256, revision, progress, reads)
     from_hub = not _exists(source) and source not in known_names() and is_hub_id(source)
     if from_hub and not source.endswith(_FILE_SUFFIXES):
         return _open_hub(source, source, expected_sha256, revision, progress, reads, base)
@@ -88,7 +88,7 @@ def _open_adapter(
 ) -> Checkpoint:
     adapter = read_adapter(path)
     name = base_of(adapter, base)
-    if _exists(name) and is_adapter(Path(name)):
+    if _exists(name) and adapter_folder(Path(name)) is not None:
         raise InputError(
             "the base of the adapter is an adapter itself",
             where=source,
@@ -219,7 +219,7 @@ def _open_hub(
     base: str | None = None,
 ) -> Checkpoint:
     snapshot = fetch_snapshot(hub_id, revision, reads)
-    if is_adapter(snapshot.directory):
+    if adapter_folder(snapshot.directory) is not None:
         adapted = _open_adapter(source, snapshot.directory, base, sha256, None, progress, reads)
         return replace(adapted, revision=snapshot.revision)
     if base is not None:
