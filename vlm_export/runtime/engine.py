@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
+from vlm_export.interrupts import run_session, start_session
+from vlm_export.machine_faults import machine_fault
 from vlm_export.text_display import shown
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -107,14 +109,14 @@ class OrtEngine:
             # where it is used.
             options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         try:
-            self._session = onnxruntime.InferenceSession(
+            self._session = start_session(
                 str(self.path),
                 options,
                 providers=[(name, _provider_options(name, exact)) for name in wanted],
                 disabled_optimizers=list(WRONG_OPTIMIZERS),
             )
         except Exception as error:  # onnxruntime's own classes share no base but Exception.
-            raise InputError(
+            raise machine_fault(error, str(self.path)) or InputError(
                 "a graph cannot be loaded",
                 where=str(self.path),
                 expected="a valid ONNX model with its external data beside it",
@@ -136,10 +138,10 @@ class OrtEngine:
         """
         self._check(feeds)
         try:
-            values = self._session.run(None, dict(feeds))
+            values = run_session(self._session, feeds)
         except Exception as error:  # As above.
             shapes = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in feeds.items())
-            raise InputError(
+            raise machine_fault(error, str(self.path)) or InputError(
                 "a graph failed while running", where=str(self.path), got=f"{_cause(error)} (inputs: {shapes})"
             ) from error
         return {port.name: np.asarray(value) for port, value in zip(self.outputs, values, strict=True)}
