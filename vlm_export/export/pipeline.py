@@ -196,11 +196,14 @@ class _Job:
             start = partial(self._start_engine, verification.weights_bytes)
             engine = start(path)
             label, mapped = engine_label((CPU,), mapped=engine.mapped), engine.mapped
-            report = verification.run(engine.run, label, reference, progress, precision, mapped=mapped)
+            floor = verification.floor(reference, precision)
+            report = verification.run(engine.run, label, reference, progress, precision, mapped=mapped, floor=floor)
             if precision == FP32 or not report.passed:
                 return report
             del engine  # The weights of one engine at a time.
-            return replace(report, points=(*report.points, *rounded_points(path, start, verification, reference)))
+            rounded = rounded_points(path, start, verification, reference, floor)
+            noise = report.floor if floor is None else floor.floor
+            return replace(report, points=(*report.points, *rounded), floor=noise)
 
     def _start_engine(self, weights_bytes: int, path: Path) -> OrtEngine:
         """`weights_bytes`: in float32, which the CPU makes of float16 ones."""
