@@ -192,7 +192,7 @@ class EncoderPair:
         ):
             for batch in batches(range(len(sources)), batch_size):
                 pixels = self._pixels([sources[i] for i in batch], decoders, first=batch[0])
-                embeddings[list(batch)] = run_encoder(self.vision, pixels)
+                embeddings[list(batch)] = run_encoder(self.vision, pixels, width=self.embed_dim)
                 bar.update(len(batch))
         return unit_rows(embeddings)
 
@@ -223,7 +223,7 @@ class EncoderPair:
             by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
             for batch in batches(by_length, batch_size):
                 ids, mask = tokenizer.pad_masked([rows[i] for i in batch], pad_to=self._fixed_tokens())
-                embeddings[list(batch)] = run_encoder(self.text, ids, mask)
+                embeddings[list(batch)] = run_encoder(self.text, ids, mask, width=self.embed_dim)
                 bar.update(len(batch))
         return unit_rows(embeddings)
 
@@ -253,7 +253,7 @@ class EncoderPair:
             mask = checked_mask(attention_mask, ids)
         if not len(ids):
             return self._no_rows()
-        return unit_rows(run_encoder(self.text, ids, mask))
+        return unit_rows(run_encoder(self.text, ids, mask, width=self.embed_dim))
 
     def classify(
         self, images: Pictures, labels: Sequence[str], *, template: str = "a photo of a {}", truncate: bool = False

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, BinaryIO, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
+from vlm_export.machine_faults import machine_fault
 from vlm_export.runtime.image import FloatArray
 
 ItemKind: TypeAlias = Literal["image", "text"]
@@ -177,7 +179,14 @@ def top_k(query: FloatArray, vectors: FloatArray, k: int) -> tuple[npt.NDArray[n
 
 
 def search_embeddings(embeddings: Embeddings, query: FloatArray, k: int) -> list[Match]:
-    """The `k` items nearest to a query vector, best first."""
+    """The `k` items nearest to a query vector, best first; InputError when their vectors have another size."""
+    if embeddings.vectors.shape[1:] != query.shape:
+        raise InputError(
+            "the embeddings have another size than the bundle's",
+            expected=f"{query.shape[0]} numbers each",
+            got=f"{embeddings.vectors.shape[1]}, made by {embeddings.meta.model}",
+            fix="embed again with this bundle",
+        )
     rows, scores = top_k(query, embeddings.vectors, k)
     return [Match(embeddings.items[row], float(score)) for row, score in zip(rows, scores, strict=True)]
 
@@ -208,13 +217,14 @@ def _read_npy(source: Path) -> tuple[list[str], FloatArray, EmbeddingsMeta]:
         data = json.loads(side.read_text(encoding="utf-8"))
         if isinstance(data, dict):
             _refuse_slices(data, source)
-        vectors = np.load(source, allow_pickle=False)
+        vectors = _npy_array(source)
     except FileNotFoundError as error:
         raise InputError(
             "the embeddings lack the file that names their items", where=str(source), expected=str(side)
         ) from error
     except (OSError, ValueError, EOFError, RecursionError, MemoryError) as error:
-        raise InputError("the embeddings cannot be read", where=str(source), got=str(error)) from error
+        damaged = InputError("the embeddings cannot be read", where=str(source), got=str(error), fix="embed again")
+        raise machine_fault(error, str(source)) or damaged from error
     items = data.get("items") if isinstance(data, dict) else None
     if not isinstance(items, list):
         raise InputError("the items of the embeddings are malformed", where=str(side), expected="a list of strings")
@@ -223,6 +233,35 @@ def _read_npy(source: Path) -> tuple[list[str], FloatArray, EmbeddingsMeta]:
             "the embeddings and their items do not belong together", where=f"{source}, {side}", fix="embed again"
         )
     return items, vectors, _meta_from_json(data, str(side))
+
+
+def _npy_array(source: Path) -> npt.NDArray[Any]:
+    """The array of a `.npy`, whose header is compared with the file's size before memory is taken.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, or is no array of plain numbers and nothing else.
+    """
+    with source.open("rb") as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else _read_npy_header_2
+            shape, _, dtype = read_header(file)
+        except OSError:
+            raise
+        except Exception as error:
+            # numpy reads the header as Python source: damage raises what Python's parsers raise, MemoryError too.
+            raise ValueError(f"no .npy header: {type(error).__name__}: {error}") from None
+        stated, found = math.prod(shape) * dtype.itemsize, os.fstat(file.fileno()).st_size - file.tell()
+        if dtype.hasobject or stated != found:
+            raise ValueError(f"the header states {dtype} {shape}, {stated} bytes, and {found} bytes follow it")
+        file.seek(0)
+        array: npt.NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+    return array
+
+
+def _read_npy_header_2(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    header: tuple[tuple[int, ...], bool, np.dtype[Any]] = np.lib.format.read_array_header_2_0(file)
+    return header
 
 
 def _write_parquet(
@@ -251,8 +290,8 @@ def _read_parquet(source: Path) -> tuple[list[str], FloatArray, EmbeddingsMeta]:
         items = table.column("item").to_pylist()
         column = table.column("embedding").combine_chunks()
         vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
-    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise machine_fault(error, str(source)) or InputError(
             "the embeddings cannot be read",
             where=str(source),
             expected="a Parquet file of `vlm-export embed`",
