@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from vlm_export import __version__
 from vlm_export.cli import ask, caption, classify, embed, export, graph, inspect, match, search, verify
+from vlm_export.cli.examples import add_examples
 from vlm_export.cli.output import print_json
 from vlm_export.cli.streams import discard, standard_streams
 from vlm_export.errors import Defect, EnvironmentFailure, InputError, UsageError, VlmExportError
@@ -47,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     for verb in VERBS:
         verb.add_parser(verbs)
+    add_examples(parser)
     return parser
 
 
