@@ -104,3 +104,9 @@ def test_a_word_that_is_no_known_name_gets_the_nearest(cli: Cli) -> None:
     cli("inspect", "clip-dem").refused(2, "did you mean 'clip-demo'?")
     result = cli("inspect", "zzz").refused(2, "vlm-export inspect lists the known names")
     assert len(result.err) < 300
+
+
+def test_an_output_below_thousands_of_directories(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cli("export", "clip-demo", "-o", "a/" * 2000 + "b", "--quiet").refused(4, "too many directories", "got: 2001")
+    assert not list(tmp_path.iterdir())

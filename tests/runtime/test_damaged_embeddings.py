@@ -30,7 +30,7 @@ def npy_header(text: str) -> bytes:
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
     path = tmp_path / "x.npy"
-    write_embeddings(path, ["a"], np.ones((1, 4), np.float32) / 2, META)
+    write_embeddings(path, ["a"], np.full((1, 4), 0.5, np.float32), META)
     return path
 
 
