@@ -4,6 +4,9 @@ Python drops what a signal's handler raises inside a finalizer or a callback ("N
 in the documentation of `signal`), and libraries catch too much. So an interrupt is remembered, and raised again at the
 next point that asks. Nor does Python run a handler while the main thread is inside a library: long work of that kind
 is done by another thread, for which the main thread waits (`run_interruptibly`).
+
+An interrupted command has changed nothing, and its exit status says so. So from the step on that puts a result in
+place, an interrupt is not heard any more: the command ends what is left, and says that it is done.
 """
 
 from __future__ import annotations
@@ -30,6 +33,10 @@ _ONE_PRESS_SECONDS = 0.1
 _SIGNALS_SEEN_SECONDS = 0.2
 _LOG_FATAL_ONLY = 4
 _received: list[tuple[int, float]] = []
+_deferred: list[int] = []
+# Past the point of no return: interrupts are deferred.
+_deferring = False
+_in_command = False
 
 
 @contextmanager
@@ -39,18 +46,61 @@ def remembered_interrupts() -> Iterator[None]:
     The first signal raises KeyboardInterrupt. A Ctrl-C after it ends the process at once, with status 130 and whatever
     is running; so does SIGTERM once GRACE_SECONDS are over. What was being written then is left to the next run.
     """
-    _received.clear()
+    global _in_command, _deferring
+    with _handled(_interrupt):
+        _in_command = True
+        try:
+            yield
+        finally:
+            _in_command = _deferring = False
+            _received.clear()
+            _grace.cancel()
+
+
+@contextmanager
+def point_of_no_return() -> Iterator[None]:
+    """Around the step that puts a result in place and the cleaning up behind it.
+
+    An interrupt from before is raised first. In a command, none is heard from here to the command's end, unless the
+    step fails. Elsewhere one that comes meanwhile is delivered afterwards.
+
+    Raises:
+        KeyboardInterrupt: before anything is done.
+    """
+    global _deferring
+    raise_remembered()
+    if _in_command:
+        # One assignment: an interrupt comes before it, and nothing has been done, or after it.
+        _deferring = True
+        try:
+            yield
+        except BaseException:
+            _deferring = False
+            raise
+        return
+    _deferred.clear()
+    with _handled(_defer):
+        yield
+    for number in tuple(_deferred):
+        signal.raise_signal(number)
+
+
+@contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handles both signals, in the main thread, where Python runs handlers; those that are ignored stay ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     given = {number: signal.getsignal(number) for number in _SIGNALS}
-    for number, handler in given.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, _interrupt)
+    # None: not installed from Python, and so not to be put back.
+    mine = {number: before for number, before in given.items() if before not in (signal.SIG_IGN, None)}
+    for number in mine:
+        signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, handler in given.items():
-            signal.signal(number, handler)
-        _received.clear()
-        _grace.cancel()
+        for number, before in mine.items():
+            signal.signal(number, before)
 
 
 def raise_remembered() -> None:
@@ -200,6 +250,8 @@ _grace = _Grace()
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:
+    if _deferring:
+        return
     is_first, now = not _received, time.monotonic()
     if number == signal.SIGINT and not is_first and now - _received[-1][1] > _ONE_PRESS_SECONDS:
         _end()
@@ -215,3 +267,7 @@ def _end() -> None:
     with suppress(OSError):
         os.write(2, b"interrupted\n")
     os._exit(INTERRUPTED)
+
+
+def _defer(number: int, _frame: FrameType | None) -> None:
+    _deferred.append(number)

@@ -295,12 +295,13 @@ class EncoderPair:
             )
 
     def _engine(self, part: str) -> Engine:
-        variant = self.manifest.part(part).variant(self.precision)
-        return self._engine_choice.open(self.bundle.model_files(variant))
+        return self._engine_choice.open_part(self.bundle, part, self.precision)
 
     def _pixels(self, sources: Sequence[PictureSource], decoders: ThreadPoolExecutor, first: int) -> FloatArray:
         """float32 (B, 3, S, S) of pictures; errors as in `map_pictures`."""
         spec = self.image_spec
+        # The graph first: it shows whether it takes pictures of this size, before they are made that large.
+        _ = self.vision
         return np.stack(
             map_pictures(
                 lambda image, name: preprocess_image(image, spec, name=name),
