@@ -112,7 +112,7 @@ def staged_embeddings(target: Path, *, overwrite: bool) -> Iterator[Path]:
         with staged_file(target, "writing embeddings", overwrite=overwrite) as staged:
             yield staged
     except OSError as error:
-        raise EnvironmentFailure(
+        raise machine_fault(error, str(target)) or EnvironmentFailure(
             "embeddings cannot be written",
             where=str(target),
             got=str(error),
