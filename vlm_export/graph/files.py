@@ -15,6 +15,7 @@ import onnx_ir as ir
 from vlm_export.bundle.environment import check_free_space, environment_errors
 from vlm_export.errors import UsageError
 from vlm_export.graph.errors import GraphError
+from vlm_export.graph.gate import check_proto
 from vlm_export.graph.placing import GRAPH_FILE_KEY, Staged, check_readers, check_targets, put_in_place, staging
 from vlm_export.graph.protos import attribute_protos, graph_protos, tensor_protos
 from vlm_export.graph.tensor_slots import TensorSlot, tensor_slots
@@ -57,6 +58,7 @@ def open_model(path: Path | str) -> ir.Model:
         raise GraphError(f"the model {what}", where=str(path), expected="a file in ONNX's binary format")
     with environment_errors("reading the model", None):
         proto = _read_proto(path)
+    check_proto(proto, path)
     _refuse_what_gets_lost(proto, path)
     try:
         model = ir.from_proto(proto)
