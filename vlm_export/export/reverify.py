@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,14 +19,15 @@ from vlm_export.export.options import ExportOptions
 from vlm_export.export.parts import select_parts
 from vlm_export.export.preprocessing_part import PART_NAME, add_preprocessing
 from vlm_export.export.source import build_model, known_checkpoint, open_source
-from vlm_export.export.stages import Stages
+from vlm_export.export.stages import Stages, StepProgress
 from vlm_export.export.stated import check_stated
 from vlm_export.export.verification import PartVerification, part_samples, variant_label
-from vlm_export.family import DEFAULT_BUILD, BuildOptions, Checkpoint
-from vlm_export.models.registry import recognise
-from vlm_export.runtime.engine import OrtEngine
+from vlm_export.family import DEFAULT_BUILD, BuildOptions, Checkpoint, Reference
+from vlm_export.models.registry import identify
+from vlm_export.runtime.engine import CPU, OrtEngine
 from vlm_export.specs import record_from_json
 from vlm_export.verify.engine import engine_label, variant_bytes, verifying_engine
+from vlm_export.verify.floor import ELSEWHERE
 from vlm_export.verify.report import PartReport
 
 
@@ -63,7 +65,8 @@ def verify_against_source(
         with ScratchStore(Path(folder) / "weights.bin") as store:
             with stages.stage("load weights"):
                 known = known_checkpoint(source)
-                model = build_model(recognise(checkpoint), checkpoint, known, store, options.build)
+                family, checkpoint = identify(checkpoint)
+                model = build_model(family, checkpoint, known, store, options.build)
                 if PART_NAME in {part.name for part in manifest.parts}:
                     model = add_preprocessing(model)
                 model = select_parts(model, [part.name for part in manifest.parts])
@@ -76,17 +79,23 @@ def verify_against_source(
                 for variant in manifest.part(part.name).chosen_variants(precision):
                     with stages.stage(f"verify {variant_label(part, variant.precision)}") as progress:
                         engine = _engine(bundle, variant, providers, threads)
-                        reports.append(
-                            verification.run(
-                                engine.run,
-                                engine_label(providers, mapped=engine.mapped),
-                                reference,
-                                progress,
-                                variant.precision,
-                                mapped=engine.mapped,
-                            )
-                        )
+                        reports.append(_report(verification, reference, variant, engine, providers, progress))
     return reports
+
+
+def _report(
+    verification: PartVerification,
+    reference: Reference,
+    variant: VariantRecord,
+    engine: OrtEngine,
+    providers: Sequence[str],
+    progress: StepProgress,
+) -> PartReport:
+    floor = verification.floor(reference, variant.precision)
+    if floor is not None and list(providers) != [CPU]:
+        floor.floor = replace(floor.floor, allowance=ELSEWHERE)
+    label, mapped = engine_label(providers, mapped=engine.mapped), engine.mapped
+    return verification.run(engine.run, label, reference, progress, variant.precision, mapped=mapped, floor=floor)
 
 
 def _build_options(manifest: Manifest, root: str) -> BuildOptions:
