@@ -147,29 +147,31 @@ def test_mutated_bytes_never_end_in_a_traceback(tmp_path: Path, verb: str) -> No
 
 
 def _first_node(model: onnx.ModelProto) -> onnx.NodeProto:
-    return model.graph.node[0]
+    node: onnx.NodeProto = model.graph.node[0]
+    return node
 
 
 def _name_that_is_no_text(model: onnx.ModelProto) -> bytes:
     _first_node(model).output[0] = "UNIQUE"
-    return model.SerializeToString().replace(b"UNIQUE", b"UNI\xffUE")
+    return bytes(model.SerializeToString()).replace(b"UNIQUE", b"UNI\xffUE")
 
 
 def _operator_that_is_no_text(model: onnx.ModelProto) -> bytes:
     _first_node(model).op_type = "UNIQUE"
-    return model.SerializeToString().replace(b"UNIQUE", b"UNI\xffUE")
+    return bytes(model.SerializeToString()).replace(b"UNIQUE", b"UNI\xffUE")
 
 
 def _edited(edit: Callable[[Any], object]) -> Callable[[onnx.ModelProto], bytes]:
     def damage(model: onnx.ModelProto) -> bytes:
         edit(model.graph)
-        return model.SerializeToString()
+        return bytes(model.SerializeToString())
 
     return damage
 
 
 def _attribute(graph: onnx.GraphProto) -> onnx.AttributeProto:
-    return next(node for node in graph.node if node.output[0] == "c").attribute[0]
+    found: onnx.AttributeProto = next(node for node in graph.node if node.output[0] == "c").attribute[0]
+    return found
 
 
 def _ragged(graph: onnx.GraphProto) -> None:

@@ -30,7 +30,11 @@ def _copy(model: ir.Model) -> ir.Model:
 
 
 def _model(
-    nodes: list[onnx.NodeProto], opset: int, ir_version: int = 8, weights: Mapping[str, Any] | None = None, **ends: Any
+    nodes: list[onnx.NodeProto],
+    opset: int,
+    ends: Mapping[str, Any],
+    weights: Mapping[str, Any] | None = None,
+    ir_version: int = 8,
 ) -> ir.Model:
     """Ends: name → (dtype, shape); those that no node makes are inputs."""
     made = {name for node in nodes for name in node.output}
@@ -70,7 +74,7 @@ def test_quantised_weights_stay_quantised() -> None:
         "b": np.ones(8, np.float32),
     }
     ends = {"x": (TensorProto.FLOAT, ["N", 8]), "y": (TensorProto.FLOAT, ["N", 8])}
-    original = _model(nodes, 13, weights=weights, **ends)
+    original = _model(nodes, 13, ends, weights)
     model = _copy(original)
     for change in (fold_all_constants, remove_noops, make_arguments_static, share_initializers, cancel_transposes):
         change(model)
@@ -90,7 +94,7 @@ def test_an_expansion_stays_and_is_said() -> None:
     ]
     ends = {"x": (TensorProto.FLOAT, ["N", 1, 1]), "y": (TensorProto.FLOAT, []), "z": (TensorProto.FLOAT, ["N", 1, 1])}
     weights = {"one": np.ones((1, 1, 1), np.float32), "big": np.array([1, 600, 600])}
-    original = _model(nodes, 13, weights=weights, **ends)
+    original = _model(nodes, 13, ends, weights)
     model = _copy(original)
     folded = fold_all_constants(model)
     assert (folded.initializers, folded.left) == (1, ("e",))
@@ -126,7 +130,7 @@ def test_what_were_attributes_become_inputs_of_the_right_dtype(name: str, dtype:
     elif operator == "Split":
         outputs["z"] = (DTYPES[dtype], None)
     node = helper.make_node(operator, ["x"], list(outputs), name="mine", **attributes)
-    original = _model([node], source, x=(DTYPES[dtype], ["N", 4]), **outputs)
+    original = _model([node], source, {"x": (DTYPES[dtype], ["N", 4]), **outputs})
     model = _copy(original)
     convert_opset(model, version)
     assert model.opset_imports[""] == version
@@ -143,7 +147,7 @@ def test_what_were_attributes_become_inputs_of_the_right_dtype(name: str, dtype:
 
 def test_a_converter_that_writes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     node = helper.make_node("Clip", ["x"], ["y"], name="mine", min=-0.5, max=0.5)
-    model = _model([node], 9, x=(TensorProto.FLOAT, ["N", 4]), y=(TensorProto.FLOAT, ["N", 4]))
+    model = _model([node], 9, {name: (TensorProto.FLOAT, ["N", 4]) for name in ("x", "y")})
     before = ir.to_proto(model).SerializeToString()
     convert = conversion._library_conversion
 
@@ -177,7 +181,7 @@ def _zoo_model() -> ir.Model:
         "scales": np.array([1, 1, 2, 2], np.float32),
     }
     ends = {"x": (TensorProto.FLOAT, ["N", 3, 6, 7]), "y": (TensorProto.FLOAT, None)}
-    return _model(nodes, 9, 3, weights, **ends)
+    return _model(nodes, 9, ends, weights, ir_version=3)
 
 
 def test_weights_of_old_models_stay_constants() -> None:
@@ -199,7 +203,7 @@ def test_new_dtypes_are_fed_values_that_they_hold(dtype: str, source: str) -> No
     nodes = [helper.make_node("Cast", ["x"], ["f"], to=TensorProto.FLOAT), helper.make_node("Mul", ["f", "w"], ["y"])]
     weights = {"w": np.float32(1.5)}
     ends = {"x": (kinds[source], ["N", 3, 8]), "y": (TensorProto.FLOAT, ["N", 3, 8])}
-    original = _model(nodes, 13, weights=weights, **ends)
+    original = _model(nodes, 13, ends, weights)
     model = _copy(original)
     set_dtype(model, {"x": dtype})
     assert prove(original, model, may_change_dtypes=True).max_abs == 0

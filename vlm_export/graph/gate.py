@@ -12,8 +12,8 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.descriptor import FieldDescriptor
-from google.protobuf.message import Message
+from google.protobuf.descriptor import FieldDescriptor  # type: ignore[import-untyped]  # protobuf ships no types
+from google.protobuf.message import Message  # type: ignore[import-untyped]
 
 from vlm_export.graph.errors import GraphError
 from vlm_export.graph.protos import attribute_protos, graph_protos, tensor_protos
