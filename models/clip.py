@@ -44,11 +44,24 @@ from vlm_export.models.clip_architecture import (
     stated_vision,
 )
 from vlm_export.models.clip_encoders import ClipEncoders, build_encoders
-from vlm_export.models.pictures import PictureExamples, apply_image_size, picture_shape, published_normalisation
+from vlm_export.models.image_processor import (
+    image_size_origin,
+    processor_files,
+    same_origin,
+    transformers_image,
+    with_chosen_size,
+)
+from vlm_export.models.pictures import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    PictureExamples,
+    apply_image_size,
+    picture_shape,
+)
 from vlm_export.models.token_ids import EDGES, random_ids
 from vlm_export.models.weights import Target, load_weights, published_tensors
 from vlm_export.signature import Axis, Signature, TensorSpec
-from vlm_export.specs import ImageSpec, Origins, RgbStage, TextCleaning, TextSpec
+from vlm_export.specs import ImageSpec, Origins, TextCleaning, TextSpec, torchvision_image_spec
 
 BATCH = Axis("batch")
 _HF_WORDS = "text_model.embeddings.token_embedding.weight"
@@ -84,14 +97,15 @@ class ClipFamily:
             for part in _parts(architecture, build_encoders(architecture))
         )
         warnings = clip_open.assumptions(checkpoint, architecture)
+        image, origins = _image(architecture, architecture, checkpoint)
         return Description(
             architecture.to_json(),
             parts,
             tuple(_notes(architecture)),
             warnings,
-            image=_image_spec(architecture, architecture, checkpoint),
+            image=image,
             text=_text_spec(architecture, checkpoint),
-            origins=_text_origins(architecture, checkpoint),
+            origins=origins | _text_origins(architecture, checkpoint),
         )
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
@@ -100,6 +114,7 @@ class ClipFamily:
         dropped = load_weights(encoders, checkpoint, _table(architecture), store)
         published, architecture = architecture, _resized(architecture, encoders, options)
         parts = tuple(_parts(architecture, encoders, dynamic_image_size=options.dynamic_image_size))
+        image, origins = _image(published, architecture, checkpoint)
         huggingface = architecture.key_names == "huggingface"
         build_reference = (
             partial(_transformers_reference, checkpoint, published) if huggingface else reference_from_module
@@ -108,7 +123,7 @@ class ClipFamily:
             family=self.name,
             architecture=architecture.to_json(),
             parts=parts,
-            image=_image_spec(published, architecture, checkpoint),
+            image=image,
             text=_text_spec(architecture, checkpoint),
             hub_config=(checkpoint.config if huggingface else None) or _config_from_architecture(architecture),
             facts=_facts(architecture, encoders),
@@ -116,7 +131,7 @@ class ClipFamily:
             references={part.name: partial(build_reference, part) for part in parts},
             reference_name=f"transformers {_class_name(architecture)}" if huggingface else "unpatched eager module",
             warnings=clip_open.assumptions(checkpoint, architecture, options),
-            origins=_text_origins(architecture, checkpoint),
+            origins=origins | _text_origins(architecture, checkpoint),
         )
 
     def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
@@ -252,19 +267,21 @@ class _TextExamples:
         return {"input_ids": ids}
 
 
-def _image_spec(
+def _image(
     published: ClipArchitecture, architecture: ClipArchitecture, checkpoint: Checkpoint
-) -> ImageSpec | None:
-    """For pictures of `architecture`'s size; the checkpoint states the published one. None without an image encoder."""
+) -> tuple[ImageSpec | None, Origins]:
+    """For images of `architecture`'s size; the checkpoint states the published one. None without an image encoder."""
     if published.vision is None or architecture.vision is None:
-        return None
-    image_size = architecture.vision.image_size
-    if stated := clip_open.open_clip_image(checkpoint, image_size):
-        return stated
-    mean, std = published_normalisation(checkpoint, published.vision.image_size, "crop")
-    # Each published pipeline in its own order: OpenAI's converts to RGB last, transformers' first.
-    rgb_stage: RgbStage = "after_crop" if architecture.key_names == "openai" else "before_resize"
-    return ImageSpec(image_size, "bicubic", rgb_stage, mean, std)
+        return None, Origins()
+    size = published.vision.image_size
+    if stated := clip_open.open_clip_image(checkpoint, size):
+        return with_chosen_size(stated, architecture.vision.image_size)
+    if architecture.key_names == "openai" and not processor_files(checkpoint):
+        spec = torchvision_image_spec(size, "bicubic", "after_crop", IMAGE_MEAN, IMAGE_STD)
+        origins = {**same_origin(spec, "openai/CLIP clip.py"), "image.size_pixels": "the image encoder's weights"}
+        return with_chosen_size((spec, Origins(origins)), architecture.vision.image_size)
+    prepared = transformers_image(checkpoint, "CLIPImageProcessor", size, image_size_origin(checkpoint))
+    return with_chosen_size(prepared, architecture.vision.image_size)
 
 
 def _text_spec(architecture: ClipArchitecture, checkpoint: Checkpoint) -> TextSpec | None:

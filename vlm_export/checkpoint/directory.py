@@ -50,6 +50,7 @@ SIDE_FILES = (
     "merges.txt",
     "vocab.txt",
     "preprocessor_config.json",
+    "processor_config.json",
 )
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 # What trainers keep beside the weights under the same suffixes.
