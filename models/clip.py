@@ -48,6 +48,7 @@ from vlm_export.signature import Axis, Signature, TensorSpec
 from vlm_export.specs import ImageSpec, RgbStage, TextSpec
 
 BATCH = Axis("batch")
+_HF_WORDS = "text_model.embeddings.token_embedding.weight"
 
 
 class ClipFamily:
@@ -56,6 +57,9 @@ class ClipFamily:
     name = "clip"
     reads: tuple[str, ...] = ()
     choices: tuple[str, ...] = CHOICES
+    marks: tuple[str, ...] = ("visual.conv1.weight", "vision_model.pre_layrnorm.weight", _HF_WORDS)
+    roots: tuple[str, ...] = (*clip_weights.OPENAI_ROOTS, *clip_weights.HF_ROOTS)
+    config_types: Mapping[str, tuple[str, ...]] = {"clip": ("CLIPModel",)}
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         keys = checkpoint.tensors
@@ -208,9 +212,16 @@ def _image_spec(architecture: ClipArchitecture, image_size: int, checkpoint: Che
 def _text_spec(architecture: ClipArchitecture) -> TextSpec:
     text = architecture.text
     openai = architecture.key_names == "openai"
-    # OpenAI fills with id 0, transformers with end-of-text; neither is visible to the pooled token.
-    pad = 0 if openai else text.end_token_id
-    return TextSpec(text.context_length, text.vocab_size, text.end_token_id, pad, "openai" if openai else "none")
+    return TextSpec(
+        context_length=text.context_length,
+        vocab_size=text.vocab_size,
+        end_token_id=text.end_token_id,
+        # OpenAI fills with id 0, transformers with end-of-text; neither is visible to the pooled token.
+        pad_token_id=0 if openai else text.end_token_id,
+        cleaning="openai" if openai else "none",
+        # OpenAI's own models end texts with the last id, so that the two are one.
+        pooling="highest_id" if text.pooling == "argmax" and not openai else "end_token",
+    )
 
 
 def _config_from_architecture(architecture: ClipArchitecture) -> dict[str, Any]:

@@ -50,6 +50,9 @@ class NanoVlmFamily:
     name = "nanovlm"
     reads: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ("MP.proj.weight",)
+    roots: tuple[str, ...] = ("vision_encoder", "MP", "decoder")
+    config_types: Mapping[str, tuple[str, ...]] = {}
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         keys = checkpoint.tensors
@@ -132,6 +135,7 @@ def _text_spec(architecture: NanoVlmArchitecture) -> TextSpec:
         cleaning="none",
         ends_texts=False,
         added_tokens=tuple(chat.extra_tokens.values()),
+        case="kept",
     )
 
 

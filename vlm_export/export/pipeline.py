@@ -38,7 +38,7 @@ from vlm_export.export.verification import (
 )
 from vlm_export.export.writer import write_graph
 from vlm_export.family import Checkpoint, Model, Part, Reference
-from vlm_export.models.registry import recognise
+from vlm_export.models.registry import identify
 from vlm_export.precision.fp16 import convert_to_fp16
 from vlm_export.runtime.engine import CPU, OrtEngine
 from vlm_export.runtime.image import open_image
@@ -107,7 +107,7 @@ class _Job:
             for path in self.options.images:
                 open_image(path)
             checkpoint = open_source(self.source, self.options, scratch, progress)
-            family = recognise(checkpoint)
+            family, checkpoint = identify(checkpoint)
             parts = planned_parts(family, checkpoint, self.options.parts, self.options.with_preprocessing)
             check_pictures(parts, self.options.images)
             check_free_space(staging.path, needed_bytes(family, checkpoint, parts, self.options.precisions))
@@ -118,7 +118,7 @@ class _Job:
                     model = add_preprocessing(model)
                 model = select_parts(model, self.options.parts)
                 check_publishable(name, checkpoint, model, known, self.options)
-                tokenizer = self._write_tokenizer(checkpoint, model, staging)
+                model, tokenizer = self._write_tokenizer(checkpoint, model, staging)
                 self._check_pictures(model)
             # All graphs before any verification: a back end's failure shows early, and engines leave memory behind.
             exported = [self._export(part, staging) for part in model.parts]
@@ -228,13 +228,18 @@ class _Job:
             part = next(part for part in model.parts if takes_pictures(part.signature))
             part_samples(part, model, None, self.options.images)
 
-    def _write_tokenizer(self, checkpoint: Checkpoint, model: Model, staging: Staging) -> Path | None:
+    def _write_tokenizer(self, checkpoint: Checkpoint, model: Model, staging: Staging) -> tuple[Model, Path | None]:
+        """The model with what its tokenizer says, and the bundle's tokenizer.json, where there is one."""
         if model.text is None or not self.options.with_tokenizer:
-            return None
-        files = resolve_tokenizer(checkpoint, self.options.tokenizer, model.text)
-        for name, content in files.items():
+            return model, None
+        found = resolve_tokenizer(checkpoint, self.options.tokenizer, model.text, reserved_rows=model.reserved_rows)
+        for name, content in found.files.items():
             staging.file(name).write_bytes(content)
-        return staging.path / layout.TOKENIZER_NAME
+        warnings, origins = (*model.warnings, *found.warnings), model.origins | found.origins
+        model = replace(model, text=found.text, warnings=warnings, origins=origins)
+        if found.ids is not None:
+            model = model.with_tokenizer(model, found.ids)
+        return model, staging.path / layout.TOKENIZER_NAME
 
 
 @contextmanager
