@@ -135,7 +135,7 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, table: WeightTable, 
 
 
 def origins_of(tensor: Tensor) -> tuple[tuple[str, str], ...]:
-    """The stored keys that a parameter was filled from, each with what became of it; () for what no checkpoint fills."""
+    """The stored keys that a parameter was filled from, each with what became of it; () where there is none."""
     found: tuple[tuple[str, str], ...] = getattr(tensor, _ORIGINS, ())
     return found
 

@@ -125,11 +125,13 @@ def _folded(stem: str, kind: str, module: nn.Module) -> _Made | None:
     norm_own, norm = siblings[names.index(own) + 1]
     if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d):
         return None
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     gamma, beta, mean, variance = (
         _array(tensor).astype(np.float64) for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     )
-    factor = gamma / np.sqrt(variance + norm.eps)
+    # The graph states epsilon in float32.
+    factor = gamma / np.sqrt(variance + np.float64(np.float32(norm.eps)))
     prefix = f"{parent_name}." if parent_name else ""
     parameters = [f"{prefix}{norm_own}.{name}" for name in ("weight", "bias", "running_mean", "running_var")]
     if kind == "weight":
