@@ -31,7 +31,7 @@ ARROWS = {
     "slice_spec.py": TYPES,
     "tile_spec.py": TYPES,
     "family.py": TYPES,
-    "bundle": TYPES,
+    "bundle": TYPES | {"vlm_export.interrupts"},
     "runtime": TYPES | {"vlm_export.bundle"},
     "graph": TYPES | {"vlm_export.bundle"},
     "precision": TYPES,
