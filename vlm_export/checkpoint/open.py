@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,10 +26,11 @@ from vlm_export.checkpoint.names import hidden_name
 from vlm_export.checkpoint.seen_file import SeenFile, see_file
 from vlm_export.checkpoint.shards import ReadPrefixes, everything
 from vlm_export.checkpoint.weights_file import read_weights_file
-from vlm_export.errors import InputError, UsageError, VlmExportError, suggestion
+from vlm_export.errors import InputError, UsageError, VlmExportError
 from vlm_export.family import Checkpoint
 
 TOKENIZER_FILE = "tokenizer.json"
+_PATH_MARKS = ("/", "\\")
 _FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".json", ".onnx", ".zip", ".gz")
 
 
@@ -63,11 +65,19 @@ def open_checkpoint(
         return _open_known(source, load_known(source), expected_sha256, revision, progress, reads)
     if is_hub_id(source) and not source.endswith(_FILE_SUFFIXES):
         return _open_hub(source, source, expected_sha256, revision, progress, reads)
-    raise UsageError(
+    raise _names_nothing(source)
+
+
+def _names_nothing(source: str) -> UsageError:
+    """A path that is not there, or a word that is no known name."""
+    if source.endswith(_FILE_SUFFIXES) or any(mark in source for mark in _PATH_MARKS) or source.startswith("~"):
+        return UsageError("there is no such file or directory", where=source, fix="check the path")
+    near = difflib.get_close_matches(source, known_names(), n=1)
+    return UsageError(
         "the source is no file, no directory, no known name and no hub id",
         where=source,
-        expected="an existing path, a name from configs/, or owner/name",
-        fix=suggestion(source, known_names()),
+        expected="an existing path, a known name, or owner/name",
+        fix=f"did you mean {near[0]!r}?" if near else "vlm-export inspect lists the known names",
     )
 
 

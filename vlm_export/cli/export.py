@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_export.cli.common import add_common_options, natural_number, positive_integer
+from vlm_export.cli.common import add_common_options, checked_depth, natural_number, positive_integer
 from vlm_export.cli.output import print_json, print_line, print_text, print_warnings, size_text
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
     # Refused before torch is imported; `publication` checks again under its lock.
     with environment_errors("checking the output directory"):
-        check_target(Path(args.output), overwrite=args.overwrite)
+        check_target(checked_depth(Path(args.output)), overwrite=args.overwrite)
     from vlm_export.checkpoint.names import hidden_name
     from vlm_export.export.pipeline import export_bundle
     from vlm_export.export.stages import Stages
