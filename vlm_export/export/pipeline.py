@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -81,7 +81,7 @@ class _Written:
 
     precision: Precision
     paths: list[Path]
-    ledger: GraphLedger
+    computed: Mapping[str, Sequence[str]]
     simplified: bool
     warnings: tuple[str, ...]
 
@@ -157,8 +157,8 @@ class _Job:
 
     def _write(
         self, graph: ir.Model, part: Part, precision: Precision, staging: Staging
-    ) -> tuple[list[Path], GraphLedger]:
-        """The files of the graph, and the ledger of its weights, each compared with the checkpoint's."""
+    ) -> tuple[list[Path], Mapping[str, Sequence[str]]]:
+        """The files of the graph, and which of its weights were computed from which others."""
         with self.stages.stage(f"write {variant_label(part, precision)}"):
             path = staging.file(layout.graph_path(part.name, precision))
             computed = folded_sources(graph)
@@ -166,8 +166,7 @@ class _Job:
                 graph = convert_to_fp16(graph)
             with _own_errors():
                 paths = write_graph(graph, path, self.options.external_data_threshold_bytes)
-            name = path.relative_to(staging.path).as_posix()
-            return paths, account_for(part, staging.path, name, computed)
+            return paths, computed
 
     def _verify(
         self, exported: _Exported, model: Model, known: KnownCheckpoint | None, staging: Staging, tokenizer: Path | None
@@ -184,7 +183,7 @@ class _Job:
             records = golden_from_reference(part, reference, golden_points(part.signature), verification.samples[:1])
             write_golden(staging.path, part.name, records)
         variants = tuple(self._variant(written, staging, report) for written, report in results)
-        ledgers = tuple(written.ledger for written, _ in results)
+        ledgers = tuple(_ledger(written, part, staging) for written, _ in results)
         return PartRecord(part.name, part.signature, variants), tuple(report for _, report in results), ledgers
 
     def _verify_variant(
@@ -196,8 +195,10 @@ class _Job:
             why = f"the simplified graph differs, so this one is not simplified: {report.first_failure()}"
             for path in written.paths:
                 path.unlink()
-            paths, ledger = self._write(raw, verification.part, written.precision, staging)
-            written = replace(written, paths=paths, ledger=ledger, simplified=False, warnings=(*written.warnings, why))
+            paths, computed = self._write(raw, verification.part, written.precision, staging)
+            written = replace(
+                written, paths=paths, computed=computed, simplified=False, warnings=(*written.warnings, why)
+            )
             report = self._compare(written, verification, reference)
         _raise_if_failed(report, written.precision)
         return written, report
@@ -266,6 +267,12 @@ def _own_errors() -> Iterator[None]:
         if cause is None:
             raise
         raise cause from None
+
+
+def _ledger(written: _Written, part: Part, staging: Staging) -> GraphLedger:
+    """The ledger of the graph that is published, after comparing its weights with the checkpoint's."""
+    name = written.paths[0].relative_to(staging.path).as_posix()
+    return account_for(part, staging.path, name, written.computed)
 
 
 def _raise_if_failed(report: PartReport, precision: Precision) -> None:
