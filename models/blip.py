@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from vlm_export.errors import UsageError
+from vlm_export.errors import InputError, UsageError
 from vlm_export.family import (
     DEFAULT_BUILD,
     BuildOptions,
@@ -29,14 +29,23 @@ from vlm_export.models import blip_weights
 from vlm_export.models.blip_architecture import BlipArchitecture, architecture_from_checkpoint, architecture_from_json
 from vlm_export.models.blip_nlvr import FIRST_MERGING_LAYER
 from vlm_export.models.blip_parts import build_modules, build_parts
-from vlm_export.models.pictures import apply_image_size, published_normalisation
+from vlm_export.models.image_processor import (
+    Prepared,
+    image_size_origin,
+    processor_files,
+    same_origin,
+    transformers_image,
+    with_chosen_size,
+)
+from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD, apply_image_size
+from vlm_export.models.shapes import config_section
 from vlm_export.models.weights import Target, load_weights, published_tensors
-from vlm_export.specs import ImageSpec, TextSpec
+from vlm_export.specs import Origins, TextSpec, torchvision_image_spec
 
 # Where the original truncates captions for retrieval (train_retrieval.py) and questions (blip_vqa.py).
 MAX_TEXT_TOKENS = 35
 # What `init_tokenizer` (models/blip.py) appends to BERT's tokenizer; transformers' checkpoints have rows for both.
-ADDED_TOKENS = ("[DEC]", "[ENC]")
+ADDED_TOKENS = DECODER_TOKEN, ENCODER_TOKEN = ("[DEC]", "[ENC]")
 
 
 class BlipFamily:
@@ -63,12 +72,15 @@ class BlipFamily:
             PartOutline(part.name, part.signature, sum(p.numel() for p in part.module.parameters()))
             for part in build_parts(architecture, build_modules(architecture))
         )
+        image, origins = _image(architecture, architecture.vision.image_size, checkpoint)
         return Description(
             architecture.to_json(),
             parts,
             tuple(_notes(architecture, checkpoint)),
-            image=_image_spec(architecture, architecture.vision.image_size, checkpoint),
+            image=image,
             text=_text_spec(architecture),
+            origins=origins | _text_origins(architecture, checkpoint),
+            reserved_rows=_reserved_rows(architecture),
         )
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
@@ -83,18 +95,20 @@ class BlipFamily:
         image_size = apply_image_size(modules.vision, architecture.vision.image_size, options)
         architecture = replace(architecture, vision=replace(architecture.vision, image_size=image_size))
         parts = tuple(build_parts(architecture, modules))
+        image, origins = _image(published, image_size, checkpoint)
         return Model(
             family=self.name,
             architecture=architecture.to_json(),
             parts=parts,
-            image=_image_spec(published, image_size, checkpoint),
+            image=image,
             text=_text_spec(architecture),
             hub_config=checkpoint.config or _config_from_architecture(architecture),
             facts=_facts(architecture),
             dropped_keys=dropped,
             references={part.name: partial(reference_from_module, part) for part in parts},
             reference_name="unpatched eager module",
-            reserved_rows=0 if architecture.key_names == "original" else len(ADDED_TOKENS),
+            origins=origins | _text_origins(architecture, checkpoint),
+            reserved_rows=_reserved_rows(architecture),
             with_tokenizer=_with_tokenizer,
         )
 
@@ -126,7 +140,7 @@ def _table(architecture: BlipArchitecture, keys: Mapping[str, Any] | tuple[()]) 
 
 def _notes(architecture: BlipArchitecture, checkpoint: Checkpoint) -> Iterator[str]:
     size = architecture.vision.image_size
-    yield f"pictures are squashed to {size} x {size} pixels; --image-size resamples the positions, as the original does"
+    yield f"images are stretched to {size} x {size} pixels; --image-size resamples the positions, as the original does"
     yield "the original's modes are Parts of their own; [ENC] and [DEC] are put by the runtime, not inside the graph"
     if architecture.decoder is not None:
         yield "cross_key_values runs once for a picture; text_decoder is one graph for the prompt and for every token"
@@ -137,10 +151,15 @@ def _notes(architecture: BlipArchitecture, checkpoint: Checkpoint) -> Iterator[s
         yield "as in transformers, texts keep [CLS] as their first token; Salesforce's files take [ENC]"
 
 
-def _image_spec(architecture: BlipArchitecture, image_size: int, checkpoint: Checkpoint) -> ImageSpec:
+def _image(architecture: BlipArchitecture, image_size: int, checkpoint: Checkpoint) -> Prepared:
     """For images of `image_size`; the checkpoint states its own architecture's."""
-    mean, std = published_normalisation(checkpoint, architecture.vision.image_size, "squash")
-    return ImageSpec(image_size, "bicubic", "before_resize", mean, std, fit="squash")
+    published = architecture.vision.image_size
+    if architecture.key_names == "huggingface" or processor_files(checkpoint):
+        prepared = transformers_image(checkpoint, "BlipImageProcessor", published, image_size_origin(checkpoint))
+        return with_chosen_size(prepared, image_size)
+    spec = torchvision_image_spec(published, "bicubic", "before_resize", IMAGE_MEAN, IMAGE_STD, "stretch")
+    origins = {**same_origin(spec, "salesforce/BLIP"), "image.size_pixels": "the image encoder's weights"}
+    return with_chosen_size((spec, Origins(origins)), image_size)
 
 
 def _text_spec(architecture: BlipArchitecture) -> TextSpec:
@@ -160,17 +179,52 @@ def _text_spec(architecture: BlipArchitecture) -> TextSpec:
     )
 
 
+def _reserved_rows(architecture: BlipArchitecture) -> int:
+    return 0 if architecture.key_names == "original" else len(ADDED_TOKENS)
+
+
+def _text_origins(architecture: BlipArchitecture, checkpoint: Checkpoint) -> Origins:
+    """What states the fields of the TextSpec, before a tokenizer has its say."""
+    original = architecture.key_names == "original"
+    config = config_section(checkpoint, "text_config")
+
+    def stated(key: str) -> str:
+        if original:
+            return "bert-base-uncased, which salesforce/BLIP takes"
+        return f"config.json: text_config.{key}" if key in config else "default of BlipTextConfig"
+
+    cut = "salesforce/BLIP: train_retrieval.py, blip_vqa.py" if original else "rows of the position embedding"
+    return Origins(
+        {
+            "text.context_length": cut,
+            "text.vocab_size": "rows of the word embedding",
+            "text.end_token_id": stated("sep_token_id"),
+            "text.pad_token_id": stated("pad_token_id"),
+            "text.cleaning": "BERT's tokenizer alone",
+            "text.case": "default of BertTokenizer",
+            "text.added_tokens": "salesforce/BLIP: init_tokenizer (models/blip.py)",
+            "text.pooling": "BLIP: the first token",
+        }
+    )
+
+
 def _with_tokenizer(model: Model, ids: TokenizerIds) -> Model:
     """The special tokens of texts as the tokenizer has them.
 
     Salesforce's code takes all ids from its tokenizer (`init_tokenizer`, models/blip.py). transformers takes what
     decoding starts and ends with from config.json, and only texts from the tokenizer.
     """
-    (first, *_), tokens = ids.start, model.facts["tokens"]
-    if model.text is not None and model.text.added_tokens:
-        decoder_start, encoder_start = (ids.vocabulary[token] for token in model.text.added_tokens)
-        tokens = {**tokens, "sep": ids.end, "decoder_start": decoder_start, "encoder_start": encoder_start}
-    tokens = {**tokens, "cls": first, "pad": ids.pad}
+    if not ids.start:
+        raise InputError(
+            "the tokenizer begins texts with no token of its own, and BLIP reads a text at its first",
+            expected="a tokenizer that begins texts with [CLS], whatever its name",
+            fix="pass --tokenizer PATH with the tokenizer that the checkpoint was trained with",
+        )
+    tokens = {**model.facts["tokens"], "cls": ids.start[0], "pad": ids.pad}
+    tokens["encoder_start"] = ids.vocabulary.get(ENCODER_TOKEN, tokens["encoder_start"])
+    if model.architecture["key_names"] == "original":
+        tokens["sep"] = ids.end
+        tokens["decoder_start"] = ids.vocabulary.get(DECODER_TOKEN, tokens["decoder_start"])
     architecture = {**model.architecture, "tokens": tokens}
     return replace(model, facts={**model.facts, "tokens": tokens}, architecture=architecture)
 

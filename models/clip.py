@@ -39,15 +39,29 @@ from vlm_export.models.clip_architecture import (
     ResNetSizes,
     TextSizes,
     VitSizes,
+    stated_in,
     stated_text,
     stated_vision,
 )
 from vlm_export.models.clip_encoders import ClipEncoders, build_encoders
-from vlm_export.models.pictures import PictureExamples, apply_image_size, picture_shape, published_normalisation
+from vlm_export.models.image_processor import (
+    image_size_origin,
+    processor_files,
+    same_origin,
+    transformers_image,
+    with_chosen_size,
+)
+from vlm_export.models.pictures import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    PictureExamples,
+    apply_image_size,
+    picture_shape,
+)
 from vlm_export.models.token_ids import EDGES, random_ids
 from vlm_export.models.weights import Target, load_weights, published_tensors
 from vlm_export.signature import Axis, Signature, TensorSpec
-from vlm_export.specs import ImageSpec, RgbStage, TextSpec
+from vlm_export.specs import ImageSpec, Origins, TextCleaning, TextSpec, torchvision_image_spec
 
 BATCH = Axis("batch")
 _HF_WORDS = "text_model.embeddings.token_embedding.weight"
@@ -83,13 +97,15 @@ class ClipFamily:
             for part in _parts(architecture, build_encoders(architecture))
         )
         warnings = clip_open.assumptions(checkpoint, architecture)
+        image, origins = _image(architecture, architecture, checkpoint)
         return Description(
             architecture.to_json(),
             parts,
             tuple(_notes(architecture)),
             warnings,
-            image=_image_spec(architecture, architecture, checkpoint),
-            text=_text_spec(architecture),
+            image=image,
+            text=_text_spec(architecture, checkpoint),
+            origins=origins | _text_origins(architecture, checkpoint),
         )
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
@@ -98,6 +114,7 @@ class ClipFamily:
         dropped = load_weights(encoders, checkpoint, _table(architecture), store)
         published, architecture = architecture, _resized(architecture, encoders, options)
         parts = tuple(_parts(architecture, encoders, dynamic_image_size=options.dynamic_image_size))
+        image, origins = _image(published, architecture, checkpoint)
         huggingface = architecture.key_names == "huggingface"
         build_reference = (
             partial(_transformers_reference, checkpoint, published) if huggingface else reference_from_module
@@ -106,14 +123,15 @@ class ClipFamily:
             family=self.name,
             architecture=architecture.to_json(),
             parts=parts,
-            image=_image_spec(published, architecture, checkpoint),
-            text=_text_spec(architecture),
+            image=image,
+            text=_text_spec(architecture, checkpoint),
             hub_config=(checkpoint.config if huggingface else None) or _config_from_architecture(architecture),
             facts=_facts(architecture, encoders),
             dropped_keys=dropped,
             references={part.name: partial(build_reference, part) for part in parts},
             reference_name=f"transformers {_class_name(architecture)}" if huggingface else "unpatched eager module",
             warnings=clip_open.assumptions(checkpoint, architecture, options),
+            origins=origins | _text_origins(architecture, checkpoint),
         )
 
     def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
@@ -249,25 +267,28 @@ class _TextExamples:
         return {"input_ids": ids}
 
 
-def _image_spec(
+def _image(
     published: ClipArchitecture, architecture: ClipArchitecture, checkpoint: Checkpoint
-) -> ImageSpec | None:
-    """For pictures of `architecture`'s size; the checkpoint states the published one. None without an image encoder."""
+) -> tuple[ImageSpec | None, Origins]:
+    """For images of `architecture`'s size; the checkpoint states the published one. None without an image encoder."""
     if published.vision is None or architecture.vision is None:
-        return None
-    image_size = architecture.vision.image_size
-    if stated := clip_open.open_clip_image(checkpoint, image_size):
-        return stated
-    mean, std = published_normalisation(checkpoint, published.vision.image_size, "crop")
-    # Each published pipeline in its own order: OpenAI's converts to RGB last, transformers' first.
-    rgb_stage: RgbStage = "after_crop" if architecture.key_names == "openai" else "before_resize"
-    return ImageSpec(image_size, "bicubic", rgb_stage, mean, std)
+        return None, Origins()
+    size = published.vision.image_size
+    if stated := clip_open.open_clip_image(checkpoint, size):
+        return with_chosen_size(stated, architecture.vision.image_size)
+    if architecture.key_names == "openai" and not processor_files(checkpoint):
+        spec = torchvision_image_spec(size, "bicubic", "after_crop", IMAGE_MEAN, IMAGE_STD)
+        origins = {**same_origin(spec, "openai/CLIP clip.py"), "image.size_pixels": "the image encoder's weights"}
+        return with_chosen_size((spec, Origins(origins)), architecture.vision.image_size)
+    prepared = transformers_image(checkpoint, "CLIPImageProcessor", size, image_size_origin(checkpoint))
+    return with_chosen_size(prepared, architecture.vision.image_size)
 
 
-def _text_spec(architecture: ClipArchitecture) -> TextSpec | None:
+def _text_spec(architecture: ClipArchitecture, checkpoint: Checkpoint) -> TextSpec | None:
     text = architecture.text
     if text is None:
         return None
+    original: TextCleaning = "openai" if checkpoint.open_clip_config is None else "open_clip"
     openai = architecture.key_names == "openai"
     return TextSpec(
         context_length=text.context_length,
@@ -275,9 +296,40 @@ def _text_spec(architecture: ClipArchitecture) -> TextSpec | None:
         end_token_id=text.end_token_id,
         # OpenAI fills with id 0, transformers with end-of-text; neither is visible to the pooled token.
         pad_token_id=0 if openai else text.end_token_id,
-        cleaning="openai" if openai else "none",
+        cleaning=original if openai else "none",
         # OpenAI's own models end texts with the last id, so that the two are one.
         pooling="highest_id" if text.pooling == "argmax" and not openai else "end_token",
+    )
+
+
+def _text_origins(architecture: ClipArchitecture, checkpoint: Checkpoint) -> Origins:
+    """What states the fields of the TextSpec, before a tokenizer has its say."""
+    if architecture.text is None:
+        return Origins()
+    if architecture.key_names == "openai":
+        library = "openai/CLIP" if checkpoint.open_clip_config is None else "open_clip"
+        tokenizer = f"{library}'s SimpleTokenizer"
+        return Origins(
+            {
+                "text.context_length": "shape of positional_embedding",
+                "text.vocab_size": "shape of token_embedding.weight",
+                "text.end_token_id": f"{tokenizer}: the vocabulary's last id",
+                "text.pad_token_id": f"{library}: zeros",
+                "text.cleaning": tokenizer,
+                "text.case": tokenizer,
+            }
+        )
+    end = stated_in(checkpoint, "text", "eos_token_id")
+    return Origins(
+        {
+            "text.context_length": "shape of text_model.embeddings.position_embedding.weight",
+            "text.vocab_size": "shape of text_model.embeddings.token_embedding.weight",
+            "text.end_token_id": end,
+            "text.pad_token_id": "end-of-text, which the model does not see behind the first",
+            "text.cleaning": "transformers: the tokenizer alone",
+            "text.case": "default of CLIPTokenizer",
+            "text.pooling": end,
+        }
     )
 
 

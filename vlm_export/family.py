@@ -53,6 +53,7 @@ class Checkpoint:
         notes: what was decided while reading, one sentence each: which of several state dicts, which prefix.
         left_out: stored keys of modules beside the model, which the family does not see.
         shards_left_aside: shards that the index names and nobody opened: they hold no key that the family reads.
+        computed: stored keys whose tensors `read` computes anew at each call and nobody keeps.
         check_unchanged: InputError when one of the files is no longer what it was when its sha256 was taken.
     """
 
@@ -68,6 +69,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     shards_left_aside: tuple[str, ...] = ()
+    computed: frozenset[str] = frozenset()
     check_unchanged: Callable[[], None] = lambda: None
 
 
@@ -111,6 +113,7 @@ class Description:
         warnings: what is assumed because the checkpoint does not say it.
         image, text: how inputs are prepared, None where the model takes no such input.
         origins: where each value of `image` and `text` comes from.
+        reserved_rows: as in Model.
     """
 
     architecture: Mapping[str, Any]
@@ -120,6 +123,7 @@ class Description:
     image: ImageSpec | None = None
     text: TextSpec | None = None
     origins: Origins = field(default_factory=Origins)
+    reserved_rows: int = 0
 
 
 @dataclass(frozen=True)

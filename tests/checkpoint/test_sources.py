@@ -204,6 +204,11 @@ def test_wanted_files() -> None:
         wanted_files(["tf_model.h5", "config.json"])
 
 
+def test_wanted_files_of_a_lora_adapter() -> None:
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "tokenizer.json"]
+    assert wanted_files(names) == ["adapter_config.json", "tokenizer.json", "adapter_model.safetensors"]
+
+
 def test_wanted_files_of_open_clip() -> None:
     own = ["open_clip_pytorch_model.bin", "open_clip_model.safetensors", "open_clip_config.json", "tokenizer.json"]
     assert wanted_files(own) == ["open_clip_config.json", "tokenizer.json", "open_clip_model.safetensors"]

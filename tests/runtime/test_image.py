@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import struct
 import zlib
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from PIL import Image
 from vlm_export.errors import InputError
 from vlm_export.runtime import image as image_module
 from vlm_export.runtime.image import open_image, preprocess_image, resized_size
-from vlm_export.specs import Fit, ImageSpec, RgbStage
+from vlm_export.specs import ImageSpec, RgbStage, torchvision_image_spec
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -29,8 +30,12 @@ VARIANTS = ("rn_tiny", "vit_p14", "vit_w128")
 BLIP_VARIANTS = ("caption", "feature_extractor", "retrieval", "vqa")
 
 
-def image_spec(size_pixels: int = 24, rgb_stage: RgbStage = "after_crop", fit: Fit = "crop") -> ImageSpec:
-    return ImageSpec(size_pixels, "bicubic", rgb_stage, MEAN, STD, fit)
+def image_spec(
+    size_pixels: int = 24,
+    rgb_stage: RgbStage = "after_crop",
+    resize: Literal["shortest_edge", "stretch"] = "shortest_edge",
+) -> ImageSpec:
+    return torchvision_image_spec(size_pixels, "bicubic", rgb_stage, MEAN, STD, resize)
 
 
 def tensor_from_safetensors(path: Path, name: str) -> npt.NDArray[Any]:
@@ -77,19 +82,19 @@ def test_pixels_equal_the_original_record(data: Path, variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", BLIP_VARIANTS)
-def test_squashed_pixels_equal_the_original_record(data: Path, variant: str) -> None:
+def test_stretched_pixels_equal_the_original_record(data: Path, variant: str) -> None:
     folder = data / "blip" / variant
     expected = tensor_from_safetensors(folder / "golden.safetensors", "preprocess.image_png")
     edge = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["config"]["image_size"]
     image = open_image(folder / "image.png")
     assert image.width != image.height
-    assert_close(preprocess_image(image, image_spec(edge, "before_resize", "squash")), expected)
+    assert_close(preprocess_image(image, image_spec(edge, "before_resize", "stretch")), expected)
     cropped = preprocess_image(image, image_spec(edge, "before_resize"))
     assert np.abs(cropped - expected).max() > 0.1
 
 
-def test_one_pixel_squashes_to_one_colour() -> None:
-    (red, green, blue) = preprocess_image(Image.new("RGB", (1, 1), (255, 128, 0)), image_spec(fit="squash"))
+def test_one_pixel_stretches_to_one_colour() -> None:
+    (red, green, blue) = preprocess_image(Image.new("RGB", (1, 1), (255, 128, 0)), image_spec(resize="stretch"))
     for channel, value, mean, std in zip((red, green, blue), (255, 128, 0), MEAN, STD, strict=True):
         assert_close(channel, np.full((24, 24), (value / 255 - mean) / std))
 
@@ -158,16 +163,16 @@ def test_long_thin_picture_is_refused_before_resizing(size: tuple[int, int]) -> 
 
 
 @pytest.mark.parametrize("size", [(1, 500_000), (500_000, 1), (300, 400_000)])
-def test_long_thin_picture_is_refused_before_squashing(size: tuple[int, int]) -> None:
+def test_long_thin_picture_is_refused_before_stretching(size: tuple[int, int]) -> None:
     """Pillow's first pass would make 224 x 500,000 pixels of the first."""
     with pytest.raises(InputError, match="too long and thin") as caught:
-        preprocess_image(Image.new("L", size), image_spec(224, fit="squash"), name="ribbon.png")
+        preprocess_image(Image.new("L", size), image_spec(224, resize="stretch"), name="ribbon.png")
     assert "ribbon.png" in str(caught.value)
 
 
 @pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1)])
-def test_what_a_crop_refuses_may_be_squashed(size: tuple[int, int]) -> None:
-    assert preprocess_image(Image.new("L", size), image_spec(224, fit="squash")).shape == (3, 224, 224)
+def test_what_a_crop_refuses_may_be_stretched(size: tuple[int, int]) -> None:
+    assert preprocess_image(Image.new("L", size), image_spec(224, resize="stretch")).shape == (3, 224, 224)
 
 
 def damaged(kind: str, data: Path) -> bytes:
@@ -239,3 +244,45 @@ def test_names_that_no_system_takes_are_refused(name: str, tmp_path: Path) -> No
 def test_picture_without_pixels_is_refused() -> None:
     with pytest.raises(InputError, match="no pixels"):
         preprocess_image(Image.new("RGB", (0, 5)), image_spec())
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mode"),
+    [("avif", "RGB"), ("avif", "RGBA"), ("jp2", "RGB"), ("jp2", "LA"), ("tga", "RGBA"), ("ico", "RGBA")],
+)
+def test_formats_that_the_originals_read_too(tmp_path: Path, suffix: str, mode: str) -> None:
+    path = tmp_path / f"image.{suffix}"
+    Image.effect_noise((64, 48), 90).convert(mode).save(path)
+    with Image.open(path) as theirs:
+        image = open_image(path)
+        assert image.mode == theirs.mode
+        assert np.array_equal(np.asarray(image), np.asarray(theirs))
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC"),
+        (b"\0\0\0\x0cJXL \x0d\x0a\x87\x0a", "JPEG XL"),
+        (b"8BPS\0\1", "Photoshop"),
+        (b"%PDF-1.7", "PDF"),
+    ],
+)
+def test_other_formats_are_called_by_their_names(content: bytes, kind: str) -> None:
+    with pytest.raises(InputError, match="cannot be decoded") as caught:
+        open_image(content + bytes(64))
+    assert f"{kind}, which is not among the formats" in caught.value.got
+    assert "AVIF" in caught.value.expected
+
+
+@pytest.mark.parametrize("bmp", [False, True])
+def test_an_icon_whose_image_is_larger_than_its_directory_says(bmp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directory's byte for 32 pixels stands before an image of thousands; Pillow would decode it while it opens."""
+    monkeypatch.setattr(Image, "open", None)
+    large = io.BytesIO()
+    Image.new("RGB", (4000, 3000)).save(large, "BMP" if bmp else "PNG")
+    content = large.getvalue()[14:] if bmp else large.getvalue()
+    entry = struct.pack("<4B2H2I", 32, 32, 0, 0, 1, 24, len(content), 22)
+    with pytest.raises(InputError, match="too many pixels") as caught:
+        open_image(struct.pack("<3H", 0, 1, 1) + entry + content, max_pixels=5_000_000)
+    assert "4000" in caught.value.got

@@ -20,7 +20,8 @@ from vlm_export.errors import UsageError
 
 if TYPE_CHECKING:
     from vlm_export.bundle.manifest import Manifest
-    from vlm_export.family import Checkpoint
+    from vlm_export.family import Checkpoint, Description
+    from vlm_export.specs import Origins, TextSpec
 
 _LAYER_NUMBER = re.compile(r"\.\d+\.")
 
@@ -39,6 +40,7 @@ def add_parser(verbs: Any) -> None:
         metavar="SOURCE",
         help="a checkpoint (as for export), a bundle's directory, or a picture; none: list the known names",
     )
+    parser.add_argument("--base", metavar="SOURCE", help="the model that a LoRA adapter was trained on")
     parser.add_argument("--revision", metavar="REV", help="commit, branch or tag of a Hub id")
     parser.add_argument("--bundle", metavar="DIR", help="the bundle that would cut the picture")
     parser.add_argument("-o", "--output", metavar="FILE", help="of --bundle: draw the slices to this .png")
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
         data = _data_from_manifest(open_bundle(Path(args.source)).manifest)
     else:
-        data = _data_from_source(args.source, args.revision)
+        data = _data_from_source(args.source, args.revision, args.base)
     data["notes"] = [note for note in [hidden_name(args.source)] if note] + data["notes"]
     print_warnings(data["warnings"])
     if args.json:
@@ -80,14 +82,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _data_from_source(source: str, revision: str | None) -> dict[str, Any]:
+def _data_from_source(source: str, revision: str | None, base: str | None) -> dict[str, Any]:
     from vlm_export.checkpoint.known import known_names, load_known
     from vlm_export.checkpoint.local import open_local
     from vlm_export.checkpoint.open import open_checkpoint
     from vlm_export.models.registry import read_prefixes
 
     if source not in known_names() or Path(source).exists():
-        checkpoint = open_checkpoint(source, revision=revision, reads=read_prefixes)
+        checkpoint = open_checkpoint(source, base=base, revision=revision, reads=read_prefixes)
         return {**_data_from_checkpoint(checkpoint), "known": None}
     known = load_known(source)
     if revision is not None:
@@ -115,6 +117,7 @@ def _data_from_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     assumed = description.warnings if not is_pinned(checkpoint.files) else ()
     if dtypes["float16"] or dtypes["bfloat16"]:
         notes.append("half-precision weights are converted to float32, through a mapped file and not through memory")
+    text, origins, warnings = _text_of_tokenizer(checkpoint, description)
     takes_text = any("input_ids" in part.signature.input_names for part in description.parts)
     # Of a checkpoint that is not here, nobody knows.
     if takes_text and checkpoint.files and not any("token" in name for name in checkpoint.side_files):
@@ -136,10 +139,29 @@ def _data_from_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
             {"name": part.name, "parameters": part.parameter_count, "signature": part.signature.to_json()}
             for part in description.parts
         ],
-        "preparation": preparation_data(description.image, description.text, description.origins),
+        "preparation": preparation_data(description.image, text, origins),
         "notes": notes,
-        "warnings": [*assumed, *left_out_warnings(checkpoint)],
+        "warnings": [*assumed, *left_out_warnings(checkpoint), *warnings],
     }
+
+
+def _text_of_tokenizer(
+    checkpoint: Checkpoint, description: Description
+) -> tuple[TextSpec | None, Origins, tuple[str, ...]]:
+    """The TextSpec with what the checkpoint's tokenizer says, its origins, and warnings."""
+    from vlm_export.errors import UsageError, VlmExportError
+    from vlm_export.export.tokenizer_files import resolve_tokenizer
+
+    text, origins = description.text, description.origins
+    if text is None or not checkpoint.files:
+        return text, origins, ()
+    try:
+        found = resolve_tokenizer(checkpoint, None, text, reserved_rows=description.reserved_rows)
+    except UsageError:  # There is none; a note says so.
+        return text, origins, ()
+    except VlmExportError as error:
+        return text, origins, (f"export refuses the tokenizer: {error.what} ({error.where}: {error.got})",)
+    return found.text, origins | found.origins, found.warnings
 
 
 def _data_from_manifest(manifest: Manifest) -> dict[str, Any]:
