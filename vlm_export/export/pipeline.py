@@ -243,7 +243,8 @@ class _Job:
 
     def _write_tokenizer(self, checkpoint: Checkpoint, model: Model, staging: Staging) -> tuple[Model, Path | None]:
         """The model with what its tokenizer says, and the bundle's tokenizer.json, where there is one."""
-        if model.text is None or not self.options.with_tokenizer:
+        only_images = all(takes_pictures(part.signature) for part in model.parts) and self.options.tokenizer is None
+        if model.text is None or not self.options.with_tokenizer or only_images:
             return model, None
         found = resolve_tokenizer(checkpoint, self.options.tokenizer, model.text, reserved_rows=model.reserved_rows)
         for name, content in found.files.items():
