@@ -19,8 +19,11 @@ from vlm_export.family import (
     Checkpoint,
     Description,
     Model,
+    Original,
     PartOutline,
     TensorInfo,
+    TorchvisionPipeline,
+    TransformersOriginal,
     WeightStore,
     reference_from_module,
 )
@@ -28,7 +31,7 @@ from vlm_export.models import blip_weights
 from vlm_export.models.blip_architecture import BlipArchitecture, architecture_from_checkpoint, architecture_from_json
 from vlm_export.models.blip_nlvr import FIRST_MERGING_LAYER
 from vlm_export.models.blip_parts import build_modules, build_parts
-from vlm_export.models.pictures import apply_image_size, published_normalisation
+from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD, apply_image_size, published_normalisation
 from vlm_export.models.weights import Target, load_weights, published_tensors
 from vlm_export.specs import ImageSpec, TextSpec
 
@@ -79,6 +82,7 @@ class BlipFamily:
             dropped_keys=dropped,
             references={part.name: partial(reference_from_module, part) for part in parts},
             reference_name="unpatched eager module",
+            original=_original(architecture),
         )
 
     def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
@@ -118,6 +122,23 @@ def _notes(architecture: BlipArchitecture, checkpoint: Checkpoint) -> Iterator[s
         yield f"{len(leftovers)} tensors of training (momentum copies, queues) are left aside"
     if architecture.key_names == "huggingface":
         yield "as in transformers, texts keep [CLS] as their first token; Salesforce's files take [ENC]"
+
+
+def _original(architecture: BlipArchitecture) -> Original:
+    """Who prepares inputs: transformers, or the transform and the tokenizer of salesforce/BLIP."""
+    classes = TransformersOriginal("blip", "BlipImageProcessor")
+    if architecture.key_names == "huggingface":
+        return Original(classes, classes)
+    transform = TorchvisionPipeline(
+        "load_demo_image of salesforce/BLIP demo.ipynb, by torchvision",
+        "bicubic",
+        crop=False,
+        rgb_first=True,
+        mean=IMAGE_MEAN,
+        std=IMAGE_STD,
+    )
+    # The original's own tokenizer is transformers' BertTokenizer.
+    return Original(transform, classes)
 
 
 def _text_spec(architecture: BlipArchitecture) -> TextSpec:

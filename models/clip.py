@@ -24,10 +24,15 @@ from vlm_export.family import (
     Checkpoint,
     Description,
     Model,
+    OpenClipOriginal,
+    Original,
     Part,
     PartOutline,
     Reference,
+    SimpleTokenizerOriginal,
     TensorInfo,
+    TorchvisionPipeline,
+    TransformersOriginal,
     WeightStore,
     reference_from_module,
 )
@@ -40,7 +45,14 @@ from vlm_export.models.clip_architecture import (
     stated_vision,
 )
 from vlm_export.models.clip_encoders import build_encoders
-from vlm_export.models.pictures import PictureExamples, apply_image_size, picture_shape, published_normalisation
+from vlm_export.models.pictures import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    PictureExamples,
+    apply_image_size,
+    picture_shape,
+    published_normalisation,
+)
 from vlm_export.models.token_ids import EDGES, random_ids
 from vlm_export.models.weights import Target, load_weights, published_tensors
 from vlm_export.signature import Axis, Signature, TensorSpec
@@ -98,6 +110,7 @@ class ClipFamily:
             references={part.name: partial(build_reference, part) for part in parts},
             reference_name="transformers CLIPModel" if huggingface else "unpatched eager module",
             warnings=clip_open.assumptions(checkpoint, architecture, options),
+            original=_original(checkpoint, architecture),
         )
 
     def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
@@ -192,6 +205,28 @@ def _image_spec(architecture: ClipArchitecture, image_size: int, checkpoint: Che
     # Each published pipeline in its own order: OpenAI's converts to RGB last, transformers' first.
     rgb_stage: RgbStage = "after_crop" if architecture.key_names == "openai" else "before_resize"
     return ImageSpec(image_size, "bicubic", rgb_stage, mean, std)
+
+
+def _original(checkpoint: Checkpoint, architecture: ClipArchitecture) -> Original:
+    """Who prepares inputs: transformers, open_clip where its config says so, otherwise OpenAI's pipeline."""
+    scale = {}
+    if "logit_scale" in checkpoint.tensors:
+        scale["logit_scale"] = float(checkpoint.read("logit_scale").float().reshape(-1)[0])
+    if architecture.key_names == "huggingface":
+        classes = TransformersOriginal("clip", "CLIPImageProcessor")
+        return Original(classes, classes, facts=scale)
+    if checkpoint.open_clip_config is not None:
+        preprocess = checkpoint.open_clip_config.get("preprocess_cfg") or {}
+        return Original(OpenClipOriginal(preprocess), SimpleTokenizerOriginal(), facts=scale)
+    transform = TorchvisionPipeline(
+        "_transform of openai/CLIP clip.py, by torchvision",
+        "bicubic",
+        crop=True,
+        rgb_first=False,
+        mean=IMAGE_MEAN,
+        std=IMAGE_STD,
+    )
+    return Original(transform, SimpleTokenizerOriginal(), facts=scale)
 
 
 def _text_spec(architecture: ClipArchitecture) -> TextSpec:

@@ -18,8 +18,11 @@ from vlm_export.family import (
     Checkpoint,
     Description,
     Model,
+    Original,
     PartOutline,
     TensorInfo,
+    TorchvisionPipeline,
+    TransformersOriginal,
     WeightStore,
     reference_from_module,
 )
@@ -84,6 +87,7 @@ class NanoVlmFamily:
             dropped_keys=dropped,
             references={part.name: partial(reference_from_module, part) for part in parts},
             reference_name="unpatched eager module",
+            original=_original(architecture),
         )
 
     def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
@@ -113,6 +117,23 @@ def _image_spec(architecture: NanoVlmArchitecture) -> ImageSpec | None:
         return None
     none, one = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     return ImageSpec(architecture.image_size, "bilinear", "before_resize", none, one, fit="squash")
+
+
+def _original(architecture: NanoVlmArchitecture) -> Original:
+    """Who prepares inputs: torchvision as the original's `get_image_processor` uses it, and transformers' tokenizer.
+
+    Tiles are cut by the original's own code, which is not run; recorded outputs of it stand in the tests.
+    """
+    transform = TorchvisionPipeline(
+        "get_image_processor of huggingface/nanoVLM data/processors.py, by torchvision",
+        "bilinear",
+        crop=False,
+        rgb_first=True,
+        mean=None,
+        std=None,
+    )
+    tokenizer = TransformersOriginal("llama", "")
+    return Original(None if architecture.chat.layout == "tiles" else transform, tokenizer)
 
 
 def _text_spec(architecture: NanoVlmArchitecture) -> TextSpec:

@@ -14,6 +14,7 @@ from vlm_export.bundle.strict_json import Fields
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import InputError
 from vlm_export.export.bundle_manifest import planned_manifest
+from vlm_export.export.contract import repeat_contract, sides_of
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.parts import select_parts
 from vlm_export.export.preprocessing_part import PART_NAME, add_preprocessing
@@ -25,7 +26,9 @@ from vlm_export.family import DEFAULT_BUILD, BuildOptions, Checkpoint
 from vlm_export.models.registry import recognise
 from vlm_export.runtime.engine import OrtEngine
 from vlm_export.specs import record_from_json
+from vlm_export.verify.contract import ContractReport
 from vlm_export.verify.engine import engine_label, variant_bytes, verifying_engine
+from vlm_export.verify.points import EngineRun
 from vlm_export.verify.report import PartReport
 
 
@@ -36,8 +39,10 @@ def verify_against_source(
     threads: int | None,
     stages: Stages,
     precision: str | None = None,
-) -> list[PartReport]:
+) -> tuple[list[PartReport], ContractReport]:
     """One report for each variant of each part, over the whole grid; the Reference is built from `source` again.
+
+    The contract is repeated with the original, on the bundle's published files.
 
     Args:
         precision: only these variants.
@@ -68,6 +73,13 @@ def verify_against_source(
                     model = add_preprocessing(model)
                 model = select_parts(model, [part.name for part in manifest.parts])
                 check_stated(bundle, planned_manifest(manifest.name, checkpoint, model, known, options))
+
+            def start(part: str, precision: str) -> EngineRun:
+                return _engine(bundle, manifest.part(part).variant(precision), providers, threads).run
+
+            with stages.stage("prove contract"):
+                sides = sides_of(checkpoint, None, with_texts=_tokenizer(bundle) is not None)
+                contract = repeat_contract(bundle, model, sides, checkpoint, start, precision)
             reports = []
             for part in model.parts:
                 samples = part_samples(part, model, _tokenizer(bundle))
@@ -86,7 +98,7 @@ def verify_against_source(
                                 mapped=engine.mapped,
                             )
                         )
-    return reports
+    return reports, contract
 
 
 def _build_options(manifest: Manifest, root: str) -> BuildOptions:

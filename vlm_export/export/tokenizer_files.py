@@ -145,6 +145,11 @@ def find_open_clip_merges() -> Path | None:
     return None
 
 
+def tokenizer_sources(checkpoint: Checkpoint, option: str | None) -> dict[str, Path]:
+    """The files by name that `resolve_tokenizer` reads; arguments as there."""
+    return dict(checkpoint.side_files) if option is None else _files_from_option(Path(option))
+
+
 def _files_from_option(path: Path) -> dict[str, Path]:
     try:
         if path.is_dir():

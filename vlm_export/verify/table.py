@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from vlm_export.verify.contract import CONTRACT, ContractCheck, ContractReport
 from vlm_export.verify.metrics import Comparison
 from vlm_export.verify.report import PartReport
 
@@ -11,16 +12,20 @@ _HEADER = ("part", "variant", "output", "points", "max-abs", "p99-abs", "cosine"
 _RIGHT_ALIGNED = frozenset({"points", "max-abs", "p99-abs", "cosine", "norm ratio"})
 
 
-def format_table(reports: Iterable[PartReport]) -> str:
+def format_table(reports: Iterable[PartReport], contract: ContractReport | None = None) -> str:
     """One line for each output: the worst numbers over all points, and how many points it failed at.
 
-    Below stands what was not run.
+    The stages of the contract follow, one line each. Below stands what was not run.
     """
     reports = list(reports)
     rows = [_HEADER, *(row for report in reports for row in _rows(report))]
+    rows += [] if contract is None else map(_contract_row, contract.checks)
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
     lines = [_line(row, widths) for row in [rows[0], tuple("-" * width for width in widths), *rows[1:]]]
     notes = [f"not run: {report.part} {report.variant}: {text}" for report in reports for text in report.not_run]
+    if contract is not None:
+        notes += [f"not run: contract: {text}" for text in contract.not_run]
+        notes += [f"measured: {text}" for text in contract.measured]
     return "\n".join([*lines, *notes])
 
 
@@ -43,6 +48,12 @@ def _rows(report: PartReport) -> list[tuple[str, ...]]:
         numbers = _numbers(worst[name]) if name in worst else ("-",) * 4
         rows.append((report.part, report.variant, name or "-", points, *numbers, verdict))
     return rows
+
+
+def _contract_row(check: ContractCheck) -> tuple[str, ...]:
+    numbers = ("-",) * 4 if check.comparison is None else _numbers(check.comparison)
+    verdict = f"FAIL at {len(check.failures)}" if check.failures else "pass"
+    return (CONTRACT, check.variant or "-", check.stage, str(check.compared), *numbers, verdict)
 
 
 def _numbers(worst: Comparison) -> tuple[str, ...]:
