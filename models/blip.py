@@ -19,11 +19,8 @@ from vlm_export.family import (
     Checkpoint,
     Description,
     Model,
-    Original,
     PartOutline,
     TensorInfo,
-    TorchvisionPipeline,
-    TransformersOriginal,
     WeightStore,
     reference_from_module,
 )
@@ -33,6 +30,7 @@ from vlm_export.models.blip_nlvr import FIRST_MERGING_LAYER
 from vlm_export.models.blip_parts import build_modules, build_parts
 from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD, apply_image_size, published_normalisation
 from vlm_export.models.weights import Target, load_weights, published_tensors
+from vlm_export.original import Original, TorchvisionPipeline, TransformersOriginal
 from vlm_export.specs import ImageSpec, TextSpec
 
 # Where the original truncates captions for retrieval (train_retrieval.py) and questions (blip_vqa.py).
@@ -44,6 +42,7 @@ class BlipFamily:
 
     name = "blip"
     reads: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         keys = checkpoint.tensors
@@ -57,7 +56,13 @@ class BlipFamily:
             PartOutline(part.name, part.signature, sum(p.numel() for p in part.module.parameters()))
             for part in build_parts(architecture, build_modules(architecture))
         )
-        return Description(architecture.to_json(), parts, tuple(_notes(architecture, checkpoint)))
+        return Description(
+            architecture.to_json(),
+            parts,
+            tuple(_notes(architecture, checkpoint)),
+            image=_image_spec(architecture, architecture.vision.image_size, checkpoint),
+            text=_text_spec(architecture),
+        )
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
         if options.dynamic_image_size:
@@ -67,7 +72,7 @@ class BlipFamily:
             blip_weights.check_tied(checkpoint)
         modules = build_modules(architecture)
         dropped = load_weights(modules, checkpoint, _table(architecture, checkpoint.tensors), store)
-        mean, std = published_normalisation(checkpoint, architecture.vision.image_size, "squash")
+        published = architecture
         image_size = apply_image_size(modules.vision, architecture.vision.image_size, options)
         architecture = replace(architecture, vision=replace(architecture.vision, image_size=image_size))
         parts = tuple(build_parts(architecture, modules))
@@ -75,7 +80,7 @@ class BlipFamily:
             family=self.name,
             architecture=architecture.to_json(),
             parts=parts,
-            image=ImageSpec(image_size, "bicubic", "before_resize", mean, std, fit="squash"),
+            image=_image_spec(published, image_size, checkpoint),
             text=_text_spec(architecture),
             hub_config=checkpoint.config or _config_from_architecture(architecture),
             facts=_facts(architecture),
@@ -139,6 +144,12 @@ def _original(architecture: BlipArchitecture) -> Original:
     )
     # The original's own tokenizer is transformers' BertTokenizer.
     return Original(transform, classes)
+
+
+def _image_spec(architecture: BlipArchitecture, image_size: int, checkpoint: Checkpoint) -> ImageSpec:
+    """For images of `image_size`; the checkpoint states its own architecture's."""
+    mean, std = published_normalisation(checkpoint, architecture.vision.image_size, "squash")
+    return ImageSpec(image_size, "bicubic", "before_resize", mean, std, fit="squash")
 
 
 def _text_spec(architecture: BlipArchitecture) -> TextSpec:

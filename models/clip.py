@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_export.family import (
+    CHOICES,
     DEFAULT_BUILD,
     Array,
     Arrays,
@@ -24,15 +25,10 @@ from vlm_export.family import (
     Checkpoint,
     Description,
     Model,
-    OpenClipOriginal,
-    Original,
     Part,
     PartOutline,
     Reference,
-    SimpleTokenizerOriginal,
     TensorInfo,
-    TorchvisionPipeline,
-    TransformersOriginal,
     WeightStore,
     reference_from_module,
 )
@@ -55,6 +51,13 @@ from vlm_export.models.pictures import (
 )
 from vlm_export.models.token_ids import EDGES, random_ids
 from vlm_export.models.weights import Target, load_weights, published_tensors
+from vlm_export.original import (
+    OpenClipOriginal,
+    Original,
+    SimpleTokenizerOriginal,
+    TorchvisionPipeline,
+    TransformersOriginal,
+)
 from vlm_export.signature import Axis, Signature, TensorSpec
 from vlm_export.specs import ImageSpec, RgbStage, TextSpec
 
@@ -66,6 +69,7 @@ class ClipFamily:
 
     name = "clip"
     reads: tuple[str, ...] = ()
+    choices: tuple[str, ...] = CHOICES
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         keys = checkpoint.tensors
@@ -74,6 +78,7 @@ class ClipFamily:
 
     def describe(self, checkpoint: Checkpoint) -> Description:
         huggingface = "visual_projection.weight" in checkpoint.tensors
+        clip_open.refuse_sigmoid(checkpoint)
         architecture = _architecture(checkpoint) if huggingface else clip_open.described_architecture(checkpoint)
         encoders = build_encoders(architecture)
         modules = (("vision", encoders.vision, _vision_signature), ("text", encoders.text, _text_signature))
@@ -82,7 +87,14 @@ class ClipFamily:
             for name, module, signature in modules
         )
         warnings = clip_open.assumptions(checkpoint, architecture)
-        return Description(architecture.to_json(), parts, tuple(_notes(architecture)), warnings)
+        return Description(
+            architecture.to_json(),
+            parts,
+            tuple(_notes(architecture)),
+            warnings,
+            image=_image_spec(architecture, architecture.vision.image_size, checkpoint),
+            text=_text_spec(architecture),
+        )
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
         architecture = _architecture(checkpoint, options)
@@ -123,6 +135,7 @@ class ClipFamily:
 
 
 def _architecture(checkpoint: Checkpoint, options: BuildOptions = DEFAULT_BUILD) -> ClipArchitecture:
+    clip_open.refuse_sigmoid(checkpoint)
     if "visual_projection.weight" in checkpoint.tensors:
         clip_open.refuse_choices(options, checkpoint)
         return clip_architecture.architecture_from_huggingface(checkpoint)

@@ -55,7 +55,7 @@ _MODEL: Mapping[str, tuple[Any, ...]] = {
     "custom_text": (),
     "init_logit_scale": (),
     "init_logit_bias": (None,),
-    "nonscalar_logit_scale": (False,),
+    "nonscalar_logit_scale": (False, True),
     "output_dict": (),
 }
 _VISION: Mapping[str, tuple[Any, ...]] = {
@@ -128,6 +128,19 @@ def described_architecture(checkpoint: Checkpoint) -> ClipArchitecture:
         if _stated(checkpoint) is not None:
             raise
         return architecture_from_openai(checkpoint, ClipChoices(head_width=1, text_heads=1))
+
+
+def refuse_sigmoid(checkpoint: Checkpoint) -> None:
+    """InputError for weights of a sigmoid loss: their scores are not CLIP's softmax over texts."""
+    if "logit_bias" in checkpoint.tensors:
+        raise InputError(
+            "these CLIP weights were trained with the sigmoid loss: their scores are sigmoid(scale * cosine + bias), "
+            "which is not supported yet",
+            where=f"{checkpoint.source}: tensor logit_bias",
+            expected="CLIP's own loss, which has a logit_scale and no logit_bias",
+            got="logit_bias",
+            fix="for the embeddings alone, which do not depend on it, delete logit_bias from the state dict",
+        )
 
 
 def refuse_choices(options: BuildOptions, checkpoint: Checkpoint) -> None:

@@ -48,6 +48,7 @@ class MiniCpmVFamily:
 
     name = "minicpmv"
     reads: tuple[str, ...] = ("vpm.", "resampler.")
+    choices: tuple[str, ...] = ()
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         keys = checkpoint.tensors
@@ -68,22 +69,30 @@ class MiniCpmVFamily:
         return config_from_architecture(architecture_from_json(architecture))
 
 
-def refuse_options(options: BuildOptions) -> None:
-    """UsageError when the user asks for another size: the sizes are axes here."""
-    if options != DEFAULT_BUILD:
+def refuse_options(options: BuildOptions, accepted: tuple[str, ...] = ()) -> None:
+    """UsageError when the user asks for another size: the sizes are axes here. `accepted` options are for others."""
+    if options.image_size is not None or options.dynamic_image_size or set(options.choices) - set(accepted):
         raise UsageError("this family takes pictures of any size already", fix="leave the size options out")
 
 
-def describe_vision(architecture: VisionArchitecture, checkpoint: Checkpoint) -> Description:
+def describe_vision(
+    architecture: VisionArchitecture, checkpoint: Checkpoint, warnings: tuple[str, ...] = ()
+) -> Description:
     """`Family.describe` of both families."""
     parts = tuple(
         PartOutline(part.name, part.signature, sum(p.numel() for p in part.module.parameters()))
         for part in build_parts(architecture, _modules(architecture))
     )
-    return Description(architecture.to_json(), parts, tuple(_notes(architecture, checkpoint)))
+    return Description(architecture.to_json(), parts, tuple(_notes(architecture, checkpoint)), warnings)
 
 
-def build_vision(family: Family, architecture: VisionArchitecture, checkpoint: Checkpoint, store: WeightStore) -> Model:
+def build_vision(
+    family: Family,
+    architecture: VisionArchitecture,
+    checkpoint: Checkpoint,
+    store: WeightStore,
+    warnings: tuple[str, ...] = (),
+) -> Model:
     """`Family.build` of both families."""
     modules = _modules(architecture)
     aside = {key: None for key in checkpoint.tensors if not key.startswith(family.reads)}
@@ -104,6 +113,7 @@ def build_vision(family: Family, architecture: VisionArchitecture, checkpoint: C
         dropped_keys=dropped,
         references={part.name: partial(reference_from_module, part) for part in parts},
         reference_name="unpatched eager module",
+        warnings=warnings,
     )
 
 

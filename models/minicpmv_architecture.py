@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from vlm_export.errors import InputError
-from vlm_export.family import Checkpoint
+from vlm_export.errors import InputError, UsageError
+from vlm_export.family import BuildOptions, Checkpoint
 from vlm_export.models.navit import EPS, NavitSizes
 from vlm_export.models.resampler import ResamplerSizes
 from vlm_export.models.shapes import (
@@ -25,7 +25,11 @@ Version = Literal["1.0", "2.0", "2.5", "2.6", "4.0", "4.5", "omnilmm"]
 # Packed versions by the number in config.json; 2.6 is what later ones without their own rules follow.
 _PACKED: dict[float, Version] = {2.5: "2.5", 2.6: "2.6", 4.0: "4.0", 4.5: "4.5"}
 # Widths of a head in the published files: timm's so400m, EVA-02 enormous and the resampler do not state it.
-_SIGLIP_HEAD, _EVA_HEADS, _RESAMPLER_HEAD = 72, 16, 128
+_SIGLIP_HEAD, _RESAMPLER_HEAD = 72, 128
+# timm's eva02_enormous_patch14_clip_224 (timm 1.0, models/eva.py), the one encoder that OmniLMM was published with.
+_EVA_WIDTH, _EVA_HEADS = 1792, 16
+# What is assumed of encoders of another width.
+_OTHER_EVA_HEAD = 32
 
 
 @dataclass(frozen=True)
@@ -91,15 +95,19 @@ def minicpmv_architecture(checkpoint: Checkpoint) -> VisionArchitecture:
     )
 
 
-def omnilmm_architecture(checkpoint: Checkpoint) -> VisionArchitecture:
-    """Of an OmniLMM directory."""
+def omnilmm_architecture(checkpoint: Checkpoint, head_width: int | None = None) -> VisionArchitecture:
+    """Of an OmniLMM directory; `head_width` of the image encoder's attention, where the user says it.
+
+    Raises:
+        UsageError: the width is no multiple of `head_width`, or is the published one, whose heads are known.
+    """
     shapes = Shapes(checkpoint)
     prefix = "model.vision_tower."
     width, _, patch, _ = shapes.of(f"{prefix}patch_embed.proj.weight", 4)
     vision = VitForm(
         width=width,
         layers=shapes.count(f"{prefix}blocks."),
-        heads=_EVA_HEADS if width % _EVA_HEADS == 0 and width >= 1024 else max(width // 32, 1),
+        heads=_eva_heads(checkpoint, width, head_width),
         hidden=shapes.of(f"{prefix}blocks.0.mlp.fc1.weight", 2)[0],
         patch_size=patch,
         grid=shapes.grid(f"{prefix}pos_embed", 3),
@@ -109,6 +117,39 @@ def omnilmm_architecture(checkpoint: Checkpoint) -> VisionArchitecture:
     image_size = config_integer(checkpoint.config or {}, "image_size", 448)
     resampler = _resampler(shapes, "model.resampler.", stored=True)
     return _checked(VisionArchitecture("omnilmm", vision, resampler, image_size), checkpoint)
+
+
+def assumed_heads(checkpoint: Checkpoint, options: BuildOptions) -> tuple[str, ...]:
+    """A warning where the heads of OmniLMM's image encoder are neither known nor told."""
+    vision = omnilmm_architecture(checkpoint, options.head_width).vision
+    if vision.width == _EVA_WIDTH or options.head_width is not None:
+        return ()
+    return (
+        f"neither the weights nor config.json say how many attention heads an image encoder of width {vision.width} "
+        f"has: {vision.heads} heads, {vision.width // vision.heads} wide, are assumed (else --head-width N); with a "
+        "wrong number all features are wrong, and verification cannot see it",
+    )
+
+
+def _eva_heads(checkpoint: Checkpoint, width: int, head_width: int | None) -> int:
+    if head_width is None:
+        return _EVA_HEADS if width == _EVA_WIDTH else max(width // _OTHER_EVA_HEAD, 1)
+    if width == _EVA_WIDTH:
+        raise UsageError(
+            "the heads of the published image encoder are known",
+            where=checkpoint.source,
+            expected=f"{_EVA_HEADS} heads of {_EVA_WIDTH // _EVA_HEADS} channels",
+            got=f"--head-width {head_width}",
+            fix="leave --head-width out",
+        )
+    if width % head_width:
+        raise UsageError(
+            "the image encoder's width is not a multiple of --head-width",
+            where=checkpoint.source,
+            expected=f"a divisor of {width}",
+            got=str(head_width),
+        )
+    return width // head_width
 
 
 def _version(config: Mapping[str, Any]) -> Version:

@@ -18,11 +18,8 @@ from vlm_export.family import (
     Checkpoint,
     Description,
     Model,
-    Original,
     PartOutline,
     TensorInfo,
-    TorchvisionPipeline,
-    TransformersOriginal,
     WeightStore,
     reference_from_module,
 )
@@ -37,6 +34,7 @@ from vlm_export.models.nanovlm_architecture import (
 from vlm_export.models.nanovlm_parts import build_modules, build_parts
 from vlm_export.models.nanovlm_weights import EMBEDDING_KEY, HEAD_KEY, check_tied, weight_table
 from vlm_export.models.weights import load_weights, published_tensors
+from vlm_export.original import Original, TorchvisionPipeline, TransformersOriginal
 from vlm_export.specs import ImageSpec, TextSpec
 
 # What the original's `generate` draws from, in every version.
@@ -52,6 +50,7 @@ class NanoVlmFamily:
 
     name = "nanovlm"
     reads: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         keys = checkpoint.tensors
@@ -64,7 +63,13 @@ class NanoVlmFamily:
             PartOutline(part.name, part.signature, sum(p.numel() for p in part.module.parameters()))
             for part in build_parts(architecture, build_modules(architecture))
         )
-        return Description(architecture.to_json(), parts, tuple(_notes(architecture)))
+        return Description(
+            architecture.to_json(),
+            parts,
+            tuple(_notes(architecture)),
+            image=_image_spec(architecture),
+            text=_text_spec(architecture),
+        )
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
         if options != DEFAULT_BUILD:

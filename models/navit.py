@@ -97,8 +97,9 @@ def bucket_starts(grid: int) -> Tensor:
     `torch.arange(0, 1 - 1e-6, 1 / n)` and where buckets begin with `torch.arange(1 / grid, 1, 1 / grid)`, and their
     roundings decide where both meet: the bucket is neither i * grid // n nor what i times the rounded 1 / n gives.
     """
-    # Made here and not in a graph: runtimes round in their own ways. On the CPU also under meta.
-    bounds = torch.arange(1 / grid, 1.0, 1 / grid, device="cpu").numpy()
+    # Made here and not in a graph: runtimes round in their own ways. On the CPU also under meta. For some grids
+    # (3, 6, 7, 14, …) arange rounds up its number of values and ends with 1.0, which no fraction reaches.
+    bounds = torch.arange(1 / grid, 1.0, 1 / grid, device="cpu").numpy()[: grid - 1]
     starts = np.zeros((LARGEST_SIDE + 1, grid - 1), np.float32)
     for count in range(1, LARGEST_SIDE + 1):
         starts[count] = np.searchsorted(_fractions(count), bounds)

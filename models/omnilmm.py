@@ -16,7 +16,7 @@ from vlm_export.models.minicpmv import (
     refuse_options,
     vision_tensors,
 )
-from vlm_export.models.minicpmv_architecture import architecture_from_json, omnilmm_architecture
+from vlm_export.models.minicpmv_architecture import architecture_from_json, assumed_heads, omnilmm_architecture
 
 
 class OmniLmmFamily:
@@ -24,16 +24,18 @@ class OmniLmmFamily:
 
     name = "omnilmm"
     reads: tuple[str, ...] = ("model.vision_tower.", "model.resampler.")
+    choices: tuple[str, ...] = ("head_width",)
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         return {"model.vision_tower.pos_embed", "model.resampler.query"} <= set(checkpoint.tensors)
 
     def describe(self, checkpoint: Checkpoint) -> Description:
-        return describe_vision(omnilmm_architecture(checkpoint), checkpoint)
+        return describe_vision(omnilmm_architecture(checkpoint), checkpoint, assumed_heads(checkpoint, DEFAULT_BUILD))
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
-        refuse_options(options)
-        return build_vision(self, omnilmm_architecture(checkpoint), checkpoint, store)
+        refuse_options(options, self.choices)
+        architecture = omnilmm_architecture(checkpoint, options.head_width)
+        return build_vision(self, architecture, checkpoint, store, assumed_heads(checkpoint, options))
 
     def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
         return vision_tensors(architecture_from_json(architecture))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint, Family, TensorInfo
-from vlm_export.models.shapes import printable
+from vlm_export.text_display import shown
 
 FAMILIES = {
     "clip": "vlm_export.models.clip:ClipFamily",
@@ -36,7 +36,7 @@ def recognise(checkpoint: Checkpoint) -> Family:
         "no family recognises this checkpoint",
         where=checkpoint.source,
         expected=f"the published key names of one of: {', '.join(FAMILIES)}",
-        got=f"{len(keys)} tensors, the first: {', '.join(map(printable, keys[:5]))}",
+        got=f"{len(keys)} tensors, the first: {', '.join(map(shown, keys[:5]))}",
         fix="a wrapper's prefix such as 'module.' or 'state_dict.' must be removed from the keys first",
     )
 

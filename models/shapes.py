@@ -8,9 +8,9 @@ from typing import Any, TypeGuard
 
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint
+from vlm_export.text_display import shown
 
 CONFIG = "config.json"
-_LONGEST_NAME = 200
 # Of texts that are read as a whole. Published: up to 512 positions.
 LARGEST_CONTEXT = 4096
 
@@ -26,7 +26,7 @@ class Shapes:
         if info is None or len(info.shape) != rank or 0 in info.shape:
             raise InputError(
                 "a tensor that determines the architecture is missing or has another rank",
-                where=f"{self.checkpoint.source}: tensor {printable(key)}",
+                where=f"{self.checkpoint.source}: tensor {shown(key)}",
                 expected=f"{rank} axes, none empty",
                 got="no such tensor" if info is None else f"shape {info.shape}",
                 fix="check that the file is complete",
@@ -40,7 +40,8 @@ class Shapes:
     def grid(self, key: str, rank: int, prefix_tokens: int = 1) -> int:
         """Patches per side of the square whose patches have a row each in a position table, after those of a prefix.
 
-        Rows that make no square are left to the loader, which lists all shapes that do not fit.
+        Raises:
+            InputError: the patches make no square.
         """
         rows = self.of(key, rank)[-2]
         if rows <= prefix_tokens:
@@ -50,13 +51,19 @@ class Shapes:
                 expected=f"more than {prefix_tokens} rows",
                 got=str(rows),
             )
-        return round(math.sqrt(rows - prefix_tokens))
-
-
-def printable(name: str) -> str:
-    """A file's own name for something, as it may stand in a message: nothing that moves a terminal's cursor."""
-    shown = name if name.isprintable() else ascii(name)
-    return shown if len(shown) <= _LONGEST_NAME else f"{shown[:_LONGEST_NAME]}…"
+        patches = rows - prefix_tokens
+        side = math.isqrt(patches)
+        if side * side != patches:
+            raise InputError(
+                f"the position table has {patches} patches, which is no square: images that are not square are not "
+                "supported",
+                where=f"{self.checkpoint.source}: tensor {shown(key)}",
+                expected=f"{side * side} or {(side + 1) ** 2} patches"
+                + (f" and {prefix_tokens} row before them" if prefix_tokens else ""),
+                got=f"{rows} rows",
+                fix="resample the position table to a square grid with the code that trained the model, and save it so",
+            )
+        return side
 
 
 def _count_consecutive(rests: Iterable[str]) -> int:

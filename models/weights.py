@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint, TensorInfo, WeightStore
-from vlm_export.models.shapes import printable
+from vlm_export.text_display import Lines, shown
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -133,23 +134,28 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, table: WeightTable, 
 def _check_keys(checkpoint: Checkpoint, table: WeightTable, shapes: Mapping[str, tuple[int, ...]]) -> None:
     found = checkpoint.tensors
     problems = [f"missing: {key}" for key, target in table.items() if target is not None and key not in found]
-    problems += [f"unexpected: {printable(key)} {found[key].shape}" for key in found if key not in table]
+    problems += [f"unexpected: {shown(key)} {found[key].shape}" for key in found if key not in table]
     for key, target in table.items():
         if target is None or key not in found:
             continue
-        expected, name = stored_shape(target, shapes), printable(key)
-        if found[key].shape != expected:
+        expected, name = stored_shape(target, shapes), shown(key)
+        if found[key].shape != expected and not _is_boxed_scalar(expected, found[key].shape):
             problems.append(f"shape: {name} expected {expected}, got {found[key].shape}")
         if found[key].dtype not in FLOAT_DTYPES:
             problems.append(f"dtype: {name} expected one of {', '.join(FLOAT_DTYPES)}, got {found[key].dtype}")
     if problems:
-        shown = problems[:20] + ([f"… and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        listed = problems[:20] + ([f"… and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise InputError(
             f"{len(problems)} of the checkpoint's tensors do not fit its architecture",
             where=checkpoint.source,
-            got="\n    " + "\n    ".join(shown),
+            got=Lines.of(listed),
             fix="check that the file is complete and of this family; prefixed keys ('module.') must be renamed",
         )
+
+
+def _is_boxed_scalar(expected: tuple[int, ...], found: tuple[int, ...]) -> bool:
+    """Whether one number is stored with axes of size 1, as FSDP and open_clip's `nonscalar_logit_scale` store it."""
+    return expected == () and math.prod(found) == 1
 
 
 def _check_finite(key: str, tensor: Tensor) -> None:
@@ -163,7 +169,7 @@ def _check_finite(key: str, tensor: Tensor) -> None:
     bad = int((~tensor.float().isfinite()).sum())
     raise InputError(
         "a weight is NaN, infinite, or too large for float32",
-        where=f"tensor {printable(key)}",
+        where=f"tensor {shown(key)}",
         expected="finite values",
         got=f"{bad} of {tensor.numel()} values are not finite",
         fix="download or convert the checkpoint again",
@@ -183,6 +189,8 @@ def _place(
         return
     if isinstance(target, Unsqueezed):
         stored, target = stored.reshape(shapes[target.name]), target.name
+    if isinstance(target, str) and shapes[target] == ():
+        stored = stored.reshape(())
     name = target if isinstance(target, str) else target.name
     if isinstance(target, str) and stored.dtype == torch.float32 and stored.is_contiguous():
         weights[name] = stored

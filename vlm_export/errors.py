@@ -6,9 +6,14 @@ import difflib
 from collections.abc import Iterable
 from typing import ClassVar
 
+from vlm_export.text_display import shown_field
+
 
 class VlmExportError(Exception):
     """A failure that the user can act on; the command line prints it without a traceback.
+
+    Fields may hold what untrusted files say. As a text the error shows them safely, a field on one line unless it is a
+    `text_display.Lines`; the attributes and `to_json` have them as they are.
 
     Attributes:
         what: one sentence that says what is wrong.
@@ -27,7 +32,8 @@ class VlmExportError(Exception):
 
     def __str__(self) -> str:
         parts = [("where", self.where), ("expected", self.expected), ("got", self.got), ("fix", self.fix)]
-        return "\n".join([self.what, *(f"  {label}: {text}" for label, text in parts if text)])
+        fields = (f"  {label}: {shown_field(text)}" for label, text in parts if text)
+        return "\n".join([shown_field(self.what), *fields])
 
     def to_json(self) -> dict[str, str | int]:
         """The error as the object that `--json` prints."""
@@ -66,6 +72,13 @@ class EnvironmentFailure(VlmExportError):
 
     exit_status = 4
     kind = "environment"
+
+
+class Defect(VlmExportError):
+    """A fault of this project: nothing that a user does should raise what was raised."""
+
+    exit_status = 70
+    kind = "defect"
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

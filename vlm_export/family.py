@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from vlm_export.original import Original
 from vlm_export.signature import Signature
-from vlm_export.specs import ImageSpec, TextSpec
+from vlm_export.specs import ImageSpec, Origins, TextSpec
 
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]
@@ -105,78 +106,17 @@ class Description:
         parts: how it would be split.
         notes: what is hard about exporting it, and how that is met; one sentence each.
         warnings: what is assumed because the checkpoint does not say it.
+        image, text: how inputs are prepared, None where the model takes no such input.
+        origins: where each value of `image` and `text` comes from.
     """
 
     architecture: Mapping[str, Any]
     parts: tuple[PartOutline, ...]
     notes: tuple[str, ...]
     warnings: tuple[str, ...] = ()
-
-
-OPENAI_SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
-
-
-@dataclass(frozen=True)
-class TransformersOriginal:
-    """transformers' classes on the checkpoint's own files.
-
-    Attributes:
-        model_type: of the config, by which the Auto classes choose where the files name no class.
-        image_class: the processor whose defaults apply where the checkpoint has no processor file.
-    """
-
-    model_type: str
-    image_class: str
-
-
-@dataclass(frozen=True)
-class OpenClipOriginal:
-    """open_clip's `image_transform_v2`; `preprocess` is the checkpoint's `preprocess_cfg`."""
-
-    preprocess: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class TorchvisionPipeline:
-    """Resize, [CenterCrop,] ToTensor and [Normalize] of torchvision on a Pillow image, as authors publish it.
-
-    Attributes:
-        name: of the function and its source.
-        crop: resize the shorter edge and cut a square; False resizes both edges.
-        rgb_first: convert to RGB before the resize, or after the crop.
-        mean, std: None without normalisation.
-    """
-
-    name: str
-    interpolation: Literal["bicubic", "bilinear"]
-    crop: bool
-    rgb_first: bool
-    mean: tuple[float, float, float] | None
-    std: tuple[float, float, float] | None
-
-
-@dataclass(frozen=True)
-class SimpleTokenizerOriginal:
-    """OpenAI's SimpleTokenizer, with the names that its publisher gives the start and end tokens."""
-
-    special_tokens: tuple[str, str] = OPENAI_SPECIAL_TOKENS
-
-
-@dataclass(frozen=True)
-class Original:
-    """Whose code prepares images and texts for the original; None where that is remote code, which is never run.
-
-    Attributes:
-        encoders: part name → loads what the original's own model class computes, where that is not the Reference.
-        encoders_name: who that is.
-        facts: numbers of the manifest's facts → the original's own.
-    """
-
-    images: TransformersOriginal | OpenClipOriginal | TorchvisionPipeline | None = None
-    texts: TransformersOriginal | SimpleTokenizerOriginal | None = None
-    encoders: Mapping[str, Callable[[], Reference]] = field(default_factory=dict)
-    encoders_name: str = ""
-    facts: Mapping[str, float] = field(default_factory=dict)
+    image: ImageSpec | None = None
+    text: TextSpec | None = None
+    origins: Origins = field(default_factory=Origins)
 
 
 @dataclass(frozen=True)
@@ -195,6 +135,7 @@ class Model:
         reference_name: who computes the Reference, for the manifest.
         warnings: what is assumed because neither the checkpoint nor the options say it.
         original: what the proof of the contract runs.
+        origins: where each value of `image` and `text` comes from.
     """
 
     family: str
@@ -208,7 +149,12 @@ class Model:
     references: Mapping[str, Callable[[], Reference]]
     reference_name: str
     warnings: tuple[str, ...] = ()
-    original: Original = Original()
+    original: Original = field(default_factory=Original)
+    origins: Origins = field(default_factory=Origins)
+
+
+CHOICES = ("activation", "head_width", "text_heads")
+"""The fields of BuildOptions that say what some weights do not say."""
 
 
 @dataclass(frozen=True)
@@ -218,9 +164,9 @@ class BuildOptions:
     Attributes:
         image_size: edge in pixels of the square that the vision part takes, instead of the checkpoint's own.
         dynamic_image_size: height and width become axes of the vision part.
-        activation, head_width, text_heads: what CLIP weights with OpenAI's key names do not say, for those that
-            nothing else describes: the activation, the width of the image encoder's attention heads, the number of
-            the text encoder's.
+        activation, head_width, text_heads: what some weights do not say, for families that list the field among
+            their `choices`: the activation, the width of the image encoder's attention heads, the number of the text
+            encoder's.
     """
 
     image_size: int | None = None
@@ -229,10 +175,14 @@ class BuildOptions:
     head_width: int | None = None
     text_heads: int | None = None
 
+    @property
+    def choices(self) -> dict[str, Any]:
+        """The fields that say what weights do not say, and were given."""
+        return {name: value for name in CHOICES if (value := getattr(self, name)) is not None}
+
     def to_json(self) -> dict[str, Any]:
         """As JSON data, without the fields that only say what was so before they existed."""
-        later = ("activation", "head_width", "text_heads")
-        return {name: value for name, value in asdict(self).items() if name not in later or value is not None}
+        return {name: value for name, value in asdict(self).items() if name not in CHOICES or value is not None}
 
 
 class WeightStore(Protocol):
@@ -252,10 +202,12 @@ class Family(Protocol):
     Attributes:
         reads: prefixes of the keys that the family reads, () for all. Shards that hold no such key are neither
             downloaded nor opened.
+        choices: which of `CHOICES` the family may need to be told.
     """
 
     name: str
     reads: tuple[str, ...]
+    choices: tuple[str, ...]
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         """Whether the stored keys (or the config) are this family's."""

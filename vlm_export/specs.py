@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from vlm_export.errors import InputError, suggestion
@@ -70,6 +70,28 @@ class TextSpec:
         return {key: value for key, value in data.items() if key not in defaults or value != defaults[key]}
 
 
+@dataclass(frozen=True)
+class Origins:
+    """Where the values of the preparation of inputs come from, for people and for the manifest.
+
+    Attributes:
+        values: field of a spec ("image.mean", "text.pad_token_id") → what states it: a file and the field in it
+            ("processor_config.json: image_processor.image_mean"), or whose default it is ("default of
+            CLIPImageProcessor").
+        ignored_files: name of a file that was found → why nothing was read from it.
+    """
+
+    values: Mapping[str, str] = field(default_factory=dict)
+    ignored_files: Mapping[str, str] = field(default_factory=dict)
+
+    def __or__(self, other: Origins) -> Origins:
+        """The origins of both; what `other` says counts where both say something."""
+        return Origins({**self.values, **other.values}, {**self.ignored_files, **other.ignored_files})
+
+    def to_json(self) -> dict[str, Any]:
+        return {"values": dict(self.values), "ignored_files": dict(self.ignored_files)}
+
+
 Record = TypeVar("Record", bound="DataclassInstance")
 
 
@@ -79,11 +101,11 @@ def record_from_json(kind: type[Record], data: Mapping[str, Any]) -> Record:
     Raises:
         InputError: unknown or missing fields.
     """
-    known = [field.name for field in fields(kind)]
+    known = [entry.name for entry in fields(kind)]
     for key in data:
         if key not in known:
             raise InputError(f"{kind.__name__} has no field {key!r}", fix=suggestion(key, known))
-    required = [field.name for field in fields(kind) if field.default is MISSING and field.default_factory is MISSING]
+    required = [entry.name for entry in fields(kind) if entry.default is MISSING and entry.default_factory is MISSING]
     missing = [name for name in required if name not in data]
     if missing:
         raise InputError(f"{kind.__name__} lacks fields", expected=", ".join(required), got=f"no {', '.join(missing)}")

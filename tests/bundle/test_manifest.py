@@ -25,7 +25,7 @@ from vlm_export.bundle.manifest import (
 from vlm_export.bundle.strict_json import MAX_JSON_BYTES
 from vlm_export.errors import InputError, UsageError, VlmExportError
 from vlm_export.signature import Axis, Signature, TensorSpec
-from vlm_export.specs import ImageSpec, TextSpec
+from vlm_export.specs import ImageSpec, Origins, TextSpec
 
 texts = st.text(max_size=12)
 # What Python makes of a file name that is not UTF-8.
@@ -104,6 +104,7 @@ manifests = st.builds(
     image=st.one_of(st.none(), images),
     text=st.one_of(st.none(), text_specs),
     parts=st.lists(parts, min_size=1, max_size=2, unique_by=lambda part: part.name).map(tuple),
+    origins=st.builds(Origins, st.dictionaries(texts, texts, max_size=2), st.dictionaries(texts, texts, max_size=2)),
     tools=st.dictionaries(texts, texts, max_size=2),
     files=st.dictionaries(names, st.builds(FileRecord, sizes, hashes), max_size=3),
 )

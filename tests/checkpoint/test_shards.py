@@ -119,6 +119,16 @@ def test_a_needed_shard_is_compared_with_the_index(sharded: Path, suffix: str) -
         open_checkpoint(str(sharded), reads=vision_alone)
 
 
+def test_a_shard_whose_name_no_file_can_have(sharded: Path) -> None:
+    index = next(sharded.glob("*.index.json"))
+    data = json.loads(index.read_text())
+    for name in ("a" * 5000, "\u65e5" * 100):
+        data["weight_map"]["llm.a"] = name
+        index.write_text(json.dumps(data))
+        with pytest.raises(InputError, match="too long for any file"):
+            open_checkpoint(str(sharded))
+
+
 def test_names_are_plain_also_of_shards_left_aside(sharded: Path) -> None:
     index = next(sharded.glob("*.index.json"))
     data = json.loads(index.read_text())

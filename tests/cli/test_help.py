@@ -48,7 +48,14 @@ def test_help_lists_verbs_and_statuses(cli: Callable[..., Any]) -> None:
     assert result.status == 0
     for verb in VERB_NAMES:
         assert f"  {verb} " in result.out
-    for status in ("0 done", "1 verification failed", "2 usage", "3 bad or unsafe input", "4 environment"):
+    for status in (
+        "0 done",
+        "1 verification failed",
+        "2 usage",
+        "3 bad or unsafe input",
+        "4 environment",
+        "70 a defect",
+    ):
         assert status in result.out
 
 
@@ -63,4 +70,5 @@ def test_version(cli: Callable[..., Any]) -> None:
 def test_malformed_command_lines(cli: Callable[..., Any], arguments: list[str]) -> None:
     result = cli(*arguments)
     assert (result.status, result.out) == (2, "")
-    assert "usage: vlm-export" in result.err
+    assert len(result.err.splitlines()) == 3
+    assert "--help" in result.err

@@ -87,7 +87,8 @@ def test_wrong_usage_as_json(refused_json: Any, pair: Path, picture: Path) -> No
     for options in (("--threads", "0"), ("--threads", "99999999999"), ("--nonsense",)):
         error = refused_json(2, "classify", pair, picture, "cat", *options)
         assert options[0] in error["what"]
-        assert "usage: vlm-export" in error["where"]
+        assert error["where"].startswith("vlm-export")
+        assert "usage:" not in error["where"]
 
 
 def test_paths_that_the_system_refuses(cli: Any, pair: Path, tmp_path: Path) -> None:
@@ -122,7 +123,7 @@ def test_embed_names_a_folder_that_it_may_not_read(
         return listing(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    cli("embed", pair, tmp_path / "pictures", "-o", tmp_path / "x.npy").refused(3, str(below), "Permission denied")
+    cli("embed", pair, tmp_path / "pictures", "-o", tmp_path / "x.npy").refused(4, str(below), "Permission denied")
 
 
 def test_lines_of_a_text_file(cli: Any, pair: Path, tmp_path: Path) -> None:

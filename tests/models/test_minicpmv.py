@@ -18,7 +18,7 @@ from vlm_export.checkpoint.known import known_names, load_known
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.errors import InputError, UsageError
 from vlm_export.family import BuildOptions, Checkpoint, Model, TensorInfo
-from vlm_export.models import weights
+from vlm_export.models import navit, weights
 from vlm_export.models.minicpmv import MiniCpmVFamily
 from vlm_export.models.minicpmv_architecture import architecture_from_json
 from vlm_export.models.navit import LARGEST_SIDE, bucket_starts, bucketed_positions, one_row
@@ -87,6 +87,18 @@ def test_buckets_are_those_of_the_original(grid: int) -> None:
     # What is not the same, although it looks so.
     assert divided[:6] == [25, 50, 55, 58, 82, 86] if grid == 10 else [25, 49, 50, 55, 58, 77]
     assert multiplied[:3] == ([58, 86, 100] if grid == 10 else [49, 58, 77])
+
+
+def test_grids_of_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.arange` gives one boundary too many for 3, 6, 7, 14, 19, …; the original never reaches it."""
+    monkeypatch.setattr(navit, "LARGEST_SIDE", 200)
+    fractions = [torch.arange(0, 1 - 1e-6, float(1 / torch.tensor(count))) for count in range(1, 201)]
+    for grid in range(1, 129):
+        bounds, starts = torch.arange(1 / grid, 1.0, 1 / grid), bucket_starts.__wrapped__(grid)
+        expected = torch.cat([torch.bucketize(values, bounds, right=True) for values in fractions])
+        found = [(starts[count] <= torch.arange(count)[:, None]).sum(1) for count in range(1, 201)]
+        assert torch.equal(torch.cat(found), expected), grid
+        assert expected.max() < grid
 
 
 def test_recorded_resampler_positions() -> None:

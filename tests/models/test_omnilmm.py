@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from vlm_export.checkpoint.known import load_known
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.errors import UsageError
 from vlm_export.family import BuildOptions, Model
@@ -67,3 +68,26 @@ def test_sizes_are_no_options() -> None:
     checkpoint = open_checkpoint(str(oracle.DATA / "omnilmm"))
     with pytest.raises(UsageError, match="any size already"):
         OmniLmmFamily().build(checkpoint, oracle.MetaStore(), BuildOptions(image_size=224))
+
+
+def test_heads_that_nothing_states_are_said() -> None:
+    checkpoint, family = open_checkpoint(str(oracle.DATA / "omnilmm")), OmniLmmFamily()
+    (warning,) = family.describe(checkpoint).warnings
+    assert "--head-width" in warning
+    assert "2 heads" in warning
+    assert family.build(checkpoint, oracle.MetaStore()).warnings == (warning,)
+    told = family.build(checkpoint, oracle.MetaStore(), BuildOptions(head_width=16))
+    assert (told.architecture["vision"]["heads"], told.warnings) == (4, ())
+    with pytest.raises(UsageError, match="not a multiple"):
+        family.build(checkpoint, oracle.MetaStore(), BuildOptions(head_width=7))
+
+
+def test_heads_of_the_published_encoder_are_known() -> None:
+    known = load_known("omnilmm-12b")
+    family = OmniLmmFamily()
+    tensors = family.published_tensors(known.architecture)
+    checkpoint = replace(open_checkpoint(str(oracle.DATA / "omnilmm")), tensors=tensors, config=None)
+    description = family.describe(checkpoint)
+    assert (description.architecture["vision"]["heads"], description.warnings) == (16, ())
+    with pytest.raises(UsageError, match="are known"):
+        family.build(checkpoint, oracle.MetaStore(), BuildOptions(head_width=56))

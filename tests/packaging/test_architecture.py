@@ -17,16 +17,21 @@ MAX_FUNCTION_LINES = 60
 BASE = {"PIL", "ftfy", "numpy", "onnxruntime", "openvino", "pyarrow", "tokenizers", "tqdm"}
 TORCH = {"torch", "torchvision", "transformers", "timm"}
 TYPES = {"vlm_export", "vlm_export.errors", "vlm_export.signature", "vlm_export.specs", "vlm_export.slice_spec"}
-TYPES |= {"vlm_export.tile_spec"}
+TYPES |= {"vlm_export.original", "vlm_export.tile_spec"}
+# What every area may use: foreign text shown, faults of the machine told, and interrupts.
+TYPES |= {"vlm_export.text_display", "vlm_export.machine_faults", "vlm_export.interrupts"}
 # Folder or module → the parts of vlm_export that it may import besides itself.
 ARROWS = {
-    "errors.py": set[str](),
+    "text_display.py": set[str](),
+    "errors.py": {"vlm_export.text_display"},
     "interrupts.py": set[str](),
+    "machine_faults.py": {"vlm_export.errors"},
     "signature.py": TYPES,
     "specs.py": TYPES,
     "slice_spec.py": TYPES,
     "tile_spec.py": TYPES,
     "family.py": TYPES,
+    "original.py": TYPES,
     "bundle": TYPES,
     "runtime": TYPES | {"vlm_export.bundle"},
     "graph": TYPES | {"vlm_export.bundle"},
@@ -124,7 +129,8 @@ def test_the_reader_of_imports_sees_lazy_ones() -> None:
 def test_verbs_import_lazily(path: Path) -> None:
     names = imports_of(path, at_once=True)
     assert not _outside(names)
-    light = ("vlm_export", "vlm_export.errors", "vlm_export.interrupts", "vlm_export.cli")
+    light = {"vlm_export", "vlm_export.errors", "vlm_export.interrupts", "vlm_export.cli"}
+    light |= {"vlm_export.text_display", "vlm_export.machine_faults"}
     assert not {name for name in _inside(names) if name not in light and not name.startswith("vlm_export.cli.")}
 
 
@@ -141,3 +147,12 @@ def test_files_and_functions_are_short(folder: str) -> None:
         assert lines <= MAX_FILE_LINES, f"{path.relative_to(ROOT)} has {lines} lines: split it"
         for name, length in _functions(path):
             assert length <= MAX_FUNCTION_LINES, f"{path.relative_to(ROOT)}: {name} has {length} lines"
+
+
+def test_verbs_print_through_the_functions_that_show_foreign_text() -> None:
+    """`print` is for what `cli/output.py` has made safe, and for stderr's messages, whose errors show themselves."""
+    allowed = {"output.py", "main.py", "streams.py", "progress.py", "ask.py", "verify.py"}
+    for path in sorted((PACKAGE / "cli").glob("*.py")):
+        calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        printed = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+        assert not printed or path.name in allowed, f"{path.name} prints foreign text as it is: use print_line"

@@ -10,25 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vlm_export.errors import EnvironmentFailure
+from vlm_export.machine_faults import CAUSES
 
+# What stands in the way of an output alone, beside what tells of the machine in any case (`machine_faults.CAUSES`).
 _FIXES = {
-    errno.ENOSPC: "free disk space, or choose another output directory",
-    getattr(errno, "EDQUOT", -1): "free space in your quota, or choose another output directory",
-    errno.EFBIG: "raise the file size limit (ulimit -f), or choose a file system that holds larger files",
-    errno.EROFS: "choose an output directory on a writable file system",
-    errno.EACCES: "choose a directory that you may write to, or change its permissions",
-    errno.EPERM: "choose a directory that you may write to, or change its permissions",
-    errno.EMFILE: "raise the limit of open files (ulimit -n)",
-    errno.ENFILE: "close other programs: the system is out of file handles",
-    errno.ENOMEM: "free memory, or run on a machine with more",
-    errno.ENOLCK: "choose an output directory on a file system that can lock files",
-    errno.ENOTSUP: "choose an output directory on a file system that can lock files",
     errno.ENAMETOOLONG: "choose a shorter output path",
-    errno.EIO: "check the disk: the system reports an input or output error",
     errno.EBUSY: "choose a directory that is no mount point and that nothing uses, such as one below it",
     errno.EXDEV: "choose a directory that lies wholly on one file system, in a container one below a volume",
+    errno.ENOTSUP: "choose an output directory on a file system that can lock files",
+    errno.EACCES: "choose a directory that you may write to, or change its permissions",
+    errno.EPERM: "choose a directory that you may write to, or change its permissions",
 }
 _OTHER_FIX = "choose another output directory; the system refuses this operation there"
+_NEEDS_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", -1))
 # Libraries raise errors without a number; a file that is not there is the caller's to name; a closed pipe is no fault.
 _NOT_THE_MACHINES = (None, errno.ENOENT, errno.EPIPE)
 
@@ -47,18 +41,27 @@ def environment_errors(stage: str, path: Path | None = None, needed_bytes: int =
     try:
         yield
     except MemoryError as error:
-        raise EnvironmentFailure("out of memory", where=stage, fix=_FIXES[errno.ENOMEM]) from error
+        what, fix = CAUSES[errno.ENOMEM]
+        raise EnvironmentFailure(what, where=stage, fix=fix) from error
     except OSError as error:
         if error.errno in _NOT_THE_MACHINES:
             raise
         named = error.filename2 or error.filename
+        # How much is free is no news where a limit or a permission stands in the way.
+        is_full = error.errno in _NEEDS_ROOM
         raise EnvironmentFailure(
             f"cannot write: {error.strerror}",
             where=f"{stage}: {os.fsdecode(named)}" if isinstance(named, str | bytes) else stage,
-            expected=f"{needed_bytes} bytes free" if needed_bytes else "",
-            got=f"{free_bytes(path)} bytes free" if path is not None else "",
-            fix=_FIXES.get(error.errno or 0, _OTHER_FIX),
+            expected=f"{needed_bytes} bytes free" if needed_bytes and is_full else "",
+            got=f"{free_bytes(path)} bytes free" if path is not None and is_full else "",
+            fix=_fix(error.errno),
         ) from error
+
+
+def _fix(number: int | None) -> str:
+    if number in _FIXES:
+        return _FIXES[number]
+    return CAUSES[number][1] if number in CAUSES else _OTHER_FIX
 
 
 def free_bytes(path: Path) -> int:
@@ -77,5 +80,5 @@ def check_free_space(path: Path, needed_bytes: int) -> None:
             where=str(path),
             expected=f"{needed_bytes} bytes free",
             got=f"{free} bytes free",
-            fix=_FIXES[errno.ENOSPC],
+            fix=CAUSES[errno.ENOSPC][1],
         )

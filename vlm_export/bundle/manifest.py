@@ -9,11 +9,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlm_export.bundle.spec_fields import image_spec_from_fields, signature_from_fields, text_spec_from_fields
+from vlm_export.bundle.spec_fields import (
+    image_spec_from_fields,
+    origins_from_fields,
+    signature_from_fields,
+    text_spec_from_fields,
+)
 from vlm_export.bundle.strict_json import Fields, json_object_from_bytes
 from vlm_export.errors import InputError, UsageError, suggestion
 from vlm_export.signature import Signature
-from vlm_export.specs import ImageSpec, TextSpec
+from vlm_export.specs import ImageSpec, Origins, TextSpec
 
 MANIFEST_NAME = "vlm_export.json"
 SCHEMA_VERSION = 1
@@ -144,6 +149,7 @@ class Manifest:
     Attributes:
         name: of the bundle, for people.
         architecture, facts: JSON data of the family (sizes; `logit_scale`, …).
+        origins: where each value of `image` and `text` comes from, and which files were not read.
         tools: name → version of each tool that took part.
         files: path relative to the bundle → size and sha256 of every file but the manifest; publication fills it.
     """
@@ -156,6 +162,7 @@ class Manifest:
     image: ImageSpec | None
     text: TextSpec | None
     parts: tuple[PartRecord, ...]
+    origins: Origins = field(default_factory=Origins)
     tools: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, FileRecord] = field(default_factory=dict)
 
@@ -196,6 +203,7 @@ class Manifest:
             "image": None if self.image is None else _with_lists(self.image.to_json()),
             "text": None if self.text is None else self.text.to_json(),
             "parts": [part.to_json() for part in self.parts],
+            "origins": self.origins.to_json(),
             "tools": {name: self.tools[name] for name in sorted(self.tools)},
             "files": {name: self.files[name].to_json() for name in sorted(self.files)},
         }
@@ -238,6 +246,7 @@ def manifest_from_json(data: Mapping[str, Any], where: str = MANIFEST_NAME) -> M
         image=None if data["image"] is None else image_spec_from_fields(top.fields("image")),
         text=None if data["text"] is None else text_spec_from_fields(top.fields("text")),
         parts=parts,
+        origins=origins_from_fields(top.fields("origins")),
         tools={name: tools.text(name) for name in tools.data},
         files={checked_relative_name(name, files.where): _file_from_fields(files.fields(name)) for name in files.data},
     )

@@ -7,7 +7,7 @@ from typing import get_args
 from vlm_export.bundle.strict_json import Fields
 from vlm_export.errors import InputError
 from vlm_export.signature import Signature, signature_from_json
-from vlm_export.specs import Fit, ImageSpec, RgbStage, TextCleaning, TextSpec, record_from_json
+from vlm_export.specs import Fit, ImageSpec, Origins, RgbStage, TextCleaning, TextSpec, record_from_json
 
 MAX_IMAGE_SIZE_PIXELS = 8192
 MAX_CONTEXT_LENGTH = 1 << 20
@@ -43,6 +43,13 @@ def text_spec_from_fields(fields: Fields) -> TextSpec:
     if "added_tokens" in fields.data:
         fields.texts("added_tokens")
     return spec
+
+
+def origins_from_fields(fields: Fields) -> Origins:
+    """The Origins; InputError when a value is no string."""
+    fields.only(("values", "ignored_files"))
+    values, ignored = fields.fields("values"), fields.fields("ignored_files")
+    return Origins({key: values.text(key) for key in values.data}, {key: ignored.text(key) for key in ignored.data})
 
 
 def signature_from_fields(fields: Fields) -> Signature:

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from vlm_export.errors import InputError
 
+# The longest name of a file on the usual systems.
+_LONGEST_BYTES = 255
+
 
 def is_plain_name(name: str) -> bool:
-    """Whether `name` is a file name on every system: no separator, no drive, no '..', no control character."""
-    return name not in ("", ".", "..") and name.isprintable() and not set("/\\:\0") & set(name)
+    """Whether `name` is a file name on every system: no separator, no drive, no '..', no control character, short."""
+    is_name = name not in ("", ".", "..") and name.isprintable() and not set("/\\:\0") & set(name)
+    return is_name and _bytes(name) <= _LONGEST_BYTES
 
 
 def check_plain_name(name: str, where: str) -> None:
-    """InputError when a checkpoint states a name that could lead out of its directory."""
+    """InputError when a checkpoint states a name that could lead out of its directory, or that no file can have."""
+    if _bytes(name) > _LONGEST_BYTES:
+        raise InputError(
+            "a checkpoint names a file with a name that is too long for any file",
+            where=where,
+            expected=f"a name of at most {_LONGEST_BYTES} bytes",
+            got=f"{_bytes(name)} bytes: {name[:80]!r}…",
+            fix="the file is damaged or made up; get it from its publisher",
+        )
     if not is_plain_name(name):
         raise InputError(
             "a checkpoint names a file outside its directory",
@@ -20,3 +32,7 @@ def check_plain_name(name: str, where: str) -> None:
             got=repr(name[:200]),
             fix="do not trust this checkpoint; get it from its publisher",
         )
+
+
+def _bytes(name: str) -> int:
+    return len(name.encode(errors="surrogatepass"))

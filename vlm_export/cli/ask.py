@@ -16,7 +16,7 @@ from vlm_export.cli.chat_options import (
     refuse_options,
 )
 from vlm_export.cli.common import add_common_options, add_engine_options, positive_integer, providers
-from vlm_export.cli.output import print_json, print_table
+from vlm_export.cli.output import print_json, print_table, print_text
 from vlm_export.errors import UsageError
 
 _OF_BLIP = ("candidates", "rank_k", "beams", "max_length", "min_length")
@@ -81,7 +81,7 @@ def _chat(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"images": args.images, "question": args.question, "answer": answer})
     else:
-        print(answer)
+        print_text(answer)
     return 0
 
 
@@ -112,7 +112,7 @@ def _write(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"image": image, "question": args.question, "answer": answer})
     else:
-        print(answer)
+        print_text(answer)
     return 0
 
 

@@ -14,7 +14,7 @@ from vlm_export.cli.chat_options import (
     refuse_options,
 )
 from vlm_export.cli.common import add_common_options, add_engine_options, positive_integer, providers
-from vlm_export.cli.output import print_json, print_table
+from vlm_export.cli.output import print_json, print_line, print_table
 
 _OF_BLIP = ("beams", "repetition_penalty", "max_length", "min_length")
 _OF_CHAT = ("temperature", "top_k", "max_new_tokens")
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"captions": [{"image": image, "caption": caption} for image, caption in found]})
     elif len(found) == 1:
-        print(captions[0])
+        print_line(captions[0])
     else:
         print_table(("picture", "caption"), found)
     return 0

@@ -17,7 +17,7 @@ from vlm_export.cli.common import (
     positive_integer,
     providers,
 )
-from vlm_export.cli.output import print_json
+from vlm_export.cli.output import print_json, print_line
 from vlm_export.errors import InputError, UsageError
 
 TEXT_SUFFIX = ".txt"
@@ -80,7 +80,7 @@ def _run_pair(args: argparse.Namespace, pictures: list[Path], texts: list[str]) 
         print_json({**result, "seconds": round(seconds, 4)})
     else:
         rate = len(items) / seconds if seconds else float("inf")
-        print(f"{len(items)} {kind} embeddings of {vectors.shape[1]} numbers in {args.output} ({rate:.1f}/s)")
+        print_line(f"{len(items)} {kind} embeddings of {vectors.shape[1]} numbers in {args.output} ({rate:.1f}/s)")
     return 0
 
 
@@ -104,7 +104,7 @@ def _run_slices(args: argparse.Namespace, pictures: list[Path]) -> int:
     else:
         queries, width = meta.feature_shape
         rate = slices / seconds if seconds else float("inf")
-        print(
+        print_line(
             f"{count} pictures, {slices} slices of {queries} x {width} numbers in {args.output} ({rate:.1f} slices/s)"
         )
     return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_export.cli.common import add_common_options, natural_number, positive_integer
-from vlm_export.cli.output import print_json, print_warnings, size_text
+from vlm_export.cli.output import print_json, print_line, print_text, print_warnings, size_text
 
 if TYPE_CHECKING:
     from vlm_export.export.options import ExportOptions
@@ -72,8 +72,9 @@ def add_parser(verbs: Any) -> None:
 
 def _add_clip_options(parser: argparse.ArgumentParser) -> None:
     unsaid = parser.add_argument_group(
-        "CLIP weights that nothing describes",
-        "For files with OpenAI's key names from elsewhere, without open_clip_config.json beside them.",
+        "weights that nothing describes",
+        "For CLIP files with OpenAI's key names from elsewhere, without open_clip_config.json beside them; "
+        "--head-width also for OmniLMM with another image encoder than the published one.",
     )
     unsaid.add_argument("--activation", choices=("quick_gelu", "gelu"), help="of both encoders (default: quick_gelu)")
     unsaid.add_argument(
@@ -147,12 +148,12 @@ def _print_result(output: str, result: ExportResult) -> None:
     from vlm_export.verify.table import format_table
 
     manifest = result.manifest
-    print(format_table(result.reports, result.contract))
+    print_text(format_table(result.reports, result.contract))
     for part in manifest.parts:
         for variant in part.variants:
             for warning in variant.warnings:
-                print(f"warning: {part.name} {variant.precision}: {warning}")
+                print_line(f"warning: {part.name} {variant.precision}: {warning}")
     total = sum(file.size_bytes for file in manifest.files.values())
     reference = manifest.facts.get("reference", "")
-    print(f"compared with: {reference}")
-    print(f"bundle: {output} ({len(manifest.files) + 1} files, {size_text(total)})")
+    print_line(f"compared with: {reference}")
+    print_line(f"bundle: {output} ({len(manifest.files) + 1} files, {size_text(total)})")

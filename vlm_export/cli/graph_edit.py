@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_export.cli.graph_look import add_proof_options
-from vlm_export.cli.output import print_json
+from vlm_export.cli.output import print_json, print_line, print_warnings
 from vlm_export.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -229,7 +228,7 @@ def _validate(model: ir.Model, original: ir.Model) -> None:
         try:
             validate(original)
         except GraphError:
-            print(f"warning: the model is not valid, and was not before: {error.what} {error.got}", file=sys.stderr)
+            print_warnings([f"the model is not valid, and was not before: {error.what} {error.got}"])
             return
         raise
 
@@ -250,11 +249,11 @@ def _report(
         print_json(data)
         return
     for name, result in results:
-        print(f"{name}: {'done' if result is None else _text(result)}")
+        print_line(f"{name}: {'done' if result is None else _text(result)}")
     if proof is not None:
-        print(proof)
+        print_line(proof)
     if not args.quiet:
-        print("written: " + ", ".join(map(str, files)))
+        print_line("written: " + ", ".join(map(str, files)))
 
 
 def _text(result: Any) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_export.cli.output import print_json, print_table, size_text
+from vlm_export.cli.output import print_json, print_line, print_table, size_text
 from vlm_export.errors import UsageError
 
 
@@ -80,26 +80,28 @@ def run_show(args: argparse.Namespace) -> int:
 
 def _print_model(data: Mapping[str, Any]) -> None:
     opsets = ", ".join(f"{domain} {version}" for domain, version in data["opsets"].items())
-    print(f"opsets: {opsets}; IR version {data['ir_version']}; made by {data['producer'] or 'an unnamed producer'}")
+    print_line(
+        f"opsets: {opsets}; IR version {data['ir_version']}; made by {data['producer'] or 'an unnamed producer'}"
+    )
     rows = [(kind, value["name"], value["dtype"] or "?", _shape_text(value["shape"])) for kind, value in _ends(data)]
     print_table(("", "name", "dtype", "shape"), rows)
-    print("operators: " + ", ".join(f"{name} {count}" for name, count in data["operators"].items()))
+    print_line("operators: " + ", ".join(f"{name} {count}" for name, count in data["operators"].items()))
     if data["functions"]:
-        print("functions: " + ", ".join(data["functions"]))
+        print_line("functions: " + ", ".join(data["functions"]))
     weights = data["weights"]
     sizes = ", ".join(f"{dtype} {size_text(size)}" for dtype, size in weights["bytes_by_dtype"].items())
-    print(f"weights: {weights['count']} ({sizes or 'none'}); external: {', '.join(weights['files']) or 'none'}")
+    print_line(f"weights: {weights['count']} ({sizes or 'none'}); external: {', '.join(weights['files']) or 'none'}")
     for entry in weights["largest"][:3]:
-        print(f"  {entry['name']}  {entry['dtype']} {tuple(entry['shape'])}  {size_text(entry['bytes'])}")
+        print_line(f"  {entry['name']}  {entry['dtype']} {tuple(entry['shape'])}  {size_text(entry['bytes'])}")
     unknown = data["unknown_shapes"]
-    print(
+    print_line(
         f"unknown: of {unknown['tensors']} tensors {len(unknown['without_dtype'])} have no dtype, "
         f"{len(unknown['without_shape'])} no shape, {len(unknown['with_unnamed_axes'])} unnamed axes"
     )
     if data["custom_domains"]:
-        print("custom domains: " + ", ".join(f"{name} ({n} nodes)" for name, n in data["custom_domains"].items()))
+        print_line("custom domains: " + ", ".join(f"{name} ({n} nodes)" for name, n in data["custom_domains"].items()))
     if data["missing_imports"]:
-        print("not imported: " + ", ".join(data["missing_imports"]))
+        print_line("not imported: " + ", ".join(data["missing_imports"]))
 
 
 def _ends(data: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -133,8 +135,8 @@ def run_find(args: argparse.Namespace) -> int:
         print_json({"count": len(found), "matches": found})
         return 0
     for chain in found:
-        print(" -> ".join(f"{node['operator']} {', '.join(node['outputs'])}" for node in chain))
-    print(f"{len(found)} found")
+        print_line(" -> ".join(f"{node['operator']} {', '.join(node['outputs'])}" for node in chain))
+    print_line(f"{len(found)} found")
     return 0
 
 
@@ -151,7 +153,7 @@ def run_draw(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"file": str(path)})
     elif not args.quiet:
-        print(path)
+        print_line(path)
     return 0
 
 
@@ -163,7 +165,7 @@ def run_check(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"valid": True})
     else:
-        print("valid")
+        print_line("valid")
     return 0
 
 
@@ -176,5 +178,5 @@ def run_verify(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"passed": True, "proof": proof.to_json()})
     else:
-        print(proof)
+        print_line(proof)
     return 0

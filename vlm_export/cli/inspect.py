@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from vlm_export.cli.chat_options import is_chat_bundle
 from vlm_export.cli.common import add_common_options
 from vlm_export.cli.inspect_known import checkpoint_from_config, known_data, list_known, print_known
-from vlm_export.cli.output import print_json, print_table, print_warnings, size_text
+from vlm_export.cli.output import print_json, print_line, print_table, print_warnings, size_text
+from vlm_export.cli.preparation_report import preparation_data, print_preparation
 from vlm_export.cli.slice_report import report_slices
 from vlm_export.cli.tile_report import report_tiles
 from vlm_export.errors import UsageError
@@ -129,6 +130,7 @@ def _data_from_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
             {"name": part.name, "parameters": part.parameter_count, "signature": part.signature.to_json()}
             for part in description.parts
         ],
+        "preparation": preparation_data(description.image, description.text, description.origins),
         "notes": notes,
         "warnings": list(description.warnings) if description.warnings and not is_pinned(checkpoint.files) else [],
     }
@@ -155,6 +157,7 @@ def _data_from_manifest(manifest: Manifest) -> dict[str, Any]:
             }
             for part in manifest.parts
         ],
+        "preparation": preparation_data(manifest.image, manifest.text, manifest.origins),
         "notes": [warning for part in manifest.parts for variant in part.variants for warning in variant.warnings],
         "warnings": warnings if isinstance(warnings, list) else [],
     }
@@ -166,24 +169,25 @@ def _data_from_variant(variant: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _print(data: Mapping[str, Any]) -> None:
-    print(f"{data['what']}: {data['source']} ({data['family']}, {data['format'] or 'not on this machine'})")
+    print_line(f"{data['what']}: {data['source']} ({data['family']}, {data['format'] or 'not on this machine'})")
     if data.get("known"):
         print_known(data["known"])
     if data.get("licence"):
-        print(f"  licence: {data['licence']}")
+        print_line(f"  licence: {data['licence']}")
     if data["format"] is None:
         tensors = data["tensors"]
-        print(f"  as published: {tensors['count']} tensors, {size_text(tensors['size_bytes'])}")
+        print_line(f"  as published: {tensors['count']} tensors, {size_text(tensors['size_bytes'])}")
     for file in data["files"]:
-        print(f"  {file['name']}  {size_text(file['size_bytes'])}  sha256 {file['sha256'][:16]}…")
-    print("architecture:")
+        print_line(f"  {file['name']}  {size_text(file['size_bytes'])}  sha256 {file['sha256'][:16]}…")
+    print_line("architecture:")
     for key, value in data["architecture"].items():
-        print(f"  {key}: {value}")
-    print("parts:")
+        print_line(f"  {key}: {value}")
+    print_line("parts:")
     rows = [(part["name"], _signature_text(part["signature"]), _detail(part)) for part in data["parts"]]
     print_table(("  part", "inputs → outputs", ""), [(f"  {name}", text, detail) for name, text, detail in rows])
+    print_preparation(data["preparation"])
     for note in data["notes"]:
-        print(f"note: {note}")
+        print_line(f"note: {note}")
 
 
 def _signature_text(signature: Mapping[str, Any]) -> str:

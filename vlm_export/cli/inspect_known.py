@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vlm_export.cli.output import print_json, print_table
+from vlm_export.cli.output import print_json, print_line, print_table
 
 if TYPE_CHECKING:
     from vlm_export.checkpoint.known import KnownCheckpoint
@@ -51,10 +51,10 @@ def checkpoint_from_config(known: KnownCheckpoint) -> Checkpoint:
 
 def print_known(entry: Mapping[str, Any]) -> None:
     """The lines of `known_data` that say something, below a heading."""
-    print(f"  {entry['title']}")
+    print_line(f"  {entry['title']}")
     for key in ("source", "revision", "sha256", "licence", "paper", "notes"):
         if entry[key]:
-            print(f"  {key}: {entry[key]}")
+            print_line(f"  {key}: {entry[key]}")
 
 
 def _refuse(key: str) -> Any:

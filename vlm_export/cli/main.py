@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
+import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -12,8 +15,10 @@ from vlm_export import __version__
 from vlm_export.cli import ask, caption, classify, embed, export, graph, inspect, match, search, verify
 from vlm_export.cli.output import print_json
 from vlm_export.cli.streams import discard, standard_streams
-from vlm_export.errors import EnvironmentFailure, UsageError, VlmExportError
+from vlm_export.errors import Defect, EnvironmentFailure, InputError, UsageError, VlmExportError
 from vlm_export.interrupts import remembered_interrupts
+from vlm_export.machine_faults import machine_fault
+from vlm_export.text_display import Lines, shown
 
 VERBS = (inspect, export, verify, classify, caption, ask, match, embed, search, graph)
 _INTERRUPTED = 130
@@ -21,14 +26,14 @@ _EXTRA_PACKAGES = {"torch", "transformers", "timm", "onnx", "onnx_ir", "onnxscri
 _EXTRA_PACKAGES |= {"huggingface_hub", "yaml", "torchvision", "google"}  # google: protobuf
 _DEFAULT_EXTRA = "export"
 _EPILOG = """exit status: 0 done; 1 verification failed; 2 usage; 3 bad or unsafe input; 4 environment
-(disk, memory, missing package, no network); 130 interrupted"""
+(disk, memory, missing package, no network); 70 a defect of vlm-export; 130 interrupted"""
 
 
 class Parser(argparse.ArgumentParser):
     """Raises UsageError instead of leaving the process."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message, where=self.format_usage().strip(), fix=f"see {self.prog} --help")
+        raise UsageError(message, where=self.prog, fix=f"see {self.prog} --help")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,19 +65,52 @@ def _run(arguments: Sequence[str]) -> int:
         status: int = args.run(args)
         return status
     except KeyboardInterrupt as interrupt:
-        print("interrupted", *(f"({stage})" for stage in interrupt.args), file=sys.stderr)
+        print("interrupted", *(f"({shown(stage)})" for stage in interrupt.args), file=sys.stderr)
         return _INTERRUPTED
-    except ImportError as error:
-        return _fail(as_json, _missing_package(error, getattr(args, "extra", _DEFAULT_EXTRA)))
-    except MemoryError:
-        return _fail(as_json, EnvironmentFailure("out of memory", fix="free memory, or use a machine with more"))
     except BrokenPipeError:
         # stderr raises nothing, so it is stdout: its reader has read enough (`| head`), which is no error.
         return 0
-    except OSError as error:
-        return _fail(as_json, _refused_by_system(error))
-    except VlmExportError as error:
-        return _fail(as_json, error)
+    except Exception as error:
+        told = _told(error, getattr(args, "extra", _DEFAULT_EXTRA))
+        return _defect(as_json, error, arguments) if told is None else _fail(as_json, told)
+
+
+def _told(error: Exception, extra: str) -> VlmExportError | None:
+    """What to tell the user about an exception; None for a defect.
+
+    What the machine refused is told as that, also where code that read a file took it for damage of the file.
+    """
+    if isinstance(error, InputError):
+        return machine_fault(error, error.where) or error
+    if isinstance(error, VlmExportError):
+        return error
+    fault = machine_fault(error)
+    if fault is not None:
+        return fault
+    if isinstance(error, ImportError):
+        return _missing_package(error, extra)
+    return _refused_by_system(error) if isinstance(error, OSError) else None
+
+
+def _defect(as_json: bool, error: Exception, arguments: Sequence[str]) -> int:
+    """Prints the traceback, which may quote what a file says, and asks for a report."""
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    print(Lines.of(lines, indent="  ").removeprefix("\n"), file=sys.stderr)
+    command = shlex.join(["vlm-export", *arguments])
+    told = Defect(
+        "this is a defect of vlm-export, not of your files: please report it with the lines above",
+        where=command,
+        got=f"{type(error).__name__}: {error}",
+        fix=f"report it with these versions: {_versions()}; leave out of it what must stay private",
+    )
+    return _fail(as_json, told)
+
+
+def _versions() -> str:
+    names = ("numpy", "onnxruntime", "onnx", "onnx_ir", "torch", "transformers")
+    loaded = [f"{name} {getattr(sys.modules[name], '__version__', '?')}" for name in names if name in sys.modules]
+    own = [f"vlm-export {__version__}", f"Python {platform.python_version()}", platform.platform()]
+    return ", ".join([*own, *loaded])
 
 
 def _flushed(status: int) -> int:
@@ -103,13 +141,19 @@ def _refused_by_system(error: OSError) -> EnvironmentFailure:
     )
 
 
-def _missing_package(error: ImportError, extra: str) -> EnvironmentFailure:
-    """What to install: `extra`, the smallest of this project's that the verb needs, which it states beside `run`."""
+def _missing_package(error: ImportError, extra: str) -> EnvironmentFailure | None:
+    """What to install: `extra`, the smallest of this project's that the verb needs, which it states beside `run`; None
+    for a module of our own."""
     name = (error.name or "").partition(".")[0]
-    if name not in _EXTRA_PACKAGES:
-        raise error
+    if name == "vlm_export":
+        return None
+    wanted = f"vlm-export[{extra}]" if name in _EXTRA_PACKAGES else "vlm-export"
+    what = "is not installed" if isinstance(error, ModuleNotFoundError) else "cannot be loaded"
     return EnvironmentFailure(
-        "a package that this verb needs is not installed", got=str(error), fix=f"pip install 'vlm-export[{extra}]'"
+        f"a package that this verb needs {what}",
+        where=name,
+        got=str(error),
+        fix=f"pip install '{wanted}'",
     )
 
 

@@ -9,20 +9,36 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
+from vlm_export.text_display import escaped_json, shown, shown_lines
+
+LONGEST_LINE = 100_000
+"""Characters of a line or cell that are printed; a caption or a label is never cut, a file without end is."""
+
 
 def print_json(data: Any) -> None:
     """One JSON document on stdout. A closed pipe is left to `main`, since it must not change the exit status.
 
-    Where stdout cannot hold every letter, those beyond ASCII are JSON's escapes.
+    Hidden characters are JSON's escapes; where stdout cannot hold every letter, so are those beyond ASCII.
     """
     escaped = codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8"
+    document = json.dumps(data, indent=1, ensure_ascii=escaped, allow_nan=False)
     with suppress(BrokenPipeError):
-        sys.stdout.write(json.dumps(data, indent=1, ensure_ascii=escaped, allow_nan=False) + "\n")
+        sys.stdout.write(escaped_json(document) + "\n")
+
+
+def print_line(*texts: object) -> None:
+    """One line on stdout, also where a text holds line ends: those are shown as escapes."""
+    print(*(shown(text, LONGEST_LINE) for text in texts))
+
+
+def print_text(text: str) -> None:
+    """A text that a model wrote, on stdout: its line ends stay, since nothing of ours is printed beside it."""
+    print(shown_lines(text))
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Left-aligned columns on stdout."""
-    lines = [list(header), *(list(row) for row in rows)]
+    """Left-aligned columns on stdout; each row is one line."""
+    lines = [[shown(cell, LONGEST_LINE) for cell in row] for row in (header, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
@@ -31,7 +47,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def print_warnings(warnings: Iterable[object]) -> None:
     """One line each on stderr, also with --quiet and --json."""
     for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {shown(warning, LONGEST_LINE)}", file=sys.stderr)
 
 
 def size_text(size_bytes: int) -> str:

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from vlm_export.cli.output import size_text
+from vlm_export.text_display import shown
 
 if TYPE_CHECKING:
     from vlm_export.export.stages import StageRecord
@@ -28,8 +29,11 @@ class StagePrinter:
         self._redraw("")
         memory = record.peak_anonymous_bytes
         peak = "" if memory is None else f"  peak {size_text(memory)}"
-        print(f"{record.name:<32}{record.seconds:8.2f} s{peak}", file=sys.stderr)
+        print(f"{shown(record.name):<32}{record.seconds:8.2f} s{peak}", file=sys.stderr)
 
     def _redraw(self, text: str) -> None:
         if self._live:
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+            # The erasing sequence is ours, which a stream that shows foreign text would show.
+            write = getattr(sys.stderr, "write_raw", sys.stderr.write)
+            write(f"\r\x1b[K{shown(text)}")
+            sys.stderr.flush()

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_export.cli.output import print_json, print_table
+from vlm_export.cli.output import print_json, print_line, print_table
 from vlm_export.errors import EnvironmentFailure, UsageError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _print(data: Mapping[str, Any]) -> None:
     width, height = data["picture"]
     grid, slices = data["grid"], data["slices"]
     cut = "not cut" if grid is None else f"and {grid['columns']} x {grid['rows']} slices of it"
-    print(f"{data['image']}: {width} x {height} pixels, seen whole, {cut}")
+    print_line(f"{data['image']}: {width} x {height} pixels, seen whole, {cut}")
     rows = []
     for number, entry in enumerate(slices):
         (wide, high), (patch_rows, patch_columns) = entry["size"], entry["patches"]
@@ -78,12 +78,11 @@ def _print(data: Mapping[str, Any]) -> None:
         rows.append((str(number), place, f"{wide} x {high}", patches))
     print_table(("slice", "place", "pixels", "patches"), rows)
     per_slice = data["tokens_per_slice"]
-    print(f"tokens for the language model: {len(slices)} x {per_slice} = {data['tokens']}")
+    print_line(f"tokens for the language model: {len(slices)} x {per_slice} = {data['tokens']}")
     text = "".join(part if isinstance(part, str) else f"[{part}]" for part in data["placeholder"])
-    text = text.replace("\n", "\\n")
-    print(f"in the prompt, [N] for the {per_slice} features of slice N: {text}")
+    print_line(f"in the prompt, [N] for the {per_slice} features of slice N: {text}")
     if "output" in data:
-        print(f"drawing: {data['output']}")
+        print_line(f"drawing: {data['output']}")
 
 
 def _place(index: int, columns: int) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_export.cli.output import print_json
+from vlm_export.cli.output import print_json, print_line
 from vlm_export.errors import InputError, UsageError
 
 
@@ -53,9 +53,9 @@ def report_tiles(picture: str, bundle: str, output: str | None, *, as_json: bool
 
 def _print(data: Mapping[str, Any]) -> None:
     (width, height), (wide, high), grid = data["picture"], data["resized"], data["grid"]
-    print(f"{data['image']}: {width} x {height} pixels, resized to {wide} x {high}")
+    print_line(f"{data['image']}: {width} x {height} pixels, resized to {wide} x {high}")
     whole = data["tiles"] - grid["rows"] * grid["columns"]
     seen = "and the whole picture as one more" if whole else "no other"
-    print(f"tiles of {data['tile']} pixels: {grid['columns']} x {grid['rows']}, {seen}")
-    print(f"tokens for the language model: {data['tokens']}, {data['tokens_per_tile']} features for each tile")
-    print(f"in the prompt, [N] for N features: {data['placeholder']}")
+    print_line(f"tiles of {data['tile']} pixels: {grid['columns']} x {grid['rows']}, {seen}")
+    print_line(f"tokens for the language model: {data['tokens']}, {data['tokens_per_tile']} features for each tile")
+    print_line(f"in the prompt, [N] for N features: {data['placeholder']}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_export.cli.common import add_common_options, add_engine_options, providers
-from vlm_export.cli.output import print_json
+from vlm_export.cli.output import print_json, print_text
 from vlm_export.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from vlm_export.verify.table import format_table
 
     with suppress(BrokenPipeError):
-        print(format_table(reports, contract))
+        print_text(format_table(reports, contract))
     _raise_if_failed(reports, contract)
     return 0
 

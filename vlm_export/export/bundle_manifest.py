@@ -49,6 +49,7 @@ def manifest_from_model(
         image=model.image,
         text=model.text,
         parts=tuple(records),
+        origins=model.origins,
         tools=tool_versions(),
     )
 

@@ -26,8 +26,10 @@ from vlm_export.bundle.strict_json import json_object_from_bytes
 from vlm_export.errors import InputError
 from vlm_export.export.clip_bpe import read_bounded
 from vlm_export.family import (
-    OPENAI_SPECIAL_TOKENS,
     Array,
+)
+from vlm_export.original import (
+    OPENAI_SPECIAL_TOKENS,
     OpenClipOriginal,
     Original,
     SimpleTokenizerOriginal,

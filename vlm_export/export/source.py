@@ -15,8 +15,6 @@ from vlm_export.export.stages import StepProgress
 from vlm_export.family import BuildOptions, Checkpoint, Family, Model, WeightStore
 from vlm_export.models.registry import load_family, read_prefixes
 
-_CHOOSING_FAMILY = "clip"
-
 
 def known_checkpoint(source: str) -> KnownCheckpoint | None:
     """The config of that name, unless a file or directory has it."""
@@ -61,13 +59,14 @@ def build_model(
     Raises:
         UsageError: the options say what the checkpoint says itself.
     """
-    if (build.activation, build.head_width, build.text_heads) != (None, None, None):
-        other = None if family.name == _CHOOSING_FAMILY else f"the family {family.name}"
-        if got := "a known checkpoint" if is_pinned(checkpoint.files) else other:
+    if build.choices:
+        pinned = is_pinned(checkpoint.files)
+        if pinned or not set(build.choices) <= set(family.choices):
             raise UsageError(
-                "--activation, --head-width and --text-heads are for CLIP weights that nothing else describes",
+                "--activation, --head-width and --text-heads are for weights that nothing else describes",
                 where=checkpoint.source,
-                got=got,
+                expected=_accepted_choices(() if pinned else family.choices),
+                got=f"{', '.join(build.choices)} for {'a known checkpoint' if pinned else f'the family {family.name}'}",
                 fix="leave these options out",
             )
     model = adapt_model(family.build(checkpoint, store, build), checkpoint, known, build)
@@ -94,3 +93,7 @@ def source_record(checkpoint: Checkpoint, options: ExportOptions) -> SourceRecor
         random_weights_seed=options.random_weights_seed,
         files=tuple(SourceFile(file.name, file.size_bytes, file.sha256) for file in checkpoint.files),
     )
+
+
+def _accepted_choices(choices: tuple[str, ...]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in choices) or "none of them"

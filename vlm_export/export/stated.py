@@ -12,7 +12,7 @@ from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import VerificationError
 from vlm_export.verify.contract import CONTRACT
 
-_FIELDS = ("family", "architecture", "image", "text", "facts")
+_FIELDS = ("family", "architecture", "image", "text", "origins", "facts")
 _NOTHING = "nothing"
 _NOT_STATED = ("target", "licence", CONTRACT)
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
+from vlm_export.text_display import shown
 
 Array: TypeAlias = npt.NDArray[Any]
 CPU = "CPUExecutionProvider"
@@ -30,7 +31,10 @@ _DTYPES = {
     "tensor(int8)": "int8",
     "tensor(bool)": "bool",
 }
-_LOG_ERRORS_ONLY = 3
+# Its log goes past Python to stderr, and quotes names of the graph; errors come as exceptions.
+_LOG_FATAL_ONLY = 4
+
+_LONGEST_CAUSE = 600
 
 MAX_THREADS = 1024
 """More than any machine has cores for, and few enough for every system to start."""
@@ -89,7 +93,7 @@ class OrtEngine:
         self.path, self.mapped = Path(path), mapped
         wanted = [_resolved_provider(name, onnxruntime.get_available_providers()) for name in providers]
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = _LOG_ERRORS_ONLY
+        options.log_severity_level = _LOG_FATAL_ONLY
         if checked_threads(threads) is not None:
             options.intra_op_num_threads = threads
         # Engines run in turn: picture, prompt, token. Idle threads would spin on and take cores from the next one.
@@ -114,7 +118,7 @@ class OrtEngine:
                 "a graph cannot be loaded",
                 where=str(self.path),
                 expected="a valid ONNX model with its external data beside it",
-                got=_first_line(error),
+                got=_cause(error),
                 fix="export it again",
             ) from error
         _check_started(wanted, self._session.get_providers())
@@ -136,7 +140,7 @@ class OrtEngine:
         except Exception as error:  # As above.
             shapes = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in feeds.items())
             raise InputError(
-                "a graph failed while running", where=str(self.path), got=f"{_first_line(error)} (inputs: {shapes})"
+                "a graph failed while running", where=str(self.path), got=f"{_cause(error)} (inputs: {shapes})"
             ) from error
         return {port.name: np.asarray(value) for port, value in zip(self.outputs, values, strict=True)}
 
@@ -214,5 +218,5 @@ def _shape_text(shape: Sequence[int | str | None]) -> str:
     return f"({', '.join('?' if axis is None else str(axis) for axis in shape)})"
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+def _cause(error: Exception) -> str:
+    return shown(f"{type(error).__name__}: {str(error).strip()}", _LONGEST_CAUSE)

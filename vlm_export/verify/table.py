@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from vlm_export.text_display import LONGEST_FIELD, shown
 from vlm_export.verify.contract import CONTRACT, ContractCheck, ContractReport
 from vlm_export.verify.metrics import Comparison
 from vlm_export.verify.report import PartReport
@@ -18,14 +19,16 @@ def format_table(reports: Iterable[PartReport], contract: ContractReport | None 
     The stages of the contract follow, one line each. Below stands what was not run.
     """
     reports = list(reports)
-    rows = [_HEADER, *(row for report in reports for row in _rows(report))]
-    rows += [] if contract is None else map(_contract_row, contract.checks)
+    found = [_HEADER, *(row for report in reports for row in _rows(report))]
+    found += [] if contract is None else map(_contract_row, contract.checks)
+    rows = [tuple(map(shown, row)) for row in found]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
     lines = [_line(row, widths) for row in [rows[0], tuple("-" * width for width in widths), *rows[1:]]]
-    notes = [f"not run: {report.part} {report.variant}: {text}" for report in reports for text in report.not_run]
+    untold = [f"not run: {report.part} {report.variant}: {text}" for report in reports for text in report.not_run]
     if contract is not None:
-        notes += [f"not run: contract: {text}" for text in contract.not_run]
-        notes += [f"measured: {text}" for text in contract.measured]
+        untold += [f"not run: contract: {text}" for text in contract.not_run]
+        untold += [f"measured: {text}" for text in contract.measured]
+    notes = [shown(note, LONGEST_FIELD) for note in untold]
     return "\n".join([*lines, *notes])
 
 

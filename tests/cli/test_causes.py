@@ -1,0 +1,94 @@
+"""Each failure ends with the status of its true cause: a defect of ours, the machine, or the input."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlm_export.cli import inspect
+from vlm_export.errors import EnvironmentFailure, InputError
+from vlm_export.machine_faults import CAUSES, machine_fault, machine_faults
+
+Cli = Callable[..., Any]
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], None]:
+    """Makes `inspect` raise an exception."""
+
+    def fail_with(error: Exception) -> None:
+        def run(source: str, revision: str | None) -> Any:
+            raise error
+
+        monkeypatch.setattr(inspect, "_data_from_source", run)
+
+    return fail_with
+
+
+def test_a_defect_has_its_own_status_and_asks_for_a_report(cli: Cli, failing: Callable[[Exception], None]) -> None:
+    failing(KeyError("a\x1b[2J\nvlm-export: all good"))
+    result = cli("inspect", "x\ny", "--json")
+    assert result.status == 70
+    assert result.err.startswith("  Traceback (most recent call last):")
+    assert "\nvlm-export: this is a defect of vlm-export" in result.err
+    assert "please report it" in result.err
+    assert "vlm-export inspect 'x\\ny' --json" in result.err
+    assert "Python 3." in result.err
+    assert "\x1b" not in result.err
+    assert not [line for line in result.err.splitlines() if line.startswith("vlm-export: all good")]
+    assert (result.data["error"], result.data["exit_status"]) == ("defect", 70)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EROFS, errno.EIO])
+def test_what_the_system_refuses_is_no_bad_input(cli: Cli, failing: Callable[[Exception], None], number: int) -> None:
+    what, fix = CAUSES[number]
+    refused = OSError(number, os.strerror(number), "a.pt")
+    wrapped = InputError("the file is damaged", where="a.pt", fix="export it again")
+    wrapped.__cause__ = refused
+    for error in (refused, wrapped):
+        failing(error)
+        result = cli("inspect", "x").refused(4, what, "where: a.pt", fix)
+        assert "export it again" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (MemoryError(), "out of memory"),
+        (RuntimeError("std::bad_alloc"), "out of memory"),
+        (ImportError("libx.so: failed to map segment from shared object"), "out of memory"),
+        (RuntimeError("can't start new thread"), "no more threads"),
+        (RuntimeError("mmap: Too many open files"), "open files"),
+    ],
+)
+def test_what_libraries_say_of_the_machine(
+    cli: Cli, failing: Callable[[Exception], None], error: Exception, what: str
+) -> None:
+    failing(error)
+    cli("inspect", "x").refused(4, what, "fix: ")
+
+
+def test_faults_are_found_behind_other_exceptions() -> None:
+    with pytest.raises(EnvironmentFailure, match="out of memory"), machine_faults("a.onnx"):
+        raise ValueError("cannot be decoded") from MemoryError()
+    with pytest.raises(ValueError, match="damaged"), machine_faults("a.onnx"):
+        raise ValueError("damaged")
+    assert machine_fault(FileNotFoundError(errno.ENOENT, "no such file")) is None
+    # The words of an error of ours may be those of a file.
+    assert machine_fault(InputError("a node is called std::bad_alloc")) is None
+
+
+def test_a_full_disk_and_a_limit_are_told_apart(cli: Cli, failing: Callable[[Exception], None], tmp_path: Path) -> None:
+    causes = {}
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        failing(OSError(number, os.strerror(number), str(tmp_path)))
+        causes[number] = cli("inspect", "x").refused(4, os.strerror(number)).err
+    assert "free disk space" in causes[errno.ENOSPC]
+    assert "quota" in causes[errno.EDQUOT]
+    assert "ulimit -f" in causes[errno.EFBIG]
+    assert "free" not in causes[errno.EFBIG]
