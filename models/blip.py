@@ -142,8 +142,8 @@ def _original(architecture: BlipArchitecture) -> Original:
         mean=IMAGE_MEAN,
         std=IMAGE_STD,
     )
-    # The original's own tokenizer is transformers' BertTokenizer.
-    return Original(transform, classes)
+    # `init_tokenizer` of the original: transformers' BertTokenizer with two more tokens.
+    return Original(transform, replace(classes, added_tokens=("[DEC]", "[ENC]")))
 
 
 def _image_spec(architecture: BlipArchitecture, image_size: int, checkpoint: Checkpoint) -> ImageSpec:

@@ -32,7 +32,7 @@ from vlm_export.family import (
     WeightStore,
     reference_from_module,
 )
-from vlm_export.models import clip_architecture, clip_open, clip_weights
+from vlm_export.models import clip_architecture, clip_open, clip_original, clip_weights
 from vlm_export.models.clip_architecture import (
     ClipArchitecture,
     ResNetSizes,
@@ -42,8 +42,6 @@ from vlm_export.models.clip_architecture import (
 )
 from vlm_export.models.clip_encoders import build_encoders
 from vlm_export.models.pictures import (
-    IMAGE_MEAN,
-    IMAGE_STD,
     PictureExamples,
     apply_image_size,
     picture_shape,
@@ -51,13 +49,6 @@ from vlm_export.models.pictures import (
 )
 from vlm_export.models.token_ids import EDGES, random_ids
 from vlm_export.models.weights import Target, load_weights, published_tensors
-from vlm_export.original import (
-    OpenClipOriginal,
-    Original,
-    SimpleTokenizerOriginal,
-    TorchvisionPipeline,
-    TransformersOriginal,
-)
 from vlm_export.signature import Axis, Signature, TensorSpec
 from vlm_export.specs import ImageSpec, RgbStage, TextSpec
 
@@ -122,7 +113,7 @@ class ClipFamily:
             references={part.name: partial(build_reference, part) for part in parts},
             reference_name="transformers CLIPModel" if huggingface else "unpatched eager module",
             warnings=clip_open.assumptions(checkpoint, architecture, options),
-            original=_original(checkpoint, architecture),
+            original=clip_original.original(checkpoint, published, parts, store, options),
         )
 
     def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
@@ -218,28 +209,6 @@ def _image_spec(architecture: ClipArchitecture, image_size: int, checkpoint: Che
     # Each published pipeline in its own order: OpenAI's converts to RGB last, transformers' first.
     rgb_stage: RgbStage = "after_crop" if architecture.key_names == "openai" else "before_resize"
     return ImageSpec(image_size, "bicubic", rgb_stage, mean, std)
-
-
-def _original(checkpoint: Checkpoint, architecture: ClipArchitecture) -> Original:
-    """Who prepares inputs: transformers, open_clip where its config says so, otherwise OpenAI's pipeline."""
-    scale = {}
-    if "logit_scale" in checkpoint.tensors:
-        scale["logit_scale"] = float(checkpoint.read("logit_scale").float().reshape(-1)[0])
-    if architecture.key_names == "huggingface":
-        classes = TransformersOriginal("clip", "CLIPImageProcessor")
-        return Original(classes, classes, facts=scale)
-    if checkpoint.open_clip_config is not None:
-        preprocess = checkpoint.open_clip_config.get("preprocess_cfg") or {}
-        return Original(OpenClipOriginal(preprocess), SimpleTokenizerOriginal(), facts=scale)
-    transform = TorchvisionPipeline(
-        "_transform of openai/CLIP clip.py, by torchvision",
-        "bicubic",
-        crop=True,
-        rgb_first=False,
-        mean=IMAGE_MEAN,
-        std=IMAGE_STD,
-    )
-    return Original(transform, SimpleTokenizerOriginal(), facts=scale)
 
 
 def _text_spec(architecture: ClipArchitecture) -> TextSpec:

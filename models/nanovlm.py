@@ -137,7 +137,7 @@ def _original(architecture: NanoVlmArchitecture) -> Original:
         mean=None,
         std=None,
     )
-    tokenizer = TransformersOriginal("llama", "")
+    tokenizer = TransformersOriginal("llama", "", tuple(architecture.chat.extra_tokens.values()))
     return Original(None if architecture.chat.layout == "tiles" else transform, tokenizer)
 
 

@@ -20,10 +20,12 @@ class TransformersOriginal:
     Attributes:
         model_type: of the config, by which the Auto classes choose where the files name no class.
         image_class: the processor whose defaults apply where the checkpoint has no processor file.
+        added_tokens: special tokens that the original's own code adds to its tokenizer, in order.
     """
 
     model_type: str
     image_class: str
+    added_tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ from vlm_export.verify.contract_record import (
 from vlm_export.verify.metrics import Array
 from vlm_export.verify.points import Arrays
 
+# While preparations that the proof found wrong are mended: the report says FAIL, and verify ends with status 1.
+ENFORCED = False
 SEALED_FILES = (
     *(layout.CONFIG_NAME, layout.PREPROCESSOR_NAME, layout.TOKENIZER_NAME, layout.TOKENIZER_CONFIG_NAME),
     "special_tokens_map.json",
@@ -143,20 +145,22 @@ def sides_of(checkpoint: Checkpoint, tokenizer: str | None, *, with_texts: bool)
 def repeat_contract(
     bundle: OpenBundle,
     model: Model,
-    sides: Sides,
     checkpoint: Checkpoint,
     start_engine: StartEngine,
     precision: str | None = None,
+    original: OriginalSide | None = None,
 ) -> ContractReport:
     """The contract of a published bundle again, with the original, and its files against those of an export.
 
     Args:
         precision: only these variants.
+        original: what `original_side` gave for this checkpoint before, None to run it now.
     """
     own = read_record(bundle)
     foreign = own is not None and own.made_by.get(TOKENIZER_FILES_KEY) == NAMED_TOKENIZER
+    sides = sides_of(checkpoint, None, with_texts=layout.TOKENIZER_NAME in bundle.manifest.files and not foreign)
     with quiet_transformers():
-        original = original_side(model, replace(sides, with_texts=sides.with_texts and not foreign))
+        original = original or original_side(model, sides)
         notes = [FOREIGN_TOKENIZER] if foreign else []
         record = replace(original.record, files={} if own is None else own.files)
         report = replay(bundle, start_engine, record=record, images=original.contents, precision=precision)

@@ -140,7 +140,7 @@ def text_preparation(
     """The original's tokenizer; arguments and errors as in `image_preparation`."""
     if isinstance(original.texts, TransformersOriginal):
         copies = checked_copies(files, TOKENIZER_FILES, folder, original.texts)
-        return transformers_tokenizer(copies, context_length)
+        return transformers_tokenizer(copies, context_length, original.texts.added_tokens)
     if isinstance(original.texts, SimpleTokenizerOriginal):
         return _simple_tokenizer(original.texts, files, context_length)
     raise NotRunError("texts: the original is remote code; recorded outputs of it stand in, in the project's tests")
@@ -167,12 +167,15 @@ def checked_copies(
     return folder
 
 
-def transformers_tokenizer(folder: Path, context_length: int) -> TextPreparation:
-    """AutoTokenizer on a directory of checked files."""
+def transformers_tokenizer(folder: Path, context_length: int, added_tokens: Sequence[str] = ()) -> TextPreparation:
+    """AutoTokenizer on a directory of checked files, with the special tokens that the original's code adds."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
         raise NotRunError("texts: the checkpoint has no tokenizer files")
     auto = _transformers("AutoTokenizer")
     tokenizer = auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+    if added_tokens:
+        tokenizer.add_special_tokens({"additional_special_tokens": list(added_tokens)})
 
     def run(texts: Sequence[str]) -> list[list[int]]:
         encoded = tokenizer(list(texts), truncation=True, max_length=context_length, padding=False)

@@ -160,7 +160,7 @@ def _check_texts(
         if tuple(row) != item.ids:
             plain = own or (item.text.isascii() and item.text.isprintable() and not set("&<>") & set(item.text))
             (failures if plain else other).append(ascii(item.text[:40]))
-    if own and reader.pad_token_id != record.pad_token_id:
+    if own and record.pad_token_id not in (None, reader.pad_token_id):
         failures.append(f"padding with id {reader.pad_token_id} instead of {record.pad_token_id}")
     if other:
         measured.append(

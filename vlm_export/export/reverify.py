@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,7 +15,7 @@ from vlm_export.bundle.strict_json import Fields
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import InputError
 from vlm_export.export.bundle_manifest import planned_manifest
-from vlm_export.export.contract import repeat_contract, sides_of
+from vlm_export.export.contract import repeat_contract
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.parts import select_parts
 from vlm_export.export.preprocessing_part import PART_NAME, add_preprocessing
@@ -73,13 +74,9 @@ def verify_against_source(
                     model = add_preprocessing(model)
                 model = select_parts(model, [part.name for part in manifest.parts])
                 check_stated(bundle, planned_manifest(manifest.name, checkpoint, model, known, options))
-
-            def start(part: str, precision: str) -> EngineRun:
-                return _engine(bundle, manifest.part(part).variant(precision), providers, threads).run
-
             with stages.stage("prove contract"):
-                sides = sides_of(checkpoint, None, with_texts=_tokenizer(bundle) is not None)
-                contract = repeat_contract(bundle, model, sides, checkpoint, start, precision)
+                start = partial(_start, bundle, providers, threads)
+                contract = repeat_contract(bundle, model, checkpoint, start, precision)
             reports = []
             for part in model.parts:
                 samples = part_samples(part, model, _tokenizer(bundle))
@@ -117,6 +114,10 @@ def _build_options(manifest: Manifest, root: str) -> BuildOptions:
         if build.data.get(name) is not None:
             build.integer(name, minimum=1)
     return record_from_json(BuildOptions, build.data)
+
+
+def _start(bundle: OpenBundle, providers: Sequence[str], threads: int | None, part: str, precision: str) -> EngineRun:
+    return _engine(bundle, bundle.manifest.part(part).variant(precision), providers, threads).run
 
 
 def _engine(bundle: OpenBundle, variant: VariantRecord, providers: Sequence[str], threads: int | None) -> OrtEngine:
