@@ -41,9 +41,7 @@ def verify_against_source(
     stages: Stages,
     precision: str | None = None,
 ) -> tuple[list[PartReport], ContractReport]:
-    """One report for each variant of each part, over the whole grid; the Reference is built from `source` again.
-
-    The contract is repeated with the original, on the bundle's published files.
+    """One report for each variant of each part, over the whole grid, and the contract's, from `source` again.
 
     Args:
         precision: only these variants.
@@ -75,8 +73,9 @@ def verify_against_source(
                 model = select_parts(model, [part.name for part in manifest.parts])
                 check_stated(bundle, planned_manifest(manifest.name, checkpoint, model, known, options))
             with stages.stage("prove contract"):
-                start = partial(_start, bundle, providers, threads)
-                contract = repeat_contract(bundle, model, checkpoint, start, precision)
+                contract = repeat_contract(
+                    bundle, model, checkpoint, partial(_start, bundle, providers, threads), precision
+                )
             reports = []
             for part in model.parts:
                 samples = part_samples(part, model, _tokenizer(bundle))
