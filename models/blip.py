@@ -21,6 +21,7 @@ from vlm_export.family import (
     Model,
     PartOutline,
     TensorInfo,
+    TokenizerIds,
     WeightStore,
     reference_from_module,
 )
@@ -35,6 +36,8 @@ from vlm_export.specs import ImageSpec, TextSpec
 
 # Where the original truncates captions for retrieval (train_retrieval.py) and questions (blip_vqa.py).
 MAX_TEXT_TOKENS = 35
+# What `init_tokenizer` (models/blip.py) appends to BERT's tokenizer; transformers' checkpoints have rows for both.
+ADDED_TOKENS = ("[DEC]", "[ENC]")
 
 
 class BlipFamily:
@@ -88,6 +91,8 @@ class BlipFamily:
             references={part.name: partial(reference_from_module, part) for part in parts},
             reference_name="unpatched eager module",
             original=_original(architecture),
+            reserved_rows=0 if architecture.key_names == "original" else len(ADDED_TOKENS),
+            with_tokenizer=_with_tokenizer,
         )
 
     def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
@@ -155,26 +160,49 @@ def _image_spec(architecture: BlipArchitecture, image_size: int, checkpoint: Che
 def _text_spec(architecture: BlipArchitecture) -> TextSpec:
     tokens, sizes = architecture.tokens, architecture.encoder or architecture.decoder
     assert sizes is not None
-    truncates = architecture.has_matching_head or architecture.answers_questions
+    original = architecture.key_names == "original"
+    truncates = original and (architecture.has_matching_head or architecture.answers_questions)
     return TextSpec(
         context_length=min(MAX_TEXT_TOKENS, sizes.positions) if truncates else sizes.positions,
         vocab_size=sizes.vocab_size,
         end_token_id=tokens.sep,
         pad_token_id=tokens.pad,
         cleaning="none",
+        # transformers' tokenizer has the two only where its files say so.
+        added_tokens=ADDED_TOKENS if original else (),
+        pooling="first_token",
     )
+
+
+def _with_tokenizer(model: Model, ids: TokenizerIds) -> Model:
+    """The special tokens of texts as the tokenizer has them.
+
+    Salesforce's code takes all ids from its tokenizer (`init_tokenizer`, models/blip.py). transformers takes what
+    decoding starts and ends with from config.json, and only texts from the tokenizer.
+    """
+    (first, *_), tokens = ids.start, model.facts["tokens"]
+    if model.text is not None and model.text.added_tokens:
+        decoder_start, encoder_start = (ids.vocabulary[token] for token in model.text.added_tokens)
+        tokens = {**tokens, "sep": ids.end, "decoder_start": decoder_start, "encoder_start": encoder_start}
+    tokens = {**tokens, "cls": first, "pad": ids.pad}
+    architecture = {**model.architecture, "tokens": tokens}
+    return replace(model, facts={**model.facts, "tokens": tokens}, architecture=architecture)
 
 
 def _facts(architecture: BlipArchitecture) -> dict[str, Any]:
     """What the runtime needs to know besides the graphs; defaults of salesforce/BLIP's own functions."""
-    first_token = "cls" if architecture.key_names == "huggingface" else "enc"
+    huggingface, sizes = architecture.key_names == "huggingface", architecture.encoder or architecture.decoder
+    assert sizes is not None
+    first_token = "cls" if huggingface else "enc"
+    # transformers cuts texts where its tokenizer says, at the latest where positions end.
+    longest = sizes.positions if huggingface else MAX_TEXT_TOKENS
     facts: dict[str, Any] = {"tokens": asdict(architecture.tokens)}
     if architecture.has_matching_head:
-        facts["match"] = {"first_token": first_token, "max_text_tokens": MAX_TEXT_TOKENS}
+        facts["match"] = {"first_token": first_token, "max_text_tokens": longest}
     if architecture.answers_questions:
         facts["answer"] = {
             "question_first_token": first_token,
-            "max_question_tokens": MAX_TEXT_TOKENS,
+            "max_question_tokens": longest,
             "beams": 3,
             "max_length": 10,
             "min_length": 1,

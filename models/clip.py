@@ -214,9 +214,16 @@ def _image_spec(architecture: ClipArchitecture, image_size: int, checkpoint: Che
 def _text_spec(architecture: ClipArchitecture) -> TextSpec:
     text = architecture.text
     openai = architecture.key_names == "openai"
-    # OpenAI fills with id 0, transformers with end-of-text; neither is visible to the pooled token.
-    pad = 0 if openai else text.end_token_id
-    return TextSpec(text.context_length, text.vocab_size, text.end_token_id, pad, "openai" if openai else "none")
+    return TextSpec(
+        context_length=text.context_length,
+        vocab_size=text.vocab_size,
+        end_token_id=text.end_token_id,
+        # OpenAI fills with id 0, transformers with end-of-text; neither is visible to the pooled token.
+        pad_token_id=0 if openai else text.end_token_id,
+        cleaning="openai" if openai else "none",
+        # OpenAI's own models end texts with the last id, so that the two are one.
+        pooling="highest_id" if text.pooling == "argmax" and not openai else "end_token",
+    )
 
 
 def _config_from_architecture(architecture: ClipArchitecture) -> dict[str, Any]:

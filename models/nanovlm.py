@@ -151,6 +151,7 @@ def _text_spec(architecture: NanoVlmArchitecture) -> TextSpec:
         cleaning="none",
         ends_texts=False,
         added_tokens=tuple(chat.extra_tokens.values()),
+        case="kept",
     )
 
 

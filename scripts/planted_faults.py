@@ -23,9 +23,10 @@ from vlm_export.bundle.opened import OpenBundle, open_bundle
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import VerificationError, VlmExportError
-from vlm_export.export.contract import OriginalSide, original_side, repeat_contract, sides_of
+from vlm_export.export.contract import OriginalSide, original_side, repeat_contract, sides_of, source_tokenizer
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.pipeline import export_bundle
+from vlm_export.export.tokenizer_files import ResolvedTokenizer
 from vlm_export.family import Checkpoint, Model
 from vlm_export.models.registry import recognise
 from vlm_export.runtime.engine import OrtEngine
@@ -53,6 +54,7 @@ class Proved:
     bundle: Path
     checkpoint: Checkpoint
     model: Model
+    tokenizer: ResolvedTokenizer | None
     original: OriginalSide
 
 
@@ -71,9 +73,11 @@ def proved(folder: Path) -> Iterator[Proved]:
     export_bundle(str(source), bundle, ExportOptions(opset=17, exporter="torchscript", threads=1))
     checkpoint = open_checkpoint(str(source))
     with ScratchStore(folder / "weights.bin") as store:
-        model = recognise(checkpoint).build(checkpoint, store)
+        model, tokenizer = source_tokenizer(
+            open_bundle(bundle), recognise(checkpoint).build(checkpoint, store), checkpoint
+        )
         original = original_side(model, sides_of(checkpoint, None, with_texts=True))
-        yield Proved(bundle, checkpoint, model, original)
+        yield Proved(bundle, checkpoint, model, tokenizer, original)
 
 
 def verdict(fault: Fault, at: Proved, folder: Path) -> Verdict:
@@ -96,7 +100,7 @@ def verdict(fault: Fault, at: Proved, folder: Path) -> Verdict:
 
 
 def _repeated(bundle: OpenBundle, at: Proved, root: Path) -> ContractReport:
-    return repeat_contract(bundle, at.model, at.checkpoint, _start(root), original=at.original)
+    return repeat_contract(bundle, at.model, at.checkpoint, at.tokenizer, _start(root), original=at.original)
 
 
 def _start(root: Path) -> StartEngine:

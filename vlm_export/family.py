@@ -120,6 +120,22 @@ class Description:
 
 
 @dataclass(frozen=True)
+class TokenizerIds:
+    """Ids that the checkpoint's tokenizer gives.
+
+    Attributes:
+        start: what every text begins with.
+        end, pad: as in TextSpec.
+        vocabulary: token → id, added tokens included.
+    """
+
+    start: tuple[int, ...]
+    end: int
+    pad: int
+    vocabulary: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Model:
     """What a Family builds from a Checkpoint.
 
@@ -135,6 +151,9 @@ class Model:
         reference_name: who computes the Reference, for the manifest.
         warnings: what is assumed because neither the checkpoint nor the options say it.
         original: what the proof of the contract runs.
+        reserved_rows: rows of the embedding table that the model's own code uses, while its tokenizer has no token for
+            them.
+        with_tokenizer: the model with what it takes from its tokenizer's ids.
         origins: where each value of `image` and `text` comes from.
     """
 
@@ -150,6 +169,8 @@ class Model:
     reference_name: str
     warnings: tuple[str, ...] = ()
     original: Original = field(default_factory=Original)
+    reserved_rows: int = 0
+    with_tokenizer: Callable[[Model, TokenizerIds], Model] = lambda model, _: model
     origins: Origins = field(default_factory=Origins)
 
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 RgbStage = Literal["after_crop", "before_resize"]
 Fit = Literal["crop", "squash"]
 TextCleaning = Literal["openai", "none"]
+TextPooling = Literal["end_token", "highest_id", "first_token"]
+TextCase = Literal["lower", "kept"]
+Side = Literal["left", "right"]
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,14 @@ class TextSpec:
         context_length: longest row of token ids, start and end tokens included.
         vocab_size: ids are in [0, vocab_size).
         end_token_id: id of end-of-text, kept by truncation.
-        pad_token_id: fills rows of a batch up to its longest.
+        pad_token_id: fills rows of a batch on the right, up to its longest; the model does not see it.
         cleaning: "openai" repairs mojibake, unescapes HTML twice and collapses white space before tokenizing.
         ends_texts: the tokenizer itself ends every text with the end token, as encoders' do; chat models' do not.
         added_tokens: what the checkpoint's own code appends to its tokenizer, in order; the last ids of the vocabulary.
+        pooling: whose state stands for a text: that of the first `end_token_id`, of the highest id, or of the first
+            token.
+        case: whether letters become lower case before they are tokenized.
+        truncation_side: where a text that is too long is cut; the special tokens around it stay.
     """
 
     context_length: int
@@ -62,11 +69,14 @@ class TextSpec:
     cleaning: TextCleaning
     ends_texts: bool = True
     added_tokens: tuple[str, ...] = ()
+    pooling: TextPooling = "end_token"
+    case: TextCase = "lower"
+    truncation_side: Side = "right"
 
     def to_json(self) -> dict[str, Any]:
         """As JSON data, without the fields that only say what was so before they existed."""
         data = {**asdict(self), "added_tokens": list(self.added_tokens)}
-        defaults = {"ends_texts": True, "added_tokens": []}
+        defaults = {"ends_texts": True, "added_tokens": [], "pooling": "end_token", "truncation_side": "right"}
         return {key: value for key, value in data.items() if key not in defaults or value != defaults[key]}
 
 

@@ -26,7 +26,7 @@ def spec(*added: str, vocab_size: int = 320, end: int = 2) -> TextSpec:
 
 def resolve(text: TextSpec, path: Path = DATA) -> dict[str, bytes]:
     checkpoint = Checkpoint("a checkpoint", "hf_directory", (), {}, lambda key: pytest.fail(key))
-    return resolve_tokenizer(checkpoint, str(path), text)
+    return dict(resolve_tokenizer(checkpoint, str(path), text).files)
 
 
 def test_added_tokens_get_the_last_ids() -> None:
@@ -77,7 +77,7 @@ def test_the_spec_states_only_what_is_new() -> None:
     chat = spec(*ADDED)
     assert record_from_json(TextSpec, json.loads(json.dumps(chat.to_json()))) == chat
     plain = TextSpec(77, 100, 99, 0, "openai")
-    assert set(plain.to_json()) == {"context_length", "vocab_size", "end_token_id", "pad_token_id", "cleaning"}
+    assert set(plain.to_json()) == {"context_length", "vocab_size", "end_token_id", "pad_token_id", "cleaning", "case"}
     assert record_from_json(TextSpec, plain.to_json()) == plain
 
 

@@ -18,7 +18,6 @@ from vlm_export.export import tokenizer_files
 from vlm_export.export.clip_bpe import MAX_FILE_BYTES
 from vlm_export.export.tokenizer_files import (
     find_open_clip_merges,
-    resolve_tokenizer,
     tokenizer_json_from_bpe_merges,
 )
 from vlm_export.family import Checkpoint
@@ -51,6 +50,10 @@ def two_files(clip_json: str, tmp_path: Path) -> Path:
     lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
+
+
+def resolve_tokenizer(source: Checkpoint, option: str | None, text: TextSpec) -> dict[str, bytes]:
+    return dict(tokenizer_files.resolve_tokenizer(source, option, text).files)
 
 
 def checkpoint(**side_files: Path) -> Checkpoint:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from vlm_export.errors import EnvironmentFailure, InputError, VerificationError
 from vlm_export.family import Array, Part, reference_from_module
 from vlm_export.signature import Axis, Signature, TensorSpec
+from vlm_export.verify.deviation import Deviation
+from vlm_export.verify.floor import Floor, FloorJudge
 from vlm_export.verify.gates import GATES
 from vlm_export.verify.grid import GridPoint, grid_for
 from vlm_export.verify.points import Arrays, EngineRun
@@ -283,11 +285,11 @@ def test_padding_is_not_checked_where_there_is_no_sequence(parts: dict[str, Part
 
 
 TABLE = """\
-part    variant  output        points  max-abs  p99-abs    cosine     norm ratio  verdict
-------  -------  ------------  ------  -------  -------  --------  -------------  ---------
-vision  fp32     image_embeds       2  0.0e+00  0.0e+00  1.000000  1.0000-1.0000  pass
-vision  fp32     image_embeds       2      nan      nan       nan        nan-nan  FAIL at 2
-vision  fp32     -                  2        -        -         -              -  FAIL at 2"""
+part    variant  output        points  max-abs    cosine    floor     gate     seen  verdict
+------  -------  ------------  ------  -------  --------  -------  -------  -------  ---------
+vision  fp32     image_embeds       2  0.0e+00  1.000000  4.0e-07  3.2e-06  0.0e+00  pass
+vision  fp32     image_embeds       2      nan       nan        -        -        -  FAIL at 2
+vision  fp32     -                  2        -         -        -        -        -  FAIL at 2"""
 
 
 def test_the_table(parts: dict[str, Part]) -> None:
@@ -299,12 +301,17 @@ def test_the_table(parts: dict[str, Part]) -> None:
         raise RuntimeError("boom")
 
     engines: list[EngineRun] = [run, lambda i: {k: v * np.float32(np.nan) for k, v in run(i).items()}, broken]
-    reports = [verify_points(part, engine, *points) for engine in engines]
+    noise = Floor("fp32", {"image_embeds": Deviation(4e-7, 5e-7, 6e-8)}, "by hand")
+    floors = [FloorJudge(noise), None, None]
+    reports = [
+        verify_part(part, run, engine, FP32, points, floor=floor) for engine, floor in zip(engines, floors, strict=True)
+    ]
     assert format_table(reports) == TABLE
 
 
 def test_importing_the_verifier_does_not_import_torch() -> None:
-    modules = "metrics gates grid samples points report verifier golden recheck table tensor_proto original_image"
+    modules = "metrics deviation floor gates grid samples points report verifier golden recheck table tensor_proto "
+    modules += "original_image"
     imports = "; ".join(f"import vlm_export.verify.{name}" for name in modules.split())
     code = f"{imports}; import sys; assert 'torch' not in sys.modules and 'onnx' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,7 +7,18 @@ from typing import get_args
 from vlm_export.bundle.strict_json import Fields
 from vlm_export.errors import InputError
 from vlm_export.signature import Signature, signature_from_json
-from vlm_export.specs import Fit, ImageSpec, Origins, RgbStage, TextCleaning, TextSpec, record_from_json
+from vlm_export.specs import (
+    Fit,
+    ImageSpec,
+    Origins,
+    RgbStage,
+    Side,
+    TextCase,
+    TextCleaning,
+    TextPooling,
+    TextSpec,
+    record_from_json,
+)
 
 MAX_IMAGE_SIZE_PIXELS = 8192
 MAX_CONTEXT_LENGTH = 1 << 20
@@ -42,6 +53,10 @@ def text_spec_from_fields(fields: Fields) -> TextSpec:
         fields.boolean("ends_texts")
     if "added_tokens" in fields.data:
         fields.texts("added_tokens")
+    later = {"pooling": get_args(TextPooling), "case": get_args(TextCase), "truncation_side": get_args(Side)}
+    for key, choices in later.items():
+        if key in fields.data:
+            fields.choice(key, choices)
     return spec
 
 

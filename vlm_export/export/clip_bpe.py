@@ -35,13 +35,21 @@ def tokenizer_json_from_bpe_merges(source: str | Path | bytes, *, vocab_size: in
         InputError: not such a file, or too few merges.
     """
     where = "merges" if isinstance(source, bytes) else str(source)
+    vocab, merges = vocab_from_bpe_merges(source, vocab_size=vocab_size)
+    return tokenizer_json_from_vocab(vocab, merges, where)
+
+
+def vocab_from_bpe_merges(
+    source: str | Path | bytes, *, vocab_size: int = VOCAB_SIZE
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Token ids and the merges in use; arguments and errors as in `tokenizer_json_from_bpe_merges`."""
+    where = "merges" if isinstance(source, bytes) else str(source)
     raw = source if isinstance(source, bytes) else read_bounded(Path(source))
     lines = _decompressed(raw, where).decode("utf-8", "replace").split("\n")
     merges = _checked_merges(lines, vocab_size - 2 * _BYTES - 2, where)
     symbols = _byte_symbols()
     tokens = [*symbols, *(symbol + _WORD_END for symbol in symbols), *(left + right for left, right in merges)]
-    vocab = {token: i for i, token in enumerate([*tokens, START_TOKEN, END_TOKEN])}
-    return tokenizer_json_from_vocab(vocab, merges, where)
+    return {token: i for i, token in enumerate([*tokens, START_TOKEN, END_TOKEN])}, merges
 
 
 def tokenizer_json_from_vocab(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], where: str) -> str:

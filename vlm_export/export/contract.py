@@ -27,7 +27,12 @@ from vlm_export.export.originals import (
     text_preparation,
 )
 from vlm_export.export.published_files import check_consumers, check_published
-from vlm_export.export.tokenizer_files import tokenizer_sources
+from vlm_export.export.tokenizer_files import (
+    ResolvedTokenizer,
+    model_with_tokenizer,
+    resolve_tokenizer,
+    tokenizer_sources,
+)
 from vlm_export.family import Checkpoint, Model, Part
 from vlm_export.verify.contract import (
     NO_RECORD,
@@ -142,10 +147,30 @@ def sides_of(checkpoint: Checkpoint, tokenizer: str | None, *, with_texts: bool)
     return Sides({**files, **tokenizer_sources(checkpoint, tokenizer)}, with_texts, own_tokenizer=tokenizer is None)
 
 
+def source_tokenizer(
+    bundle: OpenBundle, model: Model, checkpoint: Checkpoint
+) -> tuple[Model, ResolvedTokenizer | None]:
+    """The model with what its tokenizer says, and the tokenizer as an export of the source publishes it.
+
+    A tokenizer that was named at the export is not here: the bundle's own files stand in for it.
+    """
+    if model.text is None or layout.TOKENIZER_NAME not in bundle.manifest.files:
+        return model, None
+    option = str(bundle.root) if _has_named_tokenizer(bundle) else None
+    found = resolve_tokenizer(checkpoint, option, model.text, reserved_rows=model.reserved_rows)
+    return model_with_tokenizer(model, found), found
+
+
+def _has_named_tokenizer(bundle: OpenBundle) -> bool:
+    own = read_record(bundle)
+    return own is not None and own.made_by.get(TOKENIZER_FILES_KEY) == NAMED_TOKENIZER
+
+
 def repeat_contract(
     bundle: OpenBundle,
     model: Model,
     checkpoint: Checkpoint,
+    tokenizer: ResolvedTokenizer | None,
     start_engine: StartEngine,
     precision: str | None = None,
     original: OriginalSide | None = None,
@@ -153,11 +178,11 @@ def repeat_contract(
     """The contract of a published bundle again, with the original, and its files against those of an export.
 
     Args:
+        tokenizer: from `source_tokenizer`, like the model.
         precision: only these variants.
         original: what `original_side` gave for this checkpoint before, None to run it now.
     """
-    own = read_record(bundle)
-    foreign = own is not None and own.made_by.get(TOKENIZER_FILES_KEY) == NAMED_TOKENIZER
+    own, foreign = read_record(bundle), _has_named_tokenizer(bundle)
     sides = sides_of(checkpoint, None, with_texts=layout.TOKENIZER_NAME in bundle.manifest.files and not foreign)
     with quiet_transformers():
         original = original or original_side(model, sides)
@@ -167,7 +192,7 @@ def repeat_contract(
         checks, measured, not_run = check_consumers(
             bundle, original.record, original.contents, original.images, original.texts
         )
-    published = check_published(bundle, model, None if foreign else checkpoint)
+    published = check_published(bundle, model, None if foreign else tokenizer)
     again = [] if own is None else list(compare_records(own, record))
     left_out = [text for text in report.not_run if not (foreign and text == NO_TOKENIZER)]
     return ContractReport(

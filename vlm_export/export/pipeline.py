@@ -29,7 +29,7 @@ from vlm_export.export.rounded import rounded_points
 from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.source import build_model, known_checkpoint, open_source
 from vlm_export.export.stages import Stages
-from vlm_export.export.tokenizer_files import resolve_tokenizer
+from vlm_export.export.tokenizer_files import model_with_tokenizer, resolve_tokenizer
 from vlm_export.export.verification import (
     PartVerification,
     engine_label,
@@ -124,7 +124,7 @@ class _Job:
                     model = add_preprocessing(model)
                 model = select_parts(model, self.options.parts)
                 check_publishable(name, checkpoint, model, known, self.options)
-                tokenizer = self._write_tokenizer(checkpoint, model, staging)
+                model, tokenizer = self._write_tokenizer(checkpoint, model, staging)
                 self._check_pictures(model)
             # All graphs before any verification: a back end's failure shows early, and engines leave memory behind.
             exported = [self._export(part, staging) for part in model.parts]
@@ -204,11 +204,14 @@ class _Job:
             start = partial(self._start_engine, verification.weights_bytes)
             engine = start(path)
             label, mapped = engine_label((CPU,), mapped=engine.mapped), engine.mapped
-            report = verification.run(engine.run, label, reference, progress, precision, mapped=mapped)
+            floor = verification.floor(reference, precision)
+            report = verification.run(engine.run, label, reference, progress, precision, mapped=mapped, floor=floor)
             if precision == FP32 or not report.passed:
                 return report
             del engine  # The weights of one engine at a time.
-            return replace(report, points=(*report.points, *rounded_points(path, start, verification, reference)))
+            rounded = rounded_points(path, start, verification, reference, floor)
+            noise = report.floor if floor is None else floor.floor
+            return replace(report, points=(*report.points, *rounded), floor=noise)
 
     def _start_engine(self, weights_bytes: int, path: Path) -> OrtEngine:
         """`weights_bytes`: in float32, which the CPU makes of float16 ones."""
@@ -249,13 +252,14 @@ class _Job:
             part = next(part for part in model.parts if takes_pictures(part.signature))
             part_samples(part, model, None, self.options.images)
 
-    def _write_tokenizer(self, checkpoint: Checkpoint, model: Model, staging: Staging) -> Path | None:
+    def _write_tokenizer(self, checkpoint: Checkpoint, model: Model, staging: Staging) -> tuple[Model, Path | None]:
+        """The model with what its tokenizer says, and the bundle's tokenizer.json, where there is one."""
         if model.text is None or not self.options.with_tokenizer:
-            return None
-        files = resolve_tokenizer(checkpoint, self.options.tokenizer, model.text)
-        for name, content in files.items():
+            return model, None
+        found = resolve_tokenizer(checkpoint, self.options.tokenizer, model.text, reserved_rows=model.reserved_rows)
+        for name, content in found.files.items():
             staging.file(name).write_bytes(content)
-        return staging.path / layout.TOKENIZER_NAME
+        return model_with_tokenizer(model, found), staging.path / layout.TOKENIZER_NAME
 
 
 @contextmanager

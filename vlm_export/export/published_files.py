@@ -30,8 +30,8 @@ from vlm_export.export.originals import (
     transformers_images,
     transformers_tokenizer,
 )
-from vlm_export.export.tokenizer_files import resolve_tokenizer
-from vlm_export.family import Checkpoint, Model
+from vlm_export.export.tokenizer_files import ResolvedTokenizer
+from vlm_export.family import Model
 from vlm_export.verify.contract import ContractCheck
 from vlm_export.verify.contract_files import config_failures, differences
 from vlm_export.verify.contract_record import ContractRecord, digest, levels
@@ -67,18 +67,18 @@ def check_consumers(
     return checks, measured, not_run
 
 
-def check_published(bundle: OpenBundle, model: Model, checkpoint: Checkpoint | None) -> list[ContractCheck]:
+def check_published(bundle: OpenBundle, model: Model, tokenizer: ResolvedTokenizer | None) -> list[ContractCheck]:
     """The side files against those that an export of the source publishes.
 
     Args:
-        checkpoint: None where its tokenizer is not the bundle's.
+        tokenizer: of the source, None where the bundle's is another or none.
     """
     variants = [variant for part in bundle.manifest.parts for variant in part.variants]
     expected = {layout.CONFIG_NAME: json_bytes(layout.hub_config(model.hub_config, variants))}
     if model.image is not None:
         expected[layout.PREPROCESSOR_NAME] = json_bytes(layout.preprocessor_config(model.image))
-    if checkpoint is not None and model.text is not None and layout.TOKENIZER_NAME in bundle.manifest.files:
-        expected |= resolve_tokenizer(checkpoint, None, model.text)
+    if tokenizer is not None:
+        expected |= tokenizer.files
     return [_published(bundle, name, content) for name, content in expected.items()]
 
 

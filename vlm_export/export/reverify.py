@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,20 +16,21 @@ from vlm_export.bundle.strict_json import Fields
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import InputError
 from vlm_export.export.bundle_manifest import planned_manifest
-from vlm_export.export.contract import repeat_contract
+from vlm_export.export.contract import repeat_contract, source_tokenizer
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.parts import select_parts
 from vlm_export.export.preprocessing_part import PART_NAME, add_preprocessing
 from vlm_export.export.source import build_model, known_checkpoint, open_source
-from vlm_export.export.stages import Stages
+from vlm_export.export.stages import Stages, StepProgress
 from vlm_export.export.stated import check_stated
 from vlm_export.export.verification import PartVerification, part_samples, variant_label
-from vlm_export.family import DEFAULT_BUILD, BuildOptions, Checkpoint
+from vlm_export.family import DEFAULT_BUILD, BuildOptions, Checkpoint, Reference
 from vlm_export.models.registry import recognise
-from vlm_export.runtime.engine import OrtEngine
+from vlm_export.runtime.engine import CPU, OrtEngine
 from vlm_export.specs import record_from_json
 from vlm_export.verify.contract import ContractReport
 from vlm_export.verify.engine import engine_label, variant_bytes, verifying_engine
+from vlm_export.verify.floor import ELSEWHERE
 from vlm_export.verify.points import EngineRun
 from vlm_export.verify.report import PartReport
 
@@ -71,11 +73,11 @@ def verify_against_source(
                 if PART_NAME in {part.name for part in manifest.parts}:
                     model = add_preprocessing(model)
                 model = select_parts(model, [part.name for part in manifest.parts])
+                model, tokenizer = source_tokenizer(bundle, model, checkpoint)
                 check_stated(bundle, planned_manifest(manifest.name, checkpoint, model, known, options))
             with stages.stage("prove contract"):
-                contract = repeat_contract(
-                    bundle, model, checkpoint, partial(_start, bundle, providers, threads), precision
-                )
+                start = partial(_start, bundle, providers, threads)
+                contract = repeat_contract(bundle, model, checkpoint, tokenizer, start, precision)
             reports = []
             for part in model.parts:
                 samples = part_samples(part, model, _tokenizer(bundle))
@@ -84,17 +86,23 @@ def verify_against_source(
                 for variant in manifest.part(part.name).chosen_variants(precision):
                     with stages.stage(f"verify {variant_label(part, variant.precision)}") as progress:
                         engine = _engine(bundle, variant, providers, threads)
-                        reports.append(
-                            verification.run(
-                                engine.run,
-                                engine_label(providers, mapped=engine.mapped),
-                                reference,
-                                progress,
-                                variant.precision,
-                                mapped=engine.mapped,
-                            )
-                        )
+                        reports.append(_report(verification, reference, variant, engine, providers, progress))
     return reports, contract
+
+
+def _report(
+    verification: PartVerification,
+    reference: Reference,
+    variant: VariantRecord,
+    engine: OrtEngine,
+    providers: Sequence[str],
+    progress: StepProgress,
+) -> PartReport:
+    floor = verification.floor(reference, variant.precision)
+    if floor is not None and list(providers) != [CPU]:
+        floor.floor = replace(floor.floor, allowance=ELSEWHERE)
+    label, mapped = engine_label(providers, mapped=engine.mapped), engine.mapped
+    return verification.run(engine.run, label, reference, progress, variant.precision, mapped=mapped, floor=floor)
 
 
 def _build_options(manifest: Manifest, root: str) -> BuildOptions:

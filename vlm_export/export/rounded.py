@@ -14,6 +14,7 @@ from vlm_export.export.verification import PartVerification
 from vlm_export.family import Reference
 from vlm_export.precision.fp16_rounding import round_every_float16
 from vlm_export.runtime.engine import Engine
+from vlm_export.verify.floor import FloorJudge
 from vlm_export.verify.golden import golden_points
 from vlm_export.verify.grid import least_grid
 from vlm_export.verify.points import Arrays, PointResult, judge_point
@@ -22,7 +23,11 @@ _SUFFIX = ".rounded.onnx"
 
 
 def rounded_points(
-    path: Path, start: Callable[[Path], Engine], verification: PartVerification, reference: Reference
+    path: Path,
+    start: Callable[[Path], Engine],
+    verification: PartVerification,
+    reference: Reference,
+    floor: FloorJudge | None,
 ) -> tuple[PointResult, ...]:
     """The graph with every float16 value rounded, at the points of the golden records and at the samples.
 
@@ -30,19 +35,29 @@ def rounded_points(
 
     Args:
         start: opens a graph file in an engine.
+        floor: the variant's.
     """
     part, gate = verification.part, verification.gate(FP16)
     points = least_grid(part.signature) if verification.is_huge else golden_points(part.signature)
     examples = [(point.seed, part.examples(point.sizes, point.seed)) for point in points]
-    cases: list[tuple[int | None, Arrays, Arrays]] = [(seed, inputs, inputs) for seed, inputs in examples]
-    cases += [(None, sample.reference_inputs, sample.inputs) for sample in verification.samples]
+    cases: list[tuple[int | None, Arrays, Arrays, FloorJudge | None]] = [
+        (n, inputs, inputs, floor) for n, inputs in examples
+    ]
+    cases += [(None, s.reference_inputs, s.inputs, floor if s.same_for_both else None) for s in verification.samples]
     with _rounded_copy(path) as copy:
         run = start(copy).run
         return tuple(
             judge_point(
-                "rounded", part.signature, inputs, partial(reference, expected), partial(run, inputs), gate, seed=seed
+                "rounded",
+                part.signature,
+                inputs,
+                partial(reference, expected),
+                partial(run, inputs),
+                gate,
+                seed=seed,
+                floor=noise,
             )
-            for seed, expected, inputs in cases
+            for seed, expected, inputs, noise in cases
         )
 
 

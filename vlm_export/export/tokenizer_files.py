@@ -1,7 +1,8 @@
 """Tokenizer files of a bundle: from the checkpoint, from `--tokenizer`, or from the vocabulary of open_clip_torch.
 
-The kind of file decides: a tokenizer.json stands for itself, `vocab.txt` is BERT's WordPiece, merges are CLIP's BPE.
-Torch-free: open_clip is located, not imported.
+Who reads them is who would have read them: transformers (`library_tokenizer`) for weights that its classes prepare
+texts for; our own BPE (`clip_bpe`), torch-free, for OpenAI's and open_clip's, whose tokenizer is code that no
+tokenizer.json holds; a chat model's tokenizer.json stands as it is.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_export.bundle.strict_json import json_object_from_bytes
 from vlm_export.errors import InputError, UsageError
 from vlm_export.export.chat_tokens import chat_config, chat_fitted
 from vlm_export.export.clip_bpe import (
@@ -21,56 +22,43 @@ from vlm_export.export.clip_bpe import (
     tokenizer_json_from_bpe_merges,
     tokenizer_json_from_vocab,
 )
-from vlm_export.export.wordpiece import (
-    BERT_VOCAB_SIZE,
-    is_wordpiece,
-    is_wordpiece_vocab,
-    tokenizer_json_from_wordpiece_vocab,
-    wordpiece_config,
-    wordpiece_fitted,
+from vlm_export.export.tokenizer_fit import check_padding, check_rows, letter_case
+from vlm_export.export.tokenizer_parts import (
+    ADDED_TOKENS,
+    CONFIG,
+    JSON,
+    MERGES,
+    OPEN_CLIP_MERGES,
+    SPECIAL_TOKENS,
+    VOCAB,
+    VOCAB_TEXT,
+    fields_checked,
+    merges_checked,
+    text_of,
+    vocab_checked,
 )
-from vlm_export.runtime.rust_tokenizer import tokenizer_from_json
+from vlm_export.export.wordpiece import BERT_VOCAB_SIZE, has_room, is_wordpiece_vocab, wordpiece_fitted
+from vlm_export.runtime.rust_tokenizer import bounded_tokenizer, ids_around, tokenizer_from_json
 from vlm_export.runtime.text import check_unicode
-from vlm_export.specs import TextSpec
+from vlm_export.specs import Origins, TextSpec
 
 if TYPE_CHECKING:
-    from vlm_export.family import Checkpoint
+    from vlm_export.export.library_tokenizer import LibraryTokenizer
+    from vlm_export.family import Checkpoint, Model, TokenizerIds
 
-__all__ = ["find_open_clip_merges", "resolve_tokenizer", "tokenizer_json_from_bpe_merges"]
+__all__ = ["ResolvedTokenizer", "find_open_clip_merges", "resolve_tokenizer", "tokenizer_json_from_bpe_merges"]
 
-_MERGES_NAME = "bpe_simple_vocab_16e6.txt.gz"
-_VOCAB_NAME = "vocab.txt"
-_CONFIG_NAME = "tokenizer_config.json"
-# Fields of tokenizer_config.json that describe the tokenizer; those that name code or templates stay behind.
-_CONFIG_FIELDS = (
+# Fields of tokenizer_config.json that are published as they are.
+_KEPT = (
     "add_prefix_space",
-    "added_tokens_decoder",
-    "bos_token",
     "clean_up_tokenization_spaces",
-    "cls_token",
     "do_lower_case",
-    "eos_token",
     "errors",
-    "mask_token",
-    "pad_token",
-    "sep_token",
     "strip_accents",
     "tokenize_chinese_chars",
-    "tokenizer_class",
-    "unk_token",
 )
-# A given file may be from before [DEC] and [ENC] were added; tokenizer.json states all added tokens.
-_OWN_WORDPIECE_FIELDS = ("added_tokens_decoder", "bos_token")
-_SPECIAL_FIELDS = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-    "additional_special_tokens",
-)
+_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_SPECIAL_FIELDS = (*_TOKENS, "additional_special_tokens")
 _FIX = (
     "pass --tokenizer PATH (a tokenizer.json, BPE merges, BERT's vocab.txt, or a directory that holds them) or "
     "--no-tokenizer"
@@ -82,67 +70,232 @@ _CHAT_FIX = (
 _BERT_FIX = "pass --tokenizer PATH with the vocab.txt of bert-base-uncased, or --no-tokenizer"
 
 
-def resolve_tokenizer(checkpoint: Checkpoint, option: str | None, text_spec: TextSpec) -> dict[str, bytes]:
-    """The bundle's tokenizer files by name: tokenizer.json, tokenizer_config.json, special_tokens_map.json.
+@dataclass(frozen=True)
+class ResolvedTokenizer:
+    """A bundle's tokenizer.
+
+    Attributes:
+        files: contents of tokenizer.json, tokenizer_config.json and special_tokens_map.json by name.
+        text: the spec with what the tokenizer says.
+        ids: for what a family takes from the tokenizer; None for a chat model's.
+        origins: what says the fields of `text`.
+        warnings: what the tokenizer's files leave open.
+    """
+
+    files: Mapping[str, bytes]
+    text: TextSpec
+    ids: TokenizerIds | None = None
+    origins: Origins = field(default_factory=Origins)
+    warnings: tuple[str, ...] = ()
+
+
+def resolve_tokenizer(
+    checkpoint: Checkpoint, option: str | None, text_spec: TextSpec, *, reserved_rows: int = 0
+) -> ResolvedTokenizer:
+    """The bundle's tokenizer.
 
     Args:
         checkpoint: its `side_files` are used unless `option` is given.
         option: path of a tokenizer.json, of BPE merges (.txt, .txt.gz), of a WordPiece vocabulary (.txt), or of a
             directory with tokenizer.json, with vocab.json and merges.txt, or with vocab.txt.
-        text_spec: what the tokenizer has to fit. A WordPiece that is two tokens short of it gets [DEC] and [ENC]; a
-            chat model's gets the spec's added tokens, and has to be a tokenizer.json.
+        text_spec: what the tokenizer has to fit.
+        reserved_rows: as in Model.
 
     Raises:
-        InputError: a file is malformed, or its ids or its end token do not fit the model.
+        InputError: a file is malformed, or its ids, its end token or its padding do not fit the model.
         UsageError: there is no tokenizer to be found.
     """
-    sources = dict(checkpoint.side_files) if option is None else _files_from_option(Path(option))
+    sources = tokenizer_sources(checkpoint, option)
     if not text_spec.ends_texts:
-        # Vocabularies and merges alone do not say how a chat model's texts are split.
-        sources = {name: path for name, path in sources.items() if name in ("tokenizer.json", _CONFIG_NAME)}
-    found = _find_tokenizer_json(sources, text_spec)
-    if found is None and option is None and text_spec.vocab_size == VOCAB_SIZE:
-        merges = find_open_clip_merges()
-        found = None if merges is None else (tokenizer_json_from_bpe_merges(merges), merges)
-    if found is None and not text_spec.ends_texts:
+        return _chat_tokenizer(sources, text_spec, option or checkpoint.source)
+    if text_spec.cleaning == "openai":
+        return _openai_tokenizer(sources, text_spec, option, checkpoint)
+    return _transformers_tokenizer(sources, text_spec, option, checkpoint, reserved_rows)
+
+
+def _chat_tokenizer(sources: Mapping[str, Path], spec: TextSpec, where: str) -> ResolvedTokenizer:
+    """A tokenizer.json as it stands, with the tokens that the checkpoint's own code appends."""
+    path = sources.get(JSON)
+    if path is None:
         raise UsageError(
             "there is no tokenizer for this checkpoint",
-            where=option or checkpoint.source,
+            where=where,
             expected="the tokenizer.json of the language model",
             fix=_CHAT_FIX,
         )
+    text = text_of(path)
+    tokenizer = tokenizer_from_json(text, spec, str(path))
+    text = chat_fitted(tokenizer, text, spec, str(path))
+    given = _config_fields(sources)
+    config_path = str(sources.get(CONFIG, JSON))
+    config = chat_config(tokenizer, {"tokenizer_class": given.get("tokenizer_class"), **given}, spec, config_path)
+    return ResolvedTokenizer(_files(text, config, sources.get(CONFIG, path)), spec)
+
+
+def _openai_tokenizer(
+    sources: Mapping[str, Path], spec: TextSpec, option: str | None, checkpoint: Checkpoint
+) -> ResolvedTokenizer:
+    """CLIP's byte pairs, with the special tokens that the original knows; its cleaning is the runtime's."""
+    found = _bpe_json(sources, spec)
+    if found is None and option is None and spec.vocab_size == VOCAB_SIZE:
+        merges = find_open_clip_merges()
+        found = None if merges is None else (tokenizer_json_from_bpe_merges(merges), merges)
     if found is None:
-        raise UsageError(
-            "there is no tokenizer for this checkpoint",
-            where=option or checkpoint.source,
-            expected="tokenizer.json, or vocab.json and merges.txt, or vocab.txt, or an installed open_clip_torch",
-            got=f"none of them that fits a vocabulary of {text_spec.vocab_size}",
-            fix=_BERT_FIX if 0 <= text_spec.vocab_size - BERT_VOCAB_SIZE <= 2 else _FIX,
-        )
+        raise _no_tokenizer(option or checkpoint.source, spec)
     text, path = found
-    tokenizer = tokenizer_from_json(text, text_spec, str(path))
-    if not text_spec.ends_texts:
-        text = chat_fitted(tokenizer, text, text_spec, str(path))
-    elif is_wordpiece(tokenizer):
-        text = wordpiece_fitted(tokenizer, text, text_spec, str(path))
-    config = _tokenizer_config(sources, tokenizer, text_spec)
-    special = {key: _content(config.get(key)) for key in _SPECIAL_FIELDS}
-    where = str(sources.get(_CONFIG_NAME, path))
-    return {
-        "tokenizer.json": text.encode(),
-        _CONFIG_NAME: _json_bytes(config, where),
-        "special_tokens_map.json": _json_bytes({key: token for key, token in special.items() if token}, where),
+    tokenizer = tokenizer_from_json(text, spec, str(path))
+    check_rows(tokenizer, spec, str(path))
+    named = _clip_tokens(tokenizer, spec)
+    given = _config_fields(sources)
+    config = {
+        # A tokenizer.json that somebody else wrote may be none that transformers' CLIPTokenizer would make.
+        "tokenizer_class": "PreTrainedTokenizerFast" if path.name == JSON else "CLIPTokenizer",
+        "add_prefix_space": False,
+        "do_lower_case": True,
+        **{key: value for key, value in given.items() if key in _KEPT},
+        **named,
+        **{key: _content(value) for key, value in given.items() if key in _TOKENS},
+        "model_max_length": spec.context_length,
     }
+    return ResolvedTokenizer(_files(text, config, path), spec, _ids(tokenizer, spec, str(path)))
+
+
+def _transformers_tokenizer(
+    sources: Mapping[str, Path], spec: TextSpec, option: str | None, checkpoint: Checkpoint, reserved_rows: int
+) -> ResolvedTokenizer:
+    """What transformers reads from the files, with the tokens that the checkpoint's own code appends."""
+    # Its import takes seconds, which other tokenizers need not spend.
+    from vlm_export.export.library_tokenizer import library_tokenizer
+
+    fallback: tuple[str, ...] = ()
+    if not _is_complete(sources) and option is None and spec.vocab_size == VOCAB_SIZE:
+        merges = find_open_clip_merges()
+        sources = {OPEN_CLIP_MERGES: merges} if merges is not None else {}
+        fallback = ("the checkpoint has no tokenizer's files: CLIP's own vocabulary is used, with transformers' rules",)
+    if not _is_complete(sources):
+        raise _no_tokenizer(option or checkpoint.source, spec)
+    path = next(sources[name] for name in (JSON, VOCAB, VOCAB_TEXT, OPEN_CLIP_MERGES) if name in sources)
+    if JSON in sources:
+        bounded_tokenizer(text_of(path), str(path))
+    stated = (checkpoint.config or {}).get("model_type") if option is None else None
+    model_type = stated if isinstance(stated, str) else None
+    library = library_tokenizer(sources, model_type=model_type, rows=spec.vocab_size, where=str(path))
+    tokenizer = bounded_tokenizer(library.json, str(path))
+    if not has_room(tokenizer, spec):
+        spec = replace(spec, added_tokens=())
+    text = wordpiece_fitted(tokenizer, library.json, spec, str(path))
+    spec, origins = _with_tokenizer(spec, library, tokenizer, sources, path)
+    tokenizer = tokenizer_from_json(text, spec, str(path))
+    own = option is None and not fallback
+    warning = check_rows(tokenizer, spec, str(path), reserved=reserved_rows, is_whole=own and _is_whole(sources))
+    check_padding(tokenizer, spec, library.padding_side, str(sources.get(CONFIG, path)))
+    files = _published(library, tokenizer, text, spec, sources, path)
+    warnings = (*fallback, *((warning,) if warning else ()))
+    return ResolvedTokenizer(files, spec, _ids(tokenizer, spec, str(path)), origins, warnings)
+
+
+def _with_tokenizer(
+    spec: TextSpec, library: LibraryTokenizer, tokenizer: Any, sources: Mapping[str, Path], path: Path
+) -> tuple[TextSpec, Origins]:
+    """The spec with what the tokenizer says, and which file says it."""
+    around = ids_around(tokenizer, str(path))
+    name = library.class_name
+    config = f"{CONFIG}, or the default of {name}" if CONFIG in sources else f"default of {name}"
+    origins = {"text.case": f"{path.name}, as {name} reads it", "text.truncation_side": config}
+    changes: dict[str, Any] = {"case": letter_case(tokenizer), "truncation_side": library.truncation_side}
+    if spec.pooling != "end_token" and around:
+        changes["end_token_id"] = around[-1]
+        origins["text.end_token_id"] = f"{path.name}: what {name} puts after a text"
+    if library.pad_token_id is not None:
+        changes["pad_token_id"] = library.pad_token_id
+        origins["text.pad_token_id"] = f"pad_token in {config}"
+    if library.longest is not None and library.longest < spec.context_length:
+        changes["context_length"] = library.longest
+        origins["text.context_length"] = f"{CONFIG}: model_max_length"
+    return replace(spec, **changes), Origins(origins)
+
+
+def _published(
+    library: LibraryTokenizer,
+    tokenizer: Any,
+    text: str,
+    spec: TextSpec,
+    sources: Mapping[str, Path],
+    path: Path,
+) -> dict[str, bytes]:
+    """The bundle's files, under a class that reads tokenizer.json back as it is."""
+    from vlm_export.export.library_tokenizer import AS_IT_STANDS, PUBLISHED_AS_IT_STANDS, reads_back
+
+    given = _config_fields(sources)
+    named = {"pad_token": tokenizer.id_to_token(spec.pad_token_id), **library.tokens}
+    extra = [token for token in library.extra_tokens if token not in named.values()]
+    if spec.added_tokens:
+        # As salesforce/BLIP names them: [DEC] starts what is decoded.
+        named["bos_token"] = spec.added_tokens[0]
+        extra += [token for token in spec.added_tokens[1:] if token not in extra]
+    config: dict[str, Any] = {
+        **{key: value for key, value in given.items() if key in _KEPT},
+        **named,
+        **({"additional_special_tokens": extra} if extra else {}),
+        "model_max_length": spec.context_length,
+        "model_input_names": ["input_ids", "attention_mask"],
+        **({"truncation_side": spec.truncation_side} if spec.truncation_side != "right" else {}),
+    }
+    for name in dict.fromkeys((library.class_name, AS_IT_STANDS)):
+        stated = PUBLISHED_AS_IT_STANDS if name == AS_IT_STANDS else name
+        files = _files(text, {"tokenizer_class": stated, **config}, sources.get(CONFIG, path))
+        if reads_back(files, name):
+            return files
+    raise InputError(
+        "transformers does not read the tokenizer back as it was",
+        where=str(path),
+        expected=f"a tokenizer.json that {library.class_name} or {PUBLISHED_AS_IT_STANDS} reads as it stands",
+        fix="please report it; or pass --tokenizer PATH",
+    )
+
+
+def _ids(tokenizer: Any, spec: TextSpec, where: str) -> TokenizerIds:
+    from vlm_export.family import TokenizerIds
+
+    around = tuple(ids_around(tokenizer, where))
+    return TokenizerIds(around[:-1], spec.end_token_id, spec.pad_token_id, tokenizer.get_vocab(with_added_tokens=True))
+
+
+def _is_complete(sources: Mapping[str, Path]) -> bool:
+    one = any(name in sources for name in (JSON, VOCAB_TEXT, OPEN_CLIP_MERGES))
+    return one or (VOCAB in sources and MERGES in sources)
+
+
+def _is_whole(sources: Mapping[str, Path]) -> bool:
+    """Whether the files would name tokens that were added to the vocabulary."""
+    return JSON in sources or ADDED_TOKENS in sources or "added_tokens_decoder" in _config_fields(sources)
+
+
+def _no_tokenizer(where: str, spec: TextSpec) -> UsageError:
+    return UsageError(
+        "there is no tokenizer for this checkpoint",
+        where=where,
+        expected="tokenizer.json, or vocab.json and merges.txt, or vocab.txt, or an installed open_clip_torch",
+        got=f"none of them that fits a vocabulary of {spec.vocab_size}",
+        fix=_BERT_FIX if 0 <= spec.vocab_size - BERT_VOCAB_SIZE <= 2 else _FIX,
+    )
 
 
 def find_open_clip_merges() -> Path | None:
     """The merges that an installed open_clip_torch carries, or None."""
     found = importlib.util.find_spec("open_clip")
     for folder in (found.submodule_search_locations or []) if found else []:
-        path = Path(folder) / _MERGES_NAME
+        path = Path(folder) / OPEN_CLIP_MERGES
         if path.is_file():
             return path
     return None
+
+
+def model_with_tokenizer(model: Model, found: ResolvedTokenizer) -> Model:
+    """The model with what its tokenizer says."""
+    warnings, origins = (*model.warnings, *found.warnings), model.origins | found.origins
+    model = replace(model, text=found.text, warnings=warnings, origins=origins)
+    return model if found.ids is None else model.with_tokenizer(model, found.ids)
 
 
 def tokenizer_sources(checkpoint: Checkpoint, option: str | None) -> dict[str, Path]:
@@ -160,70 +313,46 @@ def _files_from_option(path: Path) -> dict[str, Path]:
     if got:
         raise UsageError("--tokenizer names nothing that can be read", where=str(path), got=got, fix=_FIX)
     if path.suffix == ".json":
-        return {"tokenizer.json": path}
-    wordpiece = path.name == _VOCAB_NAME or is_wordpiece_vocab(read_bounded(path))
-    return {_VOCAB_NAME if wordpiece else _MERGES_NAME: path}
+        return {JSON: path}
+    wordpiece = path.name == VOCAB_TEXT or is_wordpiece_vocab(read_bounded(path))
+    return {VOCAB_TEXT if wordpiece else OPEN_CLIP_MERGES: path}
 
 
-def _find_tokenizer_json(sources: Mapping[str, Path], spec: TextSpec) -> tuple[str, Path] | None:
-    """The text of a tokenizer.json, as it stands or built, and the file it came from."""
-    if "tokenizer.json" in sources:
-        return _text(sources["tokenizer.json"]), sources["tokenizer.json"]
-    if "vocab.json" in sources and "merges.txt" in sources:
-        return _tokenizer_json_from_two(sources["vocab.json"], sources["merges.txt"]), sources["vocab.json"]
-    if _VOCAB_NAME in sources:
-        path = sources[_VOCAB_NAME]
-        return tokenizer_json_from_wordpiece_vocab(_text(path), str(path)), path
-    for name in (_MERGES_NAME, _MERGES_NAME.removesuffix(".gz")):
-        if name in sources:
-            return tokenizer_json_from_bpe_merges(sources[name], vocab_size=spec.vocab_size), sources[name]
+def _bpe_json(sources: Mapping[str, Path], spec: TextSpec) -> tuple[str, Path] | None:
+    """The text of a tokenizer.json, as it stands or built from byte pairs, and the file it came from."""
+    if JSON in sources:
+        return text_of(sources[JSON]), sources[JSON]
+    if VOCAB in sources and MERGES in sources:
+        path = sources[VOCAB]
+        return tokenizer_json_from_vocab(vocab_checked(path), merges_checked(sources[MERGES]), str(path)), path
+    if OPEN_CLIP_MERGES in sources:
+        path = sources[OPEN_CLIP_MERGES]
+        return tokenizer_json_from_bpe_merges(path, vocab_size=spec.vocab_size), path
     return None
 
 
-def _tokenizer_json_from_two(vocab_path: Path, merges_path: Path) -> str:
-    """From transformers' two files, which state the ids and only the merges in use."""
-    vocab = json_object_from_bytes(read_bounded(vocab_path), str(vocab_path))
-    if not all(isinstance(token_id, int) and token_id >= 0 for token_id in vocab.values()):
-        raise InputError("vocab.json is malformed", where=str(vocab_path), expected="token to id", fix=_FIX)
-    merges: list[tuple[str, str]] = []
-    for number, line in enumerate(_text(merges_path).splitlines(), start=1):
-        symbols = line.split(" ")
-        if not line or line.startswith("#version"):
-            continue
-        if len(symbols) != 2:
-            where = f"{merges_path}: line {number}"
-            raise InputError("merges.txt is malformed", where=where, expected="two symbols", got=repr(line[:80]))
-        merges.append((symbols[0], symbols[1]))
-    return tokenizer_json_from_vocab(vocab, merges, str(vocab_path))
-
-
-def _tokenizer_config(sources: Mapping[str, Path], tokenizer: Any, spec: TextSpec) -> dict[str, Any]:
-    path = sources.get(_CONFIG_NAME)
-    given = {} if path is None else json_object_from_bytes(read_bounded(path), str(path))
-    kept = {key: given[key] for key in _CONFIG_FIELDS if key in given}
-    if not spec.ends_texts:
-        return chat_config(tokenizer, kept, spec, str(path or "tokenizer.json"))
-    if is_wordpiece(tokenizer):
-        derived = wordpiece_config(tokenizer, spec)
-        for key in _OWN_WORDPIECE_FIELDS:
-            kept.pop(key, None)
-    else:
-        derived = _clip_config(tokenizer, spec)
-    return {**derived, **kept, "model_max_length": spec.context_length}
-
-
-def _clip_config(tokenizer: Any, spec: TextSpec) -> dict[str, Any]:
+def _clip_tokens(tokenizer: Any, spec: TextSpec) -> dict[str, Any]:
     first, *rest = tokenizer.encode("").ids
     end = tokenizer.id_to_token(spec.end_token_id)
     # The causal mask hides padding, so the ecosystem's padding token serves models that were trained with id 0, too.
     return {
-        "tokenizer_class": "CLIPTokenizer",
         "bos_token": tokenizer.id_to_token(first) if rest else None,
         "eos_token": end,
         "unk_token": end,
         "pad_token": end,
-        "add_prefix_space": False,
-        "do_lower_case": True,
+    }
+
+
+def _config_fields(sources: Mapping[str, Path]) -> dict[str, Any]:
+    return fields_checked(sources[CONFIG]) if CONFIG in sources else {}
+
+
+def _files(text: str, config: Mapping[str, Any], path: Path) -> dict[str, bytes]:
+    special = {key: config[key] for key in _SPECIAL_FIELDS if config.get(key)}
+    return {
+        JSON: text.encode(),
+        CONFIG: _json_bytes(config, str(path)),
+        SPECIAL_TOKENS: _json_bytes(special, str(path)),
     }
 
 
@@ -235,10 +364,3 @@ def _json_bytes(data: Mapping[str, Any], where: str) -> bytes:
     text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
     check_unicode(text, where)
     return text.encode()
-
-
-def _text(path: Path) -> str:
-    try:
-        return read_bounded(path).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError("a tokenizer file is not UTF-8", where=str(path), got=str(error)) from error

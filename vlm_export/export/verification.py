@@ -8,12 +8,14 @@ from pathlib import Path
 
 from vlm_export.checkpoint.known import KnownCheckpoint
 from vlm_export.errors import InputError
+from vlm_export.export.floor import floor_points, measure_floor
 from vlm_export.export.options import FP32
 from vlm_export.export.stages import StepProgress
 from vlm_export.family import Model, Part, Reference
 from vlm_export.runtime.image import open_image
 from vlm_export.verify.engine import MAPPED_NOTE, engine_label, verifying_engine
-from vlm_export.verify.gates import GATES, Gate, gate_name
+from vlm_export.verify.floor import RULES, FloorJudge
+from vlm_export.verify.gates import GATES, PART_GATES, Gate, gate_name
 from vlm_export.verify.grid import GridPoint, grid_for, least_grid, left_out
 from vlm_export.verify.picture_samples import picture_spec, takes_pictures
 from vlm_export.verify.points import EngineRun
@@ -66,10 +68,12 @@ class PartVerification:
         precision: str = FP32,
         *,
         mapped: bool = False,
+        floor: FloorJudge | None = None,
     ) -> PartReport:
         """The report over the grid and the samples, by the gate of that precision.
 
         Args:
+            floor: from `floor`.
             mapped: the engine runs with its weights mapped, which the report then says.
         """
         grid = self._grid()
@@ -89,7 +93,20 @@ class PartVerification:
             progress=progress,
             with_self_checks=not self.is_huge,
             not_run=(*self._left_out(grid), *((MAPPED_NOTE,) if mapped else ())),
+            floor=floor,
         )
+
+    def floor(self, reference: Reference, precision: str) -> FloorJudge | None:
+        """The measured floor of that precision; None for a part whose outputs other things than rounding move."""
+        if gate_name(self.part.name, precision) not in RULES or self.part.name in PART_GATES:
+            return None
+        signature = self.part.signature
+        # The first is the smallest.
+        points = least_grid(signature)[:1] if self.is_huge else floor_points(signature, self.weights_bytes)
+        inputs = [self.part.examples(point.sizes, point.seed) for point in points]
+        # A trained model's noise on pictures and sentences is not that on random numbers.
+        samples = [sample.inputs for sample in self.samples if sample.same_for_both]
+        return measure_floor(reference, precision, [*inputs, *samples[: len(inputs)]])
 
     def _grid(self) -> tuple[GridPoint, ...]:
         if self.is_huge:

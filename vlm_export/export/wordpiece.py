@@ -1,4 +1,4 @@
-"""BERT's WordPiece as `tokenizer.json`, from the vocabulary file, with the two tokens that BLIP adds to it.
+"""BERT's WordPiece as `tokenizer.json`, torch-free, and the tokens that a checkpoint's own code appends to it.
 
 Facts: `BasicTokenizer` and `WordpieceTokenizer` in google-research/bert tokenization.py (eedf571), uncased;
 `init_tokenizer` in salesforce/BLIP models/blip.py (056a169) adds [DEC], then [ENC].
@@ -67,60 +67,32 @@ def tokenizer_json_from_wordpiece_vocab(text: str, where: str) -> str:
     return result
 
 
-def wordpiece_fitted(tokenizer: Any, text: str, spec: TextSpec, where: str) -> str:
-    """The content of a tokenizer.json with [DEC] and [ENC], where the model has ids for them.
+def has_room(tokenizer: Any, spec: TextSpec) -> bool:
+    """Whether the model has rows for the tokens that its code appends, behind those of the tokenizer's vocabulary."""
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    return max(vocab.values()) + 1 != spec.vocab_size or bool(set(spec.added_tokens) & set(vocab))
 
-    A vocabulary of the model's size stays as it is, apart from these two being special tokens. One that is two smaller
-    gets them as its last ids.
+
+def wordpiece_fitted(tokenizer: Any, text: str, spec: TextSpec, where: str) -> str:
+    """The content of a tokenizer.json with the tokens that the checkpoint's own code appends; without any, as it is.
+
+    A vocabulary that holds them keeps them where they are, as special tokens.
 
     Args:
         tokenizer: what `text` holds; changed by this.
 
     Raises:
-        InputError: the vocabulary has another size, the two tokens stand elsewhere, or its padding is not the model's.
+        InputError: they do not get the last ids of the model's vocabulary.
     """
-    vocab = tokenizer.get_vocab(with_added_tokens=True)
-    size, wanted = max(vocab.values()) + 1, spec.vocab_size
-    if size not in (wanted, wanted - len(_ADDED)):
-        raise InputError(
-            "the vocabulary is not the model's",
-            where=where,
-            expected=f"{wanted} tokens, or {wanted - len(_ADDED)} to which {' and '.join(_ADDED)} are added",
-            got=f"{size} tokens",
-            fix=_FIX,
-        )
-    _check_padding(tokenizer, spec, where)
-    if size == wanted and not set(_ADDED) & set(vocab):
+    if not spec.added_tokens:
         return text
     before = _special_tokens(tokenizer)
-    tokenizer.add_special_tokens([_special(token) for token in _ADDED])
+    tokenizer.add_special_tokens([_special(token) for token in spec.added_tokens])
     _check_places(tokenizer, spec, where)
-    if set(_ADDED) <= before:
+    if set(spec.added_tokens) <= before:
         return text
     fitted: str = tokenizer.to_str()
     return fitted
-
-
-def wordpiece_config(tokenizer: Any, spec: TextSpec) -> dict[str, Any]:
-    """Fields of `tokenizer_config.json` for transformers' BertTokenizer."""
-    present = set(tokenizer.get_vocab(with_added_tokens=True))
-    first, *_ = tokenizer.encode("").ids
-    named = {
-        "unk_token": tokenizer.model.unk_token,
-        "sep_token": tokenizer.id_to_token(spec.end_token_id),
-        "pad_token": tokenizer.id_to_token(spec.pad_token_id),
-        "cls_token": tokenizer.id_to_token(first),
-        "mask_token": _MASK,
-        "bos_token": DECODER_TOKEN,
-    }
-    return {
-        "tokenizer_class": "BertTokenizer",
-        "do_lower_case": True,
-        "clean_up_tokenization_spaces": True,
-        "model_input_names": ["input_ids", "attention_mask"],
-        **{key: token for key, token in named.items() if token in present},
-        **({"additional_special_tokens": [ENCODER_TOKEN]} if ENCODER_TOKEN in present else {}),
-    }
 
 
 def _vocab_from_lines(text: str, where: str) -> dict[str, int]:
@@ -149,27 +121,17 @@ def _vocab_from_lines(text: str, where: str) -> dict[str, int]:
     return vocab
 
 
-def _check_padding(tokenizer: Any, spec: TextSpec, where: str) -> None:
-    pad_token_id = tokenizer.token_to_id(_PAD)
-    if pad_token_id != spec.pad_token_id:
-        raise InputError(
-            "the vocabulary's padding is not the model's",
-            where=where,
-            expected=f"{_PAD} with id {spec.pad_token_id}",
-            got="no such token" if pad_token_id is None else f"id {pad_token_id}",
-            fix=_FIX,
-        )
-
-
 def _check_places(tokenizer: Any, spec: TextSpec, where: str) -> None:
-    wanted = {token: spec.vocab_size - len(_ADDED) + i for i, token in enumerate(_ADDED)}
-    found: Mapping[str, int] = {token: tokenizer.token_to_id(token) for token in _ADDED}
+    added = spec.added_tokens
+    wanted = {token: spec.vocab_size - len(added) + i for i, token in enumerate(added)}
+    found: Mapping[str, int] = {token: tokenizer.token_to_id(token) for token in added}
     if found != wanted:
+        size = spec.vocab_size - len(added)
         raise InputError(
-            f"{' and '.join(_ADDED)} do not have the model's ids",
+            f"{' and '.join(added)} do not have the model's ids",
             where=where,
-            expected=", ".join(f"{token} {token_id}" for token, token_id in wanted.items()),
-            got=", ".join(f"{token} {token_id}" for token, token_id in found.items()),
+            expected=f"{', '.join(f'{token} {token_id}' for token, token_id in wanted.items())}, after {size} others",
+            got=f"{', '.join(f'{token} {token_id}' for token, token_id in found.items())}",
             fix=_FIX,
         )
 

@@ -23,7 +23,7 @@ Evaluate: TypeAlias = Callable[[ModelProto, Mapping[str, Array]], "Sequence[Arra
 LIMIT_BYTES = 64 << 20
 # Nodes that are worth folding. Those that only move or convert weights are not: folded, each would hold a second copy.
 _SEEDS = frozenset({"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul", "Resize"})
-_RANDOM = frozenset(
+RANDOM = frozenset(
     {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 )
 
@@ -126,7 +126,7 @@ def _is_foldable(node: ir.Node, used: set[str]) -> bool:
         entry.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for entry in node.attributes.values()
     )
     makes_output = any(value.is_graph_output() or value.name in used for value in node.outputs)
-    return node.domain == "" and node.op_type not in _RANDOM and not has_graphs and not makes_output
+    return node.domain == "" and node.op_type not in RANDOM and not has_graphs and not makes_output
 
 
 def _is_weight(value: ir.Value) -> bool:

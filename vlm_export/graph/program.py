@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from vlm_export.graph.errors import GraphError
 from vlm_export.graph.inference import copy_of
+from vlm_export.graph.ir_version import weights_among_inputs
 from vlm_export.graph.names import fresh_name, names_in
 from vlm_export.graph.numpy_dtypes import is_plain_number
 from vlm_export.graph.onnxruntime_session import Array, numpy_lacks, start_session
@@ -33,6 +34,7 @@ class Program(Protocol):
     Attributes:
         inputs: by name; one that is an initializer, too, has a default and needs no feed.
         outputs: by name.
+        weights: inputs that are no choice of the caller's: before IR version 4 every initializer is an input, too.
     """
 
     @property
@@ -40,6 +42,9 @@ class Program(Protocol):
 
     @property
     def outputs(self) -> Mapping[str, ir.Value]: ...
+
+    @property
+    def weights(self) -> set[str]: ...
 
     def tensor(self, name: str) -> ir.Value | None:
         """A tensor that `run` can return."""
@@ -63,6 +68,7 @@ class ModelProgram:
         self._model = model
         self.inputs = {str(value.name): value for value in model.graph.inputs}
         self.outputs = {str(value.name): value for value in model.graph.outputs}
+        self.weights = weights_among_inputs(model)
         nodes = {str(value.name): value for node in model.graph for value in node.outputs if value.name}
         self.tensors: Mapping[str, ir.Value] = nodes | self.inputs | self.outputs
         self._sessions: dict[tuple[str, ...], _Session] = {}
@@ -190,6 +196,8 @@ class Chain:
         self.inputs = {name: first.inputs[own] for name, own in left.items() if own in first.inputs} | {
             name: second.inputs[own] for name, own in right.items() if own in second.inputs
         }
+        fixed = {name for program in (first, second) for name in program.weights}
+        self.weights = {name for name in self.inputs if self._names[name][1] in fixed}
         # The second may return what it was given: a tensor of the first.
         late = {
             f"{prefixes[0]}{self._joints[name]}" if name in self._joints else f"{prefixes[1]}{name}": value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import onnx_ir as ir
 
 from vlm_export.errors import VerificationError
 from vlm_export.graph.accepted_feeds import RandomRuns, Run, run_with_defaults_replaced
+from vlm_export.graph.baked_sizes import Resized
 from vlm_export.graph.errors import GraphError
-from vlm_export.graph.numpy_dtypes import is_plain_number
+from vlm_export.graph.held_values import as_dtype, bounds_of, held_by_both
+from vlm_export.graph.new_sizes import NewSizes, fixed_axes, open_axis, resized_axes, run_new_sizes
 from vlm_export.graph.onnxruntime_session import Array
 from vlm_export.graph.pairing import Pairing, check_dtypes, fixed_sizes, pair_interfaces
 from vlm_export.graph.program import ModelProgram, Program, RunError
@@ -30,6 +32,8 @@ class Proof:
         max_abs: the largest difference.
         not_compared: outputs of the original that the changed model lacks.
         at_default: inputs of the original that had their default in every run.
+        one_size: open axis of the changed model → the only size that it had in the runs.
+        only_run: axes whose new sizes the changed model was run at, while nothing says what is right there.
     """
 
     runs: int
@@ -37,12 +41,17 @@ class Proof:
     max_abs: float
     not_compared: tuple[str, ...] = ()
     at_default: tuple[str, ...] = ()
+    one_size: Mapping[str, int] = field(default_factory=dict)
+    only_run: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         result = f"differ by at most {self.max_abs:.3g}" if self.max_abs else "are equal"
         text = f"verified: {len(self.outputs)} outputs {result} on {self.runs} sets of inputs"
         for what, names in (("not compared", self.not_compared), ("only with their defaults", self.at_default)):
             text += f"; {what}: {', '.join(map(repr, names))}" if names else ""
+        sizes = ", ".join(f"{axis} = {size}" for axis, size in self.one_size.items())
+        text += f"; at one size only: {sizes}" if sizes else ""
+        text += f"; only run, with nothing to compare with: {'; '.join(self.only_run)}" if self.only_run else ""
         return text
 
     def to_json(self) -> dict[str, Any]:
@@ -53,6 +62,8 @@ class Proof:
             "max_abs": self.max_abs,
             "not_compared": list(self.not_compared),
             "at_default": list(self.at_default),
+            "one_size": dict(self.one_size),
+            "only_run": list(self.only_run),
         }
 
 
@@ -95,20 +106,50 @@ def prove(
         )
     if not may_change_dtypes:
         check_dtypes(first, second, pairing)
-    trials = _Trials(first, second, pairing, inputs)
+    resized = resized_axes(first, second, pairing)
+    changed = {source: second.tensor(name) for name, source in pairing.inputs.items()} if may_change_dtypes else {}
+    trials = _Trials(first, second, pairing, inputs, changed)
     largest, count = 0.0, 0
     shown: set[str] = set()
-    for run in trials.runs():
-        results = _run_changed(second, _feeds_of_changed(first, second, pairing, run, may_change_dtypes), pairing)
-        for (name, source), result in zip(pairing.outputs.items(), results, strict=True):
-            expected = run.found[source]
-            if may_change_dtypes:
-                expected = _as_dtype(expected, second.tensor(name))
-            largest = max(largest, compare(name, expected, result, tolerance))
-            shown.update([name] if _says_something(expected) else [])
-        count += 1
-    _check_shown([name for name in pairing.outputs if name not in shown], bool(inputs))
-    return Proof(count, tuple(pairing.outputs), largest, pairing.missing, trials.at_default)
+    new = NewSizes()
+    if not any(isinstance(group.new, int) for group in resized):
+        try:
+            for run in trials.runs():
+                results = _run_changed(second, _feeds_of_changed(first, second, pairing, run, changed), pairing)
+                for (name, source), result in zip(pairing.outputs.items(), results, strict=True):
+                    expected = run.found[source]
+                    if may_change_dtypes:
+                        expected = _as_held(expected, result, second.tensor(name))
+                    largest = max(largest, compare(name, expected, result, tolerance))
+                    shown.update([name] if _says_something(expected) else [])
+                count += 1
+        except NotRunError:
+            resized = fixed_axes(first, second, pairing)
+            if not resized:
+                raise
+    if resized:
+        new = run_new_sizes(first, second, pairing, resized, trials.first_run(resized), tolerance)
+        largest = max(largest, new.max_abs)
+        shown |= set(new.shown)
+    if not new.only_run:
+        _check_shown([name for name in pairing.outputs if name not in shown], bool(inputs))
+    return Proof(
+        count + new.runs,
+        tuple(pairing.outputs),
+        largest,
+        pairing.missing,
+        trials.at_default,
+        {
+            axis: next(iter(sizes))
+            for axis, sizes in trials.sizes.items()
+            if len(sizes) == 1 and all(group.new != axis for group in resized)
+        },
+        new.only_run,
+    )
+
+
+class NotRunError(GraphError):
+    """The original takes no random inputs."""
 
 
 class _Trials:
@@ -118,24 +159,48 @@ class _Trials:
         at_default: inputs that had their default in all of them; known at the end.
     """
 
-    def __init__(self, before: Program, after: Program, pairing: Pairing, files: Sequence[Path]) -> None:
+    def __init__(
+        self,
+        before: Program,
+        after: Program,
+        pairing: Pairing,
+        files: Sequence[Path],
+        changed: Mapping[str, ir.Value | None],
+    ) -> None:
+        """
+        Args:
+            changed: input of the original → that of the changed model, where dtypes may differ.
+        """
         self._program, self._after, self._pairing, self._files = before, after, pairing, files
+        self._changed = changed
+        self.sizes: dict[str, set[int]] = {}
         self._wanted = list(dict.fromkeys([*pairing.inputs.values(), *pairing.outputs.values()]))
         self._refusal: GraphError | None = None
-        self.at_default = tuple(name for name, value in before.inputs.items() if value.is_initializer())
+        defaults = [name for name, value in before.inputs.items() if value.is_initializer()]
+        # Weights of an old model, which lists them as inputs, are none.
+        self.at_default = tuple(name for name in defaults if name not in before.weights)
+
+    def first_run(self, groups: Sequence[Resized]) -> Run:
+        """A run of the original at the sizes that the groups had before."""
+        sizes = {
+            axis: group.old
+            for group in groups
+            for entry in group.axes
+            if (axis := open_axis(self._program.inputs[entry.input], entry.axis)) is not None
+        }
+        for run in self._from_files() if self._files else self._random(sizes):
+            return self._checked(run)
+        raise self._not_run()
 
     def runs(self) -> Iterator[Run]:
         """Each checked to give the same at another time."""
         last: Run | None = None
-        for run in self._from_files() if self._files else self._random():
+        for run in self._from_files() if self._files else self._random({}):
             yield self._checked(run)
+            self._note_sizes(run)
             last = run
         if last is None:
-            raise GraphError(
-                "the original cannot be run on random inputs",
-                got=(self._refusal.got or self._refusal.what) if self._refusal else "",
-                fix="give inputs that it takes: --inputs FILE.npz",
-            )
+            raise self._not_run()
         both = set(self._pairing.inputs.values())
         self.at_default = tuple(name for name in self.at_default if name not in last.feeds)
         replaced = run_with_defaults_replaced(last, [name for name in self.at_default if name in both], self._attempt)
@@ -143,16 +208,47 @@ class _Trials:
             self.at_default = tuple(name for name in self.at_default if name not in replaced.feeds)
             yield self._checked(replaced)
 
+    def _not_run(self) -> NotRunError:
+        return NotRunError(
+            "the original cannot be run on random inputs",
+            got=(self._refusal.got or self._refusal.what) if self._refusal else "",
+            fix="give inputs that it takes: --inputs FILE.npz",
+        )
+
+    def _note_sizes(self, run: Run) -> None:
+        for name, source in self._pairing.inputs.items():
+            value = self._after.inputs[name]
+            if source in run.found and isinstance(run.found[source], np.ndarray):
+                for axis, size in enumerate(run.found[source].shape):
+                    label = open_axis(value, axis)
+                    if label is not None and label == str(value.shape[axis] if value.shape else ""):
+                        self.sizes.setdefault(label, set()).add(size)
+
     def _from_files(self) -> Iterator[Run]:
         feeds = load_feeds(self._files, self._program.inputs)
         yield Run(feeds, self._found(feeds))
 
-    def _random(self) -> Iterator[Run]:
-        required = {name: value for name, value in self._program.inputs.items() if not value.is_initializer()}
-        sizes = fixed_sizes(self._program, self._after, self._pairing)
-        yield from RandomRuns(required, sizes, self._program.size_inputs(), self._attempt)
+    def _random(self, sizes: Mapping[str, int]) -> Iterator[Run]:
+        required = {
+            name: self._drawn(name, value) for name, value in self._program.inputs.items() if not value.is_initializer()
+        }
+        known = fixed_sizes(self._program, self._after, self._pairing) | dict(sizes)
+        yield from RandomRuns(required, known, self._program.size_inputs(), self._attempt)
+
+    def _drawn(self, name: str, value: ir.Value) -> ir.Value:
+        """What is drawn for an input: of integers and booleans that it becomes, or was, their own values."""
+        new = self._changed.get(name)
+        if new is None or new.dtype is None or value.dtype is None or new.dtype == value.dtype:
+            return value
+        if not value.dtype.is_floating_point() and new.dtype.is_floating_point():
+            return value
+        return ir.Value(name=name, type=ir.TensorType(new.dtype), shape=value.shape)
 
     def _attempt(self, feeds: Mapping[str, Array]) -> Run | None:
+        feeds = {
+            name: held_by_both(array, self._program.inputs[name], self._changed.get(name))
+            for name, array in feeds.items()
+        }
         try:
             return Run(feeds, self._found(feeds))
         except RunError as error:
@@ -175,7 +271,7 @@ class _Trials:
 
 
 def _feeds_of_changed(
-    before: Program, after: Program, pairing: Pairing, run: Run, may_change_dtypes: bool
+    before: Program, after: Program, pairing: Pairing, run: Run, changed: Mapping[str, ir.Value | None]
 ) -> dict[str, Array]:
     feeds: dict[str, Array] = {}
     for name, source in pairing.inputs.items():
@@ -183,7 +279,7 @@ def _feeds_of_changed(
         if is_unfed and after.inputs[name].is_initializer():
             continue
         array = run.found[source]
-        feeds[name] = _as_dtype(array, after.tensor(name)) if may_change_dtypes else array
+        feeds[name] = as_dtype(array, after.tensor(name)) if changed else array
     return feeds
 
 
@@ -213,15 +309,14 @@ def _check_shown(names: Sequence[str], given: bool) -> None:
         )
 
 
-def _as_dtype(array: Array, value: ir.Value | None) -> Array:
-    """The values as that dtype holds them; programs take and give as float32 what numpy lacks."""
-    if value is None or value.dtype is None or not isinstance(array, np.ndarray) or not is_plain_number(array.dtype):
-        return array
-    wanted = value.dtype.numpy()
-    if array.dtype == wanted:
-        return array
-    held = array.astype(wanted)
-    return np.asarray(held if is_plain_number(wanted) else held.astype(np.float32))
+def _as_held(expected: Array, result: Array, value: ir.Value | None) -> Array:
+    """The original's values in the dtype that they have now; what that dtype cannot hold is not compared."""
+    held = as_dtype(expected, value)
+    if value is None or value.dtype is None or not value.dtype.is_integer() or expected.dtype.kind != "f":
+        return held
+    low, high = bounds_of(value.dtype)
+    outside = ~((expected > low - 1) & (expected < high + 1))
+    return np.where(outside, result, held) if held.shape == result.shape else held
 
 
 def compare(name: str, expected: Array, got: Array, tolerance: float) -> float:

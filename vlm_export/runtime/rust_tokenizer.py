@@ -48,6 +48,24 @@ def tokenizer_from_json(text: str, spec: TextSpec, where: str) -> Any:
     Raises:
         InputError: malformed, a text may cost more than seconds, or its ids or its end token do not fit `spec`.
     """
+    rust = bounded_tokenizer(text, where)
+    _check_fit(rust, ids_around(rust, where), spec, where)
+    return rust
+
+
+def ids_around(rust: Any, where: str) -> list[int]:
+    """What a tokenizer puts around every text; InputError when it fails on the empty one."""
+    with named_failures("a tokenizer cannot encode an empty text", where):
+        around: list[int] = rust.encode("").ids
+    return around
+
+
+def bounded_tokenizer(text: str, where: str) -> Any:
+    """As `tokenizer_from_json`, for whatever model.
+
+    Raises:
+        InputError: malformed, or a text may cost more than seconds.
+    """
     from tokenizers import Tokenizer as RustTokenizer
 
     with named_failures("the tokenizer cannot be loaded", where, "a tokenizer.json"):
@@ -57,9 +75,6 @@ def tokenizer_from_json(text: str, spec: TextSpec, where: str) -> Any:
     _check_search(rust, where)
     _check_growth("normalizer", rust.normalizer, where)
     _check_growth("decoder", rust.decoder, where)
-    with named_failures("a tokenizer cannot encode an empty text", where):
-        around: list[int] = rust.encode("").ids
-    _check_fit(rust, around, spec, where)
     return rust
 
 
@@ -71,7 +86,7 @@ def _check_fit(rust: Any, empty: list[int], spec: TextSpec, where: str) -> None:
         raise InputError(
             "the tokenizer's ids do not fit the model's vocabulary",
             where=where,
-            expected=f"ids below {spec.vocab_size}",
+            expected=f"ids below {spec.vocab_size}, the number of rows of the model's token embedding",
             got=f"ids up to {highest}",
             fix=_RIGHT_TOKENIZER,
         )

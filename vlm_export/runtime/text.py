@@ -60,7 +60,8 @@ class Tokenizer:
         Args:
             texts: any Unicode; an empty text is the start and end tokens.
             truncate: cut texts that are too long, with end-of-text as the last token; of a text above
-                `max_characters` only its beginning is read. Otherwise both are errors.
+                `max_characters` only its beginning is read (its end, where the spec cuts on the left). Otherwise both
+                are errors.
             pad_to: width to fill at least, up to the context length; None for the batch's longest row.
 
         Returns:
@@ -127,7 +128,8 @@ class Tokenizer:
         if len(text) <= self.max_characters:
             return text
         if truncate:
-            return text[: self.max_characters]
+            left = self.spec.truncation_side == "left"
+            return text[-self.max_characters :] if left else text[: self.max_characters]
         raise InputError(
             "a text has too many characters to tokenize",
             where=_place(f"text {index}", text),
@@ -141,7 +143,7 @@ class Tokenizer:
         if len(row) <= limit:
             return row
         if truncate:
-            return [*row[: limit - 1], self.spec.end_token_id] if self.spec.ends_texts else row[:limit]
+            return self._cut(row)
         raise InputError(
             "a text is too long for the model",
             where=_place(f"text {index}", text),
@@ -149,6 +151,14 @@ class Tokenizer:
             got=f"{len(row)} tokens",
             fix="shorten it, or allow truncation",
         )
+
+    def _cut(self, row: list[int]) -> list[int]:
+        """A row of the context's length; the tokens around an encoder's text stay."""
+        limit, left = self.spec.context_length, self.spec.truncation_side == "left"
+        if not self.spec.ends_texts:
+            return row[-limit:] if left else row[:limit]
+        words, room = row[len(self._start_ids) : -1], limit - len(self._start_ids) - 1
+        return [*self._start_ids, *(words[len(words) - room :] if left else words[:room]), self.spec.end_token_id]
 
     def _tokenize_plain(self, texts: list[str]) -> list[list[int]]:
         for i, text in enumerate(texts):

@@ -8,6 +8,8 @@ from typing import Literal
 
 from vlm_export.errors import EnvironmentFailure
 from vlm_export.signature import Signature, TensorSpec
+from vlm_export.verify.deviation import Deviation, measure_deviation
+from vlm_export.verify.floor import FloorJudge
 from vlm_export.verify.gates import Gate, judge
 from vlm_export.verify.metrics import Array, Comparison, compare, describe_array
 
@@ -40,12 +42,14 @@ class PointResult:
         sizes: axis name → size.
         seed: of the example inputs, or None.
         comparisons: output name → its comparison; absent where there was nothing to compare.
+        deviations: output name → its deviation, where it was judged by a measured floor.
     """
 
     kind: PointKind
     sizes: Mapping[str, int]
     seed: int | None = None
     comparisons: Mapping[str, Comparison] = field(default_factory=dict)
+    deviations: Mapping[str, Deviation] = field(default_factory=dict)
     failures: tuple[Failure, ...] = ()
 
     def __str__(self) -> str:
@@ -62,8 +66,9 @@ def judge_point(
     gate: Gate,
     *,
     seed: int | None = None,
+    floor: FloorJudge | None = None,
 ) -> PointResult:
-    """Computes both sides, compares every output of the signature and judges it.
+    """Computes both sides, compares every output of the signature and judges it by the gate and by its floor.
 
     An exception on either side is a failure of the point. What is this machine's fault (EnvironmentFailure,
     MemoryError) and interrupts go through.
@@ -80,6 +85,7 @@ def judge_point(
         text = f"{side} failed: {type(error).__name__}: {str(error)[:_MAX_ERROR_CHARACTERS]}"
         return PointResult(kind, sizes, seed, failures=(Failure("", text),))
     comparisons: dict[str, Comparison] = {}
+    deviations: dict[str, Deviation] = {}
     failures = [
         Failure(name, "the engine returned an output that the signature lacks") for name in _extra(signature, right)
     ]
@@ -90,7 +96,12 @@ def judge_point(
             continue
         comparisons[tensor.name] = compare(left[tensor.name], right[tensor.name])
         failures += [Failure(tensor.name, text) for text in judge(comparisons[tensor.name], gate)]
-    return PointResult(kind, sizes, seed, comparisons, tuple(failures))
+        if floor is not None and comparisons[tensor.name].shape_equal:
+            deviations[tensor.name] = measure_deviation(left[tensor.name], right[tensor.name])
+    if floor is not None:
+        broken = floor.judge(deviations, inputs)
+        failures += [Failure(name, text) for name, texts in broken.items() for text in texts]
+    return PointResult(kind, sizes, seed, comparisons, deviations, tuple(failures))
 
 
 def sizes_from_inputs(signature: Signature, inputs: Arrays) -> dict[str, int]:

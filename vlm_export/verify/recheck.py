@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from vlm_export.bundle.manifest import PartRecord, VariantRecord
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError, suggestion
+from vlm_export.verify.floor import ELSEWHERE, Floor, FloorJudge, floor_from_json
 from vlm_export.verify.gates import GATES, Gate, gate_name
 from vlm_export.verify.golden import iterate_golden
-from vlm_export.verify.points import EngineRun, judge_point
+from vlm_export.verify.points import EngineRun, PointResult, judge_point
 from vlm_export.verify.report import PartReport
 from vlm_export.verify.verifier import Progress
 
@@ -50,10 +51,12 @@ def verify_bundle(
 def _verify_variant(
     bundle: OpenBundle, part: PartRecord, variant: VariantRecord, engine: EngineRun, gate: Gate, engine_name: str
 ) -> PartReport:
-    points = []
+    points: list[PointResult] = []
+    floor = _recorded_floor(variant, bundle.manifest.name, part.name)
+    judge = None if floor is None else FloorJudge(floor)
     for record in iterate_golden(bundle, part.name):
         expected, got = (lambda record=record: record.outputs), (lambda record=record: engine(record.inputs))
-        points.append(judge_point("golden", part.signature, record.inputs, expected, got, gate))
+        points.append(judge_point("golden", part.signature, record.inputs, expected, got, gate, floor=judge))
     if not points:
         raise InputError(
             f"the bundle holds no golden records of part {part.name!r}, so nothing can be proved on this machine",
@@ -62,7 +65,14 @@ def _verify_variant(
             fix="verify it against its checkpoint (--source), or export the model again",
         )
     reference, not_run = _reference_name(variant), _not_run(variant)
-    return PartReport(part.name, variant.precision, gate, tuple(points), reference, engine_name, not_run)
+    return PartReport(part.name, variant.precision, gate, tuple(points), reference, engine_name, not_run, floor)
+
+
+def _recorded_floor(variant: VariantRecord, bundle: str, part: str) -> Floor | None:
+    """The floor that the export measured, with room for another machine; None where it measured none."""
+    stated = (variant.verification or {}).get("floor")
+    where = f"{bundle}: part {part} at {variant.precision}: verification.floor"
+    return floor_from_json(stated, where, ELSEWHERE) if isinstance(stated, dict) else None
 
 
 def _reference_name(variant: VariantRecord) -> str:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_export.errors import VerificationError
+from vlm_export.verify.deviation import Deviation, worst_by_output
+from vlm_export.verify.floor import Floor
 from vlm_export.verify.gates import Gate
 from vlm_export.verify.metrics import Comparison, worst_of
 from vlm_export.verify.points import Failure, PointResult
@@ -24,6 +26,7 @@ class PartReport:
         reference: who computed what was expected.
         engine: name and version of what computed what was got.
         not_run: what a verification usually does and this one did not, each with its reason.
+        floor: the measured noise that the outputs were judged by, None where none is known.
     """
 
     part: str
@@ -33,6 +36,7 @@ class PartReport:
     reference: str
     engine: str
     not_run: tuple[str, ...] = ()
+    floor: Floor | None = None
 
     @property
     def passed(self) -> bool:
@@ -49,6 +53,11 @@ class PartReport:
         """Output name → each number's worst value over all points."""
         names = dict.fromkeys(name for point in self.points for name in point.comparisons)
         return {name: worst_of(p.comparisons[name] for p in self.points if name in p.comparisons) for name in names}
+
+    @property
+    def seen(self) -> dict[str, Deviation]:
+        """Output name → the worst deviation over the points that the floor judged."""
+        return worst_by_output(point.deviations for point in self.points)
 
     def first_failure(self) -> str:
         """The first failure and its point, or that there is none."""
@@ -72,6 +81,7 @@ class PartReport:
             "seeds": sorted({point.seed for point in self.points if point.seed is not None}),
             "axes": {axis: sorted({p.sizes[axis] for p in self.points if axis in p.sizes}) for axis in axes},
             "not_run": list(self.not_run),
+            "floor": None if self.floor is None else self.floor.to_json(self.seen),
             "worst": {name: comparison.to_json() for name, comparison in self.worst.items()},
             "failures": [f"{point}: {failure}" for point, failure in self.failures[:_MAX_LISTED_FAILURES]],
             "failure_count": len(self.failures),
@@ -94,7 +104,7 @@ class PartReport:
         raise VerificationError(
             f"{title}: {failed} of {len(self.points)} points failed",
             where=f"output {first.output}, at {point}" if first.output else f"at {point}",
-            expected=f"equal to the {self.reference} within the {self.gate.name} gate",
+            expected=f"equal to the {self.reference} within the {self.gate.name} gate and the measured noise",
             got="; ".join(same),
             fix="this graph must not be used; export again with the other back end (--exporter) or another --opset",
         )

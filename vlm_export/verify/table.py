@@ -9,14 +9,15 @@ from vlm_export.verify.contract import CONTRACT, ContractCheck, ContractReport
 from vlm_export.verify.metrics import Comparison
 from vlm_export.verify.report import PartReport
 
-_HEADER = ("part", "variant", "output", "points", "max-abs", "p99-abs", "cosine", "norm ratio", "verdict")
-_RIGHT_ALIGNED = frozenset({"points", "max-abs", "p99-abs", "cosine", "norm ratio"})
+_HEADER = ("part", "variant", "output", "points", "max-abs", "cosine", "floor", "gate", "seen", "verdict")
+_RIGHT_ALIGNED = frozenset({"points", "max-abs", "cosine", "floor", "gate", "seen"})
 
 
 def format_table(reports: Iterable[PartReport], contract: ContractReport | None = None) -> str:
     """One line for each output: the worst numbers over all points, and how many points it failed at.
 
-    The stages of the contract follow, one line each. Below stands what was not run.
+    Floor, gate and seen are the relative error of a row: measured as noise, allowed, and found. The stages of the
+    contract follow, one line each. Below stands what was not run.
     """
     reports = list(reports)
     found = [_HEADER, *(row for report in reports for row in _rows(report))]
@@ -48,17 +49,25 @@ def _rows(report: PartReport) -> list[tuple[str, ...]]:
     for name in names or ("",):
         failed = {id(point) for point, failure in report.failures if failure.output in (name, "")}
         verdict = f"FAIL at {len(failed)}" if failed else ("pass" if name in worst else "FAIL: no points")
-        numbers = _numbers(worst[name]) if name in worst else ("-",) * 4
+        numbers = (*_numbers(worst[name]), *_noise(report, name)) if name in worst else ("-",) * 5
         rows.append((report.part, report.variant, name or "-", points, *numbers, verdict))
     return rows
 
 
 def _contract_row(check: ContractCheck) -> tuple[str, ...]:
-    numbers = ("-",) * 4 if check.comparison is None else _numbers(check.comparison)
+    numbers = ("-",) * 2 if check.comparison is None else _numbers(check.comparison)
     verdict = f"FAIL at {len(check.failures)}" if check.failures else "pass"
-    return (CONTRACT, check.variant or "-", check.stage, str(check.compared), *numbers, verdict)
+    return (CONTRACT, check.variant or "-", check.stage, str(check.compared), *numbers, *("-",) * 3, verdict)
 
 
 def _numbers(worst: Comparison) -> tuple[str, ...]:
-    ratio = f"{worst.norm_ratio_min:.4f}-{worst.norm_ratio_max:.4f}"
-    return (f"{worst.max_abs:.1e}", f"{worst.p99_abs:.1e}", f"{worst.cosine:.6f}", ratio)
+    return (f"{worst.max_abs:.1e}", f"{worst.cosine:.6f}")
+
+
+def _noise(report: PartReport, output: str) -> tuple[str, ...]:
+    """Floor, gate and the worst that was seen of a row's relative error."""
+    gate = report.floor.gate(output) if report.floor is not None else None
+    seen = report.seen.get(output)
+    if report.floor is None or gate is None or seen is None:
+        return ("-",) * 3
+    return tuple(f"{ratio.row_error:.1e}" for ratio in (report.floor.outputs[output], gate, seen))

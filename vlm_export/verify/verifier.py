@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlm_export.signature import Signature
+from vlm_export.verify.floor import FloorJudge
 from vlm_export.verify.gates import Gate
 from vlm_export.verify.grid import BATCH_AXIS, GridPoint
 from vlm_export.verify.metrics import Array
-from vlm_export.verify.points import Arrays, EngineRun, PointResult, judge_point
+from vlm_export.verify.points import Arrays, EngineRun, PointKind, PointResult, judge_point
 from vlm_export.verify.report import PartReport
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def verify_part(
     progress: Progress | None = None,
     with_self_checks: bool = True,
     not_run: Sequence[str] = (),
+    floor: FloorJudge | None = None,
 ) -> PartReport:
     """Compares the engine with the Reference at every grid point and sample, and the engine with itself.
 
@@ -57,8 +59,9 @@ def verify_part(
             outputs, and which token fills; then padded token ids must give what unpadded ones give.
         with_self_checks: False leaves the comparisons of the engine with itself out, and the report says so.
         not_run: what the caller has left out, for the report.
+        floor: the measured noise, whose gates apply beside `gate`.
     """
-    candidate = _Candidate(part, reference, engine, gate)
+    candidate = _Candidate(part, reference, engine, gate, floor)
     checks = list(_against_reference(candidate, grid, samples))
     own = list(_against_itself(candidate, grid, pad_token_id))
     if with_self_checks:
@@ -70,7 +73,9 @@ def verify_part(
         points.append(check())
         if progress is not None:
             progress(len(points), len(checks))
-    return PartReport(part.name, variant or gate.name, gate, tuple(points), reference_name, engine_name, tuple(not_run))
+    name = variant or gate.name
+    noise = None if floor is None else floor.floor
+    return PartReport(part.name, name, gate, tuple(points), reference_name, engine_name, tuple(not_run), noise)
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ class _Candidate:
     reference: Reference
     engine: EngineRun
     gate: Gate
+    floor: FloorJudge | None
 
     @property
     def signature(self) -> Signature:
@@ -87,17 +93,18 @@ class _Candidate:
     def at_grid_point(self, point: GridPoint) -> PointResult:
         inputs = self.part.examples(point.sizes, point.seed)
         expected, got = (lambda: self.reference(inputs)), (lambda: self.engine(inputs))
-        return judge_point("grid", self.signature, inputs, expected, got, self.gate, seed=point.seed)
+        return self._judge("grid", inputs, expected, got, point.seed)
 
     def at_sample(self, sample: Sample) -> PointResult:
         expected, got = (lambda: self.reference(sample.reference_inputs)), (lambda: self.engine(sample.inputs))
-        return judge_point("sample", self.signature, sample.inputs, expected, got, self.gate)
+        floor = self.floor if sample.same_for_both else None
+        return judge_point("sample", self.signature, sample.inputs, expected, got, self.gate, floor=floor)
 
     def rows_alone(self, point: GridPoint) -> PointResult:
         """Each row of a batch run alone against the batch."""
         inputs = self.part.examples(point.sizes, point.seed)
         got, expected = (lambda: self.engine(inputs)), (lambda: _joined_rows(self.engine, self.signature, inputs))
-        return judge_point("rows_alone", self.signature, inputs, expected, got, self.gate, seed=point.seed)
+        return self._judge("rows_alone", inputs, expected, got, point.seed)
 
     def padding(self, point: GridPoint, pad_token_id: int) -> PointResult:
         """Token ids padded to the longest sequence against the same ids unpadded, at the positions of both."""
@@ -105,7 +112,12 @@ class _Candidate:
         padded = _padded(self.signature, inputs, pad_token_id)
         length = point.sizes[SEQUENCE_AXIS]
         expected, got = (lambda: self.engine(inputs)), (lambda: _cut(self.signature, self.engine(padded), length))
-        return judge_point("padding", self.signature, inputs, expected, got, self.gate, seed=point.seed)
+        return self._judge("padding", inputs, expected, got, point.seed)
+
+    def _judge(
+        self, kind: PointKind, inputs: Arrays, expected: Callable[[], Arrays], got: Callable[[], Arrays], seed: int
+    ) -> PointResult:
+        return judge_point(kind, self.signature, inputs, expected, got, self.gate, seed=seed, floor=self.floor)
 
 
 def _against_reference(

@@ -16,6 +16,7 @@ from onnx import helper, version_converter
 
 from vlm_export.graph.errors import GraphError
 from vlm_export.graph.inference import check, copy_of, infer
+from vlm_export.graph.ir_version import raise_ir_version
 from vlm_export.graph.names import fresh_name, nested_graphs, root_graphs, subgraphs_of, taken_names
 from vlm_export.graph.operators import opset_imports_of
 from vlm_export.graph.passes.infer_shapes import infer_shapes
@@ -60,6 +61,7 @@ def _check_types(model: ir.Model, trial: ir.Model) -> None:
 def _plan(model: ir.Model, version: int) -> _Plan:
     # Some forms depend on dtypes and ranks.
     typed = copy_of(model).model
+    raise_ir_version(typed, _ir_version_of(version))
     infer_shapes(typed)
     plan: _Plan = {}
     position = 0
@@ -197,8 +199,12 @@ def _apply(model: ir.Model, plan: _Plan, version: int) -> None:
         imports = opset_imports_of(model, root)
         if "" in imports:
             imports[""] = version
-    least = helper.find_min_ir_version_for([helper.make_opsetid("", version)], ignore_unknown=True)
-    model.ir_version = max(model.ir_version, least)
+    raise_ir_version(model, _ir_version_of(version))
+
+
+def _ir_version_of(opset: int) -> int:
+    """The oldest that the opset may have."""
+    return int(helper.find_min_ir_version_for([helper.make_opsetid("", opset)], ignore_unknown=True))
 
 
 def _replace(root: ir.Graph, node: ir.Node, replacement: ir.Graph) -> None:

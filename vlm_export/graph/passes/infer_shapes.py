@@ -12,7 +12,7 @@ from vlm_export.graph.names import defined_values, nested_graphs
 
 # Operators outside ONNX whose first output has the dtype and shape of their first input (onnxruntime 1.31,
 # docs/ContribOperators.md).
-_LIKE_FIRST_INPUT = {
+LIKE_FIRST_INPUT = {
     ("com.microsoft", op_type)
     for op_type in (
         "BiasAdd", "BiasGelu", "BiasSoftmax", "FastGelu", "Gelu", "GroupNorm", "Inverse", "QuickGelu",
@@ -107,7 +107,7 @@ def _fill_like_first_input(model: ir.Model) -> bool:
     filled = False
     for graph in nested_graphs(model.graph):
         for node in graph:
-            if (node.domain, node.op_type) not in _LIKE_FIRST_INPUT or not node.inputs or node.inputs[0] is None:
+            if (node.domain, node.op_type) not in LIKE_FIRST_INPUT or not node.inputs or node.inputs[0] is None:
                 continue
             source, output = node.inputs[0], node.outputs[0]
             if output.shape is None and source.shape is not None:

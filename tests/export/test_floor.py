@@ -1,0 +1,220 @@
+"""Faults planted in written graphs, which fail by the measured floor, and right graphs, which leave room below it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from vlm_export.export.backends import export_part
+from vlm_export.export.options import Precision
+from vlm_export.export.reference_precision import float16_outputs, float64_outputs
+from vlm_export.export.rounded import rounded_points
+from vlm_export.export.simplify import finish_graph, simplify_graph
+from vlm_export.export.verification import PartVerification, part_samples
+from vlm_export.export.writer import write_graph
+from vlm_export.family import Model, Part, Reference, reference_from_module
+from vlm_export.precision.fp16 import convert_to_fp16
+from vlm_export.runtime.engine import OrtEngine
+from vlm_export.signature import Axis, Signature, TensorSpec
+from vlm_export.verify.deviation import Deviation
+from vlm_export.verify.floor import FloorJudge
+from vlm_export.verify.points import Arrays, EngineRun
+from vlm_export.verify.report import PartReport
+
+Array = npt.NDArray[Any]
+Graph = onnx.ModelProto
+CLIP = "vit_p14/state_dict_fp32.pt"
+# What of its gate a right graph may use: the rest is room.
+ROOM = 0.6
+
+
+@dataclass(frozen=True)
+class Case:
+    """A part with its graph at a precision, as written, and the floor."""
+
+    verification: PartVerification
+    reference: Reference
+    precision: Precision
+    path: Path
+    floor: FloorJudge
+
+    def report(self, engine: EngineRun) -> PartReport:
+        progress = lambda done, total: None  # noqa: E731
+        return self.verification.run(engine, "engine", self.reference, progress, self.precision, floor=self.floor)
+
+    def damaged(self, plant: Callable[[Graph], None]) -> PartReport:
+        graph = onnx.load(self.path)
+        plant(graph)
+        damaged = self.path.with_suffix(".damaged.onnx")
+        onnx.save(graph, damaged)
+        return self.report(_engine(damaged).run)
+
+
+def _engine(path: Path) -> OrtEngine:
+    return OrtEngine(path, threads=1, exact=True)
+
+
+@pytest.fixture(scope="module")
+def case_of(
+    oracle_model: Callable[[str], Model], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, Precision], Case]:
+    model, folder = oracle_model(CLIP), tmp_path_factory.mktemp("floor")
+
+    @cache
+    def make(name: str, precision: Precision) -> Case:
+        part = next(part for part in model.parts if part.name == name)
+        graph = finish_graph(simplify_graph(export_part(part, 17, "torchscript")), part.signature)
+        path = folder / f"{name}_{precision}.onnx"
+        write_graph(convert_to_fp16(graph) if precision == "fp16" else graph, path)
+        verification = PartVerification(part, model, None, part_samples(part, model, None))
+        reference = verification.load_reference()
+        floor = verification.floor(reference, precision)
+        assert floor is not None
+        return Case(verification, reference, precision, path, floor)
+
+    return make
+
+
+# Faults of a graph; each fits both precisions.
+
+
+def _initializer(graph: Graph, mark: str) -> onnx.TensorProto:
+    found: onnx.TensorProto = next(tensor for tensor in graph.graph.initializer if mark in tensor.name)
+    return found
+
+
+def _change(graph: Graph, mark: str, change: Callable[[Array], Array]) -> None:
+    tensor = _initializer(graph, mark)
+    values = numpy_helper.to_array(tensor)
+    tensor.CopyFrom(numpy_helper.from_array(change(values.copy()).astype(values.dtype), tensor.name))
+
+
+def negate_the_largest_fc1_weight(graph: Graph) -> None:
+    def negate(values: Array) -> Array:
+        values.flat[np.abs(values).argmax()] *= -1
+        return values
+
+    _change(graph, "fc1.weight", negate)
+
+
+def zero_a_hidden_unit(graph: Graph) -> None:
+    def zero(values: Array) -> Array:
+        values[:, 3] = 0
+        return values
+
+    _change(graph, "fc1.weight", zero)
+
+
+def another_quick_gelu(graph: Graph) -> None:
+    held = [entry.t for node in graph.graph.node for entry in node.attribute if node.op_type == "Constant"]
+    numbers = [t for t in (*graph.graph.initializer, *held) if t.dims in ([], [1])]
+    (tensor,) = (t for t in numbers if abs(numpy_helper.to_array(t).item() - 1.702) < 2e-3)
+    other = np.full_like(numpy_helper.to_array(tensor), 1.6)
+    tensor.CopyFrom(numpy_helper.from_array(other, tensor.name))
+
+
+def scale_the_output(graph: Graph) -> None:
+    _change(graph, "projection", lambda values: values * 1.005)
+
+
+def another_epsilon(graph: Graph) -> None:
+    norm = next(node for node in graph.graph.node if node.op_type == "LayerNormalization")
+    next(entry for entry in norm.attribute if entry.name == "epsilon").f = 1e-2
+
+
+def scale_one_matrix(graph: Graph) -> None:
+    _change(graph, "fc1.weight", lambda values: values * (1 + 5e-4))
+
+
+FAULTS = [negate_the_largest_fc1_weight, zero_a_hidden_unit, another_quick_gelu, scale_the_output, another_epsilon]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", ["vision", "text"])
+def test_a_right_graph_leaves_room(case_of: Callable[..., Case], name: str, precision: Precision) -> None:
+    case = case_of(name, precision)
+    report = case.report(_engine(case.path).run)
+    assert report.passed, report.failures
+    assert _used(report.seen, case.floor) < ROOM
+    if precision == "fp16":
+        points = rounded_points(case.path, _engine, case.verification, case.reference, case.floor)
+        assert not [point.failures for point in points if point.failures]
+        assert max(_used(point.deviations, case.floor) for point in points if point.deviations) < ROOM
+
+
+def _used(seen: Mapping[str, Deviation], judge: FloorJudge) -> float:
+    """The largest share of a gate that was seen."""
+    return max(judge.floor.share(output, deviation) for output, deviation in seen.items())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_fails(
+    case_of: Callable[..., Case], fault: Callable[[Graph], None], precision: Precision
+) -> None:
+    report = case_of("text", precision).damaged(fault)
+    assert not report.passed
+    if precision == "fp16" or fault is scale_one_matrix:
+        assert "measured noise" in str(report.failures[0][1])
+
+
+@pytest.mark.parametrize("name", ["vision", "text"])
+def test_a_matrix_that_is_a_twentieth_of_a_percent_off_fails(case_of: Callable[..., Case], name: str) -> None:
+    assert not case_of(name, "fp32").damaged(scale_one_matrix).passed
+
+
+# The Reference in other precisions.
+
+
+def test_the_reference_in_float64_is_what_torch_gives_for_doubles(oracle_model: Callable[[str], Model]) -> None:
+    import copy
+
+    for part in oracle_model(CLIP).parts:
+        sizes = {axis.name: 3 for axis in part.signature.axes}
+        inputs = part.examples(sizes, 0)
+        found = float64_outputs(reference_from_module(part), inputs)
+        module = copy.deepcopy(part.module).double()
+        tensors = [torch.from_numpy(array) for array in inputs.values()]
+        with torch.no_grad():
+            expected = module(*(t.double() if t.is_floating_point() else t for t in tensors)).numpy()
+        (output,) = found.values()
+        assert output.dtype == np.float64
+        np.testing.assert_allclose(output, expected, rtol=1e-12, atol=1e-12)
+
+
+class Coordinates(torch.nn.Module):
+    """Looks up a table at places that are computed from a size: 3000.5 is another place where float16 rounds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.arange(4000.0) / 4000)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(x.shape[1]).to(torch.float32) + 0.5
+        return x * self.table[places.long()]
+
+
+def test_coordinates_are_not_rounded_and_activations_are() -> None:
+    def examples(sizes: Any, seed: int) -> dict[str, Array]:
+        return {"x": np.full((1, 3001), 1 + 2**-12, np.float32)}
+
+    signature = Signature(
+        (TensorSpec("x", "float32", (1, "n")),), (TensorSpec("y", "float32", (1, "n")),), (Axis("n"),)
+    )
+    part = Part("p", Coordinates().eval(), signature, examples)
+    reference, inputs = reference_from_module(part), examples({}, 0)
+    exact, rounded = reference(inputs)["y"], float16_outputs(reference, inputs)["y"]
+    assert np.array_equal(rounded, rounded.astype(np.float16))
+    ratio: Arrays = {"y": rounded[0, 1:] / exact[0, 1:]}
+    assert np.abs(ratio["y"] - 1).max() < 2**-9
+    assert not np.array_equal(rounded, exact)

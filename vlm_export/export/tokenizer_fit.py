@@ -1,0 +1,92 @@
+"""Whether a tokenizer is the model's: ids against rows of the embedding, padding against pooling; its case rule."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vlm_export.errors import InputError
+from vlm_export.specs import TextCase, TextSpec
+
+# Embedding tables are padded to multiples of these (transformers' `pad_to_multiple_of`, for matrix units).
+_ROW_MULTIPLES = (8, 16, 32, 64, 128)
+_FIX = "use the tokenizer that the checkpoint was trained with: --tokenizer PATH"
+
+
+def check_rows(tokenizer: Any, spec: TextSpec, where: str, *, reserved: int = 0, is_whole: bool = False) -> str | None:
+    """Compares a tokenizer's ids with the rows of the model's token embedding; more ids than rows are refused before.
+
+    Args:
+        reserved: rows that the model's own code uses.
+        is_whole: the tokenizer is the checkpoint's own, and its files would name added tokens. Rows without an id are
+            then the checkpoint's own, and its library has no token for them either.
+
+    Returns:
+        A warning where rows are left over, or None.
+
+    Raises:
+        InputError: rows are left over that neither padding of the table nor the checkpoint's own files explain.
+    """
+    rows, known = spec.vocab_size, max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    spare = rows - known
+    if spare <= reserved:
+        return None
+    stated = f"the token embedding has {rows} rows, and the tokenizer knows {known} ids"
+    if any(rows == -(-known // multiple) * multiple for multiple in _ROW_MULTIPLES):
+        return f"{stated}: the table was padded, and no text reaches the last {spare} rows"
+    if is_whole:
+        return f"{stated}: no text reaches the last {spare} rows, with transformers neither"
+    raise InputError(
+        "the vocabulary is not the model's",
+        where=where,
+        expected=f"{rows} ids, as many as the token embedding has rows",
+        got=f"{known} ids; the {spare} others may be tokens that were added in training, which a vocabulary alone does "
+        "not name (added_tokens.json or tokenizer.json does)",
+        fix=f"put added_tokens.json beside the vocabulary, or {_FIX}",
+    )
+
+
+def check_padding(tokenizer: Any, spec: TextSpec, side: str, where: str) -> None:
+    """InputError where padding would change what the model makes of a text, so that its batch decides the result.
+
+    Args:
+        side: where the tokenizer pads.
+        where: the file that says so.
+    """
+    if side != "right":
+        raise InputError(
+            "the tokenizer pads texts on the left, which moves their tokens to other positions: what the model makes "
+            "of a text then depends on the others of its batch",
+            where=f"{where}: padding_side",
+            expected="right",
+            got=side,
+            fix="if the model was trained with padding on the right, as published ones are, state padding_side right",
+        )
+    if spec.pooling == "highest_id" and spec.pad_token_id > spec.end_token_id:
+        shown = [tokenizer.id_to_token(token_id) for token_id in (spec.end_token_id, spec.pad_token_id)]
+        raise InputError(
+            "the model pools a text at its highest id, and padding has a higher one than the end of the text",
+            where=f"{where}: pad_token",
+            expected=f"an id up to that of {shown[0]!r:.80}, {spec.end_token_id}",
+            got=f"{shown[1]!r:.80}, {spec.pad_token_id}",
+            fix="if the model was trained with the end token as padding, state it as pad_token; or state the end "
+            "token's id as eos_token_id in config.json, where the model was trained so",
+        )
+
+
+def letter_case(tokenizer: Any) -> TextCase:
+    """Whether a tokenizer's own normalizer makes letters lower case."""
+    if tokenizer.normalizer is None:
+        return "kept"
+    return "lower" if any(map(_lowers, _steps(json.loads(tokenizer.normalizer.__getstate__())))) else "kept"
+
+
+def _steps(stage: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    for step in stage.get("normalizers", ()):
+        yield from _steps(step)
+    yield stage
+
+
+def _lowers(step: Mapping[str, Any]) -> bool:
+    return step["type"] == "Lowercase" or (step["type"] == "BertNormalizer" and bool(step["lowercase"]))

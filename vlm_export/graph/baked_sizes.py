@@ -1,0 +1,585 @@
+"""Constants that hold the old size of an axis: a Reshape's [1, 64], an Expand's [1, 1, 768], a Slice's end.
+
+Exporters that trace write the size that they saw into the graph. Here the graph is gone through twice, at the old size
+and at another one; what holds the old size where the other one belongs is made to follow the data, or is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Literal, TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+
+from vlm_export.graph.errors import GraphError
+from vlm_export.graph.inference import copy_of
+from vlm_export.graph.names import fresh_name, fresh_node_name, taken_names
+from vlm_export.graph.node_sizes import MisfitError, NodeSizes, Sizes, resolved
+from vlm_export.graph.passes.rewiring import constant_argument, constant_integers, input_at
+
+Reading: TypeAlias = Literal["natural", "outer", "inner"]
+READINGS: tuple[Reading, ...] = ("natural", "outer", "inner")
+# Sizes of axes that stay open, tried one after the other: of lengths, and of images.
+_OPEN_SIZES = (24, 64, 224)
+
+
+@dataclass(frozen=True)
+class AxisOfInput:
+    """An axis of an input of the model."""
+
+    input: str
+    axis: int
+
+
+@dataclass(frozen=True)
+class Resized:
+    """Axes of inputs that change together.
+
+    Attributes:
+        old: their size before.
+        new: their size, or its name.
+    """
+
+    axes: tuple[AxisOfInput, ...]
+    old: int
+    new: int | str
+
+    def probes(self) -> tuple[int, ...]:
+        """Sizes at which the new model has to work."""
+        return (self.new,) if isinstance(self.new, int) else (2 * self.old, 3 * self.old)
+
+    def __str__(self) -> str:
+        names = ", ".join(f"axis {entry.axis} of {entry.input!r}" for entry in self.axes)
+        return f"{names} is {self.new} instead of {self.old}"
+
+
+# An entry of a shape: a number, or the size of an axis of a value times a fraction.
+@dataclass(frozen=True)
+class Follows:
+    """The size of an axis at run time, times `times`, divided by `by`."""
+
+    value: str
+    axis: int
+    times: int = 1
+    by: int = 1
+
+
+Entry: TypeAlias = "int | Follows"
+
+
+@dataclass(frozen=True)
+class Repair:
+    """One constant that will follow the data.
+
+    Attributes:
+        node: name of the first tensor that the node makes.
+        text: what becomes of it, for the report.
+        edit: does so in a graph that has the node; returns the nodes that are new or changed.
+    """
+
+    node: str
+    text: str
+    edit: Callable[[ir.Graph, ir.Node], list[ir.Node]]
+
+    def make(self, graph: ir.Graph) -> list[ir.Node]:
+        """Repairs the node of that name in a graph; returns the nodes that are new or changed."""
+        (node,) = (node for node in graph if node.outputs and node.outputs[0].name == self.node)
+        return self.edit(graph, node)
+
+
+def find_misfit(model: ir.Model, groups: Sequence[Resized]) -> MisfitError | None:
+    """The first node that does not take the data at the new sizes; None where all do, as far as is known.
+
+    A model that does not fit together at the old sizes either says nothing.
+    """
+    for open_size in _OPEN_SIZES:
+        if _misfit_at(model, {group: group.old for group in groups}, open_size) is None:
+            for probe in range(max(len(group.probes()) for group in groups)):
+                chosen = {group: group.probes()[probe % len(group.probes())] for group in groups}
+                misfit = _misfit_at(model, chosen, open_size)
+                if misfit is not None:
+                    return misfit
+            return None
+    return None
+
+
+def _misfit_at(model: ir.Model, chosen: Mapping[Resized, int], open_size: int) -> MisfitError | None:
+    sizes = NodeSizes(copy_of(model).model, _input_sizes(model, chosen, open_size))
+    try:
+        for node in sizes.model.graph:
+            sizes.visit(node)
+    except MisfitError as error:
+        return error
+    return None
+
+
+def _input_sizes(model: ir.Model, chosen: Mapping[Resized, int], open_size: int) -> dict[str, list[int]]:
+    sizes = {entry: size for group, size in chosen.items() for entry in group.axes}
+    found: dict[str, list[int]] = {}
+    for value in model.graph.inputs:
+        if value.shape is not None:
+            name = str(value.name)
+            found[name] = [
+                sizes.get(AxisOfInput(name, axis), dim if isinstance(dim, int) else open_size)
+                for axis, dim in enumerate(value.shape)
+            ]
+    return found
+
+
+def output_shapes(model: ir.Model, resized: Resized) -> dict[str, list[int | str | None]]:
+    """Output → its axes in the new model, as far as going through the graph tells them."""
+    found: list[dict[str, Sizes]] = []
+    # Sizes of other open axes are no sizes of the outputs.
+    for size, open_size in zip((*resized.probes() * 2,)[:2], _OPEN_SIZES[:2], strict=True):
+        sizes = NodeSizes(copy_of(model).model, _input_sizes(model, {resized: size}, open_size))
+        try:
+            for node in sizes.model.graph:
+                sizes.visit(node)
+        except MisfitError:
+            return {}
+        known = {str(value.name): sizes.sizes(value) for value in sizes.model.graph.outputs}
+        found.append({name: entry for name, entry in known.items() if entry is not None})
+    first, second = found
+    probes = (*resized.probes() * 2,)[:2]
+    return {
+        name: [_axis(pair, probes, resized.new) for pair in zip(first[name], second[name], strict=True)]
+        for name in first
+        if name in second and len(first[name]) == len(second[name])
+    }
+
+
+def _axis(pair: tuple[int, int], probes: Sequence[int], new: int | str) -> int | str | None:
+    if pair[0] == pair[1]:
+        return pair[0]
+    return new if pair == tuple(probes) else None
+
+
+def find_repairs(model: ir.Model, resized: Resized, reading: Reading = "natural") -> list[Repair]:
+    """What has to follow the data for the axes to have their new size.
+
+    Args:
+        reading: where an axis goes that a Reshape may have put in several places, as it may if its size was 1.
+
+    Raises:
+        GraphError: a node that cannot be repaired.
+    """
+    for open_size in _OPEN_SIZES:
+        if _misfit_at(model, {resized: resized.old}, open_size) is None:
+            return _Search(model, resized, open_size, reading).run()
+    return []
+
+
+class _Search:
+    """Goes through the graph at the old size and at another one side by side, and repairs the second on the way."""
+
+    def __init__(self, model: ir.Model, resized: Resized, open_size: int, reading: Reading) -> None:
+        self._resized, self._reading = resized, reading
+        first, second = copy_of(model).model, copy_of(model).model
+        self._before = NodeSizes(first, _input_sizes(model, {resized: resized.old}, open_size))
+        self._after = NodeSizes(second, _input_sizes(model, {resized: resized.probes()[0]}, open_size))
+        # Value → elements of its varying axis within one step of the axis that changes (1: it is the innermost part).
+        self._inner: dict[str, int] = {}
+
+    def run(self) -> list[Repair]:
+        repairs: list[Repair] = []
+        nodes = list(zip(self._before.model.graph, self._after.model.graph, strict=True))
+        for old, new in nodes:
+            self._before.visit(old)
+            # A node may have several operands that hold the old size.
+            while (repair := self._repair_of(old, new)) is not None:
+                repairs.append(repair)
+                for made in _in_order(self._after.model.graph, repair.make(self._after.model.graph)):
+                    if made is not new:
+                        self._visit(made)
+            self._visit(new)
+            self._follow_inner(old, new)
+        return repairs
+
+    def _visit(self, node: ir.Node) -> None:
+        try:
+            self._after.visit(node)
+        except MisfitError as error:
+            raise refusal(error, self._resized) from error
+
+    def _pair(self, old: ir.Value | None, new: ir.Value | None) -> tuple[Sizes, Sizes] | None:
+        before, after = self._before.sizes(old), self._after.sizes(new)
+        return None if before is None or after is None or len(before) != len(after) else (before, after)
+
+    def _varying(self, old: ir.Value | None, new: ir.Value | None) -> int | None:
+        """The one axis of a value that has another size now."""
+        pair = self._pair(old, new)
+        axes = [] if pair is None else [axis for axis, (was, now) in enumerate(zip(*pair, strict=True)) if was != now]
+        return axes[0] if len(axes) == 1 else None
+
+    def _follow_inner(self, old: ir.Node, new: ir.Node) -> None:
+        """Where the axis that changes is part of a larger one, that part is where it was in the inputs."""
+        for was, now in zip(old.outputs, new.outputs, strict=False):
+            axis = self._varying(was, now)
+            if axis is None or str(was.name) in self._inner:
+                continue
+            size = (self._before.sizes(was) or ())[axis]
+            for source_was, source in zip(old.inputs, new.inputs, strict=False):
+                place = self._varying(source_was, source)
+                name = "" if source_was is None else str(source_was.name)
+                if place is not None and name in self._inner and (self._before.sizes(source_was) or ())[place] == size:
+                    self._inner[str(was.name)] = self._inner[name]
+
+    def _repair_of(self, old: ir.Node, new: ir.Node) -> Repair | None:
+        rule = _RULES.get(old.op_type) if old.domain == "" else None
+        repair = rule(self, old, new) if rule is not None else None
+        return repair or (self._operands(old, new) if old.domain == "" else None)
+
+    def _reshape(self, old: ir.Node, new: ir.Node) -> Repair | None:
+        axis, pair = self._varying(old.inputs[0], new.inputs[0]), self._pair(old.inputs[0], new.inputs[0])
+        raw, raw_now = self._entries(old, new, 1)
+        if axis is None or pair is None or raw is None or raw_now is None:
+            return None
+        sizes = resolved(old, pair[0], raw)
+        place = self._place(str(old.inputs[0].name) if old.inputs[0] else "", pair[0], axis, sizes or [])
+        if sizes is None or place is None:
+            return None
+        position, inner = place
+        self._inner[str(old.outputs[0].name)] = inner
+        wanted = sizes[position] * pair[1][axis]
+        right = wanted // pair[0][axis] if wanted % pair[0][axis] == 0 else None
+        is_copied = raw[position] == 0 and "allowzero" not in old.attributes
+        if raw[position] == -1 or is_copied or raw_now[position] != raw[position] or right in (None, sizes[position]):
+            return None
+        entry: Entry = Follows(str(new.inputs[0].name) if new.inputs[0] else "", axis, sizes[position], pair[0][axis])
+        if position == axis and sizes[position] == pair[0][axis] and "allowzero" not in old.attributes:
+            entry = 0
+        elif -1 not in raw:
+            entry = -1
+        return _entry_repair(old, 1, raw, position, entry)
+
+    def _place(self, name: str, data: Sizes, axis: int, target: Sequence[int]) -> tuple[int, int] | None:
+        """Which size of the target holds the axis that changes, and what of it lies within one step of that axis."""
+        unit = self._resized.old
+        if data[axis] % unit:
+            unit = data[axis]
+        inner = self._inner.get(name, data[axis] // unit)
+        if data[axis] % (unit * inner):
+            unit, inner = data[axis], 1
+        within = inner * prod(data[axis + 1 :])
+        around = prod(data) // (within * unit) if within else 0
+        found, merges = [], len(target) < len(data)
+        for position, size in enumerate(target):
+            behind, before = prod(target[position + 1 :]), prod(target[:position])
+            if not behind or not before or within % behind or around % before:
+                continue
+            if (within // behind) * unit * (around // before) == size:
+                found.append((size != unit, self._rank(position, axis, merges), position, within // behind))
+        return (min(found)[2], min(found)[3]) if found else None
+
+    def _rank(self, position: int, axis: int, merges: bool) -> int:
+        """Which of several places comes first: where the axis was, or, if axes become one, the outermost."""
+        if self._reading == "natural":
+            return position if merges else int(position != axis)
+        return position if self._reading == "outer" else -position
+
+    def _entries(self, old: ir.Node, new: ir.Node, index: int) -> tuple[list[int] | None, list[int] | None]:
+        """The integers of an input at both sizes."""
+        was, now = self._before.integers(input_at(old, index)), self._after.integers(input_at(new, index))
+        return (None, None) if was is None or now is None or len(was) != len(now) else (was, now)
+
+    def _expand(self, old: ir.Node, new: ir.Node) -> Repair | None:
+        """Of an Expand, 1 leaves an axis as it is."""
+        axis, pair = self._varying(old.inputs[0], new.inputs[0]), self._pair(old.inputs[0], new.inputs[0])
+        raw, raw_now = self._entries(old, new, 1)
+        if axis is None or pair is None or raw is None or raw_now is None:
+            return None
+        position = axis + len(raw) - len(pair[0])
+        if position < 0 or raw[position] != pair[0][axis] or raw_now[position] != raw[position] or raw[position] == 1:
+            return None
+        return _entry_repair(old, 1, raw, position, 1)
+
+    def _resize(self, old: ir.Node, new: ir.Node) -> Repair | None:
+        """Only images and channels are never resized: of height and width, a fixed size may be meant."""
+        axis, pair = self._varying(old.inputs[0], new.inputs[0]), self._pair(old.inputs[0], new.inputs[0])
+        raw, raw_now = self._entries(old, new, 3)
+        if axis is None or axis > 1 or pair is None or raw is None or raw_now is None or "axes" in old.attributes:
+            return None
+        if axis >= len(raw) or raw[axis] != pair[0][axis] or raw_now[axis] != raw[axis]:
+            return None
+        return _entry_repair(old, 3, raw, axis, Follows(str(new.inputs[0].name) if new.inputs[0] else "", axis))
+
+    def _slice(self, old: ir.Node, new: ir.Node) -> Repair | None:
+        """An end that is the whole size means "to the end"."""
+        axis, pair = self._varying(old.inputs[0], new.inputs[0]), self._pair(old.inputs[0], new.inputs[0])
+        if axis is None or pair is None:
+            return None
+        in_attributes = "ends" in new.attributes
+        if in_attributes:
+            ends = list(new.attributes["ends"].as_ints())
+            axes = list(new.attributes["axes"].as_ints()) if "axes" in new.attributes else list(range(len(ends)))
+            steps = [1] * len(ends)
+        else:
+            known = [constant_integers(input_at(new, index)) for index in (2, 3, 4)]
+            if any(entry is None and input_at(new, index) is not None for index, entry in enumerate(known, 2)):
+                return None
+            ends = known[0] or []
+            axes, steps = known[1] or list(range(len(ends))), known[2] or [1] * len(ends)
+        for position, (end, place, step) in enumerate(zip(ends, axes, steps, strict=False)):
+            if place % len(pair[0]) == axis and end == pair[0][axis] and step > 0:
+                return _slice_repair(old, ends, position, in_attributes)
+        return None
+
+    def _states(self, old: ir.Node, new: ir.Node) -> Repair | None:
+        """First states of a recurrent operator: (directions, batch, hidden)."""
+        pair = self._pair(old.inputs[0], new.inputs[0])
+        layout = old.attributes["layout"].as_int() if "layout" in old.attributes else 0
+        if pair is None or self._varying(old.inputs[0], new.inputs[0]) != 1 or layout:
+            return None
+        for index in (5, 6):
+            state = self._pair(input_at(old, index), input_at(new, index))
+            if state is not None and state[1][1] == state[0][1] == 1:
+                follows = Follows(str(new.inputs[0].name) if new.inputs[0] else "", 1)
+                return _expand_repair(old, index, [1, follows, 1])
+        return None
+
+    def _operands(self, old: ir.Node, new: ir.Node) -> Repair | None:
+        """An operand that keeps the old size beside others that have the new one."""
+        if old.op_type not in _ALIGNED:
+            return None
+        pairs = [self._pair(*values) for values in zip(old.inputs, new.inputs, strict=True)]
+        if any(pair is None for pair in pairs):
+            return None
+        known = [pair for pair in pairs if pair is not None]
+        rank = max((len(pair[0]) for pair in known), default=0)
+        apart = old.attributes["axis"].as_int() % rank if old.op_type == "Concat" and rank else None
+        for axis in range(rank):
+            leaders = [index for index, pair in enumerate(known) if _differs(pair, axis - rank)]
+            if not leaders or axis == apart:
+                continue
+            leader = leaders[0]
+            was, now = (known[leader][side][axis - rank] for side in (0, 1))
+            for index, (before, after) in enumerate(known):
+                place = axis - rank + len(before)
+                if place < 0 or after[place] in ((now,) if apart is not None else (now, 1)):
+                    continue
+                value, source = new.inputs[leader], old.inputs[index]
+                if before[place] != was or source is None or value is None:
+                    continue
+                follows = Follows(str(value.name), len(known[leader][0]) + axis - rank)
+                return _operand_repair(old, index, source, before, place, follows)
+        return None
+
+
+def _differs(pair: tuple[Sizes, Sizes], axis: int) -> bool:
+    return len(pair[0]) >= -axis and pair[0][axis] != pair[1][axis]
+
+
+def _in_order(graph: ir.Graph, nodes: Sequence[ir.Node]) -> Iterable[ir.Node]:
+    chosen = set(nodes)
+    return [node for node in graph if node in chosen]
+
+
+def refusal(error: MisfitError, resized: Resized) -> GraphError:
+    """What does not fit, with the user's own names."""
+    node = error.node
+    constants = [
+        f"{value.name!r} = {constant.tolist() if constant.size <= 16 else f'sizes {list(constant.shape)}'}"
+        for value in node.inputs
+        if value is not None and (constant := constant_argument(value)) is not None
+    ]
+    where = f"the node that makes {node.outputs[0].name!r}"
+    if not constants:
+        return GraphError(
+            f"types or shapes do not fit together at {_name_of_node(node)}: {resized}",
+            where=where,
+            got=error.reason,
+            fix="state the other inputs' sizes too, or keep the size",
+        )
+    return GraphError(
+        f"{_name_of_node(node)} holds the old size: {resized}",
+        where=where,
+        expected="constants that fit the new size, or follow the data",
+        got=f"{error.reason}; its constants: {', '.join(constants)}",
+        fix="keep the size, replace the node or its constant first (`graph replace-node`), or export the model again "
+        "with this axis open",
+    )
+
+
+def _name_of_node(node: ir.Node) -> str:
+    return f"{node.op_type} {node.name or node.outputs[0].name!r}"
+
+
+def _entry_repair(node: ir.Node, index: int, raw: Sequence[int], position: int, entry: Entry) -> Repair:
+    """Puts another entry into an input that holds a shape, whether it is a constant or computed."""
+    source = input_at(node, index)
+    is_constant = constant_integers(source) is not None
+    entries: list[Entry] = [entry if place == position else size for place, size in enumerate(raw)]
+    shown = f"[{', '.join(map(_shown, entries))}]"
+
+    def edit(graph: ir.Graph, target: ir.Node) -> list[ir.Node]:
+        maker = _Maker(graph, target)
+        if is_constant:
+            value = maker.shape(entries)
+        else:
+            computed = target.inputs[index]
+            assert computed is not None
+            parts: list[Entry | ir.Value] = [entry]
+            if position:
+                parts.insert(0, maker.node("Gather", [computed, maker.constant(list(range(position)))]))
+            if position + 1 < len(raw):
+                parts.append(maker.node("Gather", [computed, maker.constant(list(range(position + 1, len(raw))))]))
+            value = maker.joined(parts)
+        target.replace_input_with(index, value)
+        return [*maker.nodes, target]
+
+    return Repair(str(node.outputs[0].name), f"{_name_of_node(node)}: {list(raw)} becomes {shown}", edit)
+
+
+def _shown(entry: Entry) -> str:
+    if isinstance(entry, int):
+        return str(entry)
+    factor = f"·{entry.times}" if entry.times != 1 else ""
+    return f"size of {entry.value!r}[{entry.axis}]{factor}" + (f"/{entry.by}" if entry.by != 1 else "")
+
+
+def _slice_repair(node: ir.Node, ends: Sequence[int], position: int, in_attributes: bool) -> Repair:
+    source = input_at(node, 2)
+    is_narrow = source is not None and source.dtype == ir.DataType.INT32
+    kind = np.int32 if is_narrow else np.int64
+    whole = int(np.iinfo(kind).max)
+    new = [whole if place == position else end for place, end in enumerate(ends)]
+
+    def edit(graph: ir.Graph, target: ir.Node) -> list[ir.Node]:
+        if in_attributes:
+            target.attributes["ends"] = ir.AttrInt64s("ends", new)
+            return [target]
+        maker = _Maker(graph, target)
+        target.replace_input_with(2, maker.constant(new, kind))
+        return [*maker.nodes, target]
+
+    text = f"{_name_of_node(node)}: the end {ends[position]} becomes the axis's own"
+    return Repair(str(node.outputs[0].name), text, edit)
+
+
+def _expand_repair(node: ir.Node, index: int, entries: Sequence[Entry], source: int | None = None) -> Repair:
+    def edit(graph: ir.Graph, target: ir.Node) -> list[ir.Node]:
+        maker = _Maker(graph, target)
+        operand = target.inputs[index]
+        assert operand is not None
+        producer = operand.producer()
+        if source is not None and producer is not None:
+            operand = producer.inputs[source]
+        expanded = maker.node("Expand", [operand, maker.shape(entries)])
+        target.replace_input_with(index, expanded)
+        return [*maker.nodes, target]
+
+    operand = node.inputs[index]
+    name = operand.name if operand is not None else ""
+    text = f"{_name_of_node(node)}: {name!r} is expanded to [{', '.join(map(_shown, entries))}]"
+    return Repair(str(node.outputs[0].name), text, edit)
+
+
+def _operand_repair(
+    node: ir.Node, index: int, source: ir.Value, sizes: Sizes, place: int, follows: Follows
+) -> Repair | None:
+    """The operand with its axis at `place` as long as that of another operand; None where it cannot be stretched."""
+    ones: list[Entry] = [follows if axis == place else 1 for axis in range(len(sizes))]
+    if sizes[place] == 1:
+        return _expand_repair(node, index, ones)
+    producer = source.producer()
+    if producer is None or producer.domain != "" or not producer.inputs:
+        return None
+    full: list[Entry] = [follows if axis == place else size for axis, size in enumerate(sizes)]
+    if producer.op_type == "Expand":
+        inner = producer.inputs[0]
+        shape = None if inner is None or inner.shape is None else inner.shape.dims
+        offset = place - len(sizes) + len(shape or ())
+        if shape is not None and (offset < 0 or shape[offset] == 1):
+            return _expand_repair(node, index, full, source=0)
+    if producer.op_type == "ConstantOfShape" and constant_integers(producer.inputs[0]) is not None:
+        return _filled_repair(node, index, full)
+    return None
+
+
+def _filled_repair(node: ir.Node, index: int, entries: Sequence[Entry]) -> Repair:
+    def edit(graph: ir.Graph, target: ir.Node) -> list[ir.Node]:
+        maker = _Maker(graph, target)
+        operand = target.inputs[index]
+        producer = operand.producer() if operand is not None else None
+        assert producer is not None
+        filled = maker.node("ConstantOfShape", [maker.shape(entries)], list(producer.attributes.values()))
+        filled.type = operand.type if operand is not None else None
+        target.replace_input_with(index, filled)
+        return [*maker.nodes, target]
+
+    text = f"{_name_of_node(node)}: an operand is filled to [{', '.join(map(_shown, entries))}]"
+    return Repair(str(node.outputs[0].name), text, edit)
+
+
+class _Maker:
+    """Makes nodes and constants right before a node; equal constants are one."""
+
+    def __init__(self, graph: ir.Graph, before: ir.Node) -> None:
+        self._graph, self._before = graph, before
+        self._taken = taken_names(graph, graph)
+        self._base = f"{before.outputs[0].name}.sizes"
+        self._known = {str(value.name): value for value in graph.inputs} | dict(graph.initializers)
+        self._known |= {str(value.name): value for node in graph for value in node.outputs}
+        self.nodes: list[ir.Node] = []
+
+    def constant(self, entries: Sequence[int], kind: type[np.signedinteger] = np.int64) -> ir.Value:
+        array = np.array(entries, kind)
+        tensor = ir.tensor(array, name=fresh_name(self._base, self._taken))
+        value = ir.Value(
+            name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
+        )
+        self._graph.register_initializer(value)
+        return value
+
+    def node(self, op_type: str, inputs: Sequence[ir.Value | None], attributes: Sequence[ir.Attr] = ()) -> ir.Value:
+        name = fresh_node_name(self._graph, f"{self._base}.{op_type}")
+        node = ir.Node("", op_type, list(inputs), list(attributes), num_outputs=1, name=name)
+        node.outputs[0].name = fresh_name(f"{self._base}.{op_type}", self._taken)
+        self._graph.insert_before(self._before, node)
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def shape(self, entries: Sequence[Entry]) -> ir.Value:
+        if all(isinstance(entry, int) for entry in entries):
+            return self.constant([entry for entry in entries if isinstance(entry, int)])
+        return self.joined(list(entries))
+
+    def joined(self, parts: Sequence[Entry | ir.Value]) -> ir.Value:
+        """One shape of numbers, sizes that follow, and parts of other shapes."""
+        values: list[ir.Value] = []
+        numbers: list[int] = []
+        for part in [*parts, None]:
+            if isinstance(part, int):
+                numbers.append(part)
+                continue
+            if numbers:
+                values.append(self.constant(numbers))
+                numbers = []
+            if part is not None:
+                values.append(self._size(part) if isinstance(part, Follows) else part)
+        return self.node("Concat", values, [ir.AttrInt64("axis", 0)]) if len(values) > 1 else values[0]
+
+    def _size(self, follows: Follows) -> ir.Value:
+        shape = self.node("Shape", [self._known[follows.value]])
+        size = self.node("Gather", [shape, self.constant([follows.axis])])
+        if follows.times != follows.by:
+            size = self.node("Mul", [size, self.constant([follows.times])])
+            size = self.node("Div", [size, self.constant([follows.by])])
+        return size
+
+
+# Operators whose operands have equal sizes, or 1 where they are stretched.
+_ALIGNED = frozenset({"Add", "And", "Concat", "Div", "Equal", "Greater", "Less", "Max", "Mean", "Min", "Mul", "Or"})
+_ALIGNED |= {"Pow", "PRelu", "Sub", "Sum", "Where", "Xor", "GreaterOrEqual", "LessOrEqual", "Mod"}
+_RULES: Mapping[str, Callable[[_Search, ir.Node, ir.Node], Repair | None]] = {
+    "Expand": _Search._expand,
+    "GRU": _Search._states,
+    "LSTM": _Search._states,
+    "RNN": _Search._states,
+    "Reshape": _Search._reshape,
+    "Resize": _Search._resize,
+    "Slice": _Search._slice,
+}
