@@ -91,12 +91,17 @@ def verdict(fault: Fault, at: Proved, folder: Path) -> Verdict:
                 prepare = fault.prepare
                 replacement = lambda image, spec, **_: prepare(image, spec)  # noqa: E731
                 stack.enter_context(mock.patch.object(contract, "preprocess_image", replacement))
-            return Verdict(
-                _error(lambda: contract.replay(open_bundle(copy), _start(copy))),
-                _error(lambda: _repeated(open_bundle(copy), at, copy)),
-            )
+            return check(copy, at)
     finally:
         shutil.rmtree(copy)
+
+
+def check(root: Path, at: Proved) -> Verdict:
+    """Verifies a bundle by its record, and with the original."""
+    return Verdict(
+        _error(lambda: contract.replay(open_bundle(root), _start(root))),
+        _error(lambda: _repeated(open_bundle(root), at, root)),
+    )
 
 
 def _repeated(bundle: OpenBundle, at: Proved, root: Path) -> ContractReport:
