@@ -46,6 +46,11 @@ class BlipFamily:
     name = "blip"
     reads: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding")
+    roots: tuple[str, ...] = blip_weights.ROOTS
+    config_types: Mapping[str, tuple[str, ...]] = {
+        "blip": ("BlipForImageTextRetrieval", "BlipForConditionalGeneration", "BlipForQuestionAnswering")
+    }
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         keys = checkpoint.tensors

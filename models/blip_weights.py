@@ -120,6 +120,15 @@ _TRAINING_PREFIXES = ("visual_encoder_m.", "text_encoder_m.", "vision_proj_m.", 
 _TRAINING_KEYS = ("temp", "image_queue", "text_queue", "idx_queue", "ptr_queue", "queue_ptr", "logit_scale")
 
 
+ROOTS = (
+    *("visual_encoder", "vision_model", "text_encoder", "text_decoder"),
+    *("vision_proj", "text_proj", "itm_head", "cls_head"),
+    *(prefix.rstrip(".") for prefix in _TRAINING_PREFIXES),
+    *_TRAINING_KEYS,
+)
+"""First parts of all keys of BLIP."""
+
+
 def vision_table(layers: int, *, huggingface: bool) -> dict[str, Target]:
     """The image encoder."""
     if not huggingface:

@@ -53,6 +53,7 @@ from vlm_export.signature import Axis, Signature, TensorSpec
 from vlm_export.specs import ImageSpec, RgbStage, TextSpec
 
 BATCH = Axis("batch")
+_HF_WORDS = "text_model.embeddings.token_embedding.weight"
 
 
 class ClipFamily:
@@ -61,6 +62,9 @@ class ClipFamily:
     name = "clip"
     reads: tuple[str, ...] = ()
     choices: tuple[str, ...] = CHOICES
+    marks: tuple[str, ...] = ("visual.conv1.weight", "vision_model.pre_layrnorm.weight", _HF_WORDS)
+    roots: tuple[str, ...] = (*clip_weights.OPENAI_ROOTS, *clip_weights.HF_ROOTS)
+    config_types: Mapping[str, tuple[str, ...]] = {"clip": ("CLIPModel",)}
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         keys = checkpoint.tensors

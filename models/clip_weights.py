@@ -86,6 +86,10 @@ HF_HEADS: WeightTable = {
 }
 
 
+OPENAI_ROOTS = ("visual", "transformer", *(key.split(".", 1)[0] for key in OPENAI_TEXT), "text", "logit_bias")
+HF_ROOTS = ("vision_model", "text_model", "visual_projection", "text_projection", "logit_scale", "logit_bias")
+
+
 def openai_vit_table(vision_layers: int, text_layers: int) -> dict[str, Target]:
     """OpenAI's key names, ViT image encoder."""
     vision = prefixed(OPENAI_BLOCK, "visual.transformer.resblocks.{i}.", "vision.blocks.{i}.")

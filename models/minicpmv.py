@@ -49,6 +49,9 @@ class MiniCpmVFamily:
     name = "minicpmv"
     reads: tuple[str, ...] = ("vpm.", "resampler.")
     choices: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ("resampler.query",)
+    roots: tuple[str, ...] = ()
+    config_types: Mapping[str, tuple[str, ...]] = {"minicpmv": ("MiniCPMV",)}
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         keys = checkpoint.tensors

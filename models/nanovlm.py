@@ -51,6 +51,9 @@ class NanoVlmFamily:
     name = "nanovlm"
     reads: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ("MP.proj.weight",)
+    roots: tuple[str, ...] = ("vision_encoder", "MP", "decoder")
+    config_types: Mapping[str, tuple[str, ...]] = {}
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         keys = checkpoint.tensors

@@ -25,6 +25,9 @@ class OmniLmmFamily:
     name = "omnilmm"
     reads: tuple[str, ...] = ("model.vision_tower.", "model.resampler.")
     choices: tuple[str, ...] = ("head_width",)
+    marks: tuple[str, ...] = ("model.resampler.query",)
+    roots: tuple[str, ...] = ()
+    config_types: Mapping[str, tuple[str, ...]] = {"omnilmm": ("OmniLMMForCausalLM",)}
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         return {"model.vision_tower.pos_embed", "model.resampler.query"} <= set(checkpoint.tensors)

@@ -7,9 +7,8 @@ from importlib import import_module
 
 from torch import Tensor
 
-from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint, Family, TensorInfo
-from vlm_export.text_display import shown
+from vlm_export.models.recognition import claimed_by, error_from_unknown, refuse_other_models, seen_by
 
 FAMILIES = {
     "clip": "vlm_export.models.clip:ClipFamily",
@@ -28,17 +27,26 @@ def load_family(name: str) -> Family:
 
 
 def recognise(checkpoint: Checkpoint) -> Family:
-    """The family that the checkpoint belongs to; InputError when none claims it."""
-    if family := _find(checkpoint):
-        return family
-    keys = list(checkpoint.tensors)
-    raise InputError(
-        "no family recognises this checkpoint",
-        where=checkpoint.source,
-        expected=f"the published key names of one of: {', '.join(FAMILIES)}",
-        got=f"{len(keys)} tensors, the first: {', '.join(map(shown, keys[:5]))}",
-        fix="a wrapper's prefix such as 'module.' or 'state_dict.' must be removed from the keys first",
-    )
+    """The family of `identify`."""
+    return identify(checkpoint)[0]
+
+
+def identify(checkpoint: Checkpoint) -> tuple[Family, Checkpoint]:
+    """The family that the checkpoint belongs to, and the checkpoint as the family reads it.
+
+    A prefix that all keys of the model have is taken off them, and tensors of other modules beside it are left out;
+    `Checkpoint.notes` and `Checkpoint.left_out` say so.
+
+    Raises:
+        InputError: no family computes this model. The error calls it by the name that config.json,
+            `open_clip_config.json` or its key names give it.
+    """
+    families = _families()
+    refuse_other_models(checkpoint, families)
+    claim = claimed_by(families, checkpoint)
+    if claim is None:
+        raise error_from_unknown(checkpoint, families)
+    return claim.family, seen_by(claim, checkpoint, families)
 
 
 def read_prefixes(keys: Collection[str]) -> tuple[str, ...]:
@@ -47,12 +55,12 @@ def read_prefixes(keys: Collection[str]) -> tuple[str, ...]:
     The families tell by names alone, so that an index is enough.
     """
     unread = TensorInfo((), "float32")
-    family = _find(Checkpoint("", "safetensors", (), dict.fromkeys(keys, unread), _refuse))
-    return family.reads if family else ()
+    claim = claimed_by(_families(), Checkpoint("", "safetensors", (), dict.fromkeys(keys, unread), _refuse))
+    return tuple(claim.prefix + name for name in claim.family.reads) if claim else ()
 
 
-def _find(checkpoint: Checkpoint) -> Family | None:
-    return next((family for family in map(load_family, FAMILIES) if family.recognises(checkpoint)), None)
+def _families() -> list[Family]:
+    return [load_family(name) for name in FAMILIES]
 
 
 def _refuse(key: str) -> Tensor:

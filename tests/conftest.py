@@ -46,7 +46,7 @@ def build_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[.
     from vlm_export.checkpoint.open import open_checkpoint
     from vlm_export.checkpoint.store import ScratchStore
     from vlm_export.family import DEFAULT_BUILD, BuildOptions
-    from vlm_export.models.registry import recognise
+    from vlm_export.models.registry import identify
 
     torch.set_num_threads(1)
     with ExitStack() as stack:
@@ -54,7 +54,8 @@ def build_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[.
         def build(source: Path, options: BuildOptions = DEFAULT_BUILD) -> Model:
             checkpoint = open_checkpoint(str(source))
             store = stack.enter_context(ScratchStore(tmp_path_factory.mktemp("store") / "weights.bin"))
-            return recognise(checkpoint).build(checkpoint, store, options)
+            family, checkpoint = identify(checkpoint)
+            return family.build(checkpoint, store, options)
 
         yield build
 

@@ -51,6 +51,8 @@ class Checkpoint:
         side_files: tokenizer and preprocessing files by name (`tokenizer.json`, `preprocessor_config.json`, …).
         revision: the resolved commit of a hub id, or None.
         open_clip_config: `open_clip_config.json` beside weights with OpenAI's key names, as data, or None.
+        notes: what was decided while reading, one sentence each: which of several state dicts, which prefix.
+        left_out: stored keys of modules beside the model, which the family does not see.
         shards_left_aside: shards that the index names and nobody opened: they hold no key that the family reads.
         check_unchanged: InputError when one of the files is no longer what it was when its sha256 was taken.
     """
@@ -64,6 +66,8 @@ class Checkpoint:
     side_files: Mapping[str, Path] = field(default_factory=dict)
     revision: str | None = None
     open_clip_config: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     shards_left_aside: tuple[str, ...] = ()
     check_unchanged: Callable[[], None] = lambda: None
 
@@ -151,6 +155,7 @@ class Model:
         reference_name: who computes the Reference, for the manifest.
         warnings: what is assumed because neither the checkpoint nor the options say it.
         original: what the proof of the contract runs.
+        notes: what was decided while the checkpoint was read; one sentence each.
         reserved_rows: rows of the embedding table that the model's own code uses, while its tokenizer has no token for
             them.
         with_tokenizer: the model with what it takes from its tokenizer's ids.
@@ -169,6 +174,7 @@ class Model:
     reference_name: str
     warnings: tuple[str, ...] = ()
     original: Original = field(default_factory=Original)
+    notes: tuple[str, ...] = ()
     reserved_rows: int = 0
     with_tokenizer: Callable[[Model, TokenizerIds], Model] = lambda model, _: model
     origins: Origins = field(default_factory=Origins)
@@ -224,11 +230,18 @@ class Family(Protocol):
         reads: prefixes of the keys that the family reads, () for all. Shards that hold no such key are neither
             downloaded nor opened.
         choices: which of `CHOICES` the family may need to be told.
+        marks: keys of which each of its checkpoints has at least one; a common prefix of all keys is found by them.
+        roots: first parts of its keys; tensors under others are of modules beside the model. () where it leaves aside
+            whatever it does not read.
+        config_types: `model_type` of a config.json → the `architectures` of that type which the family computes.
     """
 
     name: str
     reads: tuple[str, ...]
     choices: tuple[str, ...]
+    marks: tuple[str, ...]
+    roots: tuple[str, ...]
+    config_types: Mapping[str, tuple[str, ...]]
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         """Whether the stored keys (or the config) are this family's."""

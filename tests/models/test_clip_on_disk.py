@@ -12,7 +12,8 @@ import torch
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.errors import InputError
 from vlm_export.family import Description, Model
-from vlm_export.models.registry import recognise
+from vlm_export.models.recognition import left_out_warnings
+from vlm_export.models.registry import identify
 
 Weights = dict[str, torch.Tensor]
 Build = Callable[[Path], Model]
@@ -47,8 +48,8 @@ def saved(value: Any, path: Path) -> Path:
 
 
 def describe(path: Path) -> Description:
-    checkpoint = open_checkpoint(str(path))
-    return recognise(checkpoint).describe(checkpoint)
+    family, checkpoint = identify(open_checkpoint(str(path)))
+    return family.describe(checkpoint)
 
 
 def refusal(path: Path) -> str:
@@ -74,3 +75,34 @@ def test_positions_of_no_square_are_named(tmp_path: Path, make_weights: Callable
     message = refusal(saved(make_weights(image_size=(64, 32)), tmp_path / "tall.pt"))
     assert "the position table has 8 patches, which is no square" in message
     assert "images that are not square are not supported" in message
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "clipmodel.", "module._orig_mod.net.clip."])
+def test_one_common_prefix(tmp_path: Path, weights: Weights, prefix: str) -> None:
+    value = {f"{prefix}{key}": tensor for key, tensor in weights.items()}
+    family, checkpoint = identify(open_checkpoint(str(saved(value, tmp_path / "prefixed.pt"))))
+    assert (family.name, list(checkpoint.tensors), checkpoint.left_out) == ("clip", list(weights), ())
+    assert checkpoint.notes == (f"the prefix '{prefix}' was taken off the keys",)
+    assert torch.equal(checkpoint.read("visual.proj"), weights["visual.proj"])
+
+
+def test_heads_beside_the_towers_are_named(tmp_path: Path, weights: Weights) -> None:
+    head = {"ff_head.weight": torch.ones(5, 32), "ff_head.bias": torch.zeros(5)}
+    for prefix in ("", "clip."):
+        value = {**{f"{prefix}{key}": tensor for key, tensor in weights.items()}, **head}
+        family, checkpoint = identify(open_checkpoint(str(saved(value, tmp_path / "head.pt"))))
+        assert (family.name, checkpoint.left_out) == ("clip", tuple(head))
+        assert left_out_warnings(checkpoint) == (
+            "2 tensors beside the model were left out: ff_head. What is exported does not compute them",
+        )
+
+
+def test_a_copy_of_training_is_left_out(tmp_path: Path, weights: Weights) -> None:
+    value = {f"{prefix}{key}": tensor for prefix in ("model.", "ema_model.") for key, tensor in weights.items()}
+    checkpoint = identify(open_checkpoint(str(saved(value, tmp_path / "ema.pt"))))[1]
+    assert checkpoint.notes[0] == "the prefix 'model.' was taken off the keys"
+    assert "ema_model.*" in checkpoint.notes[1]
+    value = {f"{prefix}{key}": tensor for prefix in ("first.", "second.") for key, tensor in weights.items()}
+    message = refusal(saved(value, tmp_path / "two.pt"))
+    assert "several models side by side" in message
+    assert "first.* (clip), second.* (clip)" in message

@@ -6,6 +6,7 @@ itself states never leaves the directory.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,8 @@ WEIGHTS_PRECEDENCE = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
-_OPENAI_CLIP_KEY = "visual.conv1.weight"
+# open_clip's image encoders, whichever they are, stand under this name, behind a prefix perhaps.
+_OPEN_CLIP_KEY = re.compile(r"(^|\.)visual\.")
 SIDE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -140,7 +142,7 @@ def find_open_clip_config(folder: Path, stored: StoredTensors) -> SeenFile | Non
     TorchScript archives need none.
     """
     path = folder / OPEN_CLIP_CONFIG_FILE
-    is_described = stored.format != "torchscript" and _OPENAI_CLIP_KEY in stored.tensors
+    is_described = stored.format != "torchscript" and any(map(_OPEN_CLIP_KEY.search, stored.tensors))
     return see_file(path) if is_described and path.is_file() else None
 
 

@@ -153,6 +153,8 @@ def _print_result(output: str, result: ExportResult) -> None:
         for variant in part.variants:
             for warning in variant.warnings:
                 print_line(f"warning: {part.name} {variant.precision}: {warning}")
+    for note in manifest.facts.get("notes", ()):
+        print_line(f"note: {note}")
     total = sum(file.size_bytes for file in manifest.files.values())
     reference = manifest.facts.get("reference", "")
     print_line(f"compared with: {reference}")

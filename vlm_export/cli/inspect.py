@@ -101,12 +101,14 @@ def _data_from_source(source: str, revision: str | None) -> dict[str, Any]:
 def _data_from_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     from vlm_export.checkpoint.known import is_pinned
     from vlm_export.checkpoint.random import tensor_bytes
-    from vlm_export.models.registry import recognise
+    from vlm_export.models.recognition import left_out_warnings
+    from vlm_export.models.registry import identify
 
-    family = recognise(checkpoint)
+    family, checkpoint = identify(checkpoint)
     description = family.describe(checkpoint)
     dtypes = Counter(info.dtype for info in checkpoint.tensors.values())
-    notes = list(description.notes)
+    notes = [*description.notes, *checkpoint.notes]
+    assumed = description.warnings if not is_pinned(checkpoint.files) else ()
     if dtypes["float16"] or dtypes["bfloat16"]:
         notes.append("half-precision weights are converted to float32, through a mapped file and not through memory")
     takes_text = any("input_ids" in part.signature.input_names for part in description.parts)
@@ -132,12 +134,12 @@ def _data_from_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         ],
         "preparation": preparation_data(description.image, description.text, description.origins),
         "notes": notes,
-        "warnings": list(description.warnings) if description.warnings and not is_pinned(checkpoint.files) else [],
+        "warnings": [*assumed, *left_out_warnings(checkpoint)],
     }
 
 
 def _data_from_manifest(manifest: Manifest) -> dict[str, Any]:
-    warnings = manifest.facts.get("warnings")
+    warnings, notes = manifest.facts.get("warnings"), manifest.facts.get("notes")
     return {
         "what": "bundle",
         "source": manifest.source.name,
@@ -158,7 +160,10 @@ def _data_from_manifest(manifest: Manifest) -> dict[str, Any]:
             for part in manifest.parts
         ],
         "preparation": preparation_data(manifest.image, manifest.text, manifest.origins),
-        "notes": [warning for part in manifest.parts for variant in part.variants for warning in variant.warnings],
+        "notes": [
+            *(notes if isinstance(notes, list) else []),
+            *(warning for part in manifest.parts for variant in part.variants for warning in variant.warnings),
+        ],
         "warnings": warnings if isinstance(warnings, list) else [],
     }
 

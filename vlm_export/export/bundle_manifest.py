@@ -42,6 +42,7 @@ def manifest_from_model(
             "reference": model.reference_name,
             "build": options.build.to_json(),
             **({"warnings": list(model.warnings)} if model.warnings else {}),
+            **({"notes": list(model.notes)} if model.notes else {}),
             "target": options.target,
             **({} if licence is None else {"licence": licence}),
             "keep_fp32": {part.name: list(names) for part in model.parts if (names := fp32_operators(part))},

@@ -40,7 +40,7 @@ from vlm_export.export.verification import (
 )
 from vlm_export.export.writer import write_graph
 from vlm_export.family import Checkpoint, Model, Part, Reference
-from vlm_export.models.registry import recognise
+from vlm_export.models.registry import identify
 from vlm_export.precision.fp16 import convert_to_fp16
 from vlm_export.runtime.engine import CPU, OrtEngine
 from vlm_export.runtime.image import open_image
@@ -113,7 +113,7 @@ class _Job:
             for path in self.options.images:
                 open_image(path)
             checkpoint = open_source(self.source, self.options, scratch, progress)
-            family = recognise(checkpoint)
+            family, checkpoint = identify(checkpoint)
             parts = planned_parts(family, checkpoint, self.options.parts, self.options.with_preprocessing)
             check_pictures(parts, self.options.images)
             check_free_space(staging.path, needed_bytes(family, checkpoint, parts, self.options.precisions))

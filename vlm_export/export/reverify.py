@@ -25,7 +25,7 @@ from vlm_export.export.stages import Stages, StepProgress
 from vlm_export.export.stated import check_stated
 from vlm_export.export.verification import PartVerification, part_samples, variant_label
 from vlm_export.family import DEFAULT_BUILD, BuildOptions, Checkpoint, Reference
-from vlm_export.models.registry import recognise
+from vlm_export.models.registry import identify
 from vlm_export.runtime.engine import CPU, OrtEngine
 from vlm_export.specs import record_from_json
 from vlm_export.verify.contract import ContractReport
@@ -69,7 +69,8 @@ def verify_against_source(
         with ScratchStore(Path(folder) / "weights.bin") as store:
             with stages.stage("load weights"):
                 known = known_checkpoint(source)
-                model = build_model(recognise(checkpoint), checkpoint, known, store, options.build)
+                family, checkpoint = identify(checkpoint)
+                model = build_model(family, checkpoint, known, store, options.build)
                 if PART_NAME in {part.name for part in manifest.parts}:
                     model = add_preprocessing(model)
                 model = select_parts(model, [part.name for part in manifest.parts])

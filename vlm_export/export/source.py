@@ -13,6 +13,7 @@ from vlm_export.errors import UsageError, suggestion
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.stages import StepProgress
 from vlm_export.family import BuildOptions, Checkpoint, Family, Model, WeightStore
+from vlm_export.models.recognition import left_out_warnings
 from vlm_export.models.registry import load_family, read_prefixes
 
 
@@ -70,7 +71,13 @@ def build_model(
                 fix="leave these options out",
             )
     model = adapt_model(family.build(checkpoint, store, build), checkpoint, known, build)
-    return replace(model, warnings=()) if model.warnings and is_pinned(checkpoint.files) else model
+    assumed = () if is_pinned(checkpoint.files) else model.warnings
+    return replace(
+        model,
+        warnings=(*assumed, *left_out_warnings(checkpoint)),
+        notes=checkpoint.notes,
+        dropped_keys=(*model.dropped_keys, *checkpoint.left_out),
+    )
 
 
 def adapt_model(model: Model, checkpoint: Checkpoint, known: KnownCheckpoint | None, build: BuildOptions) -> Model:

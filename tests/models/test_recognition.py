@@ -1,0 +1,155 @@
+"""Which model a checkpoint is: other models are refused under their own names, by config.json and by key names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from vlm_export.checkpoint.known import known_names, load_known
+from vlm_export.checkpoint.open import open_checkpoint
+from vlm_export.errors import InputError
+from vlm_export.family import Checkpoint, TensorInfo
+from vlm_export.models.foreign import distinct_model, other_model
+from vlm_export.models.registry import identify, load_family, recognise
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION = {**SIZES, "image_size": 32, "patch_size": 16}
+TEXT = {**SIZES, "vocab_size": 64, "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2}
+OPT = {"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32, **TEXT}
+QFORMER = {**SIZES, "vocab_size": 64, "encoder_hidden_size": 32}
+BLIP2 = {"vision_config": VISION, "qformer_config": QFORMER, "text_config": OPT, "num_query_tokens": 4}
+LLAMA = {**TEXT, "model_type": "llama", "num_key_value_heads": 2}
+MIT = {f"mit_{key}": value for key, value in SIZES.items()}
+GROUPS = {"depths": [1, 1], "num_group_tokens": [4, 0], "num_output_groups": [4, 2]}
+# Class of transformers → its configuration beyond two ordinary towers, and what its key names alone are called.
+OTHERS: Mapping[str, tuple[dict[str, Any], str]] = {
+    "SiglipModel": ({}, "SigLIP"),
+    "Siglip2Model": ({"vision_config": {**SIZES, "num_patches": 4, "patch_size": 16}}, "SigLIP 2"),
+    "MetaClip2Model": ({"projection_dim": 16}, ""),
+    "ChineseCLIPModel": ({"projection_dim": 16}, "Chinese-CLIP"),
+    "AltCLIPModel": ({"projection_dim": 16, "text_config": {**TEXT, "project_dim": 16}}, "AltCLIP"),
+    "CLIPSegForImageSegmentation": (
+        {"projection_dim": 16, "extract_layers": [0], "reduce_dim": 16, "decoder_num_attention_heads": 2},
+        "CLIPSeg",
+    ),
+    "OwlViTForObjectDetection": ({"projection_dim": 16}, "OWL-ViT"),
+    "Owlv2ForObjectDetection": ({"projection_dim": 16}, "OWLv2"),
+    "GroupViTModel": ({"projection_dim": 16, "vision_config": {**VISION, **GROUPS}}, "GroupViT"),
+    "XCLIPModel": (
+        {"projection_dim": 32, "vision_config": {**VISION, **MIT}, "prompt_layers": 1, "prompt_num_attention_heads": 2},
+        "X-CLIP",
+    ),
+    "AlignModel": (
+        {"projection_dim": 16, "vision_config": {"image_size": 32, "width_coefficient": 0.1, "depth_coefficient": 0.1}},
+        "ALIGN",
+    ),
+    "Blip2ForConditionalGeneration": (BLIP2, "BLIP-2"),
+    "InstructBlipForConditionalGeneration": (BLIP2, "InstructBLIP"),
+    "LlavaForConditionalGeneration": (
+        {"vision_config": {**VISION, "model_type": "clip_vision_model"}, "text_config": LLAMA},
+        "LLaVA",
+    ),
+    "BlipModel": ({"projection_dim": 16}, "BlipModel"),
+    "CLIPForImageClassification": ({"projection_dim": 16}, "without its projection"),
+}
+
+
+def unread(key: str) -> torch.Tensor:
+    raise AssertionError(key)
+
+
+def refusal(path: Path) -> InputError:
+    with pytest.raises(InputError) as caught:
+        recognise(open_checkpoint(str(path)))
+    assert caught.value.exit_status == 3
+    return caught.value
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_models_of_transformers(tmp_path: Path, name: str) -> None:
+    stated, title = OTHERS[name]
+    cls = getattr(transformers, name)
+    config = cls.config_class(**{"text_config": dict(TEXT), "vision_config": dict(VISION), **stated})
+    cls(config).save_pretrained(tmp_path)
+    error = refusal(tmp_path)
+    assert error.what.startswith(f"config.json says {config.model_type} ({name})")
+    assert "CLIPModel" in error.expected
+    assert "BlipForQuestionAnswering" in error.expected
+    if title:
+        (tmp_path / "config.json").unlink()
+        assert title in refusal(tmp_path).what
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        (("base_model.model.vision_model.encoder.layers.0.self_attn.q_proj.lora_A.weight",), "LoRA"),
+        (("visual.conv1.weight", "token_embedding.weight", "text_decoder.resblocks.0.ln_1.weight"), "CoCa"),
+        (("visual.trunk.blocks.0.norm1.weight", "text.token_embedding.weight"), "timm"),
+        (("visual.conv1.weight", "text.transformer.embeddings.word_embeddings.weight"), "text encoder of transformers"),
+        (("blocks.3.attn.qkv.weight", "patch_embed.proj.weight", "head.weight"), "vision transformer of timm"),
+        (("model.layers.11.self_attn.q_proj.weight", "model.embed_tokens.weight"), "a language model"),
+        (("bert.embeddings.word_embeddings.weight",), "BERT"),
+        (("layer1.0.conv1.weight", "fc.weight"), "ResNet"),
+        (("visual.conv1.weight", "visual.proj"), "image encoder of CLIP alone"),
+        (("a", "b"), "no family recognises"),
+    ],
+)
+def test_key_names_without_a_config(keys: tuple[str, ...], name: str) -> None:
+    checkpoint = Checkpoint("x.pt", "state_dict", (), dict.fromkeys(keys, TensorInfo((1,), "float32")), unread)
+    with pytest.raises(InputError, match=name):
+        recognise(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ({"multimodal_cfg": {"layers": 1}}, "CoCa"),
+        ({"vision_cfg": {"timm_model_name": "vit_base_patch16_siglip_224"}}, "vit_base_patch16_siglip_224 of timm"),
+        ({"text_cfg": {"hf_model_name": "xlm-roberta-base"}}, "xlm-roberta-base of transformers"),
+    ],
+)
+def test_other_models_of_open_clip(tmp_path: Path, model: dict[str, Any], name: str) -> None:
+    torch.save({"visual.trunk.norm.weight": torch.ones(1)}, tmp_path / "open_clip_pytorch_model.bin")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {}}))
+    assert name in refusal(tmp_path).what
+
+
+def test_no_published_checkpoint_is_another_model() -> None:
+    for known in map(load_known, known_names()):
+        family = load_family(known.family)
+        tensors = family.published_tensors(known.architecture)
+        assert distinct_model(tensors) is None, known.name
+        checkpoint = Checkpoint(known.name, "random", (), tensors, unread, family.published_config(known.architecture))
+        found, seen = identify(checkpoint)
+        assert (found.name, list(seen.tensors), seen.left_out, seen.notes) == (family.name, list(tensors), (), ())
+
+
+def test_a_config_of_another_family(tmp_path: Path, make_huggingface_clip: Callable[..., Any]) -> None:
+    make_huggingface_clip(tmp_path / "clip")
+    checkpoint = open_checkpoint(str(tmp_path / "clip"))
+    assert checkpoint.config is not None
+    for changed, text in (
+        ({"model_type": "blip", "architectures": None}, "say different models"),
+        ({"model_type": "clip", "architectures": ["MyClip"]}, "config.json says clip (MyClip)"),
+        ({"model_type": None, "architectures": ["Other"]}, "config.json says Other"),
+        ({"model_type": "new_model"}, "config.json says new_model (CLIPModel): this model is not supported"),
+        ({"model_type": 5}, "malformed"),
+        ({"architectures": "CLIPModel"}, "malformed"),
+    ):
+        with pytest.raises(InputError) as caught:
+            recognise(replace(checkpoint, config={**checkpoint.config, **changed}))
+        assert text in caught.value.what
+    for unstated in ({"architectures": None}, {"model_type": None, "architectures": None}):
+        assert recognise(replace(checkpoint, config={**checkpoint.config, **unstated})).name == "clip"
+
+
+def test_families_are_no_others() -> None:
+    assert other_model(["vpm.pos_embed", "resampler.query"]) is None
