@@ -29,10 +29,18 @@ from vlm_export.models import blip_weights
 from vlm_export.models.blip_architecture import BlipArchitecture, architecture_from_checkpoint, architecture_from_json
 from vlm_export.models.blip_nlvr import FIRST_MERGING_LAYER
 from vlm_export.models.blip_parts import build_modules, build_parts
-from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD, apply_image_size, published_normalisation
+from vlm_export.models.image_processor import (
+    Prepared,
+    image_size_origin,
+    processor_files,
+    same_origin,
+    transformers_image,
+    with_chosen_size,
+)
+from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD, apply_image_size
 from vlm_export.models.weights import Target, load_weights, published_tensors
 from vlm_export.original import Original, TorchvisionPipeline, TransformersOriginal
-from vlm_export.specs import ImageSpec, TextSpec
+from vlm_export.specs import Origins, TextSpec, torchvision_image_spec
 
 # Where the original truncates captions for retrieval (train_retrieval.py) and questions (blip_vqa.py).
 MAX_TEXT_TOKENS = 35
@@ -64,12 +72,14 @@ class BlipFamily:
             PartOutline(part.name, part.signature, sum(p.numel() for p in part.module.parameters()))
             for part in build_parts(architecture, build_modules(architecture))
         )
+        image, origins = _image(architecture, architecture.vision.image_size, checkpoint)
         return Description(
             architecture.to_json(),
             parts,
             tuple(_notes(architecture, checkpoint)),
-            image=_image_spec(architecture, architecture.vision.image_size, checkpoint),
+            image=image,
             text=_text_spec(architecture),
+            origins=origins,
         )
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
@@ -84,18 +94,20 @@ class BlipFamily:
         image_size = apply_image_size(modules.vision, architecture.vision.image_size, options)
         architecture = replace(architecture, vision=replace(architecture.vision, image_size=image_size))
         parts = tuple(build_parts(architecture, modules))
+        image, origins = _image(published, image_size, checkpoint)
         return Model(
             family=self.name,
             architecture=architecture.to_json(),
             parts=parts,
-            image=_image_spec(published, image_size, checkpoint),
+            image=image,
             text=_text_spec(architecture),
             hub_config=checkpoint.config or _config_from_architecture(architecture),
             facts=_facts(architecture),
             dropped_keys=dropped,
             references={part.name: partial(reference_from_module, part) for part in parts},
             reference_name="unpatched eager module",
-            original=_original(architecture),
+            original=_original(architecture, checkpoint),
+            origins=origins,
             reserved_rows=0 if architecture.key_names == "original" else len(ADDED_TOKENS),
             with_tokenizer=_with_tokenizer,
         )
@@ -128,7 +140,7 @@ def _table(architecture: BlipArchitecture, keys: Mapping[str, Any] | tuple[()]) 
 
 def _notes(architecture: BlipArchitecture, checkpoint: Checkpoint) -> Iterator[str]:
     size = architecture.vision.image_size
-    yield f"pictures are squashed to {size} x {size} pixels; --image-size resamples the positions, as the original does"
+    yield f"images are stretched to {size} x {size} pixels; --image-size resamples the positions, as the original does"
     yield "the original's modes are Parts of their own; [ENC] and [DEC] are put by the runtime, not inside the graph"
     if architecture.decoder is not None:
         yield "cross_key_values runs once for a picture; text_decoder is one graph for the prompt and for every token"
@@ -139,7 +151,7 @@ def _notes(architecture: BlipArchitecture, checkpoint: Checkpoint) -> Iterator[s
         yield "as in transformers, texts keep [CLS] as their first token; Salesforce's files take [ENC]"
 
 
-def _original(architecture: BlipArchitecture) -> Original:
+def _original(architecture: BlipArchitecture, checkpoint: Checkpoint) -> Original:
     """Who prepares inputs: transformers, or the transform and the tokenizer of salesforce/BLIP."""
     classes = TransformersOriginal("blip", "BlipImageProcessor")
     if architecture.key_names == "huggingface":
@@ -152,14 +164,20 @@ def _original(architecture: BlipArchitecture) -> Original:
         mean=IMAGE_MEAN,
         std=IMAGE_STD,
     )
+    images = classes if processor_files(checkpoint) else transform
     # `init_tokenizer` of the original: transformers' BertTokenizer with two more tokens.
-    return Original(transform, replace(classes, added_tokens=("[DEC]", "[ENC]")))
+    return Original(images, replace(classes, added_tokens=("[DEC]", "[ENC]")))
 
 
-def _image_spec(architecture: BlipArchitecture, image_size: int, checkpoint: Checkpoint) -> ImageSpec:
+def _image(architecture: BlipArchitecture, image_size: int, checkpoint: Checkpoint) -> Prepared:
     """For images of `image_size`; the checkpoint states its own architecture's."""
-    mean, std = published_normalisation(checkpoint, architecture.vision.image_size, "squash")
-    return ImageSpec(image_size, "bicubic", "before_resize", mean, std, fit="squash")
+    published = architecture.vision.image_size
+    if architecture.key_names == "huggingface" or processor_files(checkpoint):
+        prepared = transformers_image(checkpoint, "BlipImageProcessor", published, image_size_origin(checkpoint))
+        return with_chosen_size(prepared, image_size)
+    spec = torchvision_image_spec(published, "bicubic", "before_resize", IMAGE_MEAN, IMAGE_STD, "stretch")
+    origins = {**same_origin(spec, "salesforce/BLIP"), "image.size_pixels": "the image encoder's weights"}
+    return with_chosen_size((spec, Origins(origins)), image_size)
 
 
 def _text_spec(architecture: BlipArchitecture) -> TextSpec:

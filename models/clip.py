@@ -41,16 +41,25 @@ from vlm_export.models.clip_architecture import (
     stated_vision,
 )
 from vlm_export.models.clip_encoders import build_encoders
+from vlm_export.models.image_processor import (
+    Prepared,
+    image_size_origin,
+    processor_files,
+    same_origin,
+    transformers_image,
+    with_chosen_size,
+)
 from vlm_export.models.pictures import (
+    IMAGE_MEAN,
+    IMAGE_STD,
     PictureExamples,
     apply_image_size,
     picture_shape,
-    published_normalisation,
 )
 from vlm_export.models.token_ids import EDGES, random_ids
 from vlm_export.models.weights import Target, load_weights, published_tensors
 from vlm_export.signature import Axis, Signature, TensorSpec
-from vlm_export.specs import ImageSpec, RgbStage, TextSpec
+from vlm_export.specs import Origins, TextSpec, torchvision_image_spec
 
 BATCH = Axis("batch")
 _HF_WORDS = "text_model.embeddings.token_embedding.weight"
@@ -82,13 +91,15 @@ class ClipFamily:
             for name, module, signature in modules
         )
         warnings = clip_open.assumptions(checkpoint, architecture)
+        image, origins = _image(architecture, architecture.vision.image_size, checkpoint)
         return Description(
             architecture.to_json(),
             parts,
             tuple(_notes(architecture)),
             warnings,
-            image=_image_spec(architecture, architecture.vision.image_size, checkpoint),
+            image=image,
             text=_text_spec(architecture),
+            origins=origins,
         )
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
@@ -97,6 +108,7 @@ class ClipFamily:
         dropped = load_weights(encoders, checkpoint, _table(architecture), store)
         published, architecture = architecture, _resized(architecture, encoders.vision, options)
         vision = _vision_signature(architecture, options.dynamic_image_size)
+        image, origins = _image(published, architecture.vision.image_size, checkpoint)
         parts = (
             Part("vision", encoders.vision, vision, PictureExamples(vision)),
             Part("text", encoders.text, _text_signature(architecture), _TextExamples(architecture)),
@@ -109,7 +121,7 @@ class ClipFamily:
             family=self.name,
             architecture=architecture.to_json(),
             parts=parts,
-            image=_image_spec(published, architecture.vision.image_size, checkpoint),
+            image=image,
             text=_text_spec(architecture),
             hub_config=(checkpoint.config if huggingface else None) or _config_from_architecture(architecture),
             facts={"logit_scale": float(encoders.logit_scale), "activation": architecture.activation},
@@ -118,6 +130,7 @@ class ClipFamily:
             reference_name="transformers CLIPModel" if huggingface else "unpatched eager module",
             warnings=clip_open.assumptions(checkpoint, architecture, options),
             original=clip_original.original(checkpoint, published, parts, store, options),
+            origins=origins,
         )
 
     def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
@@ -205,14 +218,17 @@ class _TextExamples:
         return {"input_ids": ids}
 
 
-def _image_spec(architecture: ClipArchitecture, image_size: int, checkpoint: Checkpoint) -> ImageSpec:
-    """For pictures of `image_size`; the checkpoint states its own architecture's."""
-    if stated := clip_open.open_clip_image(checkpoint, image_size):
-        return stated
-    mean, std = published_normalisation(checkpoint, architecture.vision.image_size, "crop")
-    # Each published pipeline in its own order: OpenAI's converts to RGB last, transformers' first.
-    rgb_stage: RgbStage = "after_crop" if architecture.key_names == "openai" else "before_resize"
-    return ImageSpec(image_size, "bicubic", rgb_stage, mean, std)
+def _image(architecture: ClipArchitecture, image_size: int, checkpoint: Checkpoint) -> Prepared:
+    """For images of `image_size`; the checkpoint states its own architecture's."""
+    published = architecture.vision.image_size
+    if stated := clip_open.open_clip_image(checkpoint, published):
+        return with_chosen_size(stated, image_size)
+    if architecture.key_names == "openai" and not processor_files(checkpoint):
+        spec = torchvision_image_spec(published, "bicubic", "after_crop", IMAGE_MEAN, IMAGE_STD)
+        origins = {**same_origin(spec, "openai/CLIP clip.py"), "image.size_pixels": "the image encoder's weights"}
+        return with_chosen_size((spec, Origins(origins)), image_size)
+    prepared = transformers_image(checkpoint, "CLIPImageProcessor", published, image_size_origin(checkpoint))
+    return with_chosen_size(prepared, image_size)
 
 
 def _text_spec(architecture: ClipArchitecture) -> TextSpec:

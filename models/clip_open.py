@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from vlm_export.errors import InputError, UsageError
 from vlm_export.family import DEFAULT_BUILD, BuildOptions, Checkpoint
@@ -24,9 +24,10 @@ from vlm_export.models.clip_architecture import (
     VitSizes,
     architecture_from_openai,
 )
+from vlm_export.models.image_processor import Prepared, processor_files, same_origin
 from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD, Channels
 from vlm_export.models.shapes import config_integer, config_number
-from vlm_export.specs import Fit, ImageSpec
+from vlm_export.specs import Origins, Resample, torchvision_image_spec
 
 FILE = "open_clip_config.json"
 # OpenAI's archives, and state dicts taken out of them, carry the picture size as a tensor; open_clip's never do.
@@ -88,7 +89,9 @@ _TEXT: Mapping[str, tuple[Any, ...]] = {
 }
 # Further fields that only models of these packages read.
 _FOREIGN = ("timm_", "hf_")
-_FITS: Mapping[str, Fit] = {"shortest": "crop", "squash": "squash"}
+_RESIZES: Mapping[str, Literal["shortest_edge", "stretch"]] = {"shortest": "shortest_edge", "squash": "stretch"}
+# `image_transform` in transform.py: "x or default".
+_DEFAULT_FOR_EMPTY = ("mean", "std", "interpolation", "resize_mode")
 
 
 def clip_architecture(checkpoint: Checkpoint, options: BuildOptions = DEFAULT_BUILD) -> ClipArchitecture:
@@ -177,24 +180,32 @@ def assumptions(
     )
 
 
-def open_clip_image(checkpoint: Checkpoint, image_size: int) -> ImageSpec | None:
-    """How `open_clip_config.json` has pictures prepared, None without the file; InputError for what is not done here.
+def open_clip_image(checkpoint: Checkpoint, image_size: int) -> Prepared | None:
+    """How `open_clip_config.json` has images prepared, None without the file; InputError for what is not done here.
 
-    Missing and null fields have open_clip's defaults; it ignores the stated size, and fields that it does not know.
+    Missing and null fields have open_clip's defaults; of four fields it takes the default for zero and empty values
+    too. It ignores the stated size, and fields that it does not know.
     """
     if checkpoint.open_clip_config is None:
         return None
-    stated = _section(checkpoint.open_clip_config, "preprocess_cfg")
-    config = {key: value for key, value in stated.items() if value is not None}
+    section = _section(checkpoint.open_clip_config, "preprocess_cfg")
+    config = {k: v for k, v in section.items() if v is not None and (v or k not in _DEFAULT_FOR_EMPTY)}
     where = f"{FILE}: preprocess_cfg."
     _choose(config, "mode", ("RGB",), where)
-    # "random" is for training; pictures are then resized with the default.
+    # "random" is for training; images are then resized with the default.
     resample = _choose(config, "interpolation", ("bicubic", "bilinear", "random"), where)
-    fit = _FITS[_choose(config, "resize_mode", tuple(_FITS), where)]
+    resize = _RESIZES[_choose(config, "resize_mode", tuple(_RESIZES), where)]
     mean, std = _channels(config, "mean", IMAGE_MEAN), _channels(config, "std", IMAGE_STD)
     if min(std) <= 0:
         raise _malformed("preprocess_cfg.std", "positive numbers", std)
-    return ImageSpec(image_size, "bilinear" if resample == "bilinear" else "bicubic", "after_crop", mean, std, fit)
+    filter_: Resample = "bilinear" if resample == "bilinear" else "bicubic"
+    spec = torchvision_image_spec(image_size, filter_, "after_crop", mean, std, resize)
+    stated = {"resample": "interpolation", "mean": "mean", "std": "std"}
+    stated |= dict.fromkeys(("resize", "resize_pixels", "crop"), "resize_mode")
+    own = {f"image.{name}": f"{where}{key}" for name, key in stated.items() if key in config}
+    defaults = {**same_origin(spec, "default of open_clip"), "image.size_pixels": f"{FILE}: model_cfg.vision_cfg"}
+    ignored = dict.fromkeys(processor_files(checkpoint), f"open_clip reads {FILE} alone")
+    return spec, Origins({**defaults, **own}, ignored)
 
 
 def _stated(checkpoint: Checkpoint) -> ClipChoices | None:
@@ -303,6 +314,8 @@ def _edge(value: Any) -> Any:
 def _channels(config: Mapping[str, Any], key: str, default: Channels) -> Channels:
     value = config.get(key, default)
     values = [value] * 3 if isinstance(value, int | float) else value
+    if isinstance(values, list) and len(values) == 1:
+        values = values * 3
     is_triple = isinstance(values, list | tuple) and len(values) == 3
     if not is_triple or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
         raise _malformed(f"preprocess_cfg.{key}", "a number or three", value)

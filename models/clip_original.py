@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vlm_export.family import Arrays, BuildOptions, Checkpoint, Part, Reference, WeightStore
 from vlm_export.models.clip_architecture import ClipArchitecture, ResNetSizes
+from vlm_export.models.image_processor import processor_files
 from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD
 from vlm_export.original import (
     OpenClipOriginal,
@@ -62,6 +63,10 @@ def original(
     if config is not None:
         preprocess = OpenClipOriginal(config.get("preprocess_cfg") or {})
         return Original(preprocess, SimpleTokenizerOriginal(), encoders, name, scale)
+    if processor_files(checkpoint):
+        return Original(
+            TransformersOriginal("clip", "CLIPImageProcessor"), SimpleTokenizerOriginal(), encoders, name, scale
+        )
     transform = TorchvisionPipeline(
         "_transform of openai/CLIP clip.py, by torchvision",
         "bicubic",

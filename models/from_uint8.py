@@ -5,7 +5,7 @@ to whole numbers from 0 to 255. Only columns, then rows that the centre crop kee
 
 Pillow 13 takes the vertical pass first where H - h > 0 and H - h > 2 (W - w), for H × W pixels that become h × w
 (python-pillow/Pillow#9549): pictures more than twice as tall as wide when the crop keeps the aspect ratio, others too
-when they are squashed. Up to Pillow 12, and here, the horizontal pass is always first. There the results differ from
+when they are stretched. Up to Pillow 12, and here, the horizontal pass is always first. There the results differ from
 Pillow 13's: at 224 pixels, 16 to 32 % of the values by one of 256 levels. That is all with the bilinear filter.
 With the bicubic one, up to 2.2 % of the values (noise; photographs: below 1 %) differ by more, at most by 22 levels at
 the hardest edges, where a pass overshoots and is cut to 0 to 255.
@@ -28,11 +28,25 @@ _GROUP = 16
 _SUPPORT = {"bilinear": 1, "bicubic": 2}
 
 
+def unsupported_steps(spec: ImageSpec) -> list[str]:
+    """What a spec asks for that the graph does not do; nothing where it does all."""
+    reasons = []
+    if spec.resample not in _SUPPORT:
+        reasons.append(f"resample {spec.resample} (the graph has {' and '.join(_SUPPORT)})")
+    if spec.resize == "none":
+        reasons.append("no resize")
+    if spec.resize == "shortest_edge" and spec.crop == "none":
+        reasons.append("no crop after a resize of the shortest edge")
+    if any(edge < spec.size_pixels for edge in spec.resize_pixels):
+        reasons.append("a crop larger than the resized image, which pads it")
+    return reasons
+
+
 class PreprocessedVision(nn.Module):
     """pixels uint8 (B, H, W, 3), RGB, 1 ≤ H, W → what the vision part gives for the preprocessed pictures.
 
-    Shorter edge to `size_pixels` and centre crop, or both edges to it; rescale to [0, 1], normalise. The rounding of
-    sizes and offsets is torchvision's (`Resize`, `CenterCrop`).
+    Resize of the shortest edge or of both, centre crop, rescale, normalise. Sizes are rounded as torchvision's
+    `Resize` and transformers do, offsets of the crop as the spec says. `unsupported_steps` says which specs it takes.
     """
 
     mean: Tensor
@@ -40,7 +54,12 @@ class PreprocessedVision(nn.Module):
 
     def __init__(self, spec: ImageSpec, vision: nn.Module) -> None:
         super().__init__()
-        self.size, self.filter, self.fit = spec.size_pixels, spec.resample, spec.fit
+        if reasons := unsupported_steps(spec):
+            raise ValueError("; ".join(reasons))
+        self.size, self.filter, self.rounds_down = spec.size_pixels, spec.resample, spec.crop == "down"
+        self.resize, self.resize_pixels = spec.resize, spec.resize_pixels
+        # 255 where values are rescaled to [0, 1].
+        self.divisor = 1 / spec.rescale_factor
         self.vision = vision
         # On the CPU also when the module around them is built on the meta device.
         self.register_buffer("mean", torch.tensor(spec.mean, device="cpu").reshape(3, 1, 1), persistent=False)
@@ -53,18 +72,19 @@ class PreprocessedVision(nn.Module):
     def preprocess(self, pixels: Tensor) -> Tensor:
         """float32 (B, 3, S, S), normalised."""
         shorter = _smaller(pixels.shape[1], pixels.shape[2])
-        columns = self._resample(pixels.permute(0, 2, 3, 1), shorter)  # (B, S, 3, H)
-        x = self._resample(columns.permute(0, 3, 1, 2), shorter).permute(0, 3, 1, 2)
-        return (x / 255 - self.mean) / self.std
+        columns = self._resample(pixels.permute(0, 2, 3, 1), shorter, 1)  # (B, S, 3, H)
+        x = self._resample(columns.permute(0, 3, 1, 2), shorter, 0).permute(0, 3, 1, 2)
+        return (x / self.divisor - self.mean) / self.std
 
-    def _resample(self, x: Tensor, shorter: _Size) -> Tensor:
-        """(B, length, m, n) → float32 (B, S, m, n), whole numbers.
+    def _resample(self, x: Tensor, shorter: _Size, edge: int) -> Tensor:
+        """(B, length, m, n) → float32 (B, S, m, n), whole numbers; `edge` 0 is the height, 1 the width.
 
         The weights are banded: a group of kept pixels needs only a window of the source. The axis comes first so that
         long runs of memory are gathered, and of bytes.
         """
         length, support = x.shape[1], _SUPPORT[self.filter]
-        resized = self.size if self.fit == "squash" else self.size * length // shorter
+        stretched = self.resize == "stretch"
+        resized = self.resize_pixels[edge] if stretched else self.resize_pixels[0] * length // shorter
         # Pixels on both sides of a centre; and how many a group needs at most.
         reach = support * length // resized + support
         window = _smaller((_GROUP - 1) * length // resized + 2 * reach + 2, length)
@@ -79,8 +99,8 @@ class PreprocessedVision(nn.Module):
         """Source pixels, int64 (groups, window), and their weights, float32 (groups, _GROUP, window)."""
         excess = resized - self.size
         half = excess // 2
-        # round(excess / 2) with ties to even, as CenterCrop computes it.
-        offset = half + (excess % 2) * (half % 2)
+        # round(excess / 2) with ties to even, as CenterCrop of torchvision computes it; transformers rounds down.
+        offset = half if self.rounds_down else half + (excess % 2) * (half % 2)
         groups = -(-self.size // _GROUP)
         kept = torch.arange(groups * _GROUP).clamp(max=self.size - 1).reshape(groups, _GROUP)
         # A kept pixel's centre in the source is (2 i + 1) length / (2 resized): whole part and rest are kept apart, so

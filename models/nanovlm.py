@@ -23,6 +23,7 @@ from vlm_export.family import (
     WeightStore,
     reference_from_module,
 )
+from vlm_export.models.image_processor import same_origin
 from vlm_export.models.nanovlm_architecture import (
     GLOBAL_IMAGE_TOKEN,
     IMAGE_TOKEN,
@@ -35,7 +36,7 @@ from vlm_export.models.nanovlm_parts import build_modules, build_parts
 from vlm_export.models.nanovlm_weights import EMBEDDING_KEY, HEAD_KEY, check_tied, weight_table
 from vlm_export.models.weights import load_weights, published_tensors
 from vlm_export.original import Original, TorchvisionPipeline, TransformersOriginal
-from vlm_export.specs import ImageSpec, TextSpec
+from vlm_export.specs import ImageSpec, Origins, TextSpec, torchvision_image_spec
 
 # What the original's `generate` draws from, in every version.
 _SAMPLING = {"top_k": 50, "top_p": 0.9, "temperature": 0.5}
@@ -72,6 +73,7 @@ class NanoVlmFamily:
             tuple(_notes(architecture)),
             image=_image_spec(architecture),
             text=_text_spec(architecture),
+            origins=_origins(architecture),
         )
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
@@ -96,6 +98,7 @@ class NanoVlmFamily:
             references={part.name: partial(reference_from_module, part) for part in parts},
             reference_name="unpatched eager module",
             original=_original(architecture),
+            origins=_origins(architecture),
         )
 
     def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
@@ -124,7 +127,12 @@ def _image_spec(architecture: NanoVlmArchitecture) -> ImageSpec | None:
     if architecture.chat.layout == "tiles":
         return None
     none, one = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    return ImageSpec(architecture.image_size, "bilinear", "before_resize", none, one, fit="squash")
+    return torchvision_image_spec(architecture.image_size, "bilinear", "before_resize", none, one, "stretch")
+
+
+def _origins(architecture: NanoVlmArchitecture) -> Origins:
+    image = _image_spec(architecture)
+    return Origins({} if image is None else same_origin(image, "huggingface/nanoVLM data/processors.py"))
 
 
 def _original(architecture: NanoVlmArchitecture) -> Original:

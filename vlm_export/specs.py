@@ -11,8 +11,11 @@ from vlm_export.errors import InputError, suggestion
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-RgbStage = Literal["after_crop", "before_resize"]
-Fit = Literal["crop", "squash"]
+RgbStage = Literal["after_crop", "before_resize", "never"]
+Resize = Literal["shortest_edge", "stretch", "none"]
+Resample = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
+Crop = Literal["down", "nearest_even", "none"]
+Transparency = Literal["white", "drop"]
 TextCleaning = Literal["openai", "none"]
 TextPooling = Literal["end_token", "highest_id", "first_token"]
 TextCase = Literal["lower", "kept"]
@@ -21,27 +24,63 @@ Side = Literal["left", "right"]
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """Image preprocessing: make the picture a square, convert to RGB, rescale, normalise.
+    """Image preprocessing: resize, crop, convert to RGB, rescale, normalise, with Pillow.
 
     Attributes:
         size_pixels: edge of the square that the vision part takes.
-        resample: Pillow's filter; always antialiased when shrinking.
-        rgb_stage: OpenAI's pipeline converts to RGB after the crop, transformers' before the resize; palette and
-            transparent pictures differ.
-        mean, std: per channel (R, G, B), applied to values in [0, 1].
-        fit: "crop" resizes the shorter edge and cuts a square from the centre; "squash" resizes both edges to the
-            square's, whatever the aspect ratio (BLIP, nanoVLM without tiles).
+        resample: Pillow's filter; always antialiased when shrinking, but for "nearest".
+        rgb_stage: transformers converts to RGB before the resize, OpenAI's pipeline and open_clip after the crop;
+            palettes and transparent images differ. "never": only images in RGB are taken.
+        mean, std: per channel (R, G, B), applied to the rescaled values.
+        resize: "shortest_edge" keeps the aspect ratio, "stretch" does not, "none" leaves the image as it is.
+        resize_pixels: the shortest edge; or height and width of a stretched image; or nothing.
+        crop: how the centre crop rounds half of an odd margin: "down" as transformers, "nearest_even" as torchvision.
+            An image that is smaller than the crop is padded with zeros (black). "none": there is no crop, and an
+            image that does not come out as a square of that size is refused.
+        transparency: what conversion to RGB makes of transparent pixels: "white" puts the image on a white ground (as
+            transformers 5), "drop" shows the colour that they hide.
+        rescale_factor: each value from 0 to 255 times this.
     """
 
     size_pixels: int
-    resample: Literal["bicubic", "bilinear"]
+    resample: Resample
     rgb_stage: RgbStage
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    fit: Fit = "crop"
+    resize: Resize
+    resize_pixels: tuple[int, ...]
+    crop: Crop
+    transparency: Transparency
+    rescale_factor: float = 1 / 255
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def torchvision_image_spec(
+    size_pixels: int,
+    resample: Resample,
+    rgb_stage: RgbStage,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    resize: Literal["shortest_edge", "stretch"] = "shortest_edge",
+) -> ImageSpec:
+    """The spec of `Resize`, `CenterCrop` (of a stretched image: none), `ToTensor` and `Normalize` of torchvision.
+
+    That is the pipeline of openai/CLIP, open_clip and salesforce/BLIP.
+    """
+    stretched = resize == "stretch"
+    return ImageSpec(
+        size_pixels,
+        resample,
+        rgb_stage,
+        mean,
+        std,
+        resize,
+        (size_pixels, size_pixels) if stretched else (size_pixels,),
+        "none" if stretched else "nearest_even",
+        "drop",
+    )
 
 
 @dataclass(frozen=True)

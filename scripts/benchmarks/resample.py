@@ -26,7 +26,7 @@ from vlm_export.models.from_uint8 import PreprocessedVision
 from vlm_export.runtime.engine import OrtEngine
 from vlm_export.runtime.image import preprocess_image
 from vlm_export.signature import Axis, Signature, TensorSpec
-from vlm_export.specs import ImageSpec
+from vlm_export.specs import torchvision_image_spec
 
 # Positions per side, from and to; as many channels as ViT-B.
 GRIDS = ((16, 24), (24, 16), (37, 24), (14, 70), (70, 32))
@@ -40,7 +40,7 @@ GOALS: dict[str, dict[str, float]] = {
 }
 FORMS: tuple[Interpolation, ...] = ("resize-op", "matmul")
 _OPSET = 18
-_CLIP = ImageSpec(
+_CLIP = torchvision_image_spec(
     224, "bicubic", "after_crop", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 )
 

@@ -26,9 +26,9 @@ from vlm_export.models.blip_parts import BlipModules
 from vlm_export.models.clip_encoders import ClipVisionTransformer
 from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD
 from vlm_export.models.vit import VisionTransformer
-from vlm_export.specs import ImageSpec
+from vlm_export.specs import torchvision_image_spec
 
-IMAGE = ImageSpec(PICTURE_PIXELS, "bicubic", "before_resize", IMAGE_MEAN, IMAGE_STD, fit="squash")
+IMAGE = torchvision_image_spec(PICTURE_PIXELS, "bicubic", "before_resize", IMAGE_MEAN, IMAGE_STD, resize="stretch")
 # As many as the original's greatest caption length, and as many as a question may have.
 _CAPTION_POSITIONS, _QUESTION_POSITIONS, _ANSWER_POSITIONS = 20, 35, 20
 

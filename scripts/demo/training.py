@@ -21,13 +21,13 @@ from demo.world import ATTRIBUTES, PICTURE_PIXELS, TRAINED, Composition, draw
 from vlm_export.models.clip_architecture import HEAD_WIDTH, LAYER_NORM_EPS, ClipArchitecture, TextSizes, VitSizes
 from vlm_export.models.clip_encoders import ClipEncoders, ClipVisionTransformer
 from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD
-from vlm_export.specs import ImageSpec
+from vlm_export.specs import torchvision_image_spec
 
 REPORT_STEPS = 50
 _FIRST_LOGIT_SCALE = math.log(1 / 0.07)
 _LAST_LOGIT_SCALE = math.log(100)
 _GROUP = 4
-_IMAGE = ImageSpec(PICTURE_PIXELS, "bicubic", "after_crop", IMAGE_MEAN, IMAGE_STD)
+_IMAGE = torchvision_image_spec(PICTURE_PIXELS, "bicubic", "after_crop", IMAGE_MEAN, IMAGE_STD)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from vlm_export.bundle.opened import open_bundle
 from vlm_export.bundle.publish import Staging, publication
 from vlm_export.bundle.safe_files import record_of_file, relative_files
 from vlm_export.signature import Axis, Signature, TensorSpec
-from vlm_export.specs import ImageSpec, TextSpec
+from vlm_export.specs import TextSpec, torchvision_image_spec
 
 GRAPH = "onnx/vision_model.onnx"
 DATA = "onnx/vision_model.onnx_data"
@@ -38,7 +38,7 @@ def make_manifest(data: bool = True) -> Manifest:
         family="clip",
         architecture={"embed_dim": 4, "vision": {"layers": [1, 2]}},
         facts={"logit_scale": 4.6},
-        image=ImageSpec(8, "bicubic", "after_crop", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+        image=torchvision_image_spec(8, "bicubic", "after_crop", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
         text=TextSpec(16, 100, 99, 0, "openai"),
         parts=(PartRecord("vision", signature, (variant,)),),
         tools={"torch": "2.15", "onnx": "1.23"},

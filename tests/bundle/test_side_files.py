@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +18,9 @@ from vlm_export.bundle.layout import (
 from vlm_export.bundle.manifest import VariantRecord, checked_relative_name
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.image import preprocess_image
-from vlm_export.specs import ImageSpec
+from vlm_export.specs import torchvision_image_spec
 
-IMAGE = ImageSpec(224, "bicubic", "after_crop", (0.48145466, 0.4578275, 0.40821073), (0.268, 0.261, 0.275))
+IMAGE = torchvision_image_spec(224, "bicubic", "after_crop", (0.48145466, 0.4578275, 0.40821073), (0.268, 0.261, 0.275))
 
 
 def test_graph_names_are_the_ecosystems() -> None:
@@ -58,10 +57,10 @@ def test_transformers_reads_the_preprocessor_config(tmp_path: Path) -> None:
     assert [getattr(processor, step) for step in steps] == [True] * 5
 
 
-def test_transformers_reads_the_squashing_one_and_gives_our_pixels(tmp_path: Path) -> None:
+def test_transformers_reads_the_stretching_one_and_gives_our_pixels(tmp_path: Path) -> None:
     from transformers import AutoImageProcessor
 
-    spec = replace(IMAGE, size_pixels=20, rgb_stage="before_resize", fit="squash")
+    spec = torchvision_image_spec(20, "bicubic", "before_resize", IMAGE.mean, IMAGE.std, "stretch")
     config = preprocessor_config(spec)
     assert config["size"] == {"height": 20, "width": 20}
     assert not {"do_center_crop", "crop_size"} & set(config)

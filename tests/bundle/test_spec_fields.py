@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vlm_export.bundle.spec_fields import signature_from_fields
+from vlm_export.bundle.spec_fields import image_spec_from_fields, signature_from_fields
 from vlm_export.bundle.strict_json import Fields
 from vlm_export.errors import InputError
 from vlm_export.signature import Axis, Signature, TensorSpec
@@ -18,25 +18,53 @@ FIELDS = {
     "rgb_stage": "before_resize",
     "mean": [0.5, 0.5, 0.5],
     "std": [0.5, 0.5, 0.5],
+    "resize": "stretch",
+    "resize_pixels": [384, 384],
+    "crop": "none",
+    "transparency": "white",
 }
 
 
 def test_fields_with_a_default_may_be_left_out() -> None:
     spec = record_from_json(ImageSpec, FIELDS)
-    assert spec.fit == "crop"
+    assert spec.rescale_factor == 1 / 255
     assert spec.mean == (0.5, 0.5, 0.5)
-    squashed = record_from_json(ImageSpec, {**FIELDS, "fit": "squash"})
-    assert squashed.fit == "squash"
-    assert record_from_json(ImageSpec, squashed.to_json()) == squashed
+    assert record_from_json(ImageSpec, spec.to_json()) == spec
 
 
 def test_the_others_may_not_and_unknown_ones_are_named() -> None:
     with pytest.raises(InputError, match=r"got: no std") as caught:
         record_from_json(ImageSpec, {key: value for key, value in FIELDS.items() if key != "std"})
     assert caught.value.expected == ", ".join(FIELDS)
-    with pytest.raises(InputError, match="no field 'fits'") as caught:
-        record_from_json(ImageSpec, {**FIELDS, "fits": "squash"})
-    assert caught.value.fix == "did you mean 'fit'?"
+    with pytest.raises(InputError, match="no field 'crops'") as caught:
+        record_from_json(ImageSpec, {**FIELDS, "crops": "down"})
+    assert caught.value.fix == "did you mean 'crop'?"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("resize", "squash"),
+        ("resize", "shortest_edge"),  # of two edges
+        ("resize_pixels", [384]),
+        ("resize_pixels", [384, 380]),  # and nothing is cropped
+        ("resize_pixels", [384, True]),
+        ("resize_pixels", [0, 384]),
+        ("resample", "area"),
+        ("rgb_stage", None),
+        ("crop", "up"),
+        ("transparency", "black"),
+        ("rescale_factor", 0),
+        ("rescale_factor", "1/255"),
+        ("std", [1, 0, 1]),
+        ("size_pixels", 8193),
+    ],
+)
+def test_an_image_spec_that_no_runtime_could_follow_is_refused(key: str, value: Any) -> None:
+    whole = {**FIELDS, "rescale_factor": 1 / 255}
+    assert image_spec_from_fields(Fields(whole, "manifest")) == record_from_json(ImageSpec, FIELDS)
+    with pytest.raises(InputError, match="another type or value"):
+        image_spec_from_fields(Fields({**whole, key: value}, "manifest"))
 
 
 RELATED = Signature(

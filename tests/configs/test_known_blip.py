@@ -105,7 +105,7 @@ def test_preparation_fits_the_architecture(name: str) -> None:
     assert json.loads(json.dumps(architecture.to_json())) == known.architecture
     image, text = known.image, known.text
     assert image is not None
-    assert (image.size_pixels, image.fit) == (architecture.vision.image_size, "squash")
+    assert (image.size_pixels, image.resize) == (architecture.vision.image_size, "stretch")
     assert (image.resample, image.rgb_stage, image.mean, image.std) == (
         "bicubic",
         "before_resize",

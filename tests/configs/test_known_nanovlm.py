@@ -52,7 +52,7 @@ def test_preparation_fits_the_architecture(name: str) -> None:
         return
     assert known.image is not None
     assert known.image.size_pixels == architecture.image_size
-    assert (known.image.fit, known.image.mean, known.image.std) == ("squash", (0, 0, 0), (1, 1, 1))
+    assert (known.image.resize, known.image.mean, known.image.std) == ("stretch", (0, 0, 0), (1, 1, 1))
 
 
 def _product(shape: tuple[int, ...]) -> int:

@@ -159,7 +159,7 @@ def test_facts_of_each_kind(models: dict[str, Model]) -> None:
     assert models["retrieval"].facts["match"] == {"first_token": "enc", "max_text_tokens": 35}
     image = models["caption"].image
     assert image is not None
-    assert (image.fit, image.rgb_stage, image.resample) == ("squash", "before_resize", "bicubic")
+    assert (image.resize, image.rgb_stage, image.resample) == ("stretch", "before_resize", "bicubic")
 
 
 def test_random_weights_of_a_known_architecture_build(models: dict[str, Model], tmp_path: Path) -> None:

@@ -310,14 +310,24 @@ def test_huggingface_weights_alone_do_not_tell_the_heads(tmp_path: Path, make_hu
 def test_published_normalisation_is_used(tmp_path: Path, make_huggingface_clip: Make) -> None:
     make_huggingface_clip(tmp_path / "model")
     path = tmp_path / "model" / "preprocessor_config.json"
-    path.write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]}))
-    image = build(tmp_path / "model", tmp_path).image
+    size = ClipFamily().describe(open_checkpoint(str(tmp_path / "model"))).architecture["vision"]["image_size"]
+    edges = {"size": size, "crop_size": size}
+    path.write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3], **edges}))
+    model = build(tmp_path / "model", tmp_path)
+    image = model.image
     assert image is not None
+    assert model.origins.values["image.mean"] == "preprocessor_config.json: image_mean"
     assert (image.mean, image.std) == ((0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
-    for malformed in ("{", '{"image_mean": [1, 2]}', '{"image_std": "x"}'):
+    stated = ("{", json.dumps({**edges, "image_mean": [1, 2]}), json.dumps({**edges, "image_std": "x"}))
+    for malformed in stated:
         path.write_text(malformed)
         with pytest.raises(InputError, match="malformed"):
             build(tmp_path / "model", tmp_path)
+    path.write_text("{}")
+    with pytest.raises(InputError, match="different sizes") as caught:
+        build(tmp_path / "model", tmp_path)
+    assert (caught.value.where, caught.value.got) == ("default of CLIPImageProcessor", "224 x 224")
+    assert str(size) in caught.value.expected
 
 
 def test_describe_reads_no_weight(make_huggingface_clip: Make, tmp_path: Path) -> None:

@@ -1,21 +1,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from vlm_export.models.from_uint8 import PreprocessedVision
+from vlm_export.models.from_uint8 import PreprocessedVision, unsupported_steps
 from vlm_export.runtime.image import preprocess_image
-from vlm_export.specs import ImageSpec
+from vlm_export.specs import ImageSpec, torchvision_image_spec
 from vlm_export.verify.samples import synthetic_photographs
+
+MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
 
 def spec(size: int, resample: Literal["bicubic", "bilinear"] = "bicubic") -> ImageSpec:
-    return ImageSpec(size, resample, "after_crop", (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+    return torchvision_image_spec(size, resample, "after_crop", MEAN, STD)
 
 
 def levels_apart(image: Image.Image, image_spec: ImageSpec, *, vertical_first: bool = False) -> np.ndarray:
@@ -63,8 +65,41 @@ def test_noise_of_any_size_is_within_one_level_of_pillow(height: int, width: int
 
 # None of them takes two passes in Pillow 13's other order.
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (40, 100), (300, 900), (300, 224), (500, 400)])
-def test_squashed_pictures_are_within_one_level_of_pillow(height: int, width: int) -> None:
-    assert levels_apart(noise(height, width), replace(spec(224), fit="squash")).max() < 1.01
+def test_stretched_pictures_are_within_one_level_of_pillow(height: int, width: int) -> None:
+    assert (
+        levels_apart(
+            noise(height, width), torchvision_image_spec(224, "bicubic", "after_crop", MEAN, STD, "stretch")
+        ).max()
+        < 1.01
+    )
+
+
+def test_every_rounding_of_the_crop_and_other_steps_are_within_one_level_of_pillow() -> None:
+    rounded_down = replace(spec(32), crop="down", transparency="white", rgb_stage="before_resize")
+    specs = [
+        rounded_down,
+        replace(rounded_down, resize_pixels=(41,), rescale_factor=1.0),
+        replace(rounded_down, resize="stretch", resize_pixels=(35, 47)),
+    ]
+    for size in ((40, 40), (40, 41), (40, 42), (40, 43), (43, 40), (32, 35), (35, 32)):
+        for image_spec in specs:
+            apart = levels_apart(noise(*size), image_spec) / image_spec.rescale_factor / 255
+            assert apart.max() < 1.01, (size, image_spec)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"resample": "lanczos"}, "resample lanczos"),
+        ({"resize": "none", "resize_pixels": ()}, "no resize"),
+        ({"crop": "none"}, "no crop"),
+        ({"resize_pixels": (31,)}, "pads"),
+    ],
+)
+def test_steps_that_the_graph_lacks_are_named(changes: dict[str, Any], says: str) -> None:
+    assert unsupported_steps(spec(32)) == []
+    (reason,) = unsupported_steps(replace(spec(32), **changes))
+    assert says in reason
 
 
 @pytest.mark.parametrize("size", [1, 5, 16, 17])

@@ -227,7 +227,7 @@ def test_layouts(build: Build) -> None:
     assert build("split").image is None
     spec = build("222m").image
     assert spec is not None
-    assert (spec.size_pixels, spec.fit, spec.mean, spec.std) == (64, "squash", (0, 0, 0), (1, 1, 1))
+    assert (spec.size_pixels, spec.resize, spec.mean, spec.std) == (64, "stretch", (0, 0, 0), (1, 1, 1))
     text = build("450m").text
     assert text is not None
     assert (text.ends_texts, text.added_tokens, text.end_token_id) == (False, ("<|image|>",), 2)

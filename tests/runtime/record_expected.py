@@ -23,7 +23,7 @@ from vlm_export.export.clip_bpe import END_TOKEN, START_TOKEN, tokenizer_json_fr
 from vlm_export.models import clip, clip_encoders, pictures
 from vlm_export.models.clip_architecture import ClipArchitecture, TextSizes, VitSizes
 from vlm_export.models.layers import build_causal_mask
-from vlm_export.specs import ImageSpec, TextSpec
+from vlm_export.specs import ImageSpec, TextSpec, torchvision_image_spec
 
 DATA = Path(__file__).parent.parent / "data" / "runtime"
 SIZE_PIXELS = 24
@@ -109,7 +109,9 @@ def record_pictures() -> None:
     folder = DATA / "pictures"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    after = original_transform(ImageSpec(SIZE_PIXELS, "bicubic", "after_crop", pictures.IMAGE_MEAN, pictures.IMAGE_STD))
+    after = original_transform(
+        torchvision_image_spec(SIZE_PIXELS, "bicubic", "after_crop", pictures.IMAGE_MEAN, pictures.IMAGE_STD)
+    )
     expected: dict[str, Any] = {}
     for name, content in encoded_pictures().items():
         (folder / name).write_bytes(content)
@@ -156,7 +158,7 @@ def tiny_model(vocab_size: int) -> tuple[clip_encoders.ClipEncoders, ClipArchite
 def record_bundle() -> None:
     tokenizer_json, vocab_size = tiny_tokenizer()
     encoders, architecture = tiny_model(vocab_size)
-    image_spec = ImageSpec(SIZE_PIXELS, "bicubic", "after_crop", pictures.IMAGE_MEAN, pictures.IMAGE_STD)
+    image_spec = torchvision_image_spec(SIZE_PIXELS, "bicubic", "after_crop", pictures.IMAGE_MEAN, pictures.IMAGE_STD)
     text_spec = TextSpec(architecture.text.context_length, vocab_size, vocab_size - 1, 0, "openai")
     parts = (
         (encoders.vision, clip._vision_signature(architecture), torch.randn(2, 3, SIZE_PIXELS, SIZE_PIXELS)),

@@ -8,7 +8,7 @@ import struct
 import zlib
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from PIL import Image
 from vlm_export.errors import InputError
 from vlm_export.runtime import image as image_module
 from vlm_export.runtime.image import open_image, preprocess_image, resized_size
-from vlm_export.specs import Fit, ImageSpec, RgbStage
+from vlm_export.specs import ImageSpec, RgbStage, torchvision_image_spec
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -29,8 +29,12 @@ VARIANTS = ("rn_tiny", "vit_p14", "vit_w128")
 BLIP_VARIANTS = ("caption", "feature_extractor", "retrieval", "vqa")
 
 
-def image_spec(size_pixels: int = 24, rgb_stage: RgbStage = "after_crop", fit: Fit = "crop") -> ImageSpec:
-    return ImageSpec(size_pixels, "bicubic", rgb_stage, MEAN, STD, fit)
+def image_spec(
+    size_pixels: int = 24,
+    rgb_stage: RgbStage = "after_crop",
+    resize: Literal["shortest_edge", "stretch"] = "shortest_edge",
+) -> ImageSpec:
+    return torchvision_image_spec(size_pixels, "bicubic", rgb_stage, MEAN, STD, resize)
 
 
 def tensor_from_safetensors(path: Path, name: str) -> npt.NDArray[Any]:
@@ -77,19 +81,19 @@ def test_pixels_equal_the_original_record(data: Path, variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", BLIP_VARIANTS)
-def test_squashed_pixels_equal_the_original_record(data: Path, variant: str) -> None:
+def test_stretched_pixels_equal_the_original_record(data: Path, variant: str) -> None:
     folder = data / "blip" / variant
     expected = tensor_from_safetensors(folder / "golden.safetensors", "preprocess.image_png")
     edge = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["config"]["image_size"]
     image = open_image(folder / "image.png")
     assert image.width != image.height
-    assert_close(preprocess_image(image, image_spec(edge, "before_resize", "squash")), expected)
+    assert_close(preprocess_image(image, image_spec(edge, "before_resize", "stretch")), expected)
     cropped = preprocess_image(image, image_spec(edge, "before_resize"))
     assert np.abs(cropped - expected).max() > 0.1
 
 
-def test_one_pixel_squashes_to_one_colour() -> None:
-    (red, green, blue) = preprocess_image(Image.new("RGB", (1, 1), (255, 128, 0)), image_spec(fit="squash"))
+def test_one_pixel_stretches_to_one_colour() -> None:
+    (red, green, blue) = preprocess_image(Image.new("RGB", (1, 1), (255, 128, 0)), image_spec(resize="stretch"))
     for channel, value, mean, std in zip((red, green, blue), (255, 128, 0), MEAN, STD, strict=True):
         assert_close(channel, np.full((24, 24), (value / 255 - mean) / std))
 
@@ -158,16 +162,16 @@ def test_long_thin_picture_is_refused_before_resizing(size: tuple[int, int]) -> 
 
 
 @pytest.mark.parametrize("size", [(1, 500_000), (500_000, 1), (300, 400_000)])
-def test_long_thin_picture_is_refused_before_squashing(size: tuple[int, int]) -> None:
+def test_long_thin_picture_is_refused_before_stretching(size: tuple[int, int]) -> None:
     """Pillow's first pass would make 224 x 500,000 pixels of the first."""
     with pytest.raises(InputError, match="too long and thin") as caught:
-        preprocess_image(Image.new("L", size), image_spec(224, fit="squash"), name="ribbon.png")
+        preprocess_image(Image.new("L", size), image_spec(224, resize="stretch"), name="ribbon.png")
     assert "ribbon.png" in str(caught.value)
 
 
 @pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1)])
-def test_what_a_crop_refuses_may_be_squashed(size: tuple[int, int]) -> None:
-    assert preprocess_image(Image.new("L", size), image_spec(224, fit="squash")).shape == (3, 224, 224)
+def test_what_a_crop_refuses_may_be_stretched(size: tuple[int, int]) -> None:
+    assert preprocess_image(Image.new("L", size), image_spec(224, resize="stretch")).shape == (3, 224, 224)
 
 
 def damaged(kind: str, data: Path) -> bytes:

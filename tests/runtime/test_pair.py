@@ -240,12 +240,9 @@ def test_identity_names_the_model_not_the_export(changed: Callable[..., EncoderP
     assert changed(source=replace(source, random_weights_seed=None)).identity != pair.identity
 
 
-def test_identity_tells_how_pictures_are_fitted_and_outlives_the_field(
-    changed: Callable[..., EncoderPair], pair: EncoderPair
-) -> None:
-    """Embedding files from before `ImageSpec.fit` name this bundle so."""
-    assert pair.identity == "6ddba171b5a8e35fbc7ae0f7109c0fd6827296879bd168a686adf21a0573d8f4"
-    assert changed(image=replace(pair.image_spec, fit="squash")).identity != pair.identity
+def test_identity_tells_how_images_are_prepared(changed: Callable[..., EncoderPair], pair: EncoderPair) -> None:
+    for other in ({"crop": "down"}, {"transparency": "white"}, {"resample": "box"}, {"rescale_factor": 1.0}):
+        assert changed(image=replace(pair.image_spec, **other)).identity != pair.identity
 
 
 def test_progress_goes_to_stderr(pair: EncoderPair, capsys: pytest.CaptureFixture[str]) -> None:

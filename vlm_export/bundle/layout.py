@@ -23,7 +23,7 @@ CONTRACT_DIRECTORY = "golden/contract"
 
 PRECISION_SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}
 PART_STEMS = {"vision": "vision_model", "text": "text_model", "decoder": "decoder_model_merged"}
-PILLOW_RESAMPLE = {"bilinear": 2, "bicubic": 3}
+PILLOW_RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
 
 def graph_path(part: str, precision: str) -> str:
@@ -44,24 +44,57 @@ def golden_directory(part: str, index: int) -> str:
 
 
 def preprocessor_config(image: ImageSpec) -> dict[str, Any]:
-    """`preprocessor_config.json` for a CLIPImageProcessor, or a SiglipImageProcessor where the picture is squashed."""
+    """`preprocessor_config.json` for a CLIPImageProcessor, or a SiglipImageProcessor where images are only stretched.
+
+    With their Pillow back ends, transformers' classes make the bundle's own pixels of it, but for what
+    `preprocessor_differences` says.
+    """
     square = {"height": image.size_pixels, "width": image.size_pixels}
-    fitted: dict[str, Any] = {"image_processor_type": "SiglipImageProcessor", "size": square}
-    if image.fit == "crop":
-        shortest = {"shortest_edge": image.size_pixels}
-        crop = {"do_center_crop": True, "crop_size": square}
-        fitted = {"image_processor_type": "CLIPImageProcessor", "size": shortest, **crop}
+    size = square
+    if image.resize == "shortest_edge":
+        size = {"shortest_edge": image.resize_pixels[0]}
+    elif image.resize == "stretch":
+        size = dict(zip(("height", "width"), image.resize_pixels, strict=True))
+    only_stretched = image.resize == "stretch" and image.crop == "none"
+    crop = {} if only_stretched else {"do_center_crop": image.crop != "none", "crop_size": square}
     return {
-        **fitted,
-        "do_resize": True,
+        "image_processor_type": "SiglipImageProcessor" if only_stretched else "CLIPImageProcessor",
+        "size": size,
+        **crop,
+        "do_resize": image.resize != "none",
         "resample": PILLOW_RESAMPLE[image.resample],
         "do_rescale": True,
-        "rescale_factor": 1 / 255,
+        "rescale_factor": image.rescale_factor,
         "do_normalize": True,
         "image_mean": list(image.mean),
         "image_std": list(image.std),
-        "do_convert_rgb": True,
+        "do_convert_rgb": image.rgb_stage != "never",
     }
+
+
+def preprocessor_differences(image: ImageSpec) -> list[str]:
+    """Where transformers' classes, reading `preprocessor_config`, make other pixels than the bundle; sentences.
+
+    No class of transformers 5.23 rounds a crop as torchvision does, or converts to RGB after the resize.
+    """
+    differences = []
+    if image.crop == "nearest_even":
+        differences.append(
+            "transformers rounds the offset of the centre crop down, this model's original to the even side: images "
+            "whose resized margin is 3 more than a multiple of 4 are cut one pixel apart"
+        )
+    if image.transparency == "drop":
+        differences.append("transformers 5 puts transparent images on white, this model's original drops their alpha")
+    if image.rgb_stage == "after_crop":
+        differences.append(
+            "transformers converts to RGB before the resize, this model's original after the crop: images with a "
+            "palette, of one bit a pixel, or with transparency differ"
+        )
+    differences.append(
+        "transformers' default back end resizes with torchvision: on uint8 its values differ from those of Pillow, "
+        "with which this bundle resizes, as docs/numerics.md states"
+    )
+    return differences
 
 
 def hub_config(config: Mapping[str, Any], variants: Iterable[VariantRecord]) -> dict[str, Any]:

@@ -2,37 +2,56 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import get_args
 
 from vlm_export.bundle.strict_json import Fields
 from vlm_export.errors import InputError
 from vlm_export.signature import Signature, signature_from_json
 from vlm_export.specs import (
-    Fit,
+    Crop,
     ImageSpec,
     Origins,
+    Resample,
+    Resize,
     RgbStage,
     Side,
     TextCase,
     TextCleaning,
     TextPooling,
     TextSpec,
+    Transparency,
     record_from_json,
 )
 
 MAX_IMAGE_SIZE_PIXELS = 8192
+_RESIZE_EDGES = {"shortest_edge": 1, "stretch": 2, "none": 0}
 MAX_CONTEXT_LENGTH = 1 << 20
 MAX_TOKEN_ID = (1 << 31) - 1
 
 
 def image_spec_from_fields(fields: Fields) -> ImageSpec:
-    """The ImageSpec; InputError on odd types, sizes out of range or a standard deviation that is not positive."""
+    """The ImageSpec; InputError on odd types, sizes out of range, or steps that no runtime can follow."""
     spec = record_from_json(ImageSpec, fields.data)
-    fields.integer("size_pixels", minimum=1, maximum=MAX_IMAGE_SIZE_PIXELS)
-    fields.choice("resample", ("bicubic", "bilinear"))
-    fields.choice("rgb_stage", get_args(RgbStage))
-    if "fit" in fields.data:  # manifests from before the field mean its default
-        fields.choice("fit", get_args(Fit))
+    fields.only([entry.name for entry in dataclasses.fields(ImageSpec)])
+    edge = fields.integer("size_pixels", minimum=1, maximum=MAX_IMAGE_SIZE_PIXELS)
+    for key, choices in (
+        ("resample", Resample),
+        ("rgb_stage", RgbStage),
+        ("resize", Resize),
+        ("crop", Crop),
+        ("transparency", Transparency),
+    ):
+        fields.choice(key, get_args(choices))
+    count = _RESIZE_EDGES[spec.resize]
+    edges = fields.sequence("resize_pixels")
+    if len(edges) != count or not all(type(e) is int and 1 <= e <= MAX_IMAGE_SIZE_PIXELS for e in edges):
+        raise fields.fail("resize_pixels", f"{count} edges of 1 to {MAX_IMAGE_SIZE_PIXELS}, as of {spec.resize!r}")
+    if spec.crop == "none" and any(e != edge for e in edges):
+        raise fields.fail("resize_pixels", f"{edge} where nothing is cropped")
+    factor = fields.data["rescale_factor"]
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor > 0:
+        raise fields.fail("rescale_factor", "a positive number")
     for key in ("mean", "std"):
         values = fields.sequence(key)
         numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]

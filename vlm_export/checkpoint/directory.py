@@ -45,6 +45,7 @@ SIDE_FILES = (
     "merges.txt",
     "vocab.txt",
     "preprocessor_config.json",
+    "processor_config.json",
 )
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 # Keys that make transformers import or download code: CVE-2026-4372, CVE-2026-5241, CVE-2026-9856.

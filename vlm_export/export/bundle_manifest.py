@@ -43,6 +43,7 @@ def manifest_from_model(
             "build": options.build.to_json(),
             **({"warnings": list(model.warnings)} if model.warnings else {}),
             **({"notes": list(model.notes)} if model.notes else {}),
+            **_differences(model),
             "target": options.target,
             **({} if licence is None else {"licence": licence}),
             "keep_fp32": {part.name: list(names) for part in model.parts if (names := fp32_operators(part))},
@@ -58,6 +59,11 @@ def manifest_from_model(
 def with_contract(manifest: Manifest, report: ContractReport) -> Manifest:
     """The manifest with what the proof of the contract found."""
     return replace(manifest, facts={**manifest.facts, CONTRACT: report.to_json()})
+
+
+def _differences(model: Model) -> dict[str, list[str]]:
+    """Where readers of the published preprocessor_config.json make other pixels than the bundle."""
+    return {} if model.image is None else {"image_processor_differs": layout.preprocessor_differences(model.image)}
 
 
 def planned_manifest(

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vlm_export.errors import UsageError
 from vlm_export.family import Array, Arrays, Model, Part, PartOutline, Reference
-from vlm_export.models.from_uint8 import PreprocessedVision
+from vlm_export.models.from_uint8 import PreprocessedVision, unsupported_steps
 from vlm_export.signature import Axis, Signature, TensorSpec
 from vlm_export.specs import ImageSpec
 from vlm_export.verify.original_image import original_pixel_values
@@ -25,7 +25,8 @@ def add_preprocessing(model: Model) -> Model:
     """The model with the extra Part; its Reference is the original host pipeline and the vision part's Reference.
 
     Raises:
-        UsageError: the model has no vision part that takes pictures alone, or pictures are cut before it.
+        UsageError: the model has no vision part that takes pictures alone, pictures are cut before it, or the graph
+            lacks a step of their preparation.
     """
     vision = find_vision(model.parts)
     if model.image is None:
@@ -33,6 +34,13 @@ def add_preprocessing(model: Model) -> Model:
             "this model's pictures are cut into slices or tiles, which no graph does",
             got=f"family {model.family}",
             fix="leave --with-preprocessing out",
+        )
+    if reasons := unsupported_steps(model.image):
+        raise UsageError(
+            "this checkpoint prepares images with steps that no graph does here",
+            where="--with-preprocessing",
+            got="; ".join(reasons),
+            fix="leave --with-preprocessing out: the runtime prepares its images as the checkpoint says",
         )
     part = _preprocessed_part(vision, model.image)
     load = _reference_loader(model.references[vision.name], model.image)

@@ -116,7 +116,7 @@ def _check_images(
     farthest = 0
     for item in record.images:
         name, image = item.file.rpartition("/")[2], Image.open(io.BytesIO(contents[item.file]))
-        plain = own or _is_plain(image, edge, crops=bundle.manifest.image.fit == "crop")
+        plain = own or _is_plain(image, edge, crops=bundle.manifest.image.crop == "nearest_even")
         pixels = _outcome(reader, image)
         if isinstance(pixels, str) or digest(levels(pixels, record.black, record.white)[0]) != item.sha256:
             (failures if plain else other).append(f"{name}{f': {pixels}' if isinstance(pixels, str) else ''}")

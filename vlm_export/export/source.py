@@ -13,8 +13,10 @@ from vlm_export.errors import UsageError, suggestion
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.stages import StepProgress
 from vlm_export.family import BuildOptions, Checkpoint, Family, Model, WeightStore
+from vlm_export.models.image_processor import IMAGE_SIZE_OPTION, with_image_size
 from vlm_export.models.recognition import left_out_warnings
 from vlm_export.models.registry import load_family, read_prefixes
+from vlm_export.specs import Origins
 
 
 def known_checkpoint(source: str) -> KnownCheckpoint | None:
@@ -86,8 +88,18 @@ def adapt_model(model: Model, checkpoint: Checkpoint, known: KnownCheckpoint | N
         return model
     image = known.image or model.image
     if image is not None and build.image_size is not None:
-        image = replace(image, size_pixels=build.image_size)
-    return replace(model, image=image, text=known.text or model.text)
+        image = with_image_size(image, build.image_size)
+    where = f"configs/{known.name}.yaml"
+    stated = {"image": known.image, "text": known.text}
+    origins = {
+        f"{kind}.{field}": f"{where}: {kind}.{field}"
+        for kind, spec in stated.items()
+        if spec is not None
+        for field in spec.to_json()
+    }
+    if build.image_size is not None:
+        origins |= dict.fromkeys(("image.size_pixels", "image.resize_pixels"), IMAGE_SIZE_OPTION)
+    return replace(model, image=image, text=known.text or model.text, origins=model.origins | Origins(origins))
 
 
 def source_record(checkpoint: Checkpoint, options: ExportOptions) -> SourceRecord:

@@ -8,7 +8,6 @@ from typing import Any
 
 from vlm_export.bundle.manifest import Manifest
 from vlm_export.runtime.chat_settings import TILES
-from vlm_export.specs import ImageSpec
 
 SLICING = "slicing"
 """The manifest's fact that holds a SliceSpec."""
@@ -20,7 +19,7 @@ def model_identity(manifest: Manifest) -> str:
     facts: dict[str, Any] = {
         "family": manifest.family,
         "architecture": dict(manifest.architecture),
-        "image": None if manifest.image is None else _identity_from_image(manifest.image),
+        "image": None if manifest.image is None else manifest.image.to_json(),
         "text": None if manifest.text is None else manifest.text.to_json(),
         "weights": sorted(file.sha256 for file in source.files),
         "seed": source.random_weights_seed,
@@ -31,11 +30,3 @@ def model_identity(manifest: Manifest) -> str:
         names = [name for graph in graphs for name in (graph.file, *graph.external_data)]
         facts["weights"] = sorted(manifest.files[name].sha256 for name in names)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _identity_from_image(spec: ImageSpec) -> dict[str, Any]:
-    """The spec without the fields that only say what was so before they existed: embedding files keep their model."""
-    fields = spec.to_json()
-    if spec.fit == "crop":
-        del fields["fit"]
-    return fields

@@ -1,11 +1,12 @@
 """Pictures to `pixel_values`, as the originals' own pipelines make them, with bounds on what a hostile file can cost.
 
-Order and rounding are those of `_transform` in openai/CLIP clip.py (d05afc4), which runs torchvision's Resize,
-CenterCrop, ToTensor and Normalize on the PIL picture. `ImageSpec.fit` "squash" is salesforce/BLIP's (056a169):
-convert to RGB, then Resize to both edges, and no crop. What follows from it is kept on purpose: EXIF rotation is
-ignored; the hidden colour of transparent pixels shows (transformers 5 blends them with white); integer and float
-pictures clip at 255; palettes and bitmaps are resized by nearest neighbour when RGB comes after the crop; of an
-animation the first frame counts.
+An ImageSpec states what the original does, and each is reproduced to the last pixel. Of torchvision 0.29 on Pillow
+images: Resize, CenterCrop, ToTensor, Normalize, as in `_transform` of openai/CLIP clip.py (d05afc4), open_clip 3.3.0
+transform.py and salesforce/BLIP (056a169). Of transformers 5.23: `PilBackend` of image_processing_backends.py with
+`convert_to_rgb`, `resize`, `center_crop`, `rescale` and `normalize` of image_transforms.py, equal as float32.
+What follows from the originals is kept on purpose: EXIF rotation is ignored; the hidden colour of transparent pixels
+shows, but for transformers 5, which puts them on white; integer and float images clip at 255; palettes and bitmaps are
+resized by nearest neighbour when RGB comes after the crop; of an animation the first frame counts.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from vlm_export.errors import EnvironmentFailure, InputError, VlmExportError
-from vlm_export.specs import ImageSpec
+from vlm_export.specs import Crop, ImageSpec
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 PictureSource: TypeAlias = "Image.Image | str | os.PathLike[str] | bytes | bytearray | BinaryIO | npt.NDArray[np.uint8]"
@@ -45,7 +46,6 @@ MAX_STREAM_BYTES = 256 << 20
 """Read at most from what is no regular file, such as a pipe; the largest pictures within MAX_PIXELS are smaller."""
 
 _OPENING = Lock()
-_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 def open_image(source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_PIXELS, name: str = "") -> Image.Image:
@@ -122,19 +122,30 @@ def preprocess_image(
     max_resized_pixels: int = MAX_RESIZED_PIXELS,
     name: str = "picture",
 ) -> FloatArray:
-    """Resize, crop (unless it is squashed), convert and normalise one picture.
+    """Resize, crop, convert, rescale and normalise one image, as its spec says.
 
     Returns:
         float32 (3, S, S), S = `spec.size_pixels`.
 
     Raises:
-        InputError: the picture has no pixels, or is so long and thin that resizing it exceeds the bound.
+        InputError: the image has no pixels, is so long and thin that resizing it exceeds the bound, is not in RGB where
+            the original converts nothing, or comes out in another size where the original crops nothing.
     """
     _check_resized(image.size, spec, max_resized_pixels, name)
+    if spec.rgb_stage == "never" and image.mode != "RGB":
+        raise InputError(
+            "the original takes images in RGB alone: its processor converts none (do_convert_rgb)",
+            where=name,
+            expected="mode RGB",
+            got=f"mode {image.mode}",
+            fix="convert the image to RGB first",
+        )
     try:
         if spec.rgb_stage == "before_resize":
-            image = image.convert("RGB")
-        square = _fit_square(image, spec).convert("RGB")
+            image = _converted(image, spec)
+        square = _cropped(_resized(image, spec), spec, name)
+        if spec.rgb_stage == "after_crop":
+            square = _converted(square, spec)
     except (OSError, ValueError) as error:
         raise InputError(
             "a picture cannot be converted to RGB",
@@ -142,7 +153,9 @@ def preprocess_image(
             expected="a picture that Pillow resizes and converts",
             got=f"mode {image.mode}: {error}",
         ) from error
-    pixels = np.asarray(square, dtype=np.uint8).transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+    # As transformers rescales; for 1/255 the same float32 values as a division by 255, which torchvision does.
+    levels = (np.arange(256, dtype=np.float64) * spec.rescale_factor).astype(np.float32)
+    pixels = levels[np.asarray(square, dtype=np.uint8).transpose(2, 0, 1)]
     mean = np.asarray(spec.mean, dtype=np.float32)[:, None, None]
     std = np.asarray(spec.std, dtype=np.float32)[:, None, None]
     normalised: FloatArray = np.ascontiguousarray((pixels - mean) / std)
@@ -183,12 +196,12 @@ def _check_pixels(size: tuple[int, int], max_pixels: int, name: str) -> None:
 def _check_resized(size: tuple[int, int], spec: ImageSpec, max_pixels: int, name: str) -> None:
     if min(size) < 1:
         raise InputError("a picture has no pixels", where=name, got=f"{size[0]} x {size[1]}")
-    if spec.fit == "squash":
+    width, height = target = _target_size(size, spec)
+    if spec.resize == "stretch":
         # Between Pillow's two passes, either edge may still have its own length.
-        longer = max(*size, spec.size_pixels)
-        width, height = (longer, spec.size_pixels) if size[0] > size[1] else (spec.size_pixels, longer)
-    else:
-        width, height = resized_size(size, spec.size_pixels)
+        width, height = (max(size[0], width), height) if size[0] > size[1] else (width, max(size[1], height))
+    if target == size:
+        return
     if width * height > max_pixels:
         raise InputError(
             "a picture is too long and thin to resize",
@@ -199,22 +212,52 @@ def _check_resized(size: tuple[int, int], spec: ImageSpec, max_pixels: int, name
         )
 
 
-def _fit_square(image: Image.Image, spec: ImageSpec) -> Image.Image:
+def _converted(image: Image.Image, spec: ImageSpec) -> Image.Image:
+    """In RGB. Bands and `info` tell of transparency, as `convert_to_rgb` of transformers 5.23 looks at them."""
+    if spec.transparency == "white" and ("A" in image.getbands() or image.info.get("transparency") is not None):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.convert("RGB")
+
+
+def _target_size(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
+    """(width, height) after the resize."""
+    if spec.resize == "shortest_edge":
+        return resized_size(size, spec.resize_pixels[0])
+    return (spec.resize_pixels[1], spec.resize_pixels[0]) if spec.resize == "stretch" else size
+
+
+def _resized(image: Image.Image, spec: ImageSpec) -> Image.Image:
+    # On the image's own mode: Pillow premultiplies alpha and treats palettes by nearest neighbour.
+    size = _target_size(image.size, spec)
+    return image if image.size == size else image.resize(size, Image.Resampling[spec.resample.upper()])
+
+
+def _cropped(image: Image.Image, spec: ImageSpec, name: str) -> Image.Image:
     edge = spec.size_pixels
-    if spec.fit == "squash":
-        return _resize(image, (edge, edge), spec)
-    return _crop_centre(_resize(image, resized_size(image.size, edge), spec), edge)
+    if spec.crop != "none":
+        left, top = (crop_offset(extent - edge, spec.crop) for extent in image.size)
+        return image.crop((left, top, left + edge, top + edge))
+    if image.size != (edge, edge):
+        raise InputError(
+            "the original crops nothing, and this image does not come out as a square of the model's size",
+            where=name,
+            expected=f"{edge} x {edge} after the resize ({spec.resize})",
+            got=f"{image.width} x {image.height}",
+            fix=f"crop it first to {'a square' if spec.resize == 'shortest_edge' else f'{edge} x {edge} pixels'}",
+        )
+    return image
 
 
-def _resize(image: Image.Image, size: tuple[int, int], spec: ImageSpec) -> Image.Image:
-    # On the picture's own mode: Pillow premultiplies alpha and treats palettes by nearest neighbour.
-    return image if image.size == size else image.resize(size, _FILTERS[spec.resample])
+def crop_offset(margin: int, crop: Crop) -> int:
+    """Where a centre crop starts that leaves `margin` pixels out; negative where pixels are missing and Pillow pads.
 
-
-def _crop_centre(image: Image.Image, edge: int) -> Image.Image:
-    # Half a pixel goes to the even side: Python's round, as torchvision has it.
-    left, top = (round((extent - edge) / 2.0) for extent in image.size)
-    return image.crop((left, top, left + edge, top + edge))
+    torchvision rounds half of an odd margin to the even side, and puts the odd pixel of padding at the end;
+    transformers rounds down, which puts it at the start.
+    """
+    if crop == "down":
+        return margin // 2
+    return round(margin / 2) if margin >= 0 else -(-margin // 2)
 
 
 def _unreadable(name: str, got: str) -> InputError:

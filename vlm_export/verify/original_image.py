@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlm_export.bundle.layout import preprocessor_config
 from vlm_export.slice_spec import SliceSpec
 from vlm_export.specs import ImageSpec
 from vlm_export.tile_spec import TileSpec
@@ -20,24 +21,35 @@ if TYPE_CHECKING:
 
 
 def original_pixel_values(image: Image.Image, spec: ImageSpec) -> Array:
-    """float32 (3, S, S), normalised, by torchvision on a Pillow picture.
+    """float32 (3, S, S), normalised: by transformers' processor where it is the original's, else by torchvision.
 
-    Source: `_transform` in openai/CLIP clip.py (d05afc4); transformers' CLIPImageProcessor converts to RGB first.
-    "squash": `load_demo_image` in salesforce/BLIP demo.ipynb and the test transform in data/__init__.py (056a169).
+    transformers alone puts transparency on white. Its processor reads what the bundle's `preprocessor_config.json`
+    says. Otherwise: `_transform` in openai/CLIP clip.py (d05afc4) and in open_clip 3.3.0; of stretched images
+    `load_demo_image` in salesforce/BLIP demo.ipynb and the test transform in data/__init__.py (056a169).
     """
+    if spec.transparency == "white":
+        return _transformers_pixel_values(image, spec)
     transforms = import_module("torchvision.transforms")  # carries no types
 
     def convert(picture: Any) -> Any:
         return picture.convert("RGB")
 
-    size, filter_ = spec.size_pixels, transforms.InterpolationMode(spec.resample)
-    if spec.fit == "squash":
-        cut = [transforms.Resize((size, size), interpolation=filter_)]
-    else:
-        cut = [transforms.Resize(size, interpolation=filter_), transforms.CenterCrop(size)]
+    filter_ = transforms.InterpolationMode(spec.resample)
+    size: Any = spec.resize_pixels[0] if spec.resize == "shortest_edge" else spec.resize_pixels
+    cut = [] if spec.resize == "none" else [transforms.Resize(size, interpolation=filter_)]
+    if spec.crop != "none":
+        cut.append(transforms.CenterCrop(spec.size_pixels))
     ordered = [convert, *cut] if spec.rgb_stage == "before_resize" else [*cut, convert]
     pipeline = transforms.Compose([*ordered, transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)])
     pixel_values: Array = pipeline(image).numpy()
+    return pixel_values
+
+
+def _transformers_pixel_values(image: Image.Image, spec: ImageSpec) -> Array:
+    transformers = import_module("transformers")
+    config = preprocessor_config(spec)
+    kind = getattr(transformers, f"{config['image_processor_type']}Pil")
+    pixel_values: Array = kind(**config)(images=[image], return_tensors="np")["pixel_values"][0]
     return pixel_values
 
 
