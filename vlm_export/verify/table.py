@@ -28,7 +28,6 @@ def format_table(reports: Iterable[PartReport], contract: ContractReport | None 
     untold = [f"not run: {report.part} {report.variant}: {text}" for report in reports for text in report.not_run]
     if contract is not None:
         untold += [f"not run: contract: {text}" for text in contract.not_run]
-        untold += [f"measured: {text}" for text in contract.measured]
     notes = [shown(note, LONGEST_FIELD) for note in untold]
     return "\n".join([*lines, *notes])
 
