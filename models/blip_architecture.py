@@ -175,7 +175,7 @@ def _huggingface_vision(shapes: Shapes) -> BlipVitSizes:
             where=shapes.checkpoint.source,
             expected="config.json beside the weights: it says the number of heads and the epsilons",
             got="no config.json",
-            fix="name the directory that holds config.json and the weights, not the weights file alone",
+            fix="put the model's config.json beside the weights file; the code that made both saves them together",
         )
     _check_activation(config, "vision_config")
     width, _, patch, _ = shapes.of("vision_model.embeddings.patch_embedding.weight", 4)

@@ -160,7 +160,7 @@ def architecture_from_huggingface(checkpoint: Checkpoint) -> ClipArchitecture:
             where=checkpoint.source,
             expected="config.json beside the weights: it says the number of heads and the activation",
             got="no config.json",
-            fix="name the directory that holds config.json and the weights, not the weights file alone",
+            fix="put the model's config.json beside the weights file; the code that made both saves them together",
         )
     vision_config, text_config = _tower_config(checkpoint, "vision"), _tower_config(checkpoint, "text")
     shapes = Shapes(checkpoint)

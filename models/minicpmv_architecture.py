@@ -81,7 +81,7 @@ def minicpmv_architecture(checkpoint: Checkpoint) -> VisionArchitecture:
             where=checkpoint.source,
             expected="config.json beside the weights: it says the version",
             got="no config.json",
-            fix="name the directory that holds config.json and the weights, not a weights file alone",
+            fix="put the model's config.json beside the weights file; the code that made both saves them together",
         )
     packed = "vpm.pos_embed" not in checkpoint.tensors
     version = _version(config) if packed else ("2.0" if "slice_mode" in config else "1.0")

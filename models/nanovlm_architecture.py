@@ -117,7 +117,7 @@ def architecture_from_checkpoint(checkpoint: Checkpoint) -> NanoVlmArchitecture:
             where=checkpoint.source,
             expected="config.json beside the weights: it says how many heads there are and how prompts are written",
             got="no config.json",
-            fix="name the directory that holds config.json and model.safetensors, not the weights file alone",
+            fix="put the model's config.json beside the weights file; the code that made both saves them together",
         )
     shapes = Shapes(checkpoint)
     vision, decoder = _vision(shapes, config), _decoder(shapes, config)

@@ -75,7 +75,7 @@ def test_wrapped_state_dict(tmp_path: Path, weights: Weights, wrapper: str) -> N
 
 def test_other_contents_are_listed(tmp_path: Path, weights: Weights, refusal: Callable[..., str]) -> None:
     path = tmp_path / "trainer.pt"
-    torch.save({"net": weights, "epoch": 3}, path)
+    torch.save({"model": {**weights, "epoch": 3, "net": {}}}, path)
     message = refusal(path)
     assert "net (dict)" in message
     assert "epoch (int)" in message

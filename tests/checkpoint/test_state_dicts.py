@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import datetime
 import pickle
 import pickletools
 import tracemalloc
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -24,6 +27,7 @@ from vlm_export.checkpoint.pickle_data import MAX_OPCODES, MAX_PICKLE_BYTES
 from vlm_export.errors import InputError
 
 Refusal = Callable[..., str]
+Weights = dict[str, torch.Tensor]
 ROOT = Path(__file__).parents[2]
 FORMS = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 
@@ -244,3 +248,80 @@ def test_any_damage_ends_in_one_error_type(tmp_path: Path, legacy: bool, damage:
     with suppress(InputError):
         checkpoint = open_checkpoint(str(path))
         assert all(checkpoint.read(key).sum() is not None for key in checkpoint.tensors)
+
+
+# What training scripts wrap around the weights
+@FORMS
+@pytest.mark.parametrize(
+    ("wrap", "note"),
+    [
+        (lambda w: {"state_dict": w, "epoch": 1}, None),
+        (
+            lambda w: {"model_state_dict": w, "loss": torch.tensor(0.3)},
+            "the state dict under 'model_state_dict' was read",
+        ),
+        (lambda w: {"module": w, "ds_config": {}}, "the state dict under 'module' was read"),
+        (lambda w: {"model": {"state_dict": w}, "step": 3}, None),
+        (lambda w: {"clip": w, "optimizer": {"state": {}, "param_groups": []}}, "the state dict under 'clip' was read"),
+        (
+            lambda w: {"model_ema": {"x": torch.zeros(1)}, "model": w},
+            "the state dict under 'model' was read; 'model_ema' beside it was not",
+        ),
+        (
+            lambda w: {"net_ema": {"x": torch.zeros(1)}, "clip": w},
+            "the state dict under 'clip' was read; 'net_ema' beside it was not",
+        ),
+        (lambda w: {"ema_state_dict": w}, "the state dict under 'ema_state_dict' was read"),
+    ],
+)
+def test_wrappers(tmp_path: Path, weights: Weights, legacy: bool, wrap: Callable[[Any], Any], note: str | None) -> None:
+    checkpoint = open_checkpoint(str(save(wrap(weights), tmp_path / "x.pt", legacy)))
+    assert list(checkpoint.tensors) == list(weights)
+    assert checkpoint.notes == (() if note is None else (note,))
+
+
+def test_several_state_dicts_under_unusual_names(tmp_path: Path, weights: Weights, refusal: Refusal) -> None:
+    message = refusal(save({"first": weights, "second": weights}, tmp_path / "x.pt", legacy=False))
+    assert "several state dicts" in message
+    assert "got: first, second" in message
+
+
+@FORMS
+def test_what_is_not_weights_stays_unread(tmp_path: Path, weights: Weights, legacy: bool) -> None:
+    """Objects of any class beside the weights: no class is looked up, none of them is made."""
+    args = argparse.Namespace(lr=1e-4, path=Path("x"), when=datetime.date(2026, 1, 1), best=np.float64(0.5))
+    extra = {
+        "args": args,
+        "config": Opaque(3),
+        "scores": np.arange(3),
+        "queue": deque([1]),
+        "table": defaultdict(int, a=1),
+    }
+    checkpoint = open_checkpoint(str(save({"model": weights, **extra}, tmp_path / "x.pt", legacy)))
+    assert list(checkpoint.tensors) == list(weights)
+
+
+@FORMS
+def test_whole_modules_are_named(tmp_path: Path, legacy: bool, refusal: Refusal) -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.MultiheadAttention(4, 2), nn.GELU())
+    for value in (module, {"model": module, "epoch": 3}):
+        message = refusal(save(value, tmp_path / "x.pt", legacy))
+        assert "a whole pickled object of the class torch.nn.modules.container.Sequential" in message
+        assert "save model.state_dict()" in message
+
+
+class Opaque:
+    """Pickled by the name of this module."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __setstate__(self, state: Any) -> None:
+        raise AssertionError("an object of the checkpoint was made")
+
+
+@FORMS
+def test_a_call_beside_weights_is_refused(
+    tmp_path: Path, weights: Weights, sentinel: Any, legacy: bool, refusal: Refusal
+) -> None:
+    assert "mkdir" in refusal(save({"model": weights, "args": sentinel}, tmp_path / "x.pt", legacy))

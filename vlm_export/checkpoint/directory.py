@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,12 @@ from vlm_export.checkpoint.tensors import StoredTensors
 from vlm_export.checkpoint.weights_file import read_weights_file
 from vlm_export.errors import InputError
 from vlm_export.family import CheckpointFormat
+from vlm_export.text_display import shown
 
 CONFIG_FILE = "config.json"
 OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
+# peft 0.18, utils/constants.py.
+ADAPTER_FILE, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # The first that is there is read, the others are not.
 WEIGHTS_PRECEDENCE = (
     "model.safetensors",
@@ -47,7 +50,14 @@ SIDE_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
 )
-_WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+_WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+# What trainers keep beside the weights under the same suffixes.
+_TRAINING_FILE = re.compile(
+    r"(training_args|optimizer|scheduler|scaler|(rng|random)_states?(_\d+)?)\.(bin|pt|pth|ckpt)"
+)
+_RUN = re.compile(r"checkpoint-(\d+)")
+# Key names of OpenAI's, open_clip's and Salesforce's files, whose models config.json does not describe.
+_UNDESCRIBED_KEY = re.compile(r"(^|\.)(visual|visual_encoder)\.")
 # Keys that make transformers import or download code: CVE-2026-4372, CVE-2026-5241, CVE-2026-9856.
 _CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "trust_remote_code", "kernel_config", "use_kernels"})
 _CODE_KEY_PARTS = ("attn_implementation", "experts_implementation")
@@ -89,17 +99,18 @@ class Directory:
         return [*config, *index, *self.weight_files, *self.side_files.values()]
 
 
-def scan_directory(path: Path, reads: ReadPrefixes = everything) -> Directory:
+def scan_directory(path: Path, reads: ReadPrefixes = everything, named: Path | None = None) -> Directory:
     """Finds config, weights and side files.
 
     Args:
         reads: which keys of an index are read.
+        named: the weights file or index there that the user named; None: the one that comes first.
 
     Raises:
         InputError: no weights or several, a missing shard, a malformed config or index, or a name that leaves the
             directory.
     """
-    weights = see_file(_find_weights(path))
+    weights = see_file(named or _find_weights(path))
     config = see_file(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else None
     side_files = {name: see_file(path / name) for name in SIDE_FILES if (path / name).is_file()}
     if "tokenizer_config.json" in side_files:
@@ -114,12 +125,6 @@ def scan_directory(path: Path, reads: ReadPrefixes = everything) -> Directory:
     )
 
 
-def scan_index(index: Path, reads: ReadPrefixes = everything) -> Directory:
-    """The Directory around an index that the user named, instead of the weights that come first there."""
-    weights = see_file(index)
-    return Directory(index.parent, weights, *_scan_shards(weights, reads), config_file=None, config=None, side_files={})
-
-
 def _scan_shards(weights: SeenFile, reads: ReadPrefixes) -> tuple[dict[str, str], dict[str, SeenFile], tuple[str, ...]]:
     """key → shard, the shards' files, and those left aside; nothing where `weights` is no index."""
     if not weights.path.name.endswith(".index.json"):
@@ -131,9 +136,16 @@ def _scan_shards(weights: SeenFile, reads: ReadPrefixes) -> tuple[dict[str, str]
 def read_directory(directory: Directory) -> StoredTensors:
     """The tensors of the directory's weights; nothing else is read here."""
     stored = _read_shards(directory) if directory.shards else read_weights_file(directory.weights)
-    if directory.config is None:
-        return stored
-    return StoredTensors("hf_directory", stored.tensors, stored.read)
+    return stored if directory.config is None else replace(stored, format="hf_directory")
+
+
+def has_described_config(folder: Path, stored: StoredTensors) -> bool:
+    """Whether `config.json` beside a weights file that the user named can be meant for it.
+
+    It is not for OpenAI's, open_clip's and Salesforce's files, which people keep in any folder.
+    """
+    is_undescribed = stored.format == "torchscript" or any(map(_UNDESCRIBED_KEY.search, stored.tensors))
+    return not is_undescribed and (folder / CONFIG_FILE).is_file()
 
 
 def find_open_clip_config(folder: Path, stored: StoredTensors) -> SeenFile | None:
@@ -156,19 +168,67 @@ def _find_weights(path: Path) -> Path:
     for name in WEIGHTS_PRECEDENCE:
         if (path / name).is_file():
             return path / name
-    try:
-        candidates = sorted(p for p in path.iterdir() if p.suffix in _WEIGHT_SUFFIXES and p.is_file())
-    except OSError as error:
-        raise InputError("the directory cannot be listed", where=str(path), got=str(error)) from error
+    candidates = _weights_in(path)
     if len(candidates) == 1:
         return candidates[0]
+    if not candidates:
+        refuse_adapter(path)
     raise InputError(
-        "the directory has no weights that could be meant" if not candidates else "the directory has several weights",
+        "the directory has several weights" if candidates else "the directory has no weights that could be meant",
         where=str(path),
-        expected=f"one of {', '.join(WEIGHTS_PRECEDENCE)}, or exactly one .safetensors, .pt or .pth file",
-        got=", ".join(p.name for p in candidates[:5]) or "none",
-        fix="name the weights file itself",
+        expected=f"one of {', '.join(WEIGHTS_PRECEDENCE)}, or exactly one .safetensors, .pt, .pth, .bin or .ckpt file",
+        got=", ".join(shown(p.name) for p in candidates[:5]) or "none",
+        fix="name the weights file itself" if candidates else _nearest_weights(path),
     )
+
+
+def refuse_adapter(path: Path) -> None:
+    """InputError for the directory of a PEFT adapter, which holds what is added to a model, and no model."""
+    file = path / ADAPTER_FILE
+    if not file.is_file():
+        return
+    base = _read_json(see_file(file)).get("base_model_name_or_path")
+    stated = f" of {shown(base)}" if isinstance(base, str) and base else ""
+    raise InputError(
+        f"the directory holds a PEFT adapter{stated}, and no model",
+        where=str(path),
+        expected="the weights of a whole model",
+        got=ADAPTER_FILE,
+        fix="merge it into its model with peft (PeftModel.from_pretrained(model, DIR).merge_and_unload()), save the "
+        "result with save_pretrained, and name that directory",
+    )
+
+
+def _weights_in(path: Path) -> list[Path]:
+    try:
+        files = sorted(file for file in path.iterdir() if file.suffix in _WEIGHT_SUFFIXES and file.is_file())
+    except OSError as error:
+        raise InputError("the directory cannot be listed", where=str(path), got=str(error)) from error
+    return [file for file in files if not _TRAINING_FILE.fullmatch(file.name) and file.name != ADAPTER_WEIGHTS]
+
+
+def _nearest_weights(path: Path) -> str:
+    """Where the weights may be: the newest of a Trainer's checkpoints, or a folder within this one that has some."""
+    try:
+        folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    except OSError:
+        folders = []
+    full = [folder for folder in folders if _has_weights(folder)]
+    runs = {int(found[1]): folder for folder in full if (found := _RUN.fullmatch(folder.name))}
+    if runs:
+        return f"name the newest checkpoint of this run: {shown(str(runs[max(runs)]))}"
+    if full:
+        return f"name the folder or the file that is meant, such as {shown(str(full[0]))}"
+    return "name a directory that holds weights, or a weights file"
+
+
+def _has_weights(folder: Path) -> bool:
+    if any((folder / name).is_file() for name in WEIGHTS_PRECEDENCE):
+        return True
+    try:
+        return bool(_weights_in(folder))
+    except InputError:
+        return False
 
 
 def _read_shards(directory: Directory) -> StoredTensors:

@@ -11,10 +11,10 @@ from vlm_export.bundle.path_names import check_utf8
 from vlm_export.checkpoint.directory import (
     Directory,
     find_open_clip_config,
+    has_described_config,
     read_directory,
     read_open_clip_config,
     scan_directory,
-    scan_index,
 )
 from vlm_export.checkpoint.download import fetch_url
 from vlm_export.checkpoint.hashing import Progress, check_sha256, hash_file
@@ -90,14 +90,22 @@ def _open_path(
     if not path.is_file():
         raise InputError("the source is neither a file nor a directory", where=source)
     if path.name.endswith(".index.json"):
-        return _open_directory(source, scan_index(path, reads), sha256, progress)
+        return _open_directory(source, scan_directory(path.parent, reads, path), sha256, progress)
     # The pinned sha256 before anything is parsed.
     seen = see_file(path)
     file = hash_file(seen, path.name, progress)
     check_sha256(file, sha256, where=source)
     stored = read_weights_file(seen)
+    if has_described_config(path.parent, stored):
+        return _open_directory(source, scan_directory(path.parent, reads, path), sha256, progress)
     opened = Checkpoint(
-        source, stored.format, (file,), stored.tensors, stored.read, check_unchanged=partial(_check_unchanged, [seen])
+        source,
+        stored.format,
+        (file,),
+        stored.tensors,
+        stored.read,
+        notes=stored.notes,
+        check_unchanged=partial(_check_unchanged, [seen]),
     )
     return _with_open_clip_config(opened, find_open_clip_config(path.parent, stored), progress)
 
@@ -124,6 +132,7 @@ def _open_directory(source: str, directory: Directory, sha256: str | None, progr
         read=stored.read,
         config=directory.config,
         side_files={name: file.path for name, file in directory.side_files.items()},
+        notes=stored.notes,
         shards_left_aside=directory.left_aside,
         check_unchanged=partial(_check_unchanged, directory.files),
     )

@@ -166,6 +166,9 @@ class _Interpreter:
         self.stack.append({} if is_dict else Call(function, arguments))
 
     def _as_global(self, value: Any) -> Global:
+        # Before torch 1.6 a module's class stood beside its source code: ("module", class, file, source).
+        if isinstance(value, PersistentId) and isinstance(value.value, tuple) and value.value[:1] == ("module",):
+            value = value.value[1] if len(value.value) > 1 else None
         if not isinstance(value, Global):
             self._fail("a global", type(value).__name__)
         return value
@@ -173,10 +176,11 @@ class _Interpreter:
     def _build(self, _: Any) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
-        # A state dict's attribute `_metadata`, which says nothing of weights, is given to a dict.
+        # A state dict's attribute `_metadata`, which says nothing of weights, is given to a dict; what a call would
+        # have made is never made, and neither is its state kept.
         if isinstance(target, Instance):
             target.state = state
-        elif not isinstance(target, dict):
+        elif not isinstance(target, dict | Call):
             self._fail("an object of the archive's own classes", type(target).__name__)
 
     def _persistent(self, _: Any) -> None:
@@ -184,6 +188,8 @@ class _Interpreter:
 
     def _set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
+        if isinstance(target, Call | Instance) and len(items) % 2 == 0:
+            return  # items of a mapping that is never made
         if not isinstance(target, dict) or len(items) % 2:
             self._fail("a dict and pairs", type(target).__name__)
         for key, value in zip(items[::2], items[1::2], strict=True):
@@ -194,6 +200,8 @@ class _Interpreter:
 
     def _append(self, items: list[Any]) -> None:
         target = self.stack[-1]
+        if isinstance(target, Call | Instance):
+            return  # items of a sequence that is never made
         if not isinstance(target, list):
             self._fail("a list", type(target).__name__)
         target.extend(items)

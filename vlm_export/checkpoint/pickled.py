@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from typing import Any, BinaryIO
 
-from vlm_export.checkpoint.pickle_data import MAX_PICKLE_BYTES, Call, Global, PersistentId, load_pickle_data
+from vlm_export.checkpoint.pickle_data import (
+    MAX_PICKLE_BYTES,
+    Call,
+    Global,
+    Instance,
+    PersistentId,
+    load_pickle_data,
+)
 from vlm_export.checkpoint.pickled_tensors import (
-    DTYPES,
-    UNTYPED_STORAGE,
     TensorReader,
-    is_weights_global,
     load_archive_pickle,
     storage_from_id,
     tensor_call,
@@ -22,23 +28,28 @@ from vlm_export.checkpoint.seen_file import SeenFile
 from vlm_export.checkpoint.tensors import StoredTensors, stored_views
 from vlm_export.checkpoint.zipcheck import Member, ZipMembers
 from vlm_export.errors import InputError
+from vlm_export.text_display import shown
 
-WRAPPERS = ("model", "state_dict")
-"""Names under which training scripts wrap the state dict; exactly these are unwrapped."""
-# What stands beside weights in trainers' files, as torch's own weights-only reader takes it: plain data of other types.
-_PLAIN_DATA = {
-    UNTYPED_STORAGE,
-    Global("collections", "Counter"),
-    Global("torch", "Size"),
-    Global("torch", "device"),
-    Global("torch", "Tensor"),
-    Global("torch.nn.parameter", "Parameter"),
-    Global("torch.serialization", "_get_layout"),
-    Global("_codecs", "encode"),
-    *(Global(module, name) for module in ("__builtin__", "builtins") for name in ("set", "bytearray", "complex")),
-    *(Global("torch", f"per_{kind}_{form}") for kind in ("tensor", "channel") for form in ("affine", "symmetric")),
-    *(Global("torch", f"{kind}Storage") for kind in ("QInt8", "QUInt8", "QInt32")),
-}
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "net", "network", "weights", "params")
+"""Names under which training scripts wrap the state dict, the likeliest first."""
+_USUAL = WRAPPERS[:2]
+# What training keeps beside the model.
+_COPIES = re.compile(r"(^|[._])(ema|swa|averaged?|shadow|momentum|teacher)([._]|$)")
+_MAX_NESTING = 4
+# Nothing that a pickle names is ever looked up or called, whatever it is. But no trainer's file calls one of these: a
+# file that does is made to do harm in other readers, and is refused as a whole.
+# fmt: off
+_ACTING_MODULES = frozenset((
+    "os", "posix", "nt", "posixpath", "ntpath", "subprocess", "sys", "shutil", "socket", "pty", "runpy", "importlib",
+    "ctypes", "webbrowser", "pickle", "_pickle", "code", "codeop", "commands", "multiprocessing", "threading",
+    "asyncio", "urllib", "http", "ftplib", "smtplib", "requests", "pip", "pydoc", "timeit", "cProfile", "profile",
+    "pdb", "bdb", "trace", "_thread", "tempfile", "marshal", "zipimport", "pkgutil", "site",
+))
+_ACTING_BUILTINS = frozenset((
+    "eval", "exec", "execfile", "compile", "open", "__import__", "input", "breakpoint", "globals", "locals", "vars",
+    "setattr", "delattr", "apply",
+))
+# fmt: on
 _LEGACY_PROTOCOL = 1001
 _LENGTH = struct.Struct("<q")
 
@@ -113,34 +124,96 @@ def _legacy_storages(
 
 
 def _is_allowed(name: Global) -> bool:
-    return is_weights_global(name) or name in _PLAIN_DATA or name in DTYPES
+    if name.module in ("builtins", "__builtin__"):
+        return name.name not in _ACTING_BUILTINS
+    return name.module.split(".", 1)[0] not in _ACTING_MODULES
 
 
 def _stored(file: SeenFile, root: Any, reader: TensorReader) -> StoredTensors:
     views = {}
-    for key, value in _unwrap(file, root).items():
+    weights, notes = _unwrap(file, root)
+    for key, value in weights.items():
         if (call := tensor_call(value)) is None:
             raise reader.error(key, "a dense tensor with its own elements", str(value.function))
         views[key] = reader.view(key, call)
-    return stored_views("state_dict", file, views)
+    return replace(stored_views("state_dict", file, views), notes=notes)
 
 
-def _unwrap(file: SeenFile, loaded: Any) -> Mapping[str, Call]:
-    """The state dict itself, taken out of one of `WRAPPERS` where there is one."""
-    if isinstance(loaded, dict):
-        loaded = next((loaded[name] for name in WRAPPERS if isinstance(loaded.get(name), dict)), loaded)
-    if not isinstance(loaded, dict):
-        raise InputError("the .pt file holds no state dict", where=str(file), got=_kind(loaded))
-    others = [f"{key!s:.80} ({_kind(value)})" for key, value in loaded.items() if not _is_named_tensor(key, value)]
-    if others or not loaded:
+def _unwrap(file: SeenFile, loaded: Any) -> tuple[Mapping[str, Call], tuple[str, ...]]:
+    """The state dict itself, taken out of what training wrapped around it, and a note where there was a choice."""
+    path: list[str] = []
+    notes: list[str] = []
+    for _ in range(_MAX_NESTING):
+        if not isinstance(loaded, dict) or _is_state_dict(loaded) or (name := _wrapper(loaded)) is None:
+            break
+        path.append(name)
+        others = [shown(key) for key, value in loaded.items() if key != name and _leads_to_weights(value)]
+        beside = f"; {', '.join(map(repr, others[:8]))} beside it was not" if others else ""
+        if others or name not in _USUAL:
+            notes.append(f"the state dict under {'.'.join(map(shown, path))!r} was read{beside}")
+        loaded = loaded[name]
+    _check_state_dict(file, loaded, path)
+    return loaded, tuple(notes)
+
+
+def _wrapper(loaded: Mapping[Any, Any]) -> str | None:
+    """The name under which the weights stand; None where nothing tells it."""
+    found = [key for key, value in loaded.items() if isinstance(key, str) and _leads_to_weights(value)]
+    if usual := [name for name in WRAPPERS if name in found]:
+        return usual[0]
+    own = [key for key in found if not _COPIES.search(key)] or found
+    if len(own) == 1:
+        return own[0]
+    # What is in it says what is wrong.
+    return next((name for name in WRAPPERS if isinstance(loaded.get(name), dict | Instance)), None)
+
+
+def _leads_to_weights(value: Any, depth: int = _MAX_NESTING) -> bool:
+    """Whether it is a state dict, or wraps one."""
+    if not isinstance(value, dict) or depth == 0:
+        return False
+    return _is_state_dict(value) or any(_leads_to_weights(value.get(name), depth - 1) for name in WRAPPERS)
+
+
+def _is_state_dict(value: Mapping[Any, Any]) -> bool:
+    return bool(value) and all(_is_named_tensor(key, item) for key, item in value.items())
+
+
+def _check_state_dict(file: SeenFile, loaded: Any, path: list[str]) -> None:
+    """InputError when it is anything else."""
+    where = f"{file}: {shown('.'.join(path))}" if path else str(file)
+    if isinstance(loaded, Instance):
         raise InputError(
-            "the .pt file holds more than named tensors" if others else "the .pt file holds an empty state dict",
-            where=str(file),
-            expected=f"a state dict, or a state dict under {' or '.join(map(repr, WRAPPERS))}",
-            got=", ".join(others[:20]) + (f" … and {len(others) - 20} more" if len(others) > 20 else ""),
-            fix="save the model's state_dict() alone",
+            f"the .pt file holds a whole pickled object of the class {shown(str(loaded.cls))}, not named tensors; "
+            "nothing of it was run",
+            where=where,
+            expected="a state dict",
+            got=f"an object of the class {shown(str(loaded.cls))}",
+            fix="load it with the code that made it, save model.state_dict() with torch.save or safetensors, and name "
+            "that file",
         )
-    return loaded
+    if not isinstance(loaded, dict):
+        raise InputError("the .pt file holds no state dict", where=where, got=_kind(loaded), fix=_SAVE)
+    others = [
+        f"{shown(str(key))} ({_kind(value)})" for key, value in loaded.items() if not _is_named_tensor(key, value)
+    ]
+    if others or not loaded:
+        wrapped = [shown(key) for key, value in loaded.items() if isinstance(key, str) and _leads_to_weights(value)]
+        raise InputError(
+            "the .pt file holds several state dicts, and none of them under a usual name"
+            if len(wrapped) > 1
+            else "the .pt file holds more than named tensors"
+            if others
+            else "the .pt file holds an empty state dict",
+            where=where,
+            expected=f"a state dict, or a state dict under {' or '.join(map(repr, WRAPPERS))}",
+            got=", ".join(wrapped if len(wrapped) > 1 else others[:20])
+            + (f" … and {len(others) - 20} more" if len(others) > 20 else ""),
+            fix=_SAVE,
+        )
+
+
+_SAVE = "save the model's state_dict() alone"
 
 
 def _is_named_tensor(key: object, value: object) -> bool:
@@ -148,4 +221,4 @@ def _is_named_tensor(key: object, value: object) -> bool:
 
 
 def _kind(value: object) -> str:
-    return str(value.function if isinstance(value, Call) else type(value).__name__)
+    return shown(str(value.function if isinstance(value, Call) else type(value).__name__))

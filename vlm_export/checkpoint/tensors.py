@@ -23,11 +23,12 @@ _SMALL_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class StoredTensors:
-    """Tensors as they are stored in one file or one set of shards."""
+    """Tensors as they are stored in one file or one set of shards; `notes` say which of several state dicts."""
 
     format: CheckpointFormat
     tensors: Mapping[str, TensorInfo]
     read: Callable[[str], Tensor]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
