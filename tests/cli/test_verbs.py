@@ -109,8 +109,10 @@ def test_embed_and_search_pictures(cli: Cli, pair: Path, picture: Path, tmp_path
         Image.new("RGB", (30, 40), colour).save(tmp_path / "pictures" / name)
     output = tmp_path / "pictures.npy"
     done = cli("embed", pair, tmp_path / "pictures", "-o", output, "--json", "--quiet", "--threads", "1")
-    assert (done.status, done.err) == (0, "")
+    assert done.status == 0
+    assert done.err == "warning: 1 file skipped, not named as an image that is read: notes.md\n"
     assert (done.data["kind"], done.data["count"]) == ("image", 3)
+    assert done.data["skipped"] == [str(folder / "notes.md")]
     vectors = np.load(output)
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     matches = cli("search", pair, output, picture, "-k", "2", "--json").data["matches"]
@@ -154,3 +156,25 @@ def test_embed_shows_progress_on_stderr_only(cli: Cli, pair: Path, tmp_path: Pat
     done = cli("embed", pair, lines, "-o", tmp_path / "x.npy", "--json")
     assert done.data["count"] == 2
     assert "text" in done.err
+
+
+def test_inspect_says_which_file_states_each_value(
+    cli: Cli, tmp_path: Path, make_huggingface_clip: Callable[..., Any]
+) -> None:
+    folder = tmp_path / "model"
+    make_huggingface_clip(folder)
+    edges = {"size": {"shortest_edge": 30}, "crop_size": {"height": 24, "width": 24}}
+    section = {"image_processor_type": "CLIPImageProcessor", **edges, "image_mean": [0.5, 0.5, 0.5], "resample": 2}
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": section}))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0, 0, 0]}))
+    preparation = cli("inspect", folder, "--json").data["preparation"]
+    where = "processor_config.json: image_processor."
+    assert preparation["image"]["mean"] == {"value": [0.5, 0.5, 0.5], "from": f"{where}image_mean"}
+    assert preparation["image"]["resize_pixels"] == {"value": [30], "from": f"{where}size"}
+    assert preparation["image"]["resample"] == {"value": "bilinear", "from": f"{where}resample"}
+    assert preparation["image"]["std"]["from"] == "default of CLIPImageProcessor"
+    assert all(entry["from"] != "not stated" for entry in preparation["image"].values())
+    assert "transformers reads instead" in preparation["ignored_files"]["preprocessor_config.json"]
+    text = cli("inspect", folder).out
+    assert "not read: preprocessor_config.json" in text
+    assert "image.transparency" in text

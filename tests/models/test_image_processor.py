@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -299,3 +300,26 @@ def test_where_the_published_file_cannot_say_what_torchvision_does_it_is_said(tm
     assert "3 more than a multiple of 4" in said
     assert "drops their alpha" in said
     assert "after the crop" in said
+
+
+def test_the_librarys_default_back_end_differs_as_the_documentation_says() -> None:
+    """torchvision's resize: one level, but for images more than twice as tall as wide (docs/numerics.md)."""
+    from transformers import CLIPImageProcessor
+
+    steps: dict[str, Any] = {"do_normalize": False, "do_rescale": False}
+    for resample, tall in ((2, 1), (3, 22)):
+        default = CLIPImageProcessor(resample=resample, **steps)
+        spec = read_bytes_spec(resample)
+        for image, bound in ((noise(640, 427), 1), (noise(224, 300), 1), (noise(90, 70), 1), (noise(250, 1000), tall)):
+            theirs = default(images=[image], return_tensors="np")["pixel_values"][0].astype(np.float32)
+            levels = np.abs(preprocess_image(image, spec) - theirs)
+            assert 0 < levels.max() <= bound, (resample, image.size)
+            assert (levels > 0).mean() < (0.02 if bound == 1 and image.height < 1000 else 0.35)
+
+
+def read_bytes_spec(resample: int) -> ImageSpec:
+    """224 pixels, neither rescaled nor normalised."""
+    checkpoint = Checkpoint("x", "hf_directory", (), {}, lambda key: torch.empty(0))
+    spec, _ = transformers_image(checkpoint, "CLIPImageProcessor", 224, "the test")
+    plain: dict[str, Any] = {"rescale_factor": 1.0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    return replace(spec, resample="bilinear" if resample == 2 else "bicubic", **plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import struct
@@ -243,3 +244,45 @@ def test_names_that_no_system_takes_are_refused(name: str, tmp_path: Path) -> No
 def test_picture_without_pixels_is_refused() -> None:
     with pytest.raises(InputError, match="no pixels"):
         preprocess_image(Image.new("RGB", (0, 5)), image_spec())
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mode"),
+    [("avif", "RGB"), ("avif", "RGBA"), ("jp2", "RGB"), ("jp2", "LA"), ("tga", "RGBA"), ("ico", "RGBA")],
+)
+def test_formats_that_the_originals_read_too(tmp_path: Path, suffix: str, mode: str) -> None:
+    path = tmp_path / f"image.{suffix}"
+    Image.effect_noise((64, 48), 90).convert(mode).save(path)
+    with Image.open(path) as theirs:
+        image = open_image(path)
+        assert image.mode == theirs.mode
+        assert np.array_equal(np.asarray(image), np.asarray(theirs))
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC"),
+        (b"\0\0\0\x0cJXL \x0d\x0a\x87\x0a", "JPEG XL"),
+        (b"8BPS\0\1", "Photoshop"),
+        (b"%PDF-1.7", "PDF"),
+    ],
+)
+def test_other_formats_are_called_by_their_names(content: bytes, kind: str) -> None:
+    with pytest.raises(InputError, match="cannot be decoded") as caught:
+        open_image(content + bytes(64))
+    assert f"{kind}, which is not among the formats" in caught.value.got
+    assert "AVIF" in caught.value.expected
+
+
+@pytest.mark.parametrize("bmp", [False, True])
+def test_an_icon_whose_image_is_larger_than_its_directory_says(bmp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directory's byte for 32 pixels stands before an image of thousands; Pillow would decode it while it opens."""
+    monkeypatch.setattr(Image, "open", None)
+    large = io.BytesIO()
+    Image.new("RGB", (4000, 3000)).save(large, "BMP" if bmp else "PNG")
+    content = large.getvalue()[14:] if bmp else large.getvalue()
+    entry = struct.pack("<4B2H2I", 32, 32, 0, 0, 1, 24, len(content), 22)
+    with pytest.raises(InputError, match="too many pixels") as caught:
+        open_image(struct.pack("<3H", 0, 1, 1) + entry + content, max_pixels=5_000_000)
+    assert "4000" in caught.value.got

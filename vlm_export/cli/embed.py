@@ -17,11 +17,12 @@ from vlm_export.cli.common import (
     positive_integer,
     providers,
 )
-from vlm_export.cli.output import print_json, print_line
+from vlm_export.cli.output import print_json, print_line, print_warnings
 from vlm_export.errors import InputError, UsageError
 
 TEXT_SUFFIX = ".txt"
 _BATCH_SIZE = 32
+_SKIPPED_SHOWN = 5
 
 
 def add_parser(verbs: Any) -> None:
@@ -51,13 +52,15 @@ def run(args: argparse.Namespace) -> int:
     check_output(Path(args.output))
     if checked_suffix(Path(args.output)) == ".parquet":
         pyarrow_modules()
-    pictures, texts = _collect([existing_path(path) for path in args.paths])
+    pictures, texts, skipped = _collect([existing_path(path) for path in args.paths])
+    if skipped:
+        print_warnings([_skipped_text(skipped)])
     if SLICING in open_bundle(Path(args.bundle)).manifest.facts:
-        return _run_slices(args, pictures)
-    return _run_pair(args, pictures, texts)
+        return _run_slices(args, pictures, skipped)
+    return _run_pair(args, pictures, texts, skipped)
 
 
-def _run_pair(args: argparse.Namespace, pictures: list[Path], texts: list[str]) -> int:
+def _run_pair(args: argparse.Namespace, pictures: list[Path], texts: list[str], skipped: list[Path]) -> int:
     from vlm_export.runtime.pair import load
     from vlm_export.runtime.search import EmbeddingsMeta, write_embeddings
 
@@ -77,14 +80,14 @@ def _run_pair(args: argparse.Namespace, pictures: list[Path], texts: list[str]) 
     )
     if args.json:
         result = {"output": args.output, "kind": kind, "count": len(items), "dimension": vectors.shape[1]}
-        print_json({**result, "seconds": round(seconds, 4)})
+        print_json({**result, "seconds": round(seconds, 4), "skipped": [str(path) for path in skipped]})
     else:
         rate = len(items) / seconds if seconds else float("inf")
         print_line(f"{len(items)} {kind} embeddings of {vectors.shape[1]} numbers in {args.output} ({rate:.1f}/s)")
     return 0
 
 
-def _run_slices(args: argparse.Namespace, pictures: list[Path]) -> int:
+def _run_slices(args: argparse.Namespace, pictures: list[Path], skipped: list[Path]) -> int:
     from vlm_export.runtime.slice_features import SLICE_BATCH_SIZE, load_slice_encoder
     from vlm_export.runtime.slice_files import SliceFileMeta, write_slice_features
 
@@ -100,7 +103,8 @@ def _run_slices(args: argparse.Namespace, pictures: list[Path]) -> int:
     seconds = time.perf_counter() - start
     if args.json:
         result = {"output": args.output, "kind": "slices", "count": count, "slices": slices}
-        print_json({**result, "shape": list(meta.feature_shape), "seconds": round(seconds, 4)})
+        result |= {"shape": list(meta.feature_shape), "seconds": round(seconds, 4)}
+        print_json({**result, "skipped": [str(path) for path in skipped]})
     else:
         queries, width = meta.feature_shape
         rate = slices / seconds if seconds else float("inf")
@@ -110,13 +114,22 @@ def _run_slices(args: argparse.Namespace, pictures: list[Path]) -> int:
     return 0
 
 
-def _collect(paths: list[Path]) -> tuple[list[Path], list[str]]:
-    """Pictures, or lines of text; never both."""
+def _skipped_text(skipped: list[Path]) -> str:
+    names = ", ".join(path.name for path in skipped[:_SKIPPED_SHOWN])
+    more = f" and {len(skipped) - _SKIPPED_SHOWN} more" if len(skipped) > _SKIPPED_SHOWN else ""
+    plural = "" if len(skipped) == 1 else "s"
+    return f"{len(skipped)} file{plural} skipped, not named as an image that is read: {names}{more}"
+
+
+def _collect(paths: list[Path]) -> tuple[list[Path], list[str], list[Path]]:
+    """Images, or lines of text, never both; and the files of folders that are not named as images."""
+    skipped: list[Path] = []
     pictures: list[Path] = []
     texts: list[str] = []
     for path in paths:
         if path.is_dir():
-            found = _pictures_below(path)
+            found, others = _files_below(path)
+            skipped += others
             if not found:
                 raise InputError(
                     "the folder holds no pictures", where=str(path), expected=", ".join(sorted(IMAGE_SUFFIXES))
@@ -128,18 +141,24 @@ def _collect(paths: list[Path]) -> tuple[list[Path], list[str]]:
             pictures.append(path)
     if pictures and texts:
         raise UsageError("pictures and texts go to files of their own", fix="run embed twice")
-    return pictures, texts
+    return pictures, texts, skipped
 
 
-def _pictures_below(folder: Path) -> list[Path]:
-    """Sorted. InputError when a folder in it cannot be read: its pictures would be missing without a word."""
+def _files_below(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Those named as images and all others, sorted.
+
+    Raises:
+        InputError: a folder in it cannot be read: its images would be missing without a word.
+    """
 
     def refuse(error: OSError) -> NoReturn:
         where = os.fsdecode(error.filename or folder)
         raise InputError("a folder cannot be read", where=where, got=error.strerror or str(error)) from error
 
-    below = (Path(where, name) for where, _, names in os.walk(folder, onerror=refuse) for name in names)
-    return sorted(path for path in below if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    below = sorted(Path(where, name) for where, _, names in os.walk(folder, onerror=refuse) for name in names)
+    images = [path for path in below if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    read = set(images)
+    return images, [path for path in below if path not in read]
 
 
 def _lines(path: Path) -> list[str]:

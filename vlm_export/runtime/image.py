@@ -14,9 +14,11 @@ from __future__ import annotations
 import io
 import os
 import stat
+import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import BinaryIO, TypeAlias
@@ -32,8 +34,30 @@ FloatArray: TypeAlias = npt.NDArray[np.float32]
 PictureSource: TypeAlias = "Image.Image | str | os.PathLike[str] | bytes | bytearray | BinaryIO | npt.NDArray[np.uint8]"
 """A Pillow picture, a path, the content of a file, an open file, or uint8 (H, W), (H, W, 3) or (H, W, 4)."""
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""Pillow's decoders that untrusted files may reach; JPEG includes the multi-picture files of phones."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
+"""Pillow's decoders that untrusted files may reach: what cameras, browsers and drawing programs write.
+
+JPEG includes the multi-picture files of phones. AVIF (libavif; in Pillow's wheels from 11.3) and JPEG 2000 (OpenJPEG)
+are fuzzed libraries, as those of WEBP and TIFF. ICO holds PNG and BMP; TGA is decoded by Pillow itself, and comes last,
+since it has no signature. Formats that run other programs (EPS), draw (WMF) or that hardly anyone has stay outside.
+"""
+
+_ICON_SIGNATURE, _PNG = b"\0\0\1\0", b"\x89PNG\r\n\x1a\n"
+# Where a file's signature stands, the signature, and what people call such files.
+_SIGNATURES = (
+    (4, b"ftypavi", "AVIF"),
+    (4, b"ftyphei", "HEIC"),
+    (4, b"ftypmif1", "HEIF"),
+    (0, b"\0\0\0\x0cjP  ", "JPEG 2000"),
+    (0, b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"8BPS", "Photoshop"),
+    (0, b"%!PS", "PostScript"),
+    (0, b"%PDF", "PDF"),
+    (0, b"<svg", "SVG"),
+    (0, b"DDS ", "DDS"),
+    (0, b"qoif", "QOI"),
+)
 
 MAX_PIXELS = 128_000_000
 """Pictures above are refused before they are decoded; the largest cameras make 102 million pixels."""
@@ -170,15 +194,42 @@ def resized_size(size: tuple[int, int], shorter_edge: int) -> tuple[int, int]:
 
 
 def _decode(stream: BinaryIO, max_pixels: int, name: str) -> Image.Image:
-    expected = f"a complete file: {', '.join(FORMATS)}"
+    with _OPENING:
+        formats = readable_formats()
+    expected = f"a complete file: {', '.join(formats)}"
     with named_decoding(name, expected, lambda error: _describe_failure(stream, error)):
+        _check_icons(stream, max_pixels, name)
         # `catch_warnings` is not thread-safe. Pillow warns above 89 million pixels; here `max_pixels` decides.
         with _OPENING, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(stream, formats=FORMATS)
+            image: Image.Image = Image.open(stream, formats=formats)
         _check_pixels(image.size, max_pixels, name)
         image.load()
     return image
+
+
+@cache
+def readable_formats() -> tuple[str, ...]:
+    """Those of FORMATS that the installed Pillow reads: AVIF may be missing."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _check_icons(stream: BinaryIO, max_pixels: int, name: str) -> None:
+    """The PNG or BMP headers of an icon's images: its directory may say less, and Pillow decodes while it opens."""
+    start = stream.read(6)
+    if start.startswith(_ICON_SIGNATURE) and len(start) == 6:
+        directory = stream.read(16 * int.from_bytes(start[4:], "little"))
+        for entry in range(len(directory) // 16):
+            stream.seek(int.from_bytes(directory[16 * entry + 12 : 16 * entry + 16], "little"))
+            header = stream.read(24)
+            if len(header) < 24:
+                continue
+            width, height = struct.unpack("<2i", header[4:12])
+            # A BMP in an icon has its mask below its colours.
+            size = abs(width), abs(height) // 2
+            _check_pixels(struct.unpack(">2I", header[16:]) if header.startswith(_PNG) else size, max_pixels, name)
+    stream.seek(0)
 
 
 def _check_pixels(size: tuple[int, int], max_pixels: int, name: str) -> None:
@@ -270,5 +321,10 @@ def _describe_failure(stream: BinaryIO, error: Exception) -> str:
     if size == 0:
         return "an empty file"
     if isinstance(error, UnidentifiedImageError):
+        start = stream.read(16)
+        stream.seek(0)
+        for offset, signature, kind in _SIGNATURES:
+            if start[offset:].startswith(signature):
+                return f"{size:,} bytes of {kind}, which is not among the formats"
         return f"{size:,} bytes of another kind, starting with {stream.read(16)!r}"
     return f"{type(error).__name__}: {error}"
