@@ -37,7 +37,7 @@ from vlm_export.models.image_processor import (
     transformers_image,
     with_chosen_size,
 )
-from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD, apply_image_size
+from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD, apply_image_size, config_of_size
 from vlm_export.models.weights import Target, load_weights, published_tensors
 from vlm_export.original import Original, TorchvisionPipeline, TransformersOriginal
 from vlm_export.specs import Origins, TextSpec, torchvision_image_spec
@@ -101,7 +101,7 @@ class BlipFamily:
             parts=parts,
             image=image,
             text=_text_spec(architecture),
-            hub_config=checkpoint.config or _config_from_architecture(architecture),
+            hub_config=config_of_size(checkpoint.config or _config_from_architecture(architecture), image_size),
             facts=_facts(architecture),
             dropped_keys=dropped,
             references={part.name: partial(reference_from_module, part) for part in parts},

@@ -54,6 +54,7 @@ from vlm_export.models.pictures import (
     IMAGE_STD,
     PictureExamples,
     apply_image_size,
+    config_of_size,
     picture_shape,
 )
 from vlm_export.models.token_ids import EDGES, random_ids
@@ -123,7 +124,10 @@ class ClipFamily:
             parts=parts,
             image=image,
             text=_text_spec(architecture),
-            hub_config=(checkpoint.config if huggingface else None) or _config_from_architecture(architecture),
+            hub_config=config_of_size(
+                (checkpoint.config if huggingface else None) or _config_from_architecture(architecture),
+                architecture.vision.image_size,
+            ),
             facts={"logit_scale": float(encoders.logit_scale), "activation": architecture.activation},
             dropped_keys=dropped,
             references={part.name: partial(build_reference, part) for part in parts},

@@ -63,6 +63,14 @@ def apply_image_size(vision: nn.Module, image_size: int, options: BuildOptions) 
     return options.image_size or image_size
 
 
+def config_of_size(config: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+    """A `config.json` that states the size that the image encoder has now."""
+    vision = config.get("vision_config")
+    if not isinstance(vision, Mapping) or vision.get("image_size", image_size) == image_size:
+        return dict(config)
+    return {**config, "vision_config": {**vision, "image_size": image_size}}
+
+
 def _check_image_size(size: object, patch: int) -> None:
     if type(size) is not int or not patch <= size <= LARGEST_FIXED_GRID * patch or size % patch:
         raise UsageError(

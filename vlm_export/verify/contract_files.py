@@ -94,7 +94,8 @@ def _top_sizes(bundle: OpenBundle, config: Mapping[str, Any]) -> Iterator[tuple[
     """Field, its key and its right value, from the graphs: the width of embeddings."""
     outputs = [output for part in bundle.manifest.parts for output in part.signature.outputs]
     widths = {output.shape[-1] for output in outputs if output.name in _EMBEDDINGS}
-    key = "projection_dim" if "projection_dim" in config else "image_text_hidden_size"
+    # BLIP's config has both, and its model reads the second.
+    key = "image_text_hidden_size" if "image_text_hidden_size" in config else "projection_dim"
     if len(widths) == 1 and isinstance(width := widths.pop(), int):
         yield key, key, width
 
