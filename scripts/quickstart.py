@@ -47,7 +47,7 @@ def run_job(export_python: Path, runtime_python: Path, output: Path) -> int:
     steps = (
         ("verify", bundle),
         ("classify", bundle, picture, *LABELS),
-        ("embed", bundle, PICTURES, "-o", embeddings),
+        ("embed", bundle, PICTURES, "-o", embeddings, "--overwrite"),
         ("search", bundle, embeddings, QUERY, "-k", "3"),
     )
     status = run([runtime_python, "-c", _NO_TORCH], show='python -c "import importlib.util …  # is PyTorch here?"')

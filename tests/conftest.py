@@ -5,15 +5,18 @@ Imports torch only where it is used: the runtime's tests run without it.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import cache
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,6 +39,18 @@ def default_interrupts() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session")
+def harness() -> ModuleType:
+    """`bundle/kill_harness.py`; loaded by path because test directories are no packages."""
+    name = "vlm_export_kill_harness"
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "bundle" / "kill_harness.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -107,18 +104,6 @@ def build_bundle(tmp_path: Path) -> Callable[..., Path]:
         return root
 
     return build
-
-
-@pytest.fixture(scope="session")
-def harness() -> ModuleType:
-    """`kill_harness.py`; loaded by path because test directories are no packages."""
-    name = "vlm_export_kill_harness"
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("kill_harness.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +18,14 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # Audit events (PEP 578) of the calls that change what is on the disk.
 FILE_EVENTS = frozenset({"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "fcntl.flock"})
 _KILLED, _ENDED = -signal.SIGKILL, 0
+# Added to the status of a command that ended before it got its signal; larger than 130 would not fit in a byte.
+_NOT_SENT = 131
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,63 @@ def kill_at_each_step(
     raise AssertionError(f"the work has not ended within {most} file operations")
 
 
+def kill_and_repeat_at_each_step(
+    folder: Path, work: Callable[[], object], check: Callable[[], object], repeat: Callable[[], object]
+) -> int:
+    """As `kill_at_each_step`, in a folder that begins the same each time.
+
+    After each kill `check` looks at what is left, `repeat` is the next run, and `check` looks again. Then nothing of
+    the killed run may lie beside its result.
+    """
+    before = folder.with_name("before")
+    shutil.copytree(folder, before)
+
+    def check_and_reset() -> None:
+        check()
+        repeat()
+        check()
+        assert not [name for name in os.listdir(folder) if ".vlm-export" in name]
+        shutil.rmtree(folder)
+        shutil.copytree(before, folder)
+
+    return kill_at_each_step(work, check_and_reset)
+
+
+def interrupt_at_each_step(
+    work: Callable[[], int], check: Callable[[int], object], number: signal.Signals, *, most: int = 1000
+) -> int:
+    """Runs `work`, a command that returns its exit status, in children that get a signal before each file operation.
+
+    `check` gets the status of each. Returns the number of children that got the signal.
+    """
+    for step in range(1, most):
+        pid = forked_command(lambda step=step: _run_until(work, step, number))  # type: ignore[misc]  # as above
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        # A signal that comes before the command hears it ends the process as usual.
+        check(130 if status == -number else status % _NOT_SENT)
+        if status >= _NOT_SENT:
+            return step - 1
+    raise AssertionError(f"the work has not ended within {most} file operations")
+
+
+def forked_command(work: Callable[[], int]) -> int:
+    """As `forked`; the child's exit status is what `work` returns, 1 when it raises."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        status = work()
+    except KeyboardInterrupt:
+        # Before the command heard signals itself, or after.
+        status = 130
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
 def in_child(work: Callable[[], Any]) -> Any:
     """What `work` returns, or the exception that it raises, from a child process, which may change its limits."""
     read_end, write_end = os.pipe()
@@ -137,7 +198,8 @@ def _write_ready(descriptor: int) -> None:
     os.write(descriptor, b"r")
 
 
-def _run_until(work: Callable[[], object], step: int) -> None:
+def _run_until(work: Callable[[], object], step: int, number: signal.Signals = signal.SIGKILL) -> int:
+    """What `work` returns, and more by `_NOT_SENT` when it ended before that step."""
     count = 0
 
     def audit(event: str, _: tuple[Any, ...]) -> None:
@@ -145,10 +207,11 @@ def _run_until(work: Callable[[], object], step: int) -> None:
         if event in FILE_EVENTS or event == "ctypes.dlsym":
             count += 1
             if count == step:
-                os.kill(os.getpid(), signal.SIGKILL)
+                signal.raise_signal(number)
 
     sys.addaudithook(audit)
-    work()
+    status = work()
+    return (status if isinstance(status, int) else 0) + (_NOT_SENT if count < step else 0)
 
 
 def _ended(pid: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from vlm_export.bundle.manifest import Manifest
 from vlm_export.bundle.publish import publication
 from vlm_export.bundle.target_lock import lock_path, locked
 from vlm_export.errors import EnvironmentFailure, InputError
+from vlm_export.interrupts import raise_remembered, remembered_interrupts
 
 _STEPS_BEFORE_REPLACEMENT = 20
 Publish = Callable[..., Manifest]
@@ -92,6 +94,42 @@ def test_killed_at_each_file_operation(
     assert seen[-1] == 2
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("default_interrupts")
+def test_interrupted_at_each_file_operation(
+    read_generation: Read,
+    tmp_path: Path,
+    publish_generation: Publish,
+    harness: ModuleType,
+    way: str,
+    no_sync: None,
+    number: signal.Signals,
+) -> None:
+    """The exit status is true: 130 and the old bundle, or 0 and the new one, also while the old one is deleted."""
+    target, seen = tmp_path / "out" / "bundle", list[tuple[int, int]]()
+    publish_generation(target, 1)
+
+    def command() -> int:
+        with remembered_interrupts():
+            try:
+                publish_generation(target, 2)
+                # What a command does after publication.
+                raise_remembered()
+            except KeyboardInterrupt:
+                return 130
+            return 0
+
+    def check(status: int) -> None:
+        seen.append((status, read_generation(target)))
+        if status == 0:
+            assert hidden(target.parent) == []
+        publish_generation(target, 1)
+        assert hidden(target.parent) == []
+
+    assert harness.interrupt_at_each_step(command, check, number) > 20
+    assert set(seen) == {(130, 1), (0, 2)}
+
+
 def test_naive_overwriting_would_be_caught(
     read_generation: Read,
     tmp_path: Path,
@@ -160,7 +198,7 @@ def test_concurrent_exports_end_with_one_whole_bundle(
             try:
                 publish_generation(target, generation)
             except EnvironmentFailure as error:
-                if "another export" not in error.what:
+                if "another process" not in error.what:
                     raise
 
     pids = [harness.forked(lambda first=first: loop(first)) for first in (0, 100, 200)]

@@ -250,7 +250,7 @@ def test_names_that_cannot_be(tmp_path: Path, publish_generation: Publish) -> No
     with pytest.raises(UsageError, match="no directory of its own"):
         publish_generation(Path("/"), 1)
     with pytest.raises(EnvironmentFailure, match="shorter"):
-        publish_generation(tmp_path / ("x" * 250), 1)
+        publish_generation(tmp_path / ("x" * 256), 1)
     assert os.listdir(tmp_path) == []
 
 

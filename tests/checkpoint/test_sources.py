@@ -8,19 +8,21 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from vlm_export.bundle.staging import put_file, staging
 from vlm_export.checkpoint import hub
-from vlm_export.checkpoint.download import cache_directory, fetch_url
+from vlm_export.checkpoint.download import cache_directory, cached_path, fetch_url
 from vlm_export.checkpoint.hub import is_hub_id, wanted_files
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
@@ -119,8 +121,29 @@ def test_download_is_cached(serve: Callable[..., list[str]]) -> None:
     assert fetch_url(URL, sha256) == path
     assert asked == [URL]
     path.write_bytes(b"damaged")
+    # What a killed process left.
+    (path.parent / ".Tiny.pt.vlm-export-1-0123456789ab.tmp").write_bytes(b"half")
     assert fetch_url(URL, sha256).read_bytes() == body
     assert len(asked) == 2
+    assert [entry.name for entry in path.parent.iterdir()] == ["Tiny.pt"]
+
+
+def test_a_download_waits_for_that_of_another_process(serve: Callable[..., list[str]], harness: ModuleType) -> None:
+    body = b"weights" * 1000
+    sha256, asked = hashlib.sha256(body).hexdigest(), serve(lambda: FakeResponse(b"not asked for"))
+    target = cached_path(URL, sha256)
+    target.parent.mkdir(parents=True)
+
+    def download(ready: Callable[[], None]) -> None:
+        with staging(target) as staged:
+            staged.path.write_bytes(body)
+            ready()
+            time.sleep(0.5)
+            put_file(staged.path, target)
+
+    with harness.running(download):
+        assert fetch_url(URL, sha256).read_bytes() == body
+    assert asked == []
 
 
 def test_download_with_another_sha256(serve: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -209,6 +232,7 @@ def test_open_clip_config_is_read_beside_weights_that_it_describes(tmp_path: Pat
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OPEN_OFFLINE = """
 import sys
+import time
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.errors import VlmExportError
 for source in sys.argv[1:]:

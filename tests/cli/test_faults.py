@@ -207,7 +207,7 @@ def test_c6_two_exports_to_one_target(
     before = snapshot(old.parent)
     with locked(old):
         result = cli("export", checkpoint, "-o", old, "--overwrite", "--quiet", *fast)
-        result.refused(4, "another export", str(os.getpid()), "fix: ")
+        result.refused(4, "another process", str(os.getpid()), "fix: ")
     assert snapshot(old.parent) == before
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm_export.runtime.search import npy_metadata
 from vlm_export.runtime.slice_features import load_slice_encoder
 
 pytestmark = pytest.mark.needs_torch
@@ -33,9 +33,9 @@ def test_embed_npy(cli: Cli, slice_bundle: Bundle, tmp_path: Path) -> None:
     # In the folder's order.
     expected = load_slice_encoder(bundle, threads=1).encode_slices([SMALL, WIDE])
     assert np.array_equal(np.load(output), np.concatenate([entry.image_features for entry in expected]))
-    rows = json.loads((tmp_path / "f.npy.json").read_text("ascii"))["rows"]
+    rows = npy_metadata(tmp_path / "f.npy")["rows"]
     assert [row["item"] for row in rows] == [str(SMALL), *[str(WIDE)] * 3]
-    data = cli("embed", bundle, SMALL, "-o", output, "--quiet", "--json", "--batch-size", "1", *ONE).data
+    data = cli("embed", bundle, SMALL, "-o", output, "--overwrite", "--quiet", "--json", *ONE, "--batch-size", "1").data
     assert data.pop("seconds") >= 0
     assert data == {"output": str(output), "kind": "slices", "count": 1, "slices": 1, "shape": [5, 256]}
 
@@ -122,7 +122,9 @@ def test_inspect_draws(cli: Cli, slice_bundle: Bundle, tmp_path: Path) -> None:
         assert drawing.format == "PNG"
         assert drawing.width >= 640
         assert drawing.height >= 2 * 320
-    assert cli("inspect", WIDE, "--bundle", bundle, "-o", output, "--json").data["output"] == str(output)
+    again = ("inspect", WIDE, "--bundle", bundle, "-o", output, "--json")
+    cli(*again).refused(2, "the output exists", "--overwrite")
+    assert cli(*again, "--overwrite").data["output"] == str(output)
     assert [path.name for path in tmp_path.iterdir()] == ["slices.png"]
 
 
@@ -132,6 +134,7 @@ def test_inspect_refuses(cli: Cli, slice_bundle: Bundle, pair: Path, tmp_path: P
     cli("inspect", WIDE, "--bundle", tmp_path).refused(3, "not a bundle")
     cli("inspect", "nowhere.png", "--bundle", bundle).refused(3, "nowhere.png")
     cli("inspect", WIDE, "-o", "a.png").refused(2, "--bundle")
+    cli("inspect", WIDE, "--overwrite").refused(2, "--bundle")
     cli("inspect", WIDE, "--bundle", bundle, "--revision", "main").refused(2, "--revision")
     cli("inspect", WIDE, "--bundle", bundle, "-o", "a.jpg").refused(2, "a .png")
     cli("inspect", WIDE, "--bundle", bundle, "-o", tmp_path / "no" / "a.png").refused(4, "cannot be written")

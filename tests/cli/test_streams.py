@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import pytest
 from PIL import Image
 
+from vlm_export.runtime.search import npy_metadata
+
 LINUX = sys.platform == "linux"
 
 
@@ -105,6 +107,9 @@ def test_embed_looks_at_its_output_first(
     (tmp_path / "folder.npy").mkdir()
     for output in (tmp_path / "none" / "x.npy", tmp_path / "folder.npy", picture / "x.npy"):
         cli("embed", pair, picture, "-o", output).refused(4, "the output cannot be written")
+    (tmp_path / "old.npy").write_bytes(b"old")
+    cli("embed", pair, picture, "-o", tmp_path / "old.npy").refused(2, "the output exists", "--overwrite")
+    assert (tmp_path / "old.npy").read_bytes() == b"old"
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     cli("embed", pair, picture, "-o", tmp_path / "x.parquet").refused(4, "parquet")
 
@@ -130,7 +135,7 @@ def test_lines_of_a_text_file(cli: Any, pair: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_bytes("\ufeffa\u2028b\fc\r\n\r\n d \n".encode())
     assert cli("embed", pair, texts, "-o", tmp_path / "x.npy").status == 0
-    assert json.loads((tmp_path / "x.npy.json").read_text(encoding="utf-8"))["items"] == ["a\u2028b\fc", "d"]
+    assert npy_metadata(tmp_path / "x.npy")["items"] == ["a\u2028b\fc", "d"]
 
 
 def test_classify_cuts_long_labels_when_asked(cli: Any, pair: Path, picture: Path) -> None:

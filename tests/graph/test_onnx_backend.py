@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from vlm_export.graph import placing
 from vlm_export.graph.compose import compose
 from vlm_export.graph.errors import GraphError
 from vlm_export.graph.extract import extract, split
@@ -160,8 +160,7 @@ def test_external_data_round_trip(cases: list[Any], tmp_path: Path, monkeypatch:
     # onnxruntime reads what decides shapes from the graph file only.
     storage = Storage(external=True, threshold_bytes=64)
     # What is asked here is not durability.
-    monkeypatch.setattr(placing, "sync_file", lambda path: None)
-    monkeypatch.setattr(placing, "sync_directory", lambda path: None)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
     def reopened(case: Any) -> ir.Model:
         nonlocal external

@@ -32,7 +32,7 @@ ARROWS = {
     "tile_spec.py": TYPES,
     "family.py": TYPES,
     "original.py": TYPES,
-    "bundle": TYPES,
+    "bundle": TYPES | {"vlm_export.interrupts"},
     "runtime": TYPES | {"vlm_export.bundle"},
     "graph": TYPES | {"vlm_export.bundle"},
     "precision": TYPES,

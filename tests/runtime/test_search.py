@@ -15,10 +15,10 @@ from vlm_export.runtime.image import FloatArray
 from vlm_export.runtime.search import (
     EmbeddingsMeta,
     Match,
+    npy_metadata,
     read_embeddings,
-    replacing,
     search_embeddings,
-    sidecar_path,
+    staged_embeddings,
     top_k,
     write_embeddings,
 )
@@ -37,31 +37,34 @@ def unit_vectors(count: int, seed: int = 0) -> FloatArray:
 def test_files_come_back_as_written(name: str, tmp_path: Path) -> None:
     path, vectors = tmp_path / name, unit_vectors(3)
     write_embeddings(path, ITEMS, vectors, META)
-    write_embeddings(path, ITEMS[:2], vectors[:2], META)
+    with pytest.raises(UsageError, match="the output exists"):
+        write_embeddings(path, ITEMS[:2], vectors[:2], META)
+    assert read_embeddings(path).items == tuple(ITEMS)
+    write_embeddings(path, ITEMS[:2], vectors[:2], META, overwrite=True)
     embeddings = read_embeddings(path)
     assert embeddings.items == tuple(ITEMS[:2])
     assert embeddings.meta == META
     assert embeddings.vectors.dtype == np.float32
     assert np.array_equal(embeddings.vectors, vectors[:2])
-    assert not list(tmp_path.glob("*.tmp"))
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
 def write_half(path: Path) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text("half", encoding="utf-8")
+    with staged_embeddings(path, overwrite=True) as staged:
+        staged.write_text("half", encoding="utf-8")
         raise OSError("the disk is full")
 
 
 @pytest.mark.parametrize("name", ["e.npy", "e.parquet"])
 def test_files_of_like_names_are_left_alone(name: str, tmp_path: Path) -> None:
-    others = [tmp_path / f"{name}.tmp", tmp_path / f"{name}.json.tmp"]
+    others = [tmp_path / f"{name}.tmp", tmp_path / f".{name}.tmp"]
     for other in others:
         other.write_text("mine", encoding="utf-8")
     write_embeddings(tmp_path / name, ITEMS, unit_vectors(3), META)
     assert [other.read_text(encoding="utf-8") for other in others] == ["mine", "mine"]
     with pytest.raises(EnvironmentFailure, match="cannot be written"):
         write_half(tmp_path / name)
-    assert sorted(tmp_path.glob("*.tmp")) == sorted(others)
+    assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / name])
     assert len(read_embeddings(tmp_path / name).items) == 3
 
 
@@ -90,6 +93,12 @@ def test_other_tools_can_read_the_files(tmp_path: Path) -> None:
     write_embeddings(tmp_path / "e.npy", ITEMS, vectors, META)
     write_embeddings(tmp_path / "e.parquet", ITEMS, vectors, META)
     assert np.array_equal(np.load(tmp_path / "e.npy"), vectors)
+    assert np.array_equal(np.load(tmp_path / "e.npy", mmap_mode="r"), vectors)
+    with (tmp_path / "e.npy").open("rb") as file:
+        assert np.array_equal(np.load(file), vectors)
+        data = json.loads(np.load(file).tobytes())
+    assert data == npy_metadata(tmp_path / "e.npy")
+    assert data["items"] == ITEMS
     rows = pyarrow.parquet.read_table(tmp_path / "e.parquet").to_pylist()
     assert [row["item"] for row in rows] == ITEMS
     assert np.allclose([row["embedding"] for row in rows], vectors)
@@ -119,23 +128,37 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatc
         write_embeddings(tmp_path / "e.parquet", ITEMS, unit_vectors(3), META)
 
 
+def rewrite(path: Path, vectors: np.ndarray, metadata: bytes) -> None:
+    """A `.npy` of two arrays, as `embed` writes."""
+    with path.open("wb") as file:
+        np.save(file, vectors)
+        np.save(file, np.frombuffer(metadata, np.uint8))
+
+
 def test_vectors_of_another_run_are_noticed(tmp_path: Path) -> None:
     path = tmp_path / "e.npy"
     write_embeddings(path, ITEMS, unit_vectors(3), META)
-    np.save(path, unit_vectors(3, seed=1))
+    rewrite(path, unit_vectors(3, seed=1), json.dumps(npy_metadata(path)).encode())
     with pytest.raises(InputError, match="do not belong together"):
         read_embeddings(path)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"items": [1]}', "[" * 100_000, '{"items": "abc"}'])
-def test_damaged_sidecar_is_named(content: str, tmp_path: Path) -> None:
+def test_vectors_alone_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "e.npy", unit_vectors(3))
+    with pytest.raises(InputError, match="do not name their items") as caught:
+        read_embeddings(tmp_path / "e.npy")
+    assert caught.value.got == "one array"
+    (tmp_path / "e.npy.json").write_text("{}")
+    with pytest.raises(InputError) as caught:
+        read_embeddings(tmp_path / "e.npy")
+    assert "older version" in caught.value.got
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"items": [1]}', "[" * 100_000, '{"items": "abc"}', "\0"])
+def test_damaged_metadata_is_named(content: str, tmp_path: Path) -> None:
     path = tmp_path / "e.npy"
-    write_embeddings(path, ITEMS, unit_vectors(3), META)
-    sidecar_path(path).write_text(content)
+    rewrite(path, unit_vectors(3), content.encode())
     with pytest.raises(InputError, match=r"e\.npy"):
-        read_embeddings(path)
-    sidecar_path(path).unlink()
-    with pytest.raises(InputError, match=r"e\.npy\.json"):
         read_embeddings(path)
 
 
@@ -143,10 +166,34 @@ def test_damaged_sidecar_is_named(content: str, tmp_path: Path) -> None:
 def test_unknown_metadata_is_refused(field: str, value: object, tmp_path: Path) -> None:
     path = tmp_path / "e.npy"
     write_embeddings(path, ITEMS, unit_vectors(3), META)
-    data = json.loads(sidecar_path(path).read_text())
-    sidecar_path(path).write_text(json.dumps({**data, field: value}))
+    rewrite(path, unit_vectors(3), json.dumps({**npy_metadata(path), field: value}).encode())
     with pytest.raises(InputError, match="what model made them"):
         read_embeddings(path)
+
+
+@pytest.mark.parametrize("kept", [1, 9, 100, 187, 188, 189, 300, -1])
+def test_a_file_that_was_cut_off_is_named(kept: int, tmp_path: Path) -> None:
+    path = tmp_path / "e.npy"
+    write_embeddings(path, ITEMS, unit_vectors(3), META)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(InputError, match=r"cannot be read|do not name their items"):
+        read_embeddings(path)
+
+
+def header(text: str) -> bytes:
+    """The beginning of a `.npy` whose header is `text`."""
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode("latin1")
+
+
+HEADERS = ["((((", "[" * 5000, "{'descr': ", "1", "{'descr': '<M8[s]', 'fortran_order': False, 'shape': (2,)}"]
+HEADERS += [f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({1 << 60}, 5)}}", "\xff" * 50, "-" * 9000]
+
+
+@pytest.mark.parametrize("content", [b"PK\003\004", b"PK\003\004" + bytes(99), *map(header, HEADERS)])
+def test_odd_headers_are_an_input_error(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "e.npy").write_bytes(content + bytes(64))
+    with pytest.raises(InputError, match="cannot be read"):
+        read_embeddings(tmp_path / "e.npy")
 
 
 @pytest.mark.parametrize("name", ["e.npy", "e.parquet"])

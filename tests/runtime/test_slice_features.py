@@ -18,7 +18,7 @@ import vlm_export
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 from vlm_export.runtime import slice_features
 from vlm_export.runtime.engine import Port
-from vlm_export.runtime.search import read_embeddings
+from vlm_export.runtime.search import npy_metadata, read_embeddings
 from vlm_export.runtime.slice_features import SliceEncoder, SliceFeatures
 from vlm_export.runtime.slice_files import SliceFileMeta, write_slice_features
 from vlm_export.runtime.slice_plan import SlicePlan
@@ -258,13 +258,13 @@ def test_npy_files(written: Any, tmp_path: Path) -> None:
     path = tmp_path / "f.npy"
     assert write_slice_features(path, pictures * 300, meta) == (600, 1200)
     assert np.load(path).shape == (1200, 5, 256)
-    assert write_slice_features(path, iter(pictures), meta) == (2, 4)
+    assert write_slice_features(path, iter(pictures), meta, overwrite=True) == (2, 4)
     found = np.load(path, mmap_mode="r")
     assert np.array_equal(found, np.concatenate([features.image_features for _, features in pictures]))
-    data = json.loads((tmp_path / "f.npy.json").read_text("ascii"))
+    data = npy_metadata(tmp_path / "f.npy")
     assert [tuple(row.values()) for row in data["rows"]] == ROWS
     assert (data["kind"], data["model"], data["shape"]) == ("slices", "tiny", [5, 256])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["f.npy", "f.npy.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f.npy"]
 
 
 def test_parquet_files(written: Any, tmp_path: Path) -> None:
@@ -299,12 +299,12 @@ def test_a_picture_that_fails_leaves_the_old_file(name: str, written: Any, tmp_p
         raise InputError("a picture cannot be read")
 
     with pytest.raises(InputError, match="cannot be read"):
-        write_slice_features(path, failing(), meta)
+        write_slice_features(path, failing(), meta, overwrite=True)
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
     with pytest.raises(EnvironmentFailure, match="cannot be written"):
         write_slice_features(tmp_path / "nowhere" / name, pictures, meta)
     with pytest.raises(UsageError, match="another shape"):
-        write_slice_features(path, pictures, SliceFileMeta("tiny", "", (5, 255)))
+        write_slice_features(path, pictures, SliceFileMeta("tiny", "", (5, 255)), overwrite=True)
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 

@@ -15,6 +15,7 @@ from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest, VariantRecord, m
 from vlm_export.bundle.path_names import check_utf8
 from vlm_export.bundle.replacement import aside_path, recover
 from vlm_export.bundle.safe_files import opened_real_file
+from vlm_export.bundle.size_check import check_stated_sizes
 from vlm_export.bundle.strict_json import MAX_JSON_BYTES
 from vlm_export.bundle.target_lock import locked_if_free
 from vlm_export.errors import InputError, UsageError, VlmExportError, suggestion
@@ -119,7 +120,7 @@ def open_bundle(path: Path | str) -> OpenBundle:
 
     Raises:
         InputError: not a bundle (the message says what it is instead), or a manifest that is cut off, malformed,
-            of a newer version, or lists no size and sha256 for a variant's file.
+            of a newer version, lists no size and sha256 for a variant's file, or states sizes that exclude another.
     """
     path = Path(path).absolute()
     what = "the bundle's path is not valid UTF-8, and engines take no other"
@@ -133,6 +134,7 @@ def open_bundle(path: Path | str) -> OpenBundle:
     for part in manifest.parts:
         for variant in part.variants:
             check_variant_files(manifest, variant, str(root / MANIFEST_NAME))
+    check_stated_sizes(manifest, str(root / MANIFEST_NAME))
     return OpenBundle(root, manifest, raw)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -16,21 +14,11 @@ from vlm_export.bundle.graph_check import check_variant_graph
 from vlm_export.bundle.hashing import map_in_threads
 from vlm_export.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest, manifest_from_bytes
 from vlm_export.bundle.path_names import check_utf8
-from vlm_export.bundle.replacement import (
-    aside_path,
-    is_empty_directory,
-    new_staging_path,
-    recover,
-    replace_directory,
-    sync_directory,
-    sync_file,
-)
+from vlm_export.bundle.replacement import aside_path, is_empty_directory, recover, replace_directory
 from vlm_export.bundle.safe_files import record_of_file, relative_files
-from vlm_export.bundle.target_lock import locked, locked_if_free
-from vlm_export.errors import EnvironmentFailure, InputError, UsageError
-
-_LEFTOVER = re.compile(r"\.(?P<target>.+)\.vlm-export-\d+-[0-9a-f]{12}\.tmp", re.DOTALL)
-_RESERVED = re.compile(rf"{_LEFTOVER.pattern}|\..+\.vlm-export\.(old|lock)", re.DOTALL)
+from vlm_export.bundle.staging import check_name, delete, staging, sync_directory, sync_file
+from vlm_export.errors import InputError, UsageError
+from vlm_export.interrupts import point_of_no_return
 
 
 @dataclass(frozen=True)
@@ -74,7 +62,10 @@ class Staging:
             for directory, _, _ in os.walk(self.path):
                 sync_directory(Path(directory))
             check_target(self.target, self.overwrite)
-            replace_directory(self.path, self.target)
+            with point_of_no_return():
+                replace_directory(self.path, self.target)
+                # The old bundle, or nothing.
+                delete(self.path)
         return complete
 
     def _finished_file(self, name: str) -> FileRecord:
@@ -101,16 +92,10 @@ def publication(target: Path, *, overwrite: bool, needed_bytes: int = 0) -> Iter
     target = _absolute(target)
     with environment_errors("writing the bundle", target.parent, needed_bytes), _parents(target.parent):
         check_free_space(target.parent, needed_bytes)
-        with locked(target):
+        with staging(target) as staged:
             _recover(target, overwrite)
-            _sweep(target)
-            staging = new_staging_path(target)
-            try:
-                staging.mkdir()
-                yield Staging(staging, target, overwrite)
-            finally:
-                # After a commit this is the old bundle, or nothing.
-                shutil.rmtree(staging, ignore_errors=True)
+            staged.path.mkdir()
+            yield Staging(staged.path, target, overwrite)
 
 
 def _absolute(target: Path) -> Path:
@@ -145,12 +130,7 @@ def _parents(parent: Path) -> Iterator[None]:
 
 def check_target(target: Path, overwrite: bool) -> None:
     """UsageError unless a bundle may be put at `target`: absent, empty, or with `overwrite` only a bundle."""
-    if _RESERVED.fullmatch(target.absolute().name):
-        raise UsageError(
-            "the output path has a name that exports use for what they leave behind, so it would be swept away",
-            where=str(target),
-            fix="choose another name",
-        )
+    check_name(target)
     if os.path.ismount(target):
         raise UsageError(
             "the output path is a mount point, and no directory can be put in its place",
@@ -205,26 +185,6 @@ def _recover(target: Path, overwrite: bool) -> None:
             where=str(aside_path(target)),
             fix="move it away, or choose another output directory",
         )
-
-
-def _sweep(target: Path) -> None:
-    """Deletes what killed exports left in the target's parent: a temporary directory is dead when its lock is free.
-
-    The caller holds the target's own lock.
-    """
-    for entry in list(target.parent.iterdir()):
-        match = _LEFTOVER.fullmatch(entry.name)
-        if match is None or entry.is_symlink() or not entry.is_dir():
-            continue
-        if match["target"] == target.name:
-            shutil.rmtree(entry, ignore_errors=True)
-            continue
-        doomed = new_staging_path(target)
-        with suppress(OSError, EnvironmentFailure), locked_if_free(target.with_name(match["target"])) as free:
-            # Renamed under that lock and deleted after it, so that an export that starts meanwhile finds it free.
-            if free:
-                entry.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def manifest_content(manifest: Manifest) -> bytes:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
-import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from vlm_export.bundle.contents import has_manifest, holds_only_a_bundle
+from vlm_export.bundle.staging import delete, new_staging_path, sync_directory
+from vlm_export.bundle.target_lock import short_name
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -23,12 +24,7 @@ _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 def aside_path(target: Path) -> Path:
     """Where the old directory stands between the two renames."""
-    return target.parent / f".{target.name}.vlm-export.old"
-
-
-def new_staging_path(target: Path) -> Path:
-    """A fresh name beside the target that `staging_owner` recognises."""
-    return target.parent / f".{target.name}.vlm-export-{os.getpid()}-{secrets.token_hex(6)}.tmp"
+    return target.parent / f".{short_name(target)}.vlm-export.old"
 
 
 def replace_directory(new: Path, target: Path) -> None:
@@ -42,7 +38,9 @@ def replace_directory(new: Path, target: Path) -> None:
         os.rename(new, target)
     elif not exchange(new, target):
         _replace_in_two_steps(new, target)
-    sync_directory(target.parent)
+    with suppress(OSError):
+        # It is in place; what may be lost is only that this survives a power cut.
+        sync_directory(target.parent)
 
 
 def exchange(first: Path, second: Path) -> bool:
@@ -88,30 +86,9 @@ def recover(target: Path) -> None:
         # Under a name that is never restored, because from here on it is incomplete.
         doomed = new_staging_path(target)
         os.rename(aside, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        delete(doomed)
 
 
 def is_empty_directory(path: Path) -> bool:
     """Whether `path` is a directory, not a link to one, without entries."""
     return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
-
-
-def sync_file(path: Path) -> None:
-    """Waits until the content of a file is on the disk."""
-    # Windows flushes only what is open for writing; elsewhere a file without write permission must do.
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_directory(path: Path) -> None:
-    """Waits until the names in a directory are on the disk; Windows has no such call."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

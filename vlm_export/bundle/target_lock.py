@@ -1,7 +1,12 @@
-"""One publication at a time per target: a lock file beside it, which the system releases when its owner dies."""
+"""One writer at a time per target: a lock file beside it, which the system releases when its owner dies.
+
+The library `filelock` locks the same way. This code stays because it names the process that holds a lock, leaves a
+file, link or pipe that only has a lock's name untouched, and keeps bundles free of packages.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import sys
@@ -17,34 +22,44 @@ _MAX_LOCK_BYTES = 32
 # A sweep on behalf of a neighbouring target holds the lock for a moment.
 _RETRIES = 4
 _RETRY_SECONDS = 0.05
+# File systems take names of 255 bytes; what is put around a target's name needs 50.
+_LONGEST_NAME_BYTES = 200
+
+
+def short_name(target: Path) -> str:
+    """The target's name as the names beside it carry it: whole, or its beginning and a digest where it is too long."""
+    name = os.fsencode(target.name)
+    if len(name) <= _LONGEST_NAME_BYTES:
+        return target.name
+    return f"{name[:80].decode(errors='ignore')}~{hashlib.sha256(name).hexdigest()[:32]}"
 
 
 def lock_path(target: Path) -> Path:
-    """The lock file of a target directory."""
-    return target.parent / f".{target.name}.vlm-export.lock"
+    """The lock file of a target."""
+    return target.parent / f".{short_name(target)}.vlm-export.lock"
 
 
 @contextmanager
-def locked(target: Path) -> Iterator[None]:
+def locked(target: Path, *, wait: bool = False) -> Iterator[None]:
     """Holds the target's lock.
+
+    Args:
+        wait: until it is free, instead of failing.
 
     Raises:
         EnvironmentFailure: another process (or this one) already holds it, or something else has its name.
     """
-    path = lock_path(target)
-    descriptor = _acquire(path)
-    for _ in range(_RETRIES):
-        if descriptor is not None:
-            break
+    path, attempts = lock_path(target), 0
+    while (descriptor := _acquire(path)) is None:
+        attempts += 1
+        if attempts > _RETRIES and not wait:
+            raise EnvironmentFailure(
+                "another process is writing this output",
+                where=str(target),
+                got=f"the lock {path.name} is held by process {_owner(path)}",
+                fix="wait for it to end, or choose another output",
+            )
         time.sleep(_RETRY_SECONDS)
-        descriptor = _acquire(path)
-    if descriptor is None:
-        raise EnvironmentFailure(
-            "another export to this directory is running",
-            where=str(target),
-            got=f"the lock {path.name} is held by process {_owner(path)}",
-            fix="wait for it to end, or choose another output directory",
-        )
     try:
         yield
     finally:
@@ -122,11 +137,11 @@ def _check_owner(path: Path, descriptor: int) -> None:
 
 def _not_a_lock(path: Path, got: str) -> EnvironmentFailure:
     return EnvironmentFailure(
-        "what stands beside the output directory has the name of its lock",
+        "what stands beside the output has the name of its lock",
         where=str(path),
         expected="nothing, or the lock of an export",
         got=got,
-        fix="move it away, or choose another output directory",
+        fix="move it away, or choose another output",
     )
 
 

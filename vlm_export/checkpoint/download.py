@@ -6,14 +6,13 @@ import hashlib
 import http.client
 import os
 import shutil
-import tempfile
 import urllib.error
 import urllib.request
-from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 from urllib.parse import urlsplit
 
+from vlm_export.bundle.staging import put_file, staging
 from vlm_export.checkpoint.hashing import Progress, hash_file
 from vlm_export.checkpoint.names import check_plain_name
 from vlm_export.checkpoint.seen_file import see_file
@@ -47,11 +46,14 @@ def fetch_url(url: str, sha256: str | None, progress: Progress | None = None) ->
         InputError: what arrived is not what `sha256` pins.
     """
     target = cached_path(url, sha256)
-    if target.is_file() and (sha256 is None or hash_file(see_file(target), target.name, progress).sha256 == sha256):
+    if _is_cached(target, sha256, progress):
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _download(url, target, sha256, progress)
+        # One process downloads, others wait for it; what a killed one left is swept.
+        with staging(target.absolute(), wait=True) as staged:
+            if not _is_cached(target, sha256, progress):
+                _download(url, staged.path, target, sha256, progress)
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         raise EnvironmentFailure(
             "the checkpoint cannot be downloaded",
@@ -60,6 +62,10 @@ def fetch_url(url: str, sha256: str | None, progress: Progress | None = None) ->
             fix=f"connect to the network and try again, or put the file at {target} by other means",
         ) from error
     return target
+
+
+def _is_cached(target: Path, sha256: str | None, progress: Progress | None) -> bool:
+    return target.is_file() and (sha256 is None or hash_file(see_file(target), target.name, progress).sha256 == sha256)
 
 
 def cached_path(url: str, sha256: str | None) -> Path:
@@ -73,31 +79,23 @@ def cached_path(url: str, sha256: str | None) -> Path:
     return cache_directory() / (sha256 or hashlib.sha256(url.encode()).hexdigest())[:16] / name
 
 
-def _download(url: str, target: Path, sha256: str | None, progress: Progress | None) -> None:
-    handle, part = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
-                if urlsplit(response.geturl()).scheme != "https":
-                    raise OSError("the server redirects away from https")
-                stated = response.headers.get("Content-Length") or ""
-                total = int(stated) if stated.isdecimal() else 0
-                _check_space(target, total)
-                found = _stream(response, file, target.name, total, progress)
-            file.flush()
-            os.fsync(file.fileno())
-        if sha256 is not None and found != sha256:
-            raise InputError(
-                "the download is not the file that the config pins: its sha256 differs",
-                where=url,
-                expected=sha256,
-                got=found,
-                fix="try again; if it stays so, the publisher changed the file or the connection is tampered with",
-            )
-        os.replace(part, target)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(part)
+def _download(url: str, staged: Path, target: Path, sha256: str | None, progress: Progress | None) -> None:
+    with staged.open("xb") as file, urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
+        if urlsplit(response.geturl()).scheme != "https":
+            raise OSError("the server redirects away from https")
+        stated = response.headers.get("Content-Length") or ""
+        total = int(stated) if stated.isdecimal() else 0
+        _check_space(target, total)
+        found = _stream(response, file, target.name, total, progress)
+    if sha256 is not None and found != sha256:
+        raise InputError(
+            "the download is not the file that the config pins: its sha256 differs",
+            where=url,
+            expected=sha256,
+            got=found,
+            fix="try again; if it stays so, the publisher changed the file or the connection is tampered with",
+        )
+    put_file(staged, target, is_result=False)
 
 
 def _stream(response: Response, file: BinaryIO, name: str, total: int, progress: Progress | None) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from importlib import resources
+
 from vlm_export.errors import InputError
 
 # The longest name of a file on the usual systems.
@@ -36,3 +39,15 @@ def check_plain_name(name: str, where: str) -> None:
 
 def _bytes(name: str) -> int:
     return len(name.encode(errors="surrogatepass"))
+
+
+def hidden_name(source: str) -> str:
+    """A sentence where SOURCE is a path that has a known checkpoint's name, which it hides; "" otherwise."""
+    if not is_plain_name(source) or not os.path.lexists(source):
+        return ""
+    if not resources.files("vlm_export.configs").joinpath(f"{source}.yaml").is_file():
+        return ""
+    return (
+        f"./{source} in this directory was taken, not the known checkpoint {source}: "
+        f"rename ./{source}, or run the command in another directory, to get that one"
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,10 +21,11 @@ from vlm_export.checkpoint.download import fetch_url
 from vlm_export.checkpoint.hashing import Progress, check_sha256, hash_file
 from vlm_export.checkpoint.hub import fetch_snapshot, is_hub_id
 from vlm_export.checkpoint.known import KnownCheckpoint, known_names, load_known, packaged_path
+from vlm_export.checkpoint.names import hidden_name
 from vlm_export.checkpoint.seen_file import SeenFile, see_file
 from vlm_export.checkpoint.shards import ReadPrefixes, everything
 from vlm_export.checkpoint.weights_file import read_weights_file
-from vlm_export.errors import InputError, UsageError, suggestion
+from vlm_export.errors import InputError, UsageError, VlmExportError, suggestion
 from vlm_export.family import Checkpoint
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -54,8 +56,9 @@ def open_checkpoint(
         EnvironmentFailure: no network where it is needed, or a full disk.
     """
     if _exists(source):
-        _refuse_revision(revision, source)
-        return _open_path(source, Path(source), expected_sha256, progress, reads)
+        with _telling_of_hidden_name(source):
+            _refuse_revision(revision, source)
+            return _open_path(source, Path(source), expected_sha256, progress, reads)
     if source in known_names():
         return _open_known(source, load_known(source), expected_sha256, revision, progress, reads)
     if is_hub_id(source) and not source.endswith(_FILE_SUFFIXES):
@@ -66,6 +69,16 @@ def open_checkpoint(
         expected="an existing path, a name from configs/, or owner/name",
         fix=suggestion(source, known_names()),
     )
+
+
+@contextmanager
+def _telling_of_hidden_name(source: str) -> Iterator[None]:
+    """An error about a path says that a known checkpoint has the same name, which the user may have meant."""
+    try:
+        yield
+    except VlmExportError as error:
+        error.fix = "; ".join(part for part in (hidden_name(source), error.fix) if part)
+        raise
 
 
 def _exists(source: str) -> bool:

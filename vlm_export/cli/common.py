@@ -92,8 +92,15 @@ def existing_path(text: str) -> Path:
     return path
 
 
-def check_output(path: Path) -> None:
-    """EnvironmentFailure where no file can be written, so that long work does not end in it."""
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Refuses an output before long work is done for it.
+
+    Raises:
+        EnvironmentFailure: no file can be written there.
+        UsageError: something is there that may not be replaced.
+    """
+    from vlm_export.bundle.staging import check_name, check_not_there
+
     folder = path.parent
     if path.is_dir() or not folder.is_dir():
         raise EnvironmentFailure(
@@ -104,3 +111,5 @@ def check_output(path: Path) -> None:
         )
     if not os.access(folder, os.W_OK | os.X_OK):
         raise EnvironmentFailure("the output cannot be written", where=str(folder), fix="choose a directory of yours")
+    check_name(path)
+    check_not_there(path.absolute(), overwrite=overwrite)

@@ -31,12 +31,13 @@ def add_parser(verbs: Any) -> None:
         help="embeddings of pictures or texts",
         description="Unit-length embeddings of pictures (also of all in a folder), or of the lines of text files. "
         "Of a bundle that cuts pictures into slices (MiniCPM-V, OmniLMM): the features of each slice, for a language "
-        "model: .npy float32 (slices, features, width), FILE.json naming picture, slice, rows and columns of patches "
-        "of each row; .parquet with these as columns.",
+        "model: .npy float32 (slices, features, width), then as a second array the JSON that names picture, slice, "
+        "rows and columns of patches of each row; .parquet with these as columns.",
     )
     parser.add_argument("bundle", metavar="DIR", help="directory of the bundle")
     parser.add_argument("paths", metavar="PATH", nargs="+", help="pictures, folders of pictures, or .txt files")
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", help=".npy (with FILE.json) or .parquet")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help=".npy or .parquet")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE")
     parser.add_argument("--batch-size", type=positive_integer, metavar="N", help="default: 32; of slices: 4")
     parser.add_argument("--truncate", action="store_true", help="cut texts that are too long instead of refusing them")
     add_engine_options(parser)
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from vlm_export.runtime.identity import SLICING
     from vlm_export.runtime.search import checked_suffix, pyarrow_modules
 
-    check_output(Path(args.output))
+    check_output(Path(args.output), overwrite=args.overwrite)
     if checked_suffix(Path(args.output)) == ".parquet":
         pyarrow_modules()
     pictures, texts, skipped = _collect([existing_path(path) for path in args.paths])
@@ -75,9 +76,8 @@ def _run_pair(args: argparse.Namespace, pictures: list[Path], texts: list[str], 
         vectors = pair.encode_text(items, truncate=args.truncate, batch_size=batch_size, progress=progress)
     seconds = time.perf_counter() - start
     kind: Literal["image", "text"] = "image" if pictures else "text"
-    write_embeddings(
-        args.output, items, vectors, EmbeddingsMeta(kind, pair.manifest.name, pair.identity, pair.precision)
-    )
+    meta = EmbeddingsMeta(kind, pair.manifest.name, pair.identity, pair.precision)
+    write_embeddings(args.output, items, vectors, meta, overwrite=args.overwrite)
     if args.json:
         result = {"output": args.output, "kind": kind, "count": len(items), "dimension": vectors.shape[1]}
         print_json({**result, "seconds": round(seconds, 4), "skipped": [str(path) for path in skipped]})
@@ -99,7 +99,7 @@ def _run_slices(args: argparse.Namespace, pictures: list[Path], skipped: list[Pa
     meta = SliceFileMeta(encoder.manifest.name, encoder.identity, encoder.feature_shape, encoder.precision)
     batch_size = args.batch_size or SLICE_BATCH_SIZE
     features = encoder.stream_slices(items, batch_size=batch_size, progress=not args.quiet)
-    count, slices = write_slice_features(args.output, zip(items, features, strict=True), meta)
+    count, slices = write_slice_features(args.output, zip(items, features, strict=True), meta, overwrite=args.overwrite)
     seconds = time.perf_counter() - start
     if args.json:
         result = {"output": args.output, "kind": "slices", "count": count, "slices": slices}

@@ -93,9 +93,11 @@ def run(args: argparse.Namespace) -> int:
     # Refused before torch is imported; `publication` checks again under its lock.
     with environment_errors("checking the output directory"):
         check_target(Path(args.output), overwrite=args.overwrite)
+    from vlm_export.checkpoint.names import hidden_name
     from vlm_export.export.pipeline import export_bundle
     from vlm_export.export.stages import Stages
 
+    print_warnings([note for note in [hidden_name(args.source)] if note])
     stages = Stages(None if args.quiet else StagePrinter())
     result = export_bundle(args.source, Path(args.output), _options(args), stages)
     print_warnings(result.manifest.facts.get("warnings", ()))

@@ -42,6 +42,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--revision", metavar="REV", help="commit, branch or tag of a Hub id")
     parser.add_argument("--bundle", metavar="DIR", help="the bundle that would cut the picture")
     parser.add_argument("-o", "--output", metavar="FILE", help="of --bundle: draw the slices to this .png")
+    parser.add_argument("--overwrite", action="store_true", help="of -o: replace FILE")
     add_common_options(parser)
     parser.set_defaults(run=run)
 
@@ -53,21 +54,24 @@ def run(args: argparse.Namespace) -> int:
         if args.revision is not None:
             raise UsageError("--revision is for checkpoints", fix="leave it out, or --bundle")
         report = report_tiles if is_chat_bundle(args.bundle) else report_slices
-        report(args.source, args.bundle, args.output, as_json=args.json)
+        report(args.source, args.bundle, args.output, overwrite=args.overwrite, as_json=args.json)
         return 0
-    if args.output is not None:
-        raise UsageError("-o is for the slices of a picture", fix="add --bundle DIR")
+    if args.output is not None or args.overwrite:
+        raise UsageError("-o and --overwrite are for the slices of a picture", fix="add --bundle DIR")
     if args.source is None:
         if args.revision is not None:
             raise UsageError("--revision is for checkpoints, and none is named", fix="name a Hub id, or leave it out")
         list_known(as_json=args.json)
         return 0
+    from vlm_export.checkpoint.names import hidden_name
+
     if (Path(args.source) / "vlm_export.json").is_file():
         from vlm_export.bundle.opened import open_bundle
 
         data = _data_from_manifest(open_bundle(Path(args.source)).manifest)
     else:
         data = _data_from_source(args.source, args.revision)
+    data["notes"] = [note for note in [hidden_name(args.source)] if note] + data["notes"]
     print_warnings(data["warnings"])
     if args.json:
         print_json(data)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm_export.cli.common import check_output
 from vlm_export.cli.output import print_json, print_line, print_table
-from vlm_export.errors import EnvironmentFailure, UsageError
+from vlm_export.errors import UsageError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,11 +19,11 @@ if TYPE_CHECKING:
 PICTURE_SUFFIX = ".png"
 
 
-def report_slices(picture: str, bundle: str, output: str | None, *, as_json: bool) -> None:
+def report_slices(picture: str, bundle: str, output: str | None, *, overwrite: bool, as_json: bool) -> None:
     """Print how a bundle cuts a picture, and draw it to `output`; no graph is run.
 
     Raises:
-        UsageError: `output` is no .png, or the picture itself.
+        UsageError: `output` is no .png, is the picture itself, or exists and may not be replaced.
         InputError: the bundle cuts no pictures, or the picture is unreadable.
         EnvironmentFailure: the drawing cannot be written.
     """
@@ -34,14 +33,15 @@ def report_slices(picture: str, bundle: str, output: str | None, *, as_json: boo
     from vlm_export.runtime.slice_plan import plan_slices
 
     if output is not None:
-        _check_output(Path(output), Path(picture))
+        _check_drawing(Path(output), Path(picture))
+        check_output(Path(output), overwrite=overwrite)
     opened = open_bundle(Path(bundle))
     spec = slice_spec_of(opened)
     image = open_image(picture)
     plan = plan_slices(image.size, spec, name=picture)
     data = _data(picture, opened.manifest.name, plan, spec)
     if output is not None:
-        _draw(image, plan, Path(output))
+        _draw(image, plan, Path(output), overwrite)
         data["output"] = output
     if as_json:
         print_json(data)
@@ -89,27 +89,17 @@ def _place(index: int, columns: int) -> str:
     return f"row {index // columns + 1}, column {index % columns + 1}"
 
 
-def _check_output(output: Path, picture: Path) -> None:
+def _check_drawing(output: Path, picture: Path) -> None:
     if output.suffix.lower() != PICTURE_SUFFIX:
         raise UsageError("the drawing is a .png", where=str(output), got=output.suffix or "no suffix")
     if output.exists() and picture.exists() and output.samefile(picture):
         raise UsageError("the drawing would replace the picture", where=str(output), fix="choose another name")
 
 
-def _draw(image: Image.Image, plan: SlicePlan, output: Path) -> None:
+def _draw(image: Image.Image, plan: SlicePlan, output: Path, overwrite: bool) -> None:
+    from vlm_export.bundle.staging import staged_file
     from vlm_export.runtime.slice_drawing import draw_plan
 
-    drawing, temporary = draw_plan(image, plan), output.with_name(output.name + ".tmp")
-    try:
-        drawing.save(temporary, "PNG")
-        os.replace(temporary, output)
-    except OSError as error:
-        raise EnvironmentFailure(
-            "the drawing cannot be written",
-            where=str(output),
-            got=str(error),
-            fix="choose a directory that exists, can be written to and has room",
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    drawing = draw_plan(image, plan)
+    with staged_file(output, "writing the drawing", overwrite=overwrite) as staged:
+        drawing.save(staged, "PNG")

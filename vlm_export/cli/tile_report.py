@@ -10,7 +10,7 @@ from vlm_export.cli.output import print_json, print_line
 from vlm_export.errors import InputError, UsageError
 
 
-def report_tiles(picture: str, bundle: str, output: str | None, *, as_json: bool) -> None:
+def report_tiles(picture: str, bundle: str, output: str | None, *, overwrite: bool, as_json: bool) -> None:
     """Print how a bundle cuts a picture; no graph is run.
 
     Raises:
@@ -22,8 +22,8 @@ def report_tiles(picture: str, bundle: str, output: str | None, *, as_json: bool
     from vlm_export.runtime.image import open_image
     from vlm_export.runtime.tiling import plan_tiles
 
-    if output is not None:
-        raise UsageError("tiles are not drawn", where=output, fix="leave out -o")
+    if output is not None or overwrite:
+        raise UsageError("tiles are not drawn", where=output or "", fix="leave out -o and --overwrite")
     model = ChatInputs(open_bundle(Path(bundle)))
     chat = model.chat
     if chat.tiles is None:

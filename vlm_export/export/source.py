@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vlm_export.bundle.manifest import SourceFile, SourceRecord
 from vlm_export.checkpoint.known import KnownCheckpoint, is_pinned, known_names, load_known, packaged_path
+from vlm_export.checkpoint.names import hidden_name
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.random import random_checkpoint
 from vlm_export.errors import UsageError, suggestion
@@ -40,7 +41,7 @@ def open_source(source: str, options: ExportOptions, scratch: Path, progress: St
             "random weights need a known architecture",
             where=source,
             expected="a name from configs/",
-            fix=suggestion(source, known_names()),
+            fix=hidden_name(source) or suggestion(source, known_names()),
         )
     family = load_family(known.family)
     checkpoint = random_checkpoint(

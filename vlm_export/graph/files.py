@@ -13,9 +13,18 @@ import onnx
 import onnx_ir as ir
 
 from vlm_export.bundle.environment import check_free_space, environment_errors
+from vlm_export.bundle.staging import Staged, finish_commits, staging
 from vlm_export.errors import UsageError
 from vlm_export.graph.errors import GraphError
-from vlm_export.graph.placing import GRAPH_FILE_KEY, Staged, check_readers, check_targets, put_in_place, staging
+from vlm_export.graph.placing import (
+    DATA,
+    GRAPH_FILE_KEY,
+    GRAPHS,
+    check_readers,
+    check_targets,
+    place_models,
+    step_folder,
+)
 from vlm_export.graph.protos import attribute_protos, graph_protos, tensor_protos
 from vlm_export.graph.tensor_slots import TensorSlot, tensor_slots
 
@@ -52,6 +61,7 @@ def open_model(path: Path | str) -> ir.Model:
         EnvironmentFailure: the file cannot be read.
     """
     path = Path(os.path.abspath(path))
+    finish_commits(path.parent)
     if not path.is_file():
         what = "is a directory" if path.is_dir() else "does not exist"
         raise GraphError(f"the model {what}", where=str(path), expected="a file in ONNX's binary format")
@@ -160,9 +170,8 @@ def save_model(
 
     Weights are written once each, also when several initializers share one. The files are `PATH`, `PATH_data`,
     `PATH_data_1`, …. The model may have been read from the files that are replaced: its tensors then refer to the new
-    ones afterwards; otherwise it is left as it was. Data files of before that the new model has no use for stay. When
-    weights are replaced, the old files are set aside first, so that a process killed between the renames leaves no
-    mixture.
+    ones afterwards; otherwise it is left as it was. Data files of before that the new model has no use for stay. A
+    reader finds the old model or the new one at every instant, also when the process is killed (`place_models`).
 
     Args:
         overwrite: replace files of these names.
@@ -189,6 +198,9 @@ def save_models(
 ) -> tuple[Path, ...]:
     """As `save_model` for several models: all of them are written, or none.
 
+    A process killed while it puts them in place leaves each of them old or new, and whole; where they lie in one
+    directory, the next that writes or reads there with this project finishes the work.
+
     Raises:
         UsageError: also where two of them would have a file of the same name.
     """
@@ -199,16 +211,22 @@ def save_models(
     needed: defaultdict[Path, int] = defaultdict(int)
     for plan in plans:
         _check_inline_bytes(plan.slots, plan.shards)
-        needed[plan.targets[0].parent] += sum(slot.nbytes for slot in plan.slots)
+        # Weights that replace others are on the disk twice for a moment.
+        times = 2 if any(map(os.path.lexists, plan.targets[1:])) else 1
+        needed[plan.folder] += times * sum(slot.nbytes for slot in plan.slots)
     with environment_errors("writing the model", targets[0].parent, sum(needed.values())), ExitStack() as stack:
+        staged, placed = [], []
         for folder, needed_bytes in needed.items():
+            group = [plan for plan in plans if plan.folder == folder]
+            first, *others = (target for plan in group for target in plan.targets)
+            staged.append(stack.enter_context(staging(first, others, overwrite=overwrite)))
             check_free_space(folder, needed_bytes)
-        staged = [Staged(stack.enter_context(staging(plan.targets[0])), plan.targets) for plan in plans]
-        placed = [_write(plan, entry.folder) for plan, entry in zip(plans, staged, strict=True)]
+            placed += [(plan, _write(plan, staged[-1])) for plan in group]
         replaced = any(target.exists() for target in targets)
-        put_in_place(staged)
+        for entry in staged:
+            place_models(entry, [plan.targets for plan in plans if plan.targets[0] in entry.targets])
     if replaced:
-        for plan, slots in zip(plans, placed, strict=True):
+        for plan, slots in placed:
             _refer_to_new_files(plan, slots)
     return tuple(plan.given.with_name(target.name) for plan in plans for target in plan.targets)
 
@@ -228,6 +246,11 @@ class _Plan:
     slots: list[TensorSlot]
     shards: list[dict[object, list[TensorSlot]]]
     targets: tuple[Path, ...]
+
+    @property
+    def folder(self) -> Path:
+        """The directory of all files, with links on the way to it resolved."""
+        return self.targets[0].parent.resolve()
 
 
 def _plan(model: ir.Model, given: Path, storage: Storage) -> _Plan:
@@ -286,11 +309,12 @@ def _check_inline_bytes(slots: Sequence[TensorSlot], shards: Sequence[dict[objec
         )
 
 
-def _write(plan: _Plan, folder: Path) -> list[tuple[TensorSlot, ir.TensorProtocol]]:
-    """Writes all files into the folder; returns what each slot holds in them, and leaves the slots as they were."""
+def _write(plan: _Plan, staged: Staged) -> list[tuple[TensorSlot, ir.TensorProtocol]]:
+    """Writes all files for `place_models`; returns what each slot holds in them, and leaves the slots as they were."""
     placed: dict[int, tuple[TensorSlot, ir.TensorProtocol]] = {}
     for shard, target in zip(plan.shards, plan.targets[1:], strict=True):
         tensors = [group[0].tensor for group in shard.values()]
+        folder = step_folder(staged, DATA)
         written = ir.external_data.convert_tensors_to_external(tensors, str(folder), target.name)
         for group, external in zip(shard.values(), written, strict=True):
             # The library keeps neither.
@@ -306,7 +330,7 @@ def _write(plan: _Plan, folder: Path) -> list[tuple[TensorSlot, ir.TensorProtoco
             slot.tensor = tensor
         proto = ir.to_proto(plan.model)
         _drop_repeated_metadata(proto)
-        onnx.save(proto, folder / plan.targets[0].name, format="protobuf")
+        onnx.save(proto, step_folder(staged, GRAPHS) / plan.targets[0].name, format="protobuf")
     finally:
         for slot, tensor in before:
             slot.tensor = tensor

@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 
-from vlm_export.bundle.replacement import sync_directory, sync_file
+from vlm_export.bundle.staging import REMOVE, STEPS, Staged, commit_files, put_file
 from vlm_export.errors import UsageError
 from vlm_export.graph.outputs import check_output
+from vlm_export.graph.protos import tensor_protos
 from vlm_export.graph.tensor_slots import tensor_slots
 
 # Where a model says which file it was read from.
 GRAPH_FILE_KEY = "vlm_export.graph_file"
-
-
-@dataclass(frozen=True)
-class Staged:
-    """The files of one model.
-
-    Attributes:
-        folder: where they lie now, under the names of their targets, in the file system of these.
-        targets: where they belong, all in one directory; the graph first, then its weights.
-    """
-
-    folder: Path
-    targets: tuple[Path, ...]
+# The steps in which files are put in place.
+DATA, GRAPHS, _DATA_AGAIN, _GRAPHS_AGAIN = STEPS
 
 
 def check_targets(targets: Sequence[Path], overwrite: bool) -> None:
@@ -70,51 +60,61 @@ def _place(path: Path) -> Path:
     return path.parent.resolve() / path.name
 
 
-@contextmanager
-def staging(path: Path) -> Iterator[Path]:
-    """A directory beside the target, which is gone afterwards."""
-    folder = path.with_name(f".{path.name}.vlm-export-{os.getpid()}-{secrets.token_hex(6)}.tmp")
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def step_folder(staged: Staged, step: str) -> Path:
+    """A directory of what is staged, made where it is missing."""
+    folder = staged.path / step
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
-def put_in_place(models: Sequence[Staged]) -> None:
-    """Moves all files to their targets; on an error all targets are as they were."""
-    files = [(staged.folder, target) for staged in models for target in staged.targets]
-    for folder, target in files:
-        sync_file(folder / target.name)
-    if len(files) == 1:
-        ((folder, target),) = files
-        os.replace(folder / target.name, target)
-    else:
-        _replace_together(models)
-    # The models are complete and in place by now; what may be lost is only that this survives a power cut.
-    for parent in {target.parent for _, target in files}:
-        with suppress(OSError):
-            sync_directory(parent)
+def place_models(staged: Staged, models: Sequence[Sequence[Path]]) -> None:
+    """Puts all files in place, so that at every instant each graph has the weights that it was written with.
+
+    No file that a graph reads is replaced under it. Weights that would replace others are put beside them under a name
+    of their own first, and the graph that reads them there replaces the old one. Only then they replace the old
+    weights, and a graph that reads them there follows. They are copied for that: engines refuse hard links.
+
+    Args:
+        staged: holds the data files in its directory DATA and the graphs in GRAPHS, under the names of their targets.
+        models: the targets of each model, the graph first.
+    """
+    if len(staged.targets) == 1:
+        file = staged.path / GRAPHS / staged.targets[0].name
+        staged.check_targets()
+        put_file(file, staged.targets[0])
+        return
+    for graph, *data in models:
+        names = {target.name: name for target in data if (name := _evasive_name(staged, target)) is not None}
+        if names:
+            file = staged.path / GRAPHS / graph.name
+            proto = onnx.load(file, format="protobuf", load_external_data=False)
+            file.rename(step_folder(staged, _GRAPHS_AGAIN) / graph.name)
+            _rename_data_files(proto, names)
+            onnx.save(proto, file, format="protobuf")
+    commit_files(staged)
 
 
-def _replace_together(models: Sequence[Staged]) -> None:
-    """The old graphs leave first and the new ones come last: at no time does a graph stand beside other weights."""
-    graphs = [(staged.folder, staged.targets[0]) for staged in models]
-    files = graphs + [(staged.folder, target) for staged in models for target in staged.targets[1:]]
-    for staged in models:
-        (staged.folder / "old").mkdir()
-    old = [(folder / "old" / target.name, target) for folder, target in files if os.path.lexists(target)]
-    done: list[Path] = []
-    try:
-        for aside, target in old:
-            os.replace(target, aside)
-        for folder, target in reversed(files):
-            os.replace(folder / target.name, target)
-            done.append(target)
-    except BaseException:
-        for target in done:
-            target.unlink(missing_ok=True)
-        for aside, target in reversed(old):
-            if aside.exists():
-                os.replace(aside, target)
-        raise
+def _evasive_name(staged: Staged, target: Path) -> str | None:
+    """What a data file is called until no graph reads the one that it replaces; None: it replaces none."""
+    file = staged.path / DATA / target.name
+    if not os.path.lexists(target):
+        return None
+    if _is_same(file, target):
+        file.unlink()
+        return None
+    name = f"{target.name}-{secrets.token_hex(6)}"
+    shutil.copyfile(file, file.with_name(name))
+    file.rename(step_folder(staged, _DATA_AGAIN) / target.name)
+    (step_folder(staged, REMOVE) / name).touch()
+    return name
+
+
+def _is_same(file: Path, target: Path) -> bool:
+    return not target.is_symlink() and target.is_file() and filecmp.cmp(file, target, shallow=False)
+
+
+def _rename_data_files(proto: onnx.ModelProto, names: Mapping[str, str]) -> None:
+    for tensor in tensor_protos(proto):
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = names.get(entry.value, entry.value)

@@ -13,9 +13,10 @@ from PIL import Image
 from vlm_export.bundle.layout import TOKENIZER_NAME
 from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest
 from vlm_export.bundle.opened import OpenBundle
+from vlm_export.bundle.size_check import check_image_size
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.chat_prompt import ChatTokenizer, PromptForm, PromptWriter
-from vlm_export.runtime.chat_settings import CHAT, ChatSettings, chat_settings_from_facts
+from vlm_export.runtime.chat_settings import CHAT, TILES, ChatSettings, chat_settings_from_facts
 from vlm_export.runtime.embedded_decoder import EMBEDS, IDS, EmbeddedRows, left_padded
 from vlm_export.runtime.engine import Engine
 from vlm_export.runtime.given import decoder_threads, map_pictures, picture_list, text_list
@@ -83,6 +84,10 @@ class ChatInputs(EncoderPair):
         settings = chat_settings_from_facts(self.manifest.facts, self.text_spec.vocab_size, where)
         if settings.tiles is None and self.manifest.image is None:
             raise InputError("the manifest does not say how pictures are prepared", where=where, fix="export again")
+        if settings.tiles is not None:
+            part, stated = self.manifest.part(VISION), f"{where}: facts.{TILES}"
+            for tensor in part.signature.inputs:
+                check_image_size(part, tensor, settings.tiles.tile_size_pixels, stated)
         return settings
 
     @cached_property
@@ -132,6 +137,9 @@ class ChatInputs(EncoderPair):
         Args:
             first: the number of the first one, in the names of pictures that have no path.
         """
+        if sources:
+            # The graph first: it shows whether it takes pictures of this size, before they are made that large.
+            _ = self.vision_encoder
         with decoder_threads(self.threads) as decoders:
             return map_pictures(self._prepared, sources, decoders, max_pixels=self.max_pixels, first=first)
 

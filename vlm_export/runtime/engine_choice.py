@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 from vlm_export.bundle.manifest import Manifest
+from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import UsageError, suggestion
 from vlm_export.runtime.engine import CPU, Engine, OrtEngine, checked_threads
 from vlm_export.runtime.engine_openvino import OpenVinoEngine
+from vlm_export.runtime.graph_sizes import check_graph_sizes
 
 EngineName: TypeAlias = Literal["onnxruntime", "openvino"]
 ONNXRUNTIME: EngineName = "onnxruntime"
@@ -30,6 +32,18 @@ class EngineChoice:
     engine: EngineName
     providers: tuple[str, ...]
     threads: int | None
+
+    def open_part(self, bundle: OpenBundle, part: str, precision: str) -> Engine:
+        """The engine of a part's variant, once its files and the graph's sizes are found to be what the manifest says.
+
+        Raises:
+            InputError: there is no such part, or its graph is damaged or another one.
+        """
+        record = bundle.manifest.part(part)
+        path = bundle.model_files(record.variant(precision))
+        engine = self.open(path)
+        check_graph_sizes(engine, record, path)
+        return engine
 
     def open(self, path: Path) -> Engine:
         """The engine of a graph; errors as in `OrtEngine` and `OpenVinoEngine`."""

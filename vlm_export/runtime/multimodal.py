@@ -35,6 +35,16 @@ class Multimodal(EncoderPair):
         where = str(self.bundle.root / MANIFEST_NAME)
         return settings_from_facts(self.manifest.facts, self.text_spec.vocab_size, where)
 
+    @cached_property
+    def vision(self) -> Engine:
+        """As in EncoderPair; captions and matches run the same graph."""
+        return self.engine("vision")
+
+    @cached_property
+    def text(self) -> Engine:
+        """As in EncoderPair; matches run the same graph."""
+        return self.engine("text")
+
     @property
     def embed_dim(self) -> int:
         """As in EncoderPair; InputError when the checkpoint has no projection to embeddings."""

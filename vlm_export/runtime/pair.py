@@ -185,7 +185,7 @@ class EncoderPair:
         ):
             for batch in batches(range(len(sources)), batch_size):
                 pixels = self._pixels([sources[i] for i in batch], decoders, first=batch[0])
-                embeddings[list(batch)] = run_encoder(self.vision, pixels)
+                embeddings[list(batch)] = run_encoder(self.vision, pixels, width=self.embed_dim)
                 bar.update(len(batch))
         return unit_rows(embeddings)
 
@@ -216,7 +216,7 @@ class EncoderPair:
             by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
             for batch in batches(by_length, batch_size):
                 ids, mask = tokenizer.pad_masked([rows[i] for i in batch], pad_to=self._fixed_tokens())
-                embeddings[list(batch)] = run_encoder(self.text, ids, mask)
+                embeddings[list(batch)] = run_encoder(self.text, ids, mask, width=self.embed_dim)
                 bar.update(len(batch))
         return unit_rows(embeddings)
 
@@ -246,7 +246,7 @@ class EncoderPair:
             mask = checked_mask(attention_mask, ids)
         if not len(ids):
             return self._no_rows()
-        return unit_rows(run_encoder(self.text, ids, mask))
+        return unit_rows(run_encoder(self.text, ids, mask, width=self.embed_dim))
 
     def classify(
         self, images: Pictures, labels: Sequence[str], *, template: str = "a photo of a {}", truncate: bool = False
@@ -288,12 +288,13 @@ class EncoderPair:
             )
 
     def _engine(self, part: str) -> Engine:
-        variant = self.manifest.part(part).variant(self.precision)
-        return self._engine_choice.open(self.bundle.model_files(variant))
+        return self._engine_choice.open_part(self.bundle, part, self.precision)
 
     def _pixels(self, sources: Sequence[PictureSource], decoders: ThreadPoolExecutor, first: int) -> FloatArray:
         """float32 (B, 3, S, S) of pictures; errors as in `map_pictures`."""
         spec = self.image_spec
+        # The graph first: it shows whether it takes pictures of this size, before they are made that large.
+        _ = self.vision
         return np.stack(
             map_pictures(
                 lambda image, name: preprocess_image(image, spec, name=name),

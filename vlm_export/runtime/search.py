@@ -1,24 +1,28 @@
 """Embeddings on disk, and the nearest of them.
 
-`.npy` holds the vectors for any tool, with `<name>.npy.json` beside it for the items and the model; `.parquet` holds
-columns `item` and `embedding`, and the model in the file's metadata.
+A file is whole or not there, and no second file belongs to it. `.npy` holds two arrays, one after the other, as
+`numpy.save` writes them into one open file: the vectors, which `numpy.load(path)` gives, and bytes (uint8) of JSON that
+name the items and the model (`npy_metadata`). `.parquet` holds columns `item` and `embedding`, and the model in the
+file's metadata.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast, get_args
+from tokenize import TokenError
+from typing import Any, BinaryIO, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from vlm_export.bundle.staging import staged_file
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 from vlm_export.runtime.image import FloatArray
 
@@ -73,41 +77,39 @@ class Match:
     score: float
 
 
-def write_embeddings(path: str | Path, items: Sequence[str], vectors: FloatArray, meta: EmbeddingsMeta) -> None:
-    """Write `path` (.npy or .parquet), replacing what is there once the new file is complete.
+def write_embeddings(
+    path: str | Path, items: Sequence[str], vectors: FloatArray, meta: EmbeddingsMeta, *, overwrite: bool = False
+) -> None:
+    """Write `path` (.npy or .parquet), which has its name only once it is complete.
+
+    Args:
+        overwrite: replace a file that is there.
 
     Raises:
-        UsageError: another suffix, or not one vector per item.
+        UsageError: another suffix, not one vector per item, or the file exists.
         EnvironmentFailure: the disk refuses, or Parquet is asked for without pyarrow.
         InputError: an item is no Unicode, which Parquet cannot hold.
     """
     target = Path(path)
     if vectors.ndim != 2 or len(vectors) != len(items):
         raise UsageError("one vector per item is needed", expected=f"({len(items)}, D)", got=str(vectors.shape))
-    rows = np.ascontiguousarray(vectors, dtype=np.float32)
+    rows = np.ascontiguousarray(vectors, dtype="<f4")
     write = {".npy": _write_npy, ".parquet": _write_parquet}[checked_suffix(target)]
-    with replacing(target) as temporary:
-        write(target, temporary, items, rows, meta)
+    with staged_embeddings(target, overwrite=overwrite) as staged:
+        write(target, staged, items, rows, meta)
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """Around the writing of a file, and of the sidecar that a `.npy` has: both get their names once they are complete.
-
-    Yields the path to write to, beside the target and under a name that nothing has; the sidecar goes to
-    `sidecar_path` of it. Neither stays behind.
+def staged_embeddings(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A name to write to, which becomes `target` when the block ends (`vlm_export.bundle.staging`).
 
     Raises:
+        UsageError: the target exists and may not be replaced.
         EnvironmentFailure: the disk refuses.
     """
-    # Of any target's name only the beginning: the longest that a disk takes leaves no room.
-    temporary = target.with_name(f"{target.name[:32]}.{secrets.token_hex(8)}.tmp")
-    pairs = [(temporary, target), (sidecar_path(temporary), sidecar_path(target))]
     try:
-        yield temporary
-        for written, final in pairs:
-            if written.exists():
-                os.replace(written, final)
+        with staged_file(target, "writing embeddings", overwrite=overwrite) as staged:
+            yield staged
     except OSError as error:
         raise EnvironmentFailure(
             "embeddings cannot be written",
@@ -115,10 +117,6 @@ def replacing(target: Path) -> Iterator[Path]:
             got=str(error),
             fix="choose a directory that exists, can be written to and has room",
         ) from error
-    finally:
-        for written, _ in pairs:
-            with suppress(OSError):
-                written.unlink()
 
 
 def read_embeddings(path: str | Path) -> Embeddings:
@@ -182,11 +180,6 @@ def search_embeddings(embeddings: Embeddings, query: FloatArray, k: int) -> list
     return [Match(embeddings.items[row], float(score)) for row, score in zip(rows, scores, strict=True)]
 
 
-def sidecar_path(path: Path) -> Path:
-    """The file that holds the items of a `.npy`."""
-    return path.with_name(path.name + ".json")
-
-
 def checked_suffix(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix not in (".npy", ".parquet"):
@@ -194,40 +187,106 @@ def checked_suffix(path: Path) -> str:
     return suffix
 
 
-def _write_npy(target: Path, temporary: Path, items: Sequence[str], vectors: FloatArray, meta: EmbeddingsMeta) -> None:
-    with temporary.open("wb") as file:
-        np.save(file, vectors, allow_pickle=False)
-    # The sidecar names its vectors, so that a crash between the two renames is noticed, not searched.
+def _write_npy(target: Path, staged: Path, items: Sequence[str], vectors: FloatArray, meta: EmbeddingsMeta) -> None:
     data = {"schema_version": SCHEMA_VERSION, **asdict(meta), "vectors_sha256": _sha256(vectors), "items": list(items)}
-    sidecar_path(temporary).write_text(json.dumps(data, indent=0), encoding="ascii")
+    with staged.open("wb") as file:
+        np.save(file, vectors, allow_pickle=False)
+        append_metadata(file, data)
+
+
+def append_metadata(file: BinaryIO, data: Mapping[str, Any]) -> None:
+    """Writes JSON data as a second array of a `.npy`, at the file's end."""
+    np.save(file, np.frombuffer(json.dumps(data).encode("ascii"), np.uint8), allow_pickle=False)
+
+
+def npy_metadata(path: str | Path) -> dict[str, Any]:
+    """What a `.npy` of embeddings, or of features of slices, says about its rows and its model.
+
+    Raises:
+        InputError: the file is damaged, or says nothing.
+    """
+    with _reading_npy(Path(path)) as file:
+        _, data = _npy_header_and_metadata(file, Path(path))
+    return data
 
 
 def _read_npy(source: Path) -> tuple[list[str], FloatArray, EmbeddingsMeta]:
-    side = sidecar_path(source)
-    try:
-        data = json.loads(side.read_text(encoding="utf-8"))
-        if isinstance(data, dict):
-            _refuse_slices(data, source)
-        vectors = np.load(source, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise InputError(
-            "the embeddings lack the file that names their items", where=str(source), expected=str(side)
-        ) from error
-    except (OSError, ValueError, EOFError, RecursionError, MemoryError) as error:
-        raise InputError("the embeddings cannot be read", where=str(source), got=str(error)) from error
-    items = data.get("items") if isinstance(data, dict) else None
+    with _reading_npy(source) as file:
+        header, data = _npy_header_and_metadata(file, source)
+        _refuse_slices(data, source)
+        file.seek(header.start)
+        vectors = np.fromfile(file, header.dtype, math.prod(header.shape)).reshape(header.shape)
+    items = data.get("items")
     if not isinstance(items, list):
-        raise InputError("the items of the embeddings are malformed", where=str(side), expected="a list of strings")
-    if not isinstance(vectors, np.ndarray) or data.get("vectors_sha256") != _sha256(vectors):
+        raise InputError("the items of the embeddings are malformed", where=str(source), expected="a list of strings")
+    if data.get("vectors_sha256") != _sha256(vectors):
+        raise InputError("the embeddings and their items do not belong together", where=str(source), fix="embed again")
+    return items, vectors, _meta_from_json(data, str(source))
+
+
+@contextmanager
+def _reading_npy(source: Path) -> Iterator[BinaryIO]:
+    try:
+        with source.open("rb") as file:
+            yield file
+    # numpy's reader of headers is Python's parser: it fails in all of these ways.
+    except (OSError, ValueError, EOFError, RecursionError, MemoryError, SyntaxError, TypeError, TokenError) as error:
         raise InputError(
-            "the embeddings and their items do not belong together", where=f"{source}, {side}", fix="embed again"
+            "the embeddings cannot be read",
+            where=str(source),
+            expected="a file of `vlm-export embed`",
+            got=f"{type(error).__name__}: {error}",
+        ) from error
+
+
+@dataclass(frozen=True)
+class _NpyHeader:
+    """Where the values of an array lie in a file, in bytes, and what they are."""
+
+    start: int
+    end: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+def _npy_header_and_metadata(file: BinaryIO, source: Path) -> tuple[_NpyHeader, dict[str, Any]]:
+    size = os.fstat(file.fileno()).st_size
+    header = _npy_header(file, size)
+    if header.end == size:
+        side = source.with_name(f"{source.name}.json")
+        raise InputError(
+            "the embeddings do not name their items and their model",
+            where=str(source),
+            expected="a second array in the file, as `vlm-export embed` writes",
+            got=f"one array; {side.name} beside it is of an older version" if side.exists() else "one array",
+            fix="embed again with this version",
         )
-    return items, vectors, _meta_from_json(data, str(side))
+    file.seek(header.end)
+    second = _npy_header(file, size)
+    if second.end != size or second.dtype != np.uint8:
+        raise ValueError("what stands behind the vectors is not what names their items")
+    file.seek(second.start)
+    data = json.loads(file.read())
+    if not isinstance(data, dict):
+        raise ValueError("what names the items is no JSON object")
+    return header, data
 
 
-def _write_parquet(
-    target: Path, temporary: Path, items: Sequence[str], vectors: FloatArray, meta: EmbeddingsMeta
-) -> None:
+def _npy_header(file: BinaryIO, size: int) -> _NpyHeader:
+    """The header at the file's position; ValueError where its array does not fit in the file, or is none of numbers."""
+    version = np.lib.format.read_magic(file)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"version {version} of the .npy format")
+    shape, is_fortran, dtype = readers[version](file)
+    start = file.tell()
+    end = start + math.prod(shape) * dtype.itemsize
+    if is_fortran or dtype.kind not in "biuf" or min(shape, default=0) < 0 or end > size:
+        raise ValueError(f"{dtype} {shape} in a file of {size} bytes")
+    return _NpyHeader(start, end, shape, dtype)
+
+
+def _write_parquet(target: Path, staged: Path, items: Sequence[str], vectors: FloatArray, meta: EmbeddingsMeta) -> None:
     pa, pq = pyarrow_modules()
     try:
         texts = pa.array(items, pa.string())
@@ -238,7 +297,7 @@ def _write_parquet(
     rows = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
     table = pa.table({"item": texts, "embedding": rows})
     metadata = {METADATA_KEY: json.dumps({"schema_version": SCHEMA_VERSION, **asdict(meta)})}
-    pq.write_table(table.replace_schema_metadata(metadata), temporary)
+    pq.write_table(table.replace_schema_metadata(metadata), staged)
 
 
 def _read_parquet(source: Path) -> tuple[list[str], FloatArray, EmbeddingsMeta]:

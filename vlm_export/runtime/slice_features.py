@@ -149,8 +149,7 @@ class SliceEncoder:
     def engine(self, part: str) -> Engine:
         """The graph of a part, opened and checked on first use."""
         if part not in self._engines:
-            variant = self.manifest.part(part).variant(self.precision)
-            self._engines[part] = self._engine_choice.open(self.bundle.model_files(variant))
+            self._engines[part] = self._engine_choice.open_part(self.bundle, part, self.precision)
         return self._engines[part]
 
     def encode_slices(

@@ -1,14 +1,16 @@
 """Features of slices on disk, written picture by picture: they are too large to be held for many.
 
-`.npy` is float32 (slices, Q, D) for any tool, with `<name>.npy.json` beside it, which tells of each row the picture,
-the number of the slice in it (0: the whole picture) and its rows and columns of patches. `.parquet` holds the same as
-columns `item`, `slice`, `rows`, `columns` and `features` (Arrow's fixed-shape tensor), and the model in its metadata.
+`.npy` is float32 (slices, Q, D) for any tool; behind it in the file stands what tells of each row the picture, the
+number of the slice in it (0: the whole picture) and its rows and columns of patches (`search.npy_metadata`). `.parquet`
+holds the same as columns `item`, `slice`, `rows`, `columns` and `features` (Arrow's fixed-shape tensor), and the model
+in its metadata.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +23,10 @@ from vlm_export.runtime.search import (
     METADATA_KEY,
     SCHEMA_VERSION,
     SLICES_KIND,
+    append_metadata,
     checked_suffix,
     pyarrow_modules,
-    replacing,
-    sidecar_path,
+    staged_embeddings,
 )
 from vlm_export.runtime.slice_features import SliceFeatures
 
@@ -51,25 +53,26 @@ class SliceFileMeta:
 
 
 def write_slice_features(
-    path: str | Path, pictures: Iterable[tuple[str, SliceFeatures]], meta: SliceFileMeta
+    path: str | Path, pictures: Iterable[tuple[str, SliceFeatures]], meta: SliceFileMeta, *, overwrite: bool = False
 ) -> tuple[int, int]:
-    """Write `path` (.npy or .parquet), replacing what is there once the new file is complete.
+    """Write `path` (.npy or .parquet), which has its name only once it is complete.
 
     Args:
         pictures: names and features; taken one by one.
+        overwrite: replace a file that is there.
 
     Returns:
         How many pictures and slices were written.
 
     Raises:
-        UsageError: another suffix, or features of another shape.
+        UsageError: another suffix, features of another shape, or the file exists.
         EnvironmentFailure: the disk refuses, or Parquet is asked for without pyarrow.
         InputError: a name is no Unicode, which Parquet cannot hold.
     """
     target = Path(path)
     write = {".npy": _write_npy, ".parquet": _write_parquet}[checked_suffix(target)]
-    with replacing(target) as temporary:
-        return write(target, temporary, _checked(pictures, meta.feature_shape), meta)
+    with staged_embeddings(target, overwrite=overwrite) as staged:
+        return write(target, staged, _checked(pictures, meta.feature_shape), meta)
 
 
 def _checked(
@@ -83,10 +86,10 @@ def _checked(
 
 
 def _write_npy(
-    target: Path, temporary: Path, pictures: Iterator[tuple[str, SliceFeatures]], meta: SliceFileMeta
+    target: Path, staged: Path, pictures: Iterator[tuple[str, SliceFeatures]], meta: SliceFileMeta
 ) -> tuple[int, int]:
     digest, rows, count = hashlib.sha256(), [], 0
-    with temporary.open("wb") as file:
+    with staged.open("wb") as file:
         _write_header(file, 0, meta)
         for item, features in pictures:
             block = np.ascontiguousarray(features.image_features, dtype="<f4").data
@@ -97,9 +100,8 @@ def _write_npy(
         # numpy leaves room in the header for any number of rows.
         file.seek(0)
         _write_header(file, len(rows), meta)
-    # The sidecar names its features, so that a crash between the two renames can be noticed.
-    data = {**meta.to_json(), "features_sha256": digest.hexdigest(), "rows": rows}
-    sidecar_path(temporary).write_text(json.dumps(data, indent=0), encoding="ascii")
+        file.seek(0, os.SEEK_END)
+        append_metadata(file, {**meta.to_json(), "features_sha256": digest.hexdigest(), "rows": rows})
     return count, len(rows)
 
 
@@ -116,7 +118,7 @@ def _rows(item: str, features: SliceFeatures) -> list[dict[str, Any]]:
 
 
 def _write_parquet(
-    target: Path, temporary: Path, pictures: Iterator[tuple[str, SliceFeatures]], meta: SliceFileMeta
+    target: Path, staged: Path, pictures: Iterator[tuple[str, SliceFeatures]], meta: SliceFileMeta
 ) -> tuple[int, int]:
     pa, pq = pyarrow_modules()
     tensor = pa.fixed_shape_tensor(pa.float32(), meta.feature_shape)
@@ -124,7 +126,7 @@ def _write_parquet(
     schema = pa.schema([("item", pa.string()), *numbers, ("features", tensor)])
     schema = schema.with_metadata({METADATA_KEY: json.dumps(meta.to_json())})
     count = slices = 0
-    with pq.ParquetWriter(temporary, schema) as writer:
+    with pq.ParquetWriter(staged, schema) as writer:
         for item, features in pictures:
             writer.write_table(_table(pa, schema, item, features, target))
             count, slices = count + 1, slices + len(features.tgt_sizes)

@@ -41,11 +41,14 @@ def run_in_float32(engine: Engine, feeds: Mapping[str, Array]) -> dict[str, Arra
     }
 
 
-def run_encoder(engine: Engine, batch: npt.NDArray[Any], mask: npt.NDArray[Any] | None = None) -> FloatArray:
+def run_encoder(
+    engine: Engine, batch: npt.NDArray[Any], mask: npt.NDArray[Any] | None = None, *, width: int
+) -> FloatArray:
     """The first output of a graph that takes `batch` first, as float32 (B, D).
 
     Args:
         mask: for graphs that take an `attention_mask`; the others get none.
+        width: D as the manifest states it.
 
     Raises:
         InputError: the graph returns another shape, or values that are not finite.
@@ -56,6 +59,14 @@ def run_encoder(engine: Engine, batch: npt.NDArray[Any], mask: npt.NDArray[Any] 
     rows: FloatArray = run_in_float32(engine, feeds)[engine.outputs[0].name]
     if rows.ndim != 2 or len(rows) != len(batch):
         raise InputError("a graph returned no row per input", expected=f"({len(batch)}, D)", got=str(rows.shape))
+    if rows.shape[1] != width:
+        raise InputError(
+            "a graph returned embeddings of another width than the manifest states",
+            where=engine.outputs[0].name,
+            expected=f"({len(batch)}, {width})",
+            got=str(rows.shape),
+            fix="copy the bundle again, or export it again with --overwrite",
+        )
     if not np.isfinite(rows).all():
         raise InputError(
             "a graph returned values that are not finite",
