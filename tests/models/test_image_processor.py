@@ -313,7 +313,10 @@ def test_the_librarys_default_back_end_differs_as_the_documentation_says() -> No
         for image, bound in ((noise(640, 427), 1), (noise(224, 300), 1), (noise(90, 70), 1), (noise(250, 1000), tall)):
             theirs = default(images=[image], return_tensors="np")["pixel_values"][0].astype(np.float32)
             levels = np.abs(preprocess_image(image, spec) - theirs)
-            assert 0 < levels.max() <= bound, (resample, image.size)
+            assert levels.max() <= bound, (resample, image.size)
+            # Where nothing is resized, there is no difference at all.
+            assert levels.max() > 0 or image.size != (640, 427)
+            assert levels.max() == 0 or image.size != (224, 300)
             assert (levels > 0).mean() < (0.02 if bound == 1 and image.height < 1000 else 0.35)
 
 
