@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from vlm_export.errors import UsageError
 from vlm_export.family import (
     CHOICES,
     DEFAULT_BUILD,
@@ -36,13 +37,13 @@ from vlm_export.models import clip_architecture, clip_open, clip_original, clip_
 from vlm_export.models.clip_architecture import (
     ClipArchitecture,
     ResNetSizes,
+    TextSizes,
     VitSizes,
     stated_text,
     stated_vision,
 )
-from vlm_export.models.clip_encoders import build_encoders
+from vlm_export.models.clip_encoders import ClipEncoders, build_encoders
 from vlm_export.models.image_processor import (
-    Prepared,
     image_size_origin,
     processor_files,
     same_origin,
@@ -60,7 +61,7 @@ from vlm_export.models.pictures import (
 from vlm_export.models.token_ids import EDGES, random_ids
 from vlm_export.models.weights import Target, load_weights, published_tensors
 from vlm_export.signature import Axis, Signature, TensorSpec
-from vlm_export.specs import Origins, TextSpec, torchvision_image_spec
+from vlm_export.specs import ImageSpec, Origins, TextSpec, torchvision_image_spec
 
 BATCH = Axis("batch")
 _HF_WORDS = "text_model.embeddings.token_embedding.weight"
@@ -74,25 +75,29 @@ class ClipFamily:
     choices: tuple[str, ...] = CHOICES
     marks: tuple[str, ...] = ("visual.conv1.weight", "vision_model.pre_layrnorm.weight", _HF_WORDS)
     roots: tuple[str, ...] = (*clip_weights.OPENAI_ROOTS, *clip_weights.HF_ROOTS)
-    config_types: Mapping[str, tuple[str, ...]] = {"clip": ("CLIPModel",)}
+    config_types: Mapping[str, tuple[str, ...]] = {
+        "clip": ("CLIPModel",),
+        "clip_vision_model": ("CLIPVisionModelWithProjection",),
+        "clip_text_model": ("CLIPTextModelWithProjection",),
+    }
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         keys = checkpoint.tensors
         openai = "visual.conv1.weight" in keys and "token_embedding.weight" in keys
-        return openai or ("visual_projection.weight" in keys and "vision_model.pre_layrnorm.weight" in keys)
+        vision = "visual_projection.weight" in keys and "vision_model.pre_layrnorm.weight" in keys
+        text = "text_projection.weight" in keys and {_HF_WORDS, "text_model.final_layer_norm.weight"} <= set(keys)
+        return openai or vision or (text and not any(key.startswith("vision_model.") for key in keys))
 
     def describe(self, checkpoint: Checkpoint) -> Description:
-        huggingface = "visual_projection.weight" in checkpoint.tensors
         clip_open.refuse_sigmoid(checkpoint)
-        architecture = _architecture(checkpoint) if huggingface else clip_open.described_architecture(checkpoint)
-        encoders = build_encoders(architecture)
-        modules = (("vision", encoders.vision, _vision_signature), ("text", encoders.text, _text_signature))
+        is_huggingface = _is_huggingface(checkpoint)
+        architecture = _architecture(checkpoint) if is_huggingface else clip_open.described_architecture(checkpoint)
         parts = tuple(
-            PartOutline(name, signature(architecture), sum(p.numel() for p in module.parameters()))
-            for name, module, signature in modules
+            PartOutline(part.name, part.signature, sum(p.numel() for p in part.module.parameters()))
+            for part in _parts(architecture, build_encoders(architecture))
         )
         warnings = clip_open.assumptions(checkpoint, architecture)
-        image, origins = _image(architecture, architecture.vision.image_size, checkpoint)
+        image, origins = _image(architecture, architecture, checkpoint)
         return Description(
             architecture.to_json(),
             parts,
@@ -107,13 +112,9 @@ class ClipFamily:
         architecture = _architecture(checkpoint, options)
         encoders = build_encoders(architecture)
         dropped = load_weights(encoders, checkpoint, _table(architecture), store)
-        published, architecture = architecture, _resized(architecture, encoders.vision, options)
-        vision = _vision_signature(architecture, options.dynamic_image_size)
-        image, origins = _image(published, architecture.vision.image_size, checkpoint)
-        parts = (
-            Part("vision", encoders.vision, vision, PictureExamples(vision)),
-            Part("text", encoders.text, _text_signature(architecture), _TextExamples(architecture)),
-        )
+        published, architecture = architecture, _resized(architecture, encoders, options)
+        parts = tuple(_parts(architecture, encoders, dynamic_image_size=options.dynamic_image_size))
+        image, origins = _image(published, architecture, checkpoint)
         huggingface = architecture.key_names == "huggingface"
         build_reference = (
             partial(_transformers_reference, checkpoint, published) if huggingface else reference_from_module
@@ -126,12 +127,12 @@ class ClipFamily:
             text=_text_spec(architecture),
             hub_config=config_of_size(
                 (checkpoint.config if huggingface else None) or _config_from_architecture(architecture),
-                architecture.vision.image_size,
+                None if architecture.vision is None else architecture.vision.image_size,
             ),
-            facts={"logit_scale": float(encoders.logit_scale), "activation": architecture.activation},
+            facts=_facts(architecture, encoders),
             dropped_keys=dropped,
             references={part.name: partial(build_reference, part) for part in parts},
-            reference_name="transformers CLIPModel" if huggingface else "unpatched eager module",
+            reference_name=f"transformers {_class_name(architecture)}" if huggingface else "unpatched eager module",
             warnings=clip_open.assumptions(checkpoint, architecture, options),
             original=clip_original.original(checkpoint, published, parts, store, options),
             origins=origins,
@@ -148,41 +149,89 @@ class ClipFamily:
 
 def _architecture(checkpoint: Checkpoint, options: BuildOptions = DEFAULT_BUILD) -> ClipArchitecture:
     clip_open.refuse_sigmoid(checkpoint)
-    if "visual_projection.weight" in checkpoint.tensors:
+    if _is_huggingface(checkpoint):
         clip_open.refuse_choices(options, checkpoint)
         return clip_architecture.architecture_from_huggingface(checkpoint)
     return clip_open.clip_architecture(checkpoint, options)
 
 
+def _is_huggingface(checkpoint: Checkpoint) -> bool:
+    return any(key in checkpoint.tensors for key in ("visual_projection.weight", "text_projection.weight"))
+
+
+def _parts(
+    architecture: ClipArchitecture, encoders: ClipEncoders, *, dynamic_image_size: bool = False
+) -> Iterator[Part]:
+    """The towers that are there, in the order in which they are exported."""
+    if architecture.vision is not None:
+        vision = _vision_signature(architecture, architecture.vision, dynamic_image_size)
+        yield Part("vision", encoders.vision, vision, PictureExamples(vision))
+    if architecture.text is not None:
+        text = _text_signature(architecture, architecture.text)
+        yield Part("text", encoders.text, text, _TextExamples(architecture.text))
+
+
+def _facts(architecture: ClipArchitecture, encoders: ClipEncoders) -> dict[str, Any]:
+    """A tower alone has no scale: it compares nothing."""
+    has_both = architecture.vision is not None and architecture.text is not None
+    scale = {"logit_scale": float(encoders.logit_scale)} if has_both else {}
+    return {**scale, "activation": architecture.activation}
+
+
+def _class_name(architecture: ClipArchitecture) -> str:
+    """transformers' class of such a checkpoint."""
+    if architecture.text is None:
+        return "CLIPVisionModelWithProjection"
+    return "CLIPModel" if architecture.vision is not None else "CLIPTextModelWithProjection"
+
+
 def _table(architecture: ClipArchitecture) -> dict[str, Target]:
-    vision, text_layers = architecture.vision, architecture.text.layers
+    vision, text = architecture.vision, architecture.text
+    text_layers = 0 if text is None else text.layers
     if isinstance(vision, ResNetSizes):
         return clip_weights.openai_resnet_table(vision.stages, text_layers)
-    if architecture.key_names == "huggingface":
-        return clip_weights.huggingface_table(vision.layers, text_layers)
-    return clip_weights.openai_vit_table(vision.layers, text_layers)
+    vision_layers = 0 if vision is None else vision.layers
+    if architecture.key_names == "openai":
+        return clip_weights.openai_vit_table(vision_layers, text_layers)
+    table = clip_weights.huggingface_table(vision_layers, text_layers)
+    if vision is None or text is None:
+        return clip_weights.tower_table(table, "text" if vision is None else "vision")
+    return table
 
 
 def _notes(architecture: ClipArchitecture) -> Iterator[str]:
-    text = architecture.text
-    where = "the highest token id" if text.pooling == "argmax" else f"the first token {text.end_token_id}"
-    yield f"text is pooled at {where}; the causal mask is cut to T, so T tokens cost T (1 to {text.context_length})"
+    if (text := architecture.text) is not None:
+        where = "the highest token id" if text.pooling == "argmax" else f"the first token {text.end_token_id}"
+        yield f"text is pooled at {where}; the causal mask is cut to T, so T tokens cost T (1 to {text.context_length})"
     if architecture.activation == "quick_gelu":
         yield "QuickGELU (x · sigmoid(1.702 x)), not the GELU of later CLIP models: a wrong one changes every embedding"
     if isinstance(architecture.vision, ResNetSizes):
         yield "ModifiedResNet with attention pooling: no transformers model has it"
-    size = architecture.vision.image_size
-    yield f"pictures are {size} pixels square; a ViT takes --image-size and --dynamic-image-size"
+    if architecture.vision is not None:
+        size = architecture.vision.image_size
+        yield f"pictures are {size} pixels square; a ViT takes --image-size and --dynamic-image-size"
+    if architecture.vision is None or architecture.text is None:
+        other = "image" if architecture.vision is None else "text"
+        yield f"this is one tower of a CLIP: the checkpoint has no {other} encoder"
 
 
-def _resized(architecture: ClipArchitecture, vision: nn.Module, options: BuildOptions) -> ClipArchitecture:
-    """Applies the options to the image encoder; returns the architecture with the size that it has now."""
-    image_size = apply_image_size(vision, architecture.vision.image_size, options)
+def _resized(architecture: ClipArchitecture, encoders: ClipEncoders, options: BuildOptions) -> ClipArchitecture:
+    """Applies the options to the image encoder; returns the architecture with the size that it has now.
+
+    Raises:
+        UsageError: the options are about an image encoder, and there is none.
+    """
+    if architecture.vision is None:
+        if options.image_size is not None or options.dynamic_image_size:
+            raise UsageError("this checkpoint has no image encoder", fix="leave the size options out")
+        return architecture
+    image_size = apply_image_size(encoders.vision, architecture.vision.image_size, options)
     return replace(architecture, vision=replace(architecture.vision, image_size=image_size))
 
 
-def _vision_signature(architecture: ClipArchitecture, dynamic_image_size: bool = False) -> Signature:
-    vision = architecture.vision
+def _vision_signature(
+    architecture: ClipArchitecture, vision: VitSizes | ResNetSizes, dynamic_image_size: bool
+) -> Signature:
     patch_size = vision.patch_size if isinstance(vision, VitSizes) else 1
     shape, axes = picture_shape(vision.image_size, patch_size, dynamic_image_size)
     return Signature(
@@ -192,11 +241,11 @@ def _vision_signature(architecture: ClipArchitecture, dynamic_image_size: bool =
     )
 
 
-def _text_signature(architecture: ClipArchitecture) -> Signature:
+def _text_signature(architecture: ClipArchitecture, text: TextSizes) -> Signature:
     return Signature(
         inputs=(TensorSpec("input_ids", "int64", ("batch", "sequence")),),
         outputs=(TensorSpec("text_embeds", "float32", ("batch", architecture.embed_dim)),),
-        axes=(BATCH, Axis("sequence", 1, architecture.text.context_length)),
+        axes=(BATCH, Axis("sequence", 1, text.context_length)),
     )
 
 
@@ -206,8 +255,8 @@ class _TextExamples:
     The first row's comes late enough for the vocabulary's edges to stand before it.
     """
 
-    def __init__(self, architecture: ClipArchitecture) -> None:
-        self.sizes = architecture.text
+    def __init__(self, sizes: TextSizes) -> None:
+        self.sizes = sizes
 
     def __call__(self, sizes: Mapping[str, int], seed: int) -> dict[str, Array]:
         rng = np.random.default_rng(seed)
@@ -222,21 +271,27 @@ class _TextExamples:
         return {"input_ids": ids}
 
 
-def _image(architecture: ClipArchitecture, image_size: int, checkpoint: Checkpoint) -> Prepared:
-    """For images of `image_size`; the checkpoint states its own architecture's."""
-    published = architecture.vision.image_size
-    if stated := clip_open.open_clip_image(checkpoint, published):
-        return with_chosen_size(stated, image_size)
+def _image(
+    published: ClipArchitecture, architecture: ClipArchitecture, checkpoint: Checkpoint
+) -> tuple[ImageSpec | None, Origins]:
+    """For images of `architecture`'s size; the checkpoint states the published one. None without an image encoder."""
+    if published.vision is None or architecture.vision is None:
+        return None, Origins()
+    size = published.vision.image_size
+    if stated := clip_open.open_clip_image(checkpoint, size):
+        return with_chosen_size(stated, architecture.vision.image_size)
     if architecture.key_names == "openai" and not processor_files(checkpoint):
-        spec = torchvision_image_spec(published, "bicubic", "after_crop", IMAGE_MEAN, IMAGE_STD)
+        spec = torchvision_image_spec(size, "bicubic", "after_crop", IMAGE_MEAN, IMAGE_STD)
         origins = {**same_origin(spec, "openai/CLIP clip.py"), "image.size_pixels": "the image encoder's weights"}
-        return with_chosen_size((spec, Origins(origins)), image_size)
-    prepared = transformers_image(checkpoint, "CLIPImageProcessor", published, image_size_origin(checkpoint))
-    return with_chosen_size(prepared, image_size)
+        return with_chosen_size((spec, Origins(origins)), architecture.vision.image_size)
+    prepared = transformers_image(checkpoint, "CLIPImageProcessor", size, image_size_origin(checkpoint))
+    return with_chosen_size(prepared, architecture.vision.image_size)
 
 
-def _text_spec(architecture: ClipArchitecture) -> TextSpec:
+def _text_spec(architecture: ClipArchitecture) -> TextSpec | None:
     text = architecture.text
+    if text is None:
+        return None
     openai = architecture.key_names == "openai"
     return TextSpec(
         context_length=text.context_length,
@@ -252,56 +307,69 @@ def _text_spec(architecture: ClipArchitecture) -> TextSpec:
 
 def _config_from_architecture(architecture: ClipArchitecture) -> dict[str, Any]:
     """`config.json` in the form of transformers' `CLIPConfig`."""
-    text = architecture.text
-    legacy = architecture.key_names == "huggingface" and text.pooling == "argmax"
+    vision, text = (_tower_config(architecture, sizes) for sizes in (architecture.vision, architecture.text))
+    stated = {"architectures": [_class_name(architecture)], "projection_dim": architecture.embed_dim}
+    if text is None or vision is None:
+        return {**(vision or text or {}), **stated}
+    return {"model_type": "clip", **stated, "text_config": text, "vision_config": vision}
+
+
+def _tower_config(
+    architecture: ClipArchitecture, sizes: VitSizes | ResNetSizes | TextSizes | None
+) -> dict[str, Any] | None:
     common = {"hidden_act": architecture.activation, "layer_norm_eps": architecture.eps}
-    vision = architecture.vision
-    vision_config: dict[str, Any] = {"image_size": vision.image_size, "num_channels": 3, **common}
-    if isinstance(vision, VitSizes):
-        vision_config |= {**stated_vision(vision), "num_attention_heads": vision.heads}
-    else:
-        # transformers has no ModifiedResNet; the sizes are told for the reader.
-        vision_config |= {"hidden_size": vision.width * 32, "stages": list(vision.stages)}
-    return {
-        "model_type": "clip",
-        "architectures": ["CLIPModel"],
-        "projection_dim": architecture.embed_dim,
-        "text_config": {
+    if sizes is None:
+        return None
+    if isinstance(sizes, TextSizes):
+        legacy = architecture.key_names == "huggingface" and sizes.pooling == "argmax"
+        return {
             "model_type": "clip_text_model",
-            **stated_text(text),
-            "num_attention_heads": text.heads,
-            "eos_token_id": clip_architecture.LEGACY_END_TOKEN_ID if legacy else text.end_token_id,
+            **stated_text(sizes),
+            "num_attention_heads": sizes.heads,
+            "eos_token_id": clip_architecture.LEGACY_END_TOKEN_ID if legacy else sizes.end_token_id,
             **common,
-        },
-        "vision_config": {"model_type": "clip_vision_model", **vision_config},
-    }
+        }
+    config = {"model_type": "clip_vision_model", "image_size": sizes.image_size, "num_channels": 3, **common}
+    if isinstance(sizes, VitSizes):
+        return {**config, **stated_vision(sizes), "num_attention_heads": sizes.heads}
+    # transformers has no ModifiedResNet; the sizes are told for the reader.
+    return {**config, "hidden_size": sizes.width * 32, "stages": list(sizes.stages)}
 
 
 def _transformers_reference(checkpoint: Checkpoint, architecture: ClipArchitecture, part: Part) -> Reference:
-    from transformers import CLIPConfig, CLIPModel
+    import transformers
 
     # Of checked sizes alone: whatever else the checkpoint's own config states may be made to hurt.
     stated = _config_from_architecture(architecture)
     # No ids that only generation reads, which transformers would compare with the vocabulary.
-    stated["text_config"] |= {"bos_token_id": None, "pad_token_id": None}
-    config = CLIPConfig.from_dict(stated)
+    if architecture.text is not None:
+        stated.get("text_config", stated).update({"bos_token_id": None, "pad_token_id": None})
+    kind = getattr(transformers, _class_name(architecture))
+    config = kind.config_class.from_dict(stated)
     config._attn_implementation = "eager"
     with torch.device("meta"):
-        model = CLIPModel(config).eval()
+        model = kind(config).eval()
     weights = {key: checkpoint.read(key).float() for key in checkpoint.tensors if not key.endswith("position_ids")}
     model.load_state_dict(weights, strict=True, assign=True)
-    for embeddings in (model.text_model.embeddings, model.vision_model.embeddings):
-        embeddings.position_ids = torch.arange(embeddings.position_ids.shape[-1])[None]
+    for name, sizes in (("text_model", architecture.text), ("vision_model", architecture.vision)):
+        if sizes is not None:
+            embeddings = getattr(model, name).embeddings
+            embeddings.position_ids = torch.arange(embeddings.position_ids.shape[-1])[None]
     name = part.signature.input_names[0]
-    encode = model.get_image_features if part.name == "vision" else model.get_text_features
-    own_size = model.config.vision_config.image_size
+    encode = model
+    if architecture.vision is not None and architecture.text is not None:
+        encode = model.get_image_features if part.name == "vision" else model.get_text_features
+    own_size = None if architecture.vision is None else architecture.vision.image_size
     is_resized = part.name == "vision" and part.signature.inputs[0].shape[2:] != (own_size, own_size)
     other_size = {"interpolate_pos_encoding": True} if is_resized else {}
 
     def run(inputs: Arrays) -> dict[str, Array]:
         with torch.inference_mode():
             features = encode(**{name: torch.from_numpy(inputs[name])}, **other_size)
-        # transformers 5 wraps the features in an output object, 4 returned the tensor.
+        # A tower's own class names its output; transformers 5 wraps a pair's features in an output object, 4 returned
+        # the tensor.
+        if encode is model:
+            features = features[part.signature.output_names[0]]
         tensor: Tensor = features if isinstance(features, Tensor) else features.pooler_output
         return {part.signature.output_names[0]: tensor.numpy()}
 

@@ -33,6 +33,8 @@ HEAD_WIDTH = 64
 # transformers marks checkpoints older than its fix of the end-of-text id with this value; it then pools by argmax.
 LEGACY_END_TOKEN_ID = 2
 LAYER_NORM_EPS = 1e-5
+# `model_type` of transformers' classes of one tower and its projection (5.23, models/clip/configuration_clip.py).
+_TOWERS = {"clip_vision_model": "vision", "clip_text_model": "text"}
 
 
 @dataclass(frozen=True)
@@ -67,18 +69,30 @@ class TextSizes:
 
 @dataclass(frozen=True)
 class ClipArchitecture:
-    """Everything that determines the modules, apart from weights."""
+    """Everything that determines the modules, apart from weights.
+
+    Attributes:
+        vision, text: the towers; one of them is None in a checkpoint of the other one alone.
+    """
 
     key_names: KeyNames
     embed_dim: int
     activation: Activation
     eps: float
-    vision: VitSizes | ResNetSizes
-    text: TextSizes
+    vision: VitSizes | ResNetSizes | None
+    text: TextSizes | None
+
+    @property
+    def towers(self) -> tuple[VitSizes | ResNetSizes, TextSizes]:
+        """Both, of a checkpoint that has both."""
+        assert self.vision is not None
+        assert self.text is not None
+        return self.vision, self.text
 
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)
-        data["vision"]["kind"] = "vit" if isinstance(self.vision, VitSizes) else "resnet"
+        if self.vision is not None:
+            data["vision"]["kind"] = "vit" if isinstance(self.vision, VitSizes) else "resnet"
         return data
 
 
@@ -164,7 +178,7 @@ def architecture_from_huggingface(checkpoint: Checkpoint) -> ClipArchitecture:
         )
     vision_config, text_config = _tower_config(checkpoint, "vision"), _tower_config(checkpoint, "text")
     shapes = Shapes(checkpoint)
-    towers = (vision_config, text_config)
+    towers = [config for config in (vision_config, text_config) if config is not None]
     activation = _same(checkpoint, "hidden_act", [tower.get("hidden_act", "quick_gelu") for tower in towers])
     if activation not in ("quick_gelu", "gelu"):
         raise InputError(
@@ -173,59 +187,94 @@ def architecture_from_huggingface(checkpoint: Checkpoint) -> ClipArchitecture:
             expected="quick_gelu or gelu",
             got=f"{activation!r:.200}",
         )
+    eps = _same(checkpoint, "layer_norm_eps", [config_number(t, "layer_norm_eps", LAYER_NORM_EPS) for t in towers])
+    vision = None if vision_config is None else _huggingface_vision(shapes, vision_config)
+    text = None if text_config is None else _huggingface_text(shapes, text_config)
+    projection = "text_projection.weight" if vision is None else "visual_projection.weight"
+    embed_dim = shapes.of(projection, 2)[0]
+    check_stated(checkpoint, "", checkpoint.config, {"projection_dim": embed_dim})
+    return _checked(
+        ClipArchitecture("huggingface", embed_dim, cast(Activation, activation), eps, vision, text), checkpoint
+    )
+
+
+def _huggingface_vision(shapes: Shapes, config: Mapping[str, Any]) -> VitSizes:
     width, channels, patch, _ = shapes.of("vision_model.embeddings.patch_embedding.weight", 4)
-    vision = VitSizes(
+    sizes = VitSizes(
         width=width,
         layers=shapes.count("vision_model.encoder.layers."),
-        heads=config_integer(vision_config, "num_attention_heads", 12),
+        heads=config_integer(config, "num_attention_heads", 12),
         hidden=shapes.of("vision_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
         patch_size=patch,
         image_size=patch * shapes.grid("vision_model.embeddings.position_embedding.weight", 2),
     )
-    end_token_id = config_integer(text_config, "eos_token_id", 49407)
+    stated = {**stated_vision(sizes), "num_channels": channels}
+    check_stated(shapes.checkpoint, _section_name(shapes.checkpoint, "vision"), config, stated)
+    return sizes
+
+
+def _huggingface_text(shapes: Shapes, config: Mapping[str, Any]) -> TextSizes:
+    end_token_id = config_integer(config, "eos_token_id", 49407)
     vocab_size, text_width = shapes.of("text_model.embeddings.token_embedding.weight", 2)
     legacy = end_token_id == LEGACY_END_TOKEN_ID
-    text = TextSizes(
+    sizes = TextSizes(
         width=text_width,
         layers=shapes.count("text_model.encoder.layers."),
-        heads=config_integer(text_config, "num_attention_heads", 8),
+        heads=config_integer(config, "num_attention_heads", 8),
         hidden=shapes.of("text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
         context_length=shapes.of("text_model.embeddings.position_embedding.weight", 2)[0],
         vocab_size=vocab_size,
         pooling="argmax" if legacy else "first_end_token",
         end_token_id=vocab_size - 1 if legacy else end_token_id,
     )
-    check_token(checkpoint, "text_config: eos_token_id", text.end_token_id, vocab_size)
-    eps = _same(checkpoint, "layer_norm_eps", [config_number(t, "layer_norm_eps", LAYER_NORM_EPS) for t in towers])
-    embed_dim = shapes.of("visual_projection.weight", 2)[0]
-    check_stated(checkpoint, "", checkpoint.config, {"projection_dim": embed_dim})
-    check_stated(checkpoint, "vision_config", vision_config, {**stated_vision(vision), "num_channels": channels})
-    check_stated(checkpoint, "text_config", text_config, stated_text(text))
-    return _checked(
-        ClipArchitecture("huggingface", embed_dim, cast(Activation, activation), eps, vision, text), checkpoint
-    )
+    section = _section_name(shapes.checkpoint, "text")
+    in_section = f"{section}: " if section else ""
+    check_token(shapes.checkpoint, f"{in_section}eos_token_id", sizes.end_token_id, vocab_size)
+    for key in ("bos_token_id", "pad_token_id"):
+        if config.get(key) is not None:
+            check_token(shapes.checkpoint, in_section + key, config_integer(config, key, 0), vocab_size)
+    check_stated(shapes.checkpoint, section, config, stated_text(sizes))
+    return sizes
 
 
 def architecture_from_json(data: Mapping[str, Any]) -> ClipArchitecture:
     """The architecture that `to_json` or a file in `configs/` states."""
     fields_left = dict(data)
-    vision_data = dict(fields_left.pop("vision"))
-    kind = vision_data.pop("kind")
-    vision = record_from_json(VitSizes if kind == "vit" else ResNetSizes, vision_data)
-    text = record_from_json(TextSizes, fields_left.pop("text"))
+    vision_data, text_data = fields_left.pop("vision"), fields_left.pop("text")
+    vision: VitSizes | ResNetSizes | None = None
+    if vision_data is not None:
+        sizes = {key: value for key, value in vision_data.items() if key != "kind"}
+        is_vit = vision_data["kind"] == "vit"
+        vision = record_from_json(VitSizes, sizes) if is_vit else record_from_json(ResNetSizes, sizes)
+    text = None if text_data is None else record_from_json(TextSizes, text_data)
     return record_from_json(ClipArchitecture, {**fields_left, "vision": vision, "text": text})
 
 
-def _tower_config(checkpoint: Checkpoint, tower: str) -> Mapping[str, Any]:
-    """What config.json says of a tower: where old files have `text_config_dict`, transformers reads nothing else."""
+def one_tower(checkpoint: Checkpoint) -> str | None:
+    """ "vision" or "text" for a Hugging Face checkpoint of that tower alone, None for one of both."""
+    return _TOWERS.get(str((checkpoint.config or {}).get("model_type")))
+
+
+def _section_name(checkpoint: Checkpoint, tower: str) -> str:
+    """The section of config.json that is about a tower; "" where all of it is."""
+    return "" if one_tower(checkpoint) else f"{tower}_config"
+
+
+def _tower_config(checkpoint: Checkpoint, tower: str) -> Mapping[str, Any] | None:
+    """What config.json says of a tower, None where the checkpoint is the other one alone.
+
+    Where old files have `text_config_dict`, transformers reads nothing else.
+    """
+    if alone := one_tower(checkpoint):
+        return (checkpoint.config or {}) if tower == alone else None
     old = f"{tower}_config_dict"
     has_old = (checkpoint.config or {}).get(old) is not None
     return config_section(checkpoint, old if has_old else f"{tower}_config")
 
 
 def _same(checkpoint: Checkpoint, key: str, stated: Sequence[Value]) -> Value:
-    """What the vision and the text tower state alike."""
-    vision, text = stated
+    """What the vision and the text tower state alike; one tower states it alone."""
+    vision, text = stated[0], stated[-1]
     if vision != text:
         raise InputError(
             f"the two towers disagree on {key}",
@@ -260,7 +309,10 @@ def stated_text(sizes: TextSizes) -> dict[str, int]:
 
 def _checked(architecture: ClipArchitecture, checkpoint: Checkpoint) -> ClipArchitecture:
     for name, sizes in (("vision", architecture.vision), ("text", architecture.text)):
+        if sizes is None:
+            continue
         width = sizes.width * 32 if isinstance(sizes, ResNetSizes) else sizes.width
         check_heads(checkpoint, name, width, sizes.heads)
-    check_context(checkpoint.source, architecture.text.context_length)
+    if architecture.text is not None:
+        check_context(checkpoint.source, architecture.text.context_length)
     return architecture

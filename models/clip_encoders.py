@@ -77,18 +77,22 @@ class TextTransformer(nn.Module):
 
 
 class ClipEncoders(nn.Module):
-    """Both encoders and the logit scale, as one module to load weights into."""
+    """Both encoders and the logit scale, or the one encoder that there is, as one module to load weights into."""
+
+    vision: nn.Module
 
     def __init__(self, architecture: ClipArchitecture) -> None:
         super().__init__()
         vision, embed_dim = architecture.vision, architecture.embed_dim
-        self.vision: nn.Module
         if isinstance(vision, VitSizes):
             self.vision = ClipVisionTransformer(architecture, vision)
-        else:
+        elif vision is not None:
             self.vision = ModifiedResNet(vision.stages, vision.width, vision.image_size, vision.heads, embed_dim)
-        self.text = TextTransformer(architecture, architecture.text)
-        self.logit_scale = nn.Parameter(torch.empty(()))
+        text = architecture.text
+        if text is not None:
+            self.text = TextTransformer(architecture, text)
+        if vision is not None and text is not None:
+            self.logit_scale = nn.Parameter(torch.empty(()))
 
 
 def build_encoders(architecture: ClipArchitecture) -> ClipEncoders:

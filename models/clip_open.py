@@ -108,7 +108,7 @@ def clip_architecture(checkpoint: Checkpoint, options: BuildOptions = DEFAULT_BU
         _check_sizes(checkpoint, architecture)
         return architecture
     architecture = architecture_from_openai(checkpoint, replace(OPENAI_CHOICES, **_given(options)))
-    width, heads = _vision_width(architecture), architecture.vision.heads
+    width, heads = _vision_width(architecture), architecture.towers[0].heads
     if options.head_width is not None and heads * options.head_width != width:
         raise UsageError(
             "the image encoder's width is not a multiple of --head-width",
@@ -164,11 +164,12 @@ def assumptions(
     """A warning that says what is assumed and what to pass; none where the checkpoint or the options say it."""
     if architecture.key_names != "openai" or _stated(checkpoint) is not None:
         return ()
-    head_width = _vision_width(architecture) // architecture.vision.heads
+    vision, text = architecture.towers
+    head_width = _vision_width(architecture) // vision.heads
     texts = {
         "activation": "QuickGELU (else --activation gelu)",
         "head_width": f"attention heads of the picture encoder {head_width} wide (else --head-width N)",
-        "text_heads": f"{architecture.text.heads} attention heads of the text encoder (else --text-heads N)",
+        "text_heads": f"{text.heads} attention heads of the text encoder (else --text-heads N)",
     }
     assumed = [what for name, what in texts.items() if name not in _given(options)]
     if not assumed:
@@ -226,7 +227,7 @@ def _stated(checkpoint: Checkpoint) -> ClipChoices | None:
 
 
 def _vision_width(architecture: ClipArchitecture) -> int:
-    vision = architecture.vision
+    vision, _ = architecture.towers
     return vision.width if isinstance(vision, VitSizes) else 32 * vision.width
 
 
@@ -283,7 +284,7 @@ def _check_sizes(checkpoint: Checkpoint, architecture: ClipArchitecture) -> None
 def _sizes(model: Mapping[str, Any], architecture: ClipArchitecture) -> Iterator[tuple[str, Any, Any]]:
     """Field, its value (open_clip's default where it is missing), and what the weights' shapes say."""
     vision, text = _section(model, "vision_cfg"), _section(model, "text_cfg")
-    sizes, words = architecture.vision, architecture.text
+    sizes, words = architecture.towers
     yield "embed_dim", model.get("embed_dim"), architecture.embed_dim
     yield "vision_cfg.width", vision.get("width", 768), sizes.width
     yield "vision_cfg.image_size", _edge(vision.get("image_size", 224)), sizes.image_size

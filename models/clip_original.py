@@ -57,7 +57,7 @@ def original(
     encoders = {
         part.name: partial(_encoder, checkpoint, model or _model_config(architecture), part, store)
         for part in parts
-        if same_size
+        if same_size and None not in (architecture.vision, architecture.text)
     }
     name = "open_clip CLIP" if encoders else ""
     if config is not None:
@@ -81,6 +81,8 @@ def original(
 def _model_config(architecture: ClipArchitecture) -> dict[str, Any]:
     """open_clip's `model_cfg` of weights that OpenAI published."""
     vision, text = architecture.vision, architecture.text
+    if vision is None or text is None:
+        raise ValueError("a single tower is no model of open_clip's")
     sizes: dict[str, Any] = {"image_size": vision.image_size, "width": vision.width}
     if isinstance(vision, ResNetSizes):
         sizes |= {"layers": list(vision.stages), "head_width": vision.width * 32 // vision.heads}

@@ -120,6 +120,12 @@ def huggingface_table(vision_layers: int, text_layers: int) -> dict[str, Target]
     return {**HF_HEADS, **repeat(vision, vision_layers), **repeat(text, text_layers)}
 
 
+def tower_table(table: WeightTable, tower: str) -> dict[str, Target]:
+    """The keys of one tower, "vision" or "text", and its projection."""
+    prefixes = ("vision_model.", "visual_projection.") if tower == "vision" else ("text_model.", "text_projection.")
+    return {key: target for key, target in table.items() if key.startswith(prefixes)}
+
+
 def _openai_text_table(layers: int) -> dict[str, Target]:
     text = prefixed(OPENAI_BLOCK, "transformer.resblocks.{i}.", "text.blocks.{i}.")
     return {**OPENAI_TEXT, **repeat(text, layers)}

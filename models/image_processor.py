@@ -436,6 +436,9 @@ def with_chosen_size(prepared: Prepared, image_size: int) -> Prepared:
 
 def image_size_origin(checkpoint: Checkpoint) -> str:
     """What states the size of the image encoder's square, where its weights have transformers' names."""
-    section = (checkpoint.config or {}).get("vision_config")
-    stated = isinstance(section, Mapping) and section.get("image_size") is not None
-    return "config.json: vision_config.image_size" if stated else "the image encoder's weights"
+    config = checkpoint.config or {}
+    section = config.get("vision_config")
+    if isinstance(section, Mapping) and section.get("image_size") is not None:
+        return "config.json: vision_config.image_size"
+    # A single tower's config has it at the top.
+    return "config.json: image_size" if config.get("image_size") is not None else "the image encoder's weights"

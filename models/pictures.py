@@ -64,10 +64,10 @@ def apply_image_size(vision: nn.Module, image_size: int, options: BuildOptions) 
     return options.image_size or image_size
 
 
-def config_of_size(config: Mapping[str, Any], image_size: int) -> dict[str, Any]:
-    """A `config.json` that states the size that the image encoder has now."""
+def config_of_size(config: Mapping[str, Any], image_size: int | None) -> dict[str, Any]:
+    """A `config.json` that states the size that the image encoder has now; None without one."""
     vision = config.get("vision_config")
-    if not isinstance(vision, Mapping) or vision.get("image_size", image_size) == image_size:
+    if image_size is None or not isinstance(vision, Mapping) or vision.get("image_size", image_size) == image_size:
         return dict(config)
     return {**config, "vision_config": {**vision, "image_size": image_size}}
 

@@ -35,8 +35,9 @@ Item = TypeVar("Item")
 
 def openai_state_dict(encoders: ClipEncoders, architecture: ClipArchitecture) -> dict[str, Tensor]:
     """The weights under OpenAI's keys and in its dtypes."""
-    assert isinstance(architecture.vision, VitSizes)
-    table = openai_vit_table(architecture.vision.layers, architecture.text.layers)
+    vision, text = architecture.towers
+    assert isinstance(vision, VitSizes)
+    table = openai_vit_table(vision.layers, text.layers)
     ours = encoders.state_dict()
     return {
         key: _stored(key, ours[target])

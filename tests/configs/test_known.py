@@ -67,10 +67,10 @@ def test_clip_preparation_fits_the_architecture(name: str) -> None:
     architecture = architecture_from_json(known.architecture)
     assert json.loads(json.dumps(architecture.to_json())) == known.architecture
     assert known.image is not None
-    assert known.image.size_pixels == architecture.vision.image_size
+    vision, sizes = architecture.towers
+    assert known.image.size_pixels == vision.image_size
     assert (known.image.mean, known.image.std) == (IMAGE_MEAN, IMAGE_STD)
     assert known.text is not None
-    sizes = architecture.text
     assert (known.text.context_length, known.text.vocab_size) == (sizes.context_length, sizes.vocab_size)
     assert known.text.end_token_id == sizes.end_token_id
     assert known.text.cleaning == ("openai" if name in OPENAI else "none")

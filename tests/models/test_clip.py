@@ -302,9 +302,10 @@ def test_config_that_does_not_fit_is_refused(
 
 def test_huggingface_weights_alone_do_not_tell_the_heads(tmp_path: Path, make_huggingface_clip: Make) -> None:
     make_huggingface_clip(tmp_path / "model")
+    (tmp_path / "model" / "config.json").unlink()
     with pytest.raises(InputError, match=r"config\.json") as caught:
         build(tmp_path / "model" / "model.safetensors", tmp_path)
-    assert "directory" in caught.value.fix
+    assert "beside the weights file" in caught.value.fix
 
 
 def test_published_normalisation_is_used(tmp_path: Path, make_huggingface_clip: Make) -> None:

@@ -136,12 +136,13 @@ def test_old_sections_replace_the_new_ones_as_in_transformers(checkpoint: Checkp
     assert checkpoint.config is not None
     theirs = CLIPConfig.from_dict(json.loads(json.dumps(checkpoint.config)))
     ours = architecture_from_huggingface(_of_size(checkpoint, 49408))
-    assert (ours.text.heads, ours.activation) == (theirs.text_config.num_attention_heads, theirs.text_config.hidden_act)
-    assert ours.vision.heads == theirs.vision_config.num_attention_heads == 4
+    assert ours.towers[1].heads == theirs.text_config.num_attention_heads
+    assert ours.activation == theirs.text_config.hidden_act
+    assert ours.towers[0].heads == theirs.vision_config.num_attention_heads == 4
     assert ours.eps == theirs.text_config.layer_norm_eps == theirs.vision_config.layer_norm_eps
-    assert ours.text.end_token_id == theirs.text_config.eos_token_id
+    assert ours.towers[1].end_token_id == theirs.text_config.eos_token_id
     unused = replace(checkpoint, config={**checkpoint.config, "text_config_dict": None, "vision_config_dict": None})
-    assert architecture_from_huggingface(unused).text.heads == 2
+    assert architecture_from_huggingface(unused).towers[1].heads == 2
 
 
 def test_defaults_are_those_of_transformers(checkpoint: Checkpoint) -> None:
@@ -152,12 +153,12 @@ def test_defaults_are_those_of_transformers(checkpoint: Checkpoint) -> None:
     wide = {"vision_model.embeddings.patch_embedding.weight": (96, 3, 8, 8)}
     infos = {**changed.tensors, **{key: TensorInfo(shape, "float32") for key, shape in wide.items()}}
     ours = architecture_from_huggingface(replace(changed, tensors=infos))
-    assert (ours.vision.heads, ours.text.heads) == (
+    assert (ours.towers[0].heads, ours.towers[1].heads) == (
         theirs.vision_config.num_attention_heads,
         theirs.text_config.num_attention_heads,
     )
     assert (ours.activation, ours.eps) == (theirs.text_config.hidden_act, theirs.text_config.layer_norm_eps)
-    assert ours.text.end_token_id == theirs.text_config.eos_token_id
+    assert ours.towers[1].end_token_id == theirs.text_config.eos_token_id
 
 
 def _of_size(checkpoint: Checkpoint, vocab_size: int) -> Checkpoint:

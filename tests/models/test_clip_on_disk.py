@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from vlm_export.checkpoint.open import open_checkpoint
-from vlm_export.errors import InputError
-from vlm_export.family import Description, Model
+from vlm_export.errors import InputError, UsageError
+from vlm_export.family import BuildOptions, Description, Model
 from vlm_export.models.recognition import left_out_warnings
 from vlm_export.models.registry import identify
 
 Weights = dict[str, torch.Tensor]
-Build = Callable[[Path], Model]
+Build = Callable[..., Model]
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +109,76 @@ def test_a_copy_of_training_is_left_out(tmp_path: Path, weights: Weights) -> Non
     message = refusal(saved(value, tmp_path / "two.pt"))
     assert "several models side by side" in message
     assert "first.* (clip), second.* (clip)" in message
+
+
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOWER |= {"projection_dim": 16}
+WORDS = {"vocab_size": 60, "max_position_embeddings": 20}
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `vision`, `text` and `legacy` (pooled at the highest id), as transformers' own classes save them."""
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+    )
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("towers")
+    config = CLIPVisionConfig(image_size=32, patch_size=16, hidden_act="gelu", **TOWER)
+    CLIPVisionModelWithProjection(config).save_pretrained(folder / "vision")
+    for name, ids in (("text", (58, 59, 59)), ("legacy", (0, 2, 1))):
+        special = dict(zip(("bos_token_id", "eos_token_id", "pad_token_id"), ids, strict=True))
+        CLIPTextModelWithProjection(CLIPTextConfig(**TOWER, **WORDS, **special)).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["vision", "text", "legacy"])
+def test_single_towers(towers: Path, build_model: Build, name: str) -> None:
+    import transformers
+
+    model = build_model(towers / name)
+    (part,) = model.parts
+    stated = model.hub_config["architectures"]
+    assert part.name == ("vision" if name == "vision" else "text")
+    assert model.reference_name == f"transformers {stated[0]}"
+    assert "logit_scale" not in model.facts
+    assert (model.image is None, model.text is None) == (name != "vision", name == "vision")
+    inputs = part.examples({"batch": 3, "sequence": 9}, 0)
+    original = getattr(transformers, stated[0]).from_pretrained(towers / name).eval()
+    with torch.no_grad():
+        (feed,) = (torch.from_numpy(array) for array in inputs.values())
+        expected = original(feed)[part.signature.output_names[0]].numpy()
+        found = part.module(feed).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+    (reference,) = model.references[part.name]()(inputs).values()
+    np.testing.assert_allclose(reference, expected, atol=1e-6, rtol=0)
+
+
+def test_a_tower_is_no_whole_model(towers: Path, tmp_path: Path, build_model: Build) -> None:
+    notes = describe(towers / "vision").notes
+    assert "this is one tower of a CLIP: the checkpoint has no text encoder" in notes
+    with pytest.raises(UsageError, match="no image encoder"):
+        build_model(towers / "text", BuildOptions(image_size=64))
+    (tmp_path / "model.safetensors").write_bytes((towers / "text" / "model.safetensors").read_bytes())
+    assert "needs its config.json" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("projection_dim", 17, "projection_dim 17, not 16"),
+        ("eos_token_id", 60, "config.json: eos_token_id"),
+        ("bos_token_id", 60, "config.json: bos_token_id"),
+        ("pad_token_id", 99, "config.json: pad_token_id"),
+        ("vocab_size", 61, "vocab_size 61, not 60"),
+    ],
+)
+def test_a_config_that_contradicts_the_weights(towers: Path, tmp_path: Path, key: str, value: int, text: str) -> None:
+    shutil.copytree(towers / "text", tmp_path / "text")
+    file = tmp_path / "text" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    assert text in refusal(tmp_path / "text")

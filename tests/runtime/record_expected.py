@@ -151,7 +151,7 @@ def tiny_model(vocab_size: int) -> tuple[clip_encoders.ClipEncoders, ClipArchite
             torch.nn.init.normal_(parameter, mean=scale, std=0.3)
         encoders.logit_scale.data.fill_(np.log(20.0))
     # `to_empty` leaves buffers without content.
-    encoders.text.causal_mask = build_causal_mask(architecture.text.context_length)
+    encoders.text.causal_mask = build_causal_mask(architecture.towers[1].context_length)
     return encoders, architecture
 
 
@@ -159,10 +159,12 @@ def record_bundle() -> None:
     tokenizer_json, vocab_size = tiny_tokenizer()
     encoders, architecture = tiny_model(vocab_size)
     image_spec = torchvision_image_spec(SIZE_PIXELS, "bicubic", "after_crop", pictures.IMAGE_MEAN, pictures.IMAGE_STD)
-    text_spec = TextSpec(architecture.text.context_length, vocab_size, vocab_size - 1, 0, "openai")
+    text_spec = TextSpec(architecture.towers[1].context_length, vocab_size, vocab_size - 1, 0, "openai")
+    vision_sizes, text_sizes = architecture.towers
+    vision_signature = clip._vision_signature(architecture, vision_sizes, dynamic_image_size=False)
     parts = (
-        (encoders.vision, clip._vision_signature(architecture), torch.randn(2, 3, SIZE_PIXELS, SIZE_PIXELS)),
-        (encoders.text, clip._text_signature(architecture), torch.randint(1, vocab_size - 1, (2, 7))),
+        (encoders.vision, vision_signature, torch.randn(2, 3, SIZE_PIXELS, SIZE_PIXELS)),
+        (encoders.text, clip._text_signature(architecture, text_sizes), torch.randint(1, vocab_size - 1, (2, 7))),
     )
     with publication(DATA / "tiny_bundle", overwrite=True) as staging:
         records = []

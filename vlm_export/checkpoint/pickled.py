@@ -164,6 +164,8 @@ def _wrapper(loaded: Mapping[Any, Any]) -> str | None:
     own = [key for key in found if not _COPIES.search(key)] or found
     if len(own) == 1:
         return own[0]
+    if any(_is_named_tensor(key, value) for key, value in loaded.items()):
+        return None
     # What is in it says what is wrong.
     return next((name for name in WRAPPERS if isinstance(loaded.get(name), dict | Instance)), None)
 

@@ -31,7 +31,8 @@ def check_names(names: Sequence[str], known: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             fix = "add --with-preprocessing" if name == PART_NAME else suggestion(name, known)
-            raise UsageError(f"the model has no part {name!r}", expected=", ".join(known), got=name, fix=fix)
+            alone = f": {known[0]} is all that this checkpoint has" if len(known) == 1 else ""
+            raise UsageError(f"the model has no part {name!r}{alone}", expected=", ".join(known), got=name, fix=fix)
 
 
 def planned_parts(
