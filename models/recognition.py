@@ -96,6 +96,7 @@ def seen_by(claim: Claim, checkpoint: Checkpoint, families: Sequence[Family]) ->
         checkpoint,
         tensors={name: checkpoint.tensors[key] for name, key in kept.items()},
         read=lambda name: read(kept[name]),
+        computed=frozenset(name for name, key in kept.items() if key in checkpoint.computed),
         notes=(*checkpoint.notes, *notes),
         left_out=left_out,
     )

@@ -126,7 +126,7 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, table: WeightTable, 
             continue
         stored = checkpoint.read(key)
         _check_finite(key, stored)
-        _place(stored, target, weights, shapes, store)
+        _place(stored, target, weights, shapes, store, is_mapped=key not in checkpoint.computed)
     _assign(module, weights)
     return tuple(key for key, target in table.items() if target is None and key in checkpoint.tensors)
 
@@ -182,17 +182,20 @@ def _place(
     weights: dict[str, Tensor],
     shapes: Mapping[str, tuple[int, ...]],
     store: WeightStore,
+    *,
+    is_mapped: bool,
 ) -> None:
+    """Puts a stored tensor where it belongs; float32 that `is_mapped` from a file is used as it lies there."""
     if isinstance(target, Stacked):
         for name, block in zip(target.names, stored.chunk(len(target.names)), strict=True):
-            _place(block, name, weights, shapes, store)
+            _place(block, name, weights, shapes, store, is_mapped=is_mapped)
         return
     if isinstance(target, Unsqueezed):
         stored, target = stored.reshape(shapes[target.name]), target.name
     if isinstance(target, str) and shapes[target] == ():
         stored = stored.reshape(())
     name = target if isinstance(target, str) else target.name
-    if isinstance(target, str) and stored.dtype == torch.float32 and stored.is_contiguous():
+    if is_mapped and isinstance(target, str) and stored.dtype == torch.float32 and stored.is_contiguous():
         weights[name] = stored
         return
     if name not in weights:

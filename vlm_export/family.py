@@ -54,6 +54,7 @@ class Checkpoint:
         notes: what was decided while reading, one sentence each: which of several state dicts, which prefix.
         left_out: stored keys of modules beside the model, which the family does not see.
         shards_left_aside: shards that the index names and nobody opened: they hold no key that the family reads.
+        computed: stored keys whose tensors `read` computes anew at each call and nobody keeps.
         check_unchanged: InputError when one of the files is no longer what it was when its sha256 was taken.
     """
 
@@ -69,6 +70,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     shards_left_aside: tuple[str, ...] = ()
+    computed: frozenset[str] = frozenset()
     check_unchanged: Callable[[], None] = lambda: None
 
 

@@ -1,8 +1,9 @@
-"""Ctrl-C and SIGTERM: both unwind as KeyboardInterrupt, and neither is lost.
+"""Ctrl-C and SIGTERM: both unwind as KeyboardInterrupt, neither is lost, and an engine that computes lets them through.
 
 Python drops what a signal's handler raises inside a finalizer or a callback ("Note on Signal Handlers and Exceptions"
 in the documentation of `signal`), and libraries catch too much. So an interrupt is remembered, and raised again at the
-next point that asks.
+next point that asks. Nor does Python run a handler while the main thread is inside a library: long work of that kind
+is done by another thread, for which the main thread waits (`run_interruptibly`).
 
 An interrupted command has changed nothing, and its exit status says so. So from the step on that puts a result in
 place, an interrupt is not heard any more: the command ends what is left, and says that it is done.
@@ -10,14 +11,28 @@ place, an interrupt is not heard any more: the command ends what is left, and sa
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from queue import SimpleQueue
 from types import FrameType
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+INTERRUPTED = 130
+GRACE_SECONDS = 5.0
+"""From SIGTERM until the process ends in any case."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_received: list[int] = []
+# What sends a signal to a process and to its group, as `timeout` does, is no second Ctrl-C.
+_ONE_PRESS_SECONDS = 0.1
+_SIGNALS_SEEN_SECONDS = 0.2
+_LOG_FATAL_ONLY = 4
+_received: list[tuple[int, float]] = []
 _deferred: list[int] = []
 # Past the point of no return: interrupts are deferred.
 _deferring = False
@@ -26,7 +41,11 @@ _in_command = False
 
 @contextmanager
 def remembered_interrupts() -> Iterator[None]:
-    """Around a command, in the main thread. A signal that the process was started to ignore stays ignored."""
+    """Around a command, in the main thread. A signal that the process was started to ignore stays ignored.
+
+    The first signal raises KeyboardInterrupt. A Ctrl-C after it ends the process at once, with status 130 and whatever
+    is running; so does SIGTERM once GRACE_SECONDS are over. What was being written then is left to the next run.
+    """
     global _in_command, _deferring
     with _handled(_interrupt):
         _in_command = True
@@ -35,6 +54,7 @@ def remembered_interrupts() -> Iterator[None]:
         finally:
             _in_command = _deferring = False
             _received.clear()
+            _grace.cancel()
 
 
 @contextmanager
@@ -89,10 +109,164 @@ def raise_remembered() -> None:
         raise KeyboardInterrupt
 
 
+def run_interruptibly(work: Callable[[], T], stop: Callable[[], None] = lambda: None) -> T:
+    """What `work` returns or raises. A signal whose handler raises, the user's own too, is let through meanwhile.
+
+    Args:
+        work: runs in another thread where this is the main one, which alone takes signals.
+        stop: called from this thread when a handler raised; makes `work` end soon. The exception goes on once it has
+            ended; a second one does not wait.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return work()
+    job = _Job(work)
+    try:
+        if not _give(job):
+            return work()
+        job.wait()
+    except BaseException:
+        if not job.done.is_set():
+            stop()
+            job.wait()
+        raise
+    return job.result()
+
+
+def start_session(*arguments: Any, **options: Any) -> Any:
+    """An `InferenceSession` of ONNX Runtime; while it starts, a second Ctrl-C ends the process."""
+    from onnxruntime import InferenceSession
+
+    return run_interruptibly(lambda: InferenceSession(*arguments, **options))
+
+
+def run_session(session: Any, feeds: Mapping[str, Any], names: list[str] | None = None) -> list[Any]:
+    """`InferenceSession.run` of ONNX Runtime, which a signal ends between two nodes, also within a loop.
+
+    Nothing is logged: what ONNX Runtime has to say about a failure is in the exception.
+    """
+    from onnxruntime import RunOptions
+
+    options = RunOptions()
+    options.log_severity_level = _LOG_FATAL_ONLY
+
+    def stop() -> None:
+        options.terminate = True
+
+    outputs: list[Any] = run_interruptibly(lambda: session.run(names, dict(feeds), options), stop)
+    return outputs
+
+
+class _Job(Generic[T]):
+    """A piece of work, what came of it, and whether it has ended."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self.done = threading.Event()
+        self._work = work
+        self._results: list[T] = []
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._results.append(self._work())
+        except BaseException as error:
+            self._error = error
+        finally:
+            self.done.set()
+
+    def wait(self) -> None:
+        """Returns when the work has ended; handlers run meanwhile, also of a signal that came to another thread."""
+        while not self.done.wait(_SIGNALS_SEEN_SECONDS):
+            pass
+
+    def result(self) -> T:
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error
+        return self._results[0]
+
+
+class _Worker:
+    """A thread that does one job after the other."""
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[_Job[Any]] = SimpleQueue()
+        self._last: _Job[Any] | None = None
+        threading.Thread(target=self._serve, daemon=True, name="vlm-export engine").start()
+
+    @property
+    def is_idle(self) -> bool:
+        return self._last is None or self._last.done.is_set()
+
+    def give(self, job: _Job[Any]) -> None:
+        self._last = job
+        self._jobs.put(job)
+
+    def _serve(self) -> None:
+        while True:
+            self._jobs.get().run()
+
+
+_workers: list[_Worker] = []
+if hasattr(os, "register_at_fork"):
+    # A child has the main thread alone.
+    os.register_at_fork(after_in_child=_workers.clear)
+
+
+def _give(job: _Job[Any]) -> bool:
+    """Whether a thread does the job: one that a second interrupt left at work is not waited for, and where the system
+    starts no more threads there is none."""
+    if not _workers or not _workers[-1].is_idle:
+        try:
+            _workers[:] = [_Worker()]
+        except RuntimeError:
+            return False
+    _workers[-1].give(job)
+    return True
+
+
+class _Grace:
+    """The end of the process some time after SIGTERM."""
+
+    def __init__(self) -> None:
+        self._timer: threading.Timer | None = None
+
+    def start(self) -> None:
+        if self._timer is None:
+            self._timer = threading.Timer(GRACE_SECONDS, _end)
+            self._timer.daemon = True
+            with suppress(RuntimeError):  # The system starts no more threads.
+                self._timer.start()
+
+    def cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+_grace = _Grace()
+
+
 def _interrupt(number: int, _frame: FrameType | None) -> None:
-    if not _deferring:
-        _received.append(number)
+    if _deferring:
+        return
+    is_first, now = not _received, time.monotonic()
+    if number == signal.SIGINT and not is_first and now - _received[-1][1] > _ONE_PRESS_SECONDS:
+        _end()
+    _received.append((number, now))
+    if number == signal.SIGTERM:
+        _grace.start()
+    if is_first:
         raise KeyboardInterrupt
+
+
+def _end() -> None:
+    """Without unwinding: what should have unwound is what does not end."""
+    with suppress(OSError):
+        os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)
 
 
 def _defer(number: int, _frame: FrameType | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,12 +62,3 @@ def test_a_folder_of_folders(tmp_path: Path, weights: Weights, refusal: Refusal)
     (tmp_path / "checkpoints").mkdir()
     torch.save(weights, tmp_path / "checkpoints" / "epoch_1.pt")
     assert f"such as {tmp_path / 'checkpoints'}" in refusal(tmp_path)
-
-
-def test_an_adapter_is_named(tmp_path: Path, refusal: Refusal) -> None:
-    adapter = {"peft_type": "LORA", "base_model_name_or_path": "openai/clip-vit-base-patch32"}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
-    save_file({"base_model.model.x.lora_A.weight": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
-    message = refusal(tmp_path)
-    assert "a PEFT adapter of openai/clip-vit-base-patch32, and no model" in message
-    assert "merge_and_unload" in message

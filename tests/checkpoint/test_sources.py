@@ -35,7 +35,7 @@ URL = "https://models.invalid/clip/Tiny.pt"
     "source", ["", "no-such-name", "./missing/model.pt", "missing/model.pt", "a/b/c", "../x/y", "a--b/c", "x\0y"]
 )
 def test_unknown_sources(source: str) -> None:
-    with pytest.raises(UsageError, match="no file, no directory, no known name"):
+    with pytest.raises(UsageError, match=r"no file, no directory, no known name|no such file or directory"):
         open_checkpoint(source)
 
 
@@ -202,6 +202,11 @@ def test_wanted_files() -> None:
     assert wanted_files(shards) == ["model.safetensors.index.json", "model-00001-of-00002.safetensors"]
     with pytest.raises(InputError, match="no weights"):
         wanted_files(["tf_model.h5", "config.json"])
+
+
+def test_wanted_files_of_a_lora_adapter() -> None:
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "tokenizer.json"]
+    assert wanted_files(names) == ["adapter_config.json", "tokenizer.json", "adapter_model.safetensors"]
 
 
 def test_wanted_files_of_open_clip() -> None:

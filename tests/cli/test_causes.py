@@ -92,3 +92,21 @@ def test_a_full_disk_and_a_limit_are_told_apart(cli: Cli, failing: Callable[[Exc
     assert "quota" in causes[errno.EDQUOT]
     assert "ulimit -f" in causes[errno.EFBIG]
     assert "free" not in causes[errno.EFBIG]
+
+
+@pytest.mark.parametrize("source", ["./none", "a/b/c", "none/", "model.pt", "~none", "x.safetensors", "C:\\none"])
+def test_a_path_that_is_not_there_is_told_as_that(cli: Cli, source: str) -> None:
+    result = cli("inspect", source).refused(2, "there is no such file or directory", f"where: {source}")
+    assert "clip-vit" not in result.err
+
+
+def test_a_word_that_is_no_known_name_gets_the_nearest(cli: Cli) -> None:
+    cli("inspect", "clip-dem").refused(2, "did you mean 'clip-demo'?")
+    result = cli("inspect", "zzz").refused(2, "vlm-export inspect lists the known names")
+    assert len(result.err) < 300
+
+
+def test_an_output_below_thousands_of_directories(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cli("export", "clip-demo", "-o", "a/" * 2000 + "b", "--quiet").refused(4, "too many directories", "got: 2001")
+    assert not list(tmp_path.iterdir())

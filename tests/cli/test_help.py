@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 
 from vlm_export import __version__
-from vlm_export.cli.main import VERBS
+from vlm_export.cli.examples import EXAMPLES
+from vlm_export.cli.main import VERBS, build_parser
 
 VERB_NAMES = [verb.__name__.rpartition(".")[2] for verb in VERBS]
 HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "transformers", "PIL", "yaml")
@@ -41,6 +43,25 @@ def test_every_verb_has_help(cli: Callable[..., Any], verb: str) -> None:
     assert result.status == 0
     for option in ("--json", "--quiet"):
         assert option in result.out
+
+
+def test_every_verb_has_two_examples(cli: Callable[..., Any]) -> None:
+    for verb in [*VERB_NAMES, "graph show", "graph rename-tensor", "graph split"]:
+        _, _, examples = cli(*verb.split(), "--help").out.partition("examples:\n")
+        lines = examples.splitlines()
+        assert len(lines) == 2
+        assert all(line.startswith(f"  vlm-export {verb} ") for line in lines), (verb, lines)
+
+
+def test_examples_are_commands_that_the_parser_takes() -> None:
+    for pair in EXAMPLES.values():
+        for example in pair:
+            build_parser().parse_args(shlex.split(example))
+
+
+def test_the_package_is_a_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "vlm_export", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"vlm-export {__version__}"
 
 
 def test_help_lists_verbs_and_statuses(cli: Callable[..., Any]) -> None:

@@ -101,9 +101,17 @@ def test_known_names_are_listed(cli: Cli) -> None:
     entries = cli("inspect", "--json").data["checkpoints"]
     assert [entry["name"] for entry in entries] == list(known_names())
     assert all(entry["family"] and entry["title"] and entry["source"] for entry in entries)
+    assert any(entry["licence"] == "MIT (code and weights of openai/CLIP)" for entry in entries)
     out = cli("inspect").out
     assert all(name in out for name in known_names())
-    assert "MIT (code and weights of openai/CLIP)" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_the_list_needs_neither_torch_nor_onnx(spawn: Callable[..., Any]) -> None:
+    code = "for name in ('torch', 'onnx', 'onnx_ir', 'transformers'): sys.modules[name] = None"
+    result = spawn("inspect", code=code, env={"COLUMNS": "120"})
+    assert result.status == 0
+    assert 80 < max(map(len, result.out.splitlines())) <= 120
 
 
 def test_options_that_need_a_source(cli: Cli, pair: Path) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
+from vlm_export.bundle.oldest_engine import oldest_onnxruntime
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 from vlm_export.runtime.engine import Engine, OrtEngine
 
@@ -96,3 +100,33 @@ def test_zero_pad_before_max_pool_keeps_its_zeros(exact: bool, tmp_path: Path) -
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "p.onnx")
     values = OrtEngine(tmp_path / "p.onnx", exact=exact).run({"x": -np.ones((1, 1, 4, 4), np.float32)})["y"]
     assert values[0, 0].tolist() == [[0, 0, 0, 0], [0, -1, -1, 0], [0, -1, -1, 0], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(("opset", "ir_version", "needed"), [(17, 8, "1.17.3"), (18, 10, "1.18.1"), (23, 11, "1.23.2")])
+def test_an_onnxruntime_that_is_too_old_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opset: int, ir_version: int, needed: str
+) -> None:
+    """Measured: see `oldest_engine`. The failure of an old release is played."""
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])],
+        "g",
+        [value],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])],
+    )
+    path = tmp_path / "m.onnx"
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
+    onnx.save(model, str(path))
+    assert oldest_onnxruntime(path) == (needed, opset)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError(f"opset {opset} is under development")
+
+    monkeypatch.setattr("vlm_export.runtime.engine.start_session", refuse)
+    monkeypatch.setattr("onnxruntime.__version__", "1.17.1")
+    with pytest.raises(EnvironmentFailure, match="too old") as caught:
+        OrtEngine(path)
+    assert f"onnxruntime {needed} or newer, for its opset {opset}" in caught.value.expected
+    monkeypatch.setattr("onnxruntime.__version__", "1.31.1")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        OrtEngine(path)

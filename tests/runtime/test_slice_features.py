@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import runpy
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -195,6 +196,14 @@ def test_an_encoder_pair_is_another_thing(slice_bundle: Bundle) -> None:
         assert "load_slice_encoder" in caught.value.fix
     with pytest.raises(InputError, match="does not cut pictures"):
         vlm_export.load_slice_encoder(DATA / "runtime" / "tiny_bundle")
+
+
+def test_it_travels_to_workers(encoder: Any) -> None:
+    opened, path = encoder("v1_0"), DATA / "minicpmv" / "v1_0" / "image.png"
+    (expected,) = opened.encode_slices(path)
+    again = pickle.loads(pickle.dumps(opened))
+    assert type(again) is SliceEncoder
+    assert (again.encode_slices(path)[0].image_features == expected.image_features).all()
 
 
 def test_pictures_that_are_refused(encoder: Any, tmp_path: Path) -> None:

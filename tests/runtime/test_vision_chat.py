@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -315,6 +316,14 @@ def test_loaders(nanovlm_bundle: Callable[[str], Path]) -> None:
     assert "load_vision_chat" in caught.value.fix
     with pytest.raises(InputError, match="no model to talk with"):
         load_vision_chat(DATA / "runtime" / "tiny_bundle")
+
+
+def test_it_travels_to_workers(nanovlm_bundle: Callable[[str], Path]) -> None:
+    model = load(nanovlm_bundle("222m"), threads=1)
+    expected = model.encode_text(["a cat"])
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again) is VisionChat
+    assert (again.encode_text(["a cat"]) == expected).all()
 
 
 def changed_bundle(source: Path, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -332,6 +333,14 @@ def test_a_file_of_pretraining_does_all_but_answers(recorded: Callable[[str], Re
     assert it.model.encode_text("red").shape == it.model.encode_image(it.pictures[0]).shape
     with pytest.raises(InputError, match="cannot answer"):
         it.model.answer(it.pictures[0], "what")
+
+
+def test_it_travels_to_workers(model_of: Callable[[str], VisionLanguage], picture: Image.Image) -> None:
+    model = model_of("caption")
+    expected = model.caption(picture, beams=1)
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again) is VisionLanguage
+    assert again.caption(picture, beams=1) == expected
 
 
 def test_load_opens_what_the_bundle_is(blip_bundle: Callable[[str], Path]) -> None:

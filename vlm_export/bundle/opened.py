@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from vlm_export.bundle.graph_check import check_variant_files, check_variant_graph
 from vlm_export.bundle.hashing import map_in_threads, record_from_descriptor
@@ -36,6 +38,10 @@ class OpenBundle:
         self._lock = Lock()
         self._verified: dict[str, Future[Path]] = {}
         self._checked_graphs: set[str] = set()
+
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        """As a pickle it is its path, opened and checked again where the pickle is read."""
+        return _open_again, (str(self.root), hashlib.sha256(self._manifest_bytes).hexdigest())
 
     def file(self, relative: str) -> Path:
         """The path of a listed file, once its size and sha256 are found equal to the manifest's.
@@ -136,6 +142,20 @@ def open_bundle(path: Path | str) -> OpenBundle:
             check_variant_files(manifest, variant, str(root / MANIFEST_NAME))
     check_stated_sizes(manifest, str(root / MANIFEST_NAME))
     return OpenBundle(root, manifest, raw)
+
+
+def _open_again(root: str, manifest_sha256: str) -> OpenBundle:
+    """The bundle of a pickle; InputError when another one is there now."""
+    bundle = open_bundle(root)
+    if hashlib.sha256(bundle._manifest_bytes).hexdigest() != manifest_sha256:
+        raise InputError(
+            "the bundle was replaced since it was opened",
+            where=root,
+            expected=f"{MANIFEST_NAME} of sha256 {manifest_sha256}",
+            got="another bundle, or another export of the same checkpoint",
+            fix="open it again with load, and send that to the workers",
+        )
+    return bundle
 
 
 def _read_manifest(root: Path) -> bytes:

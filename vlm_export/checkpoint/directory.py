@@ -27,7 +27,9 @@ from vlm_export.text_display import shown
 CONFIG_FILE = "config.json"
 OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
 # peft 0.18, utils/constants.py.
-ADAPTER_FILE, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Of a LoRA adapter, which is no model (`adapters.py`).
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # The first that is there is read, the others are not.
 WEIGHTS_PRECEDENCE = (
     "model.safetensors",
@@ -171,8 +173,6 @@ def _find_weights(path: Path) -> Path:
     candidates = _weights_in(path)
     if len(candidates) == 1:
         return candidates[0]
-    if not candidates:
-        refuse_adapter(path)
     raise InputError(
         "the directory has several weights" if candidates else "the directory has no weights that could be meant",
         where=str(path),
@@ -182,29 +182,12 @@ def _find_weights(path: Path) -> Path:
     )
 
 
-def refuse_adapter(path: Path) -> None:
-    """InputError for the directory of a PEFT adapter, which holds what is added to a model, and no model."""
-    file = path / ADAPTER_FILE
-    if not file.is_file():
-        return
-    base = _read_json(see_file(file)).get("base_model_name_or_path")
-    stated = f" of {shown(base)}" if isinstance(base, str) and base else ""
-    raise InputError(
-        f"the directory holds a PEFT adapter{stated}, and no model",
-        where=str(path),
-        expected="the weights of a whole model",
-        got=ADAPTER_FILE,
-        fix="merge it into its model with peft (PeftModel.from_pretrained(model, DIR).merge_and_unload()), save the "
-        "result with save_pretrained, and name that directory",
-    )
-
-
 def _weights_in(path: Path) -> list[Path]:
     try:
         files = sorted(file for file in path.iterdir() if file.suffix in _WEIGHT_SUFFIXES and file.is_file())
     except OSError as error:
         raise InputError("the directory cannot be listed", where=str(path), got=str(error)) from error
-    return [file for file in files if not _TRAINING_FILE.fullmatch(file.name) and file.name != ADAPTER_WEIGHTS]
+    return [file for file in files if not _TRAINING_FILE.fullmatch(file.name) and file.name not in ADAPTER_WEIGHTS]
 
 
 def _nearest_weights(path: Path) -> str:

@@ -7,7 +7,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_export.checkpoint.directory import CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, SIDE_FILES, WEIGHTS_PRECEDENCE
+from vlm_export.checkpoint.directory import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS,
+    CONFIG_FILE,
+    OPEN_CLIP_CONFIG_FILE,
+    SIDE_FILES,
+    WEIGHTS_PRECEDENCE,
+)
 from vlm_export.checkpoint.safetensors_file import read_index
 from vlm_export.checkpoint.seen_file import see_file
 from vlm_export.checkpoint.shards import ReadPrefixes, everything, select_shards
@@ -16,7 +23,7 @@ from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT_SECONDS = 15.0
-_CONFIGS = (CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, *SIDE_FILES)
+_CONFIGS = (CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, ADAPTER_CONFIG_FILE, *SIDE_FILES)
 # Shards are named by an index; these are the only forms that transformers writes.
 _SHARDS = {
     "model.safetensors.index.json": re.compile(r"model-\d{5}-of-\d{5}\.safetensors"),
@@ -80,14 +87,17 @@ def fetch_snapshot(hub_id: str, revision: str | None = None, reads: ReadPrefixes
 def wanted_files(names: Collection[str]) -> list[str]:
     """The files of a repository that are downloaded: config, side files, and the weights that come first.
 
+    Of a LoRA adapter's repository these are its settings and its own weights.
+
     Raises:
         InputError: the repository has no weights in a supported format.
     """
-    weights = next((name for name in WEIGHTS_PRECEDENCE if name in names), None)
+    precedence = ADAPTER_WEIGHTS if ADAPTER_CONFIG_FILE in names else WEIGHTS_PRECEDENCE
+    weights = next((name for name in precedence if name in names), None)
     if weights is None:
         raise InputError(
             "the repository has no weights in a supported format",
-            expected=f"one of {', '.join(WEIGHTS_PRECEDENCE)}",
+            expected=f"one of {', '.join(precedence)}",
             got=", ".join(sorted(names)[:10]) or "no files",
             fix="download the weights yourself and name the file or its directory",
         )
@@ -102,7 +112,7 @@ def _without_shards(names: Sequence[str], left_aside: Collection[str]) -> list[s
 def _cached_snapshot(hub_id: str, revision: str | None, cause: BaseException) -> Snapshot:
     import huggingface_hub
 
-    allowed = [*_CONFIGS, *WEIGHTS_PRECEDENCE, "model-*.safetensors", "pytorch_model-*.bin"]
+    allowed = [*_CONFIGS, *WEIGHTS_PRECEDENCE, *ADAPTER_WEIGHTS, "model-*.safetensors", "pytorch_model-*.bin"]
     try:
         path = huggingface_hub.snapshot_download(
             hub_id, revision=revision, allow_patterns=allowed, local_files_only=True

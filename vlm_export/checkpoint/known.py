@@ -7,12 +7,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_export.bundle.strict_json import Fields
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError, suggestion
-from vlm_export.family import CheckpointFile
 from vlm_export.specs import ImageSpec, TextSpec, record_from_json
+
+if TYPE_CHECKING:
+    # It imports torch, which a list of names does not need.
+    from vlm_export.family import CheckpointFile
 
 _PACKAGE = "vlm_export.configs"
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,7 +10,9 @@ from functools import partial
 from pathlib import Path
 
 from vlm_export.bundle.path_names import check_utf8
+from vlm_export.checkpoint.adapters import adapter_folder, base_of, merge_adapter, read_adapter
 from vlm_export.checkpoint.directory import (
+    ADAPTER_CONFIG_FILE,
     Directory,
     find_open_clip_config,
     has_described_config,
@@ -25,16 +28,18 @@ from vlm_export.checkpoint.names import hidden_name
 from vlm_export.checkpoint.seen_file import SeenFile, see_file
 from vlm_export.checkpoint.shards import ReadPrefixes, everything
 from vlm_export.checkpoint.weights_file import read_weights_file
-from vlm_export.errors import InputError, UsageError, VlmExportError, suggestion
+from vlm_export.errors import InputError, UsageError, VlmExportError
 from vlm_export.family import Checkpoint
 
 TOKENIZER_FILE = "tokenizer.json"
+_PATH_MARKS = ("/", "\\")
 _FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".json", ".onnx", ".zip", ".gz")
 
 
 def open_checkpoint(
     source: str,
     *,
+    base: str | None = None,
     expected_sha256: str | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
@@ -44,7 +49,8 @@ def open_checkpoint(
 
     Args:
         source: an existing path, else a name from `configs/`, else a hub id `owner/name`.
-        expected_sha256: pins the weights file; overrides the config's own.
+        base: what a LoRA adapter is put on, None: what its settings name.
+        expected_sha256: pins the weights file (of an adapter, its base's); overrides the config's own.
         revision: commit, branch or tag of a hub id.
         progress: called while files are downloaded and hashed.
         reads: told the keys of an index, says which are read. Shards that hold none of them are not downloaded, not
@@ -55,19 +61,71 @@ def open_checkpoint(
         InputError: the files are damaged, unsafe, or not the pinned ones.
         EnvironmentFailure: no network where it is needed, or a full disk.
     """
+    if _exists(source) and (folder := adapter_folder(Path(source))) is not None:
+        return _open_adapter(source, folder, base, expected_sha256, revision, progress, reads)
+    from_hub = not _exists(source) and source not in known_names() and is_hub_id(source)
+    if from_hub and not source.endswith(_FILE_SUFFIXES):
+        return _open_hub(source, source, expected_sha256, revision, progress, reads, base)
+    if base is not None:
+        raise _no_adapter(source)
     if _exists(source):
         with _telling_of_hidden_name(source):
             _refuse_revision(revision, source)
             return _open_path(source, Path(source), expected_sha256, progress, reads)
     if source in known_names():
         return _open_known(source, load_known(source), expected_sha256, revision, progress, reads)
-    if is_hub_id(source) and not source.endswith(_FILE_SUFFIXES):
-        return _open_hub(source, source, expected_sha256, revision, progress, reads)
-    raise UsageError(
+    raise _names_nothing(source)
+
+
+def _names_nothing(source: str) -> UsageError:
+    """A path that is not there, or a word that is no known name."""
+    if source.endswith(_FILE_SUFFIXES) or any(mark in source for mark in _PATH_MARKS) or source.startswith("~"):
+        return UsageError("there is no such file or directory", where=source, fix="check the path")
+    near = difflib.get_close_matches(source, known_names(), n=1)
+    return UsageError(
         "the source is no file, no directory, no known name and no hub id",
         where=source,
-        expected="an existing path, a name from configs/, or owner/name",
-        fix=suggestion(source, known_names()),
+        expected="an existing path, a known name, or owner/name",
+        fix=f"did you mean {near[0]!r}?" if near else "vlm-export inspect lists the known names",
+    )
+
+
+def _open_adapter(
+    source: str,
+    path: Path,
+    base: str | None,
+    sha256: str | None,
+    revision: str | None,
+    progress: Progress | None,
+    reads: ReadPrefixes,
+) -> Checkpoint:
+    adapter = read_adapter(path)
+    name = base_of(adapter, base)
+    if _exists(name) and adapter_folder(Path(name)) is not None:
+        raise InputError(
+            "the base of the adapter is an adapter itself",
+            where=source,
+            got=name,
+            fix="merge that one first (peft: merge_and_unload, then save_pretrained), and name the result with --base",
+        )
+    try:
+        opened = open_checkpoint(name, expected_sha256=sha256, revision=revision, progress=progress, reads=reads)
+    except VlmExportError as error:
+        if base is None:
+            error.where = f"{name}, which {source}/{ADAPTER_CONFIG_FILE} names as the base" + (
+                f" ({error.where})" if error.where not in (None, name) else ""
+            )
+            error.fix = f"name the base's directory or file with --base{f'; or {error.fix}' if error.fix else ''}"
+        raise
+    return merge_adapter(source, adapter, opened, progress)
+
+
+def _no_adapter(source: str) -> UsageError:
+    return UsageError(
+        "--base is for LoRA adapters, and the source is none",
+        where=source,
+        expected=f"a directory with {ADAPTER_CONFIG_FILE}",
+        fix="leave --base out",
     )
 
 
@@ -181,8 +239,14 @@ def _open_hub(
     revision: str | None,
     progress: Progress | None,
     reads: ReadPrefixes,
+    base: str | None = None,
 ) -> Checkpoint:
     snapshot = fetch_snapshot(hub_id, revision, reads)
+    if adapter_folder(snapshot.directory) is not None:
+        adapted = _open_adapter(source, snapshot.directory, base, sha256, None, progress, reads)
+        return replace(adapted, revision=snapshot.revision)
+    if base is not None:
+        raise _no_adapter(source)
     opened = _open_directory(source, scan_directory(snapshot.directory, reads), sha256, progress)
     return replace(opened, revision=snapshot.revision)
 

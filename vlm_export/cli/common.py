@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
+from vlm_export.text_display import shown
 
 IMAGE_SUFFIXES = frozenset(
     [
@@ -35,6 +36,9 @@ IMAGE_SUFFIXES = frozenset(
         ".webp",
     ]
 )
+
+MAX_DEPTH = 500
+"""Directories of an output's path: Python makes and compares them recursively."""
 
 _MOST = 2**31 - 1  # what ONNX Runtime holds a number of threads in
 
@@ -89,6 +93,19 @@ def existing_path(text: str) -> Path:
         raise InputError("a path cannot be looked at", where=text, got=error.strerror or str(error)) from error
     if not found:
         raise UsageError("there is no such file or directory", where=text)
+    return path
+
+
+def checked_depth(path: Path) -> Path:
+    """The path; EnvironmentFailure when it names more directories than are made one inside the other."""
+    if len(path.parts) > MAX_DEPTH:
+        raise EnvironmentFailure(
+            "the output's path names too many directories",
+            where=shown(path),
+            expected=f"at most {MAX_DEPTH}",
+            got=str(len(path.parts)),
+            fix="choose a shorter output path",
+        )
     return path
 
 

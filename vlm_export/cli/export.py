@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_export.cli.common import add_common_options, natural_number, positive_integer
+from vlm_export.cli.common import add_common_options, checked_depth, natural_number, positive_integer
 from vlm_export.cli.output import print_json, print_line, print_text, print_warnings, size_text
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def add_parser(verbs: Any) -> None:
     tokenizer.add_argument("--no-tokenizer", action="store_true", help="a bundle that takes token ids only")
     source = parser.add_argument_group("source")
     source.add_argument("--sha256", metavar="HEX", help="expected sha256 of the weights file")
+    source.add_argument("--base", metavar="SOURCE", help="the model that a LoRA adapter was trained on")
     source.add_argument("--revision", metavar="REV", help="commit, branch or tag of a Hub id")
     source.add_argument("--random-weights", type=int, metavar="SEED", help="seeded random weights for a known name")
     _add_clip_options(parser)
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
     # Refused before torch is imported; `publication` checks again under its lock.
     with environment_errors("checking the output directory"):
-        check_target(Path(args.output), overwrite=args.overwrite)
+        check_target(checked_depth(Path(args.output)), overwrite=args.overwrite)
     from vlm_export.checkpoint.names import hidden_name
     from vlm_export.export.pipeline import export_bundle
     from vlm_export.export.stages import Stages
@@ -123,6 +124,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         with_tokenizer=not args.no_tokenizer,
         sha256=args.sha256,
         revision=args.revision,
+        base=args.base,
         random_weights_seed=args.random_weights,
         with_preprocessing=args.with_preprocessing,
         build=BuildOptions(args.image_size, args.dynamic_image_size, args.activation, args.head_width, args.text_heads),

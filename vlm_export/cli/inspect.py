@@ -39,6 +39,7 @@ def add_parser(verbs: Any) -> None:
         metavar="SOURCE",
         help="a checkpoint (as for export), a bundle's directory, or a picture; none: list the known names",
     )
+    parser.add_argument("--base", metavar="SOURCE", help="the model that a LoRA adapter was trained on")
     parser.add_argument("--revision", metavar="REV", help="commit, branch or tag of a Hub id")
     parser.add_argument("--bundle", metavar="DIR", help="the bundle that would cut the picture")
     parser.add_argument("-o", "--output", metavar="FILE", help="of --bundle: draw the slices to this .png")
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
         data = _data_from_manifest(open_bundle(Path(args.source)).manifest)
     else:
-        data = _data_from_source(args.source, args.revision)
+        data = _data_from_source(args.source, args.revision, args.base)
     data["notes"] = [note for note in [hidden_name(args.source)] if note] + data["notes"]
     print_warnings(data["warnings"])
     if args.json:
@@ -80,14 +81,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _data_from_source(source: str, revision: str | None) -> dict[str, Any]:
+def _data_from_source(source: str, revision: str | None, base: str | None) -> dict[str, Any]:
     from vlm_export.checkpoint.known import known_names, load_known
     from vlm_export.checkpoint.local import open_local
     from vlm_export.checkpoint.open import open_checkpoint
     from vlm_export.models.registry import read_prefixes
 
     if source not in known_names() or Path(source).exists():
-        checkpoint = open_checkpoint(source, revision=revision, reads=read_prefixes)
+        checkpoint = open_checkpoint(source, base=base, revision=revision, reads=read_prefixes)
         return {**_data_from_checkpoint(checkpoint), "known": None}
     known = load_known(source)
     if revision is not None:

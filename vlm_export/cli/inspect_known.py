@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vlm_export.cli.output import print_json, print_line, print_table
+from vlm_export.cli.output import print_json, print_line, print_table, terminal_width
 
 if TYPE_CHECKING:
     from vlm_export.checkpoint.known import KnownCheckpoint
@@ -13,15 +13,16 @@ if TYPE_CHECKING:
 
 
 def list_known(*, as_json: bool) -> None:
-    """Print all known names with their family, title and licence."""
+    """Print all known names with their family and title, within the terminal's width; as JSON all about them."""
     from vlm_export.checkpoint.known import known_names, load_known
 
     entries = [known_data(load_known(name)) for name in known_names()]
     if as_json:
         print_json({"what": "known checkpoints", "checkpoints": entries})
     else:
-        rows = [(entry["name"], entry["family"], entry["title"], entry["licence"] or "") for entry in entries]
-        print_table(("name", "family", "checkpoint", "licence"), rows)
+        rows = [(entry["name"], entry["family"], entry["title"]) for entry in entries]
+        print_table(("name", "family", "checkpoint"), rows, width=terminal_width())
+        print_line("vlm-export inspect NAME tells source and licence of one, --json those of all")
 
 
 def known_data(known: KnownCheckpoint) -> dict[str, Any]:

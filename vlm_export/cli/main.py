@@ -13,15 +13,15 @@ from typing import NoReturn
 
 from vlm_export import __version__
 from vlm_export.cli import ask, caption, classify, embed, export, graph, inspect, match, search, verify
+from vlm_export.cli.examples import add_examples
 from vlm_export.cli.output import print_json
 from vlm_export.cli.streams import discard, standard_streams
 from vlm_export.errors import Defect, EnvironmentFailure, InputError, UsageError, VlmExportError
-from vlm_export.interrupts import remembered_interrupts
+from vlm_export.interrupts import INTERRUPTED, remembered_interrupts
 from vlm_export.machine_faults import machine_fault
 from vlm_export.text_display import Lines, shown
 
 VERBS = (inspect, export, verify, classify, caption, ask, match, embed, search, graph)
-_INTERRUPTED = 130
 _EXTRA_PACKAGES = {"torch", "transformers", "timm", "onnx", "onnx_ir", "onnxscript", "onnxsim", "safetensors"}
 _EXTRA_PACKAGES |= {"huggingface_hub", "yaml", "torchvision", "google"}  # google: protobuf
 _DEFAULT_EXTRA = "export"
@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     for verb in VERBS:
         verb.add_parser(verbs)
+    add_examples(parser)
     return parser
 
 
@@ -66,7 +67,7 @@ def _run(arguments: Sequence[str]) -> int:
         return status
     except KeyboardInterrupt as interrupt:
         print("interrupted", *(f"({shown(stage)})" for stage in interrupt.args), file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
     except BrokenPipeError:
         # stderr raises nothing, so it is stdout: its reader has read enough (`| head`), which is no error.
         return 0

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import codecs
 import json
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
 from vlm_export.text_display import escaped_json, shown, shown_lines
 
+_NARROWEST = 20
 LONGEST_LINE = 100_000
 """Characters of a line or cell that are printed; a caption or a label is never cut, a file without end is."""
 
@@ -36,12 +39,21 @@ def print_text(text: str) -> None:
     print(shown_lines(text))
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Left-aligned columns on stdout; each row is one line."""
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | None = None) -> None:
+    """Left-aligned columns on stdout; each row is one line, or more where the last cell would pass `width`."""
     lines = [[shown(cell, LONGEST_LINE) for cell in row] for row in (header, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    before = sum(widths[:-1]) + 2 * (len(widths) - 1)
+    for *cells, last in lines:
+        start = "".join(f"{cell:<{size}}  " for cell, size in zip(cells, widths, strict=False))
+        parts = [last] if width is None else textwrap.wrap(last, max(width - before, _NARROWEST)) or [""]
+        for number, part in enumerate(parts):
+            print(f"{start if number == 0 else ' ' * before}{part}".rstrip())
+
+
+def terminal_width() -> int:
+    """Columns of the terminal, 80 where stdout is none."""
+    return shutil.get_terminal_size((80, 24)).columns
 
 
 def print_warnings(warnings: Iterable[object]) -> None:

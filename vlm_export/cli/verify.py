@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_export.cli.common import add_common_options, add_engine_options, providers
 from vlm_export.cli.output import print_json, print_text
-from vlm_export.errors import VerificationError
+from vlm_export.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
     from vlm_export.bundle.opened import OpenBundle
@@ -29,6 +29,7 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("bundle", metavar="DIR", help="directory of the bundle")
     parser.add_argument("--source", metavar="SOURCE", help="the checkpoint that the bundle was made from")
+    parser.add_argument("--base", metavar="SOURCE", help="the model that a LoRA adapter was trained on, with --source")
     add_engine_options(parser, "only this variant of each part (default: all)")
     add_common_options(parser)
     parser.set_defaults(run=run)
@@ -37,6 +38,8 @@ def add_parser(verbs: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from vlm_export.bundle.opened import open_bundle
 
+    if args.base and not args.source:
+        raise UsageError("--base goes with --source", got="--base alone", fix="name the adapter with --source")
     bundle = open_bundle(Path(args.bundle))
     reports, contract = _against_source(args, bundle) if args.source else _against_golden(args, bundle)
     if not reports:
@@ -102,4 +105,4 @@ def _against_source(args: argparse.Namespace, bundle: OpenBundle) -> tuple[list[
     from vlm_export.export.stages import Stages
 
     stages = Stages(None if args.quiet else StagePrinter())
-    return verify_against_source(bundle, args.source, providers(args), args.threads, stages, args.precision)
+    return verify_against_source(bundle, args.source, providers(args), args.threads, stages, args.precision, args.base)

@@ -34,6 +34,7 @@ class ExportOptions:
         with_tokenizer: False for a bundle that takes token ids only.
         sha256: expected sha256 of the weights file.
         revision: of a hub id.
+        base: what a LoRA adapter is put on, None: what its settings name.
         random_weights_seed: build the named architecture with seeded random weights instead of reading a checkpoint;
             0 to 2**63 - 1.
         build: choices about the modules: image size (at most 8192), dynamic or not.
@@ -54,6 +55,7 @@ class ExportOptions:
     with_tokenizer: bool = True
     sha256: str | None = None
     revision: str | None = None
+    base: str | None = None
     random_weights_seed: int | None = None
     build: BuildOptions = DEFAULT_BUILD
     with_preprocessing: bool = False

@@ -42,11 +42,13 @@ def verify_against_source(
     threads: int | None,
     stages: Stages,
     precision: str | None = None,
+    base: str | None = None,
 ) -> tuple[list[PartReport], ContractReport]:
     """One report for each variant of each part, over the whole grid, and the contract's, from `source` again.
 
     Args:
         precision: only these variants.
+        base: what a LoRA adapter is put on, None: what its settings name.
 
     Raises:
         InputError: a file of the bundle is not the one that was exported, the source's files are not those that the
@@ -60,6 +62,7 @@ def verify_against_source(
         random_weights_seed=manifest.source.random_weights_seed,
         # Of a Hub id the commit that was exported: its branch may have moved since.
         revision=None if Path(source).exists() else manifest.source.revision,
+        base=base,
         build=_build_options(manifest, str(bundle.root)),
     )
     with TemporaryDirectory(prefix="vlm-export-") as folder:

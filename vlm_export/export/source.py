@@ -30,6 +30,7 @@ def open_source(source: str, options: ExportOptions, scratch: Path, progress: St
     if options.random_weights_seed is None:
         return open_checkpoint(
             source,
+            base=options.base,
             expected_sha256=options.sha256,
             revision=options.revision,
             progress=lambda _, done, total: progress(done, total),

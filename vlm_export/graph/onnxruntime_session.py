@@ -10,6 +10,8 @@ import numpy.typing as npt
 import onnxruntime
 from onnx import ModelProto
 
+from vlm_export import interrupts
+
 Array: TypeAlias = npt.NDArray[Any]
 
 # Tensor types that come back as they are. Narrower ones come back as raw bytes under another dtype, or not at all.
@@ -30,7 +32,7 @@ def start_session(model: bytes | str) -> onnxruntime.InferenceSession:
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return interrupts.start_session(model, options, providers=["CPUExecutionProvider"])
 
 
 def numpy_lacks(type_text: str) -> bool:
@@ -44,7 +46,7 @@ def run_in_onnxruntime(model: ModelProto, feeds: Mapping[str, Array]) -> Sequenc
         session = start_session(model.SerializeToString())
         if any(numpy_lacks(entry.type) for entry in session.get_outputs()):
             return None
-        outputs: Sequence[Array] = session.run(None, dict(feeds))
+        outputs: Sequence[Array] = interrupts.run_session(session, feeds)
     except Exception:  # onnxruntime's own classes share no base but Exception.
         return None
     kinds = [_NUMPY_KINDS.get(entry.type) for entry in session.get_outputs()]

@@ -18,6 +18,8 @@ from vlm_export.graph.size_inputs import inputs_that_decide_sizes
 from vlm_export.graph.skeleton import attach_weights, detach_weights
 from vlm_export.graph.structure import place_first
 from vlm_export.graph.tensor_slots import tensor_slots
+from vlm_export.interrupts import run_session
+from vlm_export.machine_faults import machine_fault
 
 # Above this, weights are fed from where they lie instead of being copied into a protobuf, which holds 2 GB.
 _INLINE_BYTES = 256 << 20
@@ -113,7 +115,9 @@ class _Session:
                 self._session = start_session(ir.to_proto(scratch).SerializeToString())
         # onnxruntime's own classes share no base but Exception.
         except Exception as error:
-            raise GraphError("onnxruntime does not accept the graph", got=_first_line(error)) from error
+            raise machine_fault(error, "onnxruntime") or GraphError(
+                "onnxruntime does not accept the graph", got=_first_line(error)
+            ) from error
 
     def run(self, feeds: Mapping[str, Array]) -> list[Array]:
         weights = {name: np.asarray(tensor.numpy()) for name, tensor in self._weights.items() if name not in feeds}
@@ -121,9 +125,11 @@ class _Session:
         needed |= {entry.name for entry in self._session.get_overridable_initializers()}
         given = {name: array for name, array in feeds.items() if name in needed}
         try:
-            outputs: list[Array] = self._session.run(None, {**weights, **given})
+            outputs: list[Array] = run_session(self._session, {**weights, **given})
         except Exception as error:
-            raise RunError("onnxruntime cannot run the graph", got=_first_line(error)) from error
+            raise machine_fault(error, "onnxruntime") or RunError(
+                "onnxruntime cannot run the graph", got=_first_line(error)
+            ) from error
         return outputs
 
 

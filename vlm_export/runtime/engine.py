@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -11,7 +12,10 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from vlm_export.bundle.oldest_engine import oldest_onnxruntime
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
+from vlm_export.interrupts import run_session, start_session
+from vlm_export.machine_faults import machine_fault
 from vlm_export.text_display import shown
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -107,14 +111,15 @@ class OrtEngine:
             # where it is used.
             options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         try:
-            self._session = onnxruntime.InferenceSession(
+            self._session = start_session(
                 str(self.path),
                 options,
                 providers=[(name, _provider_options(name, exact)) for name in wanted],
                 disabled_optimizers=list(WRONG_OPTIMIZERS),
             )
         except Exception as error:  # onnxruntime's own classes share no base but Exception.
-            raise InputError(
+            fault = machine_fault(error, str(self.path)) or _too_old(self.path, onnxruntime.__version__, error)
+            raise fault or InputError(
                 "a graph cannot be loaded",
                 where=str(self.path),
                 expected="a valid ONNX model with its external data beside it",
@@ -136,10 +141,10 @@ class OrtEngine:
         """
         self._check(feeds)
         try:
-            values = self._session.run(None, dict(feeds))
+            values = run_session(self._session, feeds)
         except Exception as error:  # As above.
             shapes = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in feeds.items())
-            raise InputError(
+            raise machine_fault(error, str(self.path)) or InputError(
                 "a graph failed while running", where=str(self.path), got=f"{_cause(error)} (inputs: {shapes})"
             ) from error
         return {port.name: np.asarray(value) for port, value in zip(self.outputs, values, strict=True)}
@@ -201,6 +206,24 @@ def _check_started(wanted: Sequence[str], started: Sequence[str]) -> None:
             got=f"only {', '.join(started)}",
             fix="install the driver and libraries that it needs, or use CPUExecutionProvider",
         )
+
+
+def _too_old(path: Path, installed: str, error: Exception) -> EnvironmentFailure | None:
+    """Why a graph did not load, where the installed ONNX Runtime is older than what it needs."""
+    try:
+        needed, opset = oldest_onnxruntime(path)
+    except (InputError, OSError, ValueError):
+        return None
+    numbers = [tuple(int(number) for number in re.findall(r"\d+", text)[:3]) for text in (installed, needed)]
+    if numbers[0] >= numbers[1]:
+        return None
+    return EnvironmentFailure(
+        "the installed ONNX Runtime is too old for this graph",
+        where=str(path),
+        expected=f"onnxruntime {needed} or newer, for its opset {opset} and its operators",
+        got=f"onnxruntime {installed}: {_cause(error)}",
+        fix=f"pip install -U 'onnxruntime>={needed}', or export with a lower --opset",
+    )
 
 
 def _port(entry: Any) -> Port:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from vlm_export.errors import EnvironmentFailure, InputError
+from vlm_export.interrupts import run_interruptibly
+from vlm_export.machine_faults import machine_fault
 from vlm_export.runtime.engine import Array, Port, checked_threads
 
 _DTYPES = {"f32": "float32", "f16": "float16", "f64": "float64", "i64": "int64", "i32": "int32", "u8": "uint8"}
@@ -41,9 +43,9 @@ class OpenVinoEngine:
         if checked_threads(threads) is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
         try:
-            compiled = openvino.Core().compile_model(str(self.path), "CPU", settings)
+            compiled = run_interruptibly(lambda: openvino.Core().compile_model(str(self.path), "CPU", settings))
         except RuntimeError as error:
-            raise InputError(
+            raise machine_fault(error, str(self.path)) or InputError(
                 "a graph cannot be loaded", where=str(self.path), expected="a graph for OpenVINO", got=_last_line(error)
             ) from error
         self._request, self._busy = compiled.create_infer_request(), Lock()
@@ -68,9 +70,11 @@ class OpenVinoEngine:
         # A request takes one run at a time, and reuses its outputs' memory in the next.
         with self._busy:
             try:
-                values = self._request.infer(dict(feeds))
+                values = run_interruptibly(lambda: self._request.infer(dict(feeds)), self._request.cancel)
             except (RuntimeError, TypeError) as error:
-                raise InputError("a graph failed while running", where=str(self.path), got=_last_line(error)) from error
+                raise machine_fault(error, str(self.path)) or InputError(
+                    "a graph failed while running", where=str(self.path), got=_last_line(error)
+                ) from error
             return {port.name: np.array(values[port.name]) for port in self.outputs}
 
 

@@ -21,6 +21,7 @@ from vlm_export.runtime.engine_choice import ONNXRUNTIME, EngineName, chosen_pre
 from vlm_export.runtime.given import Pictures, decoder_threads, map_pictures, picture_list, text_list
 from vlm_export.runtime.identity import SLICING, model_identity
 from vlm_export.runtime.image import MAX_PIXELS, FloatArray, PictureSource, preprocess_image
+from vlm_export.runtime.reopening import Reopening, reopening
 from vlm_export.runtime.text import Tokenizer
 from vlm_export.runtime.token_ids import checked_ids, checked_mask
 from vlm_export.runtime.vectors import batches, run_encoder, softmax_rows, takes_mask, unit_rows
@@ -65,7 +66,10 @@ def load(
 
 
 class EncoderPair:
-    """Encodes pictures and texts; each graph is opened on first use. Made by `load`."""
+    """Encodes pictures and texts; each graph is opened on first use. Made by `load`.
+
+    It can be pickled, also after use: a worker gets the bundle's path and the options, and opens it again.
+    """
 
     def __init__(
         self,
@@ -82,6 +86,9 @@ class EncoderPair:
         self.precision = chosen_precision(bundle.manifest, precision)
         self.max_pixels = max_pixels
         self._engine_choice = engine_choice(engine, providers, threads)
+
+    def __reduce__(self) -> Reopening:
+        return reopening(self, self._engine_choice)
 
     @property
     def manifest(self) -> Manifest:

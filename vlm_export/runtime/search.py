@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from vlm_export.bundle.staging import staged_file
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
+from vlm_export.machine_faults import machine_fault
 from vlm_export.runtime.image import FloatArray
 
 ItemKind: TypeAlias = Literal["image", "text"]
@@ -111,7 +112,7 @@ def staged_embeddings(target: Path, *, overwrite: bool) -> Iterator[Path]:
         with staged_file(target, "writing embeddings", overwrite=overwrite) as staged:
             yield staged
     except OSError as error:
-        raise EnvironmentFailure(
+        raise machine_fault(error, str(target)) or EnvironmentFailure(
             "embeddings cannot be written",
             where=str(target),
             got=str(error),
@@ -175,7 +176,14 @@ def top_k(query: FloatArray, vectors: FloatArray, k: int) -> tuple[npt.NDArray[n
 
 
 def search_embeddings(embeddings: Embeddings, query: FloatArray, k: int) -> list[Match]:
-    """The `k` items nearest to a query vector, best first."""
+    """The `k` items nearest to a query vector, best first; InputError when their vectors have another size."""
+    if embeddings.vectors.shape[1:] != query.shape:
+        raise InputError(
+            "the embeddings have another size than the bundle's",
+            expected=f"{query.shape[0]} numbers each",
+            got=f"{embeddings.vectors.shape[1]}, made by {embeddings.meta.model}",
+            fix="embed again with this bundle",
+        )
     rows, scores = top_k(query, embeddings.vectors, k)
     return [Match(embeddings.items[row], float(score)) for row, score in zip(rows, scores, strict=True)]
 
@@ -310,8 +318,8 @@ def _read_parquet(source: Path) -> tuple[list[str], FloatArray, EmbeddingsMeta]:
         items = table.column("item").to_pylist()
         column = table.column("embedding").combine_chunks()
         vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
-    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise machine_fault(error, str(source)) or InputError(
             "the embeddings cannot be read",
             where=str(source),
             expected="a Parquet file of `vlm-export embed`",

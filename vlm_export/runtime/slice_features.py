@@ -20,6 +20,7 @@ from vlm_export.runtime.engine_choice import ONNXRUNTIME, EngineName, chosen_pre
 from vlm_export.runtime.given import Pictures, decoder_threads, map_pictures, picture_list
 from vlm_export.runtime.identity import SLICING, model_identity
 from vlm_export.runtime.image import MAX_PIXELS, FloatArray, PictureSource
+from vlm_export.runtime.reopening import Reopening, reopening
 from vlm_export.runtime.slice_placeholder import PlaceholderPart, placeholder_parts, placeholder_text
 from vlm_export.runtime.slice_plan import SlicePlan
 from vlm_export.runtime.slicing import IntArray, Slices, slice_image, stack_patches
@@ -105,7 +106,10 @@ def slice_spec_of(bundle: OpenBundle) -> SliceSpec:
 
 
 class SliceEncoder:
-    """Encodes pictures slice by slice; each graph is opened on first use. Made by `load_slice_encoder`."""
+    """Encodes pictures slice by slice; each graph is opened on first use. Made by `load_slice_encoder`.
+
+    It can be pickled, as an `EncoderPair`.
+    """
 
     def __init__(
         self,
@@ -123,6 +127,9 @@ class SliceEncoder:
         self.max_pixels = max_pixels
         self._engine_choice = engine_choice(engine, providers, threads)
         self._engines: dict[str, Engine] = {}
+
+    def __reduce__(self) -> Reopening:
+        return reopening(self, self._engine_choice)
 
     @property
     def manifest(self) -> Manifest:

@@ -1,0 +1,75 @@
+"""What `--help` shows at its end: two commands as a user would type them, for every verb."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+EXAMPLES: dict[str, tuple[str, str]] = {
+    "inspect": ("inspect clip-demo", "inspect photo.jpg --bundle minicpmv -o slices.png"),
+    "export": ("export clip-demo -o clip", "export model.safetensors -o bundle --precision fp32 --precision fp16"),
+    "verify": ("verify clip", "verify clip --source clip-demo --json"),
+    "classify": ("classify clip photo.jpg cat dog", "classify clip photo.jpg red blue --template 'a {} circle'"),
+    "caption": ("caption blip photo.jpg", "caption nanovlm a.jpg b.jpg --prompt 'Describe this image.'"),
+    "ask": ("ask blip photo.jpg 'what colour is it?'", "ask nanovlm photo.jpg 'What is this?' --stream"),
+    "match": ("match clip photo.jpg 'a cat' 'a dog'", "match blip photo.jpg 'a red circle' --json"),
+    "embed": ("embed clip photos -o photos.npy", "embed clip captions.txt -o captions.parquet --truncate"),
+    "search": ("search clip photos.npy 'a red circle' -k 3", "search blip photos.npy query.jpg --rerank"),
+    "graph": ("graph show model.onnx", "graph verify original.onnx changed.onnx"),
+    "graph show": ("graph show model.onnx", "graph show model.onnx --json"),
+    "graph find": ("graph find model.onnx 'MatMul -> Add'", "graph find model.onnx '*Gelu' --json"),
+    "graph draw": ("graph draw model.onnx -o model.svg", "graph draw model.onnx --to logits --distance 5 -o end.svg"),
+    "graph check": ("graph check model.onnx", "graph check model.onnx --json"),
+    "graph verify": ("graph verify a.onnx b.onnx", "graph verify a.onnx b.onnx --inputs x.npz --tolerance 1e-5"),
+    "graph apply": (
+        "graph apply model.onnx edits.yaml -o out.onnx",
+        "graph apply model.onnx edits.yaml -o out.onnx --verify",
+    ),
+    "graph store": ("graph store model.onnx -o out.onnx --external", "graph store model.onnx -o out.onnx --embedded"),
+    "graph split": (
+        "graph split model.onnx --at hidden -o first.onnx --second second.onnx",
+        "graph split model.onnx --at hidden mask -o first.onnx --second second.onnx --verify",
+    ),
+}
+_HEAD = "examples:"
+_METAVARS = {"IN": "model.onnx", "OUT": "out.onnx"}
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Wraps descriptions, and keeps the lines of what has several."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return super()._fill_text(text, width, indent)
+        return argparse.HelpFormatter._fill_text(self, text, width, indent)
+
+
+def add_examples(parser: argparse.ArgumentParser, name: str = "") -> None:
+    """Adds its examples to each verb below a parser, and to each of its own verbs."""
+    for verb, below in _verbs_of(parser):
+        words = f"{name} {verb}".strip()
+        examples = EXAMPLES.get(words) or _made(words, below)
+        lines = "\n".join([_HEAD, *(f"  vlm-export {example}" for example in examples)])
+        below.epilog = f"{below.epilog.rstrip()}\n\n{lines}" if below.epilog else lines
+        below.formatter_class = HelpFormatter
+        add_examples(below, words)
+
+
+def _verbs_of(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            yield from action.choices.items()
+
+
+def _made(words: str, parser: argparse.ArgumentParser) -> tuple[str, str]:
+    """Of a verb that changes a model: what it requires, by the names of its usage, without and with a proof."""
+    required = [action for action in parser._actions if action.required]
+    ordered = sorted(required, key=lambda action: bool(action.option_strings))
+    command = " ".join([words, *map(_example_of, ordered)])
+    return command, f"{command} --verify"
+
+
+def _example_of(action: argparse.Action) -> str:
+    metavar = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
+    value = _METAVARS.get(metavar, metavar)
+    return f"{action.option_strings[0]} {value}" if action.option_strings else value
