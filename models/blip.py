@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from vlm_export.errors import UsageError
+from vlm_export.errors import InputError, UsageError
 from vlm_export.family import (
     DEFAULT_BUILD,
     BuildOptions,
@@ -38,6 +38,7 @@ from vlm_export.models.image_processor import (
     with_chosen_size,
 )
 from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD, apply_image_size, config_of_size
+from vlm_export.models.shapes import config_section
 from vlm_export.models.weights import Target, load_weights, published_tensors
 from vlm_export.original import Original, TorchvisionPipeline, TransformersOriginal
 from vlm_export.specs import Origins, TextSpec, torchvision_image_spec
@@ -45,7 +46,7 @@ from vlm_export.specs import Origins, TextSpec, torchvision_image_spec
 # Where the original truncates captions for retrieval (train_retrieval.py) and questions (blip_vqa.py).
 MAX_TEXT_TOKENS = 35
 # What `init_tokenizer` (models/blip.py) appends to BERT's tokenizer; transformers' checkpoints have rows for both.
-ADDED_TOKENS = ("[DEC]", "[ENC]")
+ADDED_TOKENS = DECODER_TOKEN, ENCODER_TOKEN = ("[DEC]", "[ENC]")
 
 
 class BlipFamily:
@@ -79,7 +80,8 @@ class BlipFamily:
             tuple(_notes(architecture, checkpoint)),
             image=image,
             text=_text_spec(architecture),
-            origins=origins,
+            origins=origins | _text_origins(architecture, checkpoint),
+            reserved_rows=_reserved_rows(architecture),
         )
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
@@ -107,8 +109,8 @@ class BlipFamily:
             references={part.name: partial(reference_from_module, part) for part in parts},
             reference_name="unpatched eager module",
             original=_original(architecture, checkpoint),
-            origins=origins,
-            reserved_rows=0 if architecture.key_names == "original" else len(ADDED_TOKENS),
+            origins=origins | _text_origins(architecture, checkpoint),
+            reserved_rows=_reserved_rows(architecture),
             with_tokenizer=_with_tokenizer,
         )
 
@@ -197,17 +199,52 @@ def _text_spec(architecture: BlipArchitecture) -> TextSpec:
     )
 
 
+def _reserved_rows(architecture: BlipArchitecture) -> int:
+    return 0 if architecture.key_names == "original" else len(ADDED_TOKENS)
+
+
+def _text_origins(architecture: BlipArchitecture, checkpoint: Checkpoint) -> Origins:
+    """What states the fields of the TextSpec, before a tokenizer has its say."""
+    original = architecture.key_names == "original"
+    config = config_section(checkpoint, "text_config")
+
+    def stated(key: str) -> str:
+        if original:
+            return "bert-base-uncased, which salesforce/BLIP takes"
+        return f"config.json: text_config.{key}" if key in config else "default of BlipTextConfig"
+
+    cut = "salesforce/BLIP: train_retrieval.py, blip_vqa.py" if original else "rows of the position embedding"
+    return Origins(
+        {
+            "text.context_length": cut,
+            "text.vocab_size": "rows of the word embedding",
+            "text.end_token_id": stated("sep_token_id"),
+            "text.pad_token_id": stated("pad_token_id"),
+            "text.cleaning": "BERT's tokenizer alone",
+            "text.case": "default of BertTokenizer",
+            "text.added_tokens": "salesforce/BLIP: init_tokenizer (models/blip.py)",
+            "text.pooling": "BLIP: the first token",
+        }
+    )
+
+
 def _with_tokenizer(model: Model, ids: TokenizerIds) -> Model:
     """The special tokens of texts as the tokenizer has them.
 
     Salesforce's code takes all ids from its tokenizer (`init_tokenizer`, models/blip.py). transformers takes what
     decoding starts and ends with from config.json, and only texts from the tokenizer.
     """
-    (first, *_), tokens = ids.start, model.facts["tokens"]
-    if model.text is not None and model.text.added_tokens:
-        decoder_start, encoder_start = (ids.vocabulary[token] for token in model.text.added_tokens)
-        tokens = {**tokens, "sep": ids.end, "decoder_start": decoder_start, "encoder_start": encoder_start}
-    tokens = {**tokens, "cls": first, "pad": ids.pad}
+    if not ids.start:
+        raise InputError(
+            "the tokenizer begins texts with no token of its own, and BLIP reads a text at its first",
+            expected="a tokenizer that begins texts with [CLS], whatever its name",
+            fix="pass --tokenizer PATH with the tokenizer that the checkpoint was trained with",
+        )
+    tokens = {**model.facts["tokens"], "cls": ids.start[0], "pad": ids.pad}
+    tokens["encoder_start"] = ids.vocabulary.get(ENCODER_TOKEN, tokens["encoder_start"])
+    if model.architecture["key_names"] == "original":
+        tokens["sep"] = ids.end
+        tokens["decoder_start"] = ids.vocabulary.get(DECODER_TOKEN, tokens["decoder_start"])
     architecture = {**model.architecture, "tokens": tokens}
     return replace(model, facts={**model.facts, "tokens": tokens}, architecture=architecture)
 

@@ -97,7 +97,7 @@ def architecture_from_checkpoint(checkpoint: Checkpoint) -> BlipArchitecture:
         projection_dim=shapes.of("vision_proj.weight", 2)[0] if has("vision_proj.weight") else 0,
         has_matching_head=has("itm_head.weight"),
         compares_pictures=has("cls_head.0.weight"),
-        tokens=_tokens(text_config, vocab_size),
+        tokens=_tokens(text_config, vocab_size, decodes=decoder is not None),
     )
     return _checked(architecture, checkpoint)
 
@@ -200,15 +200,24 @@ def _check_activation(config: Mapping[str, Any], section: str) -> None:
         )
 
 
-def _tokens(config: Mapping[str, Any] | None, vocab_size: int) -> BlipTokens:
-    """The two added tokens are the vocabulary's last, [DEC] before [ENC], unless config.json says where [DEC] is."""
+def _tokens(config: Mapping[str, Any] | None, vocab_size: int, *, decodes: bool) -> BlipTokens:
+    """The two added tokens are the vocabulary's last, [DEC] before [ENC], unless config.json says where [DEC] is.
+
+    The ids of texts are the tokenizer's, once it is read; of config.json's, only those that decoding reads matter. What
+    nobody reads, such as a default of bert-base-uncased beside a smaller vocabulary, becomes 0.
+    """
     default_start = vocab_size - 2 if config is None else 30522
-    config = config or {}
+    is_original, config = config is None, config or {}
+
+    def read(token_id: int, matters: bool) -> int:
+        return token_id if matters or token_id < vocab_size else 0
+
+    matters = decodes or is_original
     return BlipTokens(
-        cls=CLS_ID,
-        sep=config_integer(config, "sep_token_id", SEP_ID),
-        pad=config_integer(config, "pad_token_id", PAD_ID),
-        decoder_start=config_integer(config, "bos_token_id", default_start),
+        cls=read(CLS_ID, is_original),
+        sep=read(config_integer(config, "sep_token_id", SEP_ID), matters),
+        pad=read(config_integer(config, "pad_token_id", PAD_ID), matters),
+        decoder_start=read(config_integer(config, "bos_token_id", default_start), matters),
         encoder_start=vocab_size - 1,
     )
 

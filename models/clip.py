@@ -39,6 +39,7 @@ from vlm_export.models.clip_architecture import (
     ResNetSizes,
     TextSizes,
     VitSizes,
+    stated_in,
     stated_text,
     stated_vision,
 )
@@ -61,7 +62,7 @@ from vlm_export.models.pictures import (
 from vlm_export.models.token_ids import EDGES, random_ids
 from vlm_export.models.weights import Target, load_weights, published_tensors
 from vlm_export.signature import Axis, Signature, TensorSpec
-from vlm_export.specs import ImageSpec, Origins, TextSpec, torchvision_image_spec
+from vlm_export.specs import ImageSpec, Origins, TextCleaning, TextSpec, torchvision_image_spec
 
 BATCH = Axis("batch")
 _HF_WORDS = "text_model.embeddings.token_embedding.weight"
@@ -104,8 +105,8 @@ class ClipFamily:
             tuple(_notes(architecture)),
             warnings,
             image=image,
-            text=_text_spec(architecture),
-            origins=origins,
+            text=_text_spec(architecture, checkpoint),
+            origins=origins | _text_origins(architecture, checkpoint),
         )
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
@@ -124,7 +125,7 @@ class ClipFamily:
             architecture=architecture.to_json(),
             parts=parts,
             image=image,
-            text=_text_spec(architecture),
+            text=_text_spec(architecture, checkpoint),
             hub_config=config_of_size(
                 (checkpoint.config if huggingface else None) or _config_from_architecture(architecture),
                 None if architecture.vision is None else architecture.vision.image_size,
@@ -135,7 +136,7 @@ class ClipFamily:
             reference_name=f"transformers {_class_name(architecture)}" if huggingface else "unpatched eager module",
             warnings=clip_open.assumptions(checkpoint, architecture, options),
             original=clip_original.original(checkpoint, published, parts, store, options),
-            origins=origins,
+            origins=origins | _text_origins(architecture, checkpoint),
         )
 
     def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
@@ -288,10 +289,11 @@ def _image(
     return with_chosen_size(prepared, architecture.vision.image_size)
 
 
-def _text_spec(architecture: ClipArchitecture) -> TextSpec | None:
+def _text_spec(architecture: ClipArchitecture, checkpoint: Checkpoint) -> TextSpec | None:
     text = architecture.text
     if text is None:
         return None
+    original: TextCleaning = "openai" if checkpoint.open_clip_config is None else "open_clip"
     openai = architecture.key_names == "openai"
     return TextSpec(
         context_length=text.context_length,
@@ -299,9 +301,40 @@ def _text_spec(architecture: ClipArchitecture) -> TextSpec | None:
         end_token_id=text.end_token_id,
         # OpenAI fills with id 0, transformers with end-of-text; neither is visible to the pooled token.
         pad_token_id=0 if openai else text.end_token_id,
-        cleaning="openai" if openai else "none",
+        cleaning=original if openai else "none",
         # OpenAI's own models end texts with the last id, so that the two are one.
         pooling="highest_id" if text.pooling == "argmax" and not openai else "end_token",
+    )
+
+
+def _text_origins(architecture: ClipArchitecture, checkpoint: Checkpoint) -> Origins:
+    """What states the fields of the TextSpec, before a tokenizer has its say."""
+    if architecture.text is None:
+        return Origins()
+    if architecture.key_names == "openai":
+        library = "openai/CLIP" if checkpoint.open_clip_config is None else "open_clip"
+        tokenizer = f"{library}'s SimpleTokenizer"
+        return Origins(
+            {
+                "text.context_length": "shape of positional_embedding",
+                "text.vocab_size": "shape of token_embedding.weight",
+                "text.end_token_id": f"{tokenizer}: the vocabulary's last id",
+                "text.pad_token_id": f"{library}: zeros",
+                "text.cleaning": tokenizer,
+                "text.case": tokenizer,
+            }
+        )
+    end = stated_in(checkpoint, "text", "eos_token_id")
+    return Origins(
+        {
+            "text.context_length": "shape of text_model.embeddings.position_embedding.weight",
+            "text.vocab_size": "shape of text_model.embeddings.token_embedding.weight",
+            "text.end_token_id": end,
+            "text.pad_token_id": "end-of-text, which the model does not see behind the first",
+            "text.cleaning": "transformers: the tokenizer alone",
+            "text.case": "default of CLIPTokenizer",
+            "text.pooling": end,
+        }
     )
 
 

@@ -272,6 +272,15 @@ def _tower_config(checkpoint: Checkpoint, tower: str) -> Mapping[str, Any] | Non
     return config_section(checkpoint, old if has_old else f"{tower}_config")
 
 
+def stated_in(checkpoint: Checkpoint, tower: str, key: str) -> str:
+    """Which place states a field of a tower, for people."""
+    old = f"{tower}_config_dict"
+    section = old if (checkpoint.config or {}).get(old) is not None else f"{tower}_config"
+    place = key if one_tower(checkpoint) else f"{section}.{key}"
+    has_it = key in (_tower_config(checkpoint, tower) or {})
+    return f"config.json: {place}" if has_it else f"default of CLIP{tower.capitalize()}Config"
+
+
 def _same(checkpoint: Checkpoint, key: str, stated: Sequence[Value]) -> Value:
     """What the vision and the text tower state alike; one tower states it alone."""
     vision, text = stated[0], stated[-1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import signal
@@ -22,10 +23,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import settings
 from packaging.requirements import Requirement
 
 if TYPE_CHECKING:
     from vlm_export.family import Model
+
+# The same examples in every run, on every machine and under any load; `HYPOTHESIS_PROFILE=explore` draws new ones.
+settings.register_profile("fixed", derandomize=True, database=None, deadline=None, max_examples=50)
+settings.register_profile("explore", deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 CLIP_DATA = Path(__file__).parent / "data" / "clip"
 BLIP_DATA = Path(__file__).parent / "data" / "blip"

@@ -114,6 +114,7 @@ class Description:
         warnings: what is assumed because the checkpoint does not say it.
         image, text: how inputs are prepared, None where the model takes no such input.
         origins: where each value of `image` and `text` comes from.
+        reserved_rows: as in Model.
     """
 
     architecture: Mapping[str, Any]
@@ -123,6 +124,7 @@ class Description:
     image: ImageSpec | None = None
     text: TextSpec | None = None
     origins: Origins = field(default_factory=Origins)
+    reserved_rows: int = 0
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ Resize = Literal["shortest_edge", "stretch", "none"]
 Resample = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 Crop = Literal["down", "nearest_even", "none"]
 Transparency = Literal["white", "drop"]
-TextCleaning = Literal["openai", "none"]
+TextCleaning = Literal["openai", "open_clip", "none"]
 TextPooling = Literal["end_token", "highest_id", "first_token"]
 TextCase = Literal["lower", "kept"]
 Side = Literal["left", "right"]
@@ -92,7 +92,8 @@ class TextSpec:
         vocab_size: ids are in [0, vocab_size).
         end_token_id: id of end-of-text, kept by truncation.
         pad_token_id: fills rows of a batch on the right, up to its longest; the model does not see it.
-        cleaning: "openai" repairs mojibake, unescapes HTML twice and collapses white space before tokenizing.
+        cleaning: "openai" repairs mojibake, unescapes HTML twice and collapses white space before tokenizing; so does
+            "open_clip", whose texts spell special tokens in another way.
         ends_texts: the tokenizer itself ends every text with the end token, as encoders' do; chat models' do not.
         added_tokens: what the checkpoint's own code appends to its tokenizer, in order; the last ids of the vocabulary.
         pooling: whose state stands for a text: that of the first `end_token_id`, of the highest id, or of the first

@@ -306,7 +306,7 @@ def _sparse_constant(proto: onnx.ModelProto) -> None:
         (lambda proto: _branch(_in_function(proto)).sparse_initializer.add(), "sparse initializers cannot be kept"),
         (lambda proto: _sparse_constant(proto), "sparse tensors of attributes cannot be kept"),
         (lambda proto: proto.graph.output[0].type.map_type.SetInParent(), "Map types are not supported"),
-        (lambda proto: proto.graph.node.append(proto.graph.node[0]), "malformed"),
+        (lambda proto: proto.graph.node.append(proto.graph.node[0]), "is made twice"),
     ],
 )
 def test_bad_models_are_named(tmp_path: Path, spoil: Callable[[onnx.ModelProto], None], message: str) -> None:

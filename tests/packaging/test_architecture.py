@@ -48,6 +48,7 @@ OUTSIDE = {
     "precision": {"numpy", "onnx_ir", "onnx"},
     "verify": BASE - {"onnxruntime", "openvino", "pyarrow", "tqdm"},
     "cli": set[str](),
+    "__main__.py": set[str](),
 }
 WITH_TORCH = {"checkpoint", "export", "models", "family.py"}
 

@@ -7,15 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
 from torch import Tensor, nn
 
 from vlm_export.family import Checkpoint, Model, Part, TensorInfo
 from vlm_export.models.clip import ClipFamily
-
-# A busy machine must not turn a property into a failure.
-settings.register_profile("no deadline", deadline=None, max_examples=50)
-settings.load_profile("no deadline")
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "clip" / "vit_p14" / "state_dict_fp32.pt"
 

@@ -259,7 +259,7 @@ def _report(
 def _text(result: Any) -> str:
     if isinstance(result, dict):
         shown = {key: value for key, value in result.items() if value is not None and value != ()}
-        return ", ".join(f"{key} {_text(value)}" for key, value in shown.items()) or "nothing"
+        return ", ".join(f"{key.replace('_', ' ')} {_text(value)}" for key, value in shown.items()) or "nothing"
     if isinstance(result, tuple):
         return str(len(result)) + "".join(f"\n  {entry}" for entry in result)
     return str(result)

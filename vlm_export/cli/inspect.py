@@ -20,7 +20,8 @@ from vlm_export.errors import UsageError
 
 if TYPE_CHECKING:
     from vlm_export.bundle.manifest import Manifest
-    from vlm_export.family import Checkpoint
+    from vlm_export.family import Checkpoint, Description
+    from vlm_export.specs import Origins, TextSpec
 
 _LAYER_NUMBER = re.compile(r"\.\d+\.")
 
@@ -116,6 +117,7 @@ def _data_from_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     assumed = description.warnings if not is_pinned(checkpoint.files) else ()
     if dtypes["float16"] or dtypes["bfloat16"]:
         notes.append("half-precision weights are converted to float32, through a mapped file and not through memory")
+    text, origins, warnings = _text_of_tokenizer(checkpoint, description)
     takes_text = any("input_ids" in part.signature.input_names for part in description.parts)
     # Of a checkpoint that is not here, nobody knows.
     if takes_text and checkpoint.files and not any("token" in name for name in checkpoint.side_files):
@@ -137,10 +139,29 @@ def _data_from_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
             {"name": part.name, "parameters": part.parameter_count, "signature": part.signature.to_json()}
             for part in description.parts
         ],
-        "preparation": preparation_data(description.image, description.text, description.origins),
+        "preparation": preparation_data(description.image, text, origins),
         "notes": notes,
-        "warnings": [*assumed, *left_out_warnings(checkpoint)],
+        "warnings": [*assumed, *left_out_warnings(checkpoint), *warnings],
     }
+
+
+def _text_of_tokenizer(
+    checkpoint: Checkpoint, description: Description
+) -> tuple[TextSpec | None, Origins, tuple[str, ...]]:
+    """The TextSpec with what the checkpoint's tokenizer says, its origins, and warnings."""
+    from vlm_export.errors import UsageError, VlmExportError
+    from vlm_export.export.tokenizer_files import resolve_tokenizer
+
+    text, origins = description.text, description.origins
+    if text is None or not checkpoint.files:
+        return text, origins, ()
+    try:
+        found = resolve_tokenizer(checkpoint, None, text, reserved_rows=description.reserved_rows)
+    except UsageError:  # There is none; a note says so.
+        return text, origins, ()
+    except VlmExportError as error:
+        return text, origins, (f"export refuses the tokenizer: {error.what} ({error.where}: {error.got})",)
+    return found.text, origins | found.origins, found.warnings
 
 
 def _data_from_manifest(manifest: Manifest) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from vlm_export.cli.streams import discard, standard_streams
 from vlm_export.errors import Defect, EnvironmentFailure, InputError, UsageError, VlmExportError
 from vlm_export.interrupts import INTERRUPTED, remembered_interrupts
 from vlm_export.machine_faults import machine_fault
+from vlm_export.runtime.panic_text import own_process
 from vlm_export.text_display import Lines, shown
 
 VERBS = (inspect, export, verify, classify, caption, ask, match, embed, search, graph)
@@ -54,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
-    with standard_streams(), remembered_interrupts():
+    with standard_streams(), remembered_interrupts(), own_process():
         return _flushed(_run(sys.argv[1:] if argv is None else argv))
 
 

@@ -30,6 +30,7 @@ from vlm_export.export.tokenizer_parts import (
     MERGES,
     OPEN_CLIP_MERGES,
     SPECIAL_TOKENS,
+    TOKENIZER_FILES,
     VOCAB,
     VOCAB_TEXT,
     fields_checked,
@@ -108,7 +109,7 @@ def resolve_tokenizer(
     sources = tokenizer_sources(checkpoint, option)
     if not text_spec.ends_texts:
         return _chat_tokenizer(sources, text_spec, option or checkpoint.source)
-    if text_spec.cleaning == "openai":
+    if text_spec.cleaning != "none":
         return _openai_tokenizer(sources, text_spec, option, checkpoint)
     return _transformers_tokenizer(sources, text_spec, option, checkpoint, reserved_rows)
 
@@ -136,10 +137,15 @@ def _openai_tokenizer(
     sources: Mapping[str, Path], spec: TextSpec, option: str | None, checkpoint: Checkpoint
 ) -> ResolvedTokenizer:
     """CLIP's byte pairs, with the special tokens that the original knows; its cleaning is the runtime's."""
+    own = find_open_clip_merges() if option is None and spec.vocab_size == VOCAB_SIZE else None
+    ignored = {}
+    if own is not None and spec.cleaning == "open_clip":
+        # As open_clip itself: its tokenizer has one vocabulary, whatever lies beside the weights.
+        ignored = {name: "open_clip has its own vocabulary" for name in sources if name in TOKENIZER_FILES}
+        sources = {}
     found = _bpe_json(sources, spec)
-    if found is None and option is None and spec.vocab_size == VOCAB_SIZE:
-        merges = find_open_clip_merges()
-        found = None if merges is None else (tokenizer_json_from_bpe_merges(merges), merges)
+    if found is None and own is not None:
+        found = tokenizer_json_from_bpe_merges(own), own
     if found is None:
         raise _no_tokenizer(option or checkpoint.source, spec)
     text, path = found
@@ -157,7 +163,8 @@ def _openai_tokenizer(
         **{key: _content(value) for key, value in given.items() if key in _TOKENS},
         "model_max_length": spec.context_length,
     }
-    return ResolvedTokenizer(_files(text, config, path), spec, _ids(tokenizer, spec, str(path)))
+    origins = Origins(ignored_files=ignored)
+    return ResolvedTokenizer(_files(text, config, path), spec, _ids(tokenizer, spec, str(path)), origins)
 
 
 def _transformers_tokenizer(

@@ -20,6 +20,7 @@ CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
 VOCAB, MERGES, VOCAB_TEXT = "vocab.json", "merges.txt", "vocab.txt"
+TOKENIZER_FILES = (JSON, CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, VOCAB, MERGES, VOCAB_TEXT)
 OPEN_CLIP_MERGES = "bpe_simple_vocab_16e6.txt.gz"
 
 MAX_ADDED_TOKENS = 1 << 16

@@ -77,17 +77,23 @@ class Repair:
     Attributes:
         node: name of the first tensor that the node makes.
         text: what becomes of it, for the report.
+        place: which input of the node.
         edit: does so in a graph that has the node; returns the nodes that are new or changed.
     """
 
     node: str
     text: str
+    place: int
     edit: Callable[[ir.Graph, ir.Node], list[ir.Node]]
 
     def make(self, graph: ir.Graph) -> list[ir.Node]:
         """Repairs the node of that name in a graph; returns the nodes that are new or changed."""
         (node,) = (node for node in graph if node.outputs and node.outputs[0].name == self.node)
         return self.edit(graph, node)
+
+
+class HeldError(GraphError):
+    """A node that takes one element of a batch: the graph can be run, and leaves the others out."""
 
 
 def find_misfit(model: ir.Model, groups: Sequence[Resized]) -> MisfitError | None:
@@ -189,7 +195,9 @@ class _Search:
         for old, new in nodes:
             self._before.visit(old)
             # A node may have several operands that hold the old size.
-            while (repair := self._repair_of(old, new)) is not None:
+            done: set[tuple[int, str]] = set()
+            while (repair := self._repair_of(old, new)) is not None and (repair.place, repair.text) not in done:
+                done.add((repair.place, repair.text))
                 repairs.append(repair)
                 for made in _in_order(self._after.model.graph, repair.make(self._after.model.graph)):
                     if made is not new:
@@ -327,6 +335,27 @@ class _Search:
                 return _slice_repair(old, ends, position, in_attributes)
         return None
 
+    def _gather(self, old: ir.Node, new: ir.Node) -> Repair | None:
+        """One element of a batch of one is all of it; of a larger batch it is one.
+
+        Raises:
+            HeldError: the node takes it.
+        """
+        axis, pair = self._varying(old.inputs[0], new.inputs[0]), self._pair(old.inputs[0], new.inputs[0])
+        place = old.attributes["axis"].as_int() if "axis" in old.attributes else 0
+        is_batch = self._resized.old == 1 and all(entry.axis == 0 for entry in self._resized.axes)
+        if pair is None or not is_batch or axis != 0 or place % len(pair[0]) != 0 or pair[0][0] != 1:
+            return None
+        if self._before.content(old.inputs[1]) is None or self._after.integers(new.inputs[1]) not in ([0], [-1]):
+            return None
+        raise HeldError(
+            f"{_name_of_node(new)} takes one element of a batch: {self._resized}",
+            where=f"the node that makes {new.outputs[0].name!r}",
+            got=f"its index {input_at(new, 1).name!r} is constant" if input_at(new, 1) else "",  # type: ignore[union-attr]
+            fix="keep the size, replace the node first (`graph replace-node`), or export the model again with this "
+            "axis open",
+        )
+
     def _states(self, old: ir.Node, new: ir.Node) -> Repair | None:
         """First states of a recurrent operator: (directions, batch, hidden)."""
         pair = self._pair(old.inputs[0], new.inputs[0])
@@ -381,9 +410,9 @@ def refusal(error: MisfitError, resized: Resized) -> GraphError:
     """What does not fit, with the user's own names."""
     node = error.node
     constants = [
-        f"{value.name!r} = {constant.tolist() if constant.size <= 16 else f'sizes {list(constant.shape)}'}"
+        f"{value.name!r}{_content_text(value)}"
         for value in node.inputs
-        if value is not None and (constant := constant_argument(value)) is not None
+        if value is not None and not _depends_on_inputs(value)
     ]
     where = f"the node that makes {node.outputs[0].name!r}"
     if not constants:
@@ -403,6 +432,29 @@ def refusal(error: MisfitError, resized: Resized) -> GraphError:
     )
 
 
+def _content_text(value: ir.Value) -> str:
+    """The numbers of a shape or an index; of others only how large they are."""
+    constant = constant_argument(value)
+    if constant is not None and constant.dtype.kind in "iu" and constant.size <= 16:
+        return f" = {constant.tolist()}"
+    return f" of sizes {list(value.shape)}" if value.shape is not None else ""
+
+
+def _depends_on_inputs(value: ir.Value) -> bool:
+    """Whether a value is computed from an input of the model, and not from constants alone."""
+    seen, waiting = {value}, [value]
+    while waiting:
+        entry = waiting.pop()
+        if entry.is_graph_input() and not entry.is_initializer():
+            return True
+        producer = entry.producer()
+        sources = [] if producer is None or producer.op_type == "Shape" else producer.inputs
+        fresh = [source for source in sources if source is not None and source not in seen]
+        seen.update(fresh)
+        waiting += fresh
+    return False
+
+
 def _name_of_node(node: ir.Node) -> str:
     return f"{node.op_type} {node.name or node.outputs[0].name!r}"
 
@@ -413,9 +465,10 @@ def _entry_repair(node: ir.Node, index: int, raw: Sequence[int], position: int, 
     is_constant = constant_integers(source) is not None
     entries: list[Entry] = [entry if place == position else size for place, size in enumerate(raw)]
     shown = f"[{', '.join(map(_shown, entries))}]"
+    base = str(source.name) if source is not None else ""
 
     def edit(graph: ir.Graph, target: ir.Node) -> list[ir.Node]:
-        maker = _Maker(graph, target)
+        maker = _Maker(graph, target, base)
         if is_constant:
             value = maker.shape(entries)
         else:
@@ -430,7 +483,7 @@ def _entry_repair(node: ir.Node, index: int, raw: Sequence[int], position: int, 
         target.replace_input_with(index, value)
         return [*maker.nodes, target]
 
-    return Repair(str(node.outputs[0].name), f"{_name_of_node(node)}: {list(raw)} becomes {shown}", edit)
+    return Repair(str(node.outputs[0].name), f"{_name_of_node(node)}: {list(raw)} becomes {shown}", index, edit)
 
 
 def _shown(entry: Entry) -> str:
@@ -456,7 +509,7 @@ def _slice_repair(node: ir.Node, ends: Sequence[int], position: int, in_attribut
         return [*maker.nodes, target]
 
     text = f"{_name_of_node(node)}: the end {ends[position]} becomes the axis's own"
-    return Repair(str(node.outputs[0].name), text, edit)
+    return Repair(str(node.outputs[0].name), text, 2, edit)
 
 
 def _expand_repair(node: ir.Node, index: int, entries: Sequence[Entry], source: int | None = None) -> Repair:
@@ -474,7 +527,7 @@ def _expand_repair(node: ir.Node, index: int, entries: Sequence[Entry], source: 
     operand = node.inputs[index]
     name = operand.name if operand is not None else ""
     text = f"{_name_of_node(node)}: {name!r} is expanded to [{', '.join(map(_shown, entries))}]"
-    return Repair(str(node.outputs[0].name), text, edit)
+    return Repair(str(node.outputs[0].name), text, index, edit)
 
 
 def _operand_repair(
@@ -494,9 +547,41 @@ def _operand_repair(
         offset = place - len(sizes) + len(shape or ())
         if shape is not None and (offset < 0 or shape[offset] == 1):
             return _expand_repair(node, index, full, source=0)
+    repeats = constant_integers(input_at(producer, 1)) if producer.op_type == "Tile" else None
+    if repeats is not None and sizes[place] == repeats[place]:
+        entries: list[Entry] = [follows if axis == place else count for axis, count in enumerate(repeats)]
+        return _remade_repair(node, index, "repeated", 1, entries)
+    if producer.op_type == "Slice" and _is_from_the_start(producer, place, sizes[place]):
+        return _remade_repair(node, index, "cut", 2, [follows])
     if producer.op_type == "ConstantOfShape" and constant_integers(producer.inputs[0]) is not None:
         return _filled_repair(node, index, full)
     return None
+
+
+def _is_from_the_start(node: ir.Node, axis: int, end: int) -> bool:
+    """Whether a Slice keeps the first `end` of one axis, and all of the others."""
+    known = [constant_integers(input_at(node, place)) for place in (1, 2, 3)]
+    steps = constant_integers(input_at(node, 4)) if input_at(node, 4) is not None else [1]
+    return known == [[0], [end], [axis]] and steps == [1]
+
+
+def _remade_repair(node: ir.Node, index: int, verb: str, argument: int, entries: Sequence[Entry]) -> Repair:
+    """The operand made again by the same operator, with another argument."""
+
+    def edit(graph: ir.Graph, target: ir.Node) -> list[ir.Node]:
+        maker = _Maker(graph, target)
+        operand = target.inputs[index]
+        producer = operand.producer() if operand is not None else None
+        assert producer is not None
+        inputs = list(producer.inputs)
+        inputs[argument] = maker.shape(entries)
+        target.replace_input_with(index, maker.node(producer.op_type, inputs, list(producer.attributes.values())))
+        return [*maker.nodes, target]
+
+    operand = node.inputs[index]
+    name = operand.name if operand is not None else ""
+    text = f"{_name_of_node(node)}: {name!r} is {verb} to [{', '.join(map(_shown, entries))}]"
+    return Repair(str(node.outputs[0].name), text, index, edit)
 
 
 def _filled_repair(node: ir.Node, index: int, entries: Sequence[Entry]) -> Repair:
@@ -511,16 +596,16 @@ def _filled_repair(node: ir.Node, index: int, entries: Sequence[Entry]) -> Repai
         return [*maker.nodes, target]
 
     text = f"{_name_of_node(node)}: an operand is filled to [{', '.join(map(_shown, entries))}]"
-    return Repair(str(node.outputs[0].name), text, edit)
+    return Repair(str(node.outputs[0].name), text, index, edit)
 
 
 class _Maker:
     """Makes nodes and constants right before a node; equal constants are one."""
 
-    def __init__(self, graph: ir.Graph, before: ir.Node) -> None:
+    def __init__(self, graph: ir.Graph, before: ir.Node, base: str = "") -> None:
         self._graph, self._before = graph, before
         self._taken = taken_names(graph, graph)
-        self._base = f"{before.outputs[0].name}.sizes"
+        self._base = f"{base or before.outputs[0].name}.sizes"
         self._known = {str(value.name): value for value in graph.inputs} | dict(graph.initializers)
         self._known |= {str(value.name): value for node in graph for value in node.outputs}
         self.nodes: list[ir.Node] = []
@@ -577,6 +662,7 @@ _ALIGNED |= {"Pow", "PRelu", "Sub", "Sum", "Where", "Xor", "GreaterOrEqual", "Le
 _RULES: Mapping[str, Callable[[_Search, ir.Node, ir.Node], Repair | None]] = {
     "Expand": _Search._expand,
     "GRU": _Search._states,
+    "Gather": _Search._gather,
     "LSTM": _Search._states,
     "RNN": _Search._states,
     "Reshape": _Search._reshape,

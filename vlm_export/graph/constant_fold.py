@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeAlias
 
@@ -21,6 +22,10 @@ Array: TypeAlias = npt.NDArray[Any]
 Evaluate: TypeAlias = Callable[[ModelProto, Mapping[str, Array]], "Sequence[Array] | None"]
 
 LIMIT_BYTES = 64 << 20
+# How much larger folding everything may make a model, if nothing else is asked for.
+GROWTH_BYTES = 1 << 20
+# Engines fuse these with what reads them: a quantised weight that is folded is four times as large, and no longer one.
+_QUANTISATION = frozenset({"DequantizeLinear", "DynamicQuantizeLinear", "QuantizeLinear"})
 # Nodes that are worth folding. Those that only move or convert weights are not: folded, each would hold a second copy.
 _SEEDS = frozenset({"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul", "Resize"})
 RANDOM = frozenset(
@@ -29,21 +34,26 @@ RANDOM = frozenset(
 
 
 def fold_constants(
-    model: ir.Model, evaluate: Evaluate, limit_bytes: int = LIMIT_BYTES, *, everything: bool = False
-) -> int:
+    model: ir.Model,
+    evaluate: Evaluate,
+    limit_bytes: int = LIMIT_BYTES,
+    *,
+    everything: bool = False,
+    growth_bytes: int | None = None,
+) -> Folded:
     """Folds products, convolutions and resizes of constants, and what follows from them alone, in place.
 
     The nodes before them are computed for them, and stay where others read them. What makes an output of the graph
-    stays too, as does what would exceed the limit or what `evaluate` does not run.
+    stays too, as does what would exceed a limit, what `evaluate` does not run, and what quantises or dequantises.
 
     Args:
         limit_bytes: of all folded values together, and of each value on the way to them: memory stays flat.
         everything: also nodes that only move or convert constants.
-
-    Returns:
-        How many initializers took the place of nodes.
+        growth_bytes: how much more all folded values may take than the constants that they were computed from; None:
+            as much as `limit_bytes` allows.
     """
-    fold = _Fold(model, evaluate, limit_bytes, everything)
+    before = _weight_bytes(model)
+    fold = _Fold(model, evaluate, limit_bytes, everything, growth_bytes)
     for node in model.graph:
         fold.visit(node)
     for value, array in fold.values.items():
@@ -52,7 +62,29 @@ def fold_constants(
         model.graph.remove(fold.nodes, safe=True)
         remove_dead_code(model)
     allow_plain_initializers(model)
-    return len(fold.values)
+    return Folded(len(fold.values), _weight_bytes(model) - before, tuple(fold.left))
+
+
+def _weight_bytes(model: ir.Model) -> int:
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What folding did.
+
+    Attributes:
+        initializers: that took the place of nodes.
+        more_bytes: of weights than before; negative: fewer.
+        left: tensors whose nodes stay because their values would make the model too large.
+    """
+
+    initializers: int
+    more_bytes: int = 0
+    left: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return self.initializers > 0
 
 
 class _Fold:
@@ -60,13 +92,18 @@ class _Fold:
 
     Attributes:
         nodes: those that can go.
+        left: first tensors of nodes that would make the model too large.
         values: their outputs that other nodes read, computed.
     """
 
-    def __init__(self, model: ir.Model, evaluate: Evaluate, limit_bytes: int, everything: bool) -> None:
-        self._everything = everything
+    def __init__(
+        self, model: ir.Model, evaluate: Evaluate, limit_bytes: int, everything: bool, growth_bytes: int | None
+    ) -> None:
+        self._everything, self._growth_bytes = everything, growth_bytes
+        self._grown: dict[ir.Value, int] = {}
         self._model, self._evaluate, self._limit_bytes = model, evaluate, limit_bytes
         self.nodes: set[ir.Node] = set()
+        self.left: list[str] = []
         self.values: dict[ir.Value, Array] = {}
         self._constants: set[ir.Value] = set()
         self._used = names_used(model)
@@ -83,9 +120,19 @@ class _Fold:
             return
         known = dict(self.values)
         held = {*self.values, *node.outputs}
+        if self._grows_too_much(_stated_bytes(node), inputs):
+            self.left.append(str(node.outputs[0].name))
+            return
         if not self._compute(node, known) or self._bytes(known, held) > self._limit_bytes:
+            if _stated_bytes(node) > self._limit_bytes:
+                self.left.append(str(node.outputs[0].name))
+            return
+        if self._grows_too_much(self._bytes(known, node.outputs), inputs):
+            self.left.append(str(node.outputs[0].name))
             return
         self.nodes.add(node)
+        for value in node.outputs:
+            self._grown[value] = known[value].nbytes - sum(map(self._held_bytes, inputs)) if value in known else 0
         self.values |= {value: known[value] for value in node.outputs if value.uses()}
         for value in inputs:
             if all(user in self.nodes for user, _ in value.uses()):
@@ -112,6 +159,18 @@ class _Fold:
         known.update(zip(outputs, arrays, strict=True))
         return self._bytes(known, outputs) <= self._limit_bytes
 
+    def _held_bytes(self, value: ir.Value) -> int:
+        """What a constant takes in the model as it is so far."""
+        if value in self.values:
+            return self.values[value].nbytes
+        return value.const_value.nbytes if _is_weight(value) and value.const_value is not None else 0
+
+    def _grows_too_much(self, made_bytes: int, inputs: Sequence[ir.Value]) -> bool:
+        if self._growth_bytes is None:
+            return False
+        now = sum(grown for value, grown in self._grown.items() if value in self.values)
+        return max(now, 0) + made_bytes - sum(map(self._held_bytes, dict.fromkeys(inputs))) > self._growth_bytes
+
     @staticmethod
     def _bytes(known: Mapping[ir.Value, Array], values: Iterable[ir.Value]) -> int:
         return sum(known[value].nbytes for value in values if value in known)
@@ -126,7 +185,8 @@ def _is_foldable(node: ir.Node, used: set[str]) -> bool:
         entry.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for entry in node.attributes.values()
     )
     makes_output = any(value.is_graph_output() or value.name in used for value in node.outputs)
-    return node.domain == "" and node.op_type not in RANDOM and not has_graphs and not makes_output
+    is_kept = node.op_type in RANDOM or node.op_type in _QUANTISATION
+    return node.domain == "" and not is_kept and not has_graphs and not makes_output
 
 
 def _is_weight(value: ir.Value) -> bool:

@@ -16,6 +16,7 @@ from vlm_export.bundle.environment import check_free_space, environment_errors
 from vlm_export.bundle.staging import Staged, finish_commits, staging
 from vlm_export.errors import UsageError
 from vlm_export.graph.errors import GraphError
+from vlm_export.graph.gate import check_proto
 from vlm_export.graph.placing import (
     DATA,
     GRAPH_FILE_KEY,
@@ -67,6 +68,7 @@ def open_model(path: Path | str) -> ir.Model:
         raise GraphError(f"the model {what}", where=str(path), expected="a file in ONNX's binary format")
     with environment_errors("reading the model", None):
         proto = _read_proto(path)
+    check_proto(proto, path)
     _refuse_what_gets_lost(proto, path)
     try:
         model = ir.from_proto(proto)

@@ -12,6 +12,7 @@ from vlm_export.errors import VerificationError, suggestion
 from vlm_export.graph.baked_sizes import (
     READINGS,
     AxisOfInput,
+    HeldError,
     Repair,
     Resized,
     find_misfit,
@@ -77,7 +78,15 @@ def set_shape(model: ir.Model, shapes: Mapping[str, Sequence[Axis]]) -> Reshaped
         for value, shape in new_inputs.items():
             copy.of(value).shape = shape.copy()
         repaired = [node for repair in repairs for node in repair.make(copy.model.graph)]
-        stated = {copy.of(outputs[name]): ir.Shape(axes) for name, axes in inferred.items() if name in outputs}
+        for node in repaired:
+            for value in node.outputs:
+                # It was right for the old size alone.
+                value.shape = None
+        stated = {
+            copy.of(outputs[name]): ir.Shape(axes)
+            for name, axes in inferred.items()
+            if name in outputs and None not in axes
+        }
         stated |= {copy.of(value): shape for value, shape in new_outputs.items()}
         nodes = [node for node in (value.producer() for value in stated) if node is not None] + repaired
         values = [copy.of(value) for value in new_inputs]
@@ -188,6 +197,8 @@ def _repairs(
             continue
         try:
             repairs, repaired = _repaired(model, repaired, group)
+        except HeldError:
+            raise
         except GraphError:
             if misfit is not None:
                 raise
@@ -218,6 +229,8 @@ def _repaired(model: ir.Model, so_far: ir.Model, group: Resized) -> tuple[list[R
             if repairs:
                 _prove_repair(model, trial, group)
             return repairs, trial
+        except HeldError:
+            raise
         except GraphError as error:
             refusals.append(error)
     raise refusals[0]

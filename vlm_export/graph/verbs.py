@@ -247,6 +247,10 @@ PASS_VERBS = (
             Argument(
                 "limit", "size", "of all folded values (default: 64MiB)", keyword="limit_bytes", metavar="SIZE"
             ),
+            Argument(
+                "growth", "size", "how much larger the model may become (default: 1MiB)",
+                keyword="growth_bytes", metavar="SIZE",
+            ),
         ),
     ),
     Verb("remove-dead-code", "passes.dead_code:remove_dead_code", "remove what no output depends on"),

@@ -10,6 +10,7 @@ from math import prod
 from typing import Any
 
 from vlm_export.errors import InputError
+from vlm_export.runtime.panic_text import panics_held
 from vlm_export.specs import TextSpec
 
 MAX_GROWTH = 40
@@ -32,7 +33,8 @@ def named_failures(what: str, where: str, expected: str = "") -> Iterator[None]:
         InputError: either of the two, as `what`.
     """
     try:
-        yield
+        with panics_held():
+            yield
     except (InputError, MemoryError):
         raise
     except BaseException as error:

@@ -2,7 +2,8 @@
 
 `TextSpec.cleaning` "openai" reproduces `tokenize` and `SimpleTokenizer` of openai/CLIP (d05afc4): ftfy repairs the
 text (control characters vanish, lone surrogates become U+FFFD), HTML entities are unescaped twice, white space
-collapses, letters become lower case. "none" leaves all of it to `tokenizer.json`.
+collapses, letters become lower case. "open_clip" is the same with the strings that open_clip 3.3 (tokenizer.py) reads
+as special tokens. "none" leaves all of it to `tokenizer.json`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ MAX_CHARACTERS = 10_000
 seconds with the worst tokenizer that `rust_tokenizer` lets pass."""
 
 _PREVIEW_CHARACTERS = 60
+_DIGITS = re.compile(r"&#([0-9]{8,})")
+_LONGEST_CODE_POINT_DIGITS = 7
 _MARKS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 _CLOSED_UP = tuple((mark, mark.strip()) for mark in _MARKS)  # in this order: one may make the next
 
@@ -48,7 +51,9 @@ class Tokenizer:
         self._rust = tokenizer_from_json(_read(Path(tokenizer_json)), spec, self._where)
         self._start_ids: list[int] = self._rust.encode("").ids[:-1]
         self._specials = _special_ids(self._rust)
-        if spec.cleaning == "openai":
+        if spec.cleaning == "open_clip":
+            self._specials = {"<start_of_text>": self._start_ids[0], "<end_of_text>": spec.end_token_id}
+        if spec.cleaning != "none":
             # `clean_text` has normalised; composing characters again (NFC) would depart from the original.
             self._rust.normalizer = None
             # `_split_at_specials` decides where a special token counts; elsewhere its letters are plain text.
@@ -84,7 +89,7 @@ class Tokenizer:
         if isinstance(texts, str):
             raise UsageError("texts is a single string", expected="a list of strings", fix="pass [text]")
         bounded = [self._bounded(i, text, truncate) for i, text in enumerate(texts)]
-        rows = self._tokenize_openai(bounded) if self.spec.cleaning == "openai" else self._tokenize_plain(bounded)
+        rows = self._tokenize_plain(bounded) if self.spec.cleaning == "none" else self._tokenize_openai(bounded)
         return [self._fitted(i, texts[i], row, truncate) for i, row in enumerate(rows)]
 
     def pad(self, rows: Sequence[Sequence[int]], *, pad_to: int | None = None) -> Ids:
@@ -187,8 +192,19 @@ def clean_text(text: str) -> str:
     """The text as the original's BPE sees it: repaired, unescaped twice, one space between words, lower case."""
     import ftfy  # A tenth of a second, which image-only work need not spend.
 
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    text = _unescaped(_unescaped(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip().lower()
+
+
+def _unescaped(text: str) -> str:
+    """`html.unescape`, of numbers with any number of digits: Python converts no more than 4,300 of them."""
+    return html.unescape(_DIGITS.sub(_bounded_number, text))
+
+
+def _bounded_number(match: re.Match[str]) -> str:
+    digits = match[1].lstrip("0") or "0"
+    # Beyond Unicode all numbers are alike: U+FFFD.
+    return "&#" + (digits if len(digits) <= _LONGEST_CODE_POINT_DIGITS else "9" * 8)
 
 
 def _split_at_specials(text: str, specials: dict[str, int]) -> list[str | int]:

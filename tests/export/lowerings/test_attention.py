@@ -49,11 +49,13 @@ def test_equal_to_torchs_operator(
     added = {"none": None, "causal": causal, "float": noise(queries, keys)}[mask]
     expected = ORIGINAL(query, key, value, attn_mask=added, scale=scale)
     got = composed_attention(query, key, value, attn_mask=added, scale=scale)
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    # Scores are products of two values, and a softmax turns their rounding into its own.
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12 * max(1.0, magnitude) ** 2)
 
 
 def test_wide_heads_scale_by_their_root() -> None:
-    query, key, value = (torch.randn(1, 1, 4, 64, dtype=torch.float64) for _ in range(3))
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 1, 4, 64, generator=generator, dtype=torch.float64) for _ in range(3))
     wrong = composed_attention(query, key, value, scale=1.0)
     right = composed_attention(query, key, value)
     torch.testing.assert_close(right, ORIGINAL(query, key, value), rtol=1e-12, atol=1e-12)

@@ -19,6 +19,7 @@ from vlm_export.graph.inference import check, copy_of, infer
 from vlm_export.graph.ir_version import raise_ir_version
 from vlm_export.graph.names import fresh_name, nested_graphs, root_graphs, subgraphs_of, taken_names
 from vlm_export.graph.operators import opset_imports_of
+from vlm_export.graph.passes.converted_node import recast_constants, type_fault, value_fault
 from vlm_export.graph.passes.infer_shapes import infer_shapes
 from vlm_export.graph.passes.opset_meanings import MeaningError, attributes_that_keep_meaning, set_attributes
 from vlm_export.graph.passes.rewiring import constant_tensor, remove_node
@@ -100,11 +101,47 @@ def _converted(node: ir.Node, source: int, version: int) -> ir.Graph | None:
         if entry.domain == "" and _since(entry.op_type, version) is None:
             raise _refusal(node, source, version, f"{entry.op_type} does not exist there")
     set_attributes(graph, kept, (node.op_type, "Resize"))
+    graph = _checked(node, proto, graph, source, version)
     if _is_unchanged(node, proto.graph, graph, names):
         return None
     if any(attribute.is_ref() for attribute in node.attributes.values()):
         raise _refusal(node, source, version, "attributes that the function's caller sets")
     return graph
+
+
+def _checked(node: ir.Node, before: onnx.ModelProto, graph: ir.Graph, source: int, version: int) -> ir.Graph:
+    """The converted node, if it has types that fit and gives what the node gave, on values drawn at random.
+
+    The library's adapters write what was an attribute as a float32 constant, also where the operator takes the dtype
+    of its input (onnx 1.23, version_converter/adapters: Clip, Pad, …). Such constants get the input's dtype.
+
+    Raises:
+        GraphError: the library's form has other types, or gives something else.
+    """
+    if any(attribute.is_ref() for attribute in node.attributes.values()):
+        return graph
+    fault = type_fault(before)
+    if fault:
+        return graph
+    fault = type_fault(_model_of(graph, before, version))
+    if fault and node.inputs and node.inputs[0] is not None and node.inputs[0].dtype is not None:
+        recast_constants(graph, node.inputs[0].dtype)
+        fault = type_fault(_model_of(graph, before, version))
+    fault = fault or value_fault(before, _model_of(graph, before, version))
+    if fault:
+        raise _refusal(node, source, version, f"the library's form of it is wrong: {fault}")
+    return graph
+
+
+def _model_of(graph: ir.Graph, before: onnx.ModelProto, version: int) -> onnx.ModelProto:
+    """The converted node as a model with the interface that the node alone had."""
+    proto: onnx.GraphProto = ir.to_proto(graph)
+    del proto.input[:], proto.output[:], proto.value_info[:]
+    proto.input.extend(before.graph.input)
+    proto.output.extend(before.graph.output)
+    known = {tensor.name for tensor in proto.initializer}
+    proto.initializer.extend(tensor for tensor in before.graph.initializer if tensor.name not in known)
+    return helper.make_model(proto, opset_imports=[helper.make_opsetid("", version)], ir_version=10)
 
 
 @lru_cache(maxsize=4096)
@@ -148,9 +185,17 @@ def _refusal(node: ir.Node, source: int, version: int, reason: str) -> GraphErro
     return GraphError(
         f"operator {node.op_type} cannot be converted from opset {source} to {version}",
         where=node.name or str(node.outputs[0].name),
-        got=reason.strip().splitlines()[-1][-200:] if reason.strip() else "",
+        got=_plain_reason(reason, node.op_type),
         fix="choose another version, or replace the node first",
     )
+
+
+def _plain_reason(reason: str, op_type: str) -> str:
+    """What the library says, without places in its own source."""
+    last = reason.strip().splitlines()[-1] if reason.strip() else ""
+    if "Assertion `false`" in last or "No Adapter" in last:
+        return f"ONNX's converter knows no form of {op_type} there"
+    return last.rpartition("` failed: ")[2][-200:]
 
 
 def _model_of_one(node: ir.Node, source: int) -> tuple[onnx.ModelProto, Mapping[str, str]]:
