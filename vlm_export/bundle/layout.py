@@ -20,6 +20,7 @@ PREPROCESSOR_NAME = "preprocessor_config.json"
 TOKENIZER_NAME = "tokenizer.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 CONTRACT_DIRECTORY = "golden/contract"
+LEDGER_NAME = "ledger.json"
 
 PRECISION_SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}
 PART_STEMS = {"vision": "vision_model", "text": "text_model", "decoder": "decoder_model_merged"}
