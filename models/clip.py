@@ -83,12 +83,14 @@ class ClipFamily:
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         keys = checkpoint.tensors
-        openai = "visual.conv1.weight" in keys and "token_embedding.weight" in keys
+        words = ("token_embedding.weight", clip_open.TEXT_MARK)
+        openai = "visual.conv1.weight" in keys and any(key in keys for key in words)
         vision = "visual_projection.weight" in keys and "vision_model.pre_layrnorm.weight" in keys
         text = "text_projection.weight" in keys and {_HF_WORDS, "text_model.final_layer_norm.weight"} <= set(keys)
         return openai or vision or (text and not any(key.startswith("vision_model.") for key in keys))
 
     def describe(self, checkpoint: Checkpoint) -> Description:
+        checkpoint = clip_open.with_plain_text_names(checkpoint)
         clip_open.refuse_sigmoid(checkpoint)
         is_huggingface = _is_huggingface(checkpoint)
         architecture = _architecture(checkpoint) if is_huggingface else clip_open.described_architecture(checkpoint)
@@ -109,6 +111,7 @@ class ClipFamily:
         )
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
+        checkpoint = clip_open.with_plain_text_names(checkpoint)
         architecture = _architecture(checkpoint, options)
         encoders = build_encoders(architecture)
         dropped = load_weights(encoders, checkpoint, _table(architecture), store)

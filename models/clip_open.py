@@ -30,6 +30,7 @@ from vlm_export.models.shapes import config_integer, config_number
 from vlm_export.specs import Origins, Resample, torchvision_image_spec
 
 FILE = "open_clip_config.json"
+TEXT_MARK = "text.token_embedding.weight"
 # OpenAI's archives, and state dicts taken out of them, carry the picture size as a tensor; open_clip's never do.
 _OPENAI_MARK = "input_resolution"
 _ABSENT = (None, "")
@@ -131,6 +132,23 @@ def described_architecture(checkpoint: Checkpoint) -> ClipArchitecture:
         if _stated(checkpoint) is not None:
             raise
         return architecture_from_openai(checkpoint, ClipChoices(head_width=1, text_heads=1))
+
+
+def with_plain_text_names(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the text encoder's keys as open_clip's `CLIP` has them.
+
+    Its `CustomTextCLIP` (custom_text) computes the same, and has them under `text.`; see
+    `convert_to_custom_text_state_dict` in open_clip's model.py.
+    """
+    names = {key.removeprefix("text."): key for key in checkpoint.tensors}
+    if TEXT_MARK not in checkpoint.tensors or len(names) != len(checkpoint.tensors):
+        return checkpoint
+    read = checkpoint.read
+    return replace(
+        checkpoint,
+        tensors={name: checkpoint.tensors[key] for name, key in names.items()},
+        read=lambda name: read(names[name]),
+    )
 
 
 def refuse_sigmoid(checkpoint: Checkpoint) -> None:

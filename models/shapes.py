@@ -29,7 +29,9 @@ class Shapes:
                 where=f"{self.checkpoint.source}: tensor {shown(key)}",
                 expected=f"{rank} axes, none empty",
                 got="no such tensor" if info is None else f"shape {info.shape}",
-                fix="check that the file is complete",
+                fix="save the whole state dict of the model: without this tensor nothing tells its sizes"
+                if info is None
+                else "the weights are packed, quantised or of another model: save the model's own state dict",
             )
         return info.shape
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vlm_export.models.layers import Activation, PatchEmbedding, PostNormBlock, TransformerBlock
 from vlm_export.models.positions import resample_position_embedding
+from vlm_export.models.weights import origins_of, set_origins
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,9 @@ class VisionTransformer(nn.Module):
         grid = image_size // self.form.patch_size
         with torch.no_grad():
             resampled = self._resampled(grid, grid)
+        origins = tuple((key, f"{how}, resampled") for key, how in origins_of(self.position_embedding))
         self.position_embedding, self.grid = nn.Parameter(resampled, requires_grad=False), grid
+        set_origins(self.position_embedding, origins)
 
     def _positions(self, pixel_values: Tensor) -> Tensor:
         if not self.dynamic_image_size:

@@ -13,6 +13,8 @@ from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint, TensorInfo, WeightStore
 from vlm_export.text_display import Lines, shown
 
+# The attribute of a parameter that holds `origins_of` it.
+_ORIGINS = "_checkpoint_origins"
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -128,7 +130,57 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, table: WeightTable, 
         _check_finite(key, stored)
         _place(stored, target, weights, shapes, store, is_mapped=key not in checkpoint.computed)
     _assign(module, weights)
+    _note_origins(module, checkpoint, table)
     return tuple(key for key, target in table.items() if target is None and key in checkpoint.tensors)
+
+
+# What is behind each kind of problem, and what to do.
+_CAUSES = {
+    "missing": "tensors are missing: save the model's whole state dict, or get the complete file",
+    "unexpected": "tensors are there that this model does not have: the model was changed, and what they add is not "
+    "computed here; only where they change nothing may they be deleted from the file",
+    "shape": "shapes differ from what the other tensors say: it mixes models of several sizes, or some were changed",
+    "dtype": "weights of this dtype are not read: save them as float32, float16 or bfloat16 (quantised ones cannot be "
+    "exported)",
+}
+
+
+def origins_of(tensor: Tensor) -> tuple[tuple[str, str], ...]:
+    """The stored keys that a parameter was filled from, each with what became of it; () where there is none."""
+    found: tuple[tuple[str, str], ...] = getattr(tensor, _ORIGINS, ())
+    return found
+
+
+def set_origins(tensor: Tensor, origins: tuple[tuple[str, str], ...]) -> None:
+    """Notes where a parameter comes from, for the ledger of weights."""
+    setattr(tensor, _ORIGINS, origins)
+
+
+def _note_origins(module: nn.Module, checkpoint: Checkpoint, table: WeightTable) -> None:
+    origins: dict[str, list[tuple[str, str]]] = {}
+    for key, target in table.items():
+        if target is None or key not in checkpoint.tensors:
+            continue
+        dtype = checkpoint.tensors[key].dtype
+        cast = "" if dtype == "float32" else f", cast from {dtype}"
+        for name, how in _places(target):
+            origins.setdefault(name, []).append((key, how + cast))
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        set_origins(tensor, tuple(origins.get(name, ())))
+
+
+def _places(target: Kept) -> list[tuple[str, str]]:
+    """Names of the parameters that a stored tensor fills, and how."""
+    if isinstance(target, str):
+        return [(target, "as stored")]
+    if isinstance(target, Stacked):
+        count = len(target.names)
+        return [(name, f"block {i + 1} of {count} of its rows") for i, name in enumerate(target.names)]
+    if isinstance(target, Rows):
+        last = target.index + target.span
+        blocks = f"block {last}" if target.span == 1 else f"blocks {target.index + 1} to {last}"
+        return [(target.name, f"{blocks} of {target.count} of the parameter's rows")]
+    return [(target.name, "transposed" if isinstance(target, Transposed) else "reshaped")]
 
 
 def _check_keys(checkpoint: Checkpoint, table: WeightTable, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -149,7 +201,7 @@ def _check_keys(checkpoint: Checkpoint, table: WeightTable, shapes: Mapping[str,
             f"{len(problems)} of the checkpoint's tensors do not fit its architecture",
             where=checkpoint.source,
             got=Lines.of(listed),
-            fix="check that the file is complete and of this family; prefixed keys ('module.') must be renamed",
+            fix="; ".join(cause for kind, cause in _CAUSES.items() if any(p.startswith(kind) for p in problems)),
         )
 
 

@@ -284,7 +284,7 @@ def test_defaults_may_be_written_out() -> None:
     off |= {"block_type": None}
     vision: Config = {**VISION, **off, "timm_model_name": None, "timm_pool": "avg", "patch_dropout": 0.5}
     vision |= {"pool_type": "tok", "image_size": [24, 24], "final_ln_after_pool": True, "attentional_pool": False}
-    text = {**TEXT, **off, "hf_model_name": None, "hf_tokenizer_name": "some/tokenizer", "pool_type": "argmax"}
+    text = {**TEXT, **off, "hf_model_name": None, "hf_tokenizer_name": "", "pool_type": "argmax"}
     stated = config(vision_cfg=vision, text_cfg=text, custom_text=False, init_logit_bias=None)
     assert described(stated, like=config()) == described(config())
 

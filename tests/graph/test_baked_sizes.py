@@ -109,6 +109,12 @@ REPAIRED: dict[str, tuple[ir.Model, int]] = {
     ),
     "resized": (_model(RESIZED, sizes=_ints(1, 2, 4, 4), flat=_ints(1, 32)), 2),
     "filled": (_model(FILLED), 1),
+    "repeated": (
+        _model(
+            "(float[1,3,4] x) => (float[1,4,4] y) { t = Tile(token, s)\n y = Concat <axis = 1> (t, x) }",
+            token=_weights(1, 1, 4), s=_ints(1, 1, 1),
+        ), 1,
+    ),
     "computed": (_model(COMPUTED), 1),
     "attributes": (
         _model(
@@ -175,6 +181,10 @@ REFUSED: dict[str, tuple[ir.Model, Sequence[int | str], Sequence[str]]] = {
     # A batch of one is taken apart.
     "squeezed": (
         _model("(float[1,8] x) => (float[8] y) <int64[1] a = {0}> { y = Squeeze(x, a) }"), [4, 8], ["Squeeze", "'a'"],
+    ),
+    "one of a batch": (
+        _model("(float[1,5] x) => (float[5] y) { y = Gather <axis = 0> (x, i) }", i=np.array(0)), ["N", 5],
+        ["Gather", "'i'", "one element of a batch"],
     ),
     "split": (
         _model("(float[3,2] x) => (float[1,2] y, float[2,2] z) <int64[2] s = {1, 2}> { y, z = Split(x, s) }"),

@@ -111,6 +111,21 @@ def test_a_copy_of_training_is_left_out(tmp_path: Path, weights: Weights) -> Non
     assert "first.* (clip), second.* (clip)" in message
 
 
+def test_text_keys_of_custom_text(tmp_path: Path, build_model: Build) -> None:
+    from open_clip.model import CustomTextCLIP
+
+    torch.manual_seed(1)
+    vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16, "head_width": 64}
+    text = {"context_length": 20, "vocab_size": 60, "width": 64, "heads": 1, "layers": 1}
+    original = CustomTextCLIP(32, vision, text, quick_gelu=True).eval()
+    model = build_model(saved(original.state_dict(), tmp_path / "custom.pt"))
+    for part, encode in zip(model.parts, (original.encode_image, original.encode_text), strict=True):
+        (feed,) = part.examples({"batch": 2, "sequence": 20}, 0).values()
+        with torch.no_grad():
+            expected, found = encode(torch.from_numpy(feed)), part.module(torch.from_numpy(feed))
+        np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-5, rtol=0)
+
+
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 TOWER |= {"projection_dim": 16}
 WORDS = {"vocab_size": 60, "max_position_embeddings": 20}

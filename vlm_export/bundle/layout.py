@@ -18,6 +18,7 @@ GRAPH_DIRECTORY = "onnx"
 CONFIG_NAME = "config.json"
 PREPROCESSOR_NAME = "preprocessor_config.json"
 TOKENIZER_NAME = "tokenizer.json"
+LEDGER_NAME = "ledger.json"
 
 PRECISION_SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}
 PART_STEMS = {"vision": "vision_model", "text": "text_model", "decoder": "decoder_model_merged"}

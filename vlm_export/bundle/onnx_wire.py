@@ -31,6 +31,7 @@ _CHILDREN: dict[str, dict[int, str]] = {
 # Message type → field numbers of its domain and of its operator or function name.
 _NAMES = {"node": (7, 4), "function": (10, 1)}
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW = 1, 2, 8, 9
+_INITIALIZERS = 5
 _TENSOR_EXTERNAL, _TENSOR_LOCATION_KIND = 13, 14
 # float_data, int32_data, string_data, int64_data, double_data, uint64_data.
 _TYPED_DATA = {4: FIXED32, 5: VARINT, 6: BYTES, 7: VARINT, 10: FIXED64, 11: VARINT}
@@ -68,6 +69,8 @@ class StoredTensor:
         typed_elements: number of elements in the typed data fields, all together.
         external: the entries of `external_data` in order; keys may repeat.
         is_external: whether `data_location` says EXTERNAL.
+        is_initializer: it is one of the model's own graph, not of a node or of a nested graph.
+        spans: where the bytes of `raw_data` and of the packed typed fields start and end, in order.
     """
 
     name: str = ""
@@ -77,6 +80,8 @@ class StoredTensor:
     typed_elements: int = 0
     external: list[tuple[str, str]] = field(default_factory=list)
     is_external: bool = False
+    is_initializer: bool = False
+    spans: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -104,14 +109,16 @@ def read_onnx(data: Buffer, where: str) -> OnnxContents:
     while pending:
         kind, start, end, depth = pending.pop()
         found.depth = max(found.depth, depth)
-        if kind == "tensor":
+        if kind in ("tensor", "initializer"):
             found.tensors.append(_read_tensor(data, start, end, where))
+            found.tensors[-1].is_initializer = kind == "initializer"
             continue
         children = _CHILDREN[kind]
         texts: dict[int, str] = {}
         for item in wire_fields(data, start, end, where):
             if item.wire == BYTES and item.number in children:
-                pending.append((children[item.number], item.start, item.end, depth + 1))
+                is_own = kind == "graph" and depth == 1 and item.number == _INITIALIZERS
+                pending.append(("initializer" if is_own else children[item.number], item.start, item.end, depth + 1))
                 found.graphs += kind == "model" and item.number == 7
             elif item.wire == BYTES and item.number in _NAMES.get(kind, ()):
                 texts[item.number] = _text(data, item, where)
@@ -177,12 +184,14 @@ def _read_tensor(data: Buffer, start: int, end: int, where: str) -> StoredTensor
             tensor.name = data[item.start : min(item.end, item.start + 200)].decode("utf-8", "replace")
         elif item.number == _TENSOR_RAW and item.wire == BYTES:
             tensor.raw_bytes = item.end - item.start
+            tensor.spans.append((item.start, item.end))
         elif item.number == _TENSOR_EXTERNAL and item.wire == BYTES:
             tensor.external += _entries(data, item, where)
         elif item.number == _TENSOR_LOCATION_KIND and item.wire == VARINT:
             tensor.is_external = item.value == 1
         elif item.number in _TYPED_DATA:
             tensor.typed_elements += _count_elements(data, item)
+            tensor.spans.append((item.start, item.end))
     return tensor
 
 

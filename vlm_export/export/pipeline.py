@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from vlm_export.bundle import layout
 from vlm_export.bundle.environment import check_free_space
+from vlm_export.bundle.ledger import GraphLedger, ledger_to_bytes
 from vlm_export.bundle.manifest import Manifest, PartRecord, VariantRecord
 from vlm_export.bundle.publish import Staging, publication
 from vlm_export.checkpoint.known import KnownCheckpoint
@@ -21,6 +22,7 @@ from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import VerificationError, VlmExportError
 from vlm_export.export.backends import Exporter, choose_exporter, choose_lowerings, export_part
 from vlm_export.export.bundle_manifest import check_publishable, manifest_from_model
+from vlm_export.export.ledger import account_for, folded_sources
 from vlm_export.export.options import FP32, ExportOptions, Precision
 from vlm_export.export.parts import check_pictures, needed_bytes, planned_parts, select_parts
 from vlm_export.export.preprocessing_part import add_preprocessing
@@ -79,6 +81,7 @@ class _Written:
 
     precision: Precision
     paths: list[Path]
+    computed: Mapping[str, Sequence[str]]
     simplified: bool
     warnings: tuple[str, ...]
 
@@ -126,10 +129,12 @@ class _Job:
         _remove_scratch(scratch)
         with self.stages.stage("publish"):
             checkpoint.check_unchanged()
-            records = tuple(record for record, _ in results)
+            records = tuple(record for record, _, _ in results)
+            ledger = ledger_to_bytes([graph for _, _, graphs in results for graph in graphs])
+            staging.file(layout.LEDGER_NAME).write_bytes(ledger)
             _write_configs(model, records, staging)
             manifest = staging.commit(manifest_from_model(name, checkpoint, model, known, records, self.options))
-        return ExportResult(manifest, tuple(report for _, reports in results for report in reports))
+        return ExportResult(manifest, tuple(report for _, reports, _ in results for report in reports))
 
     def _export(self, part: Part, staging: Staging) -> _Exported:
         warnings: list[str] = []
@@ -145,22 +150,27 @@ class _Job:
         raw = finish_graph(raw, part.signature)
         graph, is_simplified = simplified or raw, simplified is not None
         variants = tuple(
-            _Written(precision, self._write(graph, part, precision, staging), is_simplified, tuple(warnings))
+            _Written(precision, *self._write(graph, part, precision, staging), is_simplified, tuple(warnings))
             for precision in self.options.precisions
         )
         return _Exported(part, raw, variants)
 
-    def _write(self, graph: ir.Model, part: Part, precision: Precision, staging: Staging) -> list[Path]:
+    def _write(
+        self, graph: ir.Model, part: Part, precision: Precision, staging: Staging
+    ) -> tuple[list[Path], Mapping[str, Sequence[str]]]:
+        """The files of the graph, and which of its weights were computed from which others."""
         with self.stages.stage(f"write {variant_label(part, precision)}"):
             path = staging.file(layout.graph_path(part.name, precision))
+            computed = folded_sources(graph)
             if precision != FP32:
                 graph = convert_to_fp16(graph)
             with _own_errors():
-                return write_graph(graph, path, self.options.external_data_threshold_bytes)
+                paths = write_graph(graph, path, self.options.external_data_threshold_bytes)
+            return paths, computed
 
     def _verify(
         self, exported: _Exported, model: Model, known: KnownCheckpoint | None, staging: Staging, tokenizer: Path | None
-    ) -> tuple[PartRecord, tuple[PartReport, ...]]:
+    ) -> tuple[PartRecord, tuple[PartReport, ...], tuple[GraphLedger, ...]]:
         part = exported.part
         verification = PartVerification(part, model, known, part_samples(part, model, tokenizer, self.options.images))
         with self.stages.stage(f"load reference of {part.name}"):
@@ -173,7 +183,8 @@ class _Job:
             records = golden_from_reference(part, reference, golden_points(part.signature), verification.samples[:1])
             write_golden(staging.path, part.name, records)
         variants = tuple(self._variant(written, staging, report) for written, report in results)
-        return PartRecord(part.name, part.signature, variants), tuple(report for _, report in results)
+        ledgers = tuple(_ledger(written, part, staging) for written, _ in results)
+        return PartRecord(part.name, part.signature, variants), tuple(report for _, report in results), ledgers
 
     def _verify_variant(
         self, written: _Written, raw: ir.Model, verification: PartVerification, reference: Reference, staging: Staging
@@ -184,8 +195,10 @@ class _Job:
             why = f"the simplified graph differs, so this one is not simplified: {report.first_failure()}"
             for path in written.paths:
                 path.unlink()
-            paths = self._write(raw, verification.part, written.precision, staging)
-            written = replace(written, paths=paths, simplified=False, warnings=(*written.warnings, why))
+            paths, computed = self._write(raw, verification.part, written.precision, staging)
+            written = replace(
+                written, paths=paths, computed=computed, simplified=False, warnings=(*written.warnings, why)
+            )
             report = self._compare(written, verification, reference)
         _raise_if_failed(report, written.precision)
         return written, report
@@ -254,6 +267,12 @@ def _own_errors() -> Iterator[None]:
         if cause is None:
             raise
         raise cause from None
+
+
+def _ledger(written: _Written, part: Part, staging: Staging) -> GraphLedger:
+    """The ledger of the graph that is published, after comparing its weights with the checkpoint's."""
+    name = written.paths[0].relative_to(staging.path).as_posix()
+    return account_for(part, staging.path, name, written.computed)
 
 
 def _raise_if_failed(report: PartReport, precision: Precision) -> None:

@@ -15,6 +15,7 @@ from vlm_export.bundle.strict_json import Fields
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import InputError
 from vlm_export.export.bundle_manifest import planned_manifest
+from vlm_export.export.ledger import account_for
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.parts import select_parts
 from vlm_export.export.preprocessing_part import PART_NAME, add_preprocessing
@@ -28,6 +29,7 @@ from vlm_export.runtime.engine import CPU, OrtEngine
 from vlm_export.specs import record_from_json
 from vlm_export.verify.engine import engine_label, variant_bytes, verifying_engine
 from vlm_export.verify.floor import ELSEWHERE
+from vlm_export.verify.ledger import check_ledger
 from vlm_export.verify.report import PartReport
 
 
@@ -81,6 +83,8 @@ def verify_against_source(
                 reference = verification.load_reference()
                 for variant in manifest.part(part.name).chosen_variants(precision):
                     with stages.stage(f"verify {variant_label(part, variant.precision)}") as progress:
+                        account_for(part, bundle.root, variant.file)
+                        check_ledger(bundle, variant)
                         engine = _engine(bundle, variant, providers, threads)
                         reports.append(_report(verification, reference, variant, engine, providers, progress))
     return reports

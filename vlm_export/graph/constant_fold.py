@@ -22,6 +22,7 @@ Array: TypeAlias = npt.NDArray[Any]
 Evaluate: TypeAlias = Callable[[ModelProto, Mapping[str, Array]], "Sequence[Array] | None"]
 
 LIMIT_BYTES = 64 << 20
+_MADE_OF = "vlm_export.made_of"
 # How much larger folding everything may make a model, if nothing else is asked for.
 GROWTH_BYTES = 1 << 20
 # Engines fuse these with what reads them: a quantised weight that is folded is four times as large, and no longer one.
@@ -57,7 +58,7 @@ def fold_constants(
     for node in model.graph:
         fold.visit(node)
     for value, array in fold.values.items():
-        _replace(value, array, model.graph)
+        _replace(value, array, model.graph, fold.made_of[value])
     if fold.nodes:
         model.graph.remove(fold.nodes, safe=True)
         remove_dead_code(model)
@@ -105,6 +106,7 @@ class _Fold:
         self.nodes: set[ir.Node] = set()
         self.left: list[str] = []
         self.values: dict[ir.Value, Array] = {}
+        self.made_of: dict[ir.Value, tuple[str, ...]] = {}
         self._constants: set[ir.Value] = set()
         self._used = names_used(model)
 
@@ -134,9 +136,20 @@ class _Fold:
         for value in node.outputs:
             self._grown[value] = known[value].nbytes - sum(map(self._held_bytes, inputs)) if value in known else 0
         self.values |= {value: known[value] for value in node.outputs if value.uses()}
+        made_of = tuple(sorted({name for value in inputs for name in self._sources(value)}))
+        self.made_of |= dict.fromkeys(node.outputs, made_of)
         for value in inputs:
             if all(user in self.nodes for user, _ in value.uses()):
                 self.values.pop(value, None)
+
+    def _sources(self, value: ir.Value) -> tuple[str, ...]:
+        """Names of the initializers behind a constant."""
+        if value in self.made_of:
+            return self.made_of[value]
+        producer = value.producer()
+        if producer is None:
+            return made_of(value) or (str(value.name),)
+        return tuple(name for before in _inputs(producer) for name in self._sources(before))
 
     def _compute(self, node: ir.Node, known: dict[ir.Value, Array]) -> bool:
         """Adds the node's outputs to `known`, and those of the nodes before it; False where that is not to be had."""
@@ -237,11 +250,18 @@ def _model_of_one(node: ir.Node, feeds: Mapping[str, Array], model: ir.Model) ->
     return helper.make_model(graph, opset_imports=[opset], ir_version=model.ir_version)
 
 
-def _replace(value: ir.Value, array: Array, graph: ir.Graph) -> None:
+def made_of(value: ir.Value) -> tuple[str, ...]:
+    """Names of the initializers that a folded one was computed from; () for any other value."""
+    found: tuple[str, ...] = value.meta.get(_MADE_OF, ())
+    return found
+
+
+def _replace(value: ir.Value, array: Array, graph: ir.Graph, sources: tuple[str, ...]) -> None:
     tensor = ir.tensor(array, name=value.name)
     shape = ir.Shape(array.shape)
     folded = ir.Value(name=value.name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     folded.metadata_props.update(value.metadata_props)
     folded.meta.update(value.meta)
+    folded.meta[_MADE_OF] = sources
     ir.convenience.replace_all_uses_with(value, folded)
     graph.register_initializer(folded)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from vlm_export.bundle.manifest import PartRecord, VariantRecord
 from vlm_export.bundle.opened import OpenBundle
@@ -10,6 +11,7 @@ from vlm_export.errors import InputError, suggestion
 from vlm_export.verify.floor import ELSEWHERE, Floor, FloorJudge, floor_from_json
 from vlm_export.verify.gates import GATES, Gate, gate_name
 from vlm_export.verify.golden import iterate_golden
+from vlm_export.verify.ledger import check_ledger
 from vlm_export.verify.points import EngineRun, PointResult, judge_point
 from vlm_export.verify.report import PartReport
 from vlm_export.verify.verifier import Progress
@@ -41,8 +43,10 @@ def verify_bundle(
     reports = []
     for part, variant in todo:
         gate = _gate(gates, part, variant)
+        unchecked = check_ledger(bundle, variant)
         engine = engine_factory(part.name, variant.precision)
-        reports.append(_verify_variant(bundle, part, variant, engine, gate, engine_name))
+        report = _verify_variant(bundle, part, variant, engine, gate, engine_name)
+        reports.append(replace(report, not_run=(*report.not_run, *unchecked)))
         if progress is not None:
             progress(len(reports), len(todo))
     return reports

@@ -1,0 +1,183 @@
+"""The ledger of weights: where every initializer of a bundle's graphs comes from, and the digest of its values.
+
+`ledger.json` is written at the export. A weight that is replaced later is found, also where the manifest's own digests
+were made anew. Reading needs neither torch nor onnx, and memory stays flat: values are hashed where they are mapped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vlm_export.bundle.onnx_wire import StoredTensor, read_onnx
+from vlm_export.bundle.safe_files import opened_real_file
+from vlm_export.bundle.strict_json import MAX_JSON_BYTES, Fields, json_object_from_bytes
+from vlm_export.errors import InputError
+
+_SCHEMA = 1
+_SPAN_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class CheckpointTensor:
+    """A stored tensor: its key, and what became of it on its way to a parameter, such as "cast from float16"."""
+
+    key: str
+    transformation: str
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """One initializer.
+
+    Attributes:
+        name: in the graph.
+        data_type: the number of TensorProto.DataType.
+        shape: of the values.
+        sha256: of the values as they are stored.
+        parameters: names of the module's parameters that it is made of; none for a constant of the code.
+        transformation: what became of them: "as it is", "transposed", "cast to float16", …
+        checkpoint: the stored tensors that the parameters are made of.
+    """
+
+    name: str
+    data_type: int
+    shape: tuple[int, ...]
+    sha256: str
+    parameters: tuple[str, ...] = ()
+    transformation: str = ""
+    checkpoint: tuple[CheckpointTensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class GraphLedger:
+    """The initializers of one graph, in the order of the file."""
+
+    file: str
+    entries: tuple[LedgerEntry, ...]
+
+
+def graph_entries(root: Path, graph: str) -> tuple[LedgerEntry, ...]:
+    """The initializers of a graph with their digests; nothing is said yet of where they come from.
+
+    Args:
+        root: the bundle.
+        graph: the graph's path relative to it, whose references to data files were checked (`check_graph`).
+
+    Raises:
+        InputError: the file is not a well-formed model, or a data file is not there.
+    """
+    with ExitStack() as stack:
+        data = _mapped(stack, root, graph)
+        files: dict[str, mmap.mmap] = {}
+        tensors = [tensor for tensor in read_onnx(data, str(root / graph)).tensors if tensor.is_initializer]
+        found = []
+        for tensor in reversed(tensors):  # read_onnx takes them from the end
+            digest = hashlib.sha256()
+            for source, start, end in _spans(tensor, data, files, stack, root, posixpath.dirname(graph)):
+                with memoryview(source) as view:
+                    for at in range(start, end, _SPAN_BYTES):
+                        with view[at : min(at + _SPAN_BYTES, end)] as part:
+                            digest.update(part)
+            found.append(LedgerEntry(tensor.name, tensor.data_type, tuple(tensor.dims), digest.hexdigest()))
+    return tuple(found)
+
+
+def _spans(
+    tensor: StoredTensor, data: mmap.mmap, files: dict[str, mmap.mmap], stack: ExitStack, root: Path, folder: str
+) -> Iterator[tuple[mmap.mmap, int, int]]:
+    if not tensor.is_external:
+        yield from ((data, start, end) for start, end in tensor.spans)
+        return
+    stated = dict(tensor.external)
+    name = posixpath.join(folder, stated.get("location", ""))
+    if name not in files:
+        files[name] = _mapped(stack, root, name)
+    start, length = int(stated.get("offset", "0")), int(stated.get("length", "0"))
+    yield files[name], start, min(start + length, len(files[name]))
+
+
+def _mapped(stack: ExitStack, root: Path, name: str) -> mmap.mmap:
+    descriptor = stack.enter_context(opened_real_file(root, name))
+    if os.fstat(descriptor).st_size == 0:
+        raise InputError("a file of a graph is empty", where=str(root / name), fix="export the model again")
+    return stack.enter_context(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
+
+
+def ledger_to_bytes(graphs: Sequence[GraphLedger]) -> bytes:
+    """`ledger.json`: one line for each initializer, so that two ledgers can be compared line by line."""
+    lines = []
+    for graph in graphs:
+        entries = ",\n   ".join(json.dumps(asdict(entry)) for entry in graph.entries)
+        lines.append(f'  {{"file": {json.dumps(graph.file)}, "initializers": [\n   {entries}]}}')
+    return (f'{{"schema": {_SCHEMA}, "graphs": [\n' + ",\n".join(lines) + "]}\n").encode()
+
+
+def ledger_from_bytes(raw: bytes, where: str) -> Mapping[str, GraphLedger]:
+    """Path of a graph → its ledger; InputError where the file is malformed."""
+    if len(raw) > MAX_JSON_BYTES:
+        raise InputError("the ledger is too large", where=where, expected=f"at most {MAX_JSON_BYTES} bytes")
+    fields = Fields(json_object_from_bytes(raw, where), where).only(("schema", "graphs"))
+    fields.integer("schema", _SCHEMA, _SCHEMA)
+    graphs = fields.each("graphs", _graph)
+    return {graph.file: graph for graph in graphs}
+
+
+def _graph(fields: Fields) -> GraphLedger:
+    fields.only(("file", "initializers"))
+    return GraphLedger(fields.text("file"), fields.each("initializers", _entry))
+
+
+def _entry(fields: Fields) -> LedgerEntry:
+    fields.only(("name", "data_type", "shape", "sha256", "parameters", "transformation", "checkpoint"))
+    shape = fields.sequence("shape")
+    if not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise fields.fail("shape", "a list of sizes")
+    return LedgerEntry(
+        fields.text("name"),
+        fields.integer("data_type"),
+        tuple(shape),
+        fields.text("sha256"),
+        fields.texts("parameters"),
+        fields.text("transformation"),
+        fields.each("checkpoint", _checkpoint_tensor),
+    )
+
+
+def _checkpoint_tensor(fields: Fields) -> CheckpointTensor:
+    fields.only(("key", "transformation"))
+    return CheckpointTensor(fields.text("key"), fields.text("transformation"))
+
+
+def ledger_differences(recorded: GraphLedger, found: Sequence[LedgerEntry]) -> list[str]:
+    """What a graph holds and its ledger does not, or the other way round; one phrase each."""
+    expected, present = {entry.name: entry for entry in recorded.entries}, {entry.name: entry for entry in found}
+    differences = [f"{name} is gone" for name in expected if name not in present]
+    differences += [f"{name} was added" for name in present if name not in expected]
+    for name, entry in expected.items():
+        other = present.get(name)
+        if other is None:
+            continue
+        if (entry.data_type, entry.shape) != (other.data_type, other.shape):
+            differences.append(f"{name} has another type or shape: {list(other.shape)} instead of {list(entry.shape)}")
+        elif entry.sha256 != other.sha256:
+            differences.append(f"{_named(entry)} has other values")
+    return differences
+
+
+def _named(entry: LedgerEntry) -> str:
+    keys = ", ".join(tensor.key for tensor in entry.checkpoint)
+    return f"{entry.name} (made of {keys})" if keys else entry.name
+
+
+def summary(differences: Sequence[str], limit: int = 5) -> str:
+    """The first differences, and how many there are."""
+    more = f"; and {len(differences) - limit} more" if len(differences) > limit else ""
+    return "; ".join(differences[:limit]) + more
