@@ -44,7 +44,7 @@ ARROWS = {
 OUTSIDE = {
     "bundle": set[str](),
     "runtime": BASE,
-    "graph": {"numpy", "onnx_ir", "onnx", "onnxruntime", "yaml"},
+    "graph": {"numpy", "onnx_ir", "onnx", "google", "onnxruntime", "yaml"},  # google: protobuf
     "precision": {"numpy", "onnx_ir", "onnx"},
     "verify": BASE - {"onnxruntime", "openvino", "pyarrow", "tqdm"},
     "cli": set[str](),
