@@ -230,9 +230,6 @@ def _huggingface_text(shapes: Shapes, config: Mapping[str, Any]) -> TextSizes:
     section = _section_name(shapes.checkpoint, "text")
     in_section = f"{section}: " if section else ""
     check_token(shapes.checkpoint, f"{in_section}eos_token_id", sizes.end_token_id, vocab_size)
-    for key in ("bos_token_id", "pad_token_id"):
-        if config.get(key) is not None:
-            check_token(shapes.checkpoint, in_section + key, config_integer(config, key, 0), vocab_size)
     check_stated(shapes.checkpoint, section, config, stated_text(sizes))
     return sizes
 

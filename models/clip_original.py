@@ -62,7 +62,7 @@ def original(
     name = "open_clip CLIP" if encoders else ""
     if config is not None:
         preprocess = OpenClipOriginal(config.get("preprocess_cfg") or {})
-        return Original(preprocess, SimpleTokenizerOriginal(), encoders, name, scale)
+        return Original(preprocess, SimpleTokenizerOriginal(None), encoders, name, scale)
     if processor_files(checkpoint):
         return Original(
             TransformersOriginal("clip", "CLIPImageProcessor"), SimpleTokenizerOriginal(), encoders, name, scale

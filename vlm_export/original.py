@@ -56,9 +56,13 @@ class TorchvisionPipeline:
 
 @dataclass(frozen=True)
 class SimpleTokenizerOriginal:
-    """OpenAI's SimpleTokenizer, with the names that its publisher gives the start and end tokens."""
+    """OpenAI's SimpleTokenizer, with the names that its publisher gives the start and end tokens.
 
-    special_tokens: tuple[str, str] = OPENAI_SPECIAL_TOKENS
+    Attributes:
+        special_tokens: these names. None for open_clip's own, with its own vocabulary, whatever stands beside the weights.
+    """
+
+    special_tokens: tuple[str, str] | None = OPENAI_SPECIAL_TOKENS
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ def test_file_size_limit(
     assert (name, status) == ("EnvironmentFailure", 4)
     assert "File too large" in text
     assert "ulimit -f" in text
-    assert "bytes free" in text
+    assert "bytes free" not in text  # The disk is not what is full.
     assert os.listdir(tmp_path) == (["bundle"] if exists else [])
     assert not exists or read_generation(target) == 1
 

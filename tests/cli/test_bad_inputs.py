@@ -89,7 +89,7 @@ def test_verify_with_another_checkpoint(cli: Cli, exported: Path, checkpoint: Pa
         (["export", "{checkpoint}", "-o", "{out}", "--tokenizer", "{out}/none"], ["--tokenizer"]),
         (["export", "{checkpoint}", "-o", "{out}"], ["no tokenizer", "--no-tokenizer"]),
         (["export", "{checkpoint}", "-o", "{checkpoint}", "--no-tokenizer"], ["is a file"]),
-        (["inspect", "nowhere/at/all"], ["no file"]),
+        (["inspect", "nowhere/at/all"], ["no such file"]),
         (["embed", "{pair}", "{pair}/none.png", "-o", "{out}.npy"], ["no such file"]),
         (["embed", "{pair}", "{picture}", "-o", "{out}.csv"], [".npy"]),
         (["classify", "{pair}", "{picture}", "cat", "--template", "no place"], ["{{}}"]),

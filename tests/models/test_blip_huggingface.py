@@ -267,8 +267,12 @@ def test_what_config_json_leaves_out_is_the_default_of_transformers(tmp_path: Pa
 
 def test_weights_alone_do_not_tell_the_heads(tmp_path: Path, build_model: Build) -> None:
     make_huggingface(tmp_path / "model", "BlipForImageTextRetrieval")
+    weights = tmp_path / "model" / "model.safetensors"
+    # The config beside a file that is named is read.
+    assert build_model(weights).family == "blip"
+    (tmp_path / "model" / "config.json").unlink()
     with pytest.raises(InputError, match=r"config\.json") as caught:
-        build_model(tmp_path / "model" / "model.safetensors")
+        build_model(weights)
     assert "directory" in caught.value.fix
 
 

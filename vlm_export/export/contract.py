@@ -287,9 +287,9 @@ def _noted(not_run: list[str]) -> Iterator[None]:
 
 
 def _flat(images: ImagePreparation, edge: int, value: int) -> tuple[float, ...]:
-    """What the original gives for an image of one colour, per channel."""
+    """What the original gives for an image of one colour, per channel, inside of what it may pad."""
     pixels = images.run(Image.new("RGB", (edge, edge), (value, value, value)))
-    return tuple(float(channel) for channel in pixels[:, 0, 0])
+    return tuple(float(channel) for channel in pixels[:, pixels.shape[1] // 2, pixels.shape[2] // 2])
 
 
 def _prepared(

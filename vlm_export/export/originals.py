@@ -299,15 +299,18 @@ def _simple_tokenizer(
     It has the checkpoint's own vocabulary where there is one. A tokenizer.json of another kind than CLIP's byte pairs
     goes through transformers, behind the same cleaning of texts.
     """
-    if "tokenizer.json" in files and not _is_clip_bpe(files["tokenizer.json"]):
+    named = original.special_tokens
+    has_own = named is not None and "tokenizer.json" in files
+    if has_own and not _is_clip_bpe(files["tokenizer.json"]):
         return _cleaned_fast_tokenizer(files["tokenizer.json"], context_length)
     tokenizer = _open_clip("tokenizer").SimpleTokenizer(context_length=context_length)
     ids = tuple(tokenizer.all_special_ids[:2])
     own = ""
-    if "tokenizer.json" in files:
+    if has_own:
         ids = _set_vocabulary(tokenizer, files["tokenizer.json"])
         own = ", on the checkpoint's vocabulary"
-    _name_special_tokens(tokenizer, original.special_tokens, ids)
+    if named is not None:
+        _name_special_tokens(tokenizer, named, ids)
 
     def run(texts: Sequence[str]) -> list[list[int]]:
         rows = [[ids[0], *tokenizer.encode(text), ids[1]] for text in texts]

@@ -178,7 +178,7 @@ def _check_config(bundle: OpenBundle, folder: Path) -> Iterator[ContractCheck]:
         config = import_module("transformers").AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (ImportError, OSError, TypeError, ValueError) as error:
+    except Exception as error:  # the library's own: it has no such image encoder (a ResNet), for instance
         raise NotRunError(f"{layout.CONFIG_NAME}: AutoConfig does not read it: {error}") from error
     compared, failures = config_failures(bundle, config.to_dict())
     yield _check(layout.CONFIG_NAME, "AutoConfig", type(config).__name__, compared, failures)
