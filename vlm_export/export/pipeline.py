@@ -15,6 +15,7 @@ from vlm_export.bundle import layout
 from vlm_export.bundle.environment import check_free_space
 from vlm_export.bundle.ledger import GraphLedger, ledger_to_bytes
 from vlm_export.bundle.manifest import Manifest, PartRecord, VariantRecord
+from vlm_export.bundle.oldest_engine import oldest_onnxruntime
 from vlm_export.bundle.publish import Staging, publication
 from vlm_export.checkpoint.known import KnownCheckpoint
 from vlm_export.checkpoint.store import ScratchStore
@@ -255,6 +256,7 @@ class _Job:
             opset=self.options.opset,
             exporter=self.exporter,
             simplified=written.simplified,
+            oldest_onnxruntime=oldest_onnxruntime(written.paths[0])[0],
             warnings=written.warnings,
             verification=report.to_json(),
         )
