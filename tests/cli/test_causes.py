@@ -22,7 +22,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], None]:
     """Makes `inspect` raise an exception."""
 
     def fail_with(error: Exception) -> None:
-        def run(source: str, revision: str | None) -> Any:
+        def run(*_: Any) -> Any:
             raise error
 
         monkeypatch.setattr(inspect, "_data_from_source", run)
