@@ -82,6 +82,8 @@ _WORDS: tuple[tuple[re.Pattern[str], Cause], ...] = (
     (re.compile(r"can't start new thread|pthread_create|Resource temporarily unavailable"), _THREADS),
 )
 _LONGEST_CHAIN = 16
+# What a message quotes is a name, or comes from a file: it tells of no machine.
+_QUOTED = re.compile(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"|`[^`]*`")
 
 
 def machine_fault(error: BaseException, where: str = "") -> EnvironmentFailure | None:
@@ -91,7 +93,7 @@ def machine_fault(error: BaseException, where: str = "") -> EnvironmentFailure |
         where: the file, or what was being done.
     """
     for link in _chain(error):
-        found = _cause(link)
+        found = _cause(link, where)
         if found is not None:
             what, fix = found
             return EnvironmentFailure(what, where=where or _named_file(link), got=_first_line(link), fix=fix)
@@ -122,14 +124,15 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
 
 
-def _cause(error: BaseException) -> Cause | None:
+def _cause(error: BaseException, where: str) -> Cause | None:
     if isinstance(error, MemoryError):
         return _MEMORY
     if isinstance(error, OSError) and error.errno is not None:
         return CAUSES.get(error.errno)
     if _has_fields(error):
         return None
-    return next((cause for words, cause in _WORDS if words.search(str(error))), None)
+    text = _QUOTED.sub("", str(error).replace(where, "") if where else str(error))
+    return next((cause for words, cause in _WORDS if words.search(text)), None)
 
 
 def _has_fields(error: BaseException) -> bool:

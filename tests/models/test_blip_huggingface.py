@@ -273,7 +273,7 @@ def test_weights_alone_do_not_tell_the_heads(tmp_path: Path, build_model: Build)
     (tmp_path / "model" / "config.json").unlink()
     with pytest.raises(InputError, match=r"config\.json") as caught:
         build_model(weights)
-    assert "directory" in caught.value.fix
+    assert "beside the weights" in caught.value.fix
 
 
 @pytest.mark.parametrize(("kind", "parts"), CLASSES.items())

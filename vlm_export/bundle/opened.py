@@ -21,6 +21,7 @@ from vlm_export.bundle.size_check import check_stated_sizes
 from vlm_export.bundle.strict_json import MAX_JSON_BYTES
 from vlm_export.bundle.target_lock import locked_if_free
 from vlm_export.errors import InputError, UsageError, VlmExportError, suggestion
+from vlm_export.machine_faults import machine_fault
 
 
 class OpenBundle:
@@ -171,7 +172,7 @@ def _recover_interrupted(path: Path) -> None:
                 if free:
                     recover(path)
         except OSError as error:
-            raise InputError(
+            raise machine_fault(error, str(path)) or InputError(
                 "an interrupted export left the bundle under another name",
                 where=str(aside_path(path)),
                 got=f"it cannot be renamed back: {error.strerror}",
@@ -184,7 +185,9 @@ def _check_is_bundle(path: Path) -> None:
         status = os.stat(path)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name.
         got = str(getattr(error, "strerror", None) or error)
-        raise InputError("there is no bundle here", where=str(path), got=got) from error
+        raise machine_fault(error, str(path)) or InputError(
+            "there is no bundle here", where=str(path), got=got
+        ) from error
     if not stat.S_ISDIR(status.st_mode):
         raise InputError(
             "a bundle is a directory, this is a file",

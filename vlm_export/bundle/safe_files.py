@@ -10,7 +10,8 @@ from pathlib import Path
 
 from vlm_export.bundle.hashing import record_from_descriptor
 from vlm_export.bundle.manifest import FileRecord, checked_relative_name
-from vlm_export.errors import InputError
+from vlm_export.errors import InputError, VlmExportError
+from vlm_export.machine_faults import machine_fault
 
 _OPEN_FLAGS = (
     os.O_RDONLY
@@ -76,7 +77,7 @@ def _input_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError("a file of the bundle cannot be read", where=str(path), got=str(error.strerror)) from error
+        raise _unreadable(path, error) from error
 
 
 def _status(path: Path) -> os.stat_result:
@@ -87,7 +88,13 @@ def _status(path: Path) -> os.stat_result:
             "a file of the bundle is missing", where=str(path), fix="copy the whole directory again, or export again"
         ) from error
     except OSError as error:
-        raise InputError("a file of the bundle cannot be read", where=str(path), got=str(error.strerror)) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> VlmExportError:
+    return machine_fault(error, str(path)) or InputError(
+        "a file of the bundle cannot be read", where=str(path), got=str(error.strerror)
+    )
 
 
 def _check_real_file(status: os.stat_result, path: Path) -> None:

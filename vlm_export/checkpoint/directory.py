@@ -22,6 +22,7 @@ from vlm_export.checkpoint.tensors import StoredTensors
 from vlm_export.checkpoint.weights_file import read_weights_file
 from vlm_export.errors import InputError
 from vlm_export.family import CheckpointFormat
+from vlm_export.machine_faults import machine_fault
 from vlm_export.text_display import shown
 
 CONFIG_FILE = "config.json"
@@ -186,7 +187,9 @@ def _weights_in(path: Path) -> list[Path]:
     try:
         files = sorted(file for file in path.iterdir() if file.suffix in _WEIGHT_SUFFIXES and file.is_file())
     except OSError as error:
-        raise InputError("the directory cannot be listed", where=str(path), got=str(error)) from error
+        raise machine_fault(error, str(path)) or InputError(
+            "the directory cannot be listed", where=str(path), got=str(error)
+        ) from error
     return [file for file in files if not _TRAINING_FILE.fullmatch(file.name) and file.name not in ADAPTER_WEIGHTS]
 
 

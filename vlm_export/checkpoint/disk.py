@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
 from vlm_export.errors import EnvironmentFailure
+from vlm_export.machine_faults import machine_fault
 
 
 def check_free(path: Path, needed_bytes: int) -> None:
@@ -17,7 +19,9 @@ def check_free(path: Path, needed_bytes: int) -> None:
 
 def failure_from_write(path: Path, needed_bytes: int, error: OSError) -> EnvironmentFailure:
     """The error for a write that failed although it was asked before: a quota, a size limit, another writer."""
-    return _failure(path, needed_bytes, _free_bytes(path), f"; {error}")
+    if error.errno == errno.ENOSPC:
+        return _failure(path, needed_bytes, _free_bytes(path), f"; {error}")
+    return machine_fault(error, str(path)) or _failure(path, needed_bytes, _free_bytes(path), f"; {error}")
 
 
 def _free_bytes(path: Path) -> int:

@@ -17,6 +17,7 @@ from vlm_export.checkpoint.hashing import Progress, hash_file
 from vlm_export.checkpoint.names import check_plain_name
 from vlm_export.checkpoint.seen_file import see_file
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
+from vlm_export.machine_faults import machine_fault
 
 CACHE_VARIABLE = "VLM_EXPORT_CACHE"
 _TIMEOUT_SECONDS = 30.0
@@ -55,7 +56,7 @@ def fetch_url(url: str, sha256: str | None, progress: Progress | None = None) ->
             if not _is_cached(target, sha256, progress):
                 _download(url, staged.path, target, sha256, progress)
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-        raise EnvironmentFailure(
+        raise machine_fault(error, str(target)) or EnvironmentFailure(
             "the checkpoint cannot be downloaded",
             where=url,
             got=f"{type(error).__name__}: {error}",

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from vlm_export.errors import InputError
+from vlm_export.errors import InputError, VlmExportError
+from vlm_export.machine_faults import machine_fault
 
 # A pipe that took the file's place would block the opening; on regular files the flag does nothing.
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -30,7 +31,8 @@ class SeenFile:
         return str(self.path)
 
     def open(self) -> BinaryIO:
-        """Opens it for reading; InputError when it cannot be read, or is not the file that was seen."""
+        """Opens it for reading; InputError when it cannot be read or is not the file that was seen, EnvironmentFailure
+        where the machine stands in the way."""
         try:
             file = os.fdopen(os.open(self.path, _FLAGS), "rb")
         except OSError as error:
@@ -72,9 +74,11 @@ def see_file(path: Path) -> SeenFile:
     return SeenFile(path, found.st_size, _identity(found))
 
 
-def error_from_unreadable(path: Path, error: OSError) -> InputError:
-    """The error for a file that the system does not let us read."""
-    return InputError("a file of the checkpoint cannot be read", where=str(path), got=str(error))
+def error_from_unreadable(path: Path, error: OSError) -> VlmExportError:
+    """The error for a file that the system does not let us read: the machine's, or the file's."""
+    return machine_fault(error, str(path)) or InputError(
+        "a file of the checkpoint cannot be read", where=str(path), got=str(error)
+    )
 
 
 def _identity(found: os.stat_result) -> tuple[int, int, int]:

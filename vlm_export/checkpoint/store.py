@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vlm_export.checkpoint.disk import check_free, failure_from_write
 from vlm_export.errors import EnvironmentFailure
+from vlm_export.machine_faults import machine_fault
 
 _ALIGNMENT = 64
 _ZEROS = bytes(1 << 20)
@@ -32,7 +33,7 @@ class ScratchStore:
         try:
             self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
         except OSError as error:
-            raise EnvironmentFailure(
+            raise machine_fault(error, str(path)) or EnvironmentFailure(
                 "the scratch file cannot be created",
                 where=str(path),
                 got=str(error),

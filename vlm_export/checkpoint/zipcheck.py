@@ -17,6 +17,7 @@ from vlm_export.checkpoint.identify import ZIP_MAGIC
 from vlm_export.checkpoint.seen_file import SeenFile
 from vlm_export.checkpoint.zip_end import find_central_directory
 from vlm_export.errors import InputError
+from vlm_export.machine_faults import machine_fault
 
 MAX_MEMBERS = 200_000
 MAX_DIRECTORY_BYTES = 16 << 20
@@ -93,7 +94,7 @@ def check_zip(file: SeenFile) -> ZipMembers:
             _check_infos(file, infos)
             members = {info.filename: _locate(file, opened, info, directory_offset) for info in infos}
     except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, OSError, OverflowError) as error:
-        raise InputError(
+        raise machine_fault(error, str(file)) or InputError(
             "the zip archive is cut off or damaged",
             where=str(file),
             got=f"{file.size_bytes} bytes: {error}",

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
+from vlm_export.machine_faults import machine_fault
 from vlm_export.text_display import shown
 
 IMAGE_SUFFIXES = frozenset(
@@ -90,7 +91,9 @@ def existing_path(text: str) -> Path:
     try:
         found = path.exists()
     except OSError as error:
-        raise InputError("a path cannot be looked at", where=text, got=error.strerror or str(error)) from error
+        raise machine_fault(error, text) or InputError(
+            "a path cannot be looked at", where=text, got=error.strerror or str(error)
+        ) from error
     if not found:
         raise UsageError("there is no such file or directory", where=text)
     return path

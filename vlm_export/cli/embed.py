@@ -19,6 +19,7 @@ from vlm_export.cli.common import (
 )
 from vlm_export.cli.output import print_json, print_line, print_warnings
 from vlm_export.errors import InputError, UsageError
+from vlm_export.machine_faults import machine_fault
 
 TEXT_SUFFIX = ".txt"
 _BATCH_SIZE = 32
@@ -168,7 +169,9 @@ def _lines(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise InputError("a text file is not UTF-8", where=str(path), got=str(error)) from error
     except OSError as error:
-        raise InputError("a text file cannot be read", where=str(path), got=error.strerror or str(error)) from error
+        raise machine_fault(error, str(path)) or InputError(
+            "a text file cannot be read", where=str(path), got=error.strerror or str(error)
+        ) from error
     kept = [line for line in lines if line]
     if not kept:
         raise InputError("the text file has no lines", where=str(path))

@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from vlm_export.errors import InputError
+from vlm_export.machine_faults import machine_fault
 
 START_TOKEN = "<|startoftext|>"
 END_TOKEN = "<|endoftext|>"
@@ -99,7 +100,9 @@ def read_bounded(path: Path) -> bytes:
         with path.open("rb") as file:
             raw = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise InputError("a tokenizer file cannot be read", where=str(path), got=str(error)) from error
+        raise machine_fault(error, str(path)) or InputError(
+            "a tokenizer file cannot be read", where=str(path), got=str(error)
+        ) from error
     if len(raw) > MAX_FILE_BYTES:
         raise InputError("a tokenizer file is too large", where=str(path), expected=f"at most {MAX_FILE_BYTES:,} bytes")
     return raw

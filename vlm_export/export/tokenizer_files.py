@@ -39,6 +39,7 @@ from vlm_export.export.tokenizer_parts import (
     vocab_checked,
 )
 from vlm_export.export.wordpiece import BERT_VOCAB_SIZE, has_room, is_wordpiece_vocab, wordpiece_fitted
+from vlm_export.machine_faults import machine_fault
 from vlm_export.runtime.rust_tokenizer import bounded_tokenizer, ids_around, tokenizer_from_json
 from vlm_export.runtime.text import check_unicode
 from vlm_export.specs import Origins, TextSpec
@@ -316,6 +317,9 @@ def _files_from_option(path: Path) -> dict[str, Path]:
             return {file.name: file for file in sorted(path.iterdir()) if file.is_file()}
         got = "" if path.is_file() else "no such file or directory"
     except OSError as error:
+        fault = machine_fault(error, str(path))
+        if fault is not None:
+            raise fault from error
         got = str(error)
     if got:
         raise UsageError("--tokenizer names nothing that can be read", where=str(path), got=got, fix=_FIX)

@@ -11,6 +11,7 @@ import yaml
 from vlm_export.errors import UsageError, suggestion
 from vlm_export.graph.verb_arguments import value_from_yaml
 from vlm_export.graph.verbs import BY_NAME, Verb
+from vlm_export.machine_faults import machine_fault
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -66,7 +67,9 @@ def read_recipe(path: Path) -> list[Step]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError("the recipe cannot be read", where=str(path), got=str(error)) from error
+        raise machine_fault(error, str(path)) or UsageError(
+            "the recipe cannot be read", where=str(path), got=str(error)
+        ) from error
     try:
         data = yaml.load(text, _Loader)
     # Its constructors raise what int, datetime and others raise, too.

@@ -28,6 +28,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from vlm_export.errors import EnvironmentFailure, InputError, VlmExportError
+from vlm_export.machine_faults import machine_fault
 from vlm_export.specs import Crop, ImageSpec
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
@@ -83,7 +84,7 @@ def open_image(source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_
 
     Raises:
         InputError: missing, not a picture of FORMATS, truncated or too large.
-        EnvironmentFailure: there is no memory to decode it.
+        EnvironmentFailure: there is no memory to decode it, or the machine stands in the way otherwise.
     """
     if isinstance(source, bytes):
         return _decode(io.BytesIO(source), max_pixels, name or "picture from memory")
@@ -97,7 +98,7 @@ def open_image(source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_
     except IsADirectoryError as error:
         raise _unreadable(name, "a directory") from error
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name.
-        raise _unreadable(name, str(error)) from error
+        raise machine_fault(error, name) or _unreadable(name, str(error)) from error
 
 
 def read_stream(stream: BinaryIO, name: str) -> bytes:
@@ -107,7 +108,7 @@ def read_stream(stream: BinaryIO, name: str) -> bytes:
             stream.seek(0)
         content = stream.read(MAX_STREAM_BYTES + 1)
     except (AttributeError, OSError, TypeError, ValueError) as error:
-        raise _unreadable(name, str(error)) from error
+        raise machine_fault(error, name) or _unreadable(name, str(error)) from error
     if not isinstance(content, bytes):
         raise _unreadable(name, f"a stream of {type(content).__name__}")
     if len(content) > MAX_STREAM_BYTES:
@@ -130,7 +131,7 @@ def named_decoding(name: str, expected: str, describe: Callable[[Exception], str
     except MemoryError as error:
         raise EnvironmentFailure("not enough memory to decode a picture", where=name) from error
     except Exception as error:
-        raise InputError(
+        raise machine_fault(error, name) or InputError(
             "a picture cannot be decoded",
             where=name,
             expected=expected,
@@ -171,7 +172,7 @@ def preprocess_image(
         if spec.rgb_stage == "after_crop":
             square = _converted(square, spec)
     except (OSError, ValueError) as error:
-        raise InputError(
+        raise machine_fault(error, name) or InputError(
             "a picture cannot be converted to RGB",
             where=name,
             expected="a picture that Pillow resizes and converts",

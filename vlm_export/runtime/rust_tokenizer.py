@@ -10,6 +10,7 @@ from math import prod
 from typing import Any
 
 from vlm_export.errors import InputError
+from vlm_export.machine_faults import machine_fault
 from vlm_export.runtime.panic_text import panics_held
 from vlm_export.specs import TextSpec
 
@@ -31,17 +32,20 @@ def named_failures(what: str, where: str, expected: str = "") -> Iterator[None]:
 
     Raises:
         InputError: either of the two, as `what`.
+        EnvironmentFailure: the machine stands in the way.
     """
     try:
         with panics_held():
             yield
-    except (InputError, MemoryError):
+    except InputError:
         raise
     except BaseException as error:
         # pyo3's PanicException is none of Exception, and has no importable name.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise InputError(what, where=where, expected=expected, got=str(error), fix=_RIGHT_TOKENIZER) from error
+        raise machine_fault(error, where) or InputError(
+            what, where=where, expected=expected, got=str(error), fix=_RIGHT_TOKENIZER
+        ) from error
 
 
 def tokenizer_from_json(text: str, spec: TextSpec, where: str) -> Any:

@@ -131,6 +131,9 @@ def read_embeddings(path: str | Path) -> Embeddings:
     try:
         got = "" if source.is_file() else "no such file"
     except OSError as error:  # a name that is too long, a directory that may not be entered
+        fault = machine_fault(error, str(source))
+        if fault is not None:
+            raise fault from error
         got = str(error)
     if got:
         raise InputError("there are no embeddings", where=str(source), got=got, fix="vlm-export embed … -o")
@@ -239,7 +242,8 @@ def _reading_npy(source: Path) -> Iterator[BinaryIO]:
             yield file
     # numpy's reader of headers is Python's parser: it fails in all of these ways.
     except (OSError, ValueError, EOFError, RecursionError, MemoryError, SyntaxError, TypeError, TokenError) as error:
-        raise InputError(
+        fault = machine_fault(error, str(source)) if isinstance(error, OSError) else None
+        raise fault or InputError(
             "the embeddings cannot be read",
             where=str(source),
             expected="a file of `vlm-export embed`",

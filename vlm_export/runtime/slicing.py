@@ -11,6 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from vlm_export.errors import InputError
+from vlm_export.machine_faults import machine_fault
 from vlm_export.runtime.image import FloatArray
 from vlm_export.runtime.slice_plan import SlicePlan, plan_slices
 from vlm_export.slice_spec import SliceSpec
@@ -58,7 +59,7 @@ def rgb_picture(image: Image.Image, *, name: str = "picture") -> Image.Image:
     try:
         return image.convert("RGB")
     except (OSError, ValueError) as error:
-        raise InputError(
+        raise machine_fault(error, name) or InputError(
             "a picture cannot be converted to RGB",
             where=name,
             expected="a picture that Pillow converts",

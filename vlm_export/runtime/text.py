@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlm_export.errors import InputError, UsageError
+from vlm_export.machine_faults import machine_fault
 from vlm_export.runtime.rust_tokenizer import named_failures, tokenizer_from_json
 from vlm_export.specs import TextSpec
 
@@ -254,7 +255,9 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError("the tokenizer cannot be read", where=str(path), got=str(error)) from error
+        raise machine_fault(error, str(path)) or InputError(
+            "the tokenizer cannot be read", where=str(path), got=str(error)
+        ) from error
 
 
 def _special_ids(rust: Any) -> dict[str, int]:
