@@ -59,7 +59,7 @@ class SimpleTokenizerOriginal:
     """OpenAI's SimpleTokenizer, with the names that its publisher gives the start and end tokens.
 
     Attributes:
-        special_tokens: these names. None for open_clip's own, with its own vocabulary, whatever stands beside the weights.
+        special_tokens: these names. None for open_clip's own, with its own vocabulary, whatever tokenizer.json says.
     """
 
     special_tokens: tuple[str, str] | None = OPENAI_SPECIAL_TOKENS

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from onnx import TensorProto, helper
 
 from vlm_export import load
 from vlm_export.errors import InputError
@@ -76,8 +74,12 @@ def test_vectors_of_another_size_than_the_query(written: Path) -> None:
         search_embeddings(read_embeddings(written), np.ones(5, np.float32), 1)
 
 
+@pytest.mark.needs_torch
 def test_a_graph_of_another_width_than_the_manifest_states(data: Path, tmp_path: Path) -> None:
     """The width is no axis of the graph, so that nothing knows it before it runs."""
+    import onnx
+    from onnx import TensorProto, helper
+
     bundle = Path(shutil.copytree(data / "runtime" / "tiny_bundle", tmp_path / "pair"))
     value = helper.make_tensor_value_info
     nodes = [

@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
 
 from vlm_export.bundle.oldest_engine import oldest_onnxruntime
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
@@ -102,11 +100,15 @@ def test_zero_pad_before_max_pool_keeps_its_zeros(exact: bool, tmp_path: Path) -
     assert values[0, 0].tolist() == [[0, 0, 0, 0], [0, -1, -1, 0], [0, -1, -1, 0], [0, 0, 0, 0]]
 
 
+@pytest.mark.needs_torch
 @pytest.mark.parametrize(("opset", "ir_version", "needed"), [(17, 8, "1.15.1"), (18, 10, "1.18.0"), (23, 10, "1.23.0")])
 def test_an_onnxruntime_that_is_too_old_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opset: int, ir_version: int, needed: str
 ) -> None:
     """Measured: see `oldest_engine`. The failure of an old release is played."""
+    import onnx
+    from onnx import TensorProto, helper
+
     value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
     graph = helper.make_graph(
         [helper.make_node("Relu", ["x"], ["y"])],

@@ -86,8 +86,8 @@ def test_every_kind_of_picture(pair: EncoderPair, path: Path) -> None:
         (np.zeros((0, 4, 3), np.uint8), "uint8 (0, 4, 3)"),
         (io.StringIO("text"), "stream of str"),
         ([b""], "picture 0"),
-        ("a\0b.png", "a\0b.png"),
-        ("x" * 5000, "x" * 5000),
+        ("a\0b.png", "a\\x00b.png"),
+        ("x" * 5000, "x" * 3000),
     ],
 )
 def test_what_is_no_picture_is_refused(pair: EncoderPair, given: Any, words: str) -> None:

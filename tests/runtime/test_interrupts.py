@@ -9,13 +9,13 @@ import threading
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
 
 from vlm_export.interrupts import run_interruptibly
 from vlm_export.runtime.engine import OrtEngine
 
+# The graphs are made with onnx.
+pytestmark = pytest.mark.needs_torch
 TIMEOUT = 120
 # Says when the engine starts to compute; what `stop` then does comes from the engine or from the test.
 PRELUDE = """
@@ -60,6 +60,9 @@ except KeyboardInterrupt:
 
 def endless(path: Path) -> Path:
     """A loop that takes 2^63 - 1 turns."""
+    import onnx
+    from onnx import TensorProto, helper
+
     value = helper.make_tensor_value_info
     body = helper.make_graph(
         [

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from open_clip.tokenizer import SimpleTokenizer
 
 from vlm_export.errors import InputError
 from vlm_export.export.tokenizer_files import find_open_clip_merges, tokenizer_json_from_bpe_merges
@@ -49,7 +48,10 @@ def open_clip_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.needs_torch
 def test_ids_are_those_of_open_clip(open_clip_json: Path) -> None:
+    from open_clip.tokenizer import SimpleTokenizer
+
     ours = Tokenizer(open_clip_json, OPEN_CLIP).encode(ODD, truncate=True, pad_to=77)
     np.testing.assert_array_equal(ours, SimpleTokenizer()(list(ODD)).numpy())
 
