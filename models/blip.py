@@ -37,9 +37,10 @@ from vlm_export.models.image_processor import (
     transformers_image,
     with_chosen_size,
 )
-from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD, apply_image_size
+from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD, apply_image_size, config_of_size
 from vlm_export.models.shapes import config_section
 from vlm_export.models.weights import Target, load_weights, published_tensors
+from vlm_export.original import Original, TorchvisionPipeline, TransformersOriginal
 from vlm_export.specs import Origins, TextSpec, torchvision_image_spec
 
 # Where the original truncates captions for retrieval (train_retrieval.py) and questions (blip_vqa.py).
@@ -102,11 +103,12 @@ class BlipFamily:
             parts=parts,
             image=image,
             text=_text_spec(architecture),
-            hub_config=checkpoint.config or _config_from_architecture(architecture),
+            hub_config=config_of_size(checkpoint.config or _config_from_architecture(architecture), image_size),
             facts=_facts(architecture),
             dropped_keys=dropped,
             references={part.name: partial(reference_from_module, part) for part in parts},
             reference_name="unpatched eager module",
+            original=_original(architecture, checkpoint),
             origins=origins | _text_origins(architecture, checkpoint),
             reserved_rows=_reserved_rows(architecture),
             with_tokenizer=_with_tokenizer,
@@ -149,6 +151,24 @@ def _notes(architecture: BlipArchitecture, checkpoint: Checkpoint) -> Iterator[s
         yield f"{len(leftovers)} tensors of training (momentum copies, queues) are left aside"
     if architecture.key_names == "huggingface":
         yield "as in transformers, texts keep [CLS] as their first token; Salesforce's files take [ENC]"
+
+
+def _original(architecture: BlipArchitecture, checkpoint: Checkpoint) -> Original:
+    """Who prepares inputs: transformers, or the transform and the tokenizer of salesforce/BLIP."""
+    classes = TransformersOriginal("blip", "BlipImageProcessor")
+    if architecture.key_names == "huggingface":
+        return Original(classes, classes)
+    transform = TorchvisionPipeline(
+        "load_demo_image of salesforce/BLIP demo.ipynb, by torchvision",
+        "bicubic",
+        crop=False,
+        rgb_first=True,
+        mean=IMAGE_MEAN,
+        std=IMAGE_STD,
+    )
+    images = classes if processor_files(checkpoint) else transform
+    # `init_tokenizer` of the original: transformers' BertTokenizer with two more tokens.
+    return Original(images, replace(classes, added_tokens=("[DEC]", "[ENC]")))
 
 
 def _image(architecture: BlipArchitecture, image_size: int, checkpoint: Checkpoint) -> Prepared:

@@ -33,7 +33,7 @@ from vlm_export.family import (
     WeightStore,
     reference_from_module,
 )
-from vlm_export.models import clip_architecture, clip_open, clip_weights
+from vlm_export.models import clip_architecture, clip_open, clip_original, clip_weights
 from vlm_export.models.clip_architecture import (
     ClipArchitecture,
     ResNetSizes,
@@ -56,6 +56,7 @@ from vlm_export.models.pictures import (
     IMAGE_STD,
     PictureExamples,
     apply_image_size,
+    config_of_size,
     picture_shape,
 )
 from vlm_export.models.token_ids import EDGES, random_ids
@@ -128,12 +129,16 @@ class ClipFamily:
             parts=parts,
             image=image,
             text=_text_spec(architecture, checkpoint),
-            hub_config=(checkpoint.config if huggingface else None) or _config_from_architecture(architecture),
+            hub_config=config_of_size(
+                (checkpoint.config if huggingface else None) or _config_from_architecture(architecture),
+                None if architecture.vision is None else architecture.vision.image_size,
+            ),
             facts=_facts(architecture, encoders),
             dropped_keys=dropped,
             references={part.name: partial(build_reference, part) for part in parts},
             reference_name=f"transformers {_class_name(architecture)}" if huggingface else "unpatched eager module",
             warnings=clip_open.assumptions(checkpoint, architecture, options),
+            original=clip_original.original(checkpoint, published, parts, store, options),
             origins=origins | _text_origins(architecture, checkpoint),
         )
 

@@ -35,6 +35,7 @@ from vlm_export.models.nanovlm_architecture import (
 from vlm_export.models.nanovlm_parts import build_modules, build_parts
 from vlm_export.models.nanovlm_weights import EMBEDDING_KEY, HEAD_KEY, check_tied, weight_table
 from vlm_export.models.weights import load_weights, published_tensors
+from vlm_export.original import Original, TorchvisionPipeline, TransformersOriginal
 from vlm_export.specs import ImageSpec, Origins, TextSpec, torchvision_image_spec
 
 # What the original's `generate` draws from, in every version.
@@ -96,6 +97,7 @@ class NanoVlmFamily:
             dropped_keys=dropped,
             references={part.name: partial(reference_from_module, part) for part in parts},
             reference_name="unpatched eager module",
+            original=_original(architecture),
             origins=_origins(architecture),
         )
 
@@ -131,6 +133,23 @@ def _image_spec(architecture: NanoVlmArchitecture) -> ImageSpec | None:
 def _origins(architecture: NanoVlmArchitecture) -> Origins:
     image = _image_spec(architecture)
     return Origins({} if image is None else same_origin(image, "huggingface/nanoVLM data/processors.py"))
+
+
+def _original(architecture: NanoVlmArchitecture) -> Original:
+    """Who prepares inputs: torchvision as the original's `get_image_processor` uses it, and transformers' tokenizer.
+
+    Tiles are cut by the original's own code, which is not run; recorded outputs of it stand in the tests.
+    """
+    transform = TorchvisionPipeline(
+        "get_image_processor of huggingface/nanoVLM data/processors.py, by torchvision",
+        "bilinear",
+        crop=False,
+        rgb_first=True,
+        mean=None,
+        std=None,
+    )
+    tokenizer = TransformersOriginal("llama", "", tuple(architecture.chat.extra_tokens.values()))
+    return Original(None if architecture.chat.layout == "tiles" else transform, tokenizer)
 
 
 def _text_spec(architecture: NanoVlmArchitecture) -> TextSpec:

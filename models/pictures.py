@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -61,6 +62,14 @@ def apply_image_size(vision: nn.Module, image_size: int, options: BuildOptions) 
         vision.resize(options.image_size)
     vision.dynamic_image_size = options.dynamic_image_size
     return options.image_size or image_size
+
+
+def config_of_size(config: Mapping[str, Any], image_size: int | None) -> dict[str, Any]:
+    """A `config.json` that states the size that the image encoder has now; None without one."""
+    vision = config.get("vision_config")
+    if image_size is None or not isinstance(vision, Mapping) or vision.get("image_size", image_size) == image_size:
+        return dict(config)
+    return {**config, "vision_config": {**vision, "image_size": image_size}}
 
 
 def _check_image_size(size: object, patch: int) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from vlm_export.original import Original
 from vlm_export.signature import Signature
 from vlm_export.specs import ImageSpec, Origins, TextSpec
 
@@ -157,6 +158,7 @@ class Model:
         references: part name → loads the Reference; called only by verification.
         reference_name: who computes the Reference, for the manifest.
         warnings: what is assumed because neither the checkpoint nor the options say it.
+        original: what the proof of the contract runs.
         notes: what was decided while the checkpoint was read; one sentence each.
         reserved_rows: rows of the embedding table that the model's own code uses, while its tokenizer has no token for
             them.
@@ -175,6 +177,7 @@ class Model:
     references: Mapping[str, Callable[[], Reference]]
     reference_name: str
     warnings: tuple[str, ...] = ()
+    original: Original = field(default_factory=Original)
     notes: tuple[str, ...] = ()
     reserved_rows: int = 0
     with_tokenizer: Callable[[Model, TokenizerIds], Model] = lambda model, _: model

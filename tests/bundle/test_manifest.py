@@ -81,6 +81,7 @@ variants = st.builds(
     opset=st.integers(11, 23),
     exporter=texts,
     simplified=st.booleans(),
+    oldest_onnxruntime=st.sampled_from(["1.15.1", "1.23.0"]),
     warnings=st.lists(texts, max_size=2).map(tuple),
     verification=st.one_of(st.none(), json_objects),
 )

@@ -34,7 +34,8 @@ def test_inspect_a_bundle(cli: Cli, exported: Path) -> None:
     assert (data["what"], data["family"], data["source"]) == ("bundle", "clip", "state_dict_fp16.pt")
     (variant,) = data["parts"][0]["variants"]
     assert (variant["precision"], variant["opset"], variant["verification"]) == ("fp32", 17, {"passed": True})
-    assert "fp32 opset 17 (torchscript)" in cli("inspect", exported).out
+    assert variant["oldest_onnxruntime"] == "1.15.1"
+    assert "fp32 opset 17 (torchscript), ONNX Runtime ≥ 1.15.1" in cli("inspect", exported).out
 
 
 def test_export_prints_a_table_and_its_progress(

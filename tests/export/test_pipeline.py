@@ -318,6 +318,6 @@ def test_stages_are_timed(tmp_path: Path, checkpoint: Path) -> None:
     steps = ["export", "simplify", "load reference of", "write", "verify", "record golden of"]
     expected = [f"{step} {part}" for part in ("vision", "text") for step in steps]
     names = [record.name for record in stages.records]
-    assert sorted(names) == sorted(["read", "load weights", *expected, "publish"])
+    assert sorted(names) == sorted(["read", "load weights", *expected, "prove contract", "publish"])
     assert (names[:3], names[-1]) == (["read", "load weights", "export vision"], "publish")
     assert all(record.seconds >= 0 for record in stages.records)

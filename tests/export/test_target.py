@@ -34,7 +34,8 @@ def test_target(target: Target | None, checkpoint: Path, tmp_path: Path) -> None
     assert bundle.manifest.facts["target"] == target
     vision = ir.load(bundle.model_files(bundle.manifest.part("vision").variant("fp32")))
     assert ("Resize" in {node.op_type for node in vision.graph}) == (target == "onnxruntime")
-    reports = verify_against_source(bundle, str(checkpoint), (CPU,), 1, Stages())
+    reports, contract = verify_against_source(bundle, str(checkpoint), (CPU,), 1, Stages())
+    assert contract.passed, contract.to_json()
     assert [report.part for report in reports] == ["vision", "text"]
     assert all(report.passed for report in reports)
 
@@ -44,7 +45,8 @@ def test_chosen_parts(checkpoint: Path, tmp_path: Path) -> None:
     export_bundle(str(checkpoint), tmp_path / "bundle", replace(options, parts=("text",)))
     bundle = open_bundle(tmp_path / "bundle")
     assert [part.name for part in bundle.manifest.parts] == ["text"]
-    reports = verify_against_source(bundle, str(checkpoint), (CPU,), 1, Stages())
+    reports, contract = verify_against_source(bundle, str(checkpoint), (CPU,), 1, Stages())
+    assert contract.passed, contract.to_json()
     assert [report.part for report in reports] == ["text"]
     with pytest.raises(UsageError, match="no part 'texts'"):
         export_bundle(str(checkpoint), tmp_path / "other", replace(options, parts=("texts",)))
@@ -54,6 +56,7 @@ def test_chosen_parts(checkpoint: Path, tmp_path: Path) -> None:
 def test_the_preprocessing_part_is_verified_against_the_source_too(checkpoint: Path, tmp_path: Path) -> None:
     options = ExportOptions(opset=17, exporter="torchscript", with_tokenizer=False, with_preprocessing=True, threads=1)
     export_bundle(str(checkpoint), tmp_path / "bundle", options)
-    reports = verify_against_source(open_bundle(tmp_path / "bundle"), str(checkpoint), (CPU,), 1, Stages())
+    reports, contract = verify_against_source(open_bundle(tmp_path / "bundle"), str(checkpoint), (CPU,), 1, Stages())
+    assert contract.passed, contract.to_json()
     assert [report.part for report in reports] == ["vision", "text", "vision_from_uint8"]
     assert all(report.passed for report in reports)

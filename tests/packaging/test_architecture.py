@@ -17,7 +17,7 @@ MAX_FUNCTION_LINES = 60
 BASE = {"PIL", "ftfy", "numpy", "onnxruntime", "openvino", "pyarrow", "tokenizers", "tqdm"}
 TORCH = {"torch", "torchvision", "transformers", "timm"}
 TYPES = {"vlm_export", "vlm_export.errors", "vlm_export.signature", "vlm_export.specs", "vlm_export.slice_spec"}
-TYPES |= {"vlm_export.tile_spec"}
+TYPES |= {"vlm_export.original", "vlm_export.tile_spec"}
 # What every area may use: foreign text shown, faults of the machine told, and interrupts.
 TYPES |= {"vlm_export.text_display", "vlm_export.machine_faults", "vlm_export.interrupts"}
 # Folder or module → the parts of vlm_export that it may import besides itself.
@@ -31,6 +31,7 @@ ARROWS = {
     "slice_spec.py": TYPES,
     "tile_spec.py": TYPES,
     "family.py": TYPES,
+    "original.py": TYPES,
     "bundle": TYPES | {"vlm_export.interrupts"},
     "runtime": TYPES | {"vlm_export.bundle"},
     "graph": TYPES | {"vlm_export.bundle"},
@@ -43,7 +44,7 @@ ARROWS = {
 OUTSIDE = {
     "bundle": set[str](),
     "runtime": BASE,
-    "graph": {"numpy", "onnx_ir", "onnx", "onnxruntime", "yaml"},
+    "graph": {"numpy", "onnx_ir", "onnx", "google", "onnxruntime", "yaml"},  # google: protobuf
     "precision": {"numpy", "onnx_ir", "onnx"},
     "verify": BASE - {"onnxruntime", "openvino", "pyarrow", "tqdm"},
     "cli": set[str](),

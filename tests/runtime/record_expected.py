@@ -18,6 +18,7 @@ from PIL import Image
 from torchvision import transforms
 
 from vlm_export.bundle.manifest import Manifest, PartRecord, SourceRecord, VariantRecord
+from vlm_export.bundle.oldest_engine import oldest_onnxruntime
 from vlm_export.bundle.publish import publication
 from vlm_export.export.clip_bpe import END_TOKEN, START_TOKEN, tokenizer_json_from_vocab
 from vlm_export.models import clip, clip_encoders, pictures
@@ -181,7 +182,19 @@ def record_bundle() -> None:
                 dynamic_axes=signature.dynamic_axes(),
             )
             records.append(
-                PartRecord(name, signature, (VariantRecord("fp32", file, opset=17, exporter="torchscript"),))
+                PartRecord(
+                    name,
+                    signature,
+                    (
+                        VariantRecord(
+                            "fp32",
+                            file,
+                            opset=17,
+                            exporter="torchscript",
+                            oldest_onnxruntime=oldest_onnxruntime(staging.path / file)[0],
+                        ),
+                    ),
+                )
             )
         staging.file("tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
         staging.commit(

@@ -18,6 +18,8 @@ GRAPH_DIRECTORY = "onnx"
 CONFIG_NAME = "config.json"
 PREPROCESSOR_NAME = "preprocessor_config.json"
 TOKENIZER_NAME = "tokenizer.json"
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+CONTRACT_DIRECTORY = "golden/contract"
 LEDGER_NAME = "ledger.json"
 
 PRECISION_SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}

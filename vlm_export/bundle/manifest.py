@@ -25,6 +25,7 @@ SCHEMA_VERSION = 1
 # In the order in which a bundle is used by those who do not choose.
 PRECISIONS = ("fp32", "fp16", "int8")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_RELEASE = re.compile(r"[0-9]{1,4}(\.[0-9]{1,4}){2}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\\:]")
 
 
@@ -88,6 +89,7 @@ class VariantRecord:
         file: the graph, relative to the bundle.
         external_data: the graph's weight files, relative to the bundle.
         opset, exporter, simplified: how the graph was made.
+        oldest_onnxruntime: the oldest release of ONNX Runtime that loads the graph (`bundle/oldest_engine.py`).
         warnings: what the user should know about this graph.
         verification: the comparison with the Reference as JSON data, or None when there was none.
     """
@@ -98,6 +100,7 @@ class VariantRecord:
     opset: int = 18
     exporter: str = "dynamo"
     simplified: bool = False
+    oldest_onnxruntime: str = "1.18.0"
     warnings: tuple[str, ...] = ()
     verification: Mapping[str, Any] | None = None
 
@@ -109,6 +112,7 @@ class VariantRecord:
             "opset": self.opset,
             "exporter": self.exporter,
             "simplified": self.simplified,
+            "oldest_onnxruntime": self.oldest_onnxruntime,
             "warnings": list(self.warnings),
             "verification": None if self.verification is None else dict(self.verification),
         }
@@ -302,6 +306,13 @@ def _sha256(fields: Fields) -> str:
     return text
 
 
+def _release(fields: Fields, name: str) -> str:
+    text = fields.text(name)
+    if not _RELEASE.fullmatch(text):
+        raise fields.fail(name, "a release, as 1.23.0")
+    return text
+
+
 def _file_from_fields(fields: Fields) -> FileRecord:
     fields.only(_names(FileRecord))
     return FileRecord(fields.integer("size_bytes"), _sha256(fields))
@@ -339,6 +350,7 @@ def _variant_from_fields(fields: Fields) -> VariantRecord:
         opset=fields.integer("opset", minimum=1),
         exporter=fields.text("exporter"),
         simplified=fields.boolean("simplified"),
+        oldest_onnxruntime=_release(fields, "oldest_onnxruntime"),
         warnings=fields.texts("warnings"),
         verification=None if fields.data["verification"] is None else fields.mapping("verification"),
     )

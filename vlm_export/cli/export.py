@@ -139,6 +139,7 @@ def _json_from_result(args: argparse.Namespace, result: ExportResult, stages: St
     return {
         "bundle": args.output,
         "verification": [report.to_json() for report in result.reports],
+        "contract": result.contract.to_json(),
         "stages": [
             {"name": r.name, "seconds": round(r.seconds, 4), "peak_anonymous_bytes": r.peak_anonymous_bytes}
             for r in stages.records
@@ -151,7 +152,7 @@ def _print_result(output: str, result: ExportResult) -> None:
     from vlm_export.verify.table import format_table
 
     manifest = result.manifest
-    print_text(format_table(result.reports))
+    print_text(format_table(result.reports, result.contract))
     for part in manifest.parts:
         for variant in part.variants:
             for warning in variant.warnings:

@@ -234,4 +234,7 @@ def _signature_text(signature: Mapping[str, Any]) -> str:
 def _detail(part: Mapping[str, Any]) -> str:
     if "parameters" in part:
         return f"{part['parameters']:,} parameters"
-    return ", ".join(f"{v['precision']} opset {v['opset']} ({v['exporter']})" for v in part["variants"])
+    return ", ".join(
+        f"{v['precision']} opset {v['opset']} ({v['exporter']}), ONNX Runtime ≥ {v['oldest_onnxruntime']}"
+        for v in part["variants"]
+    )

@@ -14,6 +14,7 @@ from vlm_export.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
     from vlm_export.bundle.opened import OpenBundle
+    from vlm_export.verify.contract import ContractReport
     from vlm_export.verify.report import PartReport
 
 
@@ -40,28 +41,37 @@ def run(args: argparse.Namespace) -> int:
     if args.base and not args.source:
         raise UsageError("--base goes with --source", got="--base alone", fix="name the adapter with --source")
     bundle = open_bundle(Path(args.bundle))
-    reports = _against_source(args, bundle) if args.source else _against_golden(args, bundle)
+    reports, contract = _against_source(args, bundle) if args.source else _against_golden(args, bundle)
     if not reports:
         raise VerificationError(
             "nothing was compared, so nothing is proved", where=args.bundle, fix="export the model again"
         )
     if args.json:
-        return _print_json(reports)
+        return _print_json(reports, contract)
     from vlm_export.verify.table import format_table
 
     with suppress(BrokenPipeError):
-        print_text(format_table(reports))
-    for report in reports:
-        report.raise_if_failed()
+        print_text(format_table(reports, contract))
+    _raise_if_failed(reports, contract)
     return 0
 
 
-def _print_json(reports: list[PartReport]) -> int:
+def _raise_if_failed(reports: list[PartReport], contract: ContractReport) -> None:
+    """VerificationError for the first that failed; the contract's names the file, so it comes first."""
+    contract.raise_if_failed()
+    for report in reports:
+        report.raise_if_failed()
+
+
+def _print_json(reports: list[PartReport], contract: ContractReport) -> int:
     """One document in either case: a failure's is the error with the reports."""
-    result: dict[str, Any] = {"passed": True, "verification": [report.to_json() for report in reports]}
+    result: dict[str, Any] = {
+        "passed": True,
+        "verification": [report.to_json() for report in reports],
+        "contract": contract.to_json(),
+    }
     try:
-        for report in reports:
-            report.raise_if_failed()
+        _raise_if_failed(reports, contract)
     except VerificationError as error:
         print(f"vlm-export: {error}", file=sys.stderr)
         print_json({**error.to_json(), **result, "passed": False})
@@ -70,7 +80,8 @@ def _print_json(reports: list[PartReport]) -> int:
     return 0
 
 
-def _against_golden(args: argparse.Namespace, bundle: OpenBundle) -> list[PartReport]:
+def _against_golden(args: argparse.Namespace, bundle: OpenBundle) -> tuple[list[PartReport], ContractReport]:
+    from vlm_export.verify.contract import replay
     from vlm_export.verify.engine import variant_bytes, verifying_engine
     from vlm_export.verify.points import EngineRun
     from vlm_export.verify.recheck import verify_bundle
@@ -83,10 +94,12 @@ def _against_golden(args: argparse.Namespace, bundle: OpenBundle) -> list[PartRe
         return verifying_engine(path, weights_bytes=size_bytes, threads=args.threads, providers=providers(args)).run
 
     engine_name = ", ".join(providers(args))
-    return verify_bundle(bundle, engine_factory=start_engine, engine_name=engine_name, precision=args.precision)
+    contract = replay(bundle, start_engine, precision=args.precision)
+    reports = verify_bundle(bundle, engine_factory=start_engine, engine_name=engine_name, precision=args.precision)
+    return reports, contract
 
 
-def _against_source(args: argparse.Namespace, bundle: OpenBundle) -> list[PartReport]:
+def _against_source(args: argparse.Namespace, bundle: OpenBundle) -> tuple[list[PartReport], ContractReport]:
     from vlm_export.cli.progress import StagePrinter
     from vlm_export.export.reverify import verify_against_source
     from vlm_export.export.stages import Stages

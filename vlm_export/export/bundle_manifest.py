@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
 from vlm_export import __version__
@@ -14,6 +15,7 @@ from vlm_export.export.fp32_operators import fp32_operators
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.source import source_record
 from vlm_export.family import Checkpoint, Model
+from vlm_export.verify.contract import CONTRACT, ContractReport
 
 TOOLS = ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "onnxsim", "torch", "transformers")
 
@@ -52,6 +54,11 @@ def manifest_from_model(
         origins=model.origins,
         tools=tool_versions(),
     )
+
+
+def with_contract(manifest: Manifest, report: ContractReport) -> Manifest:
+    """The manifest with what the proof of the contract found."""
+    return replace(manifest, facts={**manifest.facts, CONTRACT: report.to_json()})
 
 
 def _differences(model: Model) -> dict[str, list[str]]:

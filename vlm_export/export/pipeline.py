@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,27 +15,31 @@ from vlm_export.bundle import layout
 from vlm_export.bundle.environment import check_free_space
 from vlm_export.bundle.ledger import GraphLedger, ledger_to_bytes
 from vlm_export.bundle.manifest import Manifest, PartRecord, VariantRecord
+from vlm_export.bundle.oldest_engine import oldest_onnxruntime
 from vlm_export.bundle.publish import Staging, publication
 from vlm_export.checkpoint.known import KnownCheckpoint
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import VerificationError, VlmExportError
 from vlm_export.export.backends import Exporter, choose_exporter, choose_lowerings, export_part
-from vlm_export.export.bundle_manifest import check_publishable, manifest_from_model
+from vlm_export.export.bundle_manifest import check_publishable, manifest_from_model, with_contract
+from vlm_export.export.contract import ENFORCED, prove_contract, sides_of
 from vlm_export.export.ledger import account_for, folded_sources
 from vlm_export.export.options import FP32, ExportOptions, Precision
 from vlm_export.export.parts import check_pictures, needed_bytes, planned_parts, select_parts
 from vlm_export.export.preprocessing_part import add_preprocessing
+from vlm_export.export.published_files import json_bytes
 from vlm_export.export.rounded import rounded_points
 from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.source import build_model, known_checkpoint, open_source
 from vlm_export.export.stages import Stages
-from vlm_export.export.tokenizer_files import resolve_tokenizer
+from vlm_export.export.tokenizer_files import model_with_tokenizer, resolve_tokenizer
 from vlm_export.export.verification import (
     PartVerification,
     engine_label,
     part_samples,
     variant_label,
     verifying_engine,
+    weights_bytes,
 )
 from vlm_export.export.writer import write_graph
 from vlm_export.family import Checkpoint, Model, Part, Reference
@@ -44,8 +47,10 @@ from vlm_export.models.registry import identify
 from vlm_export.precision.fp16 import convert_to_fp16
 from vlm_export.runtime.engine import CPU, OrtEngine
 from vlm_export.runtime.image import open_image
+from vlm_export.verify.contract import ContractReport
 from vlm_export.verify.golden import golden_from_reference, write_golden
 from vlm_export.verify.picture_samples import takes_pictures
+from vlm_export.verify.points import EngineRun
 from vlm_export.verify.report import PartReport
 
 _SCRATCH = "scratch"
@@ -53,10 +58,12 @@ _SCRATCH = "scratch"
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A published bundle: its manifest and the verification reports of all variants, in the order of the parts."""
+    """A published bundle: its manifest, the verification reports of all variants, in the order of the parts, and the
+    proof from images and texts to vectors."""
 
     manifest: Manifest
     reports: tuple[PartReport, ...]
+    contract: ContractReport
 
 
 def export_bundle(source: str, target: Path, options: ExportOptions, stages: Stages | None = None) -> ExportResult:
@@ -126,15 +133,17 @@ class _Job:
             # All graphs before any verification: a back end's failure shows early, and engines leave memory behind.
             exported = [self._export(part, staging) for part in model.parts]
             results = [self._verify(graph, model, known, staging, tokenizer) for graph in exported]
+            records = tuple(record for record, _, _ in results)
+            _write_configs(model, records, staging)
+            manifest = manifest_from_model(name, checkpoint, model, known, records, self.options)
+            contract = self._prove_contract(staging, manifest, model, checkpoint, tokenizer)
         _remove_scratch(scratch)
         with self.stages.stage("publish"):
             checkpoint.check_unchanged()
-            records = tuple(record for record, _, _ in results)
             ledger = ledger_to_bytes([graph for _, _, graphs in results for graph in graphs])
             staging.file(layout.LEDGER_NAME).write_bytes(ledger)
-            _write_configs(model, records, staging)
-            manifest = staging.commit(manifest_from_model(name, checkpoint, model, known, records, self.options))
-        return ExportResult(manifest, tuple(report for _, reports, _ in results for report in reports))
+            manifest = staging.commit(with_contract(manifest, contract))
+        return ExportResult(manifest, tuple(report for _, reports, _ in results for report in reports), contract)
 
     def _export(self, part: Part, staging: Staging) -> _Exported:
         warnings: list[str] = []
@@ -222,6 +231,22 @@ class _Job:
         """`weights_bytes`: in float32, which the CPU makes of float16 ones."""
         return verifying_engine(path, weights_bytes=weights_bytes, threads=self.options.threads)
 
+    def _prove_contract(
+        self, staging: Staging, manifest: Manifest, model: Model, checkpoint: Checkpoint, tokenizer: Path | None
+    ) -> ContractReport:
+        sides = sides_of(checkpoint, self.options.tokenizer, with_texts=tokenizer is not None)
+
+        def start(part: str, precision: str) -> EngineRun:
+            variant = manifest.part(part).variant(precision)
+            size = next(map(weights_bytes, (p for p in model.parts if p.name == part)))
+            return self._start_engine(size, staging.path / variant.file).run
+
+        with self.stages.stage("prove contract"):
+            report = prove_contract(staging.path, manifest, model, sides, start)
+            if ENFORCED:
+                report.raise_if_failed()
+        return report
+
     def _variant(self, written: _Written, staging: Staging, report: PartReport) -> VariantRecord:
         names = [path.relative_to(staging.path).as_posix() for path in written.paths]
         return VariantRecord(
@@ -231,6 +256,7 @@ class _Job:
             opset=self.options.opset,
             exporter=self.exporter,
             simplified=written.simplified,
+            oldest_onnxruntime=oldest_onnxruntime(written.paths[0])[0],
             warnings=written.warnings,
             verification=report.to_json(),
         )
@@ -248,11 +274,7 @@ class _Job:
         found = resolve_tokenizer(checkpoint, self.options.tokenizer, model.text, reserved_rows=model.reserved_rows)
         for name, content in found.files.items():
             staging.file(name).write_bytes(content)
-        warnings, origins = (*model.warnings, *found.warnings), model.origins | found.origins
-        model = replace(model, text=found.text, warnings=warnings, origins=origins)
-        if found.ids is not None:
-            model = model.with_tokenizer(model, found.ids)
-        return model, staging.path / layout.TOKENIZER_NAME
+        return model_with_tokenizer(model, found), staging.path / layout.TOKENIZER_NAME
 
 
 @contextmanager
@@ -296,4 +318,4 @@ def _write_configs(model: Model, records: tuple[PartRecord, ...], staging: Stagi
     if model.image is not None:
         files[layout.PREPROCESSOR_NAME] = layout.preprocessor_config(model.image)
     for name, data in files.items():
-        staging.file(name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        staging.file(name).write_bytes(json_bytes(data))

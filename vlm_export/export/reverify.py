@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,6 +16,7 @@ from vlm_export.bundle.strict_json import Fields
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import InputError
 from vlm_export.export.bundle_manifest import planned_manifest
+from vlm_export.export.contract import repeat_contract, source_tokenizer
 from vlm_export.export.ledger import account_for
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.parts import select_parts
@@ -27,9 +29,11 @@ from vlm_export.family import DEFAULT_BUILD, BuildOptions, Checkpoint, Reference
 from vlm_export.models.registry import identify
 from vlm_export.runtime.engine import CPU, OrtEngine
 from vlm_export.specs import record_from_json
+from vlm_export.verify.contract import ContractReport
 from vlm_export.verify.engine import engine_label, variant_bytes, verifying_engine
 from vlm_export.verify.floor import ELSEWHERE
 from vlm_export.verify.ledger import check_ledger
+from vlm_export.verify.points import EngineRun
 from vlm_export.verify.report import PartReport
 
 
@@ -41,8 +45,8 @@ def verify_against_source(
     stages: Stages,
     precision: str | None = None,
     base: str | None = None,
-) -> list[PartReport]:
-    """One report for each variant of each part, over the whole grid; the Reference is built from `source` again.
+) -> tuple[list[PartReport], ContractReport]:
+    """One report for each variant of each part, over the whole grid, and the contract's, from `source` again.
 
     Args:
         precision: only these variants.
@@ -75,7 +79,11 @@ def verify_against_source(
                 if PART_NAME in {part.name for part in manifest.parts}:
                     model = add_preprocessing(model)
                 model = select_parts(model, [part.name for part in manifest.parts])
+                model, tokenizer = source_tokenizer(bundle, model, checkpoint)
                 check_stated(bundle, planned_manifest(manifest.name, checkpoint, model, known, options))
+            with stages.stage("prove contract"):
+                start = partial(_start, bundle, providers, threads)
+                contract = repeat_contract(bundle, model, checkpoint, tokenizer, start, precision)
             reports = []
             for part in model.parts:
                 samples = part_samples(part, model, _tokenizer(bundle))
@@ -87,7 +95,7 @@ def verify_against_source(
                         check_ledger(bundle, variant)
                         engine = _engine(bundle, variant, providers, threads)
                         reports.append(_report(verification, reference, variant, engine, providers, progress))
-    return reports
+    return reports, contract
 
 
 def _report(
@@ -121,6 +129,10 @@ def _build_options(manifest: Manifest, root: str) -> BuildOptions:
         if build.data.get(name) is not None:
             build.integer(name, minimum=1)
     return record_from_json(BuildOptions, build.data)
+
+
+def _start(bundle: OpenBundle, providers: Sequence[str], threads: int | None, part: str, precision: str) -> EngineRun:
+    return _engine(bundle, bundle.manifest.part(part).variant(precision), providers, threads).run
 
 
 def _engine(bundle: OpenBundle, variant: VariantRecord, providers: Sequence[str], threads: int | None) -> OrtEngine:

@@ -10,9 +10,11 @@ from vlm_export import __version__
 from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import VerificationError
+from vlm_export.verify.contract import CONTRACT
 
 _FIELDS = ("family", "architecture", "image", "text", "origins", "facts")
 _NOTHING = "nothing"
+_NOT_STATED = ("target", "licence", CONTRACT)
 
 
 def check_stated(bundle: OpenBundle, rebuilt: Manifest) -> None:
@@ -43,10 +45,10 @@ def _stated(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What is compared, as plain JSON data.
 
     Which runtime the graphs are written for is the user's choice alone, and a licence belongs to the name that was
-    exported: the same file under another name has none.
+    exported: the same file under another name has none. What was proved is proved again.
     """
     data = {field: manifest[field] for field in _FIELDS}
-    data["facts"] = {key: value for key, value in data["facts"].items() if key not in ("target", "licence")}
+    data["facts"] = {key: value for key, value in data["facts"].items() if key not in _NOT_STATED}
     data["signature"] = {part["name"]: part["signature"] for part in manifest["parts"]}
     plain: dict[str, Any] = json.loads(json.dumps(data))
     return plain

@@ -45,7 +45,7 @@ from vlm_export.specs import Origins, TextSpec
 
 if TYPE_CHECKING:
     from vlm_export.export.library_tokenizer import LibraryTokenizer
-    from vlm_export.family import Checkpoint, TokenizerIds
+    from vlm_export.family import Checkpoint, Model, TokenizerIds
 
 __all__ = ["ResolvedTokenizer", "find_open_clip_merges", "resolve_tokenizer", "tokenizer_json_from_bpe_merges"]
 
@@ -106,7 +106,7 @@ def resolve_tokenizer(
         InputError: a file is malformed, or its ids, its end token or its padding do not fit the model.
         UsageError: there is no tokenizer to be found.
     """
-    sources = dict(checkpoint.side_files) if option is None else _files_from_option(Path(option))
+    sources = tokenizer_sources(checkpoint, option)
     if not text_spec.ends_texts:
         return _chat_tokenizer(sources, text_spec, option or checkpoint.source)
     if text_spec.cleaning != "none":
@@ -296,6 +296,18 @@ def find_open_clip_merges() -> Path | None:
         if path.is_file():
             return path
     return None
+
+
+def model_with_tokenizer(model: Model, found: ResolvedTokenizer) -> Model:
+    """The model with what its tokenizer says."""
+    warnings, origins = (*model.warnings, *found.warnings), model.origins | found.origins
+    model = replace(model, text=found.text, warnings=warnings, origins=origins)
+    return model if found.ids is None else model.with_tokenizer(model, found.ids)
+
+
+def tokenizer_sources(checkpoint: Checkpoint, option: str | None) -> dict[str, Path]:
+    """The files by name that `resolve_tokenizer` reads; arguments as there."""
+    return dict(checkpoint.side_files) if option is None else _files_from_option(Path(option))
 
 
 def _files_from_option(path: Path) -> dict[str, Path]:

@@ -34,7 +34,7 @@ from vlm_export.verify.report import PartReport
 from vlm_export.verify.samples import Sample, sample_inputs, synthetic_photographs
 from vlm_export.verify.verifier import verify_part
 
-__all__ = ["PartVerification", "engine_label", "variant_label", "verifying_engine"]
+__all__ = ["PartVerification", "engine_label", "variant_label", "verifying_engine", "weights_bytes"]
 
 # A part with more weights than this is verified on a grid that still has every axis' ends, but no large batch.
 _LARGE_PART_BYTES = 1 << 30
@@ -64,7 +64,7 @@ class PartVerification:
     @property
     def weights_bytes(self) -> int:
         """Of the Reference, in float32."""
-        return _weights_bytes(self.part)
+        return weights_bytes(self.part)
 
     @property
     def is_huge(self) -> bool:
@@ -224,9 +224,10 @@ def variant_label(part: Part, precision: str) -> str:
     return part.name if precision == FP32 else f"{part.name} {precision}"
 
 
-def _weights_bytes(part: Part) -> int:
+def weights_bytes(part: Part) -> int:
+    """What the weights of a part take, in float32."""
     return sum(tensor.nbytes for tensor in part.module.state_dict().values())
 
 
 def _is_huge(part: Part) -> bool:
-    return _weights_bytes(part) > _HUGE_PART_BYTES
+    return weights_bytes(part) > _HUGE_PART_BYTES

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,55 +97,81 @@ def prove(
     """
     first = ModelProgram(before) if isinstance(before, ir.Model) else before
     second = ModelProgram(after) if isinstance(after, ir.Model) else after
-    pairing = pair_interfaces(first, second, renamed or {})
-    if pairing.missing and not may_drop_outputs:
-        raise VerificationError(
-            "the changed model lacks outputs of the original",
-            expected=str(list(first.outputs)),
-            got=f"without {list(pairing.missing)}",
-        )
-    if not may_change_dtypes:
-        check_dtypes(first, second, pairing)
+    pairing = _checked_pairing(first, second, renamed or {}, may_drop_outputs, may_change_dtypes)
     resized = resized_axes(first, second, pairing)
     changed = {source: second.tensor(name) for name, source in pairing.inputs.items()} if may_change_dtypes else {}
     trials = _Trials(first, second, pairing, inputs, changed)
-    largest, count = 0.0, 0
-    shown: set[str] = set()
-    new = NewSizes()
+    seen, new = _Compared(), NewSizes()
     if not any(isinstance(group.new, int) for group in resized):
         try:
-            for run in trials.runs():
-                results = _run_changed(second, _feeds_of_changed(first, second, pairing, run, changed), pairing)
-                for (name, source), result in zip(pairing.outputs.items(), results, strict=True):
-                    expected = run.found[source]
-                    if may_change_dtypes:
-                        expected = _as_held(expected, result, second.tensor(name))
-                    largest = max(largest, compare(name, expected, result, tolerance))
-                    shown.update([name] if _says_something(expected) else [])
-                count += 1
+            seen = _compare_runs(trials, first, second, pairing, changed, tolerance, may_change_dtypes)
         except NotRunError:
             resized = fixed_axes(first, second, pairing)
             if not resized:
                 raise
     if resized:
         new = run_new_sizes(first, second, pairing, resized, trials.first_run(resized), tolerance)
-        largest = max(largest, new.max_abs)
-        shown |= set(new.shown)
     if not new.only_run:
+        shown = seen.shown | set(new.shown)
         _check_shown([name for name in pairing.outputs if name not in shown], bool(inputs))
     return Proof(
-        count + new.runs,
+        seen.runs + new.runs,
         tuple(pairing.outputs),
-        largest,
+        max(seen.max_abs, new.max_abs),
         pairing.missing,
         trials.at_default,
-        {
-            axis: next(iter(sizes))
-            for axis, sizes in trials.sizes.items()
-            if len(sizes) == 1 and all(group.new != axis for group in resized)
-        },
+        trials.only_sizes({group.new for group in resized}),
         new.only_run,
     )
+
+
+def _checked_pairing(
+    before: Program, after: Program, renamed: Mapping[str, str], may_drop_outputs: bool, may_change_dtypes: bool
+) -> Pairing:
+    """What corresponds to what; VerificationError where an output is missing, or a dtype is another, and may not."""
+    pairing = pair_interfaces(before, after, renamed)
+    if pairing.missing and not may_drop_outputs:
+        raise VerificationError(
+            "the changed model lacks outputs of the original",
+            expected=str(list(before.outputs)),
+            got=f"without {list(pairing.missing)}",
+        )
+    if not may_change_dtypes:
+        check_dtypes(before, after, pairing)
+    return pairing
+
+
+@dataclass
+class _Compared:
+    """How many runs were compared, the largest difference, and the outputs that had a value which says something."""
+
+    runs: int = 0
+    max_abs: float = 0.0
+    shown: set[str] = field(default_factory=set)
+
+
+def _compare_runs(
+    trials: _Trials,
+    before: Program,
+    after: Program,
+    pairing: Pairing,
+    changed: Mapping[str, ir.Value | None],
+    tolerance: float,
+    may_change_dtypes: bool,
+) -> _Compared:
+    """Every run of the original against one of the changed model; NotRunError where the original has none."""
+    seen = _Compared()
+    for run in trials.runs():
+        results = _run_changed(after, _feeds_of_changed(before, after, pairing, run, changed), pairing)
+        for (name, source), result in zip(pairing.outputs.items(), results, strict=True):
+            expected = run.found[source]
+            if may_change_dtypes:
+                expected = _as_held(expected, result, after.tensor(name))
+            seen.max_abs = max(seen.max_abs, compare(name, expected, result, tolerance))
+            if _says_something(expected):
+                seen.shown.add(name)
+        seen.runs += 1
+    return seen
 
 
 class NotRunError(GraphError):
@@ -223,6 +249,14 @@ class _Trials:
                     label = open_axis(value, axis)
                     if label is not None and label == str(value.shape[axis] if value.shape else ""):
                         self.sizes.setdefault(label, set()).add(size)
+
+    def only_sizes(self, compared_apart: Container[int | str | None]) -> dict[str, int]:
+        """Open axis of the changed model → its size, where it had one size in all runs and was not run apart."""
+        return {
+            axis: next(iter(sizes))
+            for axis, sizes in self.sizes.items()
+            if len(sizes) == 1 and axis not in compared_apart
+        }
 
     def _from_files(self) -> Iterator[Run]:
         feeds = load_feeds(self._files, self._program.inputs)

@@ -13,7 +13,6 @@ from vlm_export.graph.baked_sizes import (
     READINGS,
     AxisOfInput,
     HeldError,
-    Repair,
     Resized,
     find_misfit,
     find_repairs,
@@ -22,6 +21,7 @@ from vlm_export.graph.baked_sizes import (
 )
 from vlm_export.graph.errors import GraphError
 from vlm_export.graph.inference import Copy, copy_of
+from vlm_export.graph.size_repairs import Repair
 from vlm_export.graph.trial import Change, apply
 
 # An axis as users state it: its size, its name, or None for "not known".

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from vlm_export.bundle.oldest_engine import oldest_onnxruntime
+from vlm_export.bundle.oldest_engine import BY_OPSET, oldest_onnxruntime
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 from vlm_export.interrupts import run_session, start_session
 from vlm_export.machine_faults import machine_fault
@@ -220,12 +220,13 @@ def _too_old(path: Path, installed: str, error: Exception) -> EnvironmentFailure
     numbers = [tuple(int(number) for number in re.findall(r"\d+", text)[:3]) for text in (installed, needed)]
     if numbers[0] >= numbers[1]:
         return None
+    lower = ", or export with a lower --opset" if opset >= BY_OPSET[0][0] else ""
     return EnvironmentFailure(
         "the installed ONNX Runtime is too old for this graph",
         where=str(path),
         expected=f"onnxruntime {needed} or newer, for its opset {opset} and its operators",
         got=f"onnxruntime {installed}: {_cause(error)}",
-        fix=f"pip install -U 'onnxruntime>={needed}', or export with a lower --opset",
+        fix=f"pip install -U 'onnxruntime>={needed}'{lower}",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from vlm_export.text_display import LONGEST_FIELD, shown
+from vlm_export.verify.contract import CONTRACT, ContractCheck, ContractReport
 from vlm_export.verify.metrics import Comparison
 from vlm_export.verify.report import PartReport
 
@@ -12,18 +13,21 @@ _HEADER = ("part", "variant", "output", "points", "max-abs", "cosine", "floor", 
 _RIGHT_ALIGNED = frozenset({"points", "max-abs", "cosine", "floor", "gate", "seen"})
 
 
-def format_table(reports: Iterable[PartReport]) -> str:
+def format_table(reports: Iterable[PartReport], contract: ContractReport | None = None) -> str:
     """One line for each output: the worst numbers over all points, and how many points it failed at.
 
-    Floor, gate and seen are the relative error of a row: measured as noise, allowed, and found. Below stands what was
-    not run.
+    Floor, gate and seen are the relative error of a row: measured as noise, allowed, and found. The stages of the
+    contract follow, one line each. Below stands what was not run.
     """
     reports = list(reports)
     found = [_HEADER, *(row for report in reports for row in _rows(report))]
+    found += [] if contract is None else map(_contract_row, contract.checks)
     rows = [tuple(map(shown, row)) for row in found]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
     lines = [_line(row, widths) for row in [rows[0], tuple("-" * width for width in widths), *rows[1:]]]
     untold = [f"not run: {report.part} {report.variant}: {text}" for report in reports for text in report.not_run]
+    if contract is not None:
+        untold += [f"not run: contract: {text}" for text in contract.not_run]
     notes = [shown(note, LONGEST_FIELD) for note in untold]
     return "\n".join([*lines, *notes])
 
@@ -47,6 +51,12 @@ def _rows(report: PartReport) -> list[tuple[str, ...]]:
         numbers = (*_numbers(worst[name]), *_noise(report, name)) if name in worst else ("-",) * 5
         rows.append((report.part, report.variant, name or "-", points, *numbers, verdict))
     return rows
+
+
+def _contract_row(check: ContractCheck) -> tuple[str, ...]:
+    numbers = ("-",) * 2 if check.comparison is None else _numbers(check.comparison)
+    verdict = f"FAIL at {len(check.failures)}" if check.failures else "pass"
+    return (CONTRACT, check.variant or "-", check.stage, str(check.compared), *numbers, *("-",) * 3, verdict)
 
 
 def _numbers(worst: Comparison) -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""Faults planted in bundles, to show that the proof of the contract sees them."""

@@ -1,0 +1,69 @@
+"""The proof of the contract sees every planted fault, by the record alone and with the original, and names it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+from faults.plant import FAULTS, Fault
+from planted_faults import PAGE, Proved, Verdict, check, proved, row, verdict
+
+import vlm_export
+from vlm_export.bundle.opened import open_bundle
+from vlm_export.verify.contract_record import read_record
+
+
+@pytest.fixture(scope="module")
+def at(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proved]:
+    with proved(tmp_path_factory.mktemp("planted")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def verdicts(at: Proved, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Fault, Verdict]]:
+    folder = tmp_path_factory.mktemp("copies")
+    return {fault.name: (fault, verdict(fault, at, folder)) for fault in FAULTS}
+
+
+def test_the_right_bundle_passes(at: Proved) -> None:
+    assert check(at.bundle, at) == Verdict(None, None)
+
+
+def test_every_fault_fails_and_its_file_or_stage_is_named(verdicts: dict[str, tuple[Fault, Verdict]]) -> None:
+    assert len(FAULTS) >= 20
+    for name, (fault, found) in verdicts.items():
+        for error in (found.record, found.original):
+            assert error is not None, f"{name} is not seen"
+            assert fault.named in f"{error.what}, {error.where}, {error.got}", f"{name}: {error}"
+            assert error.exit_status in (1, 3)
+
+
+def test_the_page_shows_these_faults(verdicts: dict[str, tuple[Fault, Verdict]]) -> None:
+    shown = [line for line in PAGE.read_text(encoding="utf-8").splitlines(keepends=True) if line.startswith("| ")]
+    rows = [row(fault, found) for fault, found in verdicts.values()]
+    assert [_without_numbers(line) for line in shown[2:]] == [_without_numbers(line) for line in rows]
+
+
+def _without_numbers(line: str) -> str:
+    """Without the message's numbers, which differ from machine to machine."""
+    return re.sub(r"[-0-9.e]+", "0", line)
+
+
+def test_the_record_is_small_and_is_what_load_gives(at: Proved) -> None:
+    bundle = open_bundle(at.bundle)
+    record = read_record(bundle)
+    assert record is not None
+    assert not record.not_run
+    size = sum(f.size_bytes for name, f in bundle.manifest.files.items() if name.startswith("golden/contract/"))
+    assert size < 300_000
+    model = vlm_export.load(at.bundle)
+    images = model.encode_image([at.bundle / image.file for image in record.images])
+    texts = model.encode_text([text.text for text in record.texts], truncate=True)
+    for got, expected in (
+        (images, record.vectors["vision"]["image_embeds"]),
+        (texts, record.vectors["text"]["text_embeds"]),
+    ):
+        unit = expected / (expected**2).sum(axis=1, keepdims=True) ** 0.5
+        assert (got * unit).sum(axis=1).min() > 0.99999
+        assert abs(got - unit).max() < 1e-5

@@ -1,0 +1,78 @@
+"""Whose code prepares images and texts for an original: stated by a Family, run by the proof of the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Encode: TypeAlias = "Callable[[Mapping[str, npt.NDArray[np.generic]]], dict[str, npt.NDArray[Any]]]"
+OPENAI_SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
+
+
+@dataclass(frozen=True)
+class TransformersOriginal:
+    """transformers' classes on the checkpoint's own files.
+
+    Attributes:
+        model_type: of the config, by which the Auto classes choose where the files name no class.
+        image_class: the processor whose defaults apply where the checkpoint has no processor file.
+        added_tokens: special tokens that the original's own code adds to its tokenizer, in order.
+    """
+
+    model_type: str
+    image_class: str
+    added_tokens: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class OpenClipOriginal:
+    """open_clip's `image_transform_v2`; `preprocess` is the checkpoint's `preprocess_cfg`."""
+
+    preprocess: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TorchvisionPipeline:
+    """Resize, [CenterCrop,] ToTensor and [Normalize] of torchvision on a Pillow image, as authors publish it.
+
+    Attributes:
+        name: of the function and its source.
+        crop: resize the shorter edge and cut a square; False resizes both edges.
+        rgb_first: convert to RGB before the resize, or after the crop.
+        mean, std: None without normalisation.
+    """
+
+    name: str
+    interpolation: Literal["bicubic", "bilinear"]
+    crop: bool
+    rgb_first: bool
+    mean: tuple[float, float, float] | None
+    std: tuple[float, float, float] | None
+
+
+@dataclass(frozen=True)
+class SimpleTokenizerOriginal:
+    """OpenAI's SimpleTokenizer, with the names that its publisher gives the start and end tokens."""
+
+    special_tokens: tuple[str, str] = OPENAI_SPECIAL_TOKENS
+
+
+@dataclass(frozen=True)
+class Original:
+    """Whose code prepares images and texts for the original; None where that is remote code, which is never run.
+
+    Attributes:
+        encoders: part name → loads what the original's own model class computes, where that is not the Reference.
+        encoders_name: who that is.
+        facts: numbers of the manifest's facts → the original's own.
+    """
+
+    images: TransformersOriginal | OpenClipOriginal | TorchvisionPipeline | None = None
+    texts: TransformersOriginal | SimpleTokenizerOriginal | None = None
+    encoders: Mapping[str, Callable[[], Encode]] = field(default_factory=dict)
+    encoders_name: str = ""
+    facts: Mapping[str, float] = field(default_factory=dict)
