@@ -28,7 +28,7 @@ from vlm_export.runtime.engine import OrtEngine
 from vlm_export.signature import Axis, Signature, TensorSpec
 from vlm_export.verify.deviation import Deviation
 from vlm_export.verify.floor import FloorJudge
-from vlm_export.verify.points import Arrays, EngineRun
+from vlm_export.verify.points import Arrays, EngineRun, PointResult
 from vlm_export.verify.report import PartReport
 
 Array = npt.NDArray[Any]
@@ -136,6 +136,31 @@ def scale_one_matrix(graph: Graph) -> None:
     _change(graph, "fc1.weight", lambda values: values * (1 + 5e-4))
 
 
+def _at_a_size(operator: str, axis: int, size: int, factor: float) -> Callable[[Graph], None]:
+    """The output times a factor where that axis of the input compares so with the size."""
+
+    def plant(graph: Graph) -> None:
+        given, output = graph.graph.input[0].name, graph.graph.output[0].name
+        for node in graph.graph.node:
+            for i, name in enumerate(node.output):
+                if name == output:
+                    node.output[i] = "unscaled"
+        numbers = {"axis_index": np.int64(axis), "size": np.int64(size), "off": np.float32(factor)}
+        numbers["right"] = np.float32(1)
+        graph.graph.initializer.extend(numpy_helper.from_array(np.asarray(v), k) for k, v in numbers.items())
+        graph.graph.node.extend(
+            [
+                onnx.helper.make_node("Shape", [given], ["given_shape"]),
+                onnx.helper.make_node("Gather", ["given_shape", "axis_index"], ["given_size"]),
+                onnx.helper.make_node(operator, ["given_size", "size"], ["wrong"]),
+                onnx.helper.make_node("Where", ["wrong", "off", "right"], ["factor"]),
+                onnx.helper.make_node("Mul", ["unscaled", "factor"], [output]),
+            ]
+        )
+
+    return plant
+
+
 FAULTS = [negate_the_largest_fc1_weight, zero_a_hidden_unit, another_quick_gelu, scale_the_output, another_epsilon]
 
 
@@ -171,6 +196,22 @@ def test_a_planted_fault_fails(
 @pytest.mark.parametrize("name", ["vision", "text"])
 def test_a_matrix_that_is_a_twentieth_of_a_percent_off_fails(case_of: Callable[..., Case], name: str) -> None:
     assert not case_of(name, "fp32").damaged(scale_one_matrix).passed
+
+
+@pytest.mark.parametrize("name", ["vision", "text"])
+def test_a_graph_that_is_wrong_from_a_batch_of_6_on_fails(case_of: Callable[..., Case], name: str) -> None:
+    report = case_of(name, "fp32").damaged(_at_a_size("GreaterOrEqual", 0, 6, 1.02))
+    assert {point.sizes["batch"] for point in _failed(report)} == {8, 16, 32, 64}
+
+
+@pytest.mark.parametrize("length", [6, 18])
+def test_a_graph_that_is_wrong_at_one_length_alone_fails(case_of: Callable[..., Case], length: int) -> None:
+    report = case_of("text", "fp32").damaged(_at_a_size("Equal", 1, length, 1.1))
+    assert {point.sizes["sequence"] for point in _failed(report)} == {length}
+
+
+def _failed(report: PartReport) -> list[PointResult]:
+    return [point for point in report.points if point.failures]
 
 
 # The Reference in other precisions.

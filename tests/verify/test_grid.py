@@ -1,11 +1,27 @@
 from __future__ import annotations
 
+import inspect
 from itertools import product
 
 import pytest
 
+from vlm_export.cli import embed
+from vlm_export.runtime import chat_inputs, pair, slice_features, vision_chat
+from vlm_export.runtime.vision_language import VisionLanguage
 from vlm_export.signature import Axis, Signature, TensorSpec
-from vlm_export.verify.grid import BATCHES, SEEDS, GridPoint, axis_sizes, grid_for, least_grid, left_out, point_bytes
+from vlm_export.verify.grid import (
+    BATCHES,
+    RUNTIME_BATCHES,
+    SEEDS,
+    Attention,
+    GridPoint,
+    axis_sizes,
+    grid_for,
+    least_grid,
+    left_out,
+    point_bytes,
+    runtime_points,
+)
 
 SEQUENCE = Axis("sequence", 1, 77)
 
@@ -194,3 +210,67 @@ def test_points_that_were_made_smaller_count_as_left_out() -> None:
     smaller = tuple(GridPoint({**point.sizes, "side": 14}, point.seed) for point in whole)
     changed = sum(point.sizes["side"] != 14 for point in whole)
     assert left_out(case, smaller) == f"{changed} of {len(whole)} grid points (side 42, 350, 672)"
+
+
+def test_the_batches_of_the_runtime_are_all_tried() -> None:
+    stated = {pair.IMAGE_BATCH_SIZE, pair.TEXT_BATCH_SIZE, embed._BATCH_SIZE, vision_chat.CHAT_BATCH_SIZE}
+    stated |= {chat_inputs.TILE_BATCH_SIZE, slice_features.SLICE_BATCH_SIZE}
+    for name in ("caption", "answer", "match", "rank_answers"):
+        parameters = inspect.signature(getattr(VisionLanguage, name)).parameters
+        stated.add(parameters["batch_size"].default)
+    assert stated <= set(RUNTIME_BATCHES)
+    assert {point.rows for point in runtime_points(BATCH_ONLY)} == set(RUNTIME_BATCHES)
+    assert {point.rows for point in runtime_points(IMAGE, (16,))} == {16}
+
+
+def test_every_length_of_a_short_range_is_tried_one_row_at_a_time() -> None:
+    rows = {point.sizes["sequence"]: point.rows for point in reversed(runtime_points(TEXT))}
+    assert sorted(rows) == list(range(1, 78))
+    assert {count for length, count in rows.items() if length != 3} == {1}
+    assert {point.rows for point in runtime_points(TEXT) if point.sizes["sequence"] == 3} == {1, *RUNTIME_BATCHES}
+
+
+def test_of_a_long_range_the_first_lengths_and_a_draw_are_tried() -> None:
+    case = signature(Axis("batch"), Axis("sequence", 1, 8192))
+    points = runtime_points(case)
+    assert points == runtime_points(case)
+    lengths = {point.sizes["sequence"] for point in points}
+    assert set(range(1, 65)) < lengths
+    assert len(lengths - set(range(1, 65))) == 12
+    assert max(lengths) <= 512
+    drawn = runtime_points(case, (64,), every_length=False, longest=64)
+    assert len(drawn) == 13
+    assert max(point.sizes["sequence"] for point in drawn) <= 64
+
+
+def test_a_decoder_is_tried_at_every_length_of_its_cache() -> None:
+    total = Axis("total", 1, 64, sum_of=("past_sequence", "sequence"))
+    case = signature(Axis("batch"), Axis("sequence", 1, 64), Axis("past_sequence", 0, 64), total)
+    points = runtime_points(case, ())
+    assert {point.sizes["sequence"] for point in points if point.sizes["past_sequence"] == 0} == set(range(1, 65))
+    assert {point.sizes["past_sequence"] for point in points if point.sizes["sequence"] == 1} == set(range(64))
+    assert all(point.sizes["total"] == point.sizes["sequence"] + point.sizes["past_sequence"] for point in points)
+
+
+def test_a_batch_that_does_not_fit_is_left_out() -> None:
+    bytes_of_16 = point_bytes(BATCH_ONLY, {"batch": 16})
+    assert {point.rows for point in runtime_points(BATCH_ONLY, budget_bytes=bytes_of_16)} == {4, 8, 16}
+
+
+def test_the_scores_of_attention_between_patches_are_bounded() -> None:
+    """Pixels take little, and the scores of every pair of patches in each head gigabytes."""
+    pixels = TensorSpec("pixel_values", "float32", ("batch", 3, "height", "width"))
+    case = Signature((pixels,), (), (Axis("batch"), Axis("height", 16, 1024, 16), Axis("width", 16, 1024, 16)))
+
+    def scores(point: GridPoint) -> int:
+        return 4 * 8 * point.rows * (point.sizes["height"] * point.sizes["width"] // 256) ** 2
+
+    budget = 256 << 20
+    grid = grid_for(case, budget_bytes=budget, attention=Attention(4, budget))
+    assert max(map(scores, grid_for(case))) > 4 * budget
+    assert max(map(scores, grid)) <= budget
+    # Large images are still there, and so are both ends of an axis.
+    assert max(map(scores, grid)) > budget / 4
+    assert {point.sizes["width"] for point in grid} >= {16, 1024}
+    assert {point.rows for point in grid} == set(BATCHES)
+    assert "grid points" in left_out(case, grid)

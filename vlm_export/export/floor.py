@@ -14,7 +14,7 @@ from vlm_export.signature import Signature
 from vlm_export.verify.deviation import Deviation, measure_deviation, worst_by_output
 from vlm_export.verify.floor import Floor, FloorJudge
 from vlm_export.verify.golden import golden_points
-from vlm_export.verify.grid import GridPoint, point_bytes
+from vlm_export.verify.grid import Attention, GridPoint, point_bytes
 from vlm_export.verify.remembered import RememberedReference
 
 # The points of the records are few and small. Of a large part, which takes seconds at each, the smallest two do.
@@ -22,9 +22,9 @@ _LARGE_POINTS = 2
 _LARGE_BYTES = 1 << 30
 
 
-def floor_points(signature: Signature, weights_bytes: int) -> tuple[GridPoint, ...]:
+def floor_points(signature: Signature, weights_bytes: int, attention: Attention | None = None) -> tuple[GridPoint, ...]:
     """Where the floor of a part with so many bytes of weights in float32 is measured."""
-    points = golden_points(signature)
+    points = golden_points(signature, attention)
     if weights_bytes <= _LARGE_BYTES:
         return points
     return tuple(sorted(points, key=lambda point: point_bytes(signature, point.sizes))[:_LARGE_POINTS])

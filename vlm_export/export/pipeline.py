@@ -48,7 +48,7 @@ from vlm_export.precision.fp16 import convert_to_fp16
 from vlm_export.runtime.engine import CPU, OrtEngine
 from vlm_export.runtime.image import open_image
 from vlm_export.verify.contract import ContractReport
-from vlm_export.verify.golden import golden_from_reference, golden_points, write_golden
+from vlm_export.verify.golden import golden_from_reference, write_golden
 from vlm_export.verify.picture_samples import takes_pictures
 from vlm_export.verify.points import EngineRun
 from vlm_export.verify.report import PartReport
@@ -189,7 +189,7 @@ class _Job:
             for written in exported.variants
         ]
         with self.stages.stage(f"record golden of {part.name}"):
-            records = golden_from_reference(part, reference, golden_points(part.signature), verification.samples[:1])
+            records = golden_from_reference(part, reference, verification.golden_points(), verification.samples[:1])
             write_golden(staging.path, part.name, records)
         variants = tuple(self._variant(written, staging, report) for written, report in results)
         ledgers = tuple(_ledger(written, part, staging) for written, _ in results)

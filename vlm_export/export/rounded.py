@@ -15,7 +15,6 @@ from vlm_export.family import Reference
 from vlm_export.precision.fp16_rounding import round_every_float16
 from vlm_export.runtime.engine import Engine
 from vlm_export.verify.floor import FloorJudge
-from vlm_export.verify.golden import golden_points
 from vlm_export.verify.grid import least_grid
 from vlm_export.verify.points import Arrays, PointResult, judge_point
 
@@ -38,7 +37,7 @@ def rounded_points(
         floor: the variant's.
     """
     part, gate = verification.part, verification.gate(FP16)
-    points = least_grid(part.signature) if verification.is_huge else golden_points(part.signature)
+    points = least_grid(part.signature) if verification.is_huge else verification.golden_points()
     examples = [(point.seed, part.examples(point.sizes, point.seed)) for point in points]
     cases: list[tuple[int | None, Arrays, Arrays, FloorJudge | None]] = [
         (n, inputs, inputs, floor) for n, inputs in examples

@@ -16,7 +16,17 @@ from vlm_export.runtime.image import open_image
 from vlm_export.verify.engine import MAPPED_NOTE, engine_label, verifying_engine
 from vlm_export.verify.floor import RULES, FloorJudge
 from vlm_export.verify.gates import GATES, PART_GATES, Gate, gate_name
-from vlm_export.verify.grid import GridPoint, grid_for, least_grid, left_out
+from vlm_export.verify.golden import golden_points
+from vlm_export.verify.grid import (
+    LONGEST_DRAWN,
+    RUNTIME_BATCHES,
+    Attention,
+    GridPoint,
+    grid_for,
+    least_grid,
+    left_out,
+    runtime_points,
+)
 from vlm_export.verify.picture_samples import picture_spec, takes_pictures
 from vlm_export.verify.points import EngineRun
 from vlm_export.verify.remembered import RememberedReference
@@ -33,6 +43,12 @@ _LARGE_PART_ROWS = 6
 _MAX_POINT_BYTES = 256 << 20
 # Above this, each run takes minutes, and graph and Reference do not fit in a usual machine's memory side by side.
 _HUGE_PART_BYTES = 8 << 30
+# Below this, a point takes milliseconds, so that every length of a text and every batch can be tried.
+_SMALL_PART_BYTES = 64 << 20
+# Of larger parts those batches that load() and `embed` feed; images take hundreds of times what short texts do.
+_IMAGE_BATCHES, _TEXT_BATCHES = (16, 32), (32, 64)
+_LARGE_IMAGE_BATCHES, _LARGE_TEXT_BATCHES = (8,), (64,)
+_LARGE_PART_LENGTH = 64
 _GIB = 1 << 30
 
 
@@ -86,6 +102,7 @@ class PartVerification:
             self.gate(precision),
             grid,
             self.samples,
+            more=self._runtime_points(),
             variant=precision,
             reference_name=self.model.reference_name,
             engine_name=engine_name,
@@ -102,7 +119,9 @@ class PartVerification:
             return None
         signature = self.part.signature
         # The first is the smallest.
-        points = least_grid(signature)[:1] if self.is_huge else floor_points(signature, self.weights_bytes)
+        points = (
+            least_grid(signature)[:1] if self.is_huge else floor_points(signature, self.weights_bytes, self._attention)
+        )
         inputs = [self.part.examples(point.sizes, point.seed) for point in points]
         # A trained model's noise on pictures and sentences is not that on random numbers.
         samples = [sample.inputs for sample in self.samples if sample.same_for_both]
@@ -112,7 +131,44 @@ class PartVerification:
         if self.is_huge:
             return least_grid(self.part.signature)
         rows = _LARGE_PART_ROWS if self.weights_bytes > _LARGE_PART_BYTES else None
-        return grid_for(self.part.signature, budget_rows=rows, budget_bytes=_MAX_POINT_BYTES)
+        return grid_for(self.part.signature, budget_rows=rows, budget_bytes=_MAX_POINT_BYTES, attention=self._attention)
+
+    @property
+    def _attention(self) -> Attention:
+        """The part's, whose scores may take twice what its weights do, which both engines hold beside them."""
+        heads = (getattr(module, "heads", 1) for module in self.part.module.modules())
+        return Attention(max(heads), max(_MAX_POINT_BYTES, 2 * self.weights_bytes))
+
+    def golden_points(self) -> tuple[GridPoint, ...]:
+        """The points of the records."""
+        return golden_points(self.part.signature, self._attention)
+
+    def _runtime_points(self) -> tuple[GridPoint, ...]:
+        """What deployments run beside the grid; of a huge part nothing, since every run takes minutes."""
+        if self.is_huge:
+            return ()
+        batches, longest = self._runtime_sizes()
+        return runtime_points(
+            self.part.signature,
+            batches,
+            every_length=self._is_small,
+            longest=longest,
+            budget_bytes=_MAX_POINT_BYTES,
+            attention=self._attention,
+        )
+
+    def _runtime_sizes(self) -> tuple[Sequence[int], int]:
+        """The batches, and the longest text that is drawn."""
+        if self._is_small:
+            return RUNTIME_BATCHES, LONGEST_DRAWN
+        images = takes_pictures(self.part.signature)
+        if self.weights_bytes <= _LARGE_PART_BYTES:
+            return (_IMAGE_BATCHES if images else _TEXT_BATCHES), LONGEST_DRAWN
+        return (_LARGE_IMAGE_BATCHES if images else _LARGE_TEXT_BATCHES), _LARGE_PART_LENGTH
+
+    @property
+    def _is_small(self) -> bool:
+        return self.weights_bytes <= _SMALL_PART_BYTES
 
     def _left_out(self, grid: Sequence[GridPoint]) -> Iterator[str]:
         if self.is_huge and takes_pictures(self.part.signature):
@@ -120,7 +176,8 @@ class PartVerification:
         points = left_out(self.part.signature, grid)
         if points:
             room = f"a point's inputs and outputs at most {_MAX_POINT_BYTES >> 20} MiB"
-            yield f"{points}: the weights take {self.weights_bytes / _GIB:.1f} GiB, {room}"
+            scores = f"the scores of its attention at most {self._attention.budget_bytes >> 20} MiB"
+            yield f"{points}: the weights take {self.weights_bytes / _GIB:.1f} GiB, {room}, {scores}"
 
     def _prepared(self, reference: Reference, grid: Sequence[GridPoint]) -> RememberedReference:
         """Knows the outputs of all points: then the engine's weights need not share the memory with the Reference's,

@@ -72,8 +72,9 @@ class OrtEngine:
         providers: execution providers in order of preference, by ONNX Runtime's names or their short forms ("cpu",
             "cuda"). What they cannot run falls to the CPU.
         threads: of one operator; None leaves the number to ONNX Runtime.
-        exact: float32 stays float32 on accelerators (no TF32), as verification needs it. Optimisers known to compute
-            something else are off in either case, so that what is verified is what runs.
+        exact: float32 stays float32 on accelerators (no TF32), as verification needs it, and no memory is kept between
+            runs. Optimisers known to compute something else are off in either case, so that what is verified is what
+            runs.
         mapped: weights stay in their file and are read where they are used, for graphs that fill the memory: the
             engine then makes no optimised copy of them, and keeps no memory between runs.
 
@@ -102,11 +103,13 @@ class OrtEngine:
             options.intra_op_num_threads = threads
         # Engines run in turn: picture, prompt, token. Idle threads would spin on and take cores from the next one.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if exact or mapped:
+            # An arena keeps what the largest point took, and more; a proof runs many sizes beside the Reference.
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         if mapped:
             # Optimised graphs hold computed copies (float16 weights as float32), prepacking another of each matrix.
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.add_session_config_entry("session.disable_prepacking", "1")
-            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
             # By default a CPU first converts all float16 weights to float32, then computes; this order converts each
             # where it is used.
             options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED

@@ -14,7 +14,7 @@ from vlm_export.bundle.layout import golden_directory
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError
 from vlm_export.signature import Signature, TensorSpec
-from vlm_export.verify.grid import GridPoint, grid_for, point_bytes
+from vlm_export.verify.grid import Attention, GridPoint, grid_for, point_bytes
 from vlm_export.verify.metrics import describe_array
 from vlm_export.verify.points import Arrays
 from vlm_export.verify.tensor_proto import bytes_from_tensor, tensor_from_bytes
@@ -36,13 +36,16 @@ class GoldenRecord:
     outputs: Arrays
 
 
-def golden_points(signature: Signature) -> tuple[GridPoint, ...]:
+def golden_points(signature: Signature, attention: Attention | None = None) -> tuple[GridPoint, ...]:
     """The points to record: batches 1 and 2 and every size of the other axes, a few rows in all.
 
     Axes are cut where a record would take more than `_MAX_RECORD_BYTES` (a decoder's logits at full length); what
     takes more at the smallest sizes is left out, but for the smallest.
+
+    Args:
+        attention: as for `grid_for`.
     """
-    points = grid_for(signature, seeds=_SEEDS, budget_rows=1, budget_bytes=_MAX_RECORD_BYTES)
+    points = grid_for(signature, seeds=_SEEDS, budget_rows=1, budget_bytes=_MAX_RECORD_BYTES, attention=attention)
     sizes = [point_bytes(signature, point.sizes) for point in points]
     fitting = tuple(point for point, size in zip(points, sizes, strict=True) if size <= _MAX_RECORD_BYTES)
     return fitting or (points[sizes.index(min(sizes))],)

@@ -14,10 +14,23 @@ from vlm_export.signature import Axis, Signature
 BATCH_AXIS = "batch"
 BATCHES = (1, 2, 3, 5)
 SEEDS = (0, 1, 2)
+# What the runtime and the command line feed by default: tiles, slices and captions 4, questions 8, images 16,
+# `embed` and answers to rank 32, texts 64.
+RUNTIME_BATCHES = (4, 8, 16, 32, 64)
+SEQUENCE_AXIS = "sequence"
+# Lengths that texts have, and those that the cache of a decoder has while it writes one.
+LENGTH_AXES = (SEQUENCE_AXIS, "past_sequence")
+# A range of lengths up to this is tried whole; of a longer one its first, and some of those behind.
+_WHOLE_LENGTHS, _FIRST_LENGTHS, _DRAWN_LENGTHS = 128, 64, 12
+# A length that is drawn stays below this: what a long one costs grows with its square.
+LONGEST_DRAWN = 512
+_DRAW_SEED = 20
 # Stands for the upper end of an axis that has none: odd, and past the sizes that kernels special-case.
 _UNBOUNDED_SPAN = 65
 # What one score of cached attention takes: in float32 made, masked, exponentiated and divided.
 _SCORE_BYTES = 16
+# Of attention between patches, which knows no mask: made and divided.
+_PATCH_SCORE_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,14 @@ class GridPoint:
         return self.sizes.get(BATCH_AXIS, 1)
 
 
+@dataclass(frozen=True)
+class Attention:
+    """The most heads of a layer, and what the scores of one layer may take in bytes."""
+
+    heads: int
+    budget_bytes: int
+
+
 def grid_for(
     signature: Signature,
     *,
@@ -40,6 +61,7 @@ def grid_for(
     thorough: bool = False,
     budget_rows: int | None = None,
     budget_bytes: int | None = None,
+    attention: Attention | None = None,
 ) -> tuple[GridPoint, ...]:
     """The points for a signature; the same arguments give the same points.
 
@@ -51,15 +73,64 @@ def grid_for(
             then the large batches. Batches 1 and 2 and all sizes of the other axes stay, whatever they cost.
         budget_bytes: bound of one point's inputs and outputs: where they take more, the longest axis is halved until
             they fit, the batch last. A decoder's logits or cache at a context of thousands of tokens take gigabytes.
-            So are one head's scores of cached attention, which grow with the context's square.
+            So are the scores of attention, which grow with the square of the context or of the number of patches.
+        attention: bounds them apart from the arrays, for all heads of a layer; None: one head's, by `budget_bytes`.
     """
     points: tuple[GridPoint, ...] = ()
     for batches, pairs in ((BATCHES, True), (BATCHES, False), (BATCHES[:3], False), (BATCHES[:2], False)):
-        sizes = [_within_bytes(signature, point, budget_bytes) for point in _combined(signature, batches, pairs)]
+        combined = _combined(signature, batches, pairs)
+        sizes = [_within_bytes(signature, point, budget_bytes, attention) for point in combined]
         points = _seeded(_distinct(sizes), seeds, thorough)
         if budget_rows is None or sum(point.rows for point in points) <= budget_rows:
             break
     return points
+
+
+def runtime_points(
+    signature: Signature,
+    batches: Sequence[int] = RUNTIME_BATCHES,
+    *,
+    every_length: bool = True,
+    longest: int = LONGEST_DRAWN,
+    budget_bytes: int | None = None,
+    attention: Attention | None = None,
+) -> tuple[GridPoint, ...]:
+    """The points that deployments run, beside those of `grid_for`: large batches of short rows, and lengths of texts.
+
+    A graph may be right at the ends of an axis and wrong at one size in between. The seeds alternate.
+
+    Args:
+        batches: the sizes of batches.
+        every_length: tries each length of a text, one row at a time; otherwise a few that are drawn, the same on
+            every call.
+        longest: no length that is drawn is above it.
+        budget_bytes, attention: as for `grid_for`; a batch that does not fit is left out.
+    """
+    free = _free_axes(signature)
+    short = {axis.name: axis_sizes(axis, BATCHES[:1])[:2][-1] for axis in free}
+    found: list[dict[str, int]] = []
+    for axis in free:
+        if axis.name == BATCH_AXIS:
+            upper = max(batches, default=0) if axis.maximum is None else axis.maximum
+            sizes = [{**short, BATCH_AXIS: size} for size in batches if axis.minimum <= size <= upper]
+            related = [_related(signature, point) for point in sizes]
+            found += [point for point in related if _fits(signature, point, budget_bytes, attention)]
+        elif axis.name in LENGTH_AXES:
+            least = {other.name: other.minimum for other in free if other.name in LENGTH_AXES}
+            for length in _lengths(axis, every_length, longest):
+                found.append(_related(signature, {**short, **least, axis.name: length}))
+    return tuple(GridPoint(sizes, SEEDS[i % len(SEEDS)]) for i, sizes in enumerate(_distinct(found)))
+
+
+def _lengths(axis: Axis, every: bool, longest: int) -> Sequence[int]:
+    """All lengths of a short range, or the first and a draw from the others; without `every` the draw alone."""
+    low, high = axis.minimum, axis.minimum + _UNBOUNDED_SPAN if axis.maximum is None else axis.maximum
+    if every and high - low < _WHOLE_LENGTHS:
+        return range(low, high + 1)
+    first = min(low + _FIRST_LENGTHS, high) if every else low
+    drawn_from = np.arange(first, min(high, max(longest, first)) + 1)
+    drawn = np.random.default_rng(_DRAW_SEED).permutation(drawn_from)[:_DRAWN_LENGTHS]
+    return (*range(low, first), *sorted(int(length) for length in drawn))
 
 
 def least_grid(signature: Signature, seed: int = SEEDS[0]) -> tuple[GridPoint, ...]:
@@ -169,17 +240,40 @@ def point_bytes(signature: Signature, sizes: Mapping[str, int]) -> int:
 
 
 def _scores_bytes(signature: Signature, sizes: Mapping[str, int]) -> int:
-    """What one head's scores take where new tokens attend to cached ones and to themselves; 0 for other parts."""
+    """What one head's scores take: of new tokens and cached ones, or of an image's patches; 0 for other parts."""
     rows = sizes.get(BATCH_AXIS, 1)
-    scores = (rows * sizes[axis.sum_of[-1]] * sizes[axis.name] for axis in signature.axes if axis.sum_of)
-    return _SCORE_BYTES * max(scores, default=0)
+    cached = (sizes[axis.sum_of[-1]] * sizes[axis.name] for axis in signature.axes if axis.sum_of)
+    patches = _patches(signature, sizes)
+    return rows * max(_SCORE_BYTES * max(cached, default=0), _PATCH_SCORE_BYTES * patches * patches)
 
 
-def _within_bytes(signature: Signature, sizes: dict[str, int], budget_bytes: int | None) -> dict[str, int]:
+def _patches(signature: Signature, sizes: Mapping[str, int]) -> int:
+    """How many patches an image of these sizes has, 0 where no axis goes in steps of a patch."""
+    steps = {axis.name: axis.multiple_of for axis in signature.axes if axis.multiple_of > 1}
+    counts = [
+        prod(sizes[entry] // steps[entry] for entry in tensor.shape if isinstance(entry, str) and entry in steps)
+        for tensor in signature.inputs
+        if steps.keys() & set(tensor.shape)
+    ]
+    return max(counts, default=0)
+
+
+def _fits(
+    signature: Signature, sizes: Mapping[str, int], budget_bytes: int | None, attention: Attention | None
+) -> bool:
+    """Whether neither the arrays nor the scores of attention take more."""
+    if attention is None:
+        attention = None if budget_bytes is None else Attention(1, budget_bytes)
+    if attention is not None and attention.heads * _scores_bytes(signature, sizes) > attention.budget_bytes:
+        return False
+    return budget_bytes is None or point_bytes(signature, sizes) <= budget_bytes
+
+
+def _within_bytes(
+    signature: Signature, sizes: dict[str, int], budget_bytes: int | None, attention: Attention | None
+) -> dict[str, int]:
     """The sizes, with the longest axis halved until the arrays fit; where they never do, the smallest sizes."""
-    while (
-        budget_bytes is not None and max(point_bytes(signature, sizes), _scores_bytes(signature, sizes)) > budget_bytes
-    ):
+    while not _fits(signature, sizes, budget_bytes, attention):
         halves = {axis.name: _half(axis, sizes[axis.name]) for axis in signature.axes if not axis.sum_of}
         shorter = {name: size for name, size in halves.items() if size < sizes[name]}
         if not shorter:

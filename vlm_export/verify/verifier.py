@@ -15,7 +15,7 @@ import numpy as np
 from vlm_export.signature import Signature
 from vlm_export.verify.floor import FloorJudge
 from vlm_export.verify.gates import Gate
-from vlm_export.verify.grid import BATCH_AXIS, GridPoint
+from vlm_export.verify.grid import BATCH_AXIS, SEQUENCE_AXIS, GridPoint
 from vlm_export.verify.metrics import Array
 from vlm_export.verify.points import Arrays, EngineRun, PointKind, PointResult, judge_point
 from vlm_export.verify.report import PartReport
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from vlm_export.family import Part, Reference
     from vlm_export.verify.samples import Sample
 
-SEQUENCE_AXIS = "sequence"
 IDS_NAME = "input_ids"
 MASK_NAME = "attention_mask"
 _UNBOUNDED_PADDING = 9
@@ -41,6 +40,7 @@ def verify_part(
     grid: Sequence[GridPoint],
     samples: Sequence[Sample] = (),
     *,
+    more: Sequence[GridPoint] = (),
     variant: str = "",
     reference_name: str = "reference",
     engine_name: str = "engine",
@@ -54,6 +54,7 @@ def verify_part(
 
     Args:
         samples: pictures or sentences, from `sample_inputs`.
+        more: further grid points, which play no part where the engine is compared with itself.
         variant: name in the report; the gate's by default.
         pad_token_id: states that tokens after end-of-text, masked where the part takes a mask, cannot change the
             outputs, and which token fills; then padded token ids must give what unpadded ones give.
@@ -62,7 +63,7 @@ def verify_part(
         floor: the measured noise, whose gates apply beside `gate`.
     """
     candidate = _Candidate(part, reference, engine, gate, floor)
-    checks = list(_against_reference(candidate, grid, samples))
+    checks = list(_against_reference(candidate, (*grid, *more), samples))
     own = list(_against_itself(candidate, grid, pad_token_id))
     if with_self_checks:
         checks += own
