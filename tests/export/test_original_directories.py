@@ -97,8 +97,10 @@ def spread(model: Any) -> Any:
 
 
 def unit(rows: Any) -> Array:
-    array = np.asarray(rows, np.float64)
-    return array / np.linalg.norm(array, axis=-1, keepdims=True)
+    array: Array = np.asarray(rows, np.float64)
+    lengths: Array = np.linalg.norm(array, axis=-1, keepdims=True)
+    unit_rows: Array = array / lengths
+    return unit_rows
 
 
 def assert_equal(got: Any, expected: Any, what: Sequence[object]) -> None:
@@ -164,9 +166,8 @@ def assert_images(folder: Path, encode: Callable[..., Any], name: str) -> None:
     prepare = AutoImageProcessor.from_pretrained(folder / name, backend="pil")
     with torch.inference_mode():
         outputs = [encode(**prepare([image], return_tensors="pt")) for image in images]
-    expected = torch.cat(
-        [getattr(o, "image_embeds", None) if hasattr(o, "image_embeds") else o.pooler_output for o in outputs]
-    )
+    names = ["image_embeds" if "image_embeds" in output else "pooler_output" for output in outputs]
+    expected = torch.cat([output[name] for output, name in zip(outputs, names, strict=True)])
     got = vlm_export.load(folder / "out").encode_image(images)
     assert_equal(got, expected, [f"{image.mode} {image.size}" for image in images])
 
@@ -259,7 +260,7 @@ def test_blip_of_transformers_with_a_cased_tokenizer_of_other_ids(tmp_path: Path
 
     images, texts = odd_images(), TEXTS[:-1]
     prepare, tokenize = AutoImageProcessor.from_pretrained(source, backend="pil"), AutoTokenizer.from_pretrained(source)
-    bundle = vlm_export.load(tmp_path / "out")
+    bundle = vlm_export.load_vision_language(tmp_path / "out")
     with torch.inference_mode():
         pixels = [prepare([image], return_tensors="pt")["pixel_values"] for image in images]
         expected = torch.cat([model.vision_proj(model.vision_model(p)[0][:, 0]) for p in pixels])

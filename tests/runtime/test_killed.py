@@ -16,6 +16,9 @@ from vlm_export.errors import UsageError
 from vlm_export.interrupts import remembered_interrupts
 from vlm_export.runtime.search import EmbeddingsMeta, read_embeddings, write_embeddings
 
+# The harness is a fixture of all tests, which the environment without torch does not have.
+pytestmark = pytest.mark.needs_torch
+
 META = EmbeddingsMeta(kind="text", model="tiny", identity="0" * 64)
 
 
