@@ -35,7 +35,7 @@ class FloorRule:
     scale_share: float
 
 
-# Right graphs of every family reached at most half of their gates (docs/numerics.md).
+# Right graphs of every family reached at most three fifths of their gates (docs/numerics.md).
 RULES: Mapping[str, FloorRule] = {
     "fp32": FloorRule(8.0, 4 * 2.0**-24, 2.0),
     "fp16": FloorRule(3.0, 2.0**-11, 2.0),
