@@ -1,8 +1,9 @@
 """The oldest ONNX Runtime that loads a graph, from its opset, its IR version and its operators.
 
 Every number below was measured: clip-demo's float32 graphs of the opsets 17, 18 and 23, and graphs of one operator of
-each opset, were loaded in the releases 1.15.1, 1.16.3, 1.17.0, 1.17.3, 1.18.0, 1.18.1, 1.19.2, 1.20.0, 1.20.1, 1.21.0,
-1.21.1, 1.22.0, 1.22.1, 1.23.0, 1.23.2, 1.24.1, 1.25.0 and 1.26.0 on Linux x86-64 (2026-11-29). A number is the oldest of these that loads the graph.
+each opset, were loaded in the releases 1.15.1, 1.16.3, 1.17.0, 1.17.3, 1.18.0, 1.18.1, 1.19.2, 1.20.0, 1.20.1,
+1.21.0, 1.21.1, 1.22.0, 1.22.1, 1.23.0, 1.23.2, 1.24.1, 1.25.0 and 1.26.0 on Linux x86-64 (2026-11-29). A number is
+the oldest of these that loads the graph.
 """
 
 from __future__ import annotations

@@ -113,21 +113,24 @@ def _check_images(
     reader = transformers_images(folder)
     own, edge = original.own, bundle.manifest.image.size_pixels
     failures, other = list[str](), list[str]()
-    farthest = 0
+    farthest, refused = 0, ""
     for item in record.images:
         name, image = item.file.rpartition("/")[2], Image.open(io.BytesIO(contents[item.file]))
         plain = own or _is_plain(image, edge, crops=bundle.manifest.image.crop == "nearest_even")
-        pixels = _outcome(reader, image)
+        pixels = _outcome(reader.run, image)
         if isinstance(pixels, str) or digest(levels(pixels, record.black, record.white)[0]) != item.sha256:
             (failures if plain else other).append(f"{name}{f': {pixels}' if isinstance(pixels, str) else ''}")
         elif reader.other is not None:
-            fast = levels(reader.other[1](image), record.black, record.white)[0].astype(np.int64)
-            farthest = max(farthest, int(np.abs(fast - levels(pixels, record.black, record.white)[0]).max()))
+            fast = _outcome(reader.other[1], image)
+            if isinstance(fast, str):
+                refused = fast
+                continue
+            whole = levels(fast, record.black, record.white)[0].astype(np.int64)
+            farthest = max(farthest, int(np.abs(whole - levels(pixels, record.black, record.white)[0]).max()))
     if reader.other is not None:
-        measured.append(
-            f"{layout.PREPROCESSOR_NAME} in {reader.other[0]} (torchvision): up to {farthest} levels of 255 from the "
-            f"Pillow back end, on the contract's images"
-        )
+        seen = f"up to {farthest} levels of 255 from the Pillow back end, on the contract's images"
+        seen = f"it does not prepare them ({refused})" if refused else seen
+        measured.append(f"{layout.PREPROCESSOR_NAME} in {reader.other[0]} (torchvision): {seen}")
     if other:
         measured.append(
             f"{layout.PREPROCESSOR_NAME}: {reader.name} prepares {', '.join(other[:_MAX_NAMED])} otherwise than "
@@ -201,9 +204,9 @@ def _copied(bundle: OpenBundle, folder: Path, names: Sequence[str], key: str, al
         raise NotRunError(f"{names[-1]}: {key} {stated!r:.80} is not one of the classes that are run")
 
 
-def _outcome(reader: ImagePreparation, image: Image.Image) -> Array | str:
+def _outcome(run: Callable[[Image.Image], Array], image: Image.Image) -> Array | str:
     try:
-        return reader.run(image)
+        return run(image)
     except Exception as error:  # the library's own
         return f"{type(error).__name__}: {error}"[:200]
 
