@@ -56,8 +56,6 @@ from vlm_export.verify.contract_record import (
 from vlm_export.verify.metrics import Array
 from vlm_export.verify.points import Arrays
 
-# While preparations that the proof found wrong are mended: the report says FAIL, and verify ends with status 1.
-ENFORCED = True
 SEALED_FILES = (
     *(layout.CONFIG_NAME, layout.PREPROCESSOR_NAME, layout.TOKENIZER_NAME, layout.TOKENIZER_CONFIG_NAME),
     "special_tokens_map.json",

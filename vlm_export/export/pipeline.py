@@ -22,7 +22,7 @@ from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import VerificationError, VlmExportError
 from vlm_export.export.backends import Exporter, choose_exporter, choose_lowerings, export_part
 from vlm_export.export.bundle_manifest import check_publishable, manifest_from_model, with_contract
-from vlm_export.export.contract import ENFORCED, prove_contract, sides_of
+from vlm_export.export.contract import prove_contract, sides_of
 from vlm_export.export.ledger import account_for, folded_sources
 from vlm_export.export.options import FP32, ExportOptions, Precision
 from vlm_export.export.parts import check_pictures, needed_bytes, planned_parts, select_parts
@@ -243,8 +243,7 @@ class _Job:
 
         with self.stages.stage("prove contract"):
             report = prove_contract(staging.path, manifest, model, sides, start)
-            if ENFORCED:
-                report.raise_if_failed()
+            report.raise_if_failed()
         return report
 
     def _variant(self, written: _Written, staging: Staging, report: PartReport) -> VariantRecord:
