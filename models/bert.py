@@ -22,10 +22,11 @@ from vlm_export.models.layers import (
     cached_causal_mask,
     padding_mask,
 )
+from vlm_export.specs.codec import Spec
 
 
 @dataclass(frozen=True)
-class BertSizes:
+class BertSizes(Spec):
     """Sizes of the text transformer.
 
     Attributes:

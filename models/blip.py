@@ -8,7 +8,7 @@ here each mode is a Part, and the runtime's tokenization puts the special tokens
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from vlm_export.family import (
     reference_from_module,
 )
 from vlm_export.models import blip_weights
-from vlm_export.models.blip_architecture import BlipArchitecture, architecture_from_checkpoint, architecture_from_json
+from vlm_export.models.blip_architecture import BlipArchitecture, architecture_from_checkpoint
 from vlm_export.models.blip_nlvr import FIRST_MERGING_LAYER
 from vlm_export.models.blip_parts import build_modules, build_parts
 from vlm_export.models.image_processor import (
@@ -42,6 +42,7 @@ from vlm_export.models.shapes import config_section
 from vlm_export.models.weights import Target, load_weights, published_tensors
 from vlm_export.original import Original, TorchvisionPipeline, TransformersOriginal
 from vlm_export.specs import Origins, TextSpec, torchvision_image_spec
+from vlm_export.specs.tasks import AnswerSpec, CaptionSpec, EmbedSpec, EncoderSpec, FirstToken, MatchSpec, TaskSpec
 
 # Where the original truncates captions for retrieval (train_retrieval.py) and questions (blip_vqa.py).
 MAX_TEXT_TOKENS = 35
@@ -104,7 +105,7 @@ class BlipFamily:
             image=image,
             text=_text_spec(architecture),
             hub_config=config_of_size(checkpoint.config or _config_from_architecture(architecture), image_size),
-            facts=_facts(architecture),
+            tasks=tuple(_tasks(architecture)),
             dropped_keys=dropped,
             references={part.name: partial(reference_from_module, part) for part in parts},
             reference_name="unpatched eager module",
@@ -115,11 +116,11 @@ class BlipFamily:
         )
 
     def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
-        parsed = architecture_from_json(architecture)
+        parsed = BlipArchitecture.from_config(architecture)
         return published_tensors(build_modules(parsed), _table(parsed, ()), dtype="float32")
 
     def published_config(self, architecture: Mapping[str, Any]) -> dict[str, Any] | None:
-        parsed = architecture_from_json(architecture)
+        parsed = BlipArchitecture.from_config(architecture)
         return _config_from_architecture(parsed) if parsed.key_names == "huggingface" else None
 
 
@@ -240,38 +241,41 @@ def _with_tokenizer(model: Model, ids: TokenizerIds) -> Model:
             expected="a tokenizer that begins texts with [CLS], whatever its name",
             fix="pass --tokenizer PATH with the tokenizer that the checkpoint was trained with",
         )
-    tokens = {**model.facts["tokens"], "cls": ids.start[0], "pad": ids.pad}
-    tokens["encoder_start"] = ids.vocabulary.get(ENCODER_TOKEN, tokens["encoder_start"])
-    if model.architecture["key_names"] == "original":
-        tokens["sep"] = ids.end
-        tokens["decoder_start"] = ids.vocabulary.get(DECODER_TOKEN, tokens["decoder_start"])
-    architecture = {**model.architecture, "tokens": tokens}
-    return replace(model, facts={**model.facts, "tokens": tokens}, architecture=architecture)
+    architecture = BlipArchitecture.from_config(model.architecture)
+    tokens = replace(architecture.tokens, cls=ids.start[0], pad=ids.pad)
+    tokens = replace(tokens, encoder_start=ids.vocabulary.get(ENCODER_TOKEN, tokens.encoder_start))
+    if architecture.key_names == "original":
+        decoder_start = ids.vocabulary.get(DECODER_TOKEN, tokens.decoder_start)
+        tokens = replace(tokens, sep=ids.end, decoder_start=decoder_start)
+    architecture = replace(architecture, tokens=tokens)
+    return replace(model, tasks=tuple(_tasks(architecture)), architecture=architecture.to_json())
 
 
-def _facts(architecture: BlipArchitecture) -> dict[str, Any]:
-    """What the runtime needs to know besides the graphs; defaults of salesforce/BLIP's own functions."""
+def _tasks(architecture: BlipArchitecture) -> Iterator[TaskSpec]:
+    """What the model can be asked; defaults of salesforce/BLIP's own functions."""
     huggingface, sizes = architecture.key_names == "huggingface", architecture.encoder or architecture.decoder
     assert sizes is not None
-    first_token = "cls" if huggingface else "enc"
+    tokens = architecture.tokens
+    first_token: FirstToken = "cls" if huggingface else "enc"
     # transformers cuts texts where its tokenizer says, at the latest where positions end.
     longest = sizes.positions if huggingface else MAX_TEXT_TOKENS
-    facts: dict[str, Any] = {"tokens": asdict(architecture.tokens)}
+    if architecture.projection_dim:
+        yield EmbedSpec(EncoderSpec("vision", "image_embeds"), EncoderSpec("text", "text_embeds"))
     if architecture.has_matching_head:
-        facts["match"] = {"first_token": first_token, "max_text_tokens": longest}
+        yield MatchSpec(tokens, first_token, max_text_tokens=longest)
     if architecture.answers_questions:
-        facts["answer"] = {
-            "question_first_token": first_token,
-            "max_question_tokens": longest,
-            "beams": 3,
-            "max_length": 10,
-            "min_length": 1,
-            "label_smoothing": 0.1,
-            "attend_padding": True,
-        }
+        yield AnswerSpec(
+            tokens,
+            question_first_token=first_token,
+            max_question_tokens=longest,
+            beams=3,
+            max_length=10,
+            min_length=1,
+            label_smoothing=0.1,
+            attend_padding=True,
+        )
     elif architecture.decoder is not None:
-        facts["caption"] = {"prompt": "a picture of ", "beams": 3, "max_length": 20, "min_length": 5}
-    return facts
+        yield CaptionSpec(tokens, prompt="a picture of ", beams=3, max_length=20, min_length=5)
 
 
 def _config_from_architecture(architecture: BlipArchitecture) -> dict[str, Any]:

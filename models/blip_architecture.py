@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint
 from vlm_export.models.bert import BertSizes
 from vlm_export.models.shapes import Shapes, check_context, check_heads, config_integer, config_number, config_section
-from vlm_export.specs import record_from_json
+from vlm_export.specs.codec import Spec
+from vlm_export.specs.tasks import SpecialTokens
 
 KeyNames = Literal["original", "huggingface"]
 HEAD_WIDTH = 64
@@ -21,7 +22,7 @@ CLS_ID, SEP_ID, PAD_ID = 101, 102, 0
 
 
 @dataclass(frozen=True)
-class BlipVitSizes:
+class BlipVitSizes(Spec):
     width: int
     layers: int
     heads: int
@@ -32,18 +33,7 @@ class BlipVitSizes:
 
 
 @dataclass(frozen=True)
-class BlipTokens:
-    """Ids of the special tokens: [CLS], [SEP], [PAD], [DEC] (starts a decoder) and [ENC] (starts a matching text)."""
-
-    cls: int
-    sep: int
-    pad: int
-    decoder_start: int
-    encoder_start: int
-
-
-@dataclass(frozen=True)
-class BlipArchitecture:
+class BlipArchitecture(Spec):
     """Everything that determines the modules, apart from weights.
 
     Attributes:
@@ -59,7 +49,7 @@ class BlipArchitecture:
     decoder: BertSizes | None
     projection_dim: int
     has_matching_head: bool
-    tokens: BlipTokens
+    tokens: SpecialTokens
     compares_pictures: bool = False
 
     @property
@@ -70,9 +60,6 @@ class BlipArchitecture:
     @property
     def image_tokens(self) -> int:
         return (self.vision.image_size // self.vision.patch_size) ** 2 + 1
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def architecture_from_checkpoint(checkpoint: Checkpoint) -> BlipArchitecture:
@@ -100,17 +87,6 @@ def architecture_from_checkpoint(checkpoint: Checkpoint) -> BlipArchitecture:
         tokens=_tokens(text_config, vocab_size, decodes=decoder is not None),
     )
     return _checked(architecture, checkpoint)
-
-
-def architecture_from_json(data: Mapping[str, Any]) -> BlipArchitecture:
-    """The architecture that `to_json` or a file in `configs/` states."""
-    parts: dict[str, Any] = {
-        "vision": record_from_json(BlipVitSizes, data["vision"]),
-        "tokens": record_from_json(BlipTokens, data["tokens"]),
-    }
-    for name in ("encoder", "decoder"):
-        parts[name] = None if data[name] is None else record_from_json(BertSizes, data[name])
-    return record_from_json(BlipArchitecture, {**data, **parts})
 
 
 _TEXT_PREFIXES = ("text_encoder.", "text_decoder.bert.")
@@ -200,7 +176,7 @@ def _check_activation(config: Mapping[str, Any], section: str) -> None:
         )
 
 
-def _tokens(config: Mapping[str, Any] | None, vocab_size: int, *, decodes: bool) -> BlipTokens:
+def _tokens(config: Mapping[str, Any] | None, vocab_size: int, *, decodes: bool) -> SpecialTokens:
     """The two added tokens are the vocabulary's last, [DEC] before [ENC], unless config.json says where [DEC] is.
 
     The ids of texts are the tokenizer's, once it is read; of config.json's, only those that decoding reads matter. What
@@ -213,7 +189,7 @@ def _tokens(config: Mapping[str, Any] | None, vocab_size: int, *, decodes: bool)
         return token_id if matters or token_id < vocab_size else 0
 
     matters = decodes or is_original
-    return BlipTokens(
+    return SpecialTokens(
         cls=read(CLS_ID, is_original),
         sep=read(config_integer(config, "sep_token_id", SEP_ID), matters),
         pad=read(config_integer(config, "pad_token_id", PAD_ID), matters),
@@ -238,7 +214,7 @@ def _checked(architecture: BlipArchitecture, checkpoint: Checkpoint) -> BlipArch
             raise InputError(
                 f"the text {name} has no cross-attention", where=checkpoint.source, expected="crossattention.*"
             )
-    tokens = asdict(architecture.tokens)
+    tokens = architecture.tokens.to_json()
     sizes_ = architecture.encoder or architecture.decoder or _never()
     outside = {name: token for name, token in tokens.items() if token >= sizes_.vocab_size}
     if outside:

@@ -25,7 +25,7 @@ from vlm_export.models.blip_nlvr import PairOfPicturesText
 from vlm_export.models.pictures import PictureExamples, picture_shape
 from vlm_export.models.token_ids import EDGES, random_ids
 from vlm_export.models.vit import VisionTransformer, VitForm
-from vlm_export.signature import Axis, Signature, TensorSpec
+from vlm_export.specs.signature import Axis, Signature, TensorSpec
 
 BATCH = Axis("batch")
 ENCODER_SEQUENCE = "encoder_sequence"

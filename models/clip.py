@@ -61,8 +61,9 @@ from vlm_export.models.pictures import (
 )
 from vlm_export.models.token_ids import EDGES, random_ids
 from vlm_export.models.weights import Target, load_weights, published_tensors
-from vlm_export.signature import Axis, Signature, TensorSpec
 from vlm_export.specs import ImageSpec, Origins, TextCleaning, TextSpec, torchvision_image_spec
+from vlm_export.specs.signature import Axis, Signature, TensorSpec
+from vlm_export.specs.tasks import EmbedSpec, EncoderSpec, ScoreSpec
 
 BATCH = Axis("batch")
 _HF_WORDS = "text_model.embeddings.token_embedding.weight"
@@ -133,7 +134,7 @@ class ClipFamily:
                 (checkpoint.config if huggingface else None) or _config_from_architecture(architecture),
                 None if architecture.vision is None else architecture.vision.image_size,
             ),
-            facts=_facts(architecture, encoders),
+            tasks=(_embed_task(architecture, encoders),),
             dropped_keys=dropped,
             references={part.name: partial(build_reference, part) for part in parts},
             reference_name=f"transformers {_class_name(architecture)}" if huggingface else "unpatched eager module",
@@ -143,11 +144,11 @@ class ClipFamily:
         )
 
     def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
-        parsed = clip_architecture.architecture_from_json(architecture)
+        parsed = ClipArchitecture.from_config(architecture)
         return published_tensors(build_encoders(parsed), _table(parsed), dtype="float16")
 
     def published_config(self, architecture: Mapping[str, Any]) -> dict[str, Any] | None:
-        parsed = clip_architecture.architecture_from_json(architecture)
+        parsed = ClipArchitecture.from_config(architecture)
         return _config_from_architecture(parsed) if parsed.key_names == "huggingface" else None
 
 
@@ -175,11 +176,12 @@ def _parts(
         yield Part("text", encoders.text, text, _TextExamples(architecture.text))
 
 
-def _facts(architecture: ClipArchitecture, encoders: ClipEncoders) -> dict[str, Any]:
-    """A tower alone has no scale: it compares nothing."""
-    has_both = architecture.vision is not None and architecture.text is not None
-    scale = {"logit_scale": float(encoders.logit_scale)} if has_both else {}
-    return {**scale, "activation": architecture.activation}
+def _embed_task(architecture: ClipArchitecture, encoders: ClipEncoders) -> EmbedSpec:
+    """A tower alone has no score: it compares nothing."""
+    image = None if architecture.vision is None else EncoderSpec("vision", "image_embeds")
+    text = None if architecture.text is None else EncoderSpec("text", "text_embeds")
+    has_both = image is not None and text is not None
+    return EmbedSpec(image, text, ScoreSpec("softmax", float(encoders.logit_scale)) if has_both else None)
 
 
 def _class_name(architecture: ClipArchitecture) -> str:

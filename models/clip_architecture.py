@@ -8,7 +8,7 @@ Source of the rules for shapes: `build_model` in openai/CLIP model.py (d05afc4).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
 
 from vlm_export.errors import InputError
@@ -24,7 +24,7 @@ from vlm_export.models.shapes import (
     config_number,
     config_section,
 )
-from vlm_export.specs import record_from_json
+from vlm_export.specs.codec import Spec
 
 KeyNames = Literal["openai", "huggingface"]
 Pooling = Literal["argmax", "first_end_token"]
@@ -38,25 +38,27 @@ _TOWERS = {"clip_vision_model": "vision", "clip_text_model": "text"}
 
 
 @dataclass(frozen=True)
-class VitSizes:
+class VitSizes(Spec):
     width: int
     layers: int
     heads: int
     hidden: int
     patch_size: int
     image_size: int
+    kind: Literal["vit"] = "vit"
 
 
 @dataclass(frozen=True)
-class ResNetSizes:
+class ResNetSizes(Spec):
     width: int
     stages: tuple[int, ...]
     heads: int
     image_size: int
+    kind: Literal["resnet"] = "resnet"
 
 
 @dataclass(frozen=True)
-class TextSizes:
+class TextSizes(Spec):
     width: int
     layers: int
     heads: int
@@ -68,7 +70,7 @@ class TextSizes:
 
 
 @dataclass(frozen=True)
-class ClipArchitecture:
+class ClipArchitecture(Spec):
     """Everything that determines the modules, apart from weights.
 
     Attributes:
@@ -88,12 +90,6 @@ class ClipArchitecture:
         assert self.vision is not None
         assert self.text is not None
         return self.vision, self.text
-
-    def to_json(self) -> dict[str, Any]:
-        data = asdict(self)
-        if self.vision is not None:
-            data["vision"]["kind"] = "vit" if isinstance(self.vision, VitSizes) else "resnet"
-        return data
 
 
 @dataclass(frozen=True)
@@ -232,19 +228,6 @@ def _huggingface_text(shapes: Shapes, config: Mapping[str, Any]) -> TextSizes:
     check_token(shapes.checkpoint, f"{in_section}eos_token_id", sizes.end_token_id, vocab_size)
     check_stated(shapes.checkpoint, section, config, stated_text(sizes))
     return sizes
-
-
-def architecture_from_json(data: Mapping[str, Any]) -> ClipArchitecture:
-    """The architecture that `to_json` or a file in `configs/` states."""
-    fields_left = dict(data)
-    vision_data, text_data = fields_left.pop("vision"), fields_left.pop("text")
-    vision: VitSizes | ResNetSizes | None = None
-    if vision_data is not None:
-        sizes = {key: value for key, value in vision_data.items() if key != "kind"}
-        is_vit = vision_data["kind"] == "vit"
-        vision = record_from_json(VitSizes, sizes) if is_vit else record_from_json(ResNetSizes, sizes)
-    text = None if text_data is None else record_from_json(TextSizes, text_data)
-    return record_from_json(ClipArchitecture, {**fields_left, "vision": vision, "text": text})
 
 
 def one_tower(checkpoint: Checkpoint) -> str | None:

@@ -26,7 +26,6 @@ from vlm_export.family import (
 from vlm_export.models import minicpmv_weights
 from vlm_export.models.minicpmv_architecture import (
     VisionArchitecture,
-    architecture_from_json,
     minicpmv_architecture,
 )
 from vlm_export.models.minicpmv_modules import VisionModules, build_modules
@@ -35,7 +34,8 @@ from vlm_export.models.shapes import config_integer, config_section
 from vlm_export.models.vit import VitForm
 from vlm_export.models.vit_weights import eva_table
 from vlm_export.models.weights import Target, load_weights, published_tensors
-from vlm_export.slice_spec import SliceSpec, slice_spec_from_version
+from vlm_export.specs.slices import SliceSpec, slice_spec_from_version
+from vlm_export.specs.tasks import FeatureSpec
 
 _MAX_SLICES = 9
 _PACKED_NOTE = (
@@ -66,10 +66,10 @@ class MiniCpmVFamily:
         return build_vision(self, minicpmv_architecture(checkpoint), checkpoint, store)
 
     def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
-        return vision_tensors(architecture_from_json(architecture))
+        return vision_tensors(VisionArchitecture.from_config(architecture))
 
     def published_config(self, architecture: Mapping[str, Any]) -> dict[str, Any] | None:
-        return config_from_architecture(architecture_from_json(architecture))
+        return config_from_architecture(VisionArchitecture.from_config(architecture))
 
 
 def refuse_options(options: BuildOptions, accepted: tuple[str, ...] = ()) -> None:
@@ -86,7 +86,13 @@ def describe_vision(
         PartOutline(part.name, part.signature, sum(p.numel() for p in part.module.parameters()))
         for part in build_parts(architecture, _modules(architecture))
     )
-    return Description(architecture.to_json(), parts, tuple(_notes(architecture, checkpoint)), warnings)
+    return Description(
+        architecture.to_json(),
+        parts,
+        tuple(_notes(architecture, checkpoint)),
+        warnings,
+        image=_slicing(architecture, checkpoint),
+    )
 
 
 def build_vision(
@@ -105,14 +111,10 @@ def build_vision(
         family=family.name,
         architecture=architecture.to_json(),
         parts=parts,
-        image=None,
+        image=_slicing(architecture, checkpoint),
         text=None,
         hub_config=checkpoint.config or {},
-        facts={
-            "version": architecture.version,
-            "slicing": _slicing(architecture, checkpoint).to_json(),
-            "shards_left_aside": list(checkpoint.shards_left_aside),
-        },
+        tasks=(FeatureSpec("vision"),),
         dropped_keys=dropped,
         references={part.name: partial(reference_from_module, part) for part in parts},
         reference_name="unpatched eager module",

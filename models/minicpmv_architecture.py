@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from vlm_export.errors import InputError, UsageError
 from vlm_export.family import BuildOptions, Checkpoint
@@ -19,7 +19,7 @@ from vlm_export.models.shapes import (
     config_section,
 )
 from vlm_export.models.vit import VitForm
-from vlm_export.specs import record_from_json
+from vlm_export.specs.codec import Spec
 
 Version = Literal["1.0", "2.0", "2.5", "2.6", "4.0", "4.5", "omnilmm"]
 # Packed versions by the number in config.json; 2.6 is what later ones without their own rules follow.
@@ -33,7 +33,7 @@ _OTHER_EVA_HEAD = 32
 
 
 @dataclass(frozen=True)
-class VisionArchitecture:
+class VisionArchitecture(Spec):
     """Everything that determines the modules, apart from weights.
 
     Attributes:
@@ -49,27 +49,6 @@ class VisionArchitecture:
     @property
     def is_packed(self) -> bool:
         return isinstance(self.vision, NavitSizes)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def architecture_from_json(data: Mapping[str, Any]) -> VisionArchitecture:
-    """The architecture that `to_json` or a file in `configs/` states."""
-    version = data.get("version")
-    if version not in get_args(Version):
-        raise InputError(
-            "the architecture's version is not known",
-            expected=", ".join(get_args(Version)),
-            got=repr(version),
-            fix="a config writes it in quotes: YAML reads 2.0 as a number",
-        )
-    kind = NavitSizes if version in _PACKED.values() else VitForm
-    parts = {
-        "vision": record_from_json(kind, data.get("vision", {})),
-        "resampler": record_from_json(ResamplerSizes, data.get("resampler", {})),
-    }
-    return record_from_json(VisionArchitecture, {**data, **parts})
 
 
 def minicpmv_architecture(checkpoint: Checkpoint) -> VisionArchitecture:

@@ -20,7 +20,7 @@ from vlm_export.models.minicpmv_modules import (
 )
 from vlm_export.models.navit import NavitEncoder
 from vlm_export.models.vit import VisionTransformer
-from vlm_export.signature import Axis, Signature, TensorSpec
+from vlm_export.specs.signature import Axis, Signature, TensorSpec
 
 BATCH = Axis("batch")
 # What is verified, in patches; graphs compute larger slices all the same. A square slice has 32 · 32. Sides: those of

@@ -29,21 +29,21 @@ from vlm_export.models.nanovlm_architecture import (
     IMAGE_TOKEN,
     NanoVlmArchitecture,
     architecture_from_checkpoint,
-    architecture_from_json,
     config_from_architecture,
 )
 from vlm_export.models.nanovlm_parts import build_modules, build_parts
 from vlm_export.models.nanovlm_weights import EMBEDDING_KEY, HEAD_KEY, check_tied, weight_table
 from vlm_export.models.weights import load_weights, published_tensors
 from vlm_export.original import Original, TorchvisionPipeline, TransformersOriginal
-from vlm_export.specs import ImageSpec, Origins, TextSpec, torchvision_image_spec
+from vlm_export.specs import AnyImageSpec, ImageSpec, Origins, TextSpec, TileSpec, torchvision_image_spec
+from vlm_export.specs.tasks import ChatSpec, EmbedSpec, EncoderSpec, PromptSpec, SamplingSpec, TaskSpec
 
 # What the original's `generate` draws from, in every version.
-_SAMPLING = {"top_k": 50, "top_p": 0.9, "temperature": 0.5}
+_SAMPLING = SamplingSpec(top_k=50, top_p=0.9, temperature=0.5)
 # `generate.py` of the versions.
 _MAX_NEW_TOKENS = {"prepended": 20, "placeholders": 20, "tiles": 300}
-_QUESTION = {"before": "Question: ", "after": " Answer:"}
-_CHATML = {"before": "<|im_start|>user\n", "after": "<|im_end|>\n<|im_start|>assistant\n"}
+_QUESTION = PromptSpec("Question: ", " Answer:")
+_CHATML = PromptSpec("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
 
 
 class NanoVlmFamily:
@@ -71,7 +71,7 @@ class NanoVlmFamily:
             architecture.to_json(),
             parts,
             tuple(_notes(architecture)),
-            image=_image_spec(architecture),
+            image=_preparation(architecture),
             text=_text_spec(architecture),
             origins=_origins(architecture),
         )
@@ -90,10 +90,10 @@ class NanoVlmFamily:
             family=self.name,
             architecture=architecture.to_json(),
             parts=parts,
-            image=_image_spec(architecture),
+            image=_preparation(architecture),
             text=_text_spec(architecture),
             hub_config={**(checkpoint.config or {}), **_llava_config(architecture)},
-            facts=_facts(architecture),
+            tasks=_tasks(architecture),
             dropped_keys=dropped,
             references={part.name: partial(reference_from_module, part) for part in parts},
             reference_name="unpatched eager module",
@@ -102,11 +102,11 @@ class NanoVlmFamily:
         )
 
     def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
-        parsed = architecture_from_json(architecture)
+        parsed = NanoVlmArchitecture.from_config(architecture)
         return published_tensors(build_modules(parsed), weight_table(parsed.vision.layers, parsed.decoder), "float32")
 
     def published_config(self, architecture: Mapping[str, Any]) -> dict[str, Any] | None:
-        return config_from_architecture(architecture_from_json(architecture))
+        return config_from_architecture(NanoVlmArchitecture.from_config(architecture))
 
 
 def _notes(architecture: NanoVlmArchitecture) -> Iterator[str]:
@@ -128,6 +128,14 @@ def _image_spec(architecture: NanoVlmArchitecture) -> ImageSpec | None:
         return None
     none, one = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     return torchvision_image_spec(architecture.image_size, "bilinear", "before_resize", none, one, "stretch")
+
+
+def _preparation(architecture: NanoVlmArchitecture) -> AnyImageSpec | None:
+    """How images become inputs of the vision part: tiles in the later generation."""
+    chat = architecture.chat
+    if chat.layout != "tiles":
+        return _image_spec(architecture)
+    return TileSpec(architecture.image_size, chat.max_side_pixels, chat.resize_to_max_side)
 
 
 def _origins(architecture: NanoVlmArchitecture) -> Origins:
@@ -160,40 +168,33 @@ def _text_spec(architecture: NanoVlmArchitecture) -> TextSpec:
         end_token_id=chat.end_token_id,
         pad_token_id=chat.end_token_id,  # as the original pads
         cleaning="none",
-        ends_texts=False,
+        adds_eos=False,
         added_tokens=tuple(chat.extra_tokens.values()),
         case="kept",
     )
 
 
-def _facts(architecture: NanoVlmArchitecture) -> dict[str, Any]:
-    """What the runtime needs to know besides the graphs."""
+def _tasks(architecture: NanoVlmArchitecture) -> tuple[TaskSpec, ...]:
+    """What the model can be asked; nothing was trained to make the embeddings comparable."""
     chat = architecture.chat
     places = {name: token for name, token in chat.extra_tokens.items() if name not in (IMAGE_TOKEN, GLOBAL_IMAGE_TOKEN)}
-    facts: dict[str, Any] = {
-        "chat": {
-            "layout": chat.layout,
-            "tokens_per_tile": architecture.tokens_per_tile,
-            "image_token": chat.extra_tokens.get(IMAGE_TOKEN),
-            "image_token_id": architecture.image_token_id,
-            "global_image_token": chat.extra_tokens.get(GLOBAL_IMAGE_TOKEN),
-            "tile_tokens": places,
-            "prompt": _CHATML if chat.has_template else _QUESTION,
-            "context_length": architecture.decoder.positions,
-            "max_prompt_tokens": chat.max_prompt_tokens,
-            "eos_token_ids": [chat.end_token_id],
-            "pad_token_id": chat.end_token_id,
-            "max_new_tokens": _MAX_NEW_TOKENS[chat.layout],
-            "sampling": _SAMPLING,
-        },
-    }
-    if chat.layout == "tiles":
-        facts["tiles"] = {
-            "tile_size_pixels": architecture.image_size,
-            "max_side_pixels": chat.max_side_pixels,
-            "resize_to_max_side": chat.resize_to_max_side,
-        }
-    return facts
+    talk = ChatSpec(
+        layout=chat.layout,
+        tokens_per_tile=architecture.tokens_per_tile,
+        image_token=chat.extra_tokens.get(IMAGE_TOKEN),
+        image_token_id=architecture.image_token_id,
+        global_image_token=chat.extra_tokens.get(GLOBAL_IMAGE_TOKEN),
+        tile_tokens=places,
+        prompt=_CHATML if chat.has_template else _QUESTION,
+        context_length=architecture.decoder.positions,
+        max_prompt_tokens=chat.max_prompt_tokens,
+        eos_token_ids=(chat.end_token_id,),
+        pad_token_id=chat.end_token_id,
+        max_new_tokens=_MAX_NEW_TOKENS[chat.layout],
+        sampling=_SAMPLING,
+    )
+    image = EncoderSpec(talk.vision, "image_features", "mean")
+    return (talk, EmbedSpec(image, EncoderSpec(talk.embed_tokens, "inputs_embeds", "mean")))
 
 
 def _llava_config(architecture: NanoVlmArchitecture) -> dict[str, Any]:

@@ -7,7 +7,7 @@ to 4e0c096): it is read as data, and a field that a version did not have yet tak
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import isqrt
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from vlm_export.models.shapes import (
     config_section,
 )
 from vlm_export.models.vit import VitForm
-from vlm_export.specs import record_from_json
+from vlm_export.specs.codec import Spec
 
 Layout = Literal["prepended", "placeholders", "tiles"]
 IMAGE_TOKEN, GLOBAL_IMAGE_TOKEN = "image_token", "global_image_token"
@@ -42,7 +42,7 @@ LARGEST_CONTEXT = 1 << 20
 
 
 @dataclass(frozen=True)
-class ChatForm:
+class ChatForm(Spec):
     """How a prompt is written.
 
     Attributes:
@@ -63,7 +63,7 @@ class ChatForm:
 
 
 @dataclass(frozen=True)
-class NanoVlmArchitecture:
+class NanoVlmArchitecture(Spec):
     """Everything that determines the modules, apart from weights, and how prompts are written.
 
     Attributes:
@@ -89,19 +89,6 @@ class NanoVlmArchitecture:
         names = list(self.chat.extra_tokens)
         first = self.decoder.vocab_size - len(names)
         return first + names.index(IMAGE_TOKEN) if IMAGE_TOKEN in names else None
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def architecture_from_json(data: Mapping[str, Any]) -> NanoVlmArchitecture:
-    """The architecture that `to_json` or a file in `configs/` states."""
-    parts = {
-        "vision": record_from_json(VitForm, data["vision"]),
-        "decoder": record_from_json(RotaryDecoderSizes, data["decoder"]),
-        "chat": record_from_json(ChatForm, data["chat"]),
-    }
-    return record_from_json(NanoVlmArchitecture, {**data, **parts})
 
 
 def architecture_from_checkpoint(checkpoint: Checkpoint) -> NanoVlmArchitecture:

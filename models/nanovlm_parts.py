@@ -19,7 +19,7 @@ from vlm_export.models.rotary_decoder import (
 )
 from vlm_export.models.token_ids import random_ids
 from vlm_export.models.vit import VisionTransformer
-from vlm_export.signature import Axis, Signature, TensorSpec
+from vlm_export.specs.signature import Axis, Signature, TensorSpec
 
 BATCH = Axis("batch")
 

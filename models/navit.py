@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_export.models.layers import PatchEmbedding, TransformerBlock, padding_mask
+from vlm_export.specs.codec import Spec
 
 PatchPositions = Literal["grid", "row"]
 EPS = 1e-6
@@ -23,7 +24,7 @@ LARGEST_SIDE = 4096
 
 
 @dataclass(frozen=True)
-class NavitSizes:
+class NavitSizes(Spec):
     """Sizes and one choice.
 
     Attributes:

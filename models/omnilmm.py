@@ -16,7 +16,7 @@ from vlm_export.models.minicpmv import (
     refuse_options,
     vision_tensors,
 )
-from vlm_export.models.minicpmv_architecture import architecture_from_json, assumed_heads, omnilmm_architecture
+from vlm_export.models.minicpmv_architecture import VisionArchitecture, assumed_heads, omnilmm_architecture
 
 
 class OmniLmmFamily:
@@ -41,7 +41,7 @@ class OmniLmmFamily:
         return build_vision(self, architecture, checkpoint, store, assumed_heads(checkpoint, options))
 
     def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
-        return vision_tensors(architecture_from_json(architecture))
+        return vision_tensors(VisionArchitecture.from_config(architecture))
 
     def published_config(self, architecture: Mapping[str, Any]) -> dict[str, Any] | None:
-        return config_from_architecture(architecture_from_json(architecture))
+        return config_from_architecture(VisionArchitecture.from_config(architecture))

@@ -11,7 +11,7 @@ from torch import nn
 from vlm_export.errors import UsageError
 from vlm_export.family import Array, BuildOptions
 from vlm_export.models.vit import VisionTransformer
-from vlm_export.signature import Axis, Signature
+from vlm_export.specs.signature import Axis, Signature
 
 # openai/CLIP clip.py (d05afc4); BLIP normalises with the same numbers.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)

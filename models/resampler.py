@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from vlm_export.models.layers import CrossAttention, padding_mask
 from vlm_export.models.positions import resample_position_embedding
+from vlm_export.specs.codec import Spec
 
 Positions = Literal["stored", "grid"]
 EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class ResamplerSizes:
+class ResamplerSizes(Spec):
     """Sizes and choices.
 
     Attributes:

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_export.models.layers import HIDDEN
+from vlm_export.specs.codec import Spec
 
 
 @dataclass(frozen=True)
-class RotaryDecoderSizes:
+class RotaryDecoderSizes(Spec):
     """Sizes of the language model.
 
     Attributes:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from vlm_export.models.layers import Activation, PatchEmbedding, PostNormBlock, TransformerBlock
 from vlm_export.models.positions import resample_position_embedding
 from vlm_export.models.weights import origins_of, set_origins
+from vlm_export.specs.codec import Spec
 
 
 @dataclass(frozen=True)
-class VitForm:
+class VitForm(Spec):
     """Sizes and choices of a vision transformer.
 
     Attributes:

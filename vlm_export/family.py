@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from vlm_export.errors import UsageError, VlmExportError
 from vlm_export.original import Original
-from vlm_export.signature import Signature
-from vlm_export.specs import ImageSpec, Origins, TextSpec
+from vlm_export.specs import MAX_IMAGE_SIZE_PIXELS, AnyImageSpec, Origins, TextSpec
+from vlm_export.specs.codec import Spec, between
+from vlm_export.specs.signature import Signature
+from vlm_export.specs.tasks import TaskSpec
 
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]
@@ -121,7 +124,7 @@ class Description:
     parts: tuple[PartOutline, ...]
     notes: tuple[str, ...]
     warnings: tuple[str, ...] = ()
-    image: ImageSpec | None = None
+    image: AnyImageSpec | None = None
     text: TextSpec | None = None
     origins: Origins = field(default_factory=Origins)
     reserved_rows: int = 0
@@ -153,7 +156,7 @@ class Model:
         parts: in the order in which they are exported.
         image, text: how inputs are prepared, None where the model takes no such input.
         hub_config: `config.json` of the bundle, Hugging Face conventions.
-        facts: further JSON data for the manifest (`logit_scale`, …).
+        tasks: what the model can be asked.
         dropped_keys: stored keys that are not weights of the model, left out on purpose.
         references: part name → loads the Reference; called only by verification.
         reference_name: who computes the Reference, for the manifest.
@@ -169,10 +172,10 @@ class Model:
     family: str
     architecture: Mapping[str, Any]
     parts: tuple[Part, ...]
-    image: ImageSpec | None
+    image: AnyImageSpec | None
     text: TextSpec | None
     hub_config: Mapping[str, Any]
-    facts: Mapping[str, Any]
+    tasks: tuple[TaskSpec, ...]
     dropped_keys: tuple[str, ...]
     references: Mapping[str, Callable[[], Reference]]
     reference_name: str
@@ -189,7 +192,7 @@ CHOICES = ("activation", "head_width", "text_heads")
 
 
 @dataclass(frozen=True)
-class BuildOptions:
+class BuildOptions(Spec):
     """What the user may choose about the modules themselves.
 
     Attributes:
@@ -200,20 +203,21 @@ class BuildOptions:
             encoder's.
     """
 
-    image_size: int | None = None
+    image_size: Annotated[int, between(1, MAX_IMAGE_SIZE_PIXELS)] | None = None
     dynamic_image_size: bool = False
     activation: Literal["quick_gelu", "gelu"] | None = None
-    head_width: int | None = None
-    text_heads: int | None = None
+    head_width: Annotated[int, between(1)] | None = None
+    text_heads: Annotated[int, between(1)] | None = None
+
+    def refusal(self, field: str, expected: str) -> VlmExportError:
+        """The user chose it: UsageError that names the option."""
+        option = f"--{field.replace('_', '-')}"
+        return UsageError(f"{option} is out of range", expected=expected, got=repr(getattr(self, field)))
 
     @property
     def choices(self) -> dict[str, Any]:
         """The fields that say what weights do not say, and were given."""
         return {name: value for name in CHOICES if (value := getattr(self, name)) is not None}
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON data, without the fields that only say what was so before they existed."""
-        return {name: value for name, value in asdict(self).items() if name not in CHOICES or value is not None}
 
 
 class WeightStore(Protocol):

@@ -25,6 +25,7 @@ from vlm_export.models.registry import load_family
 from vlm_export.runtime.decoder import CrossAttentionState
 from vlm_export.runtime.generation import GenerationOptions, generate
 from vlm_export.runtime.vision_language import VisionLanguage, load_vision_language
+from vlm_export.specs.tasks import CaptionSpec, SpecialTokens
 
 GOAL_RATIO = 1.5
 BATCHES, BEAMS = (1, 4), (1, 3)
@@ -82,6 +83,13 @@ class Contest:
     ours: VisionLanguage
     theirs: BlipForConditionalGeneration
 
+    @property
+    def tokens(self) -> SpecialTokens:
+        """Ids of the special tokens."""
+        task = self.ours.manifest.task(CaptionSpec)
+        assert task is not None
+        return task.tokens
+
     def measure(self, batch: int, beams: int, rounds: int) -> dict[str, Any]:
         """Seconds of both, interleaved, after one run of each that must give the same ids."""
         tokens, prompt = self._image_tokens(batch), self._prompt(batch)
@@ -114,13 +122,13 @@ class Contest:
 
     def _prompt(self, batch: int) -> npt.NDArray[np.int64]:
         words = [word % self.ours.text_spec.vocab_size for word in PROMPT_WORDS]
-        return np.tile(np.array([self.ours.settings.tokens.decoder_start, *words], np.int64), (batch, 1))
+        return np.tile(np.array([self.tokens.decoder_start, *words], np.int64), (batch, 1))
 
     def _generate(self, tokens: Floats, prompt: npt.NDArray[np.int64], beams: int) -> Rows:
         keys_values = self.ours.engine("cross_key_values").run({"encoder_hidden_states": tokens})
         mask = np.ones(tokens.shape[:2], np.int64)
         state = CrossAttentionState(self.ours.engine("text_decoder"), keys_values, mask)
-        end = (self.ours.settings.tokens.sep,)
+        end = (self.tokens.sep,)
         options = GenerationOptions(eos_token_ids=end, beams=beams, min_length=MAX_LENGTH, max_length=MAX_LENGTH)
         return generate(state, prompt, options)
 
@@ -130,8 +138,8 @@ class Contest:
                 input_ids=torch.from_numpy(prompt),
                 encoder_hidden_states=torch.from_numpy(tokens),
                 encoder_attention_mask=torch.ones(tokens.shape[:2], dtype=torch.int64),
-                eos_token_id=self.ours.settings.tokens.sep,
-                pad_token_id=self.ours.settings.tokens.pad,
+                eos_token_id=self.tokens.sep,
+                pad_token_id=self.tokens.pad,
                 num_beams=beams,
                 do_sample=False,
                 min_length=MAX_LENGTH,

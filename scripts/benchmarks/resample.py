@@ -25,8 +25,8 @@ from vlm_export.family import Part
 from vlm_export.models.from_uint8 import PreprocessedVision
 from vlm_export.runtime.engine import OrtEngine
 from vlm_export.runtime.image import preprocess_image
-from vlm_export.signature import Axis, Signature, TensorSpec
 from vlm_export.specs import torchvision_image_spec
+from vlm_export.specs.signature import Axis, Signature, TensorSpec
 
 # Positions per side, from and to; as many channels as ViT-B.
 GRIDS = ((16, 24), (24, 16), (37, 24), (14, 70), (70, 32))

@@ -16,6 +16,7 @@ from vlm_export.models.blip_architecture import BlipArchitecture
 from vlm_export.models.blip_parts import BlipModules
 from vlm_export.models.blip_weights import decoder_table, encoder_table, vision_table
 from vlm_export.models.weights import WeightTable
+from vlm_export.specs import ImageSpec
 
 # salesforce/BLIP models/med.py (3a29b74) ties these, and its files hold both copies: stored key → its twin.
 _TWINS = {
@@ -45,9 +46,9 @@ def _table(architecture: BlipArchitecture) -> WeightTable:
 
 def torch_parts(model: Model, tokenizer: Tokenizer) -> Parts:
     """The model's Parts in PyTorch, as the metric takes them."""
-    assert model.image is not None
+    assert isinstance(model.image, ImageSpec)
     runs = {part.name: _torch_run(part.module) for part in model.parts}
-    return Parts(runs, tokenizer, model.image, model.facts["tokens"])
+    return Parts(runs, tokenizer, model.image, model.architecture["tokens"])
 
 
 def _torch_run(module: nn.Module) -> Run:

@@ -19,7 +19,6 @@ from vlm_export.models.blip_architecture import (
     TEXT_EPS,
     VISION_EPS,
     BlipArchitecture,
-    BlipTokens,
     BlipVitSizes,
 )
 from vlm_export.models.blip_parts import BlipModules
@@ -27,6 +26,7 @@ from vlm_export.models.clip_encoders import ClipVisionTransformer
 from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD
 from vlm_export.models.vit import VisionTransformer
 from vlm_export.specs import torchvision_image_spec
+from vlm_export.specs.tasks import SpecialTokens
 
 IMAGE = torchvision_image_spec(PICTURE_PIXELS, "bicubic", "before_resize", IMAGE_MEAN, IMAGE_STD, resize="stretch")
 # As many as the original's greatest caption length, and as many as a question may have.
@@ -70,7 +70,7 @@ def build_pair(vocab_size: int, sizes: BlipDemoSizes) -> DemoPair:
         image_size=PICTURE_PIXELS,
         eps=VISION_EPS,
     )
-    tokens = BlipTokens(CLS_ID, SEP_ID, PAD_ID, decoder_start=vocab_size - 2, encoder_start=vocab_size - 1)
+    tokens = SpecialTokens(CLS_ID, SEP_ID, PAD_ID, decoder_start=vocab_size - 2, encoder_start=vocab_size - 1)
     captions = _text_sizes(sizes, vocab_size, _CAPTION_POSITIONS, sizes.vision_width)
     questions = replace(captions, positions=_QUESTION_POSITIONS)
     answers = replace(captions, positions=_ANSWER_POSITIONS, states_width=sizes.text_width)

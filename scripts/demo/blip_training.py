@@ -21,8 +21,8 @@ from demo.sentences import caption
 from demo.training import REPORT_STEPS
 from demo.world import PICTURE_PIXELS, TRAINED, Composition, draw
 from vlm_export.models.bert import CrossKeyValues, MultimodalEncoder, TextDecoder
-from vlm_export.models.blip_architecture import BlipTokens
 from vlm_export.models.blip_parts import BlipModules
+from vlm_export.specs.tasks import SpecialTokens
 
 # Of the pictures, some are drawn larger and shrunk by the preprocessing, as a user's are.
 _LARGER_SHARE, _LARGER_PIXELS = 0.25, 96
@@ -118,7 +118,7 @@ def answer_loss(
     answerer: BlipModules,
     tokenizer: Tokenizer,
     questions: Sequence[Question],
-    tokens: BlipTokens,
+    tokens: SpecialTokens,
     image_states: Tensor,
     rng: np.random.Generator,
 ) -> Tensor:
@@ -137,7 +137,7 @@ def decoder_loss(
     model: BlipModules,
     tokenizer: Tokenizer,
     texts: Sequence[str],
-    tokens: BlipTokens,
+    tokens: SpecialTokens,
     states: Tensor,
     states_mask: Tensor | None,
 ) -> Tensor:

@@ -62,7 +62,7 @@ def load_model(path: Path) -> Model:
 def torch_encoders(model: Model, tokenizer_path: Path) -> tuple[EncodeImage, EncodeText]:
     """The model's two parts in PyTorch behind the runtime's preprocessing, as the metric takes them."""
     image_spec, text_spec = model.image, model.text
-    assert image_spec is not None
+    assert isinstance(image_spec, ImageSpec)
     assert text_spec is not None
     tokenizer = Tokenizer(tokenizer_path, text_spec)
     modules = {part.name: part.module for part in model.parts}

@@ -14,12 +14,12 @@ from torch import nn
 from demo.checkpoint import load_model, pixel_values
 from vlm_export.family import Model, Part
 from vlm_export.runtime.chat_prompt import ChatTokenizer, PromptWriter
-from vlm_export.runtime.chat_settings import ChatSettings, chat_settings_from_facts
 from vlm_export.runtime.embedded_decoder import EMBEDS, IDS, EmbeddedDecoderState, left_padded
 from vlm_export.runtime.engine import Array, Port
 from vlm_export.runtime.generation import GenerationOptions, generate
 from vlm_export.runtime.image import FloatArray
 from vlm_export.specs import ImageSpec
+from vlm_export.specs.tasks import ChatSpec
 
 _BATCH = 64
 
@@ -30,7 +30,7 @@ class ChatTexts:
 
     writer: PromptWriter
     tokenizer: ChatTokenizer
-    settings: ChatSettings
+    settings: ChatSpec
     image: ImageSpec
 
     def prompt(self, question: str) -> list[int]:
@@ -44,10 +44,10 @@ class ChatTexts:
 
 def chat_texts(model: Model, folder: Path) -> ChatTexts:
     """Of the model that `folder` holds."""
-    assert model.image is not None
+    assert isinstance(model.image, ImageSpec)
     assert model.text is not None
     tokenizer = ChatTokenizer(folder / "tokenizer.json", model.text)
-    settings = chat_settings_from_facts(model.facts, model.text.vocab_size, str(folder))
+    settings = next(task for task in model.tasks if isinstance(task, ChatSpec))
     return ChatTexts(PromptWriter(tokenizer, settings, str(folder)), tokenizer, settings, model.image)
 
 

@@ -14,8 +14,8 @@ from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest, PartRecord, Sour
 from vlm_export.bundle.opened import open_bundle
 from vlm_export.bundle.publish import Staging, publication
 from vlm_export.bundle.safe_files import record_of_file, relative_files
-from vlm_export.signature import Axis, Signature, TensorSpec
 from vlm_export.specs import TextSpec, torchvision_image_spec
+from vlm_export.specs.signature import Axis, Signature, TensorSpec
 
 GRAPH = "onnx/vision_model.onnx"
 DATA = "onnx/vision_model.onnx_data"

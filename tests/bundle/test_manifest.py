@@ -24,8 +24,8 @@ from vlm_export.bundle.manifest import (
 )
 from vlm_export.bundle.strict_json import MAX_JSON_BYTES
 from vlm_export.errors import InputError, UsageError, VlmExportError
-from vlm_export.signature import Axis, Signature, TensorSpec
 from vlm_export.specs import ImageSpec, Origins, Resample, RgbStage, TextSpec, Transparency
+from vlm_export.specs.signature import Axis, Signature, TensorSpec
 
 texts = st.text(max_size=12)
 # What Python makes of a file name that is not UTF-8.

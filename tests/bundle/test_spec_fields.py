@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
 from vlm_export.bundle.spec_fields import image_spec_from_fields, signature_from_fields
+
 from vlm_export.bundle.strict_json import Fields
 from vlm_export.errors import InputError
-from vlm_export.signature import Axis, Signature, TensorSpec
 from vlm_export.specs import ImageSpec, record_from_json
+from vlm_export.specs.signature import Axis, Signature, TensorSpec
 
 FIELDS = {
     "size_pixels": 384,

@@ -12,7 +12,7 @@ import pytest
 from vlm_export.checkpoint.known import KnownCheckpoint, known_from_yaml, known_names, load_known, packaged_path
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 from vlm_export.models.clip import ClipFamily
-from vlm_export.models.clip_architecture import architecture_from_json
+from vlm_export.models.clip_architecture import ClipArchitecture
 from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD
 from vlm_export.models.registry import FAMILIES, load_family
 
@@ -64,7 +64,7 @@ def test_every_config_loads_and_its_family_builds_it(name: str) -> None:
 @pytest.mark.parametrize("name", [*OPENAI, *HUGGINGFACE])
 def test_clip_preparation_fits_the_architecture(name: str) -> None:
     known = load_known(name)
-    architecture = architecture_from_json(known.architecture)
+    architecture = ClipArchitecture.from_config(known.architecture)
     assert json.loads(json.dumps(architecture.to_json())) == known.architecture
     assert known.image is not None
     vision, sizes = architecture.towers
@@ -149,4 +149,4 @@ def test_packaged_file_that_is_missing() -> None:
 def test_unknown_architecture_field() -> None:
     architecture: dict[str, Any] = {**load_known("clip-rn50").architecture, "embed_dims": 3}
     with pytest.raises(InputError, match="embed_dims"):
-        architecture_from_json(architecture)
+        ClipArchitecture.from_config(architecture)

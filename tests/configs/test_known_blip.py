@@ -14,7 +14,7 @@ from torch import Tensor
 from vlm_export.checkpoint.known import known_names, load_known
 from vlm_export.family import Checkpoint, TensorInfo
 from vlm_export.models.blip import BlipFamily
-from vlm_export.models.blip_architecture import architecture_from_checkpoint, architecture_from_json
+from vlm_export.models.blip_architecture import BlipArchitecture, architecture_from_checkpoint
 from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD
 
 oracle = SimpleNamespace(
@@ -101,7 +101,7 @@ def test_huggingface_architectures_are_the_same_models(name: str, file: str) -> 
 @pytest.mark.parametrize("name", [name for name in known_names() if name.startswith("blip-") and "demo" not in name])
 def test_preparation_fits_the_architecture(name: str) -> None:
     known = load_known(name)
-    architecture = architecture_from_json(known.architecture)
+    architecture = BlipArchitecture.from_config(known.architecture)
     assert json.loads(json.dumps(architecture.to_json())) == known.architecture
     image, text = known.image, known.text
     assert image is not None

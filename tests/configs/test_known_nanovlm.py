@@ -10,7 +10,7 @@ import pytest
 
 from vlm_export.checkpoint.known import known_names, load_known
 from vlm_export.models.nanovlm import NanoVlmFamily
-from vlm_export.models.nanovlm_architecture import architecture_from_json
+from vlm_export.models.nanovlm_architecture import NanoVlmArchitecture
 
 oracle = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "models" / "nanovlm_oracle.py")))
 # Hub id's last part → parameters, as the original counts them, and features of a picture or tile.
@@ -30,7 +30,7 @@ def test_every_published_model_has_its_config() -> None:
 def test_architectures_are_the_published_ones(name: str) -> None:
     known, family = load_known(name.lower()), NanoVlmFamily()
     assert known.source.hub == f"lusxvr/{name}"
-    architecture = architecture_from_json(known.architecture)
+    architecture = NanoVlmArchitecture.from_config(known.architecture)
     assert architecture.to_json() == known.architecture
     tensors = family.published_tensors(known.architecture)
     expected = oracle.read_manifests()[name.lower()]
@@ -45,7 +45,7 @@ def test_architectures_are_the_published_ones(name: str) -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_preparation_fits_the_architecture(name: str) -> None:
     known = load_known(name.lower())
-    architecture = architecture_from_json(known.architecture)
+    architecture = NanoVlmArchitecture.from_config(known.architecture)
     if architecture.chat.layout == "tiles":
         assert known.image is None
         assert architecture.chat.max_side_pixels % architecture.image_size == 0

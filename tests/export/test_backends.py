@@ -18,7 +18,7 @@ from vlm_export.export.backends import Exporter, choose_exporter, export_part
 from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.writer import write_graph
 from vlm_export.family import Array, Model, Part
-from vlm_export.signature import Axis, Signature, TensorSpec
+from vlm_export.specs.signature import Axis, Signature, TensorSpec
 
 EXPORTERS: tuple[Exporter, ...] = get_args(Exporter)
 OPSETS: dict[Exporter, int] = {"dynamo": 18, "torchscript": 17}

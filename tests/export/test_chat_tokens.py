@@ -19,9 +19,7 @@ ADDED = ("<|image|>", "<|global_image|>")
 
 def spec(*added: str, vocab_size: int = 320, end: int = 2) -> TextSpec:
     size = vocab_size + len(added)
-    return TextSpec(
-        512, size, end_token_id=end, pad_token_id=end, cleaning="none", ends_texts=False, added_tokens=added
-    )
+    return TextSpec(512, size, end_token_id=end, pad_token_id=end, cleaning="none", adds_eos=False, added_tokens=added)
 
 
 def resolve(text: TextSpec, path: Path = DATA) -> dict[str, bytes]:

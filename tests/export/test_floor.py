@@ -25,7 +25,7 @@ from vlm_export.export.writer import write_graph
 from vlm_export.family import Model, Part, Reference, reference_from_module
 from vlm_export.precision.fp16 import convert_to_fp16
 from vlm_export.runtime.engine import OrtEngine
-from vlm_export.signature import Axis, Signature, TensorSpec
+from vlm_export.specs.signature import Axis, Signature, TensorSpec
 from vlm_export.verify.deviation import Deviation
 from vlm_export.verify.floor import FloorJudge
 from vlm_export.verify.points import Arrays, EngineRun, PointResult

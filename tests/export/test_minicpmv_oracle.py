@@ -29,7 +29,7 @@ from vlm_export.family import Model, Part, reference_from_module
 from vlm_export.models import minicpmv_modules, navit, resampler, vit
 from vlm_export.models.positions import resample_position_embedding
 from vlm_export.runtime.engine import OrtEngine
-from vlm_export.signature import Axis
+from vlm_export.specs.signature import Axis
 from vlm_export.verify.gates import GATES, judge
 from vlm_export.verify.grid import grid_for
 from vlm_export.verify.metrics import compare

@@ -26,7 +26,7 @@ from vlm_export.family import Model, Part, reference_from_module
 from vlm_export.models import nanovlm_parts, rotary_decoder
 from vlm_export.models.layers import HIDDEN
 from vlm_export.runtime.engine import OrtEngine
-from vlm_export.signature import Axis
+from vlm_export.specs.signature import Axis
 from vlm_export.verify.gates import GATES, judge
 from vlm_export.verify.grid import grid_for
 from vlm_export.verify.metrics import compare

@@ -251,7 +251,7 @@ def tiny_known(monkeypatch: pytest.MonkeyPatch, oracle_model: Callable[[str], Mo
         title="tiny",
         source=KnownSource(hub="owner/tiny"),
         architecture=model.architecture,
-        tolerances={"fp32": Tolerance(0.0002, 0.9999)},
+        tolerances={"fp32": Tolerance(cosine=0.9999, max_abs=0.0002)},
     )
     monkeypatch.setattr(source, "known_names", lambda: ("tiny",))
     monkeypatch.setattr(source, "load_known", lambda _: known)

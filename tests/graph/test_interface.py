@@ -10,7 +10,7 @@ import pytest
 
 from vlm_export.errors import VerificationError
 from vlm_export.graph.interface import apply_signature
-from vlm_export.signature import Axis, Signature, TensorSpec
+from vlm_export.specs.signature import Axis, Signature, TensorSpec
 
 SIGNATURE = Signature(
     inputs=(TensorSpec("x", "float32", ("batch", 3)), TensorSpec("ids", "int64", ("batch", "sequence"))),

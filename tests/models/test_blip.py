@@ -22,7 +22,7 @@ from vlm_export.cli.main import main
 from vlm_export.errors import InputError, UsageError
 from vlm_export.family import BuildOptions, Model, reference_from_module
 from vlm_export.models.blip import BlipFamily
-from vlm_export.models.blip_architecture import architecture_from_checkpoint, architecture_from_json
+from vlm_export.models.blip_architecture import BlipArchitecture, architecture_from_checkpoint
 from vlm_export.models.registry import recognise
 
 oracle = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("blip_oracle.py"))))
@@ -123,7 +123,7 @@ def test_architecture_and_tokens_are_the_recorded_ones(variant: str, models: dic
         "decoder_start": tokens["bos [DEC]"],
         "encoder_start": tokens["[ENC]"],
     }
-    assert architecture_from_json(model.architecture).to_json() == model.architecture
+    assert BlipArchitecture.from_config(model.architecture).to_json() == model.architecture
 
 
 def test_what_training_leaves_is_dropped_by_name(models: dict[str, Model]) -> None:

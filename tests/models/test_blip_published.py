@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlm_export.family import Checkpoint, TensorInfo
 from vlm_export.models.blip import BlipFamily
-from vlm_export.models.blip_architecture import architecture_from_json
+from vlm_export.models.blip_architecture import BlipArchitecture
 from vlm_export.models.blip_parts import build_modules
 from vlm_export.models.registry import recognise
 
@@ -66,7 +66,7 @@ def test_published_manifests_load_by_shape(name: str) -> None:
     family = recognise(checkpoint)
     assert isinstance(family, BlipFamily)
     model = family.build(checkpoint, MetaStore())
-    modules = build_modules(architecture_from_json(model.architecture))
+    modules = build_modules(BlipArchitecture.from_config(model.architecture))
     assert count(modules) == PUBLISHED[name]
     keys = {"feature_extractor": "text", "caption": "text_decoder", "vqa": "vqa_encoder", "nlvr": "pair_text"}
     assert keys.get(name.rsplit("_", 2)[0], "multimodal_text") in [part.name for part in model.parts]

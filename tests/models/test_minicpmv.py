@@ -20,7 +20,7 @@ from vlm_export.errors import InputError, UsageError
 from vlm_export.family import BuildOptions, Checkpoint, Model, TensorInfo
 from vlm_export.models import navit, weights
 from vlm_export.models.minicpmv import MiniCpmVFamily
-from vlm_export.models.minicpmv_architecture import architecture_from_json
+from vlm_export.models.minicpmv_architecture import VisionArchitecture
 from vlm_export.models.navit import LARGEST_SIDE, bucket_starts, bucketed_positions, one_row
 from vlm_export.models.registry import FAMILIES, load_family, read_prefixes, recognise
 from vlm_export.models.resampler import sine_positions
@@ -254,7 +254,7 @@ def test_published_manifests_load_by_shape(name: str, monkeypatch: pytest.Monkey
     family = recognise(checkpoint)
     assert family.name == known.family
     # The config, the shapes and the family's own JSON tell of one architecture.
-    architecture = architecture_from_json(known.architecture)
+    architecture = VisionArchitecture.from_config(known.architecture)
     assert family.describe(checkpoint).architecture == architecture.to_json()
     model = family.build(checkpoint, oracle.MetaStore())
     assert (model.architecture, len(model.dropped_keys)) == (architecture.to_json(), 1)
@@ -291,7 +291,7 @@ def test_parts_hold_what_the_original_counts(name: str) -> None:
 )
 def test_architectures_that_are_refused(change: dict[str, Any], cause: str) -> None:
     with pytest.raises(InputError, match=cause):
-        architecture_from_json({**load_known("minicpmv-2").architecture, **change})
+        VisionArchitecture.from_config({**load_known("minicpmv-2").architecture, **change})
 
 
 # Which keys are read

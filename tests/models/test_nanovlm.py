@@ -22,7 +22,7 @@ from vlm_export.errors import InputError, UsageError
 from vlm_export.export.fp32_operators import fp32_operators
 from vlm_export.family import BuildOptions, Checkpoint, Model, TensorInfo
 from vlm_export.models.nanovlm import NanoVlmFamily
-from vlm_export.models.nanovlm_architecture import CHAT_TEMPLATE, architecture_from_json
+from vlm_export.models.nanovlm_architecture import CHAT_TEMPLATE, NanoVlmArchitecture
 from vlm_export.models.nanovlm_parts import build_modules, build_parts, shuffled
 from vlm_export.models.registry import recognise
 from vlm_export.models.rotary_decoder import (
@@ -230,7 +230,7 @@ def test_layouts(build: Build) -> None:
     assert (spec.size_pixels, spec.resize, spec.mean, spec.std) == (64, "stretch", (0, 0, 0), (1, 1, 1))
     text = build("450m").text
     assert text is not None
-    assert (text.ends_texts, text.added_tokens, text.end_token_id) == (False, ("<|image|>",), 2)
+    assert (text.adds_eos, text.added_tokens, text.end_token_id) == (False, ("<|image|>",), 2)
 
 
 def test_hosts_find_the_sizes_of_the_cache(build: Build) -> None:
@@ -251,7 +251,7 @@ def test_every_rms_norm_stays_in_float32(build: Build) -> None:
 def test_an_architecture_makes_the_file_again(variant: str, build: Build) -> None:
     family, model = NanoVlmFamily(), build(variant)
     data = json.loads(json.dumps(model.architecture))
-    assert architecture_from_json(data).to_json() == model.architecture
+    assert NanoVlmArchitecture.from_config(data).to_json() == model.architecture
     stored = load_file(oracle.DATA / variant / "model.safetensors")
     published = family.published_tensors(data)
     assert {key: info.shape for key, info in published.items()} == {k: tuple(t.shape) for k, t in stored.items()}
@@ -345,7 +345,7 @@ def test_projections_that_no_grid_fits_are_refused(edit: Edit, tmp_path: Path) -
 
 
 def test_parts_share_their_weights(build: Build) -> None:
-    architecture = architecture_from_json(json.loads(json.dumps(build("222m").architecture)))
+    architecture = NanoVlmArchitecture.from_config(json.loads(json.dumps(build("222m").architecture)))
     modules = build_modules(architecture)
     names = [part.name for part in build_parts(architecture, modules)]
     assert names == ["vision_encoder", "embed_tokens", "decoder"]

@@ -14,7 +14,7 @@ from vlm_export.runtime.chat_prompt import MAX_CHARACTERS, ChatTokenizer, Prompt
 from vlm_export.runtime.chat_settings import chat_settings_from_facts
 from vlm_export.runtime.tiling import plan_tiles
 from vlm_export.specs import TextSpec
-from vlm_export.tile_spec import TileSpec
+from vlm_export.specs.tiles import TileSpec
 
 FACTS = runpy.run_path(str(Path(__file__).with_name("chat_facts.py")))
 facts_of, tokenizer_json, VOCABULARY = FACTS["facts_of"], FACTS["tokenizer_json"], FACTS["VOCABULARY"]
@@ -37,7 +37,7 @@ GRIDS = {"222m": [(1, 1)], "450m": [(1, 1)], "split": [(2, 2)]}
 def writer_of(variant: str, folder: Path, **changes: Any) -> PromptWriter:
     path = folder / f"{variant}.json"
     path.write_text(tokenizer_json(variant), encoding="utf-8")
-    spec = TextSpec(512, VOCABULARY[variant], 2, 2, "none", ends_texts=False)
+    spec = TextSpec(512, VOCABULARY[variant], 2, 2, "none", adds_eos=False)
     settings = chat_settings_from_facts(facts_of(variant), VOCABULARY[variant], "vlm_export.json")
     return PromptWriter(ChatTokenizer(path, spec), replace(settings, **changes), str(path))
 
@@ -173,7 +173,7 @@ def test_odd_questions_are_refused(tmp_path: Path) -> None:
 
 def test_a_tokenizer_without_the_pictures_tokens_is_refused(tmp_path: Path) -> None:
     (tmp_path / "plain.json").write_text(tokenizer_json("222m"), encoding="utf-8")
-    spec = TextSpec(512, 386, 2, 2, "none", ends_texts=False)
+    spec = TextSpec(512, 386, 2, 2, "none", adds_eos=False)
     tokenizer = ChatTokenizer(tmp_path / "plain.json", spec)
     for variant in ("450m", "split"):
         settings = chat_settings_from_facts(facts_of(variant), 386, "vlm_export.json")

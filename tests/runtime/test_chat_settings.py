@@ -11,7 +11,7 @@ import pytest
 
 from vlm_export.errors import InputError
 from vlm_export.runtime.chat_settings import ChatSettings, chat_settings_from_facts
-from vlm_export.tile_spec import TileSpec
+from vlm_export.specs.tiles import TileSpec
 
 FACTS = runpy.run_path(str(Path(__file__).with_name("chat_facts.py")))
 facts_of, VOCABULARY = FACTS["facts_of"], FACTS["VOCABULARY"]

@@ -165,7 +165,7 @@ def test_published_tokenizers_load(clip_tokenizer_json: Path, clip_text_spec: Te
     for path in (ROOT / "configs" / "demo").rglob("*tokenizer.json"):
         rust = RustTokenizer.from_file(str(path))
         end = (rust.encode("").ids or [0])[-1]
-        chat = TextSpec(64, rust.get_vocab_size(), end, 0, "none", ends_texts=bool(rust.encode("").ids))
+        chat = TextSpec(64, rust.get_vocab_size(), end, 0, "none", adds_eos=bool(rust.encode("").ids))
         tokenizer_from_json(path.read_text(encoding="utf-8"), chat, str(path))
 
 

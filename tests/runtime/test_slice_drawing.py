@@ -9,7 +9,7 @@ from PIL import Image
 
 from vlm_export.runtime.slice_drawing import PANEL_PIXELS, draw_plan
 from vlm_export.runtime.slice_plan import SlicePlan, plan_slices
-from vlm_export.slice_spec import slice_spec_from_version
+from vlm_export.specs.slices import slice_spec_from_version
 
 BLUE = (0, 0, 200)
 RULE = (230, 30, 60)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from vlm_export.errors import InputError
 from vlm_export.runtime.slice_placeholder import placeholder_parts, placeholder_text
 from vlm_export.runtime.slice_plan import SlicePlan, plan_slices
-from vlm_export.slice_spec import SliceSpec, slice_spec_from_version
+from vlm_export.specs.slices import SliceSpec, slice_spec_from_version
 
 RECORDED: dict[str, list[dict[str, Any]]] = json.loads(
     (Path(__file__).parent.parent / "data" / "minicpmv" / "preprocess" / "slicing_geometry.json").read_text("utf-8")

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 
 from vlm_export.errors import InputError
-from vlm_export.slice_spec import SliceVersion, slice_spec_from_json, slice_spec_from_version
+from vlm_export.specs.slices import SliceVersion, slice_spec_from_json, slice_spec_from_version
 
 
 def data_of(version: str = "2.6") -> dict[str, Any]:

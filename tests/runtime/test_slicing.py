@@ -15,7 +15,7 @@ from PIL import Image
 from vlm_export.errors import InputError
 from vlm_export.runtime.image import open_image
 from vlm_export.runtime.slicing import patchify, slice_image, stack_patches
-from vlm_export.slice_spec import SliceSpec, slice_spec_from_version
+from vlm_export.specs.slices import SliceSpec, slice_spec_from_version
 
 FOLDER = Path(__file__).parent.parent / "data" / "minicpmv"
 MAX_SLICES: dict[str, int] = json.loads((FOLDER / "preprocess" / "meta.json").read_text("utf-8"))["pixel_config"][

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from vlm_export.errors import InputError
-from vlm_export.tile_spec import TileSpec, tile_spec_from_json
+from vlm_export.specs.tiles import TileSpec, tile_spec_from_json
 
 SPEC = TileSpec(512, 2048, resize_to_max_side=True)
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlm_export.errors import InputError
 from vlm_export.runtime.tiling import cut_tiles, plan_tiles
-from vlm_export.tile_spec import TileSpec
+from vlm_export.specs.tiles import TileSpec
 
 PICTURE = Path(__file__).parents[1] / "data" / "nanovlm" / "split" / "image.png"
 SMALL = TileSpec(16, 64, resize_to_max_side=False)

@@ -17,13 +17,13 @@ from vlm_export.checkpoint.random import random_checkpoint
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.pipeline import export_bundle
 from vlm_export.models.blip import BlipFamily
-from vlm_export.models.blip_architecture import BlipArchitecture, architecture_from_json
+from vlm_export.models.blip_architecture import BlipArchitecture
 from vlm_export.runtime.vision_language import load_vision_language
 
 
 def tiny_architecture() -> BlipArchitecture:
     """The benchmark's own config with small sizes."""
-    whole = architecture_from_json(load_known("blip-image-captioning-base-hf").architecture)
+    whole = BlipArchitecture.from_config(load_known("blip-image-captioning-base-hf").architecture)
     assert whole.decoder is not None
     sizes = {"width": 64, "layers": 2, "heads": 4, "hidden": 96}
     return replace(

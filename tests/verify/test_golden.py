@@ -17,7 +17,7 @@ from vlm_export.bundle.manifest import FileRecord, Manifest, PartRecord, SourceR
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError
 from vlm_export.family import Part, reference_from_module
-from vlm_export.signature import Axis, Signature, TensorSpec
+from vlm_export.specs.signature import Axis, Signature, TensorSpec
 from vlm_export.verify import golden
 from vlm_export.verify.golden import GoldenRecord, golden_from_reference, golden_points, read_golden, write_golden
 from vlm_export.verify.grid import point_bytes

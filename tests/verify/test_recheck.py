@@ -20,7 +20,7 @@ from vlm_export.bundle.publish import publication
 from vlm_export.errors import InputError, VerificationError
 from vlm_export.family import Array, Part, reference_from_module
 from vlm_export.runtime.engine import OrtEngine
-from vlm_export.signature import Axis, Signature, TensorSpec
+from vlm_export.specs.signature import Axis, Signature, TensorSpec
 from vlm_export.verify.golden import golden_from_reference, golden_points, write_golden
 from vlm_export.verify.points import EngineRun
 from vlm_export.verify.recheck import verify_bundle

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlm_export.errors import EnvironmentFailure, InputError, VerificationError
 from vlm_export.family import Array, Part, reference_from_module
-from vlm_export.signature import Axis, Signature, TensorSpec
+from vlm_export.specs.signature import Axis, Signature, TensorSpec
 from vlm_export.verify.deviation import Deviation
 from vlm_export.verify.floor import Floor, FloorJudge
 from vlm_export.verify.gates import GATES

@@ -2,58 +2,58 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, TypeAlias, TypeVar
 
-from vlm_export.bundle.spec_fields import (
-    image_spec_from_fields,
-    origins_from_fields,
-    signature_from_fields,
-    text_spec_from_fields,
-)
-from vlm_export.bundle.strict_json import Fields, json_object_from_bytes
+from vlm_export.bundle.strict_json import json_object_from_bytes
 from vlm_export.errors import InputError, UsageError, suggestion
-from vlm_export.signature import Signature
-from vlm_export.specs import ImageSpec, Origins, TextSpec
+from vlm_export.specs import AnyImageSpec, Origins, TextSpec, TileSpec
+from vlm_export.specs.codec import Check, Spec, between, matches, not_empty
+from vlm_export.specs.signature import Signature
+from vlm_export.specs.tasks import ChatSpec, TaskSpec
 
 MANIFEST_NAME = "vlm_export.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # In the order in which a bundle is used by those who do not choose.
 PRECISIONS = ("fp32", "fp16", "int8")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_RELEASE = re.compile(r"[0-9]{1,4}(\.[0-9]{1,4}){2}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\\:]")
+Sha256: TypeAlias = Annotated[str, matches(r"[0-9a-f]{64}", "64 lower-case hexadecimal digits")]
+Release: TypeAlias = Annotated[str, matches(r"[0-9]{1,4}(\.[0-9]{1,4}){2}", "a release, as 1.23.0")]
+Count: TypeAlias = Annotated[int, between(0)]
+TaskKind = TypeVar("TaskKind", bound=TaskSpec)
+
+
+def is_relative_name(name: str) -> bool:
+    """Whether a name is a plain relative path with `/` that stays inside its directory on every platform."""
+    return not _CONTROL.search(name) and not any(segment in ("", ".", "..") for segment in name.split("/"))
+
+
+_PLAIN_PATH = "segments joined by '/', without '..', a leading '/', backslashes or colons"
+RelativeName: TypeAlias = Annotated[str, Check(_PLAIN_PATH, is_relative_name)]
 
 
 @dataclass(frozen=True)
-class FileRecord:
+class FileRecord(Spec):
     """Size and sha256 (64 lower-case hexadecimal digits) of a file of the bundle."""
 
-    size_bytes: int
-    sha256: str
-
-    def to_json(self) -> dict[str, Any]:
-        return {"size_bytes": self.size_bytes, "sha256": self.sha256}
+    size_bytes: Count
+    sha256: Sha256
 
 
 @dataclass(frozen=True)
-class SourceFile:
+class SourceFile(Spec):
     """A file of the checkpoint: name relative to it, size and sha256."""
 
     name: str
-    size_bytes: int
-    sha256: str
-
-    def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "size_bytes": self.size_bytes, "sha256": self.sha256}
+    size_bytes: Count
+    sha256: Sha256
 
 
 @dataclass(frozen=True)
-class SourceRecord:
+class SourceRecord(Spec):
     """Where the weights come from.
 
     Attributes:
@@ -62,26 +62,23 @@ class SourceRecord:
         revision: the resolved commit of a hub id.
         random_weights_seed: set when the weights are seeded random numbers, not a published checkpoint.
         files: every file that was read.
+        licence: of the weights, where a config states it.
+        dropped_keys: stored keys that are not weights of the model, left out on purpose.
+        shards_left_aside: shards that hold no key of the model, and were not opened.
     """
 
     name: str
     format: str
     revision: str | None = None
-    random_weights_seed: int | None = None
+    random_weights_seed: Count | None = None
     files: tuple[SourceFile, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "format": self.format,
-            "revision": self.revision,
-            "random_weights_seed": self.random_weights_seed,
-            "files": [entry.to_json() for entry in self.files],
-        }
+    licence: str | None = None
+    dropped_keys: tuple[str, ...] = ()
+    shards_left_aside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class VariantRecord:
+class VariantRecord(Spec):
     """One Part at one precision.
 
     Attributes:
@@ -95,36 +92,26 @@ class VariantRecord:
     """
 
     precision: str
-    file: str
-    external_data: tuple[str, ...] = ()
-    opset: int = 18
+    file: RelativeName
+    external_data: tuple[RelativeName, ...] = ()
+    opset: Annotated[int, between(1)] = 18
     exporter: str = "dynamo"
     simplified: bool = False
-    oldest_onnxruntime: str = "1.18.0"
+    oldest_onnxruntime: Release = "1.18.0"
     warnings: tuple[str, ...] = ()
     verification: Mapping[str, Any] | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "precision": self.precision,
-            "file": self.file,
-            "external_data": list(self.external_data),
-            "opset": self.opset,
-            "exporter": self.exporter,
-            "simplified": self.simplified,
-            "oldest_onnxruntime": self.oldest_onnxruntime,
-            "warnings": list(self.warnings),
-            "verification": None if self.verification is None else dict(self.verification),
-        }
-
 
 @dataclass(frozen=True)
-class PartRecord:
+class PartRecord(Spec):
     """One Part: its name, Signature and variants."""
 
     name: str
     signature: Signature
-    variants: tuple[VariantRecord, ...]
+    variants: Annotated[tuple[VariantRecord, ...], not_empty("at least one variant")]
+
+    def check(self) -> None:
+        _check_unique(self, "variants", [variant.precision for variant in self.variants])
 
     def variant(self, precision: str) -> VariantRecord:
         """The variant of that precision; UsageError when the bundle has none."""
@@ -138,22 +125,45 @@ class PartRecord:
         """All variants, or the one of that precision; UsageError when there is none."""
         return self.variants if precision is None else (self.variant(precision),)
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "signature": self.signature.to_json(),
-            "variants": [variant.to_json() for variant in self.variants],
-        }
+
+@dataclass(frozen=True)
+class ExportRecord(Spec):
+    """How the bundle was made, and what its user should know.
+
+    Attributes:
+        reference: who computed the Reference.
+        build: what the user chose about the modules (`vlm_export.family.BuildOptions`), as JSON data.
+        target: the runtime that the graphs are meant for; None for any.
+        keep_fp32: part → kinds of operators that half precision leaves in float32.
+        warnings: what was assumed because neither the checkpoint nor the options say it.
+        notes: what was decided while the checkpoint was read.
+        image_processor_differs: where readers of the published `preprocessor_config.json` make other pixels.
+        contract: what the proof of the contract found, as JSON data; None before it was made.
+    """
+
+    reference: str = ""
+    build: Mapping[str, Any] = field(default_factory=dict)
+    target: str | None = None
+    keep_fp32: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    image_processor_differs: tuple[str, ...] = ()
+    contract: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(Spec):
     """All that a bundle says about itself.
 
     Attributes:
         name: of the bundle, for people.
-        architecture, facts: JSON data of the family (sizes; `logit_scale`, …).
+        architecture: JSON data of the family: sizes and choices.
+        image: how images become inputs of the vision part: whole, cut into tiles or cut into slices; None where the
+            model takes none.
+        text: how texts become token ids, None where the model takes none.
+        tasks: what the model can be asked.
         origins: where each value of `image` and `text` comes from, and which files were not read.
+        export: how the bundle was made.
         tools: name → version of each tool that took part.
         files: path relative to the bundle → size and sha256 of every file but the manifest; publication fills it.
     """
@@ -162,13 +172,46 @@ class Manifest:
     source: SourceRecord
     family: str
     architecture: Mapping[str, Any]
-    facts: Mapping[str, Any]
-    image: ImageSpec | None
+    image: AnyImageSpec | None
     text: TextSpec | None
-    parts: tuple[PartRecord, ...]
+    tasks: tuple[TaskSpec, ...]
+    parts: Annotated[tuple[PartRecord, ...], not_empty("at least one part")]
     origins: Origins = field(default_factory=Origins)
+    export: ExportRecord = field(default_factory=ExportRecord)
     tools: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, FileRecord] = field(default_factory=dict)
+
+    def check(self) -> None:
+        _check_unique(self, "parts", [part.name for part in self.parts])
+        _check_unique(self, "tasks", [task.kind for task in self.tasks])
+        for name in self.files:
+            checked_relative_name(name, "files")
+        names = {part.name for part in self.parts}
+        for task in self.tasks:
+            if not set(task.parts) <= names:
+                raise self.refusal("tasks", f"{task.kind} to run parts of the bundle: {', '.join(sorted(names))}")
+        chat = self.task(ChatSpec)
+        if chat is not None:
+            self._check_chat(chat)
+
+    def _check_chat(self, chat: ChatSpec) -> None:
+        if (chat.layout == "tiles") != isinstance(self.image, TileSpec) or self.image is None or self.text is None:
+            raise self.refusal("image", f"the preparation of images and texts for a chat of the layout {chat.layout!r}")
+        outside = [token for token in (chat.pad_token_id, *chat.eos_token_ids) if token >= self.text.vocab_size]
+        if outside or (chat.image_token_id or 0) >= self.text.vocab_size:
+            raise self.refusal("tasks", f"token ids of a chat below {self.text.vocab_size}, the size of the vocabulary")
+        if isinstance(self.image, TileSpec):
+            side = self.image.max_side_pixels // self.image.tile_size_pixels
+            places = (f"r{row}c{column}" for row in range(1, side + 1) for column in range(1, side + 1))
+            missing = [name for name in places if name not in chat.tile_tokens]
+            if missing:
+                raise InputError(
+                    "a tile has no token that says where it is",
+                    where="tasks: chat.tile_tokens",
+                    expected=f"names up to r{side}c{side}",
+                    got=f"no {', '.join(missing[:4])}",
+                    fix="export the checkpoint again; its max_img_size may ask for more tiles than it has tokens for",
+                )
 
     def part(self, name: str) -> PartRecord:
         """The part of that name; InputError when the bundle has none."""
@@ -195,26 +238,19 @@ class Manifest:
             fix="name one with --precision",
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """The manifest as JSON data; `manifest_from_json` reads it back."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "name": self.name,
-            "source": self.source.to_json(),
-            "family": self.family,
-            "architecture": dict(self.architecture),
-            "facts": dict(self.facts),
-            "image": None if self.image is None else _with_lists(self.image.to_json()),
-            "text": None if self.text is None else self.text.to_json(),
-            "parts": [part.to_json() for part in self.parts],
-            "origins": self.origins.to_json(),
-            "tools": {name: self.tools[name] for name in sorted(self.tools)},
-            "files": {name: self.files[name].to_json() for name in sorted(self.files)},
-        }
+    def task(self, kind: type[TaskKind]) -> TaskKind | None:
+        """What the bundle says about a task of that kind, None when it has none."""
+        return next((task for task in self.tasks if isinstance(task, kind)), None)
 
     def to_bytes(self) -> bytes:
         """The content of `vlm_export.json`: the same manifest gives the same bytes; ValueError on NaN or infinity."""
-        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        in_order = replace(
+            self,
+            tools={name: self.tools[name] for name in sorted(self.tools)},
+            files={name: self.files[name] for name in sorted(self.files)},
+        )
+        data = {"schema_version": SCHEMA_VERSION, **in_order.to_json()}
+        text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         # A source path that is not UTF-8 holds lone surrogates; as \udcXX they are valid JSON and read back equal.
         return text.encode("utf-8", "backslashreplace")
 
@@ -223,37 +259,15 @@ def _precisions(part: PartRecord) -> set[str]:
     return {variant.precision for variant in part.variants}
 
 
-def _with_lists(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
-
-
 def manifest_from_bytes(raw: bytes, where: str = MANIFEST_NAME) -> Manifest:
-    """The manifest in the content of `vlm_export.json`; InputError when it is anything else."""
-    return manifest_from_json(json_object_from_bytes(raw, where), where)
+    """The Manifest in the content of `vlm_export.json`.
 
-
-def manifest_from_json(data: Mapping[str, Any], where: str = MANIFEST_NAME) -> Manifest:
-    """The Manifest that `Manifest.to_json` wrote; InputError on another schema, unknown, missing or odd fields."""
-    top = Fields(data, where)
-    _check_schema(top)
-    top.only(("schema_version", *_names(Manifest)))
-    parts = top.some("parts", _part_from_fields)
-    _check_unique([part.name for part in parts], "parts", where)
-    tools = top.fields("tools")
-    files = top.fields("files")
-    return Manifest(
-        name=top.text("name"),
-        source=_source_from_fields(top.fields("source")),
-        family=top.text("family"),
-        architecture=top.mapping("architecture"),
-        facts=top.mapping("facts"),
-        image=None if data["image"] is None else image_spec_from_fields(top.fields("image")),
-        text=None if data["text"] is None else text_spec_from_fields(top.fields("text")),
-        parts=parts,
-        origins=origins_from_fields(top.fields("origins")),
-        tools={name: tools.text(name) for name in tools.data},
-        files={checked_relative_name(name, files.where): _file_from_fields(files.fields(name)) for name in files.data},
-    )
+    Raises:
+        InputError: another schema, or fields that are unknown, missing, of another type or out of range.
+    """
+    data = json_object_from_bytes(raw, where)
+    _check_schema(data, where)
+    return Manifest.from_json({key: value for key, value in data.items() if key != "schema_version"}, where)
 
 
 def checked_relative_name(name: str, where: str) -> str:
@@ -262,95 +276,43 @@ def checked_relative_name(name: str, where: str) -> str:
     Raises:
         InputError: empty, absolute, with `.`, `..` or empty segments, backslashes, colons or control characters.
     """
-    if _CONTROL.search(name) or any(segment in ("", ".", "..") for segment in name.split("/")):
+    if not is_relative_name(name):
         raise InputError(
             "a file name is not a plain path inside the bundle",
             where=where,
-            expected="segments joined by '/', without '..', a leading '/', backslashes or colons",
+            expected=_PLAIN_PATH,
             got=repr(name[:200]),
             fix="do not use this bundle; export the model again",
         )
     return name
 
 
-def _check_schema(top: Fields) -> None:
-    if "schema_version" not in top.data:
-        raise InputError("the manifest has no schema_version", where=top.where, fix="this is no vlm-export bundle")
-    version = top.integer("schema_version", minimum=1)
-    if version > SCHEMA_VERSION:
+def _check_schema(data: Mapping[str, Any], where: str) -> None:
+    if "schema_version" not in data:
+        raise InputError("the manifest has no schema_version", where=where, fix="this is no vlm-export bundle")
+    version = data["schema_version"]
+    if type(version) is int and 1 <= version < SCHEMA_VERSION:
         raise InputError(
-            "the bundle was made by a newer vlm-export",
-            where=top.where,
+            "the bundle was made by an older vlm-export, before its first release",
+            where=where,
             expected=f"schema_version {SCHEMA_VERSION}",
             got=f"schema_version {version}",
-            fix="upgrade: pip install --upgrade vlm-export",
+            fix="export the model again",
+        )
+    if version != SCHEMA_VERSION or type(version) is not int:
+        newer = type(version) is int and version > SCHEMA_VERSION
+        raise InputError(
+            "the bundle was made by a newer vlm-export" if newer else "the manifest's schema_version is no version",
+            where=where,
+            expected=f"schema_version {SCHEMA_VERSION}",
+            got=f"schema_version {version!r}"[:200],
+            fix="upgrade: pip install --upgrade vlm-export" if newer else "export the model again",
         )
 
 
-def _check_unique(names: Iterable[str], kind: str, where: str) -> None:
+def _check_unique(record: Spec, field: str, names: Iterable[str]) -> None:
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise InputError(f"two {kind} have the name {name!r}", where=where)
+            raise InputError(f"two {field} have the name {name!r}", where=type(record).__name__)
         seen.add(name)
-
-
-def _names(record: type) -> tuple[str, ...]:
-    return tuple(entry.name for entry in dataclasses.fields(record))
-
-
-def _sha256(fields: Fields) -> str:
-    text = fields.text("sha256")
-    if not _SHA256.fullmatch(text):
-        raise fields.fail("sha256", "64 lower-case hexadecimal digits")
-    return text
-
-
-def _release(fields: Fields, name: str) -> str:
-    text = fields.text(name)
-    if not _RELEASE.fullmatch(text):
-        raise fields.fail(name, "a release, as 1.23.0")
-    return text
-
-
-def _file_from_fields(fields: Fields) -> FileRecord:
-    fields.only(_names(FileRecord))
-    return FileRecord(fields.integer("size_bytes"), _sha256(fields))
-
-
-def _source_file_from_fields(fields: Fields) -> SourceFile:
-    fields.only(_names(SourceFile))
-    return SourceFile(fields.text("name"), fields.integer("size_bytes"), _sha256(fields))
-
-
-def _source_from_fields(fields: Fields) -> SourceRecord:
-    fields.only(_names(SourceRecord))
-    return SourceRecord(
-        name=fields.text("name"),
-        format=fields.text("format"),
-        revision=fields.text_or_none("revision"),
-        random_weights_seed=fields.integer_or_none("random_weights_seed"),
-        files=fields.each("files", _source_file_from_fields),
-    )
-
-
-def _part_from_fields(fields: Fields) -> PartRecord:
-    fields.only(_names(PartRecord))
-    variants = fields.some("variants", _variant_from_fields)
-    _check_unique([variant.precision for variant in variants], "variants", fields.where)
-    return PartRecord(fields.text("name"), signature_from_fields(fields.fields("signature")), variants)
-
-
-def _variant_from_fields(fields: Fields) -> VariantRecord:
-    fields.only(_names(VariantRecord))
-    return VariantRecord(
-        precision=fields.text("precision"),
-        file=checked_relative_name(fields.text("file"), fields.where),
-        external_data=tuple(checked_relative_name(name, fields.where) for name in fields.texts("external_data")),
-        opset=fields.integer("opset", minimum=1),
-        exporter=fields.text("exporter"),
-        simplified=fields.boolean("simplified"),
-        oldest_onnxruntime=_release(fields, "oldest_onnxruntime"),
-        warnings=fields.texts("warnings"),
-        verification=None if fields.data["verification"] is None else fields.mapping("verification"),
-    )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from vlm_export.bundle.manifest import Manifest, PartRecord
 from vlm_export.errors import InputError
-from vlm_export.signature import Signature, TensorSpec
+from vlm_export.specs import ImageSpec, TileSpec
+from vlm_export.specs.signature import Signature, TensorSpec
 
 _FIX = "copy the bundle again, or export it again with --overwrite"
 
@@ -17,8 +18,10 @@ def check_stated_sizes(manifest: Manifest, where: str) -> None:
     """InputError where the manifest prepares inputs in a size that its own signatures exclude."""
     for part in manifest.parts:
         for tensor in part.signature.inputs:
-            if manifest.image is not None:
+            if isinstance(manifest.image, ImageSpec):
                 check_image_size(part, tensor, manifest.image.size_pixels, f"{where}: image.size_pixels")
+            if isinstance(manifest.image, TileSpec):
+                check_image_size(part, tensor, manifest.image.tile_size_pixels, f"{where}: image.tile_size_pixels")
             if manifest.text is not None and part.name == "text" and tensor.name == "input_ids":
                 _check_context(part, tensor, manifest.text.context_length, f"{where}: text.context_length")
 

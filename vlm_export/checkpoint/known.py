@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-from vlm_export.bundle.strict_json import Fields
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError, suggestion
-from vlm_export.specs import ImageSpec, TextSpec, record_from_json
+from vlm_export.specs import ImageSpec, TextSpec
+from vlm_export.specs.codec import Check, Spec, matches
 
 if TYPE_CHECKING:
     # It imports torch, which a list of names does not need.
     from vlm_export.family import CheckpointFile
 
 _PACKAGE = "vlm_export.configs"
-_NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_REQUIRED = ("family", "title", "source", "architecture", "tolerances")
-_OPTIONAL = ("sha256", "revision", "image", "text", "licence", "paper", "notes", "tokenizer")
+
+
+def _stays_inside(path: str) -> bool:
+    return not path.startswith("/") and "\\" not in path and ".." not in path.split("/")
+
+
+Name: TypeAlias = Annotated[str, matches(r"[a-z0-9][a-z0-9.-]*", "lower-case letters, digits, '.' and '-'")]
+Sha256: TypeAlias = Annotated[str, matches(r"[0-9a-f]{64}", "64 lower-case hexadecimal digits")]
+Inside: TypeAlias = Annotated[str, Check("a path inside configs/", _stays_inside)]
 
 
 @dataclass(frozen=True)
-class KnownSource:
+class KnownSource(Spec):
     """Where the checkpoint is; exactly one of the three.
 
     Attributes:
@@ -36,22 +40,26 @@ class KnownSource:
 
     url: str | None = None
     hub: str | None = None
-    file: str | None = None
+    file: Inside | None = None
+
+    def check(self) -> None:
+        if len([source for source in (self.url, self.hub, self.file) if source is not None]) != 1:
+            raise InputError("a source needs exactly one of url, hub and file", got=str(self.to_json()))
 
     def __str__(self) -> str:
         return self.url or self.hub or f"configs/{self.file}"
 
 
 @dataclass(frozen=True)
-class Tolerance:
+class Tolerance(Spec):
     """Largest absolute difference (times max(1, max|reference|)) and smallest cosine of a variant's outputs."""
 
-    max_abs: float | None
     cosine: float
+    max_abs: float | None = None
 
 
 @dataclass(frozen=True)
-class KnownCheckpoint:
+class KnownCheckpoint(Spec):
     """One published checkpoint.
 
     Attributes:
@@ -68,20 +76,20 @@ class KnownCheckpoint:
         tokenizer: a path inside `configs/`, where the project ships one.
     """
 
-    name: str
+    name: Name
     family: str
     title: str
     source: KnownSource
     architecture: Mapping[str, Any]
     tolerances: Mapping[str, Tolerance]
-    sha256: str | None = None
+    sha256: Sha256 | None = None
     revision: str | None = None
     image: ImageSpec | None = None
     text: TextSpec | None = None
     licence: str | None = None
     paper: str | None = None
     notes: str | None = None
-    tokenizer: str | None = None
+    tokenizer: Inside | None = None
 
 
 def known_names() -> tuple[str, ...]:
@@ -133,66 +141,4 @@ def known_from_yaml(name: str, text: str) -> KnownCheckpoint:
         raise InputError("a config is not valid YAML", where=where, got=str(error)) from error
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise InputError("a config holds no mapping", where=where, got=type(data).__name__)
-    padded = {**dict.fromkeys(_OPTIONAL), **data}
-    fields = Fields(padded, where).only([*_REQUIRED, *_OPTIONAL])
-    image, spec = fields.data["image"], fields.data["text"]
-    return KnownCheckpoint(
-        name=_matching(name, _NAME, where, "name"),
-        family=fields.text("family"),
-        title=fields.text("title"),
-        source=_source(fields.fields("source")),
-        architecture=fields.mapping("architecture"),
-        tolerances=_tolerances(fields.fields("tolerances")),
-        sha256=_sha256(fields),
-        revision=fields.text_or_none("revision"),
-        image=None if image is None else record_from_json(ImageSpec, fields.mapping("image")),
-        text=None if spec is None else record_from_json(TextSpec, fields.mapping("text")),
-        licence=fields.text_or_none("licence"),
-        paper=fields.text_or_none("paper"),
-        notes=fields.text_or_none("notes"),
-        tokenizer=_inside(fields, "tokenizer"),
-    )
-
-
-def _source(fields: Fields) -> KnownSource:
-    kinds = ("url", "hub", "file")
-    fields = Fields({**dict.fromkeys(kinds), **fields.data}, fields.where).only(kinds)
-    if len([kind for kind in kinds if fields.data[kind] is not None]) != 1:
-        raise InputError("a source needs exactly one of url, hub and file", where=fields.where, got=str(fields.data))
-    return KnownSource(fields.text_or_none("url"), fields.text_or_none("hub"), _inside(fields, "file"))
-
-
-def _tolerances(fields: Fields) -> dict[str, Tolerance]:
-    tolerances = {}
-    for variant in fields.data:
-        entry = fields.fields(variant)
-        entry = Fields({"max_abs": None, **entry.data}, entry.where).only(("max_abs", "cosine"))
-        max_abs = None if entry.data["max_abs"] is None else _number(entry, "max_abs")
-        tolerances[variant] = Tolerance(max_abs, _number(entry, "cosine"))
-    return tolerances
-
-
-def _number(fields: Fields, key: str) -> float:
-    value = fields.data[key]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        # YAML 1.1 reads 1e-4 as text; numbers need a point and a signed exponent, or no exponent.
-        raise fields.fail(key, "a number (write 0.0001, not 1e-4)")
-    return float(value)
-
-
-def _sha256(fields: Fields) -> str | None:
-    value = fields.text_or_none("sha256")
-    return None if value is None else _matching(value, _SHA256, fields.where, "sha256")
-
-
-def _inside(fields: Fields, key: str) -> str | None:
-    value = fields.text_or_none(key)
-    if value is not None and (value.startswith("/") or "\\" in value or ".." in value.split("/")):
-        raise fields.fail(key, "a path inside configs/")
-    return value
-
-
-def _matching(value: str, pattern: re.Pattern[str], where: str, what: str) -> str:
-    if pattern.fullmatch(value) is None:
-        raise InputError(f"a config has a malformed {what}", where=where, expected=pattern.pattern, got=value[:100])
-    return value
+    return KnownCheckpoint.from_config({"name": name, **data}, where)

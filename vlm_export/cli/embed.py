@@ -48,8 +48,8 @@ def add_parser(verbs: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from vlm_export.bundle.opened import open_bundle
-    from vlm_export.runtime.identity import SLICING
     from vlm_export.runtime.search import checked_suffix, pyarrow_modules
+    from vlm_export.specs.tasks import FeatureSpec
 
     check_output(Path(args.output), overwrite=args.overwrite)
     if checked_suffix(Path(args.output)) == ".parquet":
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     pictures, texts, skipped = _collect([existing_path(path) for path in args.paths])
     if skipped:
         print_warnings([_skipped_text(skipped)])
-    if SLICING in open_bundle(Path(args.bundle)).manifest.facts:
+    if open_bundle(Path(args.bundle)).manifest.task(FeatureSpec) is not None:
         return _run_slices(args, pictures, skipped)
     return _run_pair(args, pictures, texts, skipped)
 

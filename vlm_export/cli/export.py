@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     print_warnings([note for note in [hidden_name(args.source)] if note])
     stages = Stages(None if args.quiet else StagePrinter())
     result = export_bundle(args.source, Path(args.output), _options(args), stages)
-    print_warnings(result.manifest.facts.get("warnings", ()))
+    print_warnings(result.manifest.export.warnings)
     if args.json:
         print_json(_json_from_result(args, result, stages))
     else:
@@ -157,9 +157,8 @@ def _print_result(output: str, result: ExportResult) -> None:
         for variant in part.variants:
             for warning in variant.warnings:
                 print_line(f"warning: {part.name} {variant.precision}: {warning}")
-    for note in manifest.facts.get("notes", ()):
+    for note in manifest.export.notes:
         print_line(f"note: {note}")
     total = sum(file.size_bytes for file in manifest.files.values())
-    reference = manifest.facts.get("reference", "")
-    print_line(f"compared with: {reference}")
+    print_line(f"compared with: {manifest.export.reference}")
     print_line(f"bundle: {output} ({len(manifest.files) + 1} files, {size_text(total)})")

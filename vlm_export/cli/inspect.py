@@ -165,13 +165,12 @@ def _text_of_tokenizer(
 
 
 def _data_from_manifest(manifest: Manifest) -> dict[str, Any]:
-    warnings, notes = manifest.facts.get("warnings"), manifest.facts.get("notes")
     return {
         "what": "bundle",
         "source": manifest.source.name,
         "format": manifest.source.format,
         "family": manifest.family,
-        "licence": manifest.facts.get("licence"),
+        "licence": manifest.source.licence,
         "files": [
             {"name": name, "size_bytes": file.size_bytes, "sha256": file.sha256}
             for name, file in manifest.files.items()
@@ -187,10 +186,10 @@ def _data_from_manifest(manifest: Manifest) -> dict[str, Any]:
         ],
         "preparation": preparation_data(manifest.image, manifest.text, manifest.origins),
         "notes": [
-            *(notes if isinstance(notes, list) else []),
+            *manifest.export.notes,
             *(warning for part in manifest.parts for variant in part.variants for warning in variant.warnings),
         ],
-        "warnings": warnings if isinstance(warnings, list) else [],
+        "warnings": list(manifest.export.warnings),
     }
 
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from vlm_export.cli.output import print_line, print_table
 
 if TYPE_CHECKING:
-    from vlm_export.specs import ImageSpec, Origins, TextSpec
+    from vlm_export.specs import AnyImageSpec, Origins, TextSpec
 
 _UNKNOWN = "not stated"
 
 
-def preparation_data(image: ImageSpec | None, text: TextSpec | None, origins: Origins) -> dict[str, Any]:
+def preparation_data(image: AnyImageSpec | None, text: TextSpec | None, origins: Origins) -> dict[str, Any]:
     """JSON data: for "image" and "text", field → its value and where it comes from; None where there is no such input.
 
     "ignored_files" holds the names of files that were found and not read, with the reason.

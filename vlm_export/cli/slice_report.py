@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from vlm_export.runtime.slice_plan import SlicePlan
-    from vlm_export.slice_spec import SliceSpec
+    from vlm_export.specs.slices import SliceSpec
 
 PICTURE_SUFFIX = ".png"
 

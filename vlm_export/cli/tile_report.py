@@ -21,28 +21,30 @@ def report_tiles(picture: str, bundle: str, output: str | None, *, overwrite: bo
     from vlm_export.runtime.chat_inputs import ChatInputs
     from vlm_export.runtime.image import open_image
     from vlm_export.runtime.tiling import plan_tiles
+    from vlm_export.specs import TileSpec
 
     if output is not None or overwrite:
         raise UsageError("tiles are not drawn", where=output or "", fix="leave out -o and --overwrite")
     model = ChatInputs(open_bundle(Path(bundle)))
     chat = model.chat
-    if chat.tiles is None:
+    tiles_spec = model.manifest.image
+    if not isinstance(tiles_spec, TileSpec):
         raise InputError(
             "this bundle cuts no pictures: it makes each one a square",
             where=model.manifest.name,
             expected="a bundle whose settings name tiles",
             got=f"the layout {chat.layout!r}",
         )
-    plan = plan_tiles(open_image(picture).size, chat.tiles, name=picture)
+    plan = plan_tiles(open_image(picture).size, tiles_spec, name=picture)
     text, tiles = model.writer.text("", [plan.grid]), model.writer.tiles(plan.grid)
-    placeholder = text.removeprefix(chat.before).removesuffix(chat.after)
+    placeholder = text.removeprefix(chat.prompt.before).removesuffix(chat.prompt.after)
     features = (chat.image_token or "") * chat.tokens_per_tile
     data = {
         "what": "tiles",
         "image": picture,
         "model": model.manifest.name,
         **plan.to_json(),
-        "tile": chat.tiles.tile_size_pixels,
+        "tile": tiles_spec.tile_size_pixels,
         "tiles": tiles,
         "tokens_per_tile": chat.tokens_per_tile,
         "tokens": len(model.tokenizer.prompt_ids(placeholder)),

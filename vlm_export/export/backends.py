@@ -23,7 +23,7 @@ from vlm_export.export.lowerings.resample import Interpolation, InterpolationLow
 from vlm_export.export.lowerings.resample_resize import RESIZE_OPSET
 from vlm_export.family import Part
 from vlm_export.graph.skeleton import SKELETON_THRESHOLD_BYTES, attach_weights
-from vlm_export.signature import Axis
+from vlm_export.specs.signature import Axis
 
 Exporter = Literal["dynamo", "torchscript"]
 Target = Literal["onnxruntime", "openvino", "tensorrt", "web"]

@@ -8,14 +8,15 @@ from importlib.metadata import PackageNotFoundError, version
 
 from vlm_export import __version__
 from vlm_export.bundle import layout
-from vlm_export.bundle.manifest import Manifest, PartRecord, VariantRecord
+from vlm_export.bundle.manifest import ExportRecord, Manifest, PartRecord, VariantRecord
 from vlm_export.bundle.publish import manifest_content
 from vlm_export.checkpoint.known import KnownCheckpoint
 from vlm_export.export.fp32_operators import fp32_operators
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.source import source_record
 from vlm_export.family import Checkpoint, Model
-from vlm_export.verify.contract import CONTRACT, ContractReport
+from vlm_export.specs import ImageSpec
+from vlm_export.verify.contract import ContractReport
 
 TOOLS = ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "onnxsim", "torch", "transformers")
 
@@ -33,37 +34,35 @@ def manifest_from_model(
     licence = known.licence if known is not None and options.random_weights_seed is None else None
     return Manifest(
         name=name,
-        source=source_record(checkpoint, options),
+        source=replace(source_record(checkpoint, options), licence=licence, dropped_keys=model.dropped_keys),
         family=model.family,
         architecture=model.architecture,
-        facts={
-            **model.facts,
-            "dropped_keys": list(model.dropped_keys),
-            "reference": model.reference_name,
-            "build": options.build.to_json(),
-            **({"warnings": list(model.warnings)} if model.warnings else {}),
-            **({"notes": list(model.notes)} if model.notes else {}),
-            **_differences(model),
-            "target": options.target,
-            **({} if licence is None else {"licence": licence}),
-            "keep_fp32": {part.name: list(names) for part in model.parts if (names := fp32_operators(part))},
-        },
         image=model.image,
         text=model.text,
+        tasks=model.tasks,
         parts=tuple(records),
         origins=model.origins,
+        export=ExportRecord(
+            reference=model.reference_name,
+            build=options.build.to_json(),
+            target=options.target,
+            keep_fp32={part.name: names for part in model.parts if (names := fp32_operators(part))},
+            warnings=model.warnings,
+            notes=model.notes,
+            image_processor_differs=_differences(model),
+        ),
         tools=tool_versions(),
     )
 
 
 def with_contract(manifest: Manifest, report: ContractReport) -> Manifest:
     """The manifest with what the proof of the contract found."""
-    return replace(manifest, facts={**manifest.facts, CONTRACT: report.to_json()})
+    return replace(manifest, export=replace(manifest.export, contract=report.to_json()))
 
 
-def _differences(model: Model) -> dict[str, list[str]]:
+def _differences(model: Model) -> tuple[str, ...]:
     """Where readers of the published preprocessor_config.json make other pixels than the bundle."""
-    return {} if model.image is None else {"image_processor_differs": layout.preprocessor_differences(model.image)}
+    return tuple(layout.preprocessor_differences(model.image)) if isinstance(model.image, ImageSpec) else ()
 
 
 def planned_manifest(

@@ -34,6 +34,8 @@ from vlm_export.export.tokenizer_files import (
     tokenizer_sources,
 )
 from vlm_export.family import Checkpoint, Model, Part
+from vlm_export.specs import ImageSpec
+from vlm_export.specs.tasks import EmbedSpec
 from vlm_export.verify.contract import (
     NO_RECORD,
     ContractReport,
@@ -211,9 +213,9 @@ def original_side(model: Model, sides: Sides) -> OriginalSide:
         contents: dict[str, bytes] = {}
         black: tuple[float, ...] = ()
         white: tuple[float, ...] = ()
-        if model.image is None and _parts_with(model, _PIXELS):
+        if not isinstance(model.image, ImageSpec) and _parts_with(model, _PIXELS):
             not_run.append("images: cut by the original's own code, recorded outputs of which stand in the tests")
-        elif model.image is not None and _parts_with(model, _PIXELS):
+        elif isinstance(model.image, ImageSpec) and _parts_with(model, _PIXELS):
             with _noted(not_run):
                 edge = model.image.size_pixels
                 images = image_preparation(model.original, sides.files, Path(folder, "images"), edge)
@@ -246,7 +248,7 @@ def original_side(model: Model, sides: Sides) -> OriginalSide:
         texts=tuple(TextRecord(text, tuple(ids)) for text, ids in rows.items()),
         pad_token_id=None if texts is None else texts.pad_token_id,
         vectors=vectors,
-        facts={key: value for key, value in model.original.facts.items() if key in model.facts},
+        facts=dict(model.original.facts) if any(isinstance(t, EmbedSpec) and t.score for t in model.tasks) else {},
         not_run=tuple(not_run),
     )
     return OriginalSide(record, contents, images, texts)

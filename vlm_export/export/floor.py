@@ -10,7 +10,7 @@ import numpy as np
 from vlm_export.export.options import FP32
 from vlm_export.export.reference_precision import float16_outputs, float64_outputs
 from vlm_export.family import Array, Arrays, Reference
-from vlm_export.signature import Signature
+from vlm_export.specs.signature import Signature
 from vlm_export.verify.deviation import Deviation, measure_deviation, worst_by_output
 from vlm_export.verify.floor import Floor, FloorJudge
 from vlm_export.verify.golden import golden_points

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vlm_export.bundle.spec_fields import MAX_IMAGE_SIZE_PIXELS
-from vlm_export.bundle.strict_json import MAX_INTEGER
 from vlm_export.errors import UsageError
 from vlm_export.export.backends import DEFAULT_OPSET, Exporter, Target
 from vlm_export.export.writer import DEFAULT_THRESHOLD_BYTES
 from vlm_export.family import DEFAULT_BUILD, BuildOptions
+from vlm_export.specs.codec import MAX_INTEGER
 
 Precision = Literal["fp32", "fp16"]
 FP32: Precision = "fp32"
@@ -66,10 +65,8 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         """UsageError for numbers that no bundle could state."""
-        _check_range("the seed of the random weights", self.random_weights_seed, 0, MAX_INTEGER)
-        _check_range("the image size", self.build.image_size, 1, MAX_IMAGE_SIZE_PIXELS)
-
-
-def _check_range(name: str, value: int | None, minimum: int, maximum: int) -> None:
-    if value is not None and not minimum <= value <= maximum:
-        raise UsageError(f"{name} is out of range", expected=f"from {minimum} to {maximum}", got=str(value))
+        seed = self.random_weights_seed
+        if seed is not None and not 0 <= seed <= MAX_INTEGER:
+            raise UsageError(
+                "the seed of the random weights is out of range", expected=f"from 0 to {MAX_INTEGER}", got=str(seed)
+            )

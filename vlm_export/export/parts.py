@@ -10,6 +10,7 @@ from pathlib import Path
 from vlm_export.errors import UsageError, suggestion
 from vlm_export.export.preprocessing_part import PART_NAME, find_vision
 from vlm_export.family import Checkpoint, Family, Model, PartOutline
+from vlm_export.specs.tasks import limited_tasks
 from vlm_export.verify.picture_samples import takes_pictures
 
 _FLOAT32_BYTES = 4
@@ -23,7 +24,8 @@ def select_parts(model: Model, names: Sequence[str]) -> Model:
         UsageError: the model has no part of a name.
     """
     check_names(names, [part.name for part in model.parts])
-    return replace(model, parts=tuple(part for part in model.parts if not names or part.name in names))
+    parts = tuple(part for part in model.parts if not names or part.name in names)
+    return replace(model, parts=parts, tasks=limited_tasks(model.tasks, [part.name for part in parts]))
 
 
 def check_names(names: Sequence[str], known: Sequence[str]) -> None:

@@ -47,6 +47,7 @@ from vlm_export.models.registry import identify
 from vlm_export.precision.fp16 import convert_to_fp16
 from vlm_export.runtime.engine import CPU, OrtEngine
 from vlm_export.runtime.image import open_image
+from vlm_export.specs import ImageSpec
 from vlm_export.verify.contract import ContractReport
 from vlm_export.verify.golden import golden_from_reference, write_golden
 from vlm_export.verify.picture_samples import takes_pictures
@@ -315,7 +316,7 @@ def _remove_scratch(scratch: Path) -> None:
 def _write_configs(model: Model, records: tuple[PartRecord, ...], staging: Staging) -> None:
     variants = [variant for record in records for variant in record.variants]
     files: dict[str, Mapping[str, Any]] = {layout.CONFIG_NAME: layout.hub_config(model.hub_config, variants)}
-    if model.image is not None:
+    if isinstance(model.image, ImageSpec):
         files[layout.PREPROCESSOR_NAME] = layout.preprocessor_config(model.image)
     for name, data in files.items():
         staging.file(name).write_bytes(json_bytes(data))

@@ -12,8 +12,8 @@ from PIL import Image
 from vlm_export.errors import UsageError
 from vlm_export.family import Array, Arrays, Model, Part, PartOutline, Reference
 from vlm_export.models.from_uint8 import PreprocessedVision, unsupported_steps
-from vlm_export.signature import Axis, Signature, TensorSpec
 from vlm_export.specs import ImageSpec
+from vlm_export.specs.signature import Axis, Signature, TensorSpec
 from vlm_export.verify.original_image import original_pixel_values
 
 PART_NAME = "vision_from_uint8"
@@ -29,7 +29,7 @@ def add_preprocessing(model: Model) -> Model:
             lacks a step of their preparation.
     """
     vision = find_vision(model.parts)
-    if model.image is None:
+    if not isinstance(model.image, ImageSpec):
         raise UsageError(
             "this model's pictures are cut into slices or tiles, which no graph does",
             got=f"family {model.family}",

@@ -32,6 +32,7 @@ from vlm_export.export.originals import (
 )
 from vlm_export.export.tokenizer_files import ResolvedTokenizer
 from vlm_export.family import Model
+from vlm_export.specs import ImageSpec
 from vlm_export.verify.contract import ContractCheck
 from vlm_export.verify.contract_files import config_failures, differences
 from vlm_export.verify.contract_record import ContractRecord, digest, levels
@@ -75,7 +76,7 @@ def check_published(bundle: OpenBundle, model: Model, tokenizer: ResolvedTokeniz
     """
     variants = [variant for part in bundle.manifest.parts for variant in part.variants]
     expected = {layout.CONFIG_NAME: json_bytes(layout.hub_config(model.hub_config, variants))}
-    if model.image is not None:
+    if isinstance(model.image, ImageSpec):
         expected[layout.PREPROCESSOR_NAME] = json_bytes(layout.preprocessor_config(model.image))
     if tokenizer is not None:
         expected |= tokenizer.files
@@ -107,16 +108,17 @@ def _check_images(
     original: ImagePreparation | None,
     measured: list[str],
 ) -> Iterator[ContractCheck]:
-    if original is None or layout.PREPROCESSOR_NAME not in bundle.manifest.files or bundle.manifest.image is None:
+    spec = bundle.manifest.image
+    if original is None or layout.PREPROCESSOR_NAME not in bundle.manifest.files or not isinstance(spec, ImageSpec):
         return
     _copied(bundle, folder, (layout.PREPROCESSOR_NAME,), "image_processor_type", IMAGE_CLASSES)
     reader = transformers_images(folder)
-    own, edge = original.own, bundle.manifest.image.size_pixels
+    own, edge = original.own, spec.size_pixels
     failures, other = list[str](), list[str]()
     farthest, refused = 0, ""
     for item in record.images:
         name, image = item.file.rpartition("/")[2], Image.open(io.BytesIO(contents[item.file]))
-        plain = own or _is_plain(image, edge, crops=bundle.manifest.image.crop == "nearest_even")
+        plain = own or _is_plain(image, edge, crops=spec.crop == "nearest_even")
         pixels = _outcome(reader.run, image)
         if isinstance(pixels, str) or digest(levels(pixels, record.black, record.white)[0]) != item.sha256:
             (failures if plain else other).append(f"{name}{f': {pixels}' if isinstance(pixels, str) else ''}")

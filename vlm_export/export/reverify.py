@@ -11,8 +11,6 @@ from tempfile import TemporaryDirectory
 from vlm_export.bundle import layout
 from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest, VariantRecord
 from vlm_export.bundle.opened import OpenBundle
-from vlm_export.bundle.spec_fields import MAX_IMAGE_SIZE_PIXELS
-from vlm_export.bundle.strict_json import Fields
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import InputError
 from vlm_export.export.bundle_manifest import planned_manifest
@@ -25,10 +23,9 @@ from vlm_export.export.source import build_model, known_checkpoint, open_source
 from vlm_export.export.stages import Stages, StepProgress
 from vlm_export.export.stated import check_stated
 from vlm_export.export.verification import PartVerification, part_samples, variant_label
-from vlm_export.family import DEFAULT_BUILD, BuildOptions, Checkpoint, Reference
+from vlm_export.family import BuildOptions, Checkpoint, Reference
 from vlm_export.models.registry import identify
 from vlm_export.runtime.engine import CPU, OrtEngine
-from vlm_export.specs import record_from_json
 from vlm_export.verify.contract import ContractReport
 from vlm_export.verify.engine import engine_label, variant_bytes, verifying_engine
 from vlm_export.verify.floor import ELSEWHERE
@@ -65,7 +62,7 @@ def verify_against_source(
         # Of a Hub id the commit that was exported: its branch may have moved since.
         revision=None if Path(source).exists() else manifest.source.revision,
         base=base,
-        build=_build_options(manifest, str(bundle.root)),
+        build=BuildOptions.from_json(manifest.export.build, f"{bundle.root / MANIFEST_NAME}: export.build"),
     )
     with TemporaryDirectory(prefix="vlm-export-") as folder:
         with stages.stage("read") as progress:
@@ -111,24 +108,6 @@ def _report(
         floor.floor = replace(floor.floor, allowance=ELSEWHERE)
     label, mapped = engine_label(providers, mapped=engine.mapped), engine.mapped
     return verification.run(engine.run, label, reference, progress, variant.precision, mapped=mapped, floor=floor)
-
-
-def _build_options(manifest: Manifest, root: str) -> BuildOptions:
-    """What the user chose at the export, as the manifest's facts state it."""
-    facts = Fields(manifest.facts, f"{root}: {MANIFEST_NAME}: facts")
-    if "build" not in facts.data:
-        return DEFAULT_BUILD
-    build = facts.fields("build")
-    if build.data.get("image_size") is not None:
-        build.integer("image_size", minimum=1, maximum=MAX_IMAGE_SIZE_PIXELS)
-    if "dynamic_image_size" in build.data:
-        build.boolean("dynamic_image_size")
-    if build.data.get("activation") is not None:
-        build.choice("activation", ("quick_gelu", "gelu"))
-    for name in ("head_width", "text_heads"):
-        if build.data.get(name) is not None:
-            build.integer(name, minimum=1)
-    return record_from_json(BuildOptions, build.data)
 
 
 def _start(bundle: OpenBundle, providers: Sequence[str], threads: int | None, part: str, precision: str) -> EngineRun:

@@ -15,7 +15,7 @@ from vlm_export.graph.interface import apply_signature
 from vlm_export.graph.onnxruntime_session import run_in_onnxruntime
 from vlm_export.graph.skeleton import attach_weights, detach_weights
 from vlm_export.graph.transposes import fold_weight_transposes
-from vlm_export.signature import Signature
+from vlm_export.specs.signature import Signature
 
 # They turn MatMul and Add on (B, T, C) into Reshape, Gemm, Reshape: more nodes and no gain in any runtime.
 _SKIPPED_OPTIMIZERS = ["fuse_matmul_add_bias_into_gemm"]

@@ -17,7 +17,7 @@ from vlm_export.family import BuildOptions, Checkpoint, Family, Model, WeightSto
 from vlm_export.models.image_processor import IMAGE_SIZE_OPTION, with_image_size
 from vlm_export.models.recognition import left_out_warnings
 from vlm_export.models.registry import load_family, read_prefixes
-from vlm_export.specs import Origins
+from vlm_export.specs import ImageSpec, Origins
 
 
 def known_checkpoint(source: str) -> KnownCheckpoint | None:
@@ -89,7 +89,7 @@ def adapt_model(model: Model, checkpoint: Checkpoint, known: KnownCheckpoint | N
     if known is None or checkpoint.config is not None:
         return model
     image = known.image or model.image
-    if image is not None and build.image_size is not None:
+    if isinstance(image, ImageSpec) and build.image_size is not None:
         image = with_image_size(image, build.image_size)
     where = f"configs/{known.name}.yaml"
     stated = {"image": known.image, "text": known.text}
@@ -113,6 +113,7 @@ def source_record(checkpoint: Checkpoint, options: ExportOptions) -> SourceRecor
         revision=checkpoint.revision,
         random_weights_seed=options.random_weights_seed,
         files=tuple(SourceFile(file.name, file.size_bytes, file.sha256) for file in checkpoint.files),
+        shards_left_aside=checkpoint.shards_left_aside,
     )
 
 

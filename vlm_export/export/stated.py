@@ -10,15 +10,14 @@ from vlm_export import __version__
 from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import VerificationError
-from vlm_export.verify.contract import CONTRACT
 
-_FIELDS = ("family", "architecture", "image", "text", "origins", "facts")
+_FIELDS = ("family", "architecture", "image", "text", "tasks", "origins", "export")
 _NOTHING = "nothing"
-_NOT_STATED = ("target", "licence", CONTRACT)
+_CHOSEN = ("target", "contract")
 
 
 def check_stated(bundle: OpenBundle, rebuilt: Manifest) -> None:
-    """Compares what the runtime goes by: family, architecture, preprocessing, facts, and each part's signature.
+    """Compares what the runtime goes by: family, architecture, preprocessing, tasks, and each part's signature.
 
     Args:
         rebuilt: the manifest that an export of the same parts with the same options would write.
@@ -48,7 +47,8 @@ def _stated(manifest: Mapping[str, Any]) -> dict[str, Any]:
     exported: the same file under another name has none. What was proved is proved again.
     """
     data = {field: manifest[field] for field in _FIELDS}
-    data["facts"] = {key: value for key, value in data["facts"].items() if key not in _NOT_STATED}
+    data["export"] = {key: value for key, value in data["export"].items() if key not in _CHOSEN}
+    data["source"] = {key: manifest["source"][key] for key in ("dropped_keys", "shards_left_aside")}
     data["signature"] = {part["name"]: part["signature"] for part in manifest["parts"]}
     plain: dict[str, Any] = json.loads(json.dumps(data))
     return plain

@@ -108,7 +108,7 @@ def resolve_tokenizer(
         UsageError: there is no tokenizer to be found.
     """
     sources = tokenizer_sources(checkpoint, option)
-    if not text_spec.ends_texts:
+    if not text_spec.adds_eos:
         return _chat_tokenizer(sources, text_spec, option or checkpoint.source)
     if text_spec.cleaning != "none":
         return _openai_tokenizer(sources, text_spec, option, checkpoint)

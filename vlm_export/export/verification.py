@@ -27,7 +27,7 @@ from vlm_export.verify.grid import (
     left_out,
     runtime_points,
 )
-from vlm_export.verify.picture_samples import picture_spec, takes_pictures
+from vlm_export.verify.picture_samples import takes_pictures
 from vlm_export.verify.points import EngineRun
 from vlm_export.verify.remembered import RememberedReference
 from vlm_export.verify.report import PartReport
@@ -207,7 +207,7 @@ def part_samples(part: Part, model: Model, tokenizer: Path | None, pictures: Seq
     Raises:
         InputError: a picture cannot be read, or the model's preparation refuses it; the message names it.
     """
-    spec, starts_with_pixels = picture_spec(model.image, model.facts), takes_pictures(part.signature)
+    spec, starts_with_pixels = model.image, takes_pictures(part.signature)
     own = synthetic_photographs()[:1] if starts_with_pixels and _is_huge(part) else None
     samples = sample_inputs(part.signature, spec, model.text, tokenizer, images=own)
     for path in pictures if starts_with_pixels else ():

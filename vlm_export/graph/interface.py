@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from vlm_export.errors import VerificationError
-from vlm_export.signature import Signature, TensorSpec
+from vlm_export.specs.signature import Signature, TensorSpec
 
 _DTYPES = {
     "float32": ir.DataType.FLOAT,

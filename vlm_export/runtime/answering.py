@@ -16,9 +16,9 @@ from vlm_export.runtime.engine import Array
 from vlm_export.runtime.generation import GenerationOptions, generate
 from vlm_export.runtime.generation_options import IdArray
 from vlm_export.runtime.given import Pictures
-from vlm_export.runtime.language_settings import AnswerSettings
 from vlm_export.runtime.multimodal import HIDDEN, paired
 from vlm_export.runtime.text_cleaning import clean_question
+from vlm_export.specs.tasks import AnswerSpec
 
 RANK_K = 128
 """So many candidates are scored, those whose first token is most probable: `k_test` of the original."""
@@ -83,7 +83,7 @@ class Answering(Decoding):
         answers: list[str] = []
         for states, mask in batches:
             state = self._decoder_state(states, np.ones_like(mask) if ones else mask)
-            start = np.full((len(mask), 1), self.settings.tokens.decoder_start, np.int64)
+            start = np.full((len(mask), 1), asked.tokens.decoder_start, np.int64)
             answers += [self.tokenizer.decode(row) for row in generate(state, start, options)]
         return answers
 
@@ -110,7 +110,8 @@ class Answering(Decoding):
         Raises:
             As `answer`.
         """
-        asked, tokens = self._answer_settings(), self.settings.tokens
+        asked = self._answer_settings()
+        tokens = asked.tokens
         if isinstance(candidates, str) or not candidates:
             raise UsageError("a ranking needs a list of candidates", got=repr(candidates))
         if rank_k < 1:
@@ -127,16 +128,16 @@ class Answering(Decoding):
             )
         return ranked
 
-    def _answer_settings(self) -> AnswerSettings:
-        return self._asked(lambda settings: settings.answer, ENCODER, "answer questions", _CHECKPOINT)
+    def _answer_settings(self) -> AnswerSpec:
+        return self._asked(AnswerSpec, "answer questions", _CHECKPOINT)
 
     def _answer_options(
-        self, asked: AnswerSettings, beams: int | None, max_length: int | None, min_length: int | None
+        self, asked: AnswerSpec, beams: int | None, max_length: int | None, min_length: int | None
     ) -> GenerationOptions:
         longest = given_or(max_length, asked.max_length)
         options = GenerationOptions(
-            eos_token_ids=(self.settings.tokens.sep,),
-            pad_token_id=self.settings.tokens.pad,
+            eos_token_ids=(asked.tokens.sep,),
+            pad_token_id=asked.tokens.pad,
             beams=given_or(beams, asked.beams),
             max_length=longest,
             min_length=shortest_length(min_length, asked.min_length, longest),
@@ -159,7 +160,7 @@ class Answering(Decoding):
         convention = asked.question_first_token
         if convention == "enc" if clean is None else clean:
             sentences = [clean_question(text) for text in sentences]
-        rows = self._rows(sentences, convention, asked.max_question_tokens, truncate=truncate)
+        rows = self._rows(sentences, asked.tokens.first(convention), asked.max_question_tokens, truncate=truncate)
         rows = rows * count if len(rows) == 1 else rows
         for batch, seen in self._picture_rows(sources, count, batch_size, progress=progress):
             ids, mask = self.tokenizer.pad_masked([rows[i] for i in batch])

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vlm_export.runtime.decoding import DECODER, Decoding, given_or, shortest_length
+from vlm_export.runtime.decoding import Decoding, given_or, shortest_length
 from vlm_export.runtime.generation import GenerationOptions, generate
 from vlm_export.runtime.generation_options import IdArray
 from vlm_export.runtime.given import Pictures, picture_list
-from vlm_export.runtime.language_settings import CaptionSettings
 from vlm_export.runtime.multimodal import HIDDEN
+from vlm_export.specs.tasks import CaptionSpec
 
 # What the original samples with; top_k is the default of transformers 4.25, which it leaves alone.
 SAMPLING_TOP_K, SAMPLING_TOP_P, SAMPLING_REPETITION_PENALTY = 50, 0.9, 1.1
@@ -62,8 +62,8 @@ class Captioning(Decoding):
         longest = given_or(max_length, asked.max_length)
         options = self._checked(
             GenerationOptions(
-                eos_token_ids=(self.settings.tokens.sep,),
-                pad_token_id=self.settings.tokens.pad,
+                eos_token_ids=(asked.tokens.sep,),
+                pad_token_id=asked.tokens.pad,
                 beams=given_or(beams, 1 if sample else asked.beams),
                 max_length=longest,
                 min_length=shortest_length(min_length, asked.min_length, longest),
@@ -88,12 +88,13 @@ class Captioning(Decoding):
 
     def prompt_ids(self, prompt: str | None = None) -> IdArray:
         """What decoding starts with, int64 (T,): [DEC] and the prompt's tokens; None for the manifest's prompt."""
-        text = self._caption_settings().prompt if prompt is None else prompt
+        asked = self._caption_settings()
+        text = asked.prompt if prompt is None else prompt
         words = self.tokenizer.encode_rows([text])[0][1:-1]
-        return np.array([self.settings.tokens.decoder_start, *words], np.int64)
+        return np.array([asked.tokens.decoder_start, *words], np.int64)
 
-    def _caption_settings(self) -> CaptionSettings:
-        return self._asked(lambda settings: settings.caption, DECODER, "caption pictures", _CHECKPOINT)
+    def _caption_settings(self) -> CaptionSpec:
+        return self._asked(CaptionSpec, "caption pictures", _CHECKPOINT)
 
     def _without_prompt(self, row: Sequence[int], prompt_length: int) -> str:
         """The text of the tokens after the prompt.

@@ -11,12 +11,10 @@ import numpy as np
 from PIL import Image
 
 from vlm_export.bundle.layout import TOKENIZER_NAME
-from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest
+from vlm_export.bundle.manifest import Manifest
 from vlm_export.bundle.opened import OpenBundle
-from vlm_export.bundle.size_check import check_image_size
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.chat_prompt import ChatTokenizer, PromptForm, PromptWriter
-from vlm_export.runtime.chat_settings import CHAT, TILES, ChatSettings, chat_settings_from_facts
 from vlm_export.runtime.embedded_decoder import EMBEDS, IDS, EmbeddedRows, left_padded
 from vlm_export.runtime.engine import Engine
 from vlm_export.runtime.given import decoder_threads, map_pictures, picture_list, text_list
@@ -24,6 +22,8 @@ from vlm_export.runtime.image import FloatArray, PictureSource, preprocess_image
 from vlm_export.runtime.pair import EncoderPair
 from vlm_export.runtime.tiling import Grid, cut_tiles
 from vlm_export.runtime.vectors import batches, run_in_float32
+from vlm_export.specs import TileSpec
+from vlm_export.specs.tasks import ChatSpec
 
 VISION, EMBED_TOKENS, DECODER = "vision_encoder", "embed_tokens", "decoder"
 PIXELS, FEATURES = "pixel_values", "image_features"
@@ -78,17 +78,11 @@ class ChatInputs(EncoderPair):
             )
 
     @cached_property
-    def chat(self) -> ChatSettings:
-        """What the manifest says about prompts and answers; InputError when it contradicts itself."""
-        where = str(self.bundle.root / MANIFEST_NAME)
-        settings = chat_settings_from_facts(self.manifest.facts, self.text_spec.vocab_size, where)
-        if settings.tiles is None and self.manifest.image is None:
-            raise InputError("the manifest does not say how pictures are prepared", where=where, fix="export again")
-        if settings.tiles is not None:
-            part, stated = self.manifest.part(VISION), f"{where}: facts.{TILES}"
-            for tensor in part.signature.inputs:
-                check_image_size(part, tensor, settings.tiles.tile_size_pixels, stated)
-        return settings
+    def chat(self) -> ChatSpec:
+        """What the manifest says about prompts and answers."""
+        task = self.manifest.task(ChatSpec)
+        assert task is not None
+        return task
 
     @cached_property
     def vision_encoder(self) -> Engine:
@@ -261,10 +255,10 @@ class ChatInputs(EncoderPair):
         return features
 
     def _prepared(self, image: Image.Image, name: str) -> PreparedPicture:
-        if self.chat.tiles is None:
+        if not isinstance(self.manifest.image, TileSpec):
             return PreparedPicture((1, 1), preprocess_image(image, self.image_spec, name=name)[None])
         whole = self.chat.global_image_token is not None
-        plan, tiles = cut_tiles(image, self.chat.tiles, with_global=whole, name=name)
+        plan, tiles = cut_tiles(image, self.manifest.image, with_global=whole, name=name)
         return PreparedPicture(plan.grid, tiles)
 
     def _check_ids(self, ids: Sequence[int], name: str) -> None:
@@ -280,7 +274,7 @@ class ChatInputs(EncoderPair):
 
 def is_chat(manifest: Manifest) -> bool:
     """Whether a bundle is a decoder-only model that `load_vision_chat` opens."""
-    return CHAT in manifest.facts and any(part.name == DECODER for part in manifest.parts)
+    return manifest.task(ChatSpec) is not None
 
 
 def picture_tuple(images: RowPictures) -> tuple[PictureSource, ...]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vlm_export.errors import InputError, UsageError
-from vlm_export.runtime.chat_settings import ChatSettings
 from vlm_export.runtime.text import Tokenizer, check_unicode
 from vlm_export.runtime.tiling import Grid
+from vlm_export.specs.tasks import ChatSpec
 
 MAX_CHARACTERS = 100_000
 """Longest question that is tokenized."""
@@ -38,7 +38,7 @@ class ChatTokenizer(Tokenizer):
 class PromptForm:
     """How prompts of one layout look; needs no tokenizer."""
 
-    def __init__(self, settings: ChatSettings) -> None:
+    def __init__(self, settings: ChatSpec) -> None:
         self.settings = settings
 
     def text(self, question: str, grids: Sequence[Grid]) -> str:
@@ -50,8 +50,8 @@ class PromptForm:
         """
         settings, pictures = self.settings, self._image_text(grids)
         if settings.layout == "tiles":
-            return f"{settings.before}{pictures}{question}{settings.after}"
-        return f"{pictures}{settings.before}{question}{settings.after}"
+            return f"{settings.prompt.before}{pictures}{question}{settings.prompt.after}"
+        return f"{pictures}{settings.prompt.before}{question}{settings.prompt.after}"
 
     def tiles(self, grid: Grid) -> int:
         """How many tiles are looked at, the global one included."""
@@ -140,7 +140,7 @@ class PromptWriter(PromptForm):
         InputError: the tokenizer lacks a token that the settings name, or gives it another id.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, settings: ChatSettings, where: str) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, settings: ChatSpec, where: str) -> None:
         super().__init__(settings)
         self.tokenizer = tokenizer
         marks = {settings.image_token, settings.global_image_token, *settings.tile_tokens.values()} - {None}

@@ -7,16 +7,12 @@ import json
 from typing import Any
 
 from vlm_export.bundle.manifest import Manifest
-from vlm_export.runtime.chat_settings import TILES
-
-SLICING = "slicing"
-"""The manifest's fact that holds a SliceSpec."""
 
 
 def model_identity(manifest: Manifest) -> str:
     """sha256 that names the model: equal for bundles of one checkpoint, whatever their opset or precision."""
     source = manifest.source
-    facts: dict[str, Any] = {
+    stated: dict[str, Any] = {
         "family": manifest.family,
         "architecture": dict(manifest.architecture),
         "image": None if manifest.image is None else manifest.image.to_json(),
@@ -24,9 +20,8 @@ def model_identity(manifest: Manifest) -> str:
         "weights": sorted(file.sha256 for file in source.files),
         "seed": source.random_weights_seed,
     }
-    facts |= {name: manifest.facts[name] for name in (SLICING, TILES) if name in manifest.facts}
     if not source.files and source.random_weights_seed is None:
         graphs = [part.variant("fp32") for part in manifest.parts]
         names = [name for graph in graphs for name in (graph.file, *graph.external_data)]
-        facts["weights"] = sorted(manifest.files[name].sha256 for name in names)
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        stated["weights"] = sorted(manifest.files[name].sha256 for name in names)
+    return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 
@@ -16,11 +17,11 @@ from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.engine import Array
 from vlm_export.runtime.given import Pictures
 from vlm_export.runtime.image import FloatArray
-from vlm_export.runtime.language_settings import FIRST_TOKENS, FirstToken, MatchSettings
 from vlm_export.runtime.multimodal import HIDDEN, IMAGE_EMBEDS, TEXT_EMBEDS, Multimodal, paired
 from vlm_export.runtime.pair import TEXT_BATCH_SIZE
 from vlm_export.runtime.text_cleaning import clean_caption
 from vlm_export.runtime.vectors import batches, softmax_rows
+from vlm_export.specs.tasks import FirstToken, MatchSpec
 
 MULTIMODAL = "multimodal_text"
 _CHECKPOINT = "a checkpoint for retrieval, such as Salesforce's model_base_retrieval_coco.pth"
@@ -76,14 +77,14 @@ class Matching(Multimodal):
             InputError: the bundle does not match, a picture is unreadable, or a text is too long.
             UsageError: an unknown convention, or the numbers do not pair up.
         """
-        asked = self._asked(lambda settings: settings.match, MULTIMODAL, "match texts with pictures", _CHECKPOINT)
+        asked = self._asked(MatchSpec, "match texts with pictures", _CHECKPOINT)
         self._require_output("text", TEXT_EMBEDS)
         convention = _convention(asked, first_token)
         sources, sentences, count = paired(images, texts)
         if convention == "enc" if clean is None else clean:
             sentences = [clean_caption(text) for text in sentences]
-        rows = self._rows(sentences, convention, asked.max_text_tokens, truncate=truncate)
-        embeds = self._text_embeds(rows)
+        rows = self._rows(sentences, asked.tokens.first(convention), asked.max_text_tokens, truncate=truncate)
+        embeds = self._text_embeds(rows, asked.tokens.cls)
         which = [0] * count if len(sentences) == 1 else range(count)
         matches: list[PairMatch] = []
         for batch, seen in self._picture_rows(sources, count, batch_size, progress=progress):
@@ -95,9 +96,8 @@ class Matching(Multimodal):
             matches += self._matches([sentences[i] for i in chosen], convention, logits, cosines)
         return matches
 
-    def _text_embeds(self, rows: Sequence[Sequence[int]]) -> FloatArray:
+    def _text_embeds(self, rows: Sequence[Sequence[int]], start: int) -> FloatArray:
         """float32 (N, D) of texts alone, which start with [CLS] under both conventions."""
-        start = self.settings.tokens.cls
         embeds = [self._no_rows()]
         for batch in batches(range(len(rows)), TEXT_BATCH_SIZE):
             ids, mask = self.tokenizer.pad_masked([[start, *rows[i][1:]] for i in batch])
@@ -118,9 +118,9 @@ class Matching(Multimodal):
             yield PairMatch(text, convention, float(share), float(pair[1]), float(cosine))
 
 
-def _convention(asked: MatchSettings, first_token: FirstToken | None) -> FirstToken:
+def _convention(asked: MatchSpec, first_token: FirstToken | None) -> FirstToken:
     if first_token is None:
         return asked.first_token
-    if first_token not in FIRST_TOKENS:
-        raise UsageError("unknown first token", expected=" or ".join(FIRST_TOKENS), got=repr(first_token))
+    if first_token not in get_args(FirstToken):
+        raise UsageError("unknown first token", expected=" or ".join(get_args(FirstToken)), got=repr(first_token))
     return first_token

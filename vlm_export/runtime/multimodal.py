@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
@@ -12,28 +12,21 @@ import numpy as np
 from tqdm import tqdm
 
 from vlm_export.bundle.layout import TOKENIZER_NAME
-from vlm_export.bundle.manifest import MANIFEST_NAME
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.engine import Array, Engine
 from vlm_export.runtime.given import Pictures, decoder_threads, picture_list, text_list
 from vlm_export.runtime.image import FloatArray, PictureSource
-from vlm_export.runtime.language_settings import FirstToken, LanguageSettings, settings_from_facts
 from vlm_export.runtime.pair import IMAGE_BATCH_SIZE, TEXT_BATCH_SIZE, EncoderPair
 from vlm_export.runtime.text import Tokenizer
 from vlm_export.runtime.vectors import batches, run_in_float32
+from vlm_export.specs.tasks import TaskSpec
 
 HIDDEN, IMAGE_EMBEDS, TEXT_EMBEDS = "last_hidden_state", "image_embeds", "text_embeds"
-Asked = TypeVar("Asked")
+Asked = TypeVar("Asked", bound=TaskSpec)
 
 
 class Multimodal(EncoderPair):
     """A bundle with parts that attend to pictures."""
-
-    @cached_property
-    def settings(self) -> LanguageSettings:
-        """What the manifest says about texts that attend to pictures; InputError when it says nothing."""
-        where = str(self.bundle.root / MANIFEST_NAME)
-        return settings_from_facts(self.manifest.facts, self.text_spec.vocab_size, where)
 
     @cached_property
     def vision(self) -> Engine:
@@ -83,24 +76,22 @@ class Multimodal(EncoderPair):
     def _has(self, part: str) -> bool:
         return any(record.name == part for record in self.manifest.parts)
 
-    def _asked(
-        self, read: Callable[[LanguageSettings], Asked | None], part: str, ability: str, checkpoint: str
-    ) -> Asked:
-        """The settings of an ability that needs a part, when the bundle has both.
+    def _asked(self, kind: type[Asked], ability: str, checkpoint: str) -> Asked:
+        """What the bundle says about a task.
 
         Raises:
-            InputError: it has not; the message says which kind of checkpoint has.
+            InputError: it cannot do it; the message says which kind of checkpoint can.
         """
-        settings = read(self.settings) if self._has(part) else None
-        if settings is None:
+        task = self.manifest.task(kind)
+        if task is None:
             raise InputError(
                 f"this bundle cannot {ability}",
                 where=self.manifest.name,
-                expected=f"a part {part} and its settings",
+                expected="a bundle with that task and its parts",
                 got=", ".join(record.name for record in self.manifest.parts),
                 fix=f"export {checkpoint}",
             )
-        return settings
+        return task
 
     def _require_output(self, part: str, name: str) -> None:
         has_it = self._has(part) and name in self.manifest.part(part).signature.output_names
@@ -141,11 +132,8 @@ class Multimodal(EncoderPair):
     def _seen(self, decoders: ThreadPoolExecutor, sources: Sequence[PictureSource], first: int) -> dict[str, Array]:
         return self._run("vision", {"pixel_values": self._pixels(sources, decoders, first)})
 
-    def _rows(
-        self, texts: Sequence[str], convention: FirstToken, max_tokens: int, *, truncate: bool = False
-    ) -> list[list[int]]:
-        """Token ids of texts, each with the convention's first token; errors as in `Tokenizer.encode_rows`."""
-        first = self.settings.tokens.first(convention)
+    def _rows(self, texts: Sequence[str], first: int, max_tokens: int, *, truncate: bool = False) -> list[list[int]]:
+        """Token ids of texts, each with that first token; errors as in `Tokenizer.encode_rows`."""
         return [[first, *row[1:]] for row in self._tokenizer_up_to(max_tokens).encode_rows(texts, truncate=truncate)]
 
     def _tokenizer_up_to(self, max_tokens: int) -> Tokenizer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -19,17 +18,17 @@ from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.engine import Engine
 from vlm_export.runtime.engine_choice import ONNXRUNTIME, EngineName, chosen_precision, engine_choice
 from vlm_export.runtime.given import Pictures, decoder_threads, map_pictures, picture_list, text_list
-from vlm_export.runtime.identity import SLICING, model_identity
+from vlm_export.runtime.identity import model_identity
 from vlm_export.runtime.image import MAX_PIXELS, FloatArray, PictureSource, preprocess_image
 from vlm_export.runtime.reopening import Reopening, reopening
 from vlm_export.runtime.text import Tokenizer
 from vlm_export.runtime.token_ids import checked_ids, checked_mask
 from vlm_export.runtime.vectors import batches, run_encoder, softmax_rows, takes_mask, unit_rows
-from vlm_export.specs import ImageSpec, TextSpec
+from vlm_export.specs import ImageSpec, SliceSpec, TextSpec
+from vlm_export.specs.tasks import EmbedSpec
 
 IMAGE_BATCH_SIZE = 16
 TEXT_BATCH_SIZE = 64
-_MAX_LOG_SCALE = 100.0
 
 
 def load(
@@ -108,7 +107,7 @@ class EncoderPair:
     @property
     def image_spec(self) -> ImageSpec:
         """How pictures become pixels; InputError when the bundle takes none, or cuts them into tiles."""
-        if self.manifest.image is None:
+        if not isinstance(self.manifest.image, ImageSpec):
             raise InputError("this bundle takes no pictures", where=self.manifest.name)
         return self.manifest.image
 
@@ -134,23 +133,16 @@ class EncoderPair:
         Raises:
             InputError: the model has none: it was not trained to give a picture's labels probabilities.
         """
-        stored = self.manifest.facts.get("logit_scale")
-        if stored is None:
+        task = self.manifest.task(EmbedSpec)
+        if task is None or task.score is None:
             raise InputError(
                 "this model has no scale for probabilities",
                 where=self.manifest.name,
-                expected="a logit_scale in the manifest's facts, as bundles of CLIP have",
+                expected="a score of the task embed in the manifest, as bundles of CLIP have",
                 got=f"none, of {self.manifest.family}",
                 fix="use match (BLIP for retrieval): the probability of each text; or compare the embeddings' cosines",
             )
-        if isinstance(stored, bool) or not isinstance(stored, int | float) or not abs(stored) <= _MAX_LOG_SCALE:
-            raise InputError(
-                "the manifest has no usable logit_scale",
-                where=self.manifest.name,
-                expected="a number",
-                got=repr(stored),
-            )
-        return math.exp(stored)
+        return task.score.scale
 
     @cached_property
     def identity(self) -> str:
@@ -284,7 +276,7 @@ class EncoderPair:
     @staticmethod
     def _check_kind(bundle: OpenBundle) -> None:
         """InputError when this class is not made for a bundle."""
-        if SLICING in bundle.manifest.facts:
+        if isinstance(bundle.manifest.image, SliceSpec):
             raise InputError(
                 "this bundle holds no encoder pair: it makes features of a picture's slices, for a language model",
                 where=bundle.manifest.name,

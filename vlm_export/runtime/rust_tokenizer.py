@@ -96,7 +96,7 @@ def _check_fit(rust: Any, empty: list[int], spec: TextSpec, where: str) -> None:
             got=f"ids up to {highest}",
             fix=_RIGHT_TOKENIZER,
         )
-    if spec.ends_texts and (not empty or empty[-1] != spec.end_token_id or len(empty) > spec.context_length):
+    if spec.adds_eos and (not empty or empty[-1] != spec.end_token_id or len(empty) > spec.context_length):
         raise InputError(
             "the tokenizer does not end texts as the model expects",
             where=where,

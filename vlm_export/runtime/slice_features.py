@@ -12,20 +12,20 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest
+from vlm_export.bundle.manifest import Manifest
 from vlm_export.bundle.opened import OpenBundle, open_bundle
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.engine import Array, Engine
 from vlm_export.runtime.engine_choice import ONNXRUNTIME, EngineName, chosen_precision, engine_choice
 from vlm_export.runtime.given import Pictures, decoder_threads, map_pictures, picture_list
-from vlm_export.runtime.identity import SLICING, model_identity
+from vlm_export.runtime.identity import model_identity
 from vlm_export.runtime.image import MAX_PIXELS, FloatArray, PictureSource
 from vlm_export.runtime.reopening import Reopening, reopening
 from vlm_export.runtime.slice_placeholder import PlaceholderPart, placeholder_parts, placeholder_text
 from vlm_export.runtime.slice_plan import SlicePlan
 from vlm_export.runtime.slicing import IntArray, Slices, slice_image, stack_patches
 from vlm_export.runtime.vectors import batches, run_in_float32
-from vlm_export.slice_spec import PlaceholderSpec, SliceSpec, slice_spec_from_json
+from vlm_export.specs.slices import PlaceholderSpec, SliceSpec
 
 SLICE_BATCH_SIZE = 4
 VISION, TOKENS, VIDEO = "vision", "vision_tokens", "video_resampler"
@@ -87,22 +87,14 @@ def load_slice_encoder(
 
 def slice_spec_of(bundle: OpenBundle) -> SliceSpec:
     """How a bundle's pictures are cut; InputError when they are not, or when the manifest is odd about it."""
-    facts, where = bundle.manifest.facts, f"{bundle.root / MANIFEST_NAME}: facts.{SLICING}"
-    if SLICING not in facts:
+    if not isinstance(bundle.manifest.image, SliceSpec):
         raise InputError(
             "this bundle does not cut pictures into slices",
             where=bundle.manifest.name,
             expected="a bundle of MiniCPM-V or OmniLMM",
             got=bundle.manifest.family,
         )
-    data = facts[SLICING]
-    if not isinstance(data, Mapping):
-        raise InputError("the manifest is malformed", where=where, expected="an object", got=repr(data)[:80])
-    try:
-        return slice_spec_from_json(data)
-    except InputError as error:
-        inside = f"{where}.{error.where}" if error.where else where
-        raise InputError(error.what, where=inside, expected=error.expected, got=error.got, fix=error.fix) from error
+    return bundle.manifest.image
 
 
 class SliceEncoder:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 from vlm_export.runtime.slice_plan import SlicePlan
-from vlm_export.slice_spec import Pair, PlaceholderSpec
+from vlm_export.specs.slices import Pair, PlaceholderSpec
 
 PlaceholderPart: TypeAlias = "str | int"
 """Text for the host's tokenizer, or the number of a slice: there its `queries` rows of `image_features` go."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from vlm_export.errors import InputError
-from vlm_export.slice_spec import SliceSpec
+from vlm_export.specs.slices import SliceSpec
 
 Size: TypeAlias = tuple[int, int]
 

@@ -14,7 +14,7 @@ from vlm_export.errors import InputError
 from vlm_export.machine_faults import machine_fault
 from vlm_export.runtime.image import FloatArray
 from vlm_export.runtime.slice_plan import SlicePlan, plan_slices
-from vlm_export.slice_spec import SliceSpec
+from vlm_export.specs.slices import SliceSpec
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 

@@ -161,7 +161,7 @@ class Tokenizer:
     def _cut(self, row: list[int]) -> list[int]:
         """A row of the context's length; the tokens around an encoder's text stay."""
         limit, left = self.spec.context_length, self.spec.truncation_side == "left"
-        if not self.spec.ends_texts:
+        if not self.spec.adds_eos:
             return row[-limit:] if left else row[:limit]
         words, room = row[len(self._start_ids) : -1], limit - len(self._start_ids) - 1
         return [*self._start_ids, *(words[len(words) - room :] if left else words[:room]), self.spec.end_token_id]
@@ -169,7 +169,7 @@ class Tokenizer:
     def _tokenize_plain(self, texts: list[str]) -> list[list[int]]:
         for i, text in enumerate(texts):
             check_unicode(text, f"text {i}")
-        return self._encoded(texts, add_special_tokens=self.spec.ends_texts)
+        return self._encoded(texts, add_special_tokens=self.spec.adds_eos)
 
     def _tokenize_openai(self, texts: list[str]) -> list[list[int]]:
         pieces = [_split_at_specials(clean_text(text), self._specials) for text in texts]

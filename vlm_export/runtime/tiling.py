@@ -18,7 +18,7 @@ from PIL import Image
 from vlm_export.errors import InputError
 from vlm_export.runtime.image import MAX_RESIZED_PIXELS, FloatArray
 from vlm_export.runtime.slicing import rgb_picture
-from vlm_export.tile_spec import TileSpec
+from vlm_export.specs.tiles import TileSpec
 
 Grid: TypeAlias = tuple[int, int]
 """Rows and columns of tiles."""

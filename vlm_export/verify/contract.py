@@ -20,6 +20,8 @@ from vlm_export.runtime.chat_prompt import ChatTokenizer
 from vlm_export.runtime.image import open_image, preprocess_image
 from vlm_export.runtime.text import Tokenizer
 from vlm_export.runtime.vectors import batches
+from vlm_export.specs import ImageSpec
+from vlm_export.specs.tasks import EmbedSpec
 from vlm_export.verify.contract_files import check_config, check_preprocessor, check_sealed
 from vlm_export.verify.contract_record import (
     RECORD_NAME,
@@ -171,7 +173,7 @@ def _check_images(
 ) -> tuple[ContractCheck, list[Array]]:
     """Every image file through the runtime; and its pixels, where it took them."""
     spec, failures, prepared = bundle.manifest.image, list[str](), list[Array]()
-    if spec is None:
+    if not isinstance(spec, ImageSpec):
         missing = "the manifest states no preparation of images"
         return ContractCheck(IMAGE_STAGE, f"{MANIFEST_NAME}: image", 0, (missing,)), []
     for image in record.images:
@@ -207,7 +209,7 @@ def _check_texts(bundle: OpenBundle, record: ContractRecord) -> tuple[ContractCh
         failure = f"the bundle has no {TOKENIZER_NAME}, and its record has texts"
         return ContractCheck(TEXT_STAGE, TOKENIZER_NAME, 0, (failure,)), {}
     try:
-        tokenizer = (Tokenizer if spec.ends_texts else ChatTokenizer)(bundle.file(TOKENIZER_NAME), spec)
+        tokenizer = (Tokenizer if spec.adds_eos else ChatTokenizer)(bundle.file(TOKENIZER_NAME), spec)
         rows = tokenizer.encode_rows([text.text for text in record.texts], truncate=True)
     except InputError as error:
         failure = (
@@ -226,11 +228,13 @@ def _check_texts(bundle: OpenBundle, record: ContractRecord) -> tuple[ContractCh
 
 
 def _check_facts(bundle: OpenBundle, record: ContractRecord) -> Iterator[ContractCheck]:
+    task = bundle.manifest.task(EmbedSpec)
+    score = {} if task is None or task.score is None else task.score.to_json()
     for name, expected in record.facts.items():
-        got = bundle.manifest.facts.get(name)
+        got = score.get(name)
         right = isinstance(got, int | float) and abs(got - expected) <= _RELATIVE * max(1.0, abs(expected))
         failures = () if right else (f"{name}: expected {expected!r}, got {got!r:.80}",)
-        yield ContractCheck(name, f"{MANIFEST_NAME}: facts.{name}", 1, failures)
+        yield ContractCheck(name, f"{MANIFEST_NAME}: tasks.embed.score.{name}", 1, failures)
 
 
 def _check_vectors(

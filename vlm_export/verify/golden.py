@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from vlm_export.bundle.layout import golden_directory
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError
-from vlm_export.signature import Signature, TensorSpec
+from vlm_export.specs.signature import Signature, TensorSpec
 from vlm_export.verify.grid import Attention, GridPoint, grid_for, point_bytes
 from vlm_export.verify.metrics import describe_array
 from vlm_export.verify.points import Arrays

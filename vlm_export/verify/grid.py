@@ -9,7 +9,7 @@ from math import prod
 
 import numpy as np
 
-from vlm_export.signature import Axis, Signature
+from vlm_export.specs.signature import Axis, Signature
 
 BATCH_AXIS = "batch"
 BATCHES = (1, 2, 3, 5)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlm_export.bundle.layout import preprocessor_config
-from vlm_export.slice_spec import SliceSpec
 from vlm_export.specs import ImageSpec
-from vlm_export.tile_spec import TileSpec
+from vlm_export.specs.slices import SliceSpec
+from vlm_export.specs.tiles import TileSpec
 from vlm_export.verify.metrics import Array
 
 if TYPE_CHECKING:

@@ -5,29 +5,24 @@ Where a model cuts pictures, the slices or tiles of one go through the part a fe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image
 
-from vlm_export.runtime.chat_settings import TILES
-from vlm_export.runtime.identity import SLICING
 from vlm_export.runtime.image import preprocess_image
 from vlm_export.runtime.slice_features import whole_patches
 from vlm_export.runtime.slicing import slice_image, stack_patches
 from vlm_export.runtime.tiling import cut_tiles
 from vlm_export.runtime.vectors import batches
-from vlm_export.signature import Signature
-from vlm_export.slice_spec import SliceSpec, slice_spec_from_json
-from vlm_export.specs import ImageSpec
-from vlm_export.tile_spec import TileSpec, tile_spec_from_json
+from vlm_export.specs import AnyImageSpec, ImageSpec, SliceSpec, TileSpec
+from vlm_export.specs.signature import Signature
 from vlm_export.verify.metrics import Array
 from vlm_export.verify.original_image import original_pixel_values, original_slices, original_tiles
 from vlm_export.verify.points import Arrays
 
-PictureSpec: TypeAlias = ImageSpec | SliceSpec | TileSpec
 Both: TypeAlias = tuple[Arrays, Arrays]
 """Inputs by the runtime's preparation, and by the original's."""
 
@@ -36,20 +31,13 @@ PIXELS, SIZES, RAW = "pixel_values", "tgt_sizes", "pixels"
 _TOGETHER = 2
 
 
-def picture_spec(image: ImageSpec | None, facts: Mapping[str, Any]) -> PictureSpec | None:
-    """How a model's pictures are prepared: by its ImageSpec, or as its facts say that they are cut."""
-    if SLICING in facts:
-        return slice_spec_from_json(facts[SLICING])
-    return tile_spec_from_json(facts[TILES]) if TILES in facts else image
-
-
 def takes_pictures(signature: Signature) -> bool:
     """Whether a part starts from pixels."""
     return bool({PIXELS, RAW} & set(signature.input_names))
 
 
 def prepared_twice(
-    image: Image.Image, signature: Signature, spec: PictureSpec | None, limit: int | None = None
+    image: Image.Image, signature: Signature, spec: AnyImageSpec | None, limit: int | None = None
 ) -> Iterator[Both]:
     """Inputs of a part for one picture: one pair, or several where it is cut; none for a part without pictures.
 

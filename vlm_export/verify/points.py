@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vlm_export.errors import EnvironmentFailure
-from vlm_export.signature import Signature, TensorSpec
+from vlm_export.specs.signature import Signature, TensorSpec
 from vlm_export.verify.deviation import Deviation, measure_deviation
 from vlm_export.verify.floor import FloorJudge
 from vlm_export.verify.gates import Gate, judge

@@ -15,10 +15,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vlm_export.runtime.chat_prompt import ChatTokenizer
 from vlm_export.runtime.text import Tokenizer
-from vlm_export.signature import Signature
-from vlm_export.specs import TextSpec
+from vlm_export.specs import AnyImageSpec, TextSpec
+from vlm_export.specs.signature import Signature
 from vlm_export.verify.metrics import Array
-from vlm_export.verify.picture_samples import PictureSpec, prepared_twice, takes_pictures
+from vlm_export.verify.picture_samples import prepared_twice, takes_pictures
 from vlm_export.verify.points import Arrays
 
 _SENTENCES_PER_BATCH = 5
@@ -77,7 +77,7 @@ class Sample:
 
 def sample_inputs(
     signature: Signature,
-    image_spec: PictureSpec | None,
+    image_spec: AnyImageSpec | None,
     text_spec: TextSpec | None,
     tokenizer_path: Path | None,
     *,
@@ -99,7 +99,7 @@ def sample_inputs(
         pictures = synthetic_photographs() if images is None else images
         return [Sample(*both) for picture in pictures for both in prepared_twice(picture, signature, image_spec, limit)]
     if signature.input_names in _TEXT_INPUTS and text_spec is not None and tokenizer_path is not None:
-        tokenizer = (Tokenizer if text_spec.ends_texts else ChatTokenizer)(tokenizer_path, text_spec)
+        tokenizer = (Tokenizer if text_spec.adds_eos else ChatTokenizer)(tokenizer_path, text_spec)
         starts = range(0, len(sentences), _SENTENCES_PER_BATCH)
         # Truncated, since a short context (a demo's) must not refuse a long sentence.
         batches = [tokenizer.encode_masked(sentences[i : i + _SENTENCES_PER_BATCH], truncate=True) for i in starts]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlm_export.signature import Signature
+from vlm_export.specs.signature import Signature
 from vlm_export.verify.floor import FloorJudge
 from vlm_export.verify.gates import Gate
 from vlm_export.verify.grid import BATCH_AXIS, SEQUENCE_AXIS, GridPoint

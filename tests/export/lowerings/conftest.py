@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vlm_export.export.backends import Exporter, Lowerings, export_part
 from vlm_export.export.lowerings.resample_weights import MODES, Filter
 from vlm_export.family import Part
-from vlm_export.signature import Axis, Signature, TensorSpec
+from vlm_export.specs.signature import Axis, Signature, TensorSpec
 
 ORIGINAL = F.interpolate
 Array = npt.NDArray[Any]

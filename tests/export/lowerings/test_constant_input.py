@@ -19,7 +19,7 @@ from vlm_export.export.writer import write_graph
 from vlm_export.family import Part
 from vlm_export.graph.skeleton import SKELETON_THRESHOLD_BYTES
 from vlm_export.runtime.engine import OrtEngine
-from vlm_export.signature import Axis, Signature, TensorSpec
+from vlm_export.specs.signature import Axis, Signature, TensorSpec
 
 Array = npt.NDArray[Any]
 BACK_ENDS: tuple[tuple[Exporter, int], ...] = (("torchscript", 14), ("torchscript", 18), ("dynamo", 18))

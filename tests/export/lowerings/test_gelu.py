@@ -17,7 +17,7 @@ from vlm_export.export.lowerings.gelu import composed_tanh_gelu, lower_tanh_gelu
 from vlm_export.export.simplify import finish_graph
 from vlm_export.export.writer import write_graph
 from vlm_export.family import Array, Part
-from vlm_export.signature import Axis, Signature, TensorSpec
+from vlm_export.specs.signature import Axis, Signature, TensorSpec
 
 ORIGINAL = F.gelu
 SIGNATURE = Signature(

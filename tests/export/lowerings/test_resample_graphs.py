@@ -23,7 +23,7 @@ from vlm_export.export.writer import write_graph
 from vlm_export.family import Part
 from vlm_export.runtime.engine import OrtEngine
 from vlm_export.runtime.engine_openvino import OpenVinoEngine
-from vlm_export.signature import Signature, TensorSpec
+from vlm_export.specs.signature import Signature, TensorSpec
 
 Array = npt.NDArray[Any]
 Engine = OrtEngine | OpenVinoEngine

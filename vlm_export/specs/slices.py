@@ -1,17 +1,16 @@
 """How MiniCPM-V and OmniLMM cut a picture into slices, and which text stands around their features.
 
-Torch-free facts that a Family states and a manifest carries. Sources: the published image processors and `chat`
+Sources: the published image processors and `chat`
 functions of MiniCPM-V 1.0, 2.0, Llama3-V 2.5, 2.6 (with 4.0 and 4.5, which share 2.6's), and OpenBMB/OmniLMM 08ae772.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeAlias, get_args
 
 from vlm_export.errors import InputError, suggestion
-from vlm_export.specs import record_from_json
+from vlm_export.specs.codec import Spec, above, between
 
 SliceVersion = Literal["1.0", "2.0", "2.5", "2.6", "4.0", "4.5", "omnilmm"]
 SliceMode = Literal["square", "adaptive"]
@@ -22,10 +21,12 @@ MAX_SIZE_PIXELS = 8192
 MAX_SLICES = 256
 MAX_QUERIES = 65536
 MAX_NORMALISER = 1e6
+Mean: TypeAlias = Annotated[float, between(-MAX_NORMALISER, MAX_NORMALISER)]
+Std: TypeAlias = Annotated[float, above(0), between(0, MAX_NORMALISER)]
 
 
 @dataclass(frozen=True)
-class PlaceholderSpec:
+class PlaceholderSpec(Spec):
     """The text that stands for a picture in a prompt; pairs are (before, after).
 
     Attributes:
@@ -39,7 +40,7 @@ class PlaceholderSpec:
         end: after everything.
     """
 
-    queries: int
+    queries: Annotated[int, between(1, MAX_QUERIES)]
     query_token: str
     source: Pair
     slice: Pair
@@ -48,18 +49,9 @@ class PlaceholderSpec:
     image_id: Pair | None
     end: str
 
-    def __post_init__(self) -> None:
-        _check_integer("placeholder.queries", self.queries, MAX_QUERIES)
-        for name in ("query_token", "row_separator", "end"):
-            _check(f"placeholder.{name}", isinstance(getattr(self, name), str), "a string", getattr(self, name))
-        for name in ("source", "slice", "grid", "image_id"):
-            pair = getattr(self, name)
-            fine = isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
-            _check(f"placeholder.{name}", fine or (name == "image_id" and pair is None), "two strings", pair)
-
 
 @dataclass(frozen=True)
-class SliceSpec:
+class SliceSpec(Spec):
     """From a picture to the inputs of the vision part: always RGB first, Pillow's bicubic, values in [0, 1].
 
     Attributes:
@@ -77,35 +69,21 @@ class SliceSpec:
     """
 
     mode: SliceMode
-    size_pixels: int
-    patch_size: int
-    max_slices: int
+    size_pixels: Annotated[int, between(1, MAX_SIZE_PIXELS)]
+    patch_size: Annotated[int, between(1, MAX_SIZE_PIXELS)]
+    max_slices: Annotated[int, between(1, MAX_SLICES)]
     pixel_layout: PixelLayout
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[Mean, Mean, Mean]
+    std: tuple[Std, Std, Std]
     placeholder: PlaceholderSpec
 
-    def __post_init__(self) -> None:
-        _check("mode", self.mode in get_args(SliceMode), f"one of {get_args(SliceMode)}", self.mode)
-        _check_integer("size_pixels", self.size_pixels, MAX_SIZE_PIXELS)
-        _check_integer("patch_size", self.patch_size, self.size_pixels)
-        _check_integer("max_slices", self.max_slices, MAX_SLICES if self.mode == "adaptive" else 1)
-        known = get_args(PixelLayout) if self.mode == "adaptive" else ("image",)
-        _check("pixel_layout", self.pixel_layout in known, f"one of {known}", self.pixel_layout)
-        _check("mean", _are_numbers(self.mean), "three numbers", self.mean)
-        _check("std", _are_numbers(self.std) and min(self.std) > 0, "three positive numbers", self.std)
-        _check("placeholder", isinstance(self.placeholder, PlaceholderSpec), "a placeholder", self.placeholder)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def slice_spec_from_json(data: Mapping[str, Any]) -> SliceSpec:
-    """The spec that `SliceSpec.to_json` wrote; InputError on unknown, missing or odd values."""
-    placeholder = data.get("placeholder")
-    if not isinstance(placeholder, Mapping):
-        return record_from_json(SliceSpec, data)  # Which refuses it, and names what is missing or odd.
-    return record_from_json(SliceSpec, {**data, "placeholder": record_from_json(PlaceholderSpec, placeholder)})
+    def check(self) -> None:
+        if self.patch_size > self.size_pixels:
+            raise self.refusal("patch_size", f"an integer from 1 to {self.size_pixels}")
+        if self.mode == "square" and self.max_slices != 1:
+            raise self.refusal("max_slices", "1, as of 'square'")
+        if self.mode == "square" and self.pixel_layout != "image":
+            raise self.refusal("pixel_layout", "'image', as of 'square'")
 
 
 def slice_spec_from_version(
@@ -151,23 +129,6 @@ def _placeholder(version: str, queries: int) -> PlaceholderSpec:
 
 def _known_versions(version: str) -> str:
     return suggestion(version, get_args(SliceVersion))
-
-
-def _check_integer(name: str, value: object, maximum: int) -> None:
-    fine = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= maximum
-    _check(name, fine, f"an integer from 1 to {maximum}", value)
-
-
-def _are_numbers(values: object) -> bool:
-    if not isinstance(values, tuple) or len(values) != 3:
-        return False
-    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-    return len(numbers) == 3 and all(-MAX_NORMALISER <= value <= MAX_NORMALISER for value in numbers)
-
-
-def _check(name: str, fine: bool, expected: str, got: object) -> None:
-    if not fine:
-        raise InputError("the slicing of pictures is not usable", where=name, expected=expected, got=repr(got))
 
 
 _HALF = (0.5, 0.5, 0.5)
