@@ -7,6 +7,7 @@ a family states it, a checkpoint's config led to it or a manifest holds it. Boun
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import math
 import re
@@ -185,7 +186,7 @@ def _decoded(hint: Any, value: Any, where: str, complete: bool, fix: str) -> Any
             return tuple(value)
         items = enumerate(zip(kinds, value, strict=True))
         return tuple(_decoded(kind, entry, f"{where}[{i}]", complete, fix) for i, (kind, entry) in items)
-    if origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):
+    if origin is collections.abc.Mapping and isinstance(value, Mapping):
         kind = arguments[1]
         return {key: _decoded(kind, entry, f"{where}.{key}", complete, fix) for key, entry in value.items()}
     # A whole number is a float to whoever writes JSON.
@@ -246,7 +247,7 @@ def _fits(hint: Any, value: Any) -> bool:
             return False
         kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         return len(kinds) == len(value) and all(_misfit(k, v) is None for k, v in zip(kinds, value, strict=True))
-    if origin is not None and issubclass(origin, Mapping):
+    if origin is collections.abc.Mapping:
         if not isinstance(value, Mapping):
             return False
         return all(isinstance(key, str) and _misfit(arguments[1], entry) is None for key, entry in value.items())
