@@ -135,7 +135,8 @@ def _preparation(architecture: NanoVlmArchitecture) -> AnyImageSpec | None:
     chat = architecture.chat
     if chat.layout != "tiles":
         return _image_spec(architecture)
-    return TileSpec(architecture.image_size, chat.max_side_pixels, chat.resize_to_max_side)
+    global_tile = GLOBAL_IMAGE_TOKEN in chat.extra_tokens
+    return TileSpec(architecture.image_size, chat.max_side_pixels, chat.resize_to_max_side, global_tile)
 
 
 def _origins(architecture: NanoVlmArchitecture) -> Origins:

@@ -29,7 +29,7 @@ from vlm_export.export.pipeline import export_bundle
 from vlm_export.export.tokenizer_files import ResolvedTokenizer
 from vlm_export.family import Checkpoint, Model
 from vlm_export.models.registry import recognise
-from vlm_export.runtime.engine import OrtEngine
+from vlm_export.runtime.engines.onnxruntime import OrtEngine
 from vlm_export.verify import contract
 from vlm_export.verify.contract import ContractReport, StartEngine
 from vlm_export.verify.points import EngineRun

@@ -1,47 +1,22 @@
-"""Vision-language checkpoints to verified static-graph ONNX encoders that run without PyTorch."""
+"""Vision-language checkpoints to verified static-graph ONNX models that run without PyTorch."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from vlm_export.runtime.pair import EncoderPair, load
-    from vlm_export.runtime.slice_features import SliceEncoder, SliceFeatures, load_slice_encoder
-    from vlm_export.runtime.vision_chat import VisionChat, load_vision_chat
-    from vlm_export.runtime.vision_language import VisionLanguage, load_vision_language
+    from vlm_export.runtime.load import load
+    from vlm_export.runtime.model import Model
 
-__all__ = [
-    "EncoderPair",
-    "SliceEncoder",
-    "SliceFeatures",
-    "VisionChat",
-    "VisionLanguage",
-    "__version__",
-    "load",
-    "load_slice_encoder",
-    "load_vision_chat",
-    "load_vision_language",
-]
+_HOMES = {"Model": "vlm_export.runtime.model", "load": "vlm_export.runtime.load"}
+__all__ = ["Model", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
     # Resolved on first use, so that `import vlm_export` costs milliseconds and `--help` stays fast.
-    if name in {"EncoderPair", "load"}:
-        from vlm_export.runtime import pair
-
-        return getattr(pair, name)
-    if name in {"VisionLanguage", "load_vision_language"}:
-        from vlm_export.runtime import vision_language
-
-        return getattr(vision_language, name)
-    if name in {"VisionChat", "load_vision_chat"}:
-        from vlm_export.runtime import vision_chat
-
-        return getattr(vision_chat, name)
-    if name in {"SliceEncoder", "SliceFeatures", "load_slice_encoder"}:
-        from vlm_export.runtime import slice_features
-
-        return getattr(slice_features, name)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'vlm_export' has no attribute {name!r}")

@@ -18,13 +18,13 @@ from transformers import BlipConfig, BlipForConditionalGeneration
 
 from benchmarks.export import export_random
 from benchmarks.report import Bars, Report, Table
+from vlm_export import Model, load
 from vlm_export.checkpoint.known import load_known
 from vlm_export.checkpoint.random import random_checkpoint
 from vlm_export.family import Checkpoint
 from vlm_export.models.registry import load_family
-from vlm_export.runtime.decoder import CrossAttentionState
-from vlm_export.runtime.generation import GenerationOptions, generate
-from vlm_export.runtime.vision_language import VisionLanguage, load_vision_language
+from vlm_export.runtime.generation.cross_attention_decoder import CrossAttentionState
+from vlm_export.runtime.generation.loop import GenerationOptions, generate
 from vlm_export.specs.tasks import CaptionSpec, SpecialTokens
 
 GOAL_RATIO = 1.5
@@ -45,7 +45,7 @@ def measure(name: str, bundle: Path | None, rounds: int, threads: int) -> Report
         if bundle is None:
             bundle = Path(folder) / name
             export_random(name, bundle, "--no-tokenizer")
-        model = load_vision_language(bundle, threads=threads)
+        model = load(bundle, threads=threads)
         contest = Contest(model, build_original(name, Path(folder) / "random.safetensors"))
         results = [contest.measure(batch, beams, rounds) for batch in BATCHES for beams in BEAMS]
     return report_from_results(name, results, rounds, threads)
@@ -80,7 +80,7 @@ def model_from_checkpoint(checkpoint: Checkpoint) -> BlipForConditionalGeneratio
 class Contest:
     """One model on both sides."""
 
-    ours: VisionLanguage
+    ours: Model
     theirs: BlipForConditionalGeneration
 
     @property
@@ -114,20 +114,20 @@ class Contest:
         }
 
     def _image_tokens(self, batch: int) -> Floats:
-        port = self.ours.engine("vision").inputs[0]
+        port = self.ours.session.engine("vision").inputs[0]
         sizes = [axis for axis in port.shape[1:] if isinstance(axis, int)]
         pixels = np.random.default_rng(0).standard_normal((batch, *sizes), dtype=np.float32)
-        tokens: Floats = self.ours.engine("vision").run({port.name: pixels})["last_hidden_state"]
+        tokens: Floats = self.ours.session.engine("vision").run({port.name: pixels})["last_hidden_state"]
         return tokens
 
     def _prompt(self, batch: int) -> npt.NDArray[np.int64]:
-        words = [word % self.ours.text_spec.vocab_size for word in PROMPT_WORDS]
+        words = [word % self.ours.session.text_spec.vocab_size for word in PROMPT_WORDS]
         return np.tile(np.array([self.tokens.decoder_start, *words], np.int64), (batch, 1))
 
     def _generate(self, tokens: Floats, prompt: npt.NDArray[np.int64], beams: int) -> Rows:
-        keys_values = self.ours.engine("cross_key_values").run({"encoder_hidden_states": tokens})
+        keys_values = self.ours.session.engine("cross_key_values").run({"encoder_hidden_states": tokens})
         mask = np.ones(tokens.shape[:2], np.int64)
-        state = CrossAttentionState(self.ours.engine("text_decoder"), keys_values, mask)
+        state = CrossAttentionState(self.ours.session.engine("text_decoder"), keys_values, mask)
         end = (self.tokens.sep,)
         options = GenerationOptions(eos_token_ids=end, beams=beams, min_length=MAX_LENGTH, max_length=MAX_LENGTH)
         return generate(state, prompt, options)

@@ -48,20 +48,25 @@ def _inputs(size: int, vocab_size: int, tokens: int) -> tuple[npt.NDArray[np.flo
 
 
 def _bundle(name: str, bundle: Path, weights: Path, threads: int) -> tuple[Generate, Form]:
-    from vlm_export.runtime.chat_inputs import ChatRow
-    from vlm_export.runtime.embedded_decoder import EmbeddedDecoderState
-    from vlm_export.runtime.generation import GenerationOptions, stream
-    from vlm_export.runtime.vision_chat import load_vision_chat
+    from vlm_export.runtime.generation.embedding_decoder import EmbeddedDecoderState
+    from vlm_export.runtime.generation.loop import GenerationOptions, stream
+    from vlm_export.runtime.load import load
+    from vlm_export.runtime.tasks.chat_rows import ChatRow
+    from vlm_export.specs import ImageSpec
 
-    chat = load_vision_chat(bundle, threads=threads)
-    form = (chat.image_spec.size_pixels, chat.text_spec.vocab_size)
+    model = load(bundle, threads=threads)
+    chat, session = model.chatting, model.session
+    assert isinstance(session.image_spec, ImageSpec)
+    form = (session.image_spec.size_pixels, session.text_spec.vocab_size)
 
     def generate(pixels: npt.NDArray[np.float32], text: list[int]) -> Iterator[int]:
-        features = chat.vision_encoder.run({"pixel_values": pixels})["image_features"]
-        places = chat.chat.image_token_id
+        features = session.engine(chat.spec.vision).run({"pixel_values": pixels})["image_features"]
+        places = chat.spec.image_token_id
         given = [] if places is None else [places] * features.shape[1]
         row = ChatRow([*given, *text], (features,), 0 if given else features.shape[1])
-        state = EmbeddedDecoderState(chat.decoder, chat.embed_tokens, chat.prompts([row]))
+        state = EmbeddedDecoderState(
+            session.engine(chat.spec.decoder), session.engine(chat.spec.embed_tokens), chat.rows.prompts([row])
+        )
         options = GenerationOptions(eos_token_ids=(), max_new_tokens=10_000)
         return (token.token_id for token in stream(state, np.array([row.ids], np.int64), options))
 

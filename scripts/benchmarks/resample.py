@@ -23,8 +23,8 @@ from vlm_export.export.lowerings.resample import Interpolation
 from vlm_export.export.writer import write_graph
 from vlm_export.family import Part
 from vlm_export.models.from_uint8 import PreprocessedVision
-from vlm_export.runtime.engine import OrtEngine
-from vlm_export.runtime.image import preprocess_image
+from vlm_export.runtime.engines.onnxruntime import OrtEngine
+from vlm_export.runtime.inputs.images import preprocess_image
 from vlm_export.specs import torchvision_image_spec
 from vlm_export.specs.signature import Axis, Signature, TensorSpec
 

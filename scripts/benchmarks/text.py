@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from benchmarks.export import export_random
 from benchmarks.report import Bars, Report, Table
-from vlm_export import EncoderPair, load
+from vlm_export import Model, load
 
 TOKENS = 8
 BATCHES = (1, 8, 32)
@@ -30,8 +30,8 @@ def measure(name: str, bundle: Path | None, rounds: int) -> Report:
         if bundle is None:
             bundle = Path(folder) / name
             export_random(name, bundle, "--no-tokenizer")
-        pair = load(bundle)
-        results = [_measure_batch(pair, batch, rounds) for batch in BATCHES]
+        model = load(bundle)
+        results = [_measure_batch(model, batch, rounds) for batch in BATCHES]
     slowest = min(result["ratio"] for result in results)
     difference = max(result["max_abs_difference"] for result in results)
     context = results[0]["padded_tokens"]
@@ -65,11 +65,11 @@ def measure(name: str, bundle: Path | None, rounds: int) -> Report:
     )
 
 
-def _measure_batch(pair: EncoderPair, batch: int, rounds: int) -> dict[str, Any]:
-    short, padded = captions(pair, batch)
+def _measure_batch(model: Model, batch: int, rounds: int) -> dict[str, Any]:
+    short, padded = captions(model, batch)
     for _ in range(_WARM_UP):
-        difference = np.abs(pair.encode_ids(short) - pair.encode_ids(padded)).max()
-    times = [(_seconds(pair, short), _seconds(pair, padded)) for _ in range(rounds)]
+        difference = np.abs(model.encode_ids(short) - model.encode_ids(padded)).max()
+    times = [(_seconds(model, short), _seconds(model, padded)) for _ in range(rounds)]
     print(f"batch {batch}: {rounds} rounds", file=sys.stderr)
     return {
         "batch": batch,
@@ -81,9 +81,9 @@ def _measure_batch(pair: EncoderPair, batch: int, rounds: int) -> dict[str, Any]
     }
 
 
-def captions(pair: EncoderPair, batch: int) -> tuple[Ids, Ids]:
+def captions(model: Model, batch: int) -> tuple[Ids, Ids]:
     """Random captions of TOKENS tokens, end-of-text last, and the same rows filled to the context length."""
-    spec = pair.text_spec
+    spec = model.session.text_spec
     short = np.random.default_rng(0).integers(1, spec.end_token_id - 1, (batch, TOKENS), dtype=np.int64)
     short[:, -1] = spec.end_token_id
     padded = np.full((batch, spec.context_length), spec.pad_token_id, dtype=np.int64)
@@ -91,7 +91,7 @@ def captions(pair: EncoderPair, batch: int) -> tuple[Ids, Ids]:
     return short, padded
 
 
-def _seconds(pair: EncoderPair, ids: Ids) -> float:
+def _seconds(model: Model, ids: Ids) -> float:
     start = time.perf_counter()
-    pair.encode_ids(ids)
+    model.encode_ids(ids)
     return time.perf_counter() - start

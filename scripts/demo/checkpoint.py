@@ -21,8 +21,8 @@ from vlm_export.models.clip_encoders import ClipEncoders
 from vlm_export.models.clip_weights import openai_vit_table
 from vlm_export.models.registry import recognise
 from vlm_export.models.weights import Kept, Rows, Transposed, Unsqueezed
-from vlm_export.runtime.image import preprocess_image
-from vlm_export.runtime.text import Tokenizer
+from vlm_export.runtime.inputs.images import preprocess_image
+from vlm_export.runtime.inputs.texts import Tokenizer
 from vlm_export.specs import ImageSpec
 
 # `convert_weights` of openai/CLIP model.py (d05afc4) halves convolutions, linear layers, attention and the two

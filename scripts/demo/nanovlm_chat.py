@@ -13,11 +13,12 @@ from torch import nn
 
 from demo.checkpoint import load_model, pixel_values
 from vlm_export.family import Model, Part
-from vlm_export.runtime.chat_prompt import ChatTokenizer, PromptWriter
-from vlm_export.runtime.embedded_decoder import EMBEDS, IDS, EmbeddedDecoderState, left_padded
-from vlm_export.runtime.engine import Array, Port
-from vlm_export.runtime.generation import GenerationOptions, generate
-from vlm_export.runtime.image import FloatArray
+from vlm_export.runtime.engines.onnxruntime import Array, Port
+from vlm_export.runtime.generation.embedding_decoder import EMBEDS, IDS, EmbeddedDecoderState, left_padded
+from vlm_export.runtime.generation.loop import GenerationOptions, generate
+from vlm_export.runtime.inputs.chat_prompt import PromptWriter
+from vlm_export.runtime.inputs.images import FloatArray
+from vlm_export.runtime.inputs.texts import Tokenizer
 from vlm_export.specs import ImageSpec
 from vlm_export.specs.tasks import ChatSpec
 
@@ -29,7 +30,7 @@ class ChatTexts:
     """What texts become before the decoder, and ids after it."""
 
     writer: PromptWriter
-    tokenizer: ChatTokenizer
+    tokenizer: Tokenizer
     settings: ChatSpec
     image: ImageSpec
 
@@ -46,7 +47,7 @@ def chat_texts(model: Model, folder: Path) -> ChatTexts:
     """Of the model that `folder` holds."""
     assert isinstance(model.image, ImageSpec)
     assert model.text is not None
-    tokenizer = ChatTokenizer(folder / "tokenizer.json", model.text)
+    tokenizer = Tokenizer(folder / "tokenizer.json", model.text)
     settings = next(task for task in model.tasks if isinstance(task, ChatSpec))
     return ChatTexts(PromptWriter(tokenizer, settings, str(folder)), tokenizer, settings, model.image)
 
@@ -68,7 +69,7 @@ class TorchEngine:
 
 
 class TorchChat:
-    """Answers as the runtime's `VisionChat` does, greedily."""
+    """Answers as the runtime's `ChatTask` does, greedily."""
 
     def __init__(self, folder: Path) -> None:
         self.model = load_model(folder)

@@ -9,7 +9,7 @@ import numpy as np
 from demo.questions import KINDS, PROMPT, Question, ask
 from demo.sentences import caption
 from demo.world import Composition
-from vlm_export.runtime.vision_chat import CAPTION_QUESTION
+from vlm_export.runtime.tasks.chat import CAPTION_QUESTION
 
 CAPTION = "caption"
 # How often a kind is asked: comparing what is said with what is seen is learnt last.

@@ -19,7 +19,7 @@ from onnx import helper, numpy_helper
 from PIL import Image, ImageOps
 
 from vlm_export.bundle.manifest import MANIFEST_NAME
-from vlm_export.runtime.image import FloatArray, preprocess_image
+from vlm_export.runtime.inputs.images import FloatArray, preprocess_image
 from vlm_export.specs import ImageSpec
 
 Prepare: TypeAlias = Callable[[Image.Image, ImageSpec], FloatArray]

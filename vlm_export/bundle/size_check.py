@@ -1,7 +1,7 @@
 """Whether the sizes that a manifest states fit together, before anything is prepared or computed in them.
 
 An image size or a context length is stated twice: in how inputs are prepared, and in the parts' signatures. The runtime
-compares the signatures with the graphs when it opens them (`vlm_export.runtime.graph_sizes`).
+compares the signatures with the graphs when it opens them (`vlm_export.runtime.engines.graph_sizes`).
 """
 
 from __future__ import annotations

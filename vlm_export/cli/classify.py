@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from vlm_export.cli.common import add_common_options, add_engine_options, providers
+from vlm_export.cli.common import add_common_options, add_engine_options, opened_model
 from vlm_export.cli.output import print_json, print_table
 
 
@@ -28,10 +28,9 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from vlm_export.runtime.pair import load
-
-    pair = load(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
-    probabilities = pair.classify([args.image], args.labels, template=args.template, truncate=args.truncate)[0]
+    probabilities = opened_model(args).classify(
+        [args.image], args.labels, template=args.template, truncate=args.truncate
+    )[0]
     ranked = sorted(zip(args.labels, map(float, probabilities), strict=True), key=lambda entry: -entry[1])
     if args.json:
         labels = [{"label": label, "probability": probability} for label, probability in ranked]

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 from vlm_export.machine_faults import machine_fault
 from vlm_export.text_display import shown
+
+if TYPE_CHECKING:
+    from vlm_export.runtime.model import Model
 
 IMAGE_SUFFIXES = frozenset(
     [
@@ -78,6 +82,13 @@ def natural_number(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")
     return value
+
+
+def opened_model(args: argparse.Namespace) -> Model:
+    """The bundle that the command names, opened with the engine's options."""
+    from vlm_export.runtime.load import load
+
+    return load(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
 
 
 def providers(args: argparse.Namespace) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import argparse
 import os
 import time
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from vlm_export.cli.common import (
     IMAGE_SUFFIXES,
@@ -14,12 +14,15 @@ from vlm_export.cli.common import (
     add_engine_options,
     check_output,
     existing_path,
+    opened_model,
     positive_integer,
-    providers,
 )
 from vlm_export.cli.output import print_json, print_line, print_warnings
 from vlm_export.errors import InputError, UsageError
 from vlm_export.machine_faults import machine_fault
+
+if TYPE_CHECKING:
+    from vlm_export.runtime.model import Model
 
 TEXT_SUFFIX = ".txt"
 _BATCH_SIZE = 32
@@ -47,9 +50,7 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from vlm_export.bundle.opened import open_bundle
-    from vlm_export.runtime.search import checked_suffix, pyarrow_modules
-    from vlm_export.specs.tasks import FeatureSpec
+    from vlm_export.runtime.search.store import checked_suffix, pyarrow_modules
 
     check_output(Path(args.output), overwrite=args.overwrite)
     if checked_suffix(Path(args.output)) == ".parquet":
@@ -57,27 +58,28 @@ def run(args: argparse.Namespace) -> int:
     pictures, texts, skipped = _collect([existing_path(path) for path in args.paths])
     if skipped:
         print_warnings([_skipped_text(skipped)])
-    if open_bundle(Path(args.bundle)).manifest.task(FeatureSpec) is not None:
-        return _run_slices(args, pictures, skipped)
-    return _run_pair(args, pictures, texts, skipped)
+    model = opened_model(args)
+    if "features" in model.tasks:
+        return _write_features(model, args, pictures, skipped)
+    return _write_embeddings(model, args, pictures, texts, skipped)
 
 
-def _run_pair(args: argparse.Namespace, pictures: list[Path], texts: list[str], skipped: list[Path]) -> int:
-    from vlm_export.runtime.pair import load
-    from vlm_export.runtime.search import EmbeddingsMeta, write_embeddings
+def _write_embeddings(
+    model: Model, args: argparse.Namespace, pictures: list[Path], texts: list[str], skipped: list[Path]
+) -> int:
+    from vlm_export.runtime.search.store import EmbeddingsMeta, write_embeddings
 
-    pair = load(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
     start = time.perf_counter()
     batch_size, progress = args.batch_size or _BATCH_SIZE, not args.quiet
     if pictures:
         items = [str(path) for path in pictures]
-        vectors = pair.encode_image(items, batch_size=batch_size, progress=progress)
+        vectors = model.encode_image(items, batch_size=batch_size, progress=progress)
     else:
         items = texts
-        vectors = pair.encode_text(items, truncate=args.truncate, batch_size=batch_size, progress=progress)
+        vectors = model.encode_text(items, truncate=args.truncate, batch_size=batch_size, progress=progress)
     seconds = time.perf_counter() - start
     kind: Literal["image", "text"] = "image" if pictures else "text"
-    meta = EmbeddingsMeta(kind, pair.manifest.name, pair.identity, pair.precision)
+    meta = EmbeddingsMeta(kind, model.manifest.name, model.identity, model.precision)
     write_embeddings(args.output, items, vectors, meta, overwrite=args.overwrite)
     if args.json:
         result = {"output": args.output, "kind": kind, "count": len(items), "dimension": vectors.shape[1]}
@@ -88,18 +90,18 @@ def _run_pair(args: argparse.Namespace, pictures: list[Path], texts: list[str], 
     return 0
 
 
-def _run_slices(args: argparse.Namespace, pictures: list[Path], skipped: list[Path]) -> int:
-    from vlm_export.runtime.slice_features import SLICE_BATCH_SIZE, load_slice_encoder
-    from vlm_export.runtime.slice_files import SliceFileMeta, write_slice_features
+def _write_features(model: Model, args: argparse.Namespace, pictures: list[Path], skipped: list[Path]) -> int:
+    from vlm_export.runtime.search.feature_files import SliceFileMeta, write_slice_features
+    from vlm_export.runtime.tasks.features import SLICE_BATCH_SIZE
 
-    encoder = load_slice_encoder(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
+    task = model.slices
     if not pictures:
-        raise InputError("this bundle takes no texts", where=encoder.manifest.name, fix="name pictures or folders")
+        raise InputError("this bundle takes no texts", where=model.manifest.name, fix="name pictures or folders")
     start = time.perf_counter()
     items = [str(path) for path in pictures]
-    meta = SliceFileMeta(encoder.manifest.name, encoder.identity, encoder.feature_shape, encoder.precision)
+    meta = SliceFileMeta(model.manifest.name, model.identity, task.feature_shape, model.precision)
     batch_size = args.batch_size or SLICE_BATCH_SIZE
-    features = encoder.stream_slices(items, batch_size=batch_size, progress=not args.quiet)
+    features = task.stream_slices(items, batch_size=batch_size, progress=not args.quiet)
     count, slices = write_slice_features(args.output, zip(items, features, strict=True), meta, overwrite=args.overwrite)
     seconds = time.perf_counter() - start
     if args.json:

@@ -9,13 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_export.cli.chat_options import is_chat_bundle
 from vlm_export.cli.common import add_common_options
+from vlm_export.cli.cutting_report import report_cutting
 from vlm_export.cli.inspect_known import checkpoint_from_config, known_data, list_known, print_known
 from vlm_export.cli.output import print_json, print_line, print_table, print_warnings, size_text
 from vlm_export.cli.preparation_report import preparation_data, print_preparation
-from vlm_export.cli.slice_report import report_slices
-from vlm_export.cli.tile_report import report_tiles
 from vlm_export.errors import UsageError
 
 if TYPE_CHECKING:
@@ -55,8 +53,7 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError("--bundle cuts a picture, and none is named", fix="name a picture, or leave --bundle out")
         if args.revision is not None:
             raise UsageError("--revision is for checkpoints", fix="leave it out, or --bundle")
-        report = report_tiles if is_chat_bundle(args.bundle) else report_slices
-        report(args.source, args.bundle, args.output, overwrite=args.overwrite, as_json=args.json)
+        report_cutting(args.source, args.bundle, args.output, overwrite=args.overwrite, as_json=args.json)
         return 0
     if args.output is not None or args.overwrite:
         raise UsageError("-o and --overwrite are for the slices of a picture", fix="add --bundle DIR")

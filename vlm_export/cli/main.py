@@ -19,7 +19,7 @@ from vlm_export.cli.streams import discard, standard_streams
 from vlm_export.errors import Defect, EnvironmentFailure, InputError, UsageError, VlmExportError
 from vlm_export.interrupts import INTERRUPTED, remembered_interrupts
 from vlm_export.machine_faults import machine_fault
-from vlm_export.runtime.panic_text import own_process
+from vlm_export.runtime.inputs.panic_text import own_process
 from vlm_export.text_display import Lines, shown
 
 VERBS = (inspect, export, verify, classify, caption, ask, match, embed, search, graph)

@@ -5,21 +5,21 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from vlm_export.cli.chat_options import is_chat_bundle, refuse_options
-from vlm_export.cli.common import add_common_options, add_engine_options, providers
+from vlm_export.cli.common import add_common_options, add_engine_options, opened_model
+from vlm_export.cli.generation_options import refuse_options
 from vlm_export.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
-    from vlm_export.runtime.image import FloatArray
+    from vlm_export.runtime.inputs.images import FloatArray
 
 
 def add_parser(verbs: Any) -> None:
     parser: argparse.ArgumentParser = verbs.add_parser(
         "match",
         help="whether texts fit a picture",
-        description="For each text the cosine of its embedding and the picture's, and, where the bundle has a matching "
-        "head (BLIP), the probability that it describes the picture. nanoVLM: untrained cosines "
-        "of the means of what its decoder reads.",
+        description="For each text the cosine of its embedding and the image's, and, where the bundle has the task "
+        "match, the probability that it describes the image. A bundle of the task chat has untrained cosines, of the "
+        "means of what its decoder reads.",
     )
     parser.add_argument("bundle", metavar="DIR", help="directory of the bundle")
     parser.add_argument("image", metavar="IMAGE", help="a picture")
@@ -27,7 +27,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--first-token",
         choices=("cls", "enc"),
-        help="what a text starts with: enc as in BLIP's training, cls as in its demo and in transformers "
+        help="what a text starts with: enc as in the original's training, cls as in its demo and in transformers "
         "(default: what the bundle says)",
     )
     parser.add_argument("--truncate", action="store_true", help="cut texts that are too long instead of refusing them")
@@ -37,14 +37,9 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from vlm_export.runtime.matching import MULTIMODAL
-    from vlm_export.runtime.vision_language import load_vision_language
-
-    if is_chat_bundle(args.bundle):
-        return _match_chat(args)
-    model = load_vision_language(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
-    parts = {part.name for part in model.manifest.parts}
-    if MULTIMODAL not in parts and parts >= {"vision", "text"} and args.first_token is None:
+    model = opened_model(args)
+    if "match" not in model.tasks and "embed" in model.tasks:
+        refuse_options(args, ["first_token"], args.bundle, "it is for the task match")
         return _print_cosines(
             args, model.encode_image(args.image), model.encode_text(args.texts, truncate=args.truncate)
         )
@@ -62,16 +57,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _match_chat(args: argparse.Namespace) -> int:
-    from vlm_export.runtime.vision_chat import load_vision_chat
-
-    refuse_options(args, ["first_token"], args.bundle, "it is for BLIP's matching head")
-    model = load_vision_chat(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
-    return _print_cosines(args, model.encode_image(args.image), model.encode_text(args.texts, truncate=args.truncate))
-
-
 def _print_cosines(args: argparse.Namespace, image: FloatArray, texts: FloatArray) -> int:
-    """An encoder pair has no matching head."""
+    """Without the task match there are cosines alone."""
     found = sorted(zip(args.texts, map(float, texts @ image[0]), strict=True), key=lambda entry: -entry[1])
     if args.json:
         print_json({"image": args.image, "matches": [{"text": text, "cosine": cosine} for text, cosine in found]})

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vlm_export.cli.common import IMAGE_SUFFIXES, add_common_options, add_engine_options, positive_integer, providers
+from vlm_export.cli.common import IMAGE_SUFFIXES, add_common_options, add_engine_options, opened_model, positive_integer
 from vlm_export.cli.output import print_json, print_table
 from vlm_export.errors import InputError, UsageError
 
@@ -26,7 +26,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--truncate", action="store_true", help="cut texts that are too long instead of refusing them")
     parser.add_argument("-k", type=positive_integer, default=5, metavar="N", help="how many (default: 5)")
     parser.add_argument(
-        "--rerank", action="store_true", help="order the nearest by what looks at picture and text together (BLIP)"
+        "--rerank", action="store_true", help="order the nearest by what looks at image and text together (task match)"
     )
     parser.add_argument(
         "--candidates",
@@ -44,15 +44,16 @@ def run(args: argparse.Namespace) -> int:
         return _run_reranked(args)
     if args.candidates is not None:
         raise UsageError("--candidates is for a second stage", fix="add --rerank")
-    from vlm_export.runtime.pair import load
-    from vlm_export.runtime.search import read_embeddings, search_embeddings
+    from vlm_export.runtime.search.store import read_embeddings, search_embeddings
 
     is_picture = _is_picture(args)
     embeddings = read_embeddings(args.embeddings)
-    pair = load(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
-    embeddings.require_model(pair.identity, pair.manifest.name)
+    model = opened_model(args)
+    embeddings.require_model(model.identity, model.manifest.name)
     vector = (
-        pair.encode_image([args.query])[0] if is_picture else pair.encode_text([args.query], truncate=args.truncate)[0]
+        model.encode_image([args.query])[0]
+        if is_picture
+        else model.encode_text([args.query], truncate=args.truncate)[0]
     )
     matches = search_embeddings(embeddings, vector, args.k)
     if args.json:
@@ -64,13 +65,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_reranked(args: argparse.Namespace) -> int:
-    from vlm_export.runtime.retrieval import CANDIDATES, search_reranked
-    from vlm_export.runtime.search import read_embeddings
-    from vlm_export.runtime.vision_language import load_vision_language
+    from vlm_export.runtime.search.rerank import CANDIDATES, search_reranked
+    from vlm_export.runtime.search.store import read_embeddings
 
     is_picture = _is_picture(args)
     embeddings = read_embeddings(args.embeddings)
-    model = load_vision_language(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
+    model = opened_model(args)
     embeddings.require_model(model.identity, model.manifest.name)
     candidates = max(CANDIDATES, args.k) if args.candidates is None else args.candidates
     results = search_reranked(

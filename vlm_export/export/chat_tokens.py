@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from vlm_export.errors import InputError
-from vlm_export.runtime.text import check_unicode
+from vlm_export.runtime.inputs.texts import check_unicode
 from vlm_export.specs import TextSpec
 
 _FIX = "use the tokenizer that the checkpoint's config names (lm_tokenizer)"

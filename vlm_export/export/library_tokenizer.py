@@ -39,7 +39,7 @@ from vlm_export.export.tokenizer_parts import (
     vocab_checked,
     wordpieces_checked,
 )
-from vlm_export.runtime.rust_tokenizer import named_failures
+from vlm_export.runtime.inputs.tokenizer import named_failures
 from vlm_export.specs import Side
 
 AS_IT_STANDS = "TokenizersBackend"

@@ -45,8 +45,8 @@ from vlm_export.export.writer import write_graph
 from vlm_export.family import Checkpoint, Model, Part, Reference
 from vlm_export.models.registry import identify
 from vlm_export.precision.fp16 import convert_to_fp16
-from vlm_export.runtime.engine import CPU, OrtEngine
-from vlm_export.runtime.image import open_image
+from vlm_export.runtime.engines.onnxruntime import CPU, OrtEngine
+from vlm_export.runtime.inputs.images import open_image
 from vlm_export.specs import ImageSpec
 from vlm_export.verify.contract import ContractReport
 from vlm_export.verify.golden import golden_from_reference, write_golden

@@ -25,7 +25,7 @@ from vlm_export.export.stated import check_stated
 from vlm_export.export.verification import PartVerification, part_samples, variant_label
 from vlm_export.family import BuildOptions, Checkpoint, Reference
 from vlm_export.models.registry import identify
-from vlm_export.runtime.engine import CPU, OrtEngine
+from vlm_export.runtime.engines.onnxruntime import CPU, OrtEngine
 from vlm_export.verify.contract import ContractReport
 from vlm_export.verify.engine import engine_label, variant_bytes, verifying_engine
 from vlm_export.verify.floor import ELSEWHERE

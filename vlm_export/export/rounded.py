@@ -13,7 +13,7 @@ from vlm_export.export.options import FP16
 from vlm_export.export.verification import PartVerification
 from vlm_export.family import Reference
 from vlm_export.precision.fp16_rounding import round_every_float16
-from vlm_export.runtime.engine import Engine
+from vlm_export.runtime.engines.onnxruntime import Engine
 from vlm_export.verify.floor import FloorJudge
 from vlm_export.verify.grid import least_grid
 from vlm_export.verify.points import Arrays, PointResult, judge_point

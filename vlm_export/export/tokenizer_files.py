@@ -40,8 +40,8 @@ from vlm_export.export.tokenizer_parts import (
 )
 from vlm_export.export.wordpiece import BERT_VOCAB_SIZE, has_room, is_wordpiece_vocab, wordpiece_fitted
 from vlm_export.machine_faults import machine_fault
-from vlm_export.runtime.rust_tokenizer import bounded_tokenizer, ids_around, tokenizer_from_json
-from vlm_export.runtime.text import check_unicode
+from vlm_export.runtime.inputs.texts import check_unicode
+from vlm_export.runtime.inputs.tokenizer import bounded_tokenizer, ids_around, tokenizer_from_json
 from vlm_export.specs import Origins, TextSpec
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from vlm_export.export.floor import floor_points, measure_floor
 from vlm_export.export.options import FP32
 from vlm_export.export.stages import StepProgress
 from vlm_export.family import Model, Part, Reference
-from vlm_export.runtime.image import open_image
+from vlm_export.runtime.inputs.images import open_image
 from vlm_export.verify.engine import MAPPED_NOTE, engine_label, verifying_engine
 from vlm_export.verify.floor import RULES, FloorJudge
 from vlm_export.verify.gates import GATES, PART_GATES, Gate, gate_name

@@ -296,6 +296,7 @@ class FeatureSpec(Spec):
 
 
 TaskSpec: TypeAlias = EmbedSpec | MatchSpec | CaptionSpec | AnswerSpec | ChatSpec | FeatureSpec
+TaskKind: TypeAlias = Literal["embed", "match", "caption", "answer", "chat", "features"]
 
 
 def limited_tasks(tasks: Sequence[TaskSpec], parts: Collection[str]) -> tuple[TaskSpec, ...]:

@@ -26,6 +26,7 @@ class TileSpec(Spec):
             soon as an image reaches them.
         resize_to_max_side: whether the longer side always becomes that long; otherwise it is only rounded up to
             whole tiles where it is shorter.
+        global_tile: whether the whole image at a tile's size goes first where there is more than one tile.
 
     Raises:
         InputError: a value is of another type or out of range.
@@ -34,6 +35,7 @@ class TileSpec(Spec):
     tile_size_pixels: Side
     max_side_pixels: Side
     resize_to_max_side: bool
+    global_tile: bool
 
     def check(self) -> None:
         whole, rest = divmod(self.max_side_pixels, self.tile_size_pixels)

@@ -16,10 +16,9 @@ from vlm_export.bundle.layout import TOKENIZER_NAME
 from vlm_export.bundle.manifest import MANIFEST_NAME
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError, VerificationError
-from vlm_export.runtime.chat_prompt import ChatTokenizer
-from vlm_export.runtime.image import open_image, preprocess_image
-from vlm_export.runtime.text import Tokenizer
-from vlm_export.runtime.vectors import batches
+from vlm_export.runtime.engines.runs import batches
+from vlm_export.runtime.inputs.images import open_image, preprocess_image
+from vlm_export.runtime.inputs.texts import Tokenizer
 from vlm_export.specs import ImageSpec
 from vlm_export.specs.tasks import EmbedSpec
 from vlm_export.verify.contract_files import check_config, check_preprocessor, check_sealed
@@ -209,7 +208,7 @@ def _check_texts(bundle: OpenBundle, record: ContractRecord) -> tuple[ContractCh
         failure = f"the bundle has no {TOKENIZER_NAME}, and its record has texts"
         return ContractCheck(TEXT_STAGE, TOKENIZER_NAME, 0, (failure,)), {}
     try:
-        tokenizer = (Tokenizer if spec.adds_eos else ChatTokenizer)(bundle.file(TOKENIZER_NAME), spec)
+        tokenizer = Tokenizer(bundle.file(TOKENIZER_NAME), spec)
         rows = tokenizer.encode_rows([text.text for text in record.texts], truncate=True)
     except InputError as error:
         failure = (

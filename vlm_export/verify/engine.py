@@ -8,8 +8,8 @@ from pathlib import Path
 
 from vlm_export.bundle.manifest import Manifest, VariantRecord
 from vlm_export.errors import EnvironmentFailure
-from vlm_export.runtime.engine import CPU, OrtEngine
-from vlm_export.runtime.memory import available_bytes, keeps_weights_mapped
+from vlm_export.runtime.engines.memory import available_bytes, keeps_weights_mapped
+from vlm_export.runtime.engines.onnxruntime import CPU, OrtEngine
 
 MAPPED_NOTE = "the engine's own graph optimisations: off, so that the weights stay in their file"
 _GIB = 1 << 30

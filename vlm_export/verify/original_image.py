@@ -16,8 +16,8 @@ from vlm_export.verify.metrics import Array
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vlm_export.runtime.slice_plan import SlicePlan
-    from vlm_export.runtime.tiling import TilePlan
+    from vlm_export.runtime.inputs.slice_plan import SlicePlan
+    from vlm_export.runtime.inputs.tiles import TilePlan
 
 
 def original_pixel_values(image: Image.Image, spec: ImageSpec) -> Array:

@@ -12,11 +12,10 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image
 
-from vlm_export.runtime.image import preprocess_image
-from vlm_export.runtime.slice_features import whole_patches
-from vlm_export.runtime.slicing import slice_image, stack_patches
-from vlm_export.runtime.tiling import cut_tiles
-from vlm_export.runtime.vectors import batches
+from vlm_export.runtime.engines.runs import batches
+from vlm_export.runtime.inputs.images import preprocess_image
+from vlm_export.runtime.inputs.slices import slice_image, stack_patches, whole_patches
+from vlm_export.runtime.inputs.tiles import cut_tiles
 from vlm_export.specs import AnyImageSpec, ImageSpec, SliceSpec, TileSpec
 from vlm_export.specs.signature import Signature
 from vlm_export.verify.metrics import Array

@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vlm_export.runtime.chat_prompt import ChatTokenizer
-from vlm_export.runtime.text import Tokenizer
+from vlm_export.runtime.inputs.texts import Tokenizer
 from vlm_export.specs import AnyImageSpec, TextSpec
 from vlm_export.specs.signature import Signature
 from vlm_export.verify.metrics import Array
@@ -99,7 +98,7 @@ def sample_inputs(
         pictures = synthetic_photographs() if images is None else images
         return [Sample(*both) for picture in pictures for both in prepared_twice(picture, signature, image_spec, limit)]
     if signature.input_names in _TEXT_INPUTS and text_spec is not None and tokenizer_path is not None:
-        tokenizer = (Tokenizer if text_spec.adds_eos else ChatTokenizer)(tokenizer_path, text_spec)
+        tokenizer = Tokenizer(tokenizer_path, text_spec)
         starts = range(0, len(sentences), _SENTENCES_PER_BATCH)
         # Truncated, since a short context (a demo's) must not refuse a long sentence.
         batches = [tokenizer.encode_masked(sentences[i : i + _SENTENCES_PER_BATCH], truncate=True) for i in starts]

@@ -1,0 +1,94 @@
+"""Which engine runs a bundle's graphs, and which variant of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias, get_args
+
+from vlm_export.bundle.manifest import Manifest
+from vlm_export.bundle.opened import OpenBundle
+from vlm_export.errors import UsageError, suggestion
+from vlm_export.runtime.engines.graph_sizes import check_graph_sizes
+from vlm_export.runtime.engines.onnxruntime import CPU, Engine, OrtEngine, checked_threads
+from vlm_export.runtime.engines.openvino import OpenVinoEngine
+
+EngineName: TypeAlias = Literal["onnxruntime", "openvino"]
+ONNXRUNTIME: EngineName = "onnxruntime"
+_SHORT_CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """What `engine_choice` made of a caller's options.
+
+    Attributes:
+        engine: its name.
+        providers: of ONNX Runtime, in order of preference.
+        threads: of one operator; None for as many as there are cores.
+    """
+
+    engine: EngineName
+    providers: tuple[str, ...]
+    threads: int | None
+
+    def open_part(self, bundle: OpenBundle, part: str, precision: str) -> Engine:
+        """The engine of a part's variant, once its files and the graph's sizes are found to be what the manifest says.
+
+        Raises:
+            InputError: there is no such part, or its graph is damaged or another one.
+        """
+        record = bundle.manifest.part(part)
+        path = bundle.model_files(record.variant(precision))
+        engine = self.open(path)
+        check_graph_sizes(engine, record, path)
+        return engine
+
+    def open(self, path: Path) -> Engine:
+        """The engine of a graph; errors as in `OrtEngine` and `OpenVinoEngine`."""
+        if self.engine == ONNXRUNTIME:
+            return OrtEngine(path, providers=self.providers, threads=self.threads)
+        return OpenVinoEngine(path, threads=self.threads)
+
+
+def engine_choice(engine: str, providers: str | Sequence[str] | None, threads: int | None) -> EngineChoice:
+    """The options, checked before anything is opened.
+
+    Args:
+        providers: one or several; None for the CPU.
+
+    Raises:
+        UsageError: an unknown engine, providers that are no names or that OpenVINO would not use, or `threads` is out
+            of its range.
+    """
+    names: tuple[str, ...] = (providers,) if isinstance(providers, str) else tuple(providers or (CPU,))
+    if not all(isinstance(name, str) for name in names):
+        raise UsageError("providers are names", expected=f"such as [{CPU!r}]", got=repr(names))
+    known = get_args(EngineName)
+    if engine not in known:
+        raise UsageError(f"there is no engine {engine!r}", fix=suggestion(str(engine), known))
+    if engine != ONNXRUNTIME and not {name.lower() for name in names} <= {CPU.lower(), _SHORT_CPU}:
+        raise UsageError(
+            "OpenVINO has none of ONNX Runtime's execution providers",
+            expected="no providers: it runs on the CPU",
+            got=", ".join(names),
+            fix="leave out providers, or engine='openvino'",
+        )
+    return EngineChoice("openvino" if engine == "openvino" else ONNXRUNTIME, names, checked_threads(threads))
+
+
+def chosen_precision(manifest: Manifest, precision: str | None) -> str:
+    """The variant to open.
+
+    Raises:
+        UsageError: no part has a variant of that precision, or none is given and the bundle has no default.
+    """
+    if precision is None:
+        return manifest.default_precision()
+    known = list(dict.fromkeys(variant.precision for part in manifest.parts for variant in part.variants))
+    if precision not in known:
+        raise UsageError(
+            f"the bundle has no variant {precision!r}", where=manifest.name, fix=suggestion(str(precision), known)
+        )
+    return precision

@@ -1,0 +1,89 @@
+"""The second engine: OpenVINO, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from vlm_export.errors import EnvironmentFailure, InputError
+from vlm_export.interrupts import run_interruptibly
+from vlm_export.machine_faults import machine_fault
+from vlm_export.runtime.engines.onnxruntime import Array, Port, checked_threads
+
+_DTYPES = {"f32": "float32", "f16": "float16", "f64": "float64", "i64": "int64", "i32": "int32", "u8": "uint8"}
+
+
+class OpenVinoEngine:
+    """A graph in OpenVINO; what `Engine` states. Safe to use from several threads, which take turns.
+
+    Args:
+        path: the `.onnx` file; its external data is found beside it.
+        threads: of one inference; None leaves the number to OpenVINO.
+
+    Raises:
+        EnvironmentFailure: the package is not installed.
+        InputError: OpenVINO does not read the graph.
+        UsageError: `threads` is out of its range.
+    """
+
+    def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
+        try:
+            import openvino
+        except ImportError as error:
+            raise EnvironmentFailure(
+                "OpenVINO is not installed", got=str(error), fix='pip install "vlm-export[openvino]"'
+            ) from error
+        self.path = Path(path)
+        # On processors that have it, OpenVINO would compute in bfloat16.
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+        if checked_threads(threads) is not None:
+            settings["INFERENCE_NUM_THREADS"] = threads
+        try:
+            compiled = run_interruptibly(lambda: openvino.Core().compile_model(str(self.path), "CPU", settings))
+        except RuntimeError as error:
+            raise machine_fault(error, str(self.path)) or InputError(
+                "a graph cannot be loaded", where=str(self.path), expected="a graph for OpenVINO", got=_last_line(error)
+            ) from error
+        self._request, self._busy = compiled.create_infer_request(), Lock()
+        self.inputs = tuple(_port(entry) for entry in compiled.inputs)
+        self.outputs = tuple(_port(entry) for entry in compiled.outputs)
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Every output by name.
+
+        Raises:
+            InputError: the feeds do not fit the inputs, or the graph fails on these values.
+        """
+        names = {port.name for port in self.inputs}
+        if set(feeds) != names:
+            # OpenVINO would run with whatever an input held before.
+            raise InputError(
+                "the graph takes other inputs",
+                where=str(self.path),
+                expected=", ".join(sorted(names)),
+                got=", ".join(sorted(feeds)) or "none",
+            )
+        # A request takes one run at a time, and reuses its outputs' memory in the next.
+        with self._busy:
+            try:
+                values = run_interruptibly(lambda: self._request.infer(dict(feeds)), self._request.cancel)
+            except (RuntimeError, TypeError) as error:
+                raise machine_fault(error, str(self.path)) or InputError(
+                    "a graph failed while running", where=str(self.path), got=_last_line(error)
+                ) from error
+            return {port.name: np.array(values[port.name]) for port in self.outputs}
+
+
+def _port(entry: Any) -> Port:
+    dtype = entry.element_type.get_type_name()
+    shape = tuple(None if axis.is_dynamic else axis.get_length() for axis in entry.partial_shape)
+    return Port(entry.any_name, _DTYPES.get(dtype, dtype), shape)
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"

@@ -1,0 +1,140 @@
+"""What callers hand over, one or several of it: texts, and pictures, which get names and are opened for threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from vlm_export.errors import InputError
+from vlm_export.runtime.inputs.images import PictureSource, named_decoding, open_image, read_stream
+
+Pictures: TypeAlias = "PictureSource | Sequence[PictureSource]"
+Prepared = TypeVar("Prepared")
+
+_DECODER_THREADS = 4
+# A picture that Pillow opened decodes on first use, which two threads must not do at once: one lock for each of them,
+# found by its id. Others that share the lock wait for no reason, but rarely.
+_LOADING = tuple(Lock() for _ in range(61))
+
+
+def is_picture(value: object) -> bool:
+    """Whether a value stands for one picture, and is no sequence of pictures."""
+    if isinstance(value, np.ndarray):
+        return value.ndim in (2, 3)
+    return isinstance(value, Image.Image | str | os.PathLike | bytes | bytearray) or hasattr(value, "read")
+
+
+def picture_list(images: Pictures) -> list[PictureSource]:
+    """One or several pictures as a list; InputError when the value is neither."""
+    # mypy cannot know that `is_picture` decides.
+    given: Any = images
+    return [given] if is_picture(given) else _listed(given, lambda: _no_picture(given, "the pictures"))
+
+
+def text_list(texts: str | Sequence[str]) -> list[str]:
+    """One or several texts as a list; InputError when the value is neither."""
+    what = "texts are neither a string nor several"
+    got = type(texts).__name__
+    return [texts] if isinstance(texts, str) else _listed(texts, lambda: InputError(what, expected="a list", got=got))
+
+
+def decoder_threads(threads: int | None) -> ThreadPoolExecutor:
+    """Threads that `map_pictures` opens and prepares pictures in: so many, or 4."""
+    return ThreadPoolExecutor(threads or _DECODER_THREADS)
+
+
+def map_pictures(
+    prepare: Callable[[Image.Image, str], Prepared],
+    sources: Sequence[PictureSource],
+    decoders: ThreadPoolExecutor,
+    *,
+    max_pixels: int,
+    first: int = 0,
+) -> list[Prepared]:
+    """What `prepare` makes of each picture and its name, in threads.
+
+    Args:
+        max_pixels: of pictures that are decoded here.
+        first: the number of the first source, in the names of pictures that have no path.
+
+    Raises:
+        InputError: a picture is unreadable or too large; the message names it.
+    """
+
+    def prepared(index: int, source: PictureSource) -> Prepared:
+        name = picture_name(source, index)
+        return prepare(open_picture(source, max_pixels=max_pixels, name=name), name)
+
+    return list(decoders.map(prepared, range(first, first + len(sources)), sources))
+
+
+def picture_name(source: PictureSource, index: int) -> str:
+    """What errors call a picture: its path, or its number."""
+    return str(source) if isinstance(source, str | os.PathLike) else f"picture {index}"
+
+
+def open_picture(source: PictureSource, *, max_pixels: int, name: str) -> Image.Image:
+    """A decoded picture that threads may share.
+
+    Raises:
+        InputError: no picture, unreadable, or too large.
+        EnvironmentFailure: there is no memory to decode it.
+    """
+    if isinstance(source, Image.Image):
+        with (
+            _lock_of(source),
+            named_decoding(name, "a picture that Pillow decodes", lambda error: f"{type(error).__name__}: {error}"),
+        ):
+            source.load()
+        return source
+    if isinstance(source, str | os.PathLike | bytes):
+        return open_image(source, max_pixels=max_pixels, name=name)
+    if isinstance(source, bytearray):
+        return open_image(bytes(source), max_pixels=max_pixels, name=name)
+    if isinstance(source, np.ndarray):
+        return _picture_from_array(source, name)
+    if not hasattr(source, "read"):
+        raise _no_picture(source, name)
+    with _lock_of(source):
+        content = read_stream(source, name)
+    return open_image(content, max_pixels=max_pixels, name=name)
+
+
+def _picture_from_array(pixels: Any, name: str) -> Image.Image:
+    fits = pixels.dtype == np.uint8 and (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4)))
+    if not fits or not pixels.size:
+        raise InputError(
+            "an array is no picture",
+            where=name,
+            expected="uint8 (H, W, 3), (H, W, 4) or (H, W)",
+            got=f"{pixels.dtype} {pixels.shape}",
+            fix="order it as rows, columns, channels, from 0 to 255",
+        )
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _lock_of(source: object) -> Lock:
+    return _LOADING[id(source) // 16 % len(_LOADING)]
+
+
+def _listed(values: Any, refusal: Callable[[], InputError]) -> list[Any]:
+    try:
+        several = iter(values)
+    except TypeError as error:
+        raise refusal() from error
+    return list(several)
+
+
+def _no_picture(value: object, name: str) -> InputError:
+    return InputError(
+        "a picture is of another type",
+        where=name,
+        expected="a Pillow picture, a path, the bytes of a file, an open file, or an array uint8 (H, W, 3)",
+        got=type(value).__name__,
+    )

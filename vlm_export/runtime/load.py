@@ -1,0 +1,42 @@
+"""The one loader: a bundle's directory to a Model that can do all of the bundle's tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlm_export.bundle.opened import open_bundle
+from vlm_export.runtime.engines.choice import ONNXRUNTIME, EngineName
+from vlm_export.runtime.inputs.images import MAX_PIXELS
+from vlm_export.runtime.model import Model
+from vlm_export.runtime.session import Session
+
+
+def load(
+    path: str | Path,
+    *,
+    precision: str | None = None,
+    engine: EngineName = ONNXRUNTIME,
+    providers: str | Sequence[str] | None = None,
+    threads: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Model:
+    """Opens a bundle.
+
+    Args:
+        path: the bundle's directory.
+        precision: the variant of all parts; None: float32, or the only one that the bundle has.
+        engine: what runs the graphs; "openvino" needs the extra of that name, and runs on the CPU.
+        providers: ONNX Runtime's execution providers in order of preference, one name or several; the CPU by default.
+        threads: threads of one operator and of image decoding; None for as many as there are cores (decoding: 4).
+        max_pixels: images with more are refused before they are decoded; those that Pillow has opened are not.
+
+    Raises:
+        InputError: no bundle, or a damaged one. The graphs are checked when they are first used.
+        UsageError: the bundle has no variant of that precision, or an option is out of its range.
+        EnvironmentFailure: on first use, where an engine or a provider is missing.
+    """
+    bundle = open_bundle(Path(path))
+    return Model(
+        Session(bundle, precision=precision, engine=engine, providers=providers, threads=threads, max_pixels=max_pixels)
+    )
