@@ -15,9 +15,9 @@ import onnxruntime
 import pytest
 
 from vlm_export.bundle import opened as opened_module
-from vlm_export.bundle.hashing import record_from_descriptor
 from vlm_export.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest, VariantRecord, manifest_from_bytes
 from vlm_export.bundle.opened import OpenBundle, open_bundle
+from vlm_export.bundle.safe_files import record_from_descriptor
 from vlm_export.errors import InputError, UsageError, VlmExportError
 
 GRAPH = "onnx/vision_model.onnx"

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vlm_export.runtime.vision_language import load_vision_language
 
 from vlm_export import load
-from vlm_export.runtime.vision_language import load_vision_language
 
 pytestmark = pytest.mark.needs_torch
 

@@ -15,7 +15,7 @@ from vlm_export import __version__
 from vlm_export.cli.examples import EXAMPLES
 from vlm_export.cli.main import VERBS, build_parser
 
-VERB_NAMES = [verb.__name__.rpartition(".")[2] for verb in VERBS]
+VERB_NAMES = list(VERBS)
 HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "transformers", "PIL", "yaml")
 
 

@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from vlm_export.runtime.engine import OrtEngine
 
 from vlm_export.export.backends import export_part
 from vlm_export.export.options import Precision
@@ -24,7 +25,6 @@ from vlm_export.export.verification import PartVerification, part_samples
 from vlm_export.export.writer import write_graph
 from vlm_export.family import Model, Part, Reference, reference_from_module
 from vlm_export.precision.fp16 import convert_to_fp16
-from vlm_export.runtime.engine import OrtEngine
 from vlm_export.specs.signature import Axis, Signature, TensorSpec
 from vlm_export.verify.deviation import Deviation
 from vlm_export.verify.floor import FloorJudge

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel
+from vlm_export.runtime.engine import OrtEngine
 
 from vlm_export.checkpoint.known import load_known
 from vlm_export.checkpoint.open import open_checkpoint
@@ -21,7 +22,6 @@ from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.writer import write_graph
 from vlm_export.family import BuildOptions, Model, Part
 from vlm_export.models.clip import ClipFamily
-from vlm_export.runtime.engine import OrtEngine
 
 DATA = Path(__file__).parents[1] / "data" / "clip"
 UNTRACED = [(14, 14), (42, 42), (70, 42), (14, 98), (112, 126), (196, 28)]

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from vlm_export.runtime.engine import CPU
 
 from vlm_export.bundle.layout import LEDGER_NAME
 from vlm_export.bundle.ledger import ledger_from_bytes
@@ -20,7 +21,6 @@ from vlm_export.errors import InputError, VerificationError
 from vlm_export.export.pipeline import ExportResult
 from vlm_export.export.reverify import verify_against_source
 from vlm_export.export.stages import Stages
-from vlm_export.runtime.engine import CPU
 from vlm_export.verify.ledger import NO_LEDGER, check_ledger
 
 DATA = Path(__file__).parents[1] / "data" / "clip"

@@ -18,6 +18,7 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
+from vlm_export.runtime.engine import OrtEngine
 
 from vlm_export.export.backends import Exporter, export_part
 from vlm_export.export.simplify import finish_graph, simplify_graph
@@ -25,7 +26,6 @@ from vlm_export.export.writer import write_graph
 from vlm_export.family import Model, Part, reference_from_module
 from vlm_export.models import nanovlm_parts, rotary_decoder
 from vlm_export.models.layers import HIDDEN
-from vlm_export.runtime.engine import OrtEngine
 from vlm_export.specs.signature import Axis
 from vlm_export.verify.gates import GATES, judge
 from vlm_export.verify.grid import grid_for

@@ -22,10 +22,10 @@ from transformers import (
     CLIPModel,
     CLIPTokenizer,
 )
+from vlm_export.runtime.vision_language import load_vision_language
 
 import vlm_export
 from vlm_export.export.pipeline import ExportResult
-from vlm_export.runtime.vision_language import load_vision_language
 
 Export = Callable[..., ExportResult]
 WORDS = [*"abcdefghijklmnopqrstuvwxyz0123456789.,!?'<>&;#/|", "cat", "dog", "photo"]

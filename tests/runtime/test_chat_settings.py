@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vlm_export.runtime.chat_settings import ChatSettings, chat_settings_from_facts
 
 from vlm_export.errors import InputError
-from vlm_export.runtime.chat_settings import ChatSettings, chat_settings_from_facts
 from vlm_export.specs.tiles import TileSpec
 
 FACTS = runpy.run_path(str(Path(__file__).with_name("chat_facts.py")))

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from vlm_export.runtime.embedded_decoder import EmbeddedDecoderState, EmbeddedRows, left_padded
+from vlm_export.runtime.engine import Array, Port
 
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime import embedded_decoder
-from vlm_export.runtime.embedded_decoder import EmbeddedDecoderState, EmbeddedRows, left_padded
-from vlm_export.runtime.engine import Array, Port
 from vlm_export.runtime.generation import GenerationOptions, generate
 
 WIDTH, VOCABULARY = 8, 13

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from vlm_export.runtime.engine import Engine, OrtEngine
 
 from vlm_export.bundle.oldest_engine import oldest_onnxruntime
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
-from vlm_export.runtime.engine import Engine, OrtEngine
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from vlm_export.runtime.engine import OrtEngine
 
 from vlm_export.interrupts import run_interruptibly
-from vlm_export.runtime.engine import OrtEngine
 
 # The graphs are made with onnx.
 pytestmark = pytest.mark.needs_torch

@@ -6,9 +6,9 @@ import copy
 from typing import Any
 
 import pytest
+from vlm_export.runtime.language_settings import settings_from_facts
 
 from vlm_export.errors import InputError
-from vlm_export.runtime.language_settings import settings_from_facts
 
 FACTS: dict[str, Any] = {
     "tokens": {"cls": 101, "sep": 102, "pad": 0, "decoder_start": 155, "encoder_start": 156},

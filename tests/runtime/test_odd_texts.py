@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from vlm_export.runtime.panic_text import own_process
+from vlm_export.runtime.text import Tokenizer, clean_text
 
 from vlm_export.errors import InputError
 from vlm_export.export.tokenizer_files import find_open_clip_merges, tokenizer_json_from_bpe_merges
-from vlm_export.runtime.panic_text import own_process
-from vlm_export.runtime.text import Tokenizer, clean_text
 from vlm_export.specs import TextSpec
 
 OPEN_CLIP = TextSpec(77, 49_408, 49_407, 0, "open_clip")

@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
+from vlm_export.runtime.engine import Port
+from vlm_export.runtime.pair import EncoderPair, load
 
 import vlm_export
 from vlm_export.bundle.manifest import Manifest
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError, UsageError
-from vlm_export.runtime.engine import Port
-from vlm_export.runtime.pair import EncoderPair, load
 
 Array = npt.NDArray[Any]
 

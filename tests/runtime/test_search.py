@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from vlm_export.runtime.image import FloatArray
 
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
-from vlm_export.runtime.image import FloatArray
 from vlm_export.runtime.search import (
     EmbeddingsMeta,
     Match,

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-
-from vlm_export.errors import InputError
 from vlm_export.runtime.slice_placeholder import placeholder_parts, placeholder_text
 from vlm_export.runtime.slice_plan import SlicePlan, plan_slices
+
+from vlm_export.errors import InputError
 from vlm_export.specs.slices import SliceSpec, slice_spec_from_version
 
 RECORDED: dict[str, list[dict[str, Any]]] = json.loads(

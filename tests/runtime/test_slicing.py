@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
-
-from vlm_export.errors import InputError
 from vlm_export.runtime.image import open_image
 from vlm_export.runtime.slicing import patchify, slice_image, stack_patches
+
+from vlm_export.errors import InputError
 from vlm_export.specs.slices import SliceSpec, slice_spec_from_version
 
 FOLDER = Path(__file__).parent.parent / "data" / "minicpmv"

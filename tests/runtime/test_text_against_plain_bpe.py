@@ -13,7 +13,6 @@ from pathlib import Path
 import ftfy
 import numpy as np
 import regex
-
 from vlm_export.runtime.text import Tokenizer
 
 WORDS = regex.compile(

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from vlm_export.runtime.image import PictureSource
+from vlm_export.runtime.vision_chat import CAPTION_QUESTION
 
 import vlm_export
 from vlm_export import VisionChat, load, load_vision_chat, load_vision_language
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime import chat_inputs, embedded_decoder
-from vlm_export.runtime.image import PictureSource
-from vlm_export.runtime.vision_chat import CAPTION_QUESTION
 
 pytestmark = pytest.mark.needs_torch
 

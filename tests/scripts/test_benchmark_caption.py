@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from benchmarks.caption import Contest, model_from_checkpoint, report_from_results
 from benchmarks.report import write_report
+from vlm_export.runtime.vision_language import load_vision_language
 
 from vlm_export.checkpoint.known import load_known
 from vlm_export.checkpoint.open import open_checkpoint
@@ -18,7 +19,6 @@ from vlm_export.export.options import ExportOptions
 from vlm_export.export.pipeline import export_bundle
 from vlm_export.models.blip import BlipFamily
 from vlm_export.models.blip_architecture import BlipArchitecture
-from vlm_export.runtime.vision_language import load_vision_language
 
 
 def tiny_architecture() -> BlipArchitecture:

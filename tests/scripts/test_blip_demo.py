@@ -19,6 +19,7 @@ from demo.questions import KINDS, PROMPT
 from demo.sentences import caption
 from demo.world import HELD_OUT, Drawing, draw
 from PIL import Image
+from vlm_export.runtime.vision_language import VisionLanguage, load_vision_language
 
 from vlm_export.checkpoint.known import load_known
 from vlm_export.checkpoint.open import open_checkpoint
@@ -26,7 +27,6 @@ from vlm_export.export.options import ExportOptions
 from vlm_export.export.pipeline import export_bundle
 from vlm_export.models.blip import BlipFamily
 from vlm_export.models.registry import recognise
-from vlm_export.runtime.vision_language import VisionLanguage, load_vision_language
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = BlipDemoFiles(ROOT / "configs")

@@ -4,10 +4,10 @@ import inspect
 from itertools import product
 
 import pytest
+from vlm_export.runtime.vision_language import VisionLanguage
 
 from vlm_export.cli import embed
 from vlm_export.runtime import chat_inputs, pair, slice_features, vision_chat
-from vlm_export.runtime.vision_language import VisionLanguage
 from vlm_export.specs.signature import Axis, Signature, TensorSpec
 from vlm_export.verify.grid import (
     BATCHES,

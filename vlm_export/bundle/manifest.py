@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -220,6 +221,26 @@ class Manifest(Spec):
                 return part
         fix = suggestion(name, [part.name for part in self.parts])
         raise InputError(f"the bundle {self.name!r} has no part {name!r}", fix=fix)
+
+    def identity(self) -> str:
+        """sha256 that names the model: equal for bundles of one checkpoint, whatever their opset or precision.
+
+        Files of embeddings and features remember it of the bundle that made them.
+        """
+        source = self.source
+        stated = {
+            "family": self.family,
+            "architecture": dict(self.architecture),
+            "image": None if self.image is None else self.image.to_json(),
+            "text": None if self.text is None else self.text.to_json(),
+            "weights": sorted(file.sha256 for file in source.files),
+            "seed": source.random_weights_seed,
+        }
+        if not source.files and source.random_weights_seed is None:
+            graphs = [part.variant("fp32") for part in self.parts]
+            names = [name for graph in graphs for name in (graph.file, *graph.external_data)]
+            stated["weights"] = sorted(self.files[name].sha256 for name in names)
+        return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
 
     def default_precision(self) -> str:
         """The variant for a user who names none: float32 where every part has it, otherwise the only one.

@@ -9,7 +9,7 @@ import posixpath
 from collections.abc import Mapping
 from pathlib import Path
 
-from vlm_export.bundle.manifest import checked_relative_name
+from vlm_export.bundle.manifest import Manifest, VariantRecord, checked_relative_name
 from vlm_export.bundle.onnx_wire import Buffer, OnnxContents, StoredTensor, read_onnx
 from vlm_export.bundle.safe_files import opened_real_file
 from vlm_export.errors import InputError
@@ -42,6 +42,25 @@ def external_locations(path: Path) -> tuple[str, ...]:
     """Every `location` in the graph's external data, sorted; InputError when the file is not well-formed."""
     contents = _read_graph_file(path.parent, path.name)
     return tuple(sorted({location for tensor in contents.tensors for location in _values(tensor, "location")}))
+
+
+def check_variant_files(manifest: Manifest, variant: VariantRecord, where: str) -> None:
+    """InputError when the manifest lists no size and sha256 for one of the variant's files."""
+    for name in (variant.file, *variant.external_data):
+        if name not in manifest.files:
+            raise InputError(
+                "a variant names a file that the bundle does not list",
+                where=where,
+                expected=f"{name} under 'files'",
+                fix="export the model again",
+            )
+
+
+def check_variant_graph(root: Path, manifest: Manifest, variant: VariantRecord) -> None:
+    """InputError when the graph names other data files, or its tensors do not fit in them (see `check_graph`)."""
+    check_variant_files(manifest, variant, str(root))
+    sizes = {name: manifest.files[name].size_bytes for name in variant.external_data}
+    check_graph(root, variant.file, sizes)
 
 
 def check_graph(root: Path, graph: str, data_sizes: Mapping[str, int]) -> None:

@@ -11,17 +11,18 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from vlm_export.bundle.graph_check import check_variant_files, check_variant_graph
-from vlm_export.bundle.hashing import map_in_threads, record_from_descriptor
-from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest, VariantRecord, manifest_from_bytes
-from vlm_export.bundle.path_names import check_utf8
+from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest, PartRecord, VariantRecord, manifest_from_bytes
+from vlm_export.bundle.onnx_locations import check_variant_files, check_variant_graph
 from vlm_export.bundle.replacement import aside_path, recover
-from vlm_export.bundle.safe_files import opened_real_file
-from vlm_export.bundle.size_check import check_stated_sizes
+from vlm_export.bundle.safe_files import check_utf8, map_in_threads, opened_real_file, record_from_descriptor
 from vlm_export.bundle.strict_json import MAX_JSON_BYTES
 from vlm_export.bundle.target_lock import locked_if_free
 from vlm_export.errors import InputError, UsageError, VlmExportError, suggestion
 from vlm_export.machine_faults import machine_fault
+from vlm_export.specs import ImageSpec, TileSpec
+from vlm_export.specs.signature import Signature, TensorSpec
+
+_COPY_AGAIN = "copy the bundle again, or export it again with --overwrite"
 
 
 class OpenBundle:
@@ -141,7 +142,7 @@ def open_bundle(path: Path | str) -> OpenBundle:
     for part in manifest.parts:
         for variant in part.variants:
             check_variant_files(manifest, variant, str(root / MANIFEST_NAME))
-    check_stated_sizes(manifest, str(root / MANIFEST_NAME))
+    _check_stated_sizes(manifest, str(root / MANIFEST_NAME))
     return OpenBundle(root, manifest, raw)
 
 
@@ -206,3 +207,62 @@ def _check_is_bundle(path: Path) -> None:
     else:
         got, fix = "no manifest", "pass the directory that 'vlm-export export' made"
     raise InputError("this directory is not a bundle", where=str(path), expected=MANIFEST_NAME, got=got, fix=fix)
+
+
+def _check_stated_sizes(manifest: Manifest, where: str) -> None:
+    """InputError where the manifest prepares inputs in a size that its own signatures exclude.
+
+    An image size or a context length is stated twice: in how inputs are prepared, and in the parts' signatures.
+    The runtime compares the signatures with the graphs when it opens them.
+    """
+    for part in manifest.parts:
+        for tensor in part.signature.inputs:
+            if isinstance(manifest.image, ImageSpec):
+                _check_image_size(part, tensor, manifest.image.size_pixels, f"{where}: image.size_pixels")
+            if isinstance(manifest.image, TileSpec):
+                _check_image_size(part, tensor, manifest.image.tile_size_pixels, f"{where}: image.tile_size_pixels")
+            if manifest.text is not None and part.name == "text" and tensor.name == "input_ids":
+                _check_context(part, tensor, manifest.text.context_length, f"{where}: text.context_length")
+
+
+def _check_image_size(part: PartRecord, tensor: TensorSpec, size_pixels: int, where: str) -> None:
+    """InputError where a part takes images (float, four axes), and none of this height and width."""
+    if tensor.name != "pixel_values" or not tensor.dtype.startswith("float") or len(tensor.shape) != 4:
+        return
+    for entry in tensor.shape[2:]:
+        least, most, step = _range(part.signature, entry)
+        if size_pixels < least or (most is not None and size_pixels > most) or size_pixels % step:
+            raise InputError(
+                f"the manifest prepares images in a size that part {part.name!r} does not take",
+                where=where,
+                expected=_range_text(least, most, step),
+                got=f"{size_pixels} pixels",
+                fix=_COPY_AGAIN,
+            )
+
+
+def _check_context(part: PartRecord, tensor: TensorSpec, context_length: int, where: str) -> None:
+    _, most, _ = _range(part.signature, tensor.shape[-1])
+    if most is not None and context_length > most:
+        raise InputError(
+            f"the manifest prepares texts longer than part {part.name!r} takes",
+            where=where,
+            expected=f"at most {most} tokens",
+            got=f"{context_length} tokens",
+            fix=_COPY_AGAIN,
+        )
+
+
+def _range(signature: Signature, entry: int | str) -> tuple[int, int | None, int]:
+    """Smallest and largest size of an axis, None for no bound, and the steps between."""
+    if isinstance(entry, int):
+        return entry, entry, 1
+    axis = signature.axis(entry)
+    return axis.minimum, axis.maximum, max(axis.multiple_of, 1)
+
+
+def _range_text(least: int, most: int | None, step: int) -> str:
+    if least == most:
+        return f"{least} pixels"
+    upper = "" if most is None else f" to {most}"
+    return f"{least}{upper} pixels" + (f" in steps of {step}" if step > 1 else "")

@@ -1,18 +1,24 @@
-"""Files below a directory that may be hostile: real files only, never through a link, never outside."""
+"""Files below a directory that may be hostile: real files only, never through a link or outside, and their sha256."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
-from vlm_export.bundle.hashing import record_from_descriptor
 from vlm_export.bundle.manifest import FileRecord, checked_relative_name
 from vlm_export.errors import InputError, VlmExportError
 from vlm_export.machine_faults import machine_fault
 
+_CHUNK_BYTES = 1 << 20
+_MAX_THREADS = 8
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 _OPEN_FLAGS = (
     os.O_RDONLY
     | getattr(os, "O_NOFOLLOW", 0)
@@ -70,6 +76,39 @@ def record_of_file(root: Path, name: str) -> FileRecord:
     """Size and sha256 of the real file `name` below `root`; InputError as in `opened_real_file`."""
     with opened_real_file(root, name) as descriptor:
         return record_from_descriptor(descriptor)
+
+
+def record_from_descriptor(descriptor: int) -> FileRecord:
+    """Size and sha256 of what can be read from an open file, from its position to its end."""
+    digest, size = hashlib.sha256(), 0
+    buffer = bytearray(_CHUNK_BYTES)
+    view = memoryview(buffer)
+    with open(descriptor, "rb", buffering=0, closefd=False) as file:
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
+            size += count
+    return FileRecord(size, digest.hexdigest())
+
+
+def map_in_threads(function: Callable[[Key], Value], keys: Iterable[Key]) -> Mapping[Key, Value]:
+    """`function` of each key, run side by side; the first error, in the order of the keys, is raised.
+
+    hashlib releases the interpreter lock on large buffers, so that threads hash side by side.
+    """
+    ordered = list(dict.fromkeys(keys))
+    threads = min(len(ordered), os.cpu_count() or 1, _MAX_THREADS)
+    if threads <= 1:
+        return {key: function(key) for key in ordered}
+    with ThreadPoolExecutor(threads) as pool:
+        return dict(zip(ordered, pool.map(function, ordered), strict=True))
+
+
+def check_utf8(path: Path, error: type[VlmExportError], what: str, fix: str) -> None:
+    """Raises `error` unless the path is valid UTF-8: engines and torch open no other, ONNX files hold no other."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError as cause:
+        raise error(what, where=repr(os.fsencode(path)), fix=fix) from cause
 
 
 @contextmanager

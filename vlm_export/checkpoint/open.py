@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from vlm_export.bundle.path_names import check_utf8
+from vlm_export.bundle.safe_files import check_utf8
 from vlm_export.checkpoint.adapters import adapter_folder, base_of, merge_adapter, read_adapter
 from vlm_export.checkpoint.directory import (
     ADAPTER_CONFIG_FILE,

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 
 EXAMPLES: dict[str, tuple[str, str]] = {
-    "inspect": ("inspect clip-demo", "inspect photo.jpg --bundle minicpmv -o slices.png"),
+    "inspect": ("inspect clip-demo", "inspect photo.jpg --bundle features -o slices.png"),
     "export": ("export clip-demo -o clip", "export model.safetensors -o bundle --precision fp32 --precision fp16"),
     "verify": ("verify clip", "verify clip --source clip-demo --json"),
     "classify": ("classify clip photo.jpg cat dog", "classify clip photo.jpg red blue --template 'a {} circle'"),
-    "caption": ("caption blip photo.jpg", "caption nanovlm a.jpg b.jpg --prompt 'Describe this image.'"),
-    "ask": ("ask blip photo.jpg 'what colour is it?'", "ask nanovlm photo.jpg 'What is this?' --stream"),
-    "match": ("match clip photo.jpg 'a cat' 'a dog'", "match blip photo.jpg 'a red circle' --json"),
+    "caption": ("caption captions photo.jpg", "caption chat a.jpg b.jpg --prompt 'Describe this image.'"),
+    "ask": ("ask answers photo.jpg 'what colour is it?'", "ask chat photo.jpg 'What is this?' --stream"),
+    "match": ("match clip photo.jpg 'a cat' 'a dog'", "match retrieval photo.jpg 'a red circle' --json"),
     "embed": ("embed clip photos -o photos.npy", "embed clip captions.txt -o captions.parquet --truncate"),
-    "search": ("search clip photos.npy 'a red circle' -k 3", "search blip photos.npy query.jpg --rerank"),
+    "search": ("search clip photos.npy 'a red circle' -k 3", "search retrieval photos.npy query.jpg --rerank"),
     "graph": ("graph show model.onnx", "graph verify original.onnx changed.onnx"),
     "graph show": ("graph show model.onnx", "graph show model.onnx --json"),
     "graph find": ("graph find model.onnx 'MatMul -> Add'", "graph find model.onnx '*Gelu' --json"),
@@ -44,21 +43,20 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return argparse.HelpFormatter._fill_text(self, text, width, indent)
 
 
-def add_examples(parser: argparse.ArgumentParser, name: str = "") -> None:
-    """Adds its examples to each verb below a parser, and to each of its own verbs."""
-    for verb, below in _verbs_of(parser):
-        words = f"{name} {verb}".strip()
-        examples = EXAMPLES.get(words) or _made(words, below)
-        lines = "\n".join([_HEAD, *(f"  vlm-export {example}" for example in examples)])
-        below.epilog = f"{below.epilog.rstrip()}\n\n{lines}" if below.epilog else lines
-        below.formatter_class = HelpFormatter
-        add_examples(below, words)
-
-
-def _verbs_of(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            yield from action.choices.items()
+def help_with_examples(parser: argparse.ArgumentParser) -> str:
+    """The help of a verb's parser with two examples at its end; that of the program itself has none."""
+    words = parser.prog.partition(" ")[2]
+    if not words:
+        return argparse.ArgumentParser.format_help(parser)
+    examples = EXAMPLES.get(words) or _made(words, parser)
+    lines = "\n".join([_HEAD, *(f"  vlm-export {example}" for example in examples)])
+    epilog, formatter = parser.epilog, parser.formatter_class
+    parser.epilog = f"{epilog.rstrip()}\n\n{lines}" if epilog else lines
+    parser.formatter_class = HelpFormatter
+    try:
+        return argparse.ArgumentParser.format_help(parser)
+    finally:
+        parser.epilog, parser.formatter_class = epilog, formatter
 
 
 def _made(words: str, parser: argparse.ArgumentParser) -> tuple[str, str]:

@@ -9,11 +9,11 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib import import_module
 from typing import NoReturn
 
 from vlm_export import __version__
-from vlm_export.cli import ask, caption, classify, embed, export, graph, inspect, match, search, verify
-from vlm_export.cli.examples import add_examples
+from vlm_export.cli.examples import help_with_examples
 from vlm_export.cli.output import print_json
 from vlm_export.cli.streams import discard, standard_streams
 from vlm_export.errors import Defect, EnvironmentFailure, InputError, UsageError, VlmExportError
@@ -22,7 +22,9 @@ from vlm_export.machine_faults import machine_fault
 from vlm_export.runtime.inputs.panic_text import own_process
 from vlm_export.text_display import Lines, shown
 
-VERBS = (inspect, export, verify, classify, caption, ask, match, embed, search, graph)
+VERBS = ("inspect", "export", "verify", "classify", "caption", "ask", "match", "embed", "search", "graph")
+"""Each is a module of `vlm_export.cli`, in the order of the help."""
+
 _EXTRA_PACKAGES = {"torch", "transformers", "timm", "onnx", "onnx_ir", "onnxscript", "onnxsim", "safetensors"}
 _EXTRA_PACKAGES |= {"huggingface_hub", "yaml", "torchvision", "google"}  # google: protobuf
 _DEFAULT_EXTRA = "export"
@@ -31,14 +33,17 @@ _EPILOG = """exit status: 0 done; 1 verification failed; 2 usage; 3 bad or unsaf
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UsageError instead of leaving the process."""
+    """Raises UsageError instead of leaving the process, and shows examples in its help."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, where=self.prog, fix=f"see {self.prog} --help")
 
+    def format_help(self) -> str:
+        return help_with_examples(self)
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser with all verbs; imports nothing heavy."""
+
+def build_parser(verbs: Sequence[str] = VERBS) -> argparse.ArgumentParser:
+    """The parser with these verbs; imports nothing heavy."""
     parser = Parser(
         prog="vlm-export",
         description="Vision-language checkpoints to verified ONNX encoders that run without PyTorch.",
@@ -46,10 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"vlm-export {__version__}")
-    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-    for verb in VERBS:
-        verb.add_parser(verbs)
-    add_examples(parser)
+    parsers = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    for verb in verbs:
+        import_module(f"vlm_export.cli.{verb}").add_parser(parsers)
     return parser
 
 
@@ -63,7 +67,7 @@ def _run(arguments: Sequence[str]) -> int:
     as_json = "--json" in arguments
     args = argparse.Namespace()
     try:
-        args = build_parser().parse_args(arguments)
+        args = build_parser(_needed_verbs(arguments)).parse_args(arguments)
         status: int = args.run(args)
         return status
     except KeyboardInterrupt as interrupt:
@@ -75,6 +79,11 @@ def _run(arguments: Sequence[str]) -> int:
     except Exception as error:
         told = _told(error, getattr(args, "extra", _DEFAULT_EXTRA))
         return _defect(as_json, error, arguments) if told is None else _fail(as_json, told)
+
+
+def _needed_verbs(arguments: Sequence[str]) -> Sequence[str]:
+    """The verb that the command names, without the other verbs' parsers; all where it names none, for the help."""
+    return arguments[:1] if arguments and arguments[0] in VERBS else VERBS
 
 
 def _told(error: Exception, extra: str) -> VlmExportError | None:

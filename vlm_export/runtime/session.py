@@ -9,7 +9,6 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from vlm_export.bundle.identity import model_identity
 from vlm_export.bundle.layout import TOKENIZER_NAME
 from vlm_export.bundle.manifest import Manifest
 from vlm_export.bundle.opened import OpenBundle
@@ -92,7 +91,7 @@ class Session:
     @cached_property
     def identity(self) -> str:
         """sha256 that names the model: equal for bundles of one checkpoint, whatever their opset or precision."""
-        return model_identity(self.manifest)
+        return self.manifest.identity()
 
     def engine(self, part: str) -> Engine:
         """The graph of a part, opened and checked on first use; InputError when the bundle has no such part."""

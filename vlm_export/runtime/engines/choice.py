@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
-from vlm_export.bundle.manifest import Manifest
+from vlm_export.bundle.manifest import Manifest, PartRecord
 from vlm_export.bundle.opened import OpenBundle
-from vlm_export.errors import UsageError, suggestion
-from vlm_export.runtime.engines.graph_sizes import check_graph_sizes
+from vlm_export.errors import InputError, UsageError, suggestion
 from vlm_export.runtime.engines.onnxruntime import CPU, Engine, OrtEngine, checked_threads
 from vlm_export.runtime.engines.openvino import OpenVinoEngine
 
@@ -42,7 +41,7 @@ class EngineChoice:
         record = bundle.manifest.part(part)
         path = bundle.model_files(record.variant(precision))
         engine = self.open(path)
-        check_graph_sizes(engine, record, path)
+        _check_graph_sizes(engine, record, path)
         return engine
 
     def open(self, path: Path) -> Engine:
@@ -92,3 +91,27 @@ def chosen_precision(manifest: Manifest, precision: str | None) -> str:
             f"the bundle has no variant {precision!r}", where=manifest.name, fix=suggestion(str(precision), known)
         )
     return precision
+
+
+def _check_graph_sizes(engine: Engine, part: PartRecord, path: Path) -> None:
+    """InputError where an input or output has another number of axes, or another size, than the part's signature.
+
+    Axes without a fixed size in the graph, or in the signature, are left to the run.
+    """
+    stated = {tensor.name: tensor.shape for tensor in (*part.signature.inputs, *part.signature.outputs)}
+    for port in (*engine.inputs, *engine.outputs):
+        expected = stated.get(port.name, port.shape)
+        pairs = zip(expected, port.shape, strict=False)
+        differs = any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs)
+        if differs or len(expected) != len(port.shape):
+            raise InputError(
+                f"the graph of part {part.name!r} has other sizes than the manifest states",
+                where=f"{path}: {port.name}",
+                expected=_shape_text(expected),
+                got=_shape_text(port.shape),
+                fix="copy the bundle again, or export it again with --overwrite",
+            )
+
+
+def _shape_text(shape: tuple[int | str | None, ...]) -> str:
+    return f"({', '.join('?' if axis is None else str(axis) for axis in shape)})"
