@@ -1,6 +1,7 @@
-"""Runs the sessions that README shows and writes their output into it; `--check` compares instead.
+"""Runs the sessions that README and docs/ show, and writes their output into the pages; `--check` compares instead.
 
-Numbers differ from machine to machine, so the check compares everything but them.
+Numbers differ from machine to machine, so the check compares everything but them. The sessions of README run first;
+those of every other page start with the bundle that they leave, and with nothing of any other page.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+from doc_pages import README, ROOT, read_pages, write_or_check
+
 SESSION = re.compile(r"(<!-- session -->\n```console\n)(.*?)(```\n<!-- /session -->\n)", re.DOTALL)
 _PROMPT = "$ "
 _NUMBER = re.compile(r"[0-9][0-9.,]*(?:e[-+]?[0-9]+)?")
@@ -26,21 +28,25 @@ _HASH = re.compile(r"\b[0-9a-f]{16,64}\b")
 def main(arguments: list[str] | None = None) -> int:
     """Writes or checks; returns 1 when the check finds a difference."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--check", action="store_true", help="compare, and write nothing")
+    parser.add_argument("pages", nargs="*", type=Path, help="only these pages (default: all that have sessions)")
     args = parser.parse_args(arguments)
-    old = README.read_text(encoding="utf-8")
+    chosen = [page.resolve() for page in args.pages]
     with TemporaryDirectory() as folder:
-        new = played(old, Path(folder))
-    if not args.check:
-        README.write_text(new, encoding="utf-8")
-    elif comparable(old) != comparable(new):
-        print("README.md shows other sessions: python scripts/readme_sessions.py", file=sys.stderr)
-        return 1
-    return 0
+        new = replayed_pages(chosen, Path(folder))
+    return write_or_check(new, check=args.check, script="doc_sessions.py", comparable=comparable)
 
 
-def played(readme: str, folder: Path) -> str:
-    """The README with the output of its sessions, which run one after the other in `folder`.
+def replayed_pages(chosen: Sequence[Path], folder: Path) -> dict[Path, str]:
+    """The chosen pages with sessions, all where none is chosen, as their sessions print now."""
+    pages = {page: text for page, text in read_pages().items() if SESSION.search(text)}
+    first = replayed(pages.pop(README), folder)
+    new = {README: first, **{page: replayed(text, folder) for page, text in pages.items() if page in (chosen or pages)}}
+    return {page: text for page, text in new.items() if page in chosen or not chosen}
+
+
+def replayed(page: str, folder: Path) -> str:
+    """The page with the output of its sessions, which run one after the other in `folder`.
 
     Raises:
         RuntimeError: a command failed.
@@ -51,7 +57,7 @@ def played(readme: str, folder: Path) -> str:
         commands = [line for line in match[2].splitlines() if line.startswith(_PROMPT)]
         return match[1] + "".join(f"{line}\n{output_of(line, folder)}" for line in commands) + match[3]
 
-    return SESSION.sub(play, readme)
+    return SESSION.sub(play, page)
 
 
 def output_of(line: str, folder: Path) -> str:
@@ -60,7 +66,7 @@ def output_of(line: str, folder: Path) -> str:
     if program != "vlm-export":
         raise RuntimeError(f"sessions run vlm-export only: {line}")
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "vlm_export.cli.main", *arguments]
+    command = [sys.executable, "-m", "vlm_export", *arguments]
     done = subprocess.run(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
@@ -69,9 +75,9 @@ def output_of(line: str, folder: Path) -> str:
     return done.stdout
 
 
-def comparable(readme: str) -> list[str]:
+def comparable(page: str) -> list[str]:
     """The sessions' lines without numbers, hashes and the spaces that align them."""
-    lines = [line for match in SESSION.finditer(readme) for line in match[2].splitlines()]
+    lines = [line for match in SESSION.finditer(page) for line in match[2].splitlines()]
     return [" ".join(_NUMBER.sub("N", _HASH.sub("N", line)).replace("-", " ").split()) for line in lines]
 
 
