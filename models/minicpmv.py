@@ -30,11 +30,12 @@ from vlm_export.models.minicpmv_architecture import (
 )
 from vlm_export.models.minicpmv_modules import VisionModules, build_modules
 from vlm_export.models.minicpmv_parts import build_parts
+from vlm_export.models.minicpmv_slicing import slice_spec_from_version
 from vlm_export.models.shapes import config_integer, config_section
 from vlm_export.models.vit import VitForm
 from vlm_export.models.vit_weights import eva_table
 from vlm_export.models.weights import Target, load_weights, published_tensors
-from vlm_export.specs.slices import SliceSpec, slice_spec_from_version
+from vlm_export.specs.slices import SliceSpec
 from vlm_export.specs.tasks import FeatureSpec
 
 _MAX_SLICES = 9

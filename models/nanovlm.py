@@ -39,7 +39,7 @@ from vlm_export.specs import AnyImageSpec, ImageSpec, Origins, TextSpec, TileSpe
 from vlm_export.specs.tasks import ChatSpec, EmbedSpec, EncoderSpec, PromptSpec, SamplingSpec, TaskSpec
 
 # What the original's `generate` draws from, in every version.
-_SAMPLING = SamplingSpec(top_k=50, top_p=0.9, temperature=0.5)
+_SAMPLING = SamplingSpec(top_k=50, top_p=0.9, temperature=0.5, order="temperature_last")
 # `generate.py` of the versions.
 _MAX_NEW_TOKENS = {"prepended": 20, "placeholders": 20, "tiles": 300}
 _QUESTION = PromptSpec("Question: ", " Answer:")

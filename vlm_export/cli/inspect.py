@@ -30,7 +30,7 @@ def add_parser(verbs: Any) -> None:
         help="what a checkpoint or a bundle is, or how a bundle cuts a picture; the known names",
         description="What SOURCE is, how it would be split, and what is hard about it. Reads no weights, and of a "
         "known name downloads none. Without SOURCE: the known names. With --bundle, SOURCE is a picture: how it is cut "
-        "into slices (MiniCPM-V, OmniLMM) or tiles (nanoVLM).",
+        "into slices or tiles.",
     )
     parser.add_argument(
         "source",

@@ -351,7 +351,7 @@ def _refuse_slices(data: Mapping[str, Any], source: Path) -> None:
             where=str(source),
             expected="unit-length embeddings, one for each picture or text",
             got=f"several features for each slice, made by {data.get('model')}",
-            fix="embed the pictures with a bundle of CLIP or BLIP",
+            fix="embed the images with a bundle that has the task embed",
         )
 
 

@@ -198,7 +198,7 @@ class ChatTask:
             temperature=1.0 if temperature is None else temperature,
             top_k=top_k,
             top_p=top_p,
-            sampling_rule="nanovlm",
+            sampling_order=chat.sampling.order,
             seed=seed,
         )
 
