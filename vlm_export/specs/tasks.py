@@ -20,8 +20,8 @@ Pooling: TypeAlias = Literal["in_graph", "mean"]
 Activation: TypeAlias = Literal["softmax", "sigmoid"]
 SamplingOrder: TypeAlias = Literal["temperature_first", "temperature_last"]
 """How temperature, top-k and top-p combine. "temperature_first" (transformers): temperature, top-k, then top-p with the
-token that crosses the threshold. "temperature_last" (huggingface/nanoVLM): top-k, then top-p without that token, and the
-temperature last."""
+token that crosses the threshold. "temperature_last" (huggingface/nanoVLM): top-k, then top-p without that token, and
+the temperature last."""
 Tokens: TypeAlias = Annotated[int, between(1, 1 << 20)]
 Beams: TypeAlias = Annotated[int, between(1, 1000)]
 _MAX_LOG_SCALE = 100.0

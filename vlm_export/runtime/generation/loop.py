@@ -20,7 +20,7 @@ from vlm_export.runtime.generation.options import (
     DecoderState,
     GenerationOptions,
     IdArray,
-    SamplingRule,
+    SamplingOrder,
     checked_prompt,
     padded_ids,
 )
@@ -30,7 +30,7 @@ __all__ = [
     "GenerationOptions",
     "IdArray",
     "NewToken",
-    "SamplingRule",
+    "SamplingOrder",
     "generate",
     "padded_ids",
     "stream",
