@@ -46,6 +46,10 @@ class VisionArchitecture(Spec):
     resampler: ResamplerSizes
     image_size: int
 
+    def check(self) -> None:
+        if self.is_packed != (self.version in _PACKED.values()):
+            raise self.refusal("vision", f"the sizes of the vision transformer of version {self.version}")
+
     @property
     def is_packed(self) -> bool:
         return isinstance(self.vision, NavitSizes)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
-from vlm_export.specs.codec import Spec, above, between
+from vlm_export.specs.codec import Spec, above, below, between
 from vlm_export.specs.text import TokenId
 
 FirstToken: TypeAlias = Literal["cls", "enc"]
@@ -78,11 +78,18 @@ class EmbedSpec(Spec):
     def check(self) -> None:
         if self.image is None and self.text is None:
             raise self.refusal("image", "an encoder of images, of texts, or both")
+        if self.score is not None and (self.image is None or self.text is None):
+            raise self.refusal("score", "nothing (null): one encoder alone compares nothing")
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts that the task runs."""
         return tuple(encoder.part for encoder in (self.image, self.text) if encoder is not None)
+
+    @property
+    def token_ids(self) -> frozenset[int]:
+        """It writes none."""
+        return frozenset()
 
     def limited_to(self, parts: Collection[str]) -> EmbedSpec | None:
         """The task with the encoders among those parts, None where there is none; one alone scores nothing."""
@@ -107,6 +114,11 @@ class SpecialTokens(Spec):
     pad: TokenId
     decoder_start: TokenId
     encoder_start: TokenId
+
+    @property
+    def ids(self) -> frozenset[int]:
+        """All of them."""
+        return frozenset((self.cls, self.sep, self.pad, self.decoder_start, self.encoder_start))
 
     def first(self, convention: FirstToken) -> int:
         """The id that starts a text under that convention."""
@@ -137,6 +149,11 @@ class MatchSpec(Spec):
         """The parts that the task runs."""
         return (self.vision, self.text, self.multimodal)
 
+    @property
+    def token_ids(self) -> frozenset[int]:
+        """Ids that the task writes."""
+        return self.tokens.ids
+
 
 @dataclass(frozen=True)
 class CaptionSpec(Spec):
@@ -165,6 +182,11 @@ class CaptionSpec(Spec):
         """The parts that the task runs."""
         return (self.vision, self.cross_key_values, self.decoder)
 
+    @property
+    def token_ids(self) -> frozenset[int]:
+        """Ids that the task writes."""
+        return self.tokens.ids
+
 
 @dataclass(frozen=True)
 class AnswerSpec(Spec):
@@ -185,7 +207,7 @@ class AnswerSpec(Spec):
     beams: Beams
     max_length: Tokens
     min_length: Annotated[int, between(0)]
-    label_smoothing: Annotated[float, between(0, 1)]
+    label_smoothing: Annotated[float, between(0, 1), below(1)]
     attend_padding: bool
     vision: str = "vision"
     encoder: str = "vqa_encoder"
@@ -195,13 +217,16 @@ class AnswerSpec(Spec):
 
     def check(self) -> None:
         _check_lengths(self)
-        if self.label_smoothing == 1:
-            raise self.refusal("label_smoothing", "a number, at least 0 and below 1")
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts that the task runs."""
         return (self.vision, self.encoder, self.cross_key_values, self.decoder)
+
+    @property
+    def token_ids(self) -> frozenset[int]:
+        """Ids that the task writes."""
+        return self.tokens.ids
 
 
 def _check_lengths(spec: CaptionSpec | AnswerSpec) -> None:
@@ -272,6 +297,12 @@ class ChatSpec(Spec):
         """The parts that the task runs."""
         return (self.vision, self.embed_tokens, self.decoder)
 
+    @property
+    def token_ids(self) -> frozenset[int]:
+        """Ids that the task writes, or that end an answer."""
+        placeholder = () if self.image_token_id is None else (self.image_token_id,)
+        return frozenset((self.pad_token_id, *self.eos_token_ids, *placeholder))
+
     def check(self) -> None:
         has_token = bool(self.image_token) and self.image_token_id is not None
         if has_token == (self.layout == "prepended"):
@@ -298,6 +329,11 @@ class FeatureSpec(Spec):
     def parts(self) -> tuple[str, ...]:
         """The parts that the task runs."""
         return (self.part,)
+
+    @property
+    def token_ids(self) -> frozenset[int]:
+        """It writes none."""
+        return frozenset()
 
 
 TaskSpec: TypeAlias = EmbedSpec | MatchSpec | CaptionSpec | AnswerSpec | ChatSpec | FeatureSpec
