@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint
@@ -24,7 +24,7 @@ from vlm_export.models.shapes import (
     config_number,
     config_section,
 )
-from vlm_export.specs.codec import Spec
+from vlm_export.specs.codec import Spec, between
 
 KeyNames = Literal["openai", "huggingface"]
 Pooling = Literal["argmax", "first_end_token"]
@@ -93,7 +93,7 @@ class ClipArchitecture(Spec):
 
 
 @dataclass(frozen=True)
-class ClipChoices:
+class ClipChoices(Spec):
     """What the shapes of weights with OpenAI's key names do not tell; the defaults are OpenAI's own.
 
     Attributes:
@@ -103,8 +103,8 @@ class ClipChoices:
     """
 
     activation: Activation = "quick_gelu"
-    head_width: int = HEAD_WIDTH
-    text_heads: int | None = None
+    head_width: Annotated[int, between(1)] = HEAD_WIDTH
+    text_heads: Annotated[int, between(1)] | None = None
 
 
 OPENAI_CHOICES = ClipChoices()

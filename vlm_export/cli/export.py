@@ -61,7 +61,14 @@ def add_parser(verbs: Any) -> None:
     source.add_argument("--base", metavar="SOURCE", help="the model that a LoRA adapter was trained on")
     source.add_argument("--revision", metavar="REV", help="commit, branch or tag of a Hub id")
     source.add_argument("--random-weights", type=int, metavar="SEED", help="seeded random weights for a known name")
-    _add_clip_options(parser)
+    source.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=_name_and_value,
+        metavar="NAME=VALUE",
+        help="what the weights do not say about themselves, repeatable; inspect SOURCE lists what its family takes",
+    )
     checks = parser.add_argument_group("verification")
     checks.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="also verify with this picture, repeatable"
@@ -71,19 +78,11 @@ def add_parser(verbs: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def _add_clip_options(parser: argparse.ArgumentParser) -> None:
-    unsaid = parser.add_argument_group(
-        "weights that nothing describes",
-        "For CLIP files with OpenAI's key names from elsewhere, without open_clip_config.json beside them; "
-        "--head-width also for OmniLMM with another image encoder than the published one.",
-    )
-    unsaid.add_argument("--activation", choices=("quick_gelu", "gelu"), help="of both encoders (default: quick_gelu)")
-    unsaid.add_argument(
-        "--head-width", type=positive_integer, metavar="N", help="of the image encoder's attention (default: 64)"
-    )
-    unsaid.add_argument(
-        "--text-heads", type=positive_integer, metavar="N", help="of the text encoder's attention (default: width / 64)"
-    )
+def _name_and_value(text: str) -> tuple[str, int | str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, int(value) if value.isascii() and value.isdecimal() and len(value) < 10 else value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -127,7 +126,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         base=args.base,
         random_weights_seed=args.random_weights,
         with_preprocessing=args.with_preprocessing,
-        build=BuildOptions(args.image_size, args.dynamic_image_size, args.activation, args.head_width, args.text_heads),
+        build=BuildOptions(args.image_size, args.dynamic_image_size, dict(args.set)),
         parts=tuple(args.part),
         precisions=tuple(dict.fromkeys(args.precision or ["fp32"])),
         images=tuple(Path(image) for image in args.image),

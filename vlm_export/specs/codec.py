@@ -119,6 +119,11 @@ class Spec:
         return _read_spec(cls, data, _Place(where, complete=False, fix=""))
 
 
+def field_words(kind: type[Spec]) -> dict[str, str]:
+    """Name of each field → what it may hold, in words."""
+    return {name: field.words for name, field in _fields(kind).items()}
+
+
 class _Place(NamedTuple):
     """Where a reader stands in the data, and what it tells and asks there, as in `Spec.from_json`."""
 
