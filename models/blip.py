@@ -224,6 +224,7 @@ def _text_origins(architecture: BlipArchitecture, checkpoint: Checkpoint) -> Ori
             "text.end_token_id": stated("sep_token_id"),
             "text.pad_token_id": stated("pad_token_id"),
             "text.cleaning": "BERT's tokenizer alone",
+            "text.padding": "the model does not see padding",
             "text.case": "default of BertTokenizer",
             "text.added_tokens": "salesforce/BLIP: init_tokenizer (models/blip.py)",
             "text.pooling": "BLIP: the first token",

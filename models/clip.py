@@ -330,6 +330,7 @@ def _text_origins(architecture: ClipArchitecture, checkpoint: Checkpoint) -> Ori
                 "text.end_token_id": f"{tokenizer}: the vocabulary's last id",
                 "text.pad_token_id": f"{library}: zeros",
                 "text.cleaning": tokenizer,
+                "text.padding": "the model does not see padding",
                 "text.case": tokenizer,
             }
         )
@@ -341,6 +342,7 @@ def _text_origins(architecture: ClipArchitecture, checkpoint: Checkpoint) -> Ori
             "text.end_token_id": end,
             "text.pad_token_id": "end-of-text, which the model does not see behind the first",
             "text.cleaning": "transformers: the tokenizer alone",
+            "text.padding": "the model does not see padding",
             "text.case": "default of CLIPTokenizer",
             "text.pooling": end,
         }

@@ -102,7 +102,7 @@ class ClipChoices(Spec):
         text_heads: attention heads of the text encoder, None: one for each 64 channels.
     """
 
-    activation: Activation = "quick_gelu"
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     head_width: Annotated[int, between(1)] = HEAD_WIDTH
     text_heads: Annotated[int, between(1)] | None = None
 

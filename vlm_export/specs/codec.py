@@ -42,7 +42,8 @@ class Check:
 
 def between(minimum: float, maximum: float = MAX_INTEGER) -> Check:
     """A number in that range, both bounds included."""
-    return Check(f"from {minimum} to {maximum}", lambda value: bool(minimum <= value <= maximum))
+    words = f"at least {minimum}" if maximum == MAX_INTEGER else f"from {minimum} to {maximum}"
+    return Check(words, lambda value: bool(minimum <= value <= maximum))
 
 
 def above(bound: float) -> Check:
