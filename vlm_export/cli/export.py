@@ -10,9 +10,7 @@ from vlm_export.cli.common import add_common_options, checked_depth, natural_num
 from vlm_export.cli.output import print_json, print_line, print_text, print_warnings, size_text
 
 if TYPE_CHECKING:
-    from vlm_export.export.options import ExportOptions
     from vlm_export.export.pipeline import ExportResult
-    from vlm_export.export.stages import Stages
 
 
 def add_parser(verbs: Any) -> None:
@@ -93,57 +91,43 @@ def run(args: argparse.Namespace) -> int:
     # Refused before torch is imported; `publication` checks again under its lock.
     with environment_errors("checking the output directory"):
         check_target(checked_depth(Path(args.output)), overwrite=args.overwrite)
+    from vlm_export.api import export
     from vlm_export.checkpoint.names import hidden_name
-    from vlm_export.export.pipeline import export_bundle
-    from vlm_export.export.stages import Stages
 
     print_warnings([note for note in [hidden_name(args.source)] if note])
-    stages = Stages(None if args.quiet else StagePrinter())
-    result = export_bundle(args.source, Path(args.output), _options(args), stages)
+    progress = None if args.quiet else StagePrinter()
+    result = export(args.source, args.output, progress=progress, **_options(args))
     print_warnings(result.manifest.export.warnings)
     if args.json:
-        print_json(_json_from_result(args, result, stages))
+        print_json({"bundle": args.output, **result.to_json()})
     else:
         _print_result(args.output, result)
     return 0
 
 
-def _options(args: argparse.Namespace) -> ExportOptions:
-    from vlm_export.export.options import ExportOptions
-    from vlm_export.family import BuildOptions
-
-    return ExportOptions(
-        opset=args.opset,
-        exporter=args.exporter,
-        target=args.target,
-        simplify=not args.no_simplify,
-        external_data_threshold_bytes=args.external_data_threshold << 20,
-        overwrite=args.overwrite,
-        tokenizer=args.tokenizer,
-        with_tokenizer=not args.no_tokenizer,
-        sha256=args.sha256,
-        revision=args.revision,
-        base=args.base,
-        random_weights_seed=args.random_weights,
-        with_preprocessing=args.with_preprocessing,
-        build=BuildOptions(args.image_size, args.dynamic_image_size, dict(args.set)),
-        parts=tuple(args.part),
-        precisions=tuple(dict.fromkeys(args.precision or ["fp32"])),
-        images=tuple(Path(image) for image in args.image),
-        threads=args.threads,
-    )
-
-
-def _json_from_result(args: argparse.Namespace, result: ExportResult, stages: Stages) -> dict[str, Any]:
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `vlm_export.export`."""
     return {
-        "bundle": args.output,
-        "verification": [report.to_json() for report in result.reports],
-        "contract": result.contract.to_json(),
-        "stages": [
-            {"name": r.name, "seconds": round(r.seconds, 4), "peak_anonymous_bytes": r.peak_anonymous_bytes}
-            for r in stages.records
-        ],
-        "manifest": result.manifest.to_json(),
+        "opset": args.opset,
+        "exporter": args.exporter,
+        "target": args.target,
+        "simplify": not args.no_simplify,
+        "external_data_threshold_bytes": args.external_data_threshold << 20,
+        "overwrite": args.overwrite,
+        "tokenizer": args.tokenizer,
+        "with_tokenizer": not args.no_tokenizer,
+        "sha256": args.sha256,
+        "revision": args.revision,
+        "base": args.base,
+        "random_weights_seed": args.random_weights,
+        "with_preprocessing": args.with_preprocessing,
+        "image_size": args.image_size,
+        "dynamic_image_size": args.dynamic_image_size,
+        "family_options": dict(args.set),
+        "parts": tuple(args.part),
+        "precisions": tuple(dict.fromkeys(args.precision or ["fp32"])),
+        "images": tuple(Path(image) for image in args.image),
+        "threads": args.threads,
     }
 
 
