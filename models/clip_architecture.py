@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint
@@ -24,7 +24,7 @@ from vlm_export.models.shapes import (
     config_number,
     config_section,
 )
-from vlm_export.specs.codec import Spec
+from vlm_export.specs.codec import Spec, between
 
 KeyNames = Literal["openai", "huggingface"]
 Pooling = Literal["argmax", "first_end_token"]
@@ -93,7 +93,7 @@ class ClipArchitecture(Spec):
 
 
 @dataclass(frozen=True)
-class ClipChoices:
+class ClipChoices(Spec):
     """What the shapes of weights with OpenAI's key names do not tell; the defaults are OpenAI's own.
 
     Attributes:
@@ -102,9 +102,9 @@ class ClipChoices:
         text_heads: attention heads of the text encoder, None: one for each 64 channels.
     """
 
-    activation: Activation = "quick_gelu"
-    head_width: int = HEAD_WIDTH
-    text_heads: int | None = None
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    head_width: Annotated[int, between(1)] = HEAD_WIDTH
+    text_heads: Annotated[int, between(1)] | None = None
 
 
 OPENAI_CHOICES = ClipChoices()
@@ -172,6 +172,7 @@ def architecture_from_huggingface(checkpoint: Checkpoint) -> ClipArchitecture:
             got="no config.json",
             fix="put the model's config.json beside the weights file; the code that made both saves them together",
         )
+    _check_towers(checkpoint)
     vision_config, text_config = _tower_config(checkpoint, "vision"), _tower_config(checkpoint, "text")
     shapes = Shapes(checkpoint)
     towers = [config for config in (vision_config, text_config) if config is not None]
@@ -192,6 +193,22 @@ def architecture_from_huggingface(checkpoint: Checkpoint) -> ClipArchitecture:
     return _checked(
         ClipArchitecture("huggingface", embed_dim, cast(Activation, activation), eps, vision, text), checkpoint
     )
+
+
+def _check_towers(checkpoint: Checkpoint) -> None:
+    """InputError when config.json is of other towers than the weights are."""
+    projections = {"vision": "visual_projection.weight", "text": "text_projection.weight"}
+    found = [tower for tower, key in projections.items() if key in checkpoint.tensors]
+    alone = one_tower(checkpoint)
+    stated = list(projections) if alone is None else [alone]
+    if found != stated:
+        raise InputError(
+            "config.json and the weights are of different encoders of CLIP",
+            where=f"{checkpoint.source}: config.json: model_type",
+            expected=f"that of the {' and the '.join(found)} encoder, as the weights are",
+            got=f"that of the {' and the '.join(stated)} encoder",
+            fix="take the config.json that was saved with these weights",
+        )
 
 
 def _huggingface_vision(shapes: Shapes, config: Mapping[str, Any]) -> VitSizes:

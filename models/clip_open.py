@@ -11,7 +11,7 @@ transform.py).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 from vlm_export.errors import InputError, UsageError
@@ -67,7 +67,8 @@ _VISION: Mapping[str, tuple[Any, ...]] = {
     "timm_model_name": _ABSENT,
     "attentional_pool": (False,),
     "no_ln_pre": (False,),
-    "pos_embed_type": ("learnable",),
+    # Both are saved as weights; what they begin with differs.
+    "pos_embed_type": ("learnable", "sin_cos_2d"),
     "pool_type": ("tok",),
     "final_ln_after_pool": (False, True),
     # Of earlier versions.
@@ -108,14 +109,15 @@ def clip_architecture(checkpoint: Checkpoint, options: BuildOptions = DEFAULT_BU
         architecture = architecture_from_openai(checkpoint, stated)
         _check_sizes(checkpoint, architecture)
         return architecture
-    architecture = architecture_from_openai(checkpoint, replace(OPENAI_CHOICES, **_given(options)))
+    told = ClipChoices.from_config(options.family_options)
+    architecture = architecture_from_openai(checkpoint, told)
     width, heads = _vision_width(architecture), architecture.towers[0].heads
-    if options.head_width is not None and heads * options.head_width != width:
+    if "head_width" in options.family_options and heads * told.head_width != width:
         raise UsageError(
-            "the image encoder's width is not a multiple of --head-width",
+            "the image encoder's width is not a multiple of head_width",
             where=checkpoint.source,
             expected=f"a divisor of {width}",
-            got=str(options.head_width),
+            got=str(told.head_width),
         )
     return architecture
 
@@ -160,18 +162,19 @@ def refuse_sigmoid(checkpoint: Checkpoint) -> None:
             where=f"{checkpoint.source}: tensor logit_bias",
             expected="CLIP's own loss, which has a logit_scale and no logit_bias",
             got="logit_bias",
-            fix="for the embeddings alone, which do not depend on it, delete logit_bias from the state dict",
+            fix="for the embeddings alone, which do not depend on it, delete logit_bias from the state dict"
+            + ("" if checkpoint.open_clip_config is None else f" and init_logit_bias from {FILE}"),
         )
 
 
 def refuse_choices(options: BuildOptions, checkpoint: Checkpoint) -> None:
     """UsageError when the options say something about weights that say it themselves."""
-    if given := _given(options):
+    if given := options.family_options:
         raise UsageError(
             "this checkpoint says its activation and its attention heads itself",
             where=checkpoint.source,
-            expected="neither --activation, --head-width nor --text-heads",
-            got=", ".join(f"{name} {value}" for name, value in given.items()),
+            expected="no --set activation, head_width or text_heads",
+            got=", ".join(f"{name}={value}" for name, value in given.items()),
             fix="leave these options out",
         )
 
@@ -185,11 +188,11 @@ def assumptions(
     vision, text = architecture.towers
     head_width = _vision_width(architecture) // vision.heads
     texts = {
-        "activation": "QuickGELU (else --activation gelu)",
-        "head_width": f"attention heads of the picture encoder {head_width} wide (else --head-width N)",
-        "text_heads": f"{text.heads} attention heads of the text encoder (else --text-heads N)",
+        "activation": "QuickGELU (else --set activation=gelu)",
+        "head_width": f"attention heads of the picture encoder {head_width} wide (else --set head_width=N)",
+        "text_heads": f"{text.heads} attention heads of the text encoder (else --set text_heads=N)",
     }
-    assumed = [what for name, what in texts.items() if name not in _given(options)]
+    assumed = [what for name, what in texts.items() if name not in options.family_options]
     if not assumed:
         return ()
     return (
@@ -247,11 +250,6 @@ def _stated(checkpoint: Checkpoint) -> ClipChoices | None:
 def _vision_width(architecture: ClipArchitecture) -> int:
     vision, _ = architecture.towers
     return vision.width if isinstance(vision, VitSizes) else 32 * vision.width
-
-
-def _given(options: BuildOptions) -> dict[str, Any]:
-    choices = {field.name: getattr(options, field.name) for field in fields(ClipChoices)}
-    return {name: value for name, value in choices.items() if value is not None}
 
 
 def _check_fields(section: Mapping[str, Any], known: Mapping[str, tuple[Any, ...]], name: str) -> None:

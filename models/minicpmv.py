@@ -18,6 +18,7 @@ from vlm_export.family import (
     Description,
     Family,
     Model,
+    NoOptions,
     PartOutline,
     TensorInfo,
     WeightStore,
@@ -30,11 +31,13 @@ from vlm_export.models.minicpmv_architecture import (
 )
 from vlm_export.models.minicpmv_modules import VisionModules, build_modules
 from vlm_export.models.minicpmv_parts import build_parts
+from vlm_export.models.minicpmv_slicing import slice_spec_from_version
 from vlm_export.models.shapes import config_integer, config_section
 from vlm_export.models.vit import VitForm
 from vlm_export.models.vit_weights import eva_table
 from vlm_export.models.weights import Target, load_weights, published_tensors
-from vlm_export.specs.slices import SliceSpec, slice_spec_from_version
+from vlm_export.specs.codec import Spec
+from vlm_export.specs.slices import SliceSpec
 from vlm_export.specs.tasks import FeatureSpec
 
 _MAX_SLICES = 9
@@ -48,7 +51,7 @@ class MiniCpmVFamily:
 
     name = "minicpmv"
     reads: tuple[str, ...] = ("vpm.", "resampler.")
-    choices: tuple[str, ...] = ()
+    options: type[Spec] = NoOptions
     marks: tuple[str, ...] = ("resampler.query",)
     roots: tuple[str, ...] = ()
     config_types: Mapping[str, tuple[str, ...]] = {"minicpmv": ("MiniCPMV",)}
@@ -62,7 +65,7 @@ class MiniCpmVFamily:
         return describe_vision(minicpmv_architecture(checkpoint), checkpoint)
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
-        refuse_options(options)
+        refuse_sizes(options)
         return build_vision(self, minicpmv_architecture(checkpoint), checkpoint, store)
 
     def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
@@ -72,10 +75,10 @@ class MiniCpmVFamily:
         return config_from_architecture(VisionArchitecture.from_config(architecture))
 
 
-def refuse_options(options: BuildOptions, accepted: tuple[str, ...] = ()) -> None:
-    """UsageError when the user asks for another size: the sizes are axes here. `accepted` options are for others."""
-    if options.image_size is not None or options.dynamic_image_size or set(options.choices) - set(accepted):
-        raise UsageError("this family takes pictures of any size already", fix="leave the size options out")
+def refuse_sizes(options: BuildOptions) -> None:
+    """UsageError when the user asks for another size: the sizes are axes here."""
+    if options.image_size is not None or options.dynamic_image_size:
+        raise UsageError("this family takes images of any size already", fix="leave the size options out")
 
 
 def describe_vision(

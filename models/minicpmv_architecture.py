@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from vlm_export.errors import InputError, UsageError
 from vlm_export.family import BuildOptions, Checkpoint
@@ -19,7 +19,7 @@ from vlm_export.models.shapes import (
     config_section,
 )
 from vlm_export.models.vit import VitForm
-from vlm_export.specs.codec import Spec
+from vlm_export.specs.codec import Spec, between
 
 Version = Literal["1.0", "2.0", "2.5", "2.6", "4.0", "4.5", "omnilmm"]
 # Packed versions by the number in config.json; 2.6 is what later ones without their own rules follow.
@@ -45,6 +45,10 @@ class VisionArchitecture(Spec):
     vision: VitForm | NavitSizes
     resampler: ResamplerSizes
     image_size: int
+
+    def check(self) -> None:
+        if self.is_packed != (self.version in _PACKED.values()):
+            raise self.refusal("vision", f"the sizes of the vision transformer of version {self.version}")
 
     @property
     def is_packed(self) -> bool:
@@ -98,15 +102,27 @@ def omnilmm_architecture(checkpoint: Checkpoint, head_width: int | None = None) 
     return _checked(VisionArchitecture("omnilmm", vision, resampler, image_size), checkpoint)
 
 
+@dataclass(frozen=True)
+class HeadWidth(Spec):
+    """What the weights of another image encoder than the published one do not say.
+
+    Attributes:
+        head_width: channels of an attention head of the image encoder; None where nobody tells.
+    """
+
+    head_width: Annotated[int, between(1)] | None = None
+
+
 def assumed_heads(checkpoint: Checkpoint, options: BuildOptions) -> tuple[str, ...]:
     """A warning where the heads of OmniLMM's image encoder are neither known nor told."""
-    vision = omnilmm_architecture(checkpoint, options.head_width).vision
-    if vision.width == _EVA_WIDTH or options.head_width is not None:
+    head_width = HeadWidth.from_config(options.family_options).head_width
+    vision = omnilmm_architecture(checkpoint, head_width).vision
+    if vision.width == _EVA_WIDTH or head_width is not None:
         return ()
     return (
         f"neither the weights nor config.json say how many attention heads an image encoder of width {vision.width} "
-        f"has: {vision.heads} heads, {vision.width // vision.heads} wide, are assumed (else --head-width N); with a "
-        "wrong number all features are wrong, and verification cannot see it",
+        f"has: {vision.heads} heads, {vision.width // vision.heads} wide, are assumed (else --set head_width=N); with "
+        "a wrong number all features are wrong, and verification cannot see it",
     )
 
 
@@ -118,12 +134,12 @@ def _eva_heads(checkpoint: Checkpoint, width: int, head_width: int | None) -> in
             "the heads of the published image encoder are known",
             where=checkpoint.source,
             expected=f"{_EVA_HEADS} heads of {_EVA_WIDTH // _EVA_HEADS} channels",
-            got=f"--head-width {head_width}",
-            fix="leave --head-width out",
+            got=f"head_width={head_width}",
+            fix="leave --set head_width out",
         )
     if width % head_width:
         raise UsageError(
-            "the image encoder's width is not a multiple of --head-width",
+            "the image encoder's width is not a multiple of head_width",
             where=checkpoint.source,
             expected=f"a divisor of {width}",
             got=str(head_width),

@@ -18,6 +18,7 @@ from vlm_export.family import (
     Checkpoint,
     Description,
     Model,
+    NoOptions,
     PartOutline,
     TensorInfo,
     WeightStore,
@@ -36,10 +37,11 @@ from vlm_export.models.nanovlm_weights import EMBEDDING_KEY, HEAD_KEY, check_tie
 from vlm_export.models.weights import load_weights, published_tensors
 from vlm_export.original import Original, TorchvisionPipeline, TransformersOriginal
 from vlm_export.specs import AnyImageSpec, ImageSpec, Origins, TextSpec, TileSpec, torchvision_image_spec
+from vlm_export.specs.codec import Spec
 from vlm_export.specs.tasks import ChatSpec, EmbedSpec, EncoderSpec, PromptSpec, SamplingSpec, TaskSpec
 
 # What the original's `generate` draws from, in every version.
-_SAMPLING = SamplingSpec(top_k=50, top_p=0.9, temperature=0.5)
+_SAMPLING = SamplingSpec(top_k=50, top_p=0.9, temperature=0.5, order="temperature_last")
 # `generate.py` of the versions.
 _MAX_NEW_TOKENS = {"prepended": 20, "placeholders": 20, "tiles": 300}
 _QUESTION = PromptSpec("Question: ", " Answer:")
@@ -51,7 +53,7 @@ class NanoVlmFamily:
 
     name = "nanovlm"
     reads: tuple[str, ...] = ()
-    choices: tuple[str, ...] = ()
+    options: type[Spec] = NoOptions
     marks: tuple[str, ...] = ("MP.proj.weight",)
     roots: tuple[str, ...] = ("vision_encoder", "MP", "decoder")
     config_types: Mapping[str, tuple[str, ...]] = {}

@@ -24,7 +24,8 @@ from vlm_export.checkpoint.random import random_checkpoint
 from vlm_export.family import Checkpoint
 from vlm_export.models.registry import load_family
 from vlm_export.runtime.generation.cross_attention_decoder import CrossAttentionState
-from vlm_export.runtime.generation.loop import GenerationOptions, generate
+from vlm_export.runtime.generation.loop import generate
+from vlm_export.runtime.generation.options import GenerationOptions
 from vlm_export.specs.tasks import CaptionSpec, SpecialTokens
 
 GOAL_RATIO = 1.5

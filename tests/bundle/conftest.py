@@ -16,6 +16,7 @@ from vlm_export.bundle.publish import Staging, publication
 from vlm_export.bundle.safe_files import record_of_file, relative_files
 from vlm_export.specs import TextSpec, torchvision_image_spec
 from vlm_export.specs.signature import Axis, Signature, TensorSpec
+from vlm_export.specs.tasks import EmbedSpec, EncoderSpec
 
 GRAPH = "onnx/vision_model.onnx"
 DATA = "onnx/vision_model.onnx_data"
@@ -34,9 +35,9 @@ def make_manifest(data: bool = True) -> Manifest:
         source=SourceRecord("tiny.pt", "state_dict", files=(SourceFile("tiny.pt", 3, "ab" * 32),)),
         family="clip",
         architecture={"embed_dim": 4, "vision": {"layers": [1, 2]}},
-        facts={"logit_scale": 4.6},
         image=torchvision_image_spec(8, "bicubic", "after_crop", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
         text=TextSpec(16, 100, 99, 0, "openai"),
+        tasks=(EmbedSpec(EncoderSpec("vision", "image_embeds"), None),),
         parts=(PartRecord("vision", signature, (variant,)),),
         tools={"torch": "2.15", "onnx": "1.23"},
     )
@@ -128,7 +129,7 @@ def publish_generation(manifest: Manifest, graph_bytes: Callable[..., bytes]) ->
             staging.file(DATA).write_bytes(bytes([generation]) * 128)
             staging.file("config.json").write_text(str(generation))
             staging.file("golden/vision/test_data_set_0/input_0.pb").write_bytes(bytes([generation]) * 70_000)
-            return staging.commit(replace(manifest, facts={"generation": generation}))
+            return staging.commit(replace(manifest, architecture={"generation": generation}))
 
     return run
 
@@ -138,7 +139,7 @@ def read_bundle_generation(target: Path) -> int:
     bundle = open_bundle(target)
     bundle.verify(bundle.manifest.files)
     bundle.model_files(bundle.manifest.part("vision").variant("fp32"))
-    generation = int(bundle.manifest.facts["generation"])
+    generation = int(bundle.manifest.architecture["generation"])
     assert bundle.file("config.json").read_text() == str(generation)
     assert set(bundle.file(DATA).read_bytes()) == {generation}
     assert set(bundle.file("golden/vision/test_data_set_0/input_0.pb").read_bytes()) == {generation}

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import copy
 import json
+import runpy
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from vlm_export.bundle.manifest import (
     SCHEMA_VERSION,
+    ExportRecord,
     FileRecord,
     Manifest,
     PartRecord,
@@ -20,12 +23,13 @@ from vlm_export.bundle.manifest import (
     VariantRecord,
     checked_relative_name,
     manifest_from_bytes,
-    manifest_from_json,
 )
 from vlm_export.bundle.strict_json import MAX_JSON_BYTES
 from vlm_export.errors import InputError, UsageError, VlmExportError
-from vlm_export.specs import ImageSpec, Origins, Resample, RgbStage, TextSpec, Transparency
+from vlm_export.specs import ImageSpec, Origins, Resample, RgbStage, TextSpec, TileSpec, Transparency
 from vlm_export.specs.signature import Axis, Signature, TensorSpec
+from vlm_export.specs.slices import slice_spec_from_version
+from vlm_export.specs.tasks import EmbedSpec, EncoderSpec, FeatureSpec, TaskSpec
 
 texts = st.text(max_size=12)
 # What Python makes of a file name that is not UTF-8.
@@ -98,18 +102,35 @@ sources = st.builds(
     st.one_of(st.none(), texts),
     st.one_of(st.none(), st.integers(0, 2**31)),
     st.lists(st.builds(SourceFile, source_names, sizes, hashes), max_size=2).map(tuple),
+    st.one_of(st.none(), texts),
+    st.lists(source_names, max_size=2).map(tuple),
+    st.lists(source_names, max_size=2).map(tuple),
 )
+some_texts = st.lists(texts, max_size=2).map(tuple)
+exports = st.builds(
+    ExportRecord,
+    texts,
+    json_objects,
+    st.one_of(st.none(), texts),
+    st.dictionaries(texts, some_texts, max_size=2),
+    some_texts,
+    some_texts,
+    some_texts,
+    st.one_of(st.none(), json_objects),
+)
+cut_images = st.sampled_from([TileSpec(32, 64, resize_to_max_side=True), slice_spec_from_version("2.6", queries=64)])
 manifests = st.builds(
     Manifest,
     name=texts,
     source=sources,
     family=texts,
     architecture=json_objects,
-    facts=json_objects,
-    image=st.one_of(st.none(), images),
+    image=st.one_of(st.none(), images, cut_images),
     text=st.one_of(st.none(), text_specs),
+    tasks=st.just(()),
     parts=st.lists(parts, min_size=1, max_size=2, unique_by=lambda part: part.name).map(tuple),
     origins=st.builds(Origins, st.dictionaries(texts, texts, max_size=2), st.dictionaries(texts, texts, max_size=2)),
+    export=exports,
     tools=st.dictionaries(texts, texts, max_size=2),
     files=st.dictionaries(names, st.builds(FileRecord, sizes, hashes), max_size=3),
 )
@@ -142,22 +163,41 @@ def test_parts_and_variants_are_found_by_name(manifest: Manifest) -> None:
 
 def test_numbers_that_json_lacks_are_refused(manifest: Manifest) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
-        replace(manifest, facts={"logit_scale": float("nan")}).to_bytes()
+        replace(manifest, architecture={"eps": float("nan")}).to_bytes()
 
 
-def test_a_newer_schema_says_to_upgrade(manifest: Manifest) -> None:
-    data = {**manifest.to_json(), "schema_version": SCHEMA_VERSION + 1, "something": "new"}
-    with pytest.raises(InputError, match=r"newer vlm-export[\s\S]*upgrade"):
-        manifest_from_json(data)
+def json_of(manifest: Manifest) -> dict[str, Any]:
+    """What `vlm_export.json` holds."""
+    data: dict[str, Any] = json.loads(manifest.to_bytes())
+    return data
+
+
+def read(data: Any) -> Manifest:
+    return manifest_from_bytes(json.dumps(data).encode())
+
+
+def test_the_schema_stands_first(manifest: Manifest) -> None:
+    assert next(iter(json_of(manifest).items())) == ("schema_version", SCHEMA_VERSION)
+
+
+def test_another_schema_is_refused_with_what_to_do(manifest: Manifest) -> None:
+    data = json_of(manifest)
+    with pytest.raises(InputError, match=r"made by a newer vlm-export[\s\S]*upgrade"):
+        read({**data, "schema_version": SCHEMA_VERSION + 1, "something": "new"})
+    with pytest.raises(InputError, match=r"made by an older vlm-export[\s\S]*export the model again"):
+        read({"schema_version": 1, "name": "tiny", "facts": {}})
+    for version in (0, -1, "2", 2.0, True, None, [2]):
+        with pytest.raises(InputError, match="schema_version is no version"):
+            read({**data, "schema_version": version})
 
 
 def test_unknown_and_missing_fields(manifest: Manifest) -> None:
-    data = manifest.to_json()
+    data = json_of(manifest)
     with pytest.raises(InputError, match=r"unknown field 'famly'[\s\S]*did you mean 'family'"):
-        manifest_from_json({**data, "famly": 1})
+        read({**data, "famly": 1})
     del data["parts"][0]["variants"][0]["opset"]
-    with pytest.raises(InputError, match=r"parts\[0\]\.variants\[0\][\s\S]*no \['opset'\]"):
-        manifest_from_json(data)
+    with pytest.raises(InputError, match=r"parts\[0\]\.variants\[0\][\s\S]*no opset"):
+        read(data)
 
 
 def _leaves(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -170,19 +210,19 @@ def _leaves(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 def test_no_odd_value_gives_another_error(manifest: Manifest) -> None:
     """Every value is replaced by every kind of junk in turn: it is read, or refused with an InputError."""
-    data = replace(manifest, files={"a": FileRecord(1, "0" * 64)}).to_json()
-    manifest_from_json(data)
+    data = json_of(replace(manifest, files={"a": FileRecord(1, "0" * 64)}))
+    read(data)
     refused = 0
     for path in _leaves(data):
         junk: Any
-        for junk in (None, True, -1, 1.5, 2**80, "x", "../x", [], [[]], [None], {}, {"x": {}}):
+        for junk in (None, True, -1, 1.5, 2**70, "x", "../x", [], [[]], [None], {}, {"x": {}}):
             broken = copy.deepcopy(data)
             inner: Any = broken
             for key in path[:-1]:
                 inner = inner[key]
             inner[path[-1]] = junk
             try:
-                manifest_from_json(broken)
+                read(broken)
             except InputError:
                 refused += 1
     assert refused > 300
@@ -192,7 +232,7 @@ def test_no_odd_value_gives_another_error(manifest: Manifest) -> None:
     ("raw", "says"),
     [
         (b"", "not valid JSON"),
-        (b'{"schema_version": 1, "na', "cut off"),
+        (b'{"schema_version": 2, "na', "cut off"),
         (b"[]", "no object"),
         (b"\xff\xfe{}", "not valid JSON"),
         (b'{"a": 1, "a": 2}', "twice"),
@@ -201,11 +241,11 @@ def test_no_odd_value_gives_another_error(manifest: Manifest) -> None:
         (b'{"a": ' + b"9" * 5000 + b"}", "5000 characters"),
         (b'{"a": ' + b"[" * 100_000, "nested too deeply"),
         (b'{"a": ' * 100_000, "nested too deeply"),
-        (b'{"schema_version": 1, "x": "' + b"[" * 1000 + b'"}', "unknown field"),
+        (b'{"schema_version": 2, "x": "' + b"[" * 1000 + b'"}', "unknown field"),
         (b" " * (MAX_JSON_BYTES + 1), "too large"),
         (b"{}", "no schema_version"),
-        (b'{"schema_version": "1"}', "another type"),
-        (b'{"schema_version": true}', "another type"),
+        (b'{"schema_version": "2"}', "is no version"),
+        (b'{"schema_version": true}', "is no version"),
     ],
 )
 def test_bad_content(raw: bytes, says: str) -> None:
@@ -234,22 +274,131 @@ def test_plain_names(name: str) -> None:
     assert checked_relative_name(name, "test") == name
 
 
-def test_a_bundle_has_parts_and_each_has_variants(manifest: Manifest) -> None:
-    empty = replace(manifest, parts=()), replace(manifest, parts=(replace(manifest.parts[0], variants=()),))
-    for changed, field in zip(empty, ("parts", "variants"), strict=True):
-        with pytest.raises(InputError, match=f"field '{field}'") as caught:
-            manifest_from_bytes(changed.to_bytes())
-        assert "at least one" in caught.value.expected
+def test_a_file_name_that_leaves_the_bundle_is_refused_wherever_it_stands(manifest: Manifest) -> None:
+    data = json_of(manifest)
+    record = {"size_bytes": 1, "sha256": "0" * 64}
+    with pytest.raises(InputError, match="not a plain path") as caught:
+        read({**data, "files": {"../x": record}})
+    assert caught.value.where == "vlm_export.json: files"
+    for field, value in (("file", "/x.onnx"), ("external_data", ["../x"])):
+        changed = copy.deepcopy(data)
+        changed["parts"][0]["variants"][0][field] = value
+        with pytest.raises(InputError, match=f"'{field}'") as caught:
+            read(changed)
+        assert caught.value.where == "vlm_export.json: parts[0].variants[0]"
 
 
-def test_two_parts_of_one_name(manifest: Manifest) -> None:
-    data = manifest.to_json()
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("source.random_weights_seed", -1),
+        ("source.files.0.sha256", "AB" * 32),
+        ("source.dropped_keys", [1]),
+        ("export.keep_fp32", {"vision": "Softmax"}),
+        ("export.warnings", "none"),
+        ("parts.0.variants.0.oldest_onnxruntime", "1.23"),
+        ("parts.0.variants.0.opset", 0),
+        ("parts.0.variants.0.simplified", 1),
+        ("parts.0.variants", []),
+        ("parts", []),
+        ("tools", {"onnx": 1}),
+    ],
+)
+def test_odd_records_are_named(manifest: Manifest, path: str, value: Any) -> None:
+    data = json_of(manifest)
+    *outer, name = path.split(".")
+    group: Any = data
+    for key in outer:
+        group = group[int(key) if key.isdecimal() else key]
+    group[name] = value
+    with pytest.raises(InputError) as caught:
+        read(data)
+    assert f"'{name}'" in caught.value.what
+    assert caught.value.where.startswith("vlm_export.json")
+
+
+def test_two_of_one_name(manifest: Manifest) -> None:
+    data = json_of(manifest)
     with pytest.raises(InputError, match="two parts have the name 'vision'"):
-        manifest_from_json({**data, "parts": data["parts"] * 2})
+        read({**data, "parts": data["parts"] * 2})
+    with pytest.raises(InputError, match="two tasks have the name 'embed'"):
+        read({**data, "tasks": data["tasks"] * 2})
     data["parts"][0]["variants"] *= 2
     with pytest.raises(InputError, match="two variants have the name 'fp32'"):
-        manifest_from_json(data)
+        read(data)
 
 
-def test_manifest_is_plain_json(manifest: Manifest) -> None:
-    assert json.loads(manifest.to_bytes()) == manifest.to_json()
+EXAMPLES = runpy.run_path(str(Path(__file__).parents[1] / "specs" / "test_tasks.py"))
+CHAT, CAPTION = EXAMPLES["PLACEHOLDERS"], EXAMPLES["CAPTION"]
+TILES = replace(EXAMPLES["TILES"], tile_tokens={f"r{row}c{column}": "<t>" for row in (1, 2) for column in (1, 2)})
+CUT = TileSpec(8, 16, resize_to_max_side=True)
+
+
+def able_to(manifest: Manifest, task: TaskSpec, **changes: Any) -> Manifest:
+    """The manifest with that task, the parts that it runs, and a vocabulary that has its tokens."""
+    part = manifest.parts[0]
+    parts = tuple(replace(part, name=name) for name in dict.fromkeys(task.parts))
+    text = replace(manifest.text or TextSpec(16, 400, 99, 0, "none"), vocab_size=400)
+    return replace(manifest, **{"tasks": (task,), "parts": parts, "text": text, **changes})
+
+
+def test_a_task_is_found_by_its_kind(manifest: Manifest) -> None:
+    assert manifest.task(EmbedSpec) == manifest.tasks[0]
+    assert manifest.task(FeatureSpec) is None
+    for task, image in ((CHAT, manifest.image), (CAPTION, manifest.image), (TILES, CUT)):
+        again = manifest_from_bytes(able_to(manifest, task, image=image).to_bytes())
+        assert again.tasks == (task,)
+        assert again.image == image
+
+
+def test_a_task_of_an_unknown_kind_is_refused(manifest: Manifest) -> None:
+    data = json_of(manifest)
+    data["tasks"][0]["kind"] = "paint"
+    with pytest.raises(InputError, match="'kind'") as caught:
+        read(data)
+    assert caught.value.where == "vlm_export.json: tasks[0]"
+    assert "'embed', 'match', 'caption', 'answer', 'chat', 'features'" in caught.value.expected
+
+
+def test_a_task_runs_parts_of_the_bundle(manifest: Manifest) -> None:
+    with pytest.raises(InputError, match="'tasks'") as caught:
+        replace(manifest, tasks=(EmbedSpec(EncoderSpec("picture", "image_embeds"), None),))
+    assert caught.value.expected == "embed to run parts of the bundle: vision"
+    with pytest.raises(InputError, match="no output 'pooled'"):
+        replace(manifest, tasks=(EmbedSpec(EncoderSpec("vision", "pooled"), None),))
+    with pytest.raises(InputError, match="'tasks'"):
+        able_to(manifest, CAPTION, parts=manifest.parts)
+
+
+@pytest.mark.parametrize(
+    ("task", "size"),
+    [(CAPTION, 156), (CHAT, 320), (replace(CHAT, pad_token_id=399), 399), (replace(CHAT, eos_token_ids=(2, 350)), 350)],
+)
+def test_token_ids_are_below_the_vocabulary(manifest: Manifest, task: TaskSpec, size: int) -> None:
+    text = TextSpec(16, size + 1, 99, 0, "none")
+    able_to(manifest, task, text=text)
+    with pytest.raises(InputError, match="token id that the vocabulary lacks") as caught:
+        able_to(manifest, task, text=replace(text, vocab_size=size))
+    assert caught.value.where == f"tasks.{task.kind}"
+    with pytest.raises(InputError, match="'text'"):
+        able_to(manifest, task, text=None)
+
+
+def test_tiles_and_the_layout_agree(manifest: Manifest) -> None:
+    able_to(manifest, TILES, image=CUT)
+    slices = slice_spec_from_version("2.6", queries=64)
+    for task, image in ((TILES, manifest.image), (CHAT, CUT), (CHAT, None), (TILES, None), (CHAT, slices)):
+        with pytest.raises(InputError, match="'image'"):
+            able_to(manifest, task, image=image)
+
+
+def test_every_tile_has_a_marker(manifest: Manifest) -> None:
+    with pytest.raises(InputError, match="no token that says where") as caught:
+        able_to(manifest, TILES, image=TileSpec(8, 24, resize_to_max_side=True))
+    assert caught.value.got == "no r1c3, r2c3, r3c1, r3c2"
+
+
+def test_features_are_of_slices(manifest: Manifest) -> None:
+    able_to(manifest, FeatureSpec("vision"), image=slice_spec_from_version("2.6", queries=64))
+    with pytest.raises(InputError, match="'image'"):
+        able_to(manifest, FeatureSpec("vision"))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from vlm_export.bundle.manifest import Manifest, manifest_from_json
+from vlm_export.bundle.manifest import Manifest, manifest_from_bytes
 from vlm_export.bundle.oldest_engine import oldest_onnxruntime
 from vlm_export.errors import InputError
 
@@ -69,8 +70,8 @@ def test_the_place_of_the_largest_counts_by_its_dtype(
 
 @pytest.mark.parametrize("odd", ["", "1.23", "1.23.0rc1", "1.23.0\n", 1.23, None, [1, 23, 0]])
 def test_the_manifest_takes_releases_alone(manifest: Manifest, odd: object) -> None:
-    data = manifest.to_json()
-    assert manifest_from_json(data).parts[0].variants[0].oldest_onnxruntime == "1.18.0"
+    data = json.loads(manifest.to_bytes())
+    assert manifest_from_bytes(manifest.to_bytes()).parts[0].variants[0].oldest_onnxruntime == "1.18.0"
     data["parts"][0]["variants"][0]["oldest_onnxruntime"] = odd
     with pytest.raises(InputError, match="oldest_onnxruntime"):
-        manifest_from_json(data)
+        manifest_from_bytes(json.dumps(data).encode())

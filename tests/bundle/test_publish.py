@@ -302,15 +302,9 @@ def test_links_and_special_files_are_not_published(tmp_path: Path, manifest: Man
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        (lambda manifest: replace(manifest, parts=()), "parts"),
-        (lambda manifest: replace(manifest, parts=(replace(manifest.parts[0], variants=()),)), "variants"),
-        (lambda manifest: replace(manifest, source=replace(manifest.source, random_weights_seed=-1)), "seed"),
-        (lambda manifest: replace(manifest, source=replace(manifest.source, random_weights_seed=2**64)), "seed"),
-        (lambda manifest: replace(manifest, image=replace(manifest.image, std=(-1.0, 1.0, 1.0))), "std"),
-        (lambda manifest: replace(manifest, text=replace(manifest.text, end_token_id=100)), "end_token_id"),
-        (lambda manifest: replace(manifest, facts={"eps": float("nan")}), "not JSON compliant"),
-        (lambda manifest: replace(manifest, facts={"end": 10**80}), "81 characters"),
-        (lambda manifest: replace(manifest, facts={"text": "x" * (17 << 20)}), "too large"),
+        (lambda manifest: replace(manifest, architecture={"eps": float("nan")}), "not JSON compliant"),
+        (lambda manifest: replace(manifest, architecture={"end": 10**80}), "81 characters"),
+        (lambda manifest: replace(manifest, architecture={"text": "x" * (17 << 20)}), "too large"),
     ],
 )
 def test_what_could_not_be_opened_again_replaces_nothing(

@@ -68,14 +68,14 @@ def test_every_initializer_is_in_the_ledger(bundle: Path) -> None:
     assert len(ledger) == 4
     for file, graph in ledger.items():
         stored = onnx.load(bundle / file).graph.initializer
-        assert [entry.name for entry in graph.entries] == [tensor.name for tensor in stored]
-        for entry, tensor in zip(graph.entries, stored, strict=True):
+        assert [entry.name for entry in graph.initializers] == [tensor.name for tensor in stored]
+        for entry, tensor in zip(graph.initializers, stored, strict=True):
             values = numpy_helper.to_array(tensor)
             assert entry.sha256 == hashlib.sha256(values.tobytes()).hexdigest()
             assert entry.shape == values.shape
             assert entry.transformation
             assert entry.checkpoint or values.nbytes < 2048
-    entries = {entry.name: entry for entry in ledger["onnx/text_model_fp16.onnx"].entries}
+    entries = {entry.name: entry for entry in ledger["onnx/text_model_fp16.onnx"].initializers}
     hidden = entries["blocks.0.mlp.fc1.weight.transposed"]
     assert [(tensor.key, tensor.transformation) for tensor in hidden.checkpoint] == [
         ("transformer.resblocks.0.mlp.c_fc.weight", "as stored, cast from float16")
@@ -111,7 +111,7 @@ def test_norms_that_were_folded_are_computed_again(tmp_path: Path, export_fast: 
     source, target = DATA / "rn_tiny" / "jit_archive.pt", tmp_path / "bundle"
     export_fast(source, target, parts=("vision",))
     ledger = ledger_from_bytes((target / LEDGER_NAME).read_bytes(), LEDGER_NAME)["onnx/vision_model.onnx"]
-    folded = [entry for entry in ledger.entries if entry.transformation == "batch norm folded in"]
+    folded = [entry for entry in ledger.initializers if entry.transformation == "batch norm folded in"]
     assert folded
     assert all(any("running_var" in tensor.key for tensor in entry.checkpoint) for entry in folded)
     graph = onnx.load(target / "onnx" / "vision_model.onnx")

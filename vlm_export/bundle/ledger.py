@@ -13,20 +13,23 @@ import os
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from vlm_export.bundle.manifest import Count, Sha256
 from vlm_export.bundle.onnx_wire import StoredTensor, read_onnx
 from vlm_export.bundle.safe_files import opened_real_file
-from vlm_export.bundle.strict_json import MAX_JSON_BYTES, Fields, json_object_from_bytes
+from vlm_export.bundle.strict_json import json_object_from_bytes
 from vlm_export.errors import InputError
+from vlm_export.specs.codec import Spec
 
 _SCHEMA = 1
 _SPAN_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class CheckpointTensor:
+class CheckpointTensor(Spec):
     """A stored tensor: its key, and what became of it on its way to a parameter, such as "cast from float16"."""
 
     key: str
@@ -34,7 +37,7 @@ class CheckpointTensor:
 
 
 @dataclass(frozen=True)
-class LedgerEntry:
+class LedgerEntry(Spec):
     """One initializer.
 
     Attributes:
@@ -48,20 +51,26 @@ class LedgerEntry:
     """
 
     name: str
-    data_type: int
-    shape: tuple[int, ...]
-    sha256: str
+    data_type: Count
+    shape: tuple[Count, ...]
+    sha256: Sha256
     parameters: tuple[str, ...] = ()
     transformation: str = ""
     checkpoint: tuple[CheckpointTensor, ...] = ()
 
 
 @dataclass(frozen=True)
-class GraphLedger:
+class GraphLedger(Spec):
     """The initializers of one graph, in the order of the file."""
 
     file: str
-    entries: tuple[LedgerEntry, ...]
+    initializers: tuple[LedgerEntry, ...]
+
+
+@dataclass(frozen=True)
+class _Ledger(Spec):
+    schema: Literal[1]
+    graphs: tuple[GraphLedger, ...]
 
 
 def graph_entries(root: Path, graph: str) -> tuple[LedgerEntry, ...]:
@@ -115,50 +124,20 @@ def ledger_to_bytes(graphs: Sequence[GraphLedger]) -> bytes:
     """`ledger.json`: one line for each initializer, so that two ledgers can be compared line by line."""
     lines = []
     for graph in graphs:
-        entries = ",\n   ".join(json.dumps(asdict(entry)) for entry in graph.entries)
+        entries = ",\n   ".join(json.dumps(entry.to_json()) for entry in graph.initializers)
         lines.append(f'  {{"file": {json.dumps(graph.file)}, "initializers": [\n   {entries}]}}')
     return (f'{{"schema": {_SCHEMA}, "graphs": [\n' + ",\n".join(lines) + "]}\n").encode()
 
 
 def ledger_from_bytes(raw: bytes, where: str) -> Mapping[str, GraphLedger]:
     """Path of a graph → its ledger; InputError where the file is malformed."""
-    if len(raw) > MAX_JSON_BYTES:
-        raise InputError("the ledger is too large", where=where, expected=f"at most {MAX_JSON_BYTES} bytes")
-    fields = Fields(json_object_from_bytes(raw, where), where).only(("schema", "graphs"))
-    fields.integer("schema", _SCHEMA, _SCHEMA)
-    graphs = fields.each("graphs", _graph)
-    return {graph.file: graph for graph in graphs}
-
-
-def _graph(fields: Fields) -> GraphLedger:
-    fields.only(("file", "initializers"))
-    return GraphLedger(fields.text("file"), fields.each("initializers", _entry))
-
-
-def _entry(fields: Fields) -> LedgerEntry:
-    fields.only(("name", "data_type", "shape", "sha256", "parameters", "transformation", "checkpoint"))
-    shape = fields.sequence("shape")
-    if not all(isinstance(size, int) and size >= 0 for size in shape):
-        raise fields.fail("shape", "a list of sizes")
-    return LedgerEntry(
-        fields.text("name"),
-        fields.integer("data_type"),
-        tuple(shape),
-        fields.text("sha256"),
-        fields.texts("parameters"),
-        fields.text("transformation"),
-        fields.each("checkpoint", _checkpoint_tensor),
-    )
-
-
-def _checkpoint_tensor(fields: Fields) -> CheckpointTensor:
-    fields.only(("key", "transformation"))
-    return CheckpointTensor(fields.text("key"), fields.text("transformation"))
+    ledger = _Ledger.from_json(json_object_from_bytes(raw, where), where)
+    return {graph.file: graph for graph in ledger.graphs}
 
 
 def ledger_differences(recorded: GraphLedger, found: Sequence[LedgerEntry]) -> list[str]:
     """What a graph holds and its ledger does not, or the other way round; one phrase each."""
-    expected, present = {entry.name: entry for entry in recorded.entries}, {entry.name: entry for entry in found}
+    expected, present = {entry.name: entry for entry in recorded.initializers}, {entry.name: entry for entry in found}
     differences = [f"{name} is gone" for name in expected if name not in present]
     differences += [f"{name} was added" for name in present if name not in expected]
     for name, entry in expected.items():

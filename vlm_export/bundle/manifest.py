@@ -11,10 +11,10 @@ from typing import Annotated, Any, TypeAlias, TypeVar
 
 from vlm_export.bundle.strict_json import json_object_from_bytes
 from vlm_export.errors import InputError, UsageError, suggestion
-from vlm_export.specs import AnyImageSpec, Origins, TextSpec, TileSpec
+from vlm_export.specs import AnyImageSpec, ImageSpec, Origins, SliceSpec, TextSpec, TileSpec
 from vlm_export.specs.codec import Check, Spec, between, matches, not_empty
 from vlm_export.specs.signature import Signature
-from vlm_export.specs.tasks import ChatSpec, TaskSpec
+from vlm_export.specs.tasks import ChatSpec, EmbedSpec, FeatureSpec, TaskSpec
 
 MANIFEST_NAME = "vlm_export.json"
 SCHEMA_VERSION = 2
@@ -191,16 +191,44 @@ class Manifest(Spec):
         for task in self.tasks:
             if not set(task.parts) <= names:
                 raise self.refusal("tasks", f"{task.kind} to run parts of the bundle: {', '.join(sorted(names))}")
-        chat = self.task(ChatSpec)
-        if chat is not None:
-            self._check_chat(chat)
+            if isinstance(task, EmbedSpec):
+                self._check_encoders(task)
+            if isinstance(task, FeatureSpec) and not isinstance(self.image, SliceSpec):
+                raise self.refusal("image", "how images are cut into slices, for the task 'features'")
+            if isinstance(task, ChatSpec):
+                self._check_images(task)
+            self._check_tokens(task)
 
-    def _check_chat(self, chat: ChatSpec) -> None:
-        if (chat.layout == "tiles") != isinstance(self.image, TileSpec) or self.image is None or self.text is None:
-            raise self.refusal("image", f"the preparation of images and texts for a chat of the layout {chat.layout!r}")
-        outside = [token for token in (chat.pad_token_id, *chat.eos_token_ids) if token >= self.text.vocab_size]
-        if outside or (chat.image_token_id or 0) >= self.text.vocab_size:
-            raise self.refusal("tasks", f"token ids of a chat below {self.text.vocab_size}, the size of the vocabulary")
+    def _check_encoders(self, task: EmbedSpec) -> None:
+        """The parts of an embedding have the outputs that the task reads."""
+        for encoder in (task.image, task.text):
+            if encoder is not None and encoder.output not in self.part(encoder.part).signature.output_names:
+                raise InputError(
+                    f"the part {encoder.part!r} has no output {encoder.output!r}",
+                    where="tasks.embed",
+                    expected=", ".join(self.part(encoder.part).signature.output_names),
+                    fix="export the model again",
+                )
+
+    def _check_tokens(self, task: TaskSpec) -> None:
+        """The token ids that a task states are of the vocabulary."""
+        if not task.token_ids:
+            return
+        if self.text is None:
+            raise self.refusal("text", f"how texts become token ids, for the task {task.kind!r}")
+        if max(task.token_ids) >= self.text.vocab_size:
+            raise InputError(
+                "a task has a token id that the vocabulary lacks",
+                where=f"tasks.{task.kind}",
+                expected=f"ids below {self.text.vocab_size}, the manifest's text.vocab_size",
+                got=", ".join(map(str, sorted(task.token_ids))),
+            )
+
+    def _check_images(self, chat: ChatSpec) -> None:
+        """Images are cut into tiles where the layout says so and nowhere else, and each tile has its marker."""
+        kind = TileSpec if chat.layout == "tiles" else ImageSpec
+        if not isinstance(self.image, kind):
+            raise self.refusal("image", f"the preparation of images for a chat of the layout {chat.layout!r}")
         if isinstance(self.image, TileSpec):
             side = self.image.max_side_pixels // self.image.tile_size_pixels
             places = (f"r{row}c{column}" for row in range(1, side + 1) for column in range(1, side + 1))
@@ -208,7 +236,7 @@ class Manifest(Spec):
             if missing:
                 raise InputError(
                     "a tile has no token that says where it is",
-                    where="tasks: chat.tile_tokens",
+                    where="tasks.chat.tile_tokens",
                     expected=f"names up to r{side}c{side}",
                     got=f"no {', '.join(missing[:4])}",
                     fix="export the checkpoint again; its max_img_size may ask for more tiles than it has tokens for",

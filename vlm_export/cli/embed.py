@@ -34,7 +34,7 @@ def add_parser(verbs: Any) -> None:
         "embed",
         help="embeddings of pictures or texts",
         description="Unit-length embeddings of pictures (also of all in a folder), or of the lines of text files. "
-        "Of a bundle that cuts pictures into slices (MiniCPM-V, OmniLMM): the features of each slice, for a language "
+        "Of a bundle that cuts images into slices: the features of each slice, for a language "
         "model: .npy float32 (slices, features, width), then as a second array the JSON that names picture, slice, "
         "rows and columns of patches of each row; .parquet with these as columns.",
     )

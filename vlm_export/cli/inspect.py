@@ -30,7 +30,7 @@ def add_parser(verbs: Any) -> None:
         help="what a checkpoint or a bundle is, or how a bundle cuts a picture; the known names",
         description="What SOURCE is, how it would be split, and what is hard about it. Reads no weights, and of a "
         "known name downloads none. Without SOURCE: the known names. With --bundle, SOURCE is a picture: how it is cut "
-        "into slices (MiniCPM-V, OmniLMM) or tiles (nanoVLM).",
+        "into slices or tiles.",
     )
     parser.add_argument(
         "source",
@@ -106,6 +106,7 @@ def _data_from_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     from vlm_export.checkpoint.random import tensor_bytes
     from vlm_export.models.recognition import left_out_warnings
     from vlm_export.models.registry import identify
+    from vlm_export.specs.codec import field_words
 
     family, checkpoint = identify(checkpoint)
     description = family.describe(checkpoint)
@@ -118,7 +119,7 @@ def _data_from_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     takes_text = any("input_ids" in part.signature.input_names for part in description.parts)
     # Of a checkpoint that is not here, nobody knows.
     if takes_text and checkpoint.files and not any("token" in name for name in checkpoint.side_files):
-        notes.append("the checkpoint carries no tokenizer: pass --tokenizer, or install open_clip_torch for CLIP's own")
+        notes.append("the checkpoint carries no tokenizer: pass --tokenizer, unless a package that is installed has it")
     return {
         "what": "checkpoint",
         "source": checkpoint.source,
@@ -137,6 +138,7 @@ def _data_from_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
             for part in description.parts
         ],
         "preparation": preparation_data(description.image, text, origins),
+        "options": dict(field_words(family.options)),
         "notes": notes,
         "warnings": [*assumed, *left_out_warnings(checkpoint), *warnings],
     }
@@ -213,6 +215,8 @@ def _print(data: Mapping[str, Any]) -> None:
     rows = [(part["name"], _signature_text(part["signature"]), _detail(part)) for part in data["parts"]]
     print_table(("  part", "inputs → outputs", ""), [(f"  {name}", text, detail) for name, text, detail in rows])
     print_preparation(data["preparation"])
+    for name, words in data.get("options", {}).items():
+        print_line(f"option: --set {name}=…: {words}")
     for note in data["notes"]:
         print_line(f"note: {note}")
 

@@ -31,7 +31,7 @@ from vlm_export.export.published_files import json_bytes
 from vlm_export.export.rounded import rounded_points
 from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.source import build_model, known_checkpoint, open_source
-from vlm_export.export.stages import Stages
+from vlm_export.export.stages import StageRecord, Stages
 from vlm_export.export.tokenizer_files import model_with_tokenizer, resolve_tokenizer
 from vlm_export.export.verification import (
     PartVerification,
@@ -59,12 +59,31 @@ _SCRATCH = "scratch"
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A published bundle: its manifest, the verification reports of all variants, in the order of the parts, and the
-    proof from images and texts to vectors."""
+    """A published bundle.
+
+    Attributes:
+        manifest: all that the bundle says about itself.
+        reports: the verification of all variants, in the order of the parts.
+        contract: the proof from images and texts to vectors.
+        stages: what each stage took.
+    """
 
     manifest: Manifest
     reports: tuple[PartReport, ...]
     contract: ContractReport
+    stages: tuple[StageRecord, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `export --json` prints, but for the bundle's path."""
+        return {
+            "verification": [report.to_json() for report in self.reports],
+            "contract": self.contract.to_json(),
+            "stages": [
+                {"name": r.name, "seconds": round(r.seconds, 4), "peak_anonymous_bytes": r.peak_anonymous_bytes}
+                for r in self.stages
+            ],
+            "manifest": self.manifest.to_json(),
+        }
 
 
 def export_bundle(source: str, target: Path, options: ExportOptions, stages: Stages | None = None) -> ExportResult:
@@ -144,7 +163,8 @@ class _Job:
             ledger = ledger_to_bytes([graph for _, _, graphs in results for graph in graphs])
             staging.file(layout.LEDGER_NAME).write_bytes(ledger)
             manifest = staging.commit(with_contract(manifest, contract))
-        return ExportResult(manifest, tuple(report for _, reports, _ in results for report in reports), contract)
+        reports = tuple(report for _, reports, _ in results for report in reports)
+        return ExportResult(manifest, reports, contract, tuple(self.stages.records))
 
     def _export(self, part: Part, staging: Staging) -> _Exported:
         warnings: list[str] = []

@@ -2,7 +2,7 @@
 
 A `Spec` checks its fields against their annotations whenever it is made, so that a spec that exists is valid, whether
 a family states it, a checkpoint's config led to it or a manifest holds it. Bounds stand where the type stands:
-`Annotated[int, between(1, 8192)]`.
+`Annotated[int, between(1, 8192)]`. The annotations of a class are read once, into functions.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import dataclasses
 import math
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from vlm_export.errors import InputError, VlmExportError, suggestion
 
@@ -24,12 +24,7 @@ MAX_INTEGER = 2**63 - 1
 _MAX_SHOWN = 200
 
 Kind = TypeVar("Kind", bound="Spec")
-_JSON_KINDS: dict[Any, str] = {
-    bool: "true or false",
-    int: f"an integer from {-MAX_INTEGER} to {MAX_INTEGER}",
-    float: "a finite number",
-    str: "a string",
-}
+_INTEGER, _NUMBER = "an integer", "a finite number"
 
 
 @dataclass(frozen=True)
@@ -47,7 +42,8 @@ class Check:
 
 def between(minimum: float, maximum: float = MAX_INTEGER) -> Check:
     """A number in that range, both bounds included."""
-    return Check(f"from {minimum} to {maximum}", lambda value: bool(minimum <= value <= maximum))
+    words = f"at least {minimum}" if maximum == MAX_INTEGER else f"from {minimum} to {maximum}"
+    return Check(words, lambda value: bool(minimum <= value <= maximum))
 
 
 def above(bound: float) -> Check:
@@ -55,9 +51,15 @@ def above(bound: float) -> Check:
     return Check(f"above {bound}", lambda value: bool(value > bound))
 
 
+def below(bound: float) -> Check:
+    """A number that is smaller than the bound."""
+    return Check(f"below {bound}", lambda value: bool(value < bound))
+
+
 def matches(pattern: str, expected: str) -> Check:
     """A string of which the whole matches a regular expression."""
-    return Check(expected, lambda value: re.fullmatch(pattern, value) is not None)
+    compiled = re.compile(pattern)
+    return Check(expected, lambda value: compiled.fullmatch(value) is not None)
 
 
 def not_empty(expected: str) -> Check:
@@ -70,16 +72,14 @@ class Spec:
 
     Field types are bool, int, float, str, Literal, None, other Specs, `tuple[X, ...]`, `tuple[X, Y]`,
     `Mapping[str, X]`, `Any` for JSON data that the reader leaves as it is, unions of these, and each of them in
-    `Annotated` with a Check. In a union of Specs the data decides by its keys.
+    `Annotated` with a Check. In a union of Specs the field `kind` of the data decides, or else its keys.
     """
 
     def __post_init__(self) -> None:
         """InputError that names the first field whose value does not fit."""
-        for name, hint in _hints(type(self)).items():
-            value = getattr(self, name)
-            expected = _misfit(hint, value)
-            if expected is not None:
-                raise self.refusal(name, expected)
+        for name, field in _fields(type(self)).items():
+            if not field.fits(getattr(self, name)):
+                raise self.refusal(name, field.words)
         self.check()
 
     def check(self) -> None:
@@ -87,11 +87,17 @@ class Spec:
 
     def refusal(self, field: str, expected: str) -> VlmExportError:
         """The error for the value that a field has."""
-        return _refusal(field, expected, getattr(self, field), type(self).__name__)
+        got = repr(_encoded(getattr(self, field)))
+        return InputError(
+            f"field {field!r} has another type or value",
+            where=type(self).__name__,
+            expected=expected,
+            got=got if len(got) <= _MAX_SHOWN else got[:_MAX_SHOWN] + "…",
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON data, in their order; tuples become lists. `from_json` reads it back."""
-        return {name: _encoded(getattr(self, name)) for name in _hints(type(self))}
+        return {name: _encoded(getattr(self, name)) for name in _fields(type(self))}
 
     @classmethod
     def from_json(cls: type[Kind], data: object, where: str, *, complete: bool = True, fix: str = DAMAGED) -> Kind:
@@ -106,37 +112,63 @@ class Spec:
         Raises:
             InputError: unknown or missing fields, or a value of another type or out of range; names the field.
         """
-        return _spec(cls, data, where, complete, fix)
+        return _read_spec(cls, data, _Place(where, complete, fix))
 
     @classmethod
     def from_config(cls: type[Kind], data: object, where: str = "architecture") -> Kind:
         """The spec in data that people write, as in `configs/`: fields with a default may be left out."""
-        return _spec(cls, data, where, complete=False, fix="")
+        return _read_spec(cls, data, _Place(where, complete=False, fix=""))
 
 
-def _read_hints(kind: type[Any]) -> Mapping[str, Any]:
+def field_words(kind: type[Spec]) -> dict[str, str]:
+    """Name of each field → what it may hold, in words."""
+    return {name: field.words for name, field in _fields(kind).items()}
+
+
+class _Place(NamedTuple):
+    """Where a reader stands in the data, and what it tells and asks there, as in `Spec.from_json`."""
+
+    where: str
+    complete: bool
+    fix: str
+
+    def at(self, step: str) -> _Place:
+        return _Place(f"{self.where}{step}", self.complete, self.fix)
+
+    def field(self, name: str) -> _Place:
+        return self.at(f".{name}" if ": " in self.where else f": {name}")
+
+
+class _Type(NamedTuple):
+    """An annotation, read.
+
+    Attributes:
+        words: what it allows, for errors.
+        fits: whether a Python value is of it.
+        read: JSON data with lists made tuples and objects made Specs, where it wants them; `fits` is asked later.
+        holds: what JSON holds there: an object, a list, or None for anything else.
+        spec: the Spec that the object is.
+    """
+
+    words: str
+    fits: Callable[[Any], bool]
+    read: Callable[[Any, _Place], Any]
+    holds: type[Mapping[str, Any]] | type[list[Any]] | None = None
+    spec: type[Spec] | None = None
+
+
+def _read_fields(kind: type[Any]) -> Mapping[str, _Type]:
     hints = get_type_hints(kind, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    return {field.name: _type_of(hints[field.name]) for field in dataclasses.fields(kind)}
 
 
-_hints: Callable[[Any], Mapping[str, Any]] = cache(_read_hints)
+_fields: Callable[[Any], Mapping[str, _Type]] = cache(_read_fields)
 
 
 def _required(kind: type[Any]) -> tuple[str, ...]:
     missing = dataclasses.MISSING
     fields = dataclasses.fields(kind)
     return tuple(field.name for field in fields if field.default is missing and field.default_factory is missing)
-
-
-def _refusal(field: str, expected: str, value: object, where: str, fix: str = "") -> InputError:
-    got = repr(_encoded(value))
-    return InputError(
-        f"field {field!r} has another type or value",
-        where=where,
-        expected=expected,
-        got=got if len(got) <= _MAX_SHOWN else got[:_MAX_SHOWN] + "…",
-        fix=fix,
-    )
 
 
 def _encoded(value: Any) -> Any:
@@ -147,129 +179,167 @@ def _encoded(value: Any) -> Any:
     return [_encoded(entry) for entry in value] if isinstance(value, tuple | list) else value
 
 
-def _spec(kind: type[Kind], data: object, where: str, complete: bool, fix: str) -> Kind:
+def _read_spec(kind: type[Kind], data: object, place: _Place) -> Kind:
+    where, fix = place.where, place.fix
     if not isinstance(data, Mapping):
-        shown = type(data).__name__
-        raise InputError(f"{kind.__name__} is no object", where=where, expected="an object", got=shown, fix=fix)
-    hints = _hints(kind)
+        raise InputError(f"{kind.__name__} is no object", where=where, expected="an object", got=repr(data), fix=fix)
+    fields = _fields(kind)
     for key in data:
-        if key not in hints:
-            raise InputError(f"unknown field {key!r}", where=where, fix=suggestion(str(key), hints))
-    missing = [name for name in (hints if complete else _required(kind)) if name not in data]
+        if key not in fields:
+            raise InputError(f"unknown field {key!r}", where=where, fix=suggestion(str(key), fields))
+    missing = [name for name in (fields if place.complete else _required(kind)) if name not in data]
     if missing:
         listed = ", ".join(missing)
-        raise InputError("missing fields", where=where, expected=", ".join(hints), got=f"no {listed}", fix=fix)
-    values = {}
-    for key, value in data.items():
-        values[key] = _decoded(
-            hints[key], value, f"{where}.{key}" if ":" in where else f"{where}: {key}", complete, fix
-        )
+        raise InputError("missing fields", where=where, expected=", ".join(fields), got=f"no {listed}", fix=fix)
+    # Most values are read as they are, and need no place: paths are a third of the time otherwise.
+    reads = {key: fields[key].read for key in data}
+    values = {key: v if reads[key] is _as_it_is else reads[key](v, place.field(key)) for key, v in data.items()}
     try:
         return kind(**values)
     except VlmExportError as error:
-        found = error.fix or fix
-        raise InputError(error.what, where=where, expected=error.expected, got=error.got, fix=found) from error
+        inside = where if error.where in ("", kind.__name__) else place.field(error.where).where
+        found = error.fix or fix or _yaml_fix(values, fields)
+        raise InputError(error.what, where=inside, expected=error.expected, got=error.got, fix=found) from error
 
 
-def _decoded(hint: Any, value: Any, where: str, complete: bool, fix: str) -> Any:
-    """The value with lists made tuples and objects made Specs, where the hint wants them; types are checked later."""
+def _yaml_fix(values: Mapping[str, Any], fields: Mapping[str, _Type]) -> str:
+    """What to do about the first value that YAML may have read as something else than its writer meant."""
+    value = next((value for name, value in values.items() if not fields[name].fits(value)), None)
+    if isinstance(value, str) and re.fullmatch(r"[0-9.]+e[+-]?[0-9]+", value):
+        return "YAML reads 1e-4 as text: write 0.0001"
+    return "YAML reads 2.0 and yes as text only in quotes" if isinstance(value, int | float) else ""
+
+
+def _type_of(hint: Any) -> _Type:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return _decoded(arguments[0], value, where, complete, fix)
+        return _checked_type(arguments[0], [entry for entry in arguments[1:] if isinstance(entry, Check)])
     if origin in (Union, types.UnionType):
-        return _decoded(_member(arguments, value), value, where, complete, fix)
-    if isinstance(hint, type) and issubclass(hint, Spec):
-        return _spec(hint, value, where, complete, fix)
-    if origin is tuple and isinstance(value, list):
-        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-        if len(kinds) != len(value):
-            return tuple(value)
-        items = enumerate(zip(kinds, value, strict=True))
-        return tuple(_decoded(kind, entry, f"{where}[{i}]", complete, fix) for i, (kind, entry) in items)
-    if origin is collections.abc.Mapping and isinstance(value, Mapping):
-        kind = arguments[1]
-        return {key: _decoded(kind, entry, f"{where}.{key}", complete, fix) for key, entry in value.items()}
-    # A whole number is a float to whoever writes JSON.
-    return float(value) if hint is float and type(value) is int and abs(value) <= MAX_INTEGER else value
-
-
-def _member(kinds: tuple[Any, ...], value: Any) -> Any:
-    """The type of a union that a JSON value is meant to be; any of them where it fits none."""
-    if isinstance(value, Mapping):
-        specs = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Spec)]
-        named = [kind for kind in specs if _kind_of(kind) in (None, value.get("kind"))]
-        # The one with the most of its keys there, so that the error is about the kind that was meant.
-        return max(named or specs or kinds, key=lambda kind: len(set(_hints(kind)) & set(value)) if named else 0)
-    plain = [kind for kind in kinds if _misfit(kind, tuple(value) if isinstance(value, list) else value) is None]
-    tuples = [kind for kind in kinds if get_origin(_bare(kind)) is tuple] if isinstance(value, list) else []
-    return (plain or tuples or [kind for kind in kinds if kind is not type(None)])[0]
-
-
-def _kind_of(spec: type[Any]) -> str | None:
-    hint = _hints(spec).get("kind")
-    return str(get_args(hint)[0]) if get_origin(hint) is Literal else None
-
-
-def _bare(hint: Any) -> Any:
-    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
-
-
-def _misfit(hint: Any, value: Any) -> str | None:
-    """What was expected, where the value does not fit; None where it does."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        checks = [entry for entry in arguments[1:] if isinstance(entry, Check)]
-        words = f"{_words(arguments[0])}, {', '.join(check.expected for check in checks)}"
-        if _misfit(arguments[0], value) is not None:
-            return words
-        optional = value is None
-        return None if optional or all(check.holds(value) for check in checks) else words
-    if origin in (Union, types.UnionType):
-        found = [_misfit(kind, value) for kind in arguments]
-        return None if None in found else " or ".join(str(words) for words in found)
-    return None if _fits(hint, value) else _words(hint)
-
-
-def _fits(hint: Any, value: Any) -> bool:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if hint is None or hint is type(None):
-        return value is None
+        return _union_type([_type_of(kind) for kind in arguments])
     if origin is Literal:
-        return any(type(value) is type(choice) and value == choice for choice in arguments)
-    if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    if hint is int:
-        return type(value) is int and abs(value) <= MAX_INTEGER
+        choices = {(type(choice), choice) for choice in arguments}
+        words = f"one of {', '.join(map(repr, arguments))}"
+        return _Type(words, lambda value: isinstance(value, _PLAIN) and (type(value), value) in choices, _as_it_is)
     if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-        return len(kinds) == len(value) and all(_misfit(k, v) is None for k, v in zip(kinds, value, strict=True))
+        return _list_type(arguments[0]) if arguments[-1] is Ellipsis else _tuple_type(arguments)
     if origin is collections.abc.Mapping:
+        return _mapping_type(_type_of(arguments[1]))
+    if isinstance(hint, type) and issubclass(hint, Spec):
+        spec: type[Spec] = hint
+        reads: Callable[[Any, _Place], Any] = lambda value, place: _read_spec(spec, value, place)  # noqa: E731
+        return _Type("an object", lambda value: isinstance(value, spec), reads, Mapping, spec)
+    if hint not in _PLAIN_TYPES:
+        raise TypeError(f"a Spec holds nothing of the type {hint}")
+    return _PLAIN_TYPES[hint]
+
+
+def _checked_type(hint: Any, checks: Sequence[Check]) -> _Type:
+    base = _type_of(hint)
+    words, joint = (_INTEGER, " ") if hint is int else (base.words, " " if hint is float else ": ")
+    return base._replace(
+        words=f"{words}{joint}{', '.join(check.expected for check in checks)}",
+        fits=lambda value: base.fits(value) and (value is None or all(check.holds(value) for check in checks)),
+    )
+
+
+def _union_type(members: Sequence[_Type]) -> _Type:
+    def read(value: Any, place: _Place) -> Any:
+        fitting = [member for member in members if member.holds and isinstance(value, member.holds)]
+        specs = [member.spec for member in fitting if member.spec is not None]
+        if specs:
+            return _read_spec(_meant(specs, value, place), value, place)
+        if fitting:
+            return fitting[0].read(value, place)
+        found = ((member, member.read(value, place)) for member in members if member.holds is None)
+        return next((kept for member, kept in found if member.fits(kept)), value)
+
+    words = " or ".join(member.words for member in members)
+    return _Type(words, lambda value: any(member.fits(value) for member in members), read)
+
+
+def _meant(specs: Sequence[type[Spec]], data: Mapping[str, Any], place: _Place) -> type[Spec]:
+    """The Spec that the data means: that of its `kind`, or else the one with the most of its keys."""
+    kinds = {_fields(spec)["kind"].words.removeprefix("one of "): spec for spec in specs if "kind" in _fields(spec)}
+    stated = repr(data.get("kind"))
+    if stated in kinds:
+        return kinds[stated]
+    if len(kinds) == len(specs) and ("kind" in data or place.complete):
+        expected, got = f"one of {', '.join(kinds)}", stated if "kind" in data else "no kind"
+        raise InputError(
+            "field 'kind' has another type or value", where=place.where, expected=expected, got=got, fix=place.fix
+        )
+    return max(specs, key=lambda spec: len(set(_fields(spec)) & set(data)))
+
+
+def _list_type(hint: Any) -> _Type:
+    entry = _type_of(hint)
+
+    def read(value: Any, place: _Place) -> Any:
+        if not isinstance(value, list):
+            return value
+        if entry.read is _as_it_is:
+            return tuple(value)
+        return tuple(entry.read(found, place.at(f"[{i}]")) for i, found in enumerate(value))
+
+    words = f"a list of which each entry is {entry.words}"
+    return _Type(words, lambda value: isinstance(value, tuple) and all(map(entry.fits, value)), read, list)
+
+
+def _tuple_type(hints: Sequence[Any]) -> _Type:
+    entries = [_type_of(hint) for hint in hints]
+
+    def fits(value: Any) -> bool:
+        if not isinstance(value, tuple) or len(value) != len(entries):
+            return False
+        return all(entry.fits(found) for entry, found in zip(entries, value, strict=True))
+
+    def read(value: Any, place: _Place) -> Any:
+        if not isinstance(value, list) or len(value) != len(entries):
+            return value
+        pairs = enumerate(zip(entries, value, strict=True))
+        return tuple(entry.read(found, place.at(f"[{i}]")) for i, (entry, found) in pairs)
+
+    words = f"a list of {len(entries)} entries: {', '.join(entry.words for entry in entries)}"
+    return _Type(words, fits, read, list)
+
+
+def _mapping_type(entry: _Type) -> _Type:
+    def fits(value: Any) -> bool:
         if not isinstance(value, Mapping):
             return False
-        return all(isinstance(key, str) and _misfit(arguments[1], entry) is None for key, entry in value.items())
-    return isinstance(value, hint)
+        return all(isinstance(key, str) and entry.fits(found) for key, found in value.items())
+
+    def read(value: Any, place: _Place) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {key: entry.read(found, place.field(key)) for key, found in value.items()}
+
+    return _Type(f"an object of which each value is {entry.words}", fits, read, Mapping)
 
 
-def _words(hint: Any) -> str:
-    """A type in words, for errors."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        checks = ", ".join(entry.expected for entry in arguments[1:] if isinstance(entry, Check))
-        return f"{_words(arguments[0])}, {checks}"
-    if origin in (Union, types.UnionType):
-        return " or ".join(_words(kind) for kind in arguments)
-    if origin is Literal:
-        return f"one of {', '.join(map(repr, arguments))}"
-    if hint is None or hint is type(None):
-        return "nothing (null)"
-    if origin is tuple:
-        if arguments[-1] is Ellipsis:
-            return f"a list of which each entry is {_words(arguments[0])}"
-        return f"a list of {len(arguments)} entries: {', '.join(_words(kind) for kind in arguments)}"
-    if origin is not None:
-        return f"an object of which each value is {_words(arguments[1])}"
-    return _JSON_KINDS.get(hint, "an object")
+def _as_it_is(value: Any, _place: _Place) -> Any:
+    return value
+
+
+def _is_integer(value: Any) -> bool:
+    return type(value) is int and -MAX_INTEGER <= value <= MAX_INTEGER
+
+
+def _is_number(value: Any) -> bool:
+    return _is_integer(value) or (type(value) is float and math.isfinite(value))
+
+
+def _read_number(value: Any, _place: _Place) -> Any:
+    # A whole number is a float to whoever writes JSON.
+    return float(value) if _is_integer(value) else value
+
+
+_PLAIN = (bool, int, float, str)
+_PLAIN_TYPES: Mapping[Any, _Type] = {
+    Any: _Type("any value", lambda value: True, _as_it_is),
+    type(None): _Type("nothing (null)", lambda value: value is None, _as_it_is),
+    bool: _Type("true or false", lambda value: type(value) is bool, _as_it_is),
+    int: _Type(f"{_INTEGER} from {-MAX_INTEGER} to {MAX_INTEGER}", _is_integer, _as_it_is),
+    float: _Type(_NUMBER, _is_number, _read_number),
+    str: _Type("a string", lambda value: isinstance(value, str), _as_it_is),
+}

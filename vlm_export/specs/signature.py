@@ -58,9 +58,11 @@ class Signature(Spec):
 
     def check(self) -> None:
         known = {axis.name for axis in self.axes}
+        if len(known) < len(self.axes):
+            raise self.refusal("axes", "axes of different names")
         for axis in self.axes:
             if not set(axis.sum_of) <= known or (axis.at_most is not None and axis.at_most not in known):
-                raise self.refusal("axes", f"{axis.name} to be the sum of, or bounded by, axes of the signature")
+                raise self.refusal("axes", f"{axis.name!r} to be the sum of, or bounded by, axes of the signature")
         for side in ("inputs", "outputs"):
             named = {entry for tensor in getattr(self, side) for entry in tensor.shape if isinstance(entry, str)}
             if not named <= known:

@@ -11,13 +11,17 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
-from vlm_export.specs.codec import Spec, above, between
+from vlm_export.specs.codec import Spec, above, below, between
 from vlm_export.specs.text import TokenId
 
 FirstToken: TypeAlias = Literal["cls", "enc"]
 ChatLayout: TypeAlias = Literal["prepended", "placeholders", "tiles"]
 Pooling: TypeAlias = Literal["in_graph", "mean"]
 Activation: TypeAlias = Literal["softmax", "sigmoid"]
+SamplingOrder: TypeAlias = Literal["temperature_first", "temperature_last"]
+"""How temperature, top-k and top-p combine. "temperature_first" (transformers): temperature, top-k, then top-p with the
+token that crosses the threshold. "temperature_last" (huggingface/nanoVLM): top-k, then top-p without that token, and
+the temperature last."""
 Tokens: TypeAlias = Annotated[int, between(1, 1 << 20)]
 Beams: TypeAlias = Annotated[int, between(1, 1000)]
 _MAX_LOG_SCALE = 100.0
@@ -74,11 +78,18 @@ class EmbedSpec(Spec):
     def check(self) -> None:
         if self.image is None and self.text is None:
             raise self.refusal("image", "an encoder of images, of texts, or both")
+        if self.score is not None and (self.image is None or self.text is None):
+            raise self.refusal("score", "nothing (null): one encoder alone compares nothing")
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts that the task runs."""
         return tuple(encoder.part for encoder in (self.image, self.text) if encoder is not None)
+
+    @property
+    def token_ids(self) -> frozenset[int]:
+        """It writes none."""
+        return frozenset()
 
     def limited_to(self, parts: Collection[str]) -> EmbedSpec | None:
         """The task with the encoders among those parts, None where there is none; one alone scores nothing."""
@@ -103,6 +114,11 @@ class SpecialTokens(Spec):
     pad: TokenId
     decoder_start: TokenId
     encoder_start: TokenId
+
+    @property
+    def ids(self) -> frozenset[int]:
+        """All of them."""
+        return frozenset((self.cls, self.sep, self.pad, self.decoder_start, self.encoder_start))
 
     def first(self, convention: FirstToken) -> int:
         """The id that starts a text under that convention."""
@@ -133,6 +149,11 @@ class MatchSpec(Spec):
         """The parts that the task runs."""
         return (self.vision, self.text, self.multimodal)
 
+    @property
+    def token_ids(self) -> frozenset[int]:
+        """Ids that the task writes."""
+        return self.tokens.ids
+
 
 @dataclass(frozen=True)
 class CaptionSpec(Spec):
@@ -161,6 +182,11 @@ class CaptionSpec(Spec):
         """The parts that the task runs."""
         return (self.vision, self.cross_key_values, self.decoder)
 
+    @property
+    def token_ids(self) -> frozenset[int]:
+        """Ids that the task writes."""
+        return self.tokens.ids
+
 
 @dataclass(frozen=True)
 class AnswerSpec(Spec):
@@ -181,7 +207,7 @@ class AnswerSpec(Spec):
     beams: Beams
     max_length: Tokens
     min_length: Annotated[int, between(0)]
-    label_smoothing: Annotated[float, between(0, 1)]
+    label_smoothing: Annotated[float, between(0, 1), below(1)]
     attend_padding: bool
     vision: str = "vision"
     encoder: str = "vqa_encoder"
@@ -191,13 +217,16 @@ class AnswerSpec(Spec):
 
     def check(self) -> None:
         _check_lengths(self)
-        if self.label_smoothing == 1:
-            raise self.refusal("label_smoothing", "a number, at least 0 and below 1")
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts that the task runs."""
         return (self.vision, self.encoder, self.cross_key_values, self.decoder)
+
+    @property
+    def token_ids(self) -> frozenset[int]:
+        """Ids that the task writes."""
+        return self.tokens.ids
 
 
 def _check_lengths(spec: CaptionSpec | AnswerSpec) -> None:
@@ -212,6 +241,7 @@ class SamplingSpec(Spec):
     top_k: Annotated[int, between(1)] | None
     top_p: Annotated[float, above(0), between(0, 1)] | None
     temperature: Annotated[float, above(0)]
+    order: SamplingOrder = "temperature_first"
 
 
 @dataclass(frozen=True)
@@ -267,6 +297,12 @@ class ChatSpec(Spec):
         """The parts that the task runs."""
         return (self.vision, self.embed_tokens, self.decoder)
 
+    @property
+    def token_ids(self) -> frozenset[int]:
+        """Ids that the task writes, or that end an answer."""
+        placeholder = () if self.image_token_id is None else (self.image_token_id,)
+        return frozenset((self.pad_token_id, *self.eos_token_ids, *placeholder))
+
     def check(self) -> None:
         has_token = bool(self.image_token) and self.image_token_id is not None
         if has_token == (self.layout == "prepended"):
@@ -293,6 +329,11 @@ class FeatureSpec(Spec):
     def parts(self) -> tuple[str, ...]:
         """The parts that the task runs."""
         return (self.part,)
+
+    @property
+    def token_ids(self) -> frozenset[int]:
+        """It writes none."""
+        return frozenset()
 
 
 TaskSpec: TypeAlias = EmbedSpec | MatchSpec | CaptionSpec | AnswerSpec | ChatSpec | FeatureSpec

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
-from vlm_export.bundle.strict_json import Fields
+from vlm_export.specs.codec import Check, Spec, below, between
 from vlm_export.verify.deviation import Deviation, worst_by_output
 from vlm_export.verify.metrics import Array, json_number
 
+Ratio: TypeAlias = Annotated[float, between(0, 1), below(1)]
 _NUMBERS = ("row_error", "max_abs", "scale")
 
 
@@ -103,26 +104,41 @@ class Floor:
         return {"rule": self.rule, "measured": self.measured, "allowance": self.allowance, "outputs": outputs}
 
 
+@dataclass(frozen=True)
+class _RecordedDeviation(Spec):
+    row_error: Ratio
+    max_abs: Ratio
+    scale: Ratio
+
+
+@dataclass(frozen=True)
+class _RecordedOutput(Spec):
+    floor: _RecordedDeviation
+    gate: Any
+    seen: Any
+    share: Any
+
+
+@dataclass(frozen=True)
+class _RecordedFloor(Spec):
+    """What `Floor.to_json` writes; of it the floors count, gates are made anew."""
+
+    rule: Annotated[str, Check(f"one of {', '.join(RULES)}", RULES.__contains__)]
+    measured: str
+    allowance: Any
+    outputs: Mapping[str, _RecordedOutput]
+
+
 def floor_from_json(data: Mapping[str, Any], where: str, allowance: float) -> Floor:
     """The floor that a manifest records; its gates are made anew by the rule.
 
     Raises:
         InputError: the record is malformed.
     """
-    fields = Fields(data, where).only(("rule", "measured", "allowance", "outputs"))
-    stated = fields.fields("outputs")
-    outputs = {}
-    for name in stated.data:
-        floor = stated.fields(name).only(("floor", "gate", "seen", "share")).fields("floor").only(_NUMBERS)
-        outputs[name] = Deviation(*(_ratio(floor, key) for key in _NUMBERS))
-    return Floor(fields.choice("rule", tuple(RULES)), outputs, fields.text("measured"), allowance)
-
-
-def _ratio(fields: Fields, key: str) -> float:
-    value = fields.data[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise fields.fail(key, "a ratio, at least 0 and below 1")
-    return float(value)
+    record = _RecordedFloor.from_json(data, where)
+    floors = {name: output.floor for name, output in record.outputs.items()}
+    outputs = {name: Deviation(floor.row_error, floor.max_abs, floor.scale) for name, floor in floors.items()}
+    return Floor(record.rule, outputs, record.measured, allowance)
 
 
 class FloorJudge:

@@ -68,14 +68,14 @@ def adjusted_scores(scores: FloatArray, ids: IdArray, options: GenerationOptions
 
 def narrowed_scores(scores: FloatArray, options: GenerationOptions) -> FloatArray:
     """Logits of the distribution that is sampled: minus infinity for tokens that may not be drawn."""
-    if options.sampling_rule == "transformers":
+    if options.sampling_order == "temperature_first":
         scores = _tempered(scores, options.temperature)
     if options.top_k is not None:
         scores = keep_top_k(scores, options.top_k)
     if options.top_p is not None and options.top_p < 1.0:
-        scores = keep_top_p(scores, options.top_p, with_crossing=options.sampling_rule == "transformers")
+        scores = keep_top_p(scores, options.top_p, with_crossing=options.sampling_order == "temperature_first")
     # huggingface/nanoVLM (models/vision_language_model.py, 2025) narrows the distribution before the temperature.
-    return _tempered(scores, options.temperature) if options.sampling_rule == "nanovlm" else scores
+    return _tempered(scores, options.temperature) if options.sampling_order == "temperature_last" else scores
 
 
 def penalise_repetition(scores: FloatArray, ids: IdArray, penalty: float) -> FloatArray:

@@ -20,21 +20,8 @@ from vlm_export.runtime.generation.options import (
     DecoderState,
     GenerationOptions,
     IdArray,
-    SamplingRule,
     checked_prompt,
-    padded_ids,
 )
-
-__all__ = [
-    "DecoderState",
-    "GenerationOptions",
-    "IdArray",
-    "NewToken",
-    "SamplingRule",
-    "generate",
-    "padded_ids",
-    "stream",
-]
 
 
 class NewToken(NamedTuple):

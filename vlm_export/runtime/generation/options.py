@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 from numbers import Integral, Real
-from typing import Literal, Protocol, TypeAlias, get_args
+from typing import Protocol, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from vlm_export.errors import UsageError
 from vlm_export.runtime.inputs.images import FloatArray
+from vlm_export.specs.tasks import SamplingOrder
 
 IdArray: TypeAlias = npt.NDArray[np.int64]
-SamplingRule: TypeAlias = Literal["transformers", "nanovlm"]
 
 
 class DecoderState(Protocol):
@@ -44,8 +44,7 @@ class GenerationOptions:
         length_penalty: a hypothesis counts as its log-probability divided by its length with prompt to this power.
         sample: draw tokens instead of taking the most probable.
         temperature, top_k, top_p: the distribution to draw from; None keeps all tokens.
-        sampling_rule: how the three combine. "transformers": temperature, top-k, then top-p with the token that
-            crosses the threshold. "nanovlm": top-k, then top-p without that token, and the temperature last.
+        sampling_order: how the three combine, see `SamplingOrder`.
         repetition_penalty: divides positive and multiplies negative scores of the tokens that a row has, its prompt
             included. With beams the scores are log-probabilities, otherwise logits.
         seed: of the draws, which are reproducible with equal logits but are not torch's. None: another each time.
@@ -65,7 +64,7 @@ class GenerationOptions:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
-    sampling_rule: SamplingRule = "transformers"
+    sampling_order: SamplingOrder = "temperature_first"
     repetition_penalty: float = 1.0
     seed: int | None = None
 
@@ -139,8 +138,8 @@ def _check_ranges(options: GenerationOptions) -> None:
     _check_number("length_penalty", options.length_penalty, above=-50.0, at_most=50.0)
     if options.top_p is not None:
         _check_number("top_p", options.top_p, above=0.0, at_most=1.0)
-    if options.sampling_rule not in get_args(SamplingRule):
-        _refuse("sampling_rule", " or ".join(get_args(SamplingRule)), options.sampling_rule)
+    if options.sampling_order not in get_args(SamplingOrder):
+        _refuse("sampling_order", " or ".join(get_args(SamplingOrder)), options.sampling_order)
 
 
 def _check_whole(name: str, value: object, lowest: int, *, optional: bool = False) -> None:

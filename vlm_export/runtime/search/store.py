@@ -14,10 +14,10 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any, BinaryIO, Literal, TypeAlias, cast, get_args
+from typing import Any, BinaryIO, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from vlm_export.bundle.staging import staged_file
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 from vlm_export.machine_faults import machine_fault
 from vlm_export.runtime.inputs.images import FloatArray
+from vlm_export.specs.codec import Spec
 
 ItemKind: TypeAlias = Literal["image", "text"]
 SCHEMA_VERSION = 1
@@ -35,7 +36,7 @@ METADATA_KEY = b"vlm_export"
 
 
 @dataclass(frozen=True)
-class EmbeddingsMeta:
+class EmbeddingsMeta(Spec):
     """Where embeddings come from.
 
     Attributes:
@@ -140,7 +141,7 @@ def read_embeddings(path: str | Path) -> Embeddings:
     read = {".npy": _read_npy, ".parquet": _read_parquet}[checked_suffix(source)]
     items, vectors, meta = read(source)
     fits = vectors.ndim == 2 and vectors.dtype == np.float32 and len(vectors) == len(items)
-    if not fits or not all(map(_is_text, items)):
+    if not fits or not all(isinstance(item, str) for item in items):
         raise InputError(
             "the embeddings are malformed",
             where=str(source),
@@ -199,7 +200,12 @@ def checked_suffix(path: Path) -> str:
 
 
 def _write_npy(target: Path, staged: Path, items: Sequence[str], vectors: FloatArray, meta: EmbeddingsMeta) -> None:
-    data = {"schema_version": SCHEMA_VERSION, **asdict(meta), "vectors_sha256": _sha256(vectors), "items": list(items)}
+    data = {
+        "schema_version": SCHEMA_VERSION,
+        **meta.to_json(),
+        "vectors_sha256": _sha256(vectors),
+        "items": list(items),
+    }
     with staged.open("wb") as file:
         np.save(file, vectors, allow_pickle=False)
         append_metadata(file, data)
@@ -308,7 +314,7 @@ def _write_parquet(target: Path, staged: Path, items: Sequence[str], vectors: Fl
         ) from error
     rows = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
     table = pa.table({"item": texts, "embedding": rows})
-    metadata = {METADATA_KEY: json.dumps({"schema_version": SCHEMA_VERSION, **asdict(meta)})}
+    metadata = {METADATA_KEY: json.dumps({"schema_version": SCHEMA_VERSION, **meta.to_json()})}
     pq.write_table(table.replace_schema_metadata(metadata), staged)
 
 
@@ -351,28 +357,22 @@ def _refuse_slices(data: Mapping[str, Any], source: Path) -> None:
             where=str(source),
             expected="unit-length embeddings, one for each picture or text",
             got=f"several features for each slice, made by {data.get('model')}",
-            fix="embed the pictures with a bundle of CLIP or BLIP",
+            fix="embed the images with a bundle that has the task embed",
         )
 
 
 def _meta_from_json(data: Mapping[str, Any], where: str) -> EmbeddingsMeta:
-    fields = {name: data.get(name) for name in ("kind", "model", "identity", "precision")}
-    known_schema = data.get("schema_version") == SCHEMA_VERSION
-    if not known_schema or fields["kind"] not in get_args(ItemKind) or not all(map(_is_text, fields.values())):
+    fix = "embed again with this version"
+    if data.get("schema_version") != SCHEMA_VERSION:
         raise InputError(
-            "the embeddings do not say what model made them",
+            "the embeddings were made by another version",
             where=where,
-            expected=f"schema_version {SCHEMA_VERSION} with kind, model, identity and precision",
-            got=repr({"schema_version": data.get("schema_version"), **fields}),
-            fix="embed again with this version",
+            expected=f"schema_version {SCHEMA_VERSION}",
+            got=f"schema_version {data.get('schema_version')!r:.80}",
+            fix=fix,
         )
-    return EmbeddingsMeta(
-        cast(ItemKind, fields["kind"]), str(fields["model"]), str(fields["identity"]), str(fields["precision"])
-    )
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    stated = {field.name: data[field.name] for field in fields(EmbeddingsMeta) if field.name in data}
+    return EmbeddingsMeta.from_json(stated, where, fix=fix)
 
 
 def _sha256(vectors: npt.NDArray[Any]) -> str:

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from vlm_export.runtime.engines.runs import batches
 from vlm_export.runtime.generation.embedding_decoder import EmbeddedDecoderState
-from vlm_export.runtime.generation.loop import GenerationOptions, generate, padded_ids, stream
-from vlm_export.runtime.generation.options import IdArray
+from vlm_export.runtime.generation.loop import generate, stream
+from vlm_export.runtime.generation.options import GenerationOptions, IdArray, padded_ids
 from vlm_export.runtime.generation.text_stream import TextStream
 from vlm_export.runtime.inputs.sources import Pictures, picture_list
 from vlm_export.runtime.session import Session
@@ -198,7 +198,7 @@ class ChatTask:
             temperature=1.0 if temperature is None else temperature,
             top_k=top_k,
             top_p=top_p,
-            sampling_rule="nanovlm",
+            sampling_order=chat.sampling.order,
             seed=seed,
         )
 
