@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from doc_pages import read_pages, write_or_check
+
 from vlm_export.checkpoint.known import KnownCheckpoint, known_names, load_known
 from vlm_export.cli.inspect_known import checkpoint_from_config
 from vlm_export.cli.main import build_parser
@@ -51,7 +52,9 @@ def table(name: str) -> str:
     if name == "graph options":
         return _table(("option", "meaning"), map(_option_row, _options(graph["store"], EVERY_VERB)))
     verbs = parsers_of(build_parser())
-    return _table(("argument", "meaning"), map(_option_row, _options(verbs[name.removeprefix("options of ")], EVERY_VERB)))
+    return _table(
+        ("argument", "meaning"), map(_option_row, _options(verbs[name.removeprefix("options of ")], EVERY_VERB))
+    )
 
 
 def parsers_of(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
