@@ -251,6 +251,26 @@ def test_without_a_kind_the_keys_decide() -> None:
     assert error.what == "unknown field 'y'"
 
 
+@dataclass(frozen=True)
+class Wide(Spec):
+    x: int
+    y: int
+    z: int = 0
+
+
+@dataclass(frozen=True)
+class Places(Spec):
+    wide_first: Wide | Point
+    point_first: Point | Wide
+
+
+def test_where_the_keys_fit_several_the_one_without_other_fields_is_meant() -> None:
+    written = {"x": 1, "y": 2}
+    assert Places.from_config({"wide_first": written, "point_first": written}) == Places(Point(1, 2), Point(1, 2))
+    full = {**written, "z": 3}
+    assert Places.from_config({"wide_first": full, "point_first": full}) == Places(Wide(1, 2, 3), Wide(1, 2, 3))
+
+
 def test_a_number_of_a_union_keeps_its_type() -> None:
     assert Drawing.from_json(data_of(entries=[1, "1", 0]), "x").entries == (1, "1", 0)
 
