@@ -6,6 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 from doc_pages import read_pages, write_or_check
@@ -39,6 +40,7 @@ def updated(page: str) -> str:
     return TABLE.sub(lambda match: match[1] + table(match[2]) + match[4], page)
 
 
+@cache
 def table(name: str) -> str:
     """The table of that name, in Markdown: "checkpoints", "graph verbs", "graph options", or "options of VERB"."""
     if name == "checkpoints":

@@ -40,8 +40,9 @@ def test_the_check_sees_changed_words_and_order(sessions: ModuleType, readme: st
 def test_python_of_readme_runs(readme: str, replayed_readme: Any, run_python: Callable[[str, Path], str]) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert len(code.split("\n\n", 1)[1].splitlines()) <= 10
-    checks = "assert image_embeds.shape == (2, 128)\nassert (image_embeds @ text_embeds.T).argmax(axis=1).tolist() == [0, 1]\n"
-    assert run_python(code + checks, replayed_readme.folder).startswith("['embed']\n")
+    shapes = "assert image_embeds.shape == text_embeds.shape == (2, 128)\n"
+    found = "assert (image_embeds @ text_embeds.T).argmax(axis=1).tolist() == [0, 1]\n"
+    assert run_python(code + shapes + found, replayed_readme.folder).startswith("['embed']\n")
 
 
 def test_quickstart_uses_the_bundle(
