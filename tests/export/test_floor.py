@@ -16,9 +16,9 @@ import torch
 from onnx import numpy_helper
 
 from vlm_export.export.backends import export_part
+from vlm_export.export.fp16_proof import rounded_points
 from vlm_export.export.options import Precision
 from vlm_export.export.reference_precision import float16_outputs, float64_outputs
-from vlm_export.export.rounded import rounded_points
 from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.verification import PartVerification, part_samples
 from vlm_export.export.writer import write_graph
