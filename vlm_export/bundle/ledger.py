@@ -190,7 +190,7 @@ def ledger_differences(recorded: GraphLedger, found: GraphLedger) -> list[str]:
         elif entry.sha256 != other.sha256:
             differences.append(f"{_named(entry)} has other values")
     if not differences and recorded.sha256 != found.sha256:
-        differences.append("its nodes, their attributes or its interface are others")
+        differences.append("its nodes, their attributes or its interface differ")
     return differences
 
 

@@ -6,19 +6,20 @@ computed in float32 with the weights that were not rounded, since rounding hides
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 
+from vlm_export.export.ledger import original_of
 from vlm_export.export.options import FP16, FP32
 from vlm_export.export.verification import PartVerification
 from vlm_export.export.writer import write_graph
 from vlm_export.family import Reference
 from vlm_export.precision.fp16_rounding import round_every_float16
-from vlm_export.precision.unrounded import Original, undo_rounding
+from vlm_export.precision.unrounded import undo_rounding
 from vlm_export.runtime.engine import Engine
 from vlm_export.verify.floor import FloorJudge
 from vlm_export.verify.grid import least_grid
@@ -54,7 +55,7 @@ def unrounded_report(
     start: StartEngine,
     verification: PartVerification,
     reference: Reference,
-    original: Callable[[str], Original | None],
+    constants: Callable[[ir.Model], Mapping[str, ir.TensorProtocol]],
     *,
     engine_name: str,
     scratch: Path,
@@ -62,7 +63,7 @@ def unrounded_report(
     """The graph in float32 with the weights that were not rounded, by the gates and the floor of float32.
 
     Args:
-        original: from `original_of`.
+        constants: of the graph, what initializers held that are no parameters, before they were rounded.
         scratch: a directory with room for the weights in float32.
 
     Returns:
@@ -71,7 +72,7 @@ def unrounded_report(
     if verification.is_huge:
         return f"{NOT_UNROUNDED}its weights would be written a second time, which takes too long"
     model = ir.load(path)
-    unknown = undo_rounding(model, original)
+    unknown = undo_rounding(model, original_of(verification.part, model, constants(model)))
     if unknown:
         return f"{NOT_UNROUNDED}what {', '.join(unknown[:3])} held before it was rounded is not recorded"
     with TemporaryDirectory(dir=scratch) as folder:

@@ -51,25 +51,34 @@ def folded_sources(graph: ir.Model) -> dict[str, tuple[str, ...]]:
     return {name: made_of(value) for name, value in graph.graph.initializers.items() if made_of(value)}
 
 
-def original_of(part: Part, constants: Mapping[str, ir.TensorProtocol]) -> Callable[[str], Original | None]:
+def original_of(
+    part: Part, graph: ir.Model, constants: Mapping[str, ir.TensorProtocol]
+) -> Callable[[str], Original | None]:
     """Tells of an initializer what makes the float32 tensor that it was before it was rounded, None where nothing does.
 
-    A weight comes from the module's parameters, so that a wrong weight in the graph is no excuse for itself.
+    Weights are the module's parameters, so that a wrong one in the graph is no excuse for itself.
 
     Args:
         constants: what other initializers held, from `rounded_from` or from `recorded_constants`.
     """
     tensors = _parameters(part.module)
+    # Apart from the graph, whose initializers the caller replaces.
+    initializers = {name: value.const_value for name, value in graph.graph.initializers.items()}
 
-    def original(name: str) -> Original | None:
-        if _made(name, part.module, tensors) is not None:
-            return lambda: _tensor(name)
-        return (lambda: constants[name]) if name in constants else None
+    def weight(name: str) -> _Made | None:
+        stored = initializers[name]
+        return None if stored is None else _weight(name, stored, part.module, tensors)
 
-    def _tensor(name: str) -> ir.TensorProtocol:
-        made = _made(name, part.module, tensors)
+    def tensor(name: str) -> ir.TensorProtocol:
+        made = weight(name)
         assert made is not None
         return ir.tensor(np.ascontiguousarray(made.values), name=name)
+
+    def original(name: str) -> Original | None:
+        # Folded weights are computed again when they are written, so that one is in memory at a time.
+        if weight(name) is not None:
+            return partial(tensor, name)
+        return partial(constants.__getitem__, name) if name in constants else None
 
     return original
 
@@ -122,7 +131,7 @@ def account_for(
     for entry in found.entries:
         constant = stored[entry.name].const_value
         assert constant is not None
-        made, before = _made(entry.name, part.module, tensors), None
+        made, before = _weight(entry.name, constant, part.module, tensors), None
         if made is None:
             made, before = _unnamed(entry.name, constant, tensors, computed), (constants or {}).get(entry.name)
             if made is not None and before is not None:
@@ -157,6 +166,21 @@ def _parameters(module: nn.Module) -> dict[str, Tensor]:
 def _array(tensor: Tensor) -> Array:
     values: Array = tensor.detach().numpy()
     return values
+
+
+def _weight(name: str, stored: ir.TensorProtocol, module: nn.Module, tensors: Mapping[str, Tensor]) -> _Made | None:
+    """The parameter that the initializer is, by its name or else by its values; None where it is none."""
+    return _made(name, module, tensors) or _equal_parameter(stored.numpy(), tensors)
+
+
+def _equal_parameter(values: Array, tensors: Mapping[str, Tensor]) -> _Made | None:
+    """Simplification moves small weights as it moves constants, and calls them by the name of the value they become."""
+    for name, tensor in tensors.items():
+        own = _array(tensor)
+        for array, transformation in ((own, "as it is"), (own.T, "transposed")):
+            if values.ndim and array.shape == values.shape and not _other_rows(array, values, 0):
+                return _Made(array, (name,), transformation)
+    return None
 
 
 def _made(name: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> _Made | None:
@@ -204,10 +228,7 @@ def _folded(stem: str, kind: str, module: nn.Module) -> _Made | None:
 def _unnamed(
     name: str, constant: ir.TensorProtocol, tensors: Mapping[str, Tensor], computed: Mapping[str, Sequence[str]] | None
 ) -> _Made | None:
-    values: Array = constant.numpy()
-    for other, tensor in tensors.items():
-        if tuple(tensor.shape) == values.shape and values.ndim and np.array_equal(_array(tensor), values):
-            return _Made(None, (other,), "as it is")
+    """What is no parameter itself."""
     sources = [source.removesuffix(".transposed") for source in (computed or {}).get(name, ())]
     if weights := tuple(dict.fromkeys(source for source in sources if source in tensors)):
         return _Made(None, weights, "computed from weights alone")

@@ -24,7 +24,7 @@ from vlm_export.export.backends import Exporter, choose_exporter, choose_lowerin
 from vlm_export.export.bundle_manifest import check_publishable, manifest_from_model, with_contract
 from vlm_export.export.contract import prove_contract, sides_of
 from vlm_export.export.fp16_proof import rounded_points, unrounded_report
-from vlm_export.export.ledger import account_for, folded_sources, original_of
+from vlm_export.export.ledger import account_for, folded_sources
 from vlm_export.export.options import FP32, ExportOptions, Precision
 from vlm_export.export.parts import check_pictures, needed_bytes, planned_parts, select_parts
 from vlm_export.export.preprocessing_part import add_preprocessing
@@ -232,9 +232,10 @@ class _Job:
             rounded = rounded_points(path, start, verification, reference, floor)
             noise = report.floor if floor is None else floor.floor
             report = replace(report, points=(*report.points, *rounded), floor=noise)
-            original = original_of(verification.part, written.constants)
             scratch = staging.path / _SCRATCH
-            found = unrounded_report(path, start, verification, reference, original, engine_name=label, scratch=scratch)
+            found = unrounded_report(
+                path, start, verification, reference, lambda _: written.constants, engine_name=label, scratch=scratch
+            )
             return report.with_unrounded(found)
 
     def _start_engine(self, weights_bytes: int, path: Path) -> OrtEngine:

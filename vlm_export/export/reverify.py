@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import onnx_ir as ir
-
 from vlm_export.bundle import layout
 from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest, VariantRecord
 from vlm_export.bundle.opened import OpenBundle
@@ -20,7 +18,7 @@ from vlm_export.errors import InputError
 from vlm_export.export.bundle_manifest import planned_manifest
 from vlm_export.export.contract import repeat_contract, source_tokenizer
 from vlm_export.export.fp16_proof import NOT_UNROUNDED, unrounded_report
-from vlm_export.export.ledger import account_for, original_of, recorded_constants
+from vlm_export.export.ledger import account_for, recorded_constants
 from vlm_export.export.options import FP16, ExportOptions
 from vlm_export.export.parts import select_parts
 from vlm_export.export.preprocessing_part import PART_NAME, add_preprocessing
@@ -133,15 +131,13 @@ def _unrounded(
     ledger = read_ledger(bundle)
     if ledger is None or variant.file not in ledger:
         return f"{NOT_UNROUNDED}the bundle has no ledger"
-    path = bundle.file(variant.file)
-    original = original_of(verification.part, recorded_constants(ledger[variant.file], ir.load(path)))
     start = partial(verifying_engine, weights_bytes=verification.weights_bytes, threads=threads)
     return unrounded_report(
-        path,
+        bundle.file(variant.file),
         start,
         verification,
         reference,
-        original,
+        partial(recorded_constants, ledger[variant.file]),
         engine_name=engine_label((CPU,)),
         scratch=scratch,
     )
