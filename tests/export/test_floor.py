@@ -18,6 +18,7 @@ from faults.graph import GRAPH_FAULTS, GraphFault
 from onnx import numpy_helper
 
 from vlm_export.export.backends import export_part
+from vlm_export.export.floor import measure_noise, measure_noise_around
 from vlm_export.export.fp16_proof import rounded_points
 from vlm_export.export.options import Precision
 from vlm_export.export.reference_precision import float16_outputs, float64_outputs
@@ -215,3 +216,20 @@ def test_coordinates_are_not_rounded_and_activations_are() -> None:
     ratio: Arrays = {"y": rounded[0, 1:] / exact[0, 1:]}
     assert np.abs(ratio["y"] - 1).max() < 2**-9
     assert not np.array_equal(rounded, exact)
+
+
+class Cancelling(torch.nn.Module):
+    """Rounds to multiples of 2**-7 in float32, and leaves such multiples as they are."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x + 2.0**16) - 2.0**16
+
+
+@pytest.mark.parametrize(("values", "noise"), [(2, (5e-4, 1e-2)), (32, (0, 0))])
+def test_few_values_have_the_noise_of_their_neighbours(values: int, noise: tuple[float, float]) -> None:
+    inputs = {"x": np.full((1, values), 0.5, np.float32)}
+    row = TensorSpec("x", "float32", (1, values))
+    signature = Signature((row,), (TensorSpec("y", "float32", (1, values)),), ())
+    reference = reference_from_module(Part("p", Cancelling(), signature, lambda sizes, seed: inputs))
+    assert measure_noise(reference, "fp32", inputs)["y"].max_abs == 0
+    assert noise[0] <= measure_noise_around(reference, "fp32", inputs)["y"].max_abs <= noise[1]
