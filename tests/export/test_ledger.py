@@ -149,7 +149,7 @@ def test_a_float16_graph_is_computed_in_float32_with_the_numbers_that_the_ledger
     assert report.unrounded is not None
     assert not report.unrounded.passed
     with pytest.raises(VerificationError, match="fp16 unrounded"):
-        report.raise_if_failed()
+        report.unrounded.raise_if_failed()
 
 
 def _verified(bundle: Path) -> list[PartReport]:
