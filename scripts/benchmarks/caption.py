@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import BlipConfig, BlipForConditionalGeneration
-from vlm_export.runtime.generation.loop.cross_attention_decoder import CrossAttentionState
-from vlm_export.runtime.generation.loop.loop import generate
-from vlm_export.runtime.generation.loop.options import GenerationOptions
+from vlm_export.runtime.generation.cross_attention_decoder import CrossAttentionState
+from vlm_export.runtime.generation.loop import generate
+from vlm_export.runtime.generation.options import GenerationOptions
 
 from benchmarks.export import export_random
 from benchmarks.report import Bars, Report, Table

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
-from vlm_export.runtime.generation.loop.loop import generate
-from vlm_export.runtime.generation.loop.options import GenerationOptions
+from vlm_export.runtime.generation.loop import generate
+from vlm_export.runtime.generation.options import GenerationOptions
 
 from demo.accuracy import held_out_drawings
 from demo.blip_vocab import Ids, token_rows

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from vlm_export.runtime.generation.loop.embedding_decoder import EMBEDS, IDS, EmbeddedDecoderState, left_padded
-from vlm_export.runtime.generation.loop.loop import generate
-from vlm_export.runtime.generation.loop.options import GenerationOptions
+from vlm_export.runtime.generation.embedding_decoder import EMBEDS, IDS, EmbeddedDecoderState, left_padded
+from vlm_export.runtime.generation.loop import generate
+from vlm_export.runtime.generation.options import GenerationOptions
 
 from demo.checkpoint import load_model, pixel_values
 from vlm_export.family import Model, Part
