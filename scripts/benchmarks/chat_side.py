@@ -51,7 +51,6 @@ def _bundle(name: str, bundle: Path, weights: Path, threads: int) -> tuple[Gener
     from vlm_export.runtime.generation.embedding_decoder import EmbeddedDecoderState
     from vlm_export.runtime.generation.loop import stream
     from vlm_export.runtime.generation.options import GenerationOptions
-
     from vlm_export.runtime.load import load
     from vlm_export.runtime.tasks.chat_rows import ChatRow
     from vlm_export.specs import ImageSpec
