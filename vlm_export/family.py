@@ -16,7 +16,7 @@ from vlm_export.original import Original
 from vlm_export.specs import MAX_IMAGE_SIZE_PIXELS, AnyImageSpec, Origins, TextSpec
 from vlm_export.specs.codec import Spec, between
 from vlm_export.specs.signature import Signature
-from vlm_export.specs.tasks import TaskSpec
+from vlm_export.specs.tasks import FoundTask, TaskSpec, find_task
 
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]
@@ -185,6 +185,10 @@ class Model:
     reserved_rows: int = 0
     with_tokenizer: Callable[[Model, TokenizerIds], Model] = lambda model, _: model
     origins: Origins = field(default_factory=Origins)
+
+    def task(self, kind: type[FoundTask]) -> FoundTask | None:
+        """What the model can be asked of that kind, None where it cannot."""
+        return find_task(self.tasks, kind)
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import BlipConfig, BlipForConditionalGeneration
-from vlm_export.runtime.generation.loop.cross_attention_decoder import CrossAttentionState
-from vlm_export.runtime.generation.loop.loop import generate
-from vlm_export.runtime.generation.loop.options import GenerationOptions
 
 from benchmarks.export import export_random
 from benchmarks.report import Bars, Report, Table
@@ -26,6 +23,9 @@ from vlm_export.checkpoint.known import load_known
 from vlm_export.checkpoint.random import random_checkpoint
 from vlm_export.family import Checkpoint
 from vlm_export.models.registry import load_family
+from vlm_export.runtime.generation.cross_attention_decoder import CrossAttentionState
+from vlm_export.runtime.generation.loop import generate
+from vlm_export.runtime.generation.options import GenerationOptions
 from vlm_export.specs.tasks import CaptionSpec, SpecialTokens
 
 GOAL_RATIO = 1.5

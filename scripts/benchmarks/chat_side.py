@@ -48,10 +48,9 @@ def _inputs(size: int, vocab_size: int, tokens: int) -> tuple[npt.NDArray[np.flo
 
 
 def _bundle(name: str, bundle: Path, weights: Path, threads: int) -> tuple[Generate, Form]:
-    from vlm_export.runtime.generation.loop.embedding_decoder import EmbeddedDecoderState
-    from vlm_export.runtime.generation.loop.loop import stream
-    from vlm_export.runtime.generation.loop.options import GenerationOptions
-
+    from vlm_export.runtime.generation.embedding_decoder import EmbeddedDecoderState
+    from vlm_export.runtime.generation.loop import stream
+    from vlm_export.runtime.generation.options import GenerationOptions
     from vlm_export.runtime.load import load
     from vlm_export.runtime.tasks.chat_rows import ChatRow
     from vlm_export.specs import ImageSpec

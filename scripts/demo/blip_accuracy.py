@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
-from vlm_export.runtime.generation.loop.loop import generate
-from vlm_export.runtime.generation.loop.options import GenerationOptions
 
 from demo.accuracy import held_out_drawings
 from demo.blip_vocab import Ids, token_rows
 from demo.questions import KINDS, PROMPT, Question, ask
 from demo.sentences import caption
 from demo.world import HELD_OUT, Drawing
+from vlm_export.runtime.generation.loop import generate
+from vlm_export.runtime.generation.options import GenerationOptions
 from vlm_export.runtime.inputs.images import preprocess_image
 from vlm_export.specs import ImageSpec
 

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from vlm_export.runtime.generation.loop.embedding_decoder import EMBEDS, IDS, EmbeddedDecoderState, left_padded
-from vlm_export.runtime.generation.loop.loop import generate
-from vlm_export.runtime.generation.loop.options import GenerationOptions
 
 from demo.checkpoint import load_model, pixel_values
 from vlm_export.family import Model, Part
 from vlm_export.runtime.engines.onnxruntime import Array, Port
+from vlm_export.runtime.generation.embedding_decoder import EMBEDS, IDS, EmbeddedDecoderState, left_padded
+from vlm_export.runtime.generation.loop import generate
+from vlm_export.runtime.generation.options import GenerationOptions
 from vlm_export.runtime.inputs.chat_prompt import PromptWriter
 from vlm_export.runtime.inputs.images import FloatArray
 from vlm_export.runtime.inputs.texts import Tokenizer

@@ -17,6 +17,7 @@ from vlm_export.errors import InputError, UsageError
 from vlm_export.family import BuildOptions, Description, Model
 from vlm_export.models.recognition import left_out_warnings
 from vlm_export.models.registry import identify
+from vlm_export.specs.tasks import EmbedSpec, EncoderSpec
 
 Weights = dict[str, torch.Tensor]
 Build = Callable[..., Model]
@@ -65,7 +66,10 @@ def refusal(path: Path) -> str:
 def test_a_scale_with_axes_of_one(tmp_path: Path, weights: Weights, build_model: Build, shape: tuple[int, ...]) -> None:
     boxed = {**weights, "logit_scale": weights["logit_scale"].reshape(shape)}
     model = build_model(saved(boxed, tmp_path / "scale.pt"))
-    assert model.facts["logit_scale"] == pytest.approx(float(weights["logit_scale"]), abs=0)
+    task = model.task(EmbedSpec)
+    assert task is not None
+    assert task.score is not None
+    assert task.score.logit_scale == pytest.approx(float(weights["logit_scale"]), abs=0)
 
 
 def test_a_sigmoid_loss_is_named(tmp_path: Path, weights: Weights) -> None:
@@ -160,7 +164,8 @@ def test_single_towers(towers: Path, build_model: Build, name: str) -> None:
     stated = model.hub_config["architectures"]
     assert part.name == ("vision" if name == "vision" else "text")
     assert model.reference_name == f"transformers {stated[0]}"
-    assert "logit_scale" not in model.facts
+    encoder = EncoderSpec(part.name, part.signature.output_names[0])
+    assert model.tasks == (EmbedSpec(*((encoder, None) if name == "vision" else (None, encoder))),)
     assert (model.image is None, model.text is None) == (name != "vision", name == "vision")
     inputs = part.examples({"batch": 3, "sequence": 9}, 0)
     original = getattr(transformers, stated[0]).from_pretrained(towers / name).eval()

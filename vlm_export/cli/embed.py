@@ -91,7 +91,7 @@ def _write_embeddings(
 
 
 def _write_features(model: Model, args: argparse.Namespace, pictures: list[Path], skipped: list[Path]) -> int:
-    from vlm_export.runtime.search.store.feature_files import SliceFileMeta, write_slice_features
+    from vlm_export.runtime.search.feature_files import SliceFileMeta, write_slice_features
     from vlm_export.runtime.tasks.features import SLICE_BATCH_SIZE
 
     task = model.slices

@@ -32,8 +32,10 @@ def check_ledger(bundle: OpenBundle, variant: VariantRecord) -> tuple[str, ...]:
     if ledger is None:
         return (NO_LEDGER,)
     bundle.model_files(variant)
-    recorded = ledger.get(variant.file, GraphLedger(variant.file, "", ()))
-    differences = ledger_differences(recorded, found_ledger(bundle.root, variant.file))
+    recorded = ledger.get(variant.file)
+    differences = ["the ledger does not list it"]
+    if recorded is not None:
+        differences = ledger_differences(recorded, found_ledger(bundle.root, variant.file))
     if differences:
         raise VerificationError(
             "a graph is not the one that was exported",

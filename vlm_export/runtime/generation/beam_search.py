@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from vlm_export.runtime.generation.loop.logits import adjusted_scores, log_probabilities, next_logits
-from vlm_export.runtime.generation.loop.options import DecoderState, GenerationOptions, IdArray
+from vlm_export.runtime.generation.logits import adjusted_scores, log_probabilities, next_logits
+from vlm_export.runtime.generation.options import DecoderState, GenerationOptions, IdArray
 from vlm_export.runtime.inputs.images import FloatArray
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from vlm_export.errors import InputError
 from vlm_export.runtime.engines.onnxruntime import Array, Port
-from vlm_export.runtime.generation.loop.options import IdArray
+from vlm_export.runtime.generation.options import IdArray
 
 PAST, PRESENT = "past_key_values.", "present."
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from vlm_export.errors import InputError
 from vlm_export.runtime.engines.onnxruntime import Array, Engine
-from vlm_export.runtime.generation.loop.cache import PAST, PRESENT, no_tokens, present_name, taken_rows
-from vlm_export.runtime.generation.loop.options import IdArray
+from vlm_export.runtime.generation.cache import PAST, PRESENT, no_tokens, present_name, taken_rows
+from vlm_export.runtime.generation.options import IdArray
 from vlm_export.runtime.inputs.images import FloatArray
 
 _OWN, _SOURCE = ".decoder.", ".encoder."

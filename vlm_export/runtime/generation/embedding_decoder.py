@@ -14,8 +14,8 @@ import numpy as np
 
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.engines.onnxruntime import Array, Engine
-from vlm_export.runtime.generation.loop.cache import PAST, no_tokens, present_name, taken_rows
-from vlm_export.runtime.generation.loop.options import IdArray
+from vlm_export.runtime.generation.cache import PAST, no_tokens, present_name, taken_rows
+from vlm_export.runtime.generation.options import IdArray
 from vlm_export.runtime.inputs.images import FloatArray
 
 IDS, EMBEDS, MASK, POSITIONS, LOGITS = "input_ids", "inputs_embeds", "attention_mask", "position_ids", "logits"

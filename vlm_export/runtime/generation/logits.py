@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlm_export.errors import InputError, UsageError
-from vlm_export.runtime.generation.loop.options import DecoderState, GenerationOptions, IdArray
+from vlm_export.runtime.generation.options import DecoderState, GenerationOptions, IdArray
 from vlm_export.runtime.inputs.images import FloatArray
 
 

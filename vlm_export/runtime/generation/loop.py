@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from vlm_export.errors import UsageError
-from vlm_export.runtime.generation.loop.beam_search import search_beams
-from vlm_export.runtime.generation.loop.logits import adjusted_scores, draw_tokens, narrowed_scores, next_logits
-from vlm_export.runtime.generation.loop.options import (
+from vlm_export.runtime.generation.beam_search import search_beams
+from vlm_export.runtime.generation.logits import adjusted_scores, draw_tokens, narrowed_scores, next_logits
+from vlm_export.runtime.generation.options import (
     DecoderState,
     GenerationOptions,
     IdArray,

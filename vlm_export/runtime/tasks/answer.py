@@ -11,8 +11,8 @@ import numpy as np
 
 from vlm_export.errors import UsageError
 from vlm_export.runtime.engines.onnxruntime import Array
-from vlm_export.runtime.generation.loop.loop import generate
-from vlm_export.runtime.generation.loop.options import IdArray
+from vlm_export.runtime.generation.loop import generate
+from vlm_export.runtime.generation.options import IdArray
 from vlm_export.runtime.inputs.sources import Pictures
 from vlm_export.runtime.inputs.text_cleaning import clean_question
 from vlm_export.runtime.session import Session

@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from vlm_export.errors import InputError
 from vlm_export.runtime.engines.runs import batches
-from vlm_export.runtime.generation.loop.cross_attention_decoder import CrossAttentionState
-from vlm_export.runtime.generation.loop.logits import log_probabilities
-from vlm_export.runtime.generation.loop.options import IdArray
+from vlm_export.runtime.generation.cross_attention_decoder import CrossAttentionState
+from vlm_export.runtime.generation.logits import log_probabilities
+from vlm_export.runtime.generation.options import IdArray
 from vlm_export.runtime.inputs.images import FloatArray
 
 

@@ -11,8 +11,8 @@ from tqdm import tqdm
 from vlm_export.errors import UsageError
 from vlm_export.runtime.engines.onnxruntime import Array
 from vlm_export.runtime.engines.runs import batches
-from vlm_export.runtime.generation.loop.cross_attention_decoder import CrossAttentionState
-from vlm_export.runtime.generation.loop.options import GenerationOptions, IdArray
+from vlm_export.runtime.generation.cross_attention_decoder import CrossAttentionState
+from vlm_export.runtime.generation.options import GenerationOptions, IdArray
 from vlm_export.runtime.inputs.images import PictureSource
 from vlm_export.runtime.inputs.sources import Pictures, decoder_threads, picture_list, text_list
 from vlm_export.runtime.session import Session

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vlm_export.runtime.generation.loop.loop import generate
-from vlm_export.runtime.generation.loop.options import IdArray
+from vlm_export.runtime.generation.loop import generate
+from vlm_export.runtime.generation.options import IdArray
 from vlm_export.runtime.inputs.sources import Pictures, picture_list
 from vlm_export.runtime.session import Session
 from vlm_export.runtime.tasks.attending import HIDDEN, beam_options, decoder_state, image_rows

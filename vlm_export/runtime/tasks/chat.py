@@ -12,10 +12,10 @@ from itertools import groupby
 from tqdm import tqdm
 
 from vlm_export.runtime.engines.runs import batches
-from vlm_export.runtime.generation.loop.embedding_decoder import EmbeddedDecoderState
-from vlm_export.runtime.generation.loop.loop import generate, stream
-from vlm_export.runtime.generation.loop.options import GenerationOptions, IdArray, padded_ids
-from vlm_export.runtime.generation.loop.text_stream import TextStream
+from vlm_export.runtime.generation.embedding_decoder import EmbeddedDecoderState
+from vlm_export.runtime.generation.loop import generate, stream
+from vlm_export.runtime.generation.options import GenerationOptions, IdArray, padded_ids
+from vlm_export.runtime.generation.text_stream import TextStream
 from vlm_export.runtime.inputs.sources import Pictures, picture_list
 from vlm_export.runtime.session import Session
 from vlm_export.runtime.tasks.chat_rows import ChatRow, ChatRows, RowPictures, paired_rows, picture_tuple

@@ -11,7 +11,7 @@ import numpy as np
 
 from vlm_export.bundle.layout import TOKENIZER_NAME
 from vlm_export.errors import InputError, UsageError
-from vlm_export.runtime.generation.loop.embedding_decoder import EMBEDS, IDS, EmbeddedRows, left_padded
+from vlm_export.runtime.generation.embedding_decoder import EMBEDS, IDS, EmbeddedRows, left_padded
 from vlm_export.runtime.inputs.chat_prompt import PromptForm, PromptWriter
 from vlm_export.runtime.inputs.images import FloatArray, PictureSource
 from vlm_export.runtime.inputs.sources import decoder_threads, picture_list, text_list
