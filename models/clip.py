@@ -160,7 +160,11 @@ def _architecture(checkpoint: Checkpoint, options: BuildOptions = DEFAULT_BUILD)
 
 
 def _is_huggingface(checkpoint: Checkpoint) -> bool:
-    return any(key in checkpoint.tensors for key in ("visual_projection.weight", "text_projection.weight"))
+    # open_clip's text encoder with a bias behind its projection has a `text_projection.weight` of its own.
+    keys = checkpoint.tensors
+    return any(key in keys for key in ("visual_projection.weight", "text_projection.weight")) and (
+        "visual.conv1.weight" not in keys
+    )
 
 
 def _parts(

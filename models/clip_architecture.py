@@ -176,6 +176,7 @@ def architecture_from_huggingface(checkpoint: Checkpoint) -> ClipArchitecture:
             got="no config.json",
             fix="put the model's config.json beside the weights file; the code that made both saves them together",
         )
+    _check_towers(checkpoint)
     vision_config, text_config = _tower_config(checkpoint, "vision"), _tower_config(checkpoint, "text")
     shapes = Shapes(checkpoint)
     towers = [config for config in (vision_config, text_config) if config is not None]
@@ -196,6 +197,22 @@ def architecture_from_huggingface(checkpoint: Checkpoint) -> ClipArchitecture:
     return _checked(
         ClipArchitecture("huggingface", embed_dim, cast(Activation, activation), eps, vision, text), checkpoint
     )
+
+
+def _check_towers(checkpoint: Checkpoint) -> None:
+    """InputError when config.json is of other towers than the weights are."""
+    projections = {"vision": "visual_projection.weight", "text": "text_projection.weight"}
+    found = [tower for tower, key in projections.items() if key in checkpoint.tensors]
+    alone = one_tower(checkpoint)
+    stated = list(projections) if alone is None else [alone]
+    if found != stated:
+        raise InputError(
+            "config.json and the weights are of different encoders of CLIP",
+            where=f"{checkpoint.source}: config.json: model_type",
+            expected=f"that of the {' and the '.join(found)} encoder, as the weights are",
+            got=f"that of the {' and the '.join(stated)} encoder",
+            fix="take the config.json that was saved with these weights",
+        )
 
 
 def _huggingface_vision(shapes: Shapes, config: Mapping[str, Any]) -> VitSizes:

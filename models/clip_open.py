@@ -67,7 +67,8 @@ _VISION: Mapping[str, tuple[Any, ...]] = {
     "timm_model_name": _ABSENT,
     "attentional_pool": (False,),
     "no_ln_pre": (False,),
-    "pos_embed_type": ("learnable",),
+    # Both are saved as weights; what they begin with differs.
+    "pos_embed_type": ("learnable", "sin_cos_2d"),
     "pool_type": ("tok",),
     "final_ln_after_pool": (False, True),
     # Of earlier versions.
@@ -160,7 +161,8 @@ def refuse_sigmoid(checkpoint: Checkpoint) -> None:
             where=f"{checkpoint.source}: tensor logit_bias",
             expected="CLIP's own loss, which has a logit_scale and no logit_bias",
             got="logit_bias",
-            fix="for the embeddings alone, which do not depend on it, delete logit_bias from the state dict",
+            fix="for the embeddings alone, which do not depend on it, delete logit_bias from the state dict"
+            + ("" if checkpoint.open_clip_config is None else f" and init_logit_bias from {FILE}"),
         )
 
 

@@ -14,35 +14,59 @@ from vlm_export.text_display import shown
 
 # How people call what config.json says; other types are called as they stand there.
 _TITLES: Mapping[str, str] = {
+    "aimv2": "AIMv2",
     "align": "ALIGN",
     "altclip": "AltCLIP",
-    "aimv2": "AIMv2",
+    "bert": "BERT",
+    "blip": "BLIP",
     "blip-2": "BLIP-2",
     "bridgetower": "BridgeTower",
     "chinese_clip": "Chinese-CLIP",
     "clap": "CLAP",
     "clipseg": "CLIPSeg",
     "clvp": "CLVP",
+    "dinov2": "DINOv2",
     "flava": "FLAVA",
     "git": "GIT",
     "groupvit": "GroupViT",
     "instructblip": "InstructBLIP",
+    "kosmos-2": "Kosmos-2",
     "llava": "LLaVA",
     "llava_next": "LLaVA-NeXT",
     "metaclip_2": "MetaCLIP 2",
     "minicpmo": "MiniCPM-o",
     "owlv2": "OWLv2",
     "owlvit": "OWL-ViT",
+    "paligemma": "PaliGemma",
+    "roberta": "RoBERTa",
     "siglip": "SigLIP",
     "siglip2": "SigLIP 2",
-    "siglip_vision_model": "SigLIP's image encoder",
-    "siglip2_vision_model": "SigLIP 2's image encoder",
-    "siglip_text_model": "SigLIP's text encoder",
-    "siglip2_text_model": "SigLIP 2's text encoder",
     "vilt": "ViLT",
     "vision-text-dual-encoder": "a dual encoder of two other models",
+    "vit": "ViT",
     "xclip": "X-CLIP",
 }
+# What config.json calls by a supported type, under another class: what it is, and the way out.
+_CLASSES: Mapping[str, tuple[str, str]] = {
+    "CLIPVisionModel": (
+        "CLIP's image encoder without its projection",
+        "save the model that it was taken from as CLIPVisionModelWithProjection: its projection makes the embedding",
+    ),
+    "CLIPTextModel": (
+        "CLIP's text encoder without its projection",
+        "save the model that it was taken from as CLIPTextModelWithProjection: its projection makes the embedding",
+    ),
+    "CLIPForImageClassification": (
+        "CLIP's image encoder with a classifier instead of its projection",
+        "export the CLIPModel that it was made from; what its classifier says is not exported",
+    ),
+    "BlipModel": (
+        "BLIP without its heads",
+        "export one of the classes with a head: matching, captions or answers",
+    ),
+}
+# The endings of the types of one encoder alone ("siglip_vision_model").
+_ENCODERS = {"_vision_model": "image encoder", "_text_model": "text encoder"}
 # Names of tensors, numbers written as N. A model is named where each pattern is found; these are in no family's files.
 _DISTINCT: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a model with a PEFT adapter that is not merged (LoRA)", (r"(^|\.)lora_(embedding_)?[AB](\.|$)",)),
@@ -54,13 +78,27 @@ _DISTINCT: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("BLIP-2", (r"(^|\.)[qQ]former\.",)),
     ("ALIGN", (r"(^|\.)vision_model\.encoder\.blocks\.N\.depthwise_conv\.",)),
     ("AltCLIP", (r"(^|\.)text_model\.roberta\.",)),
+    (
+        "BLIP without its heads (BlipModel)",
+        (r"^text_model\.encoder\.layer\.N\.", r"^vision_model\..*\.qkv\.", r"^logit_scale$"),
+    ),
+    ("BridgeTower", (r"(^|\.)cross_modal_(text|image)_layers\.",)),
+    ("a dual encoder of two other models", (r"^text_model\.pooler\.", r"^visual_projection\.", r"^logit_scale$")),
     ("Chinese-CLIP", (r"(^|\.)vision_model\.pre_layrnorm\.", r"(^|\.)text_model\.encoder\.layer\.N\.")),
     ("Chinese-CLIP (its authors' own form)", (r"^bert\.encoder\.", r"^visual\.convN\.")),
     ("GroupViT", (r"(^|\.)group_token$",)),
     ("X-CLIP", (r"(^|\.)prompts_generator\.",)),
+    ("LLaVA or a chat model like it", (r"(^|\.)(multi_modal_projector|mm_projector)\.",)),
+    ("GIT", (r"(^|\.)git\.image_encoder\.",)),
+    ("Kosmos-2", (r"(^|\.)image_to_text_projection\.",)),
+    ("ViLT", (r"(^|\.)embeddings\.text_embeddings\.", r"(^|\.)embeddings\.patch_embeddings\.")),
+    ("OWL-ViT or OWLv2", (r"(^|\.)vision_model\.pre_layernorm\.", r"^text_model\.")),
     ("SigLIP or SigLIP 2", (r"(^|\.)vision_model\.head\.probe$",)),
     ("SigLIP's image encoder", (r"^head\.probe$",)),
-    ("LLaVA", (r"(^|\.)(multi_modal_projector|mm_projector)\.",)),
+    (
+        "a model of open_clip whose text projection has a bias",
+        (r"^visual\.convN\.weight$", r"(^|\.)text_projection\.weight$"),
+    ),
     ("a model of open_clip with an image encoder of timm", (r"(^|\.)visual\.trunk\.",)),
     ("EVA-CLIP", (r"(^|\.)visual\.blocks\.N\.attn\.",)),
     (
@@ -70,14 +108,16 @@ _DISTINCT: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("FLAVA", (r"(^|\.)image_to_mm_projection\.",)),
     ("CLAP", (r"(^|\.)audio_(model|projection|branch)\.",)),
     ("ImageBind", (r"(^|\.)modality_trunks\.",)),
-    ("BLIP without its heads (BlipModel)", (r"^text_model\.encoder\.layer\.N\.", r"^vision_model\.", r"^logit_scale$")),
     ("Stable Diffusion", (r"(^|\.)(diffusion_model|first_stage_model|cond_stage_model|conditioner)\.",)),
     ("a diffusion model's U-Net", (r"^down_blocks\.N\.",)),
     ("SAM", (r"(^|\.)mask_decoder\.",)),
     ("Qwen-VL", (r"(^|\.)visual\.merger\.",)),
 )
-# The same, asked only where no family has claimed the file.
+_PATCHES = r"(^|\.)(patch_embeddings?|patch_embed)\."
+_WORDS = r"(^|\.)(word_embeddings|token_embedding|embed_tokens|tok_embeddings|wte|embed_in)\.weight$"
+# The same, asked only where no family has claimed the file. The first is of what the others are a half of.
 _OTHERS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("a model of images and texts that is not known here", (_PATCHES, _WORDS)),
     ("CLIP's image encoder without its projection (CLIPVisionModel)", (r"(^|\.)pre_layrnorm\.weight$",)),
     (
         "the text encoder of CLIP, or of a model like it, without its projection",
@@ -85,19 +125,29 @@ _OTHERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("the image encoder of CLIP alone, under OpenAI's key names", (r"(^|\.)visual\.convN\.weight$",)),
     ("the text encoder of CLIP alone, under OpenAI's key names", (r"(^|\.)token_embedding\.weight$", "ln_final")),
+    ("BLIP's image encoder alone", (r"(^|\.)embeddings\.class_embedding$", r"\.self_attn\.qkv\.")),
     ("an image model of transformers (ViT, DINOv2 or one like them)", (r"(^|\.)embeddings\.patch_embeddings\.",)),
     ("a vision transformer of timm without a text encoder", (r"^blocks\.N\.attn\.", r"^patch_embed\.")),
     ("a vision transformer of torchvision", (r"^encoder\.layers\.encoder_layer_N\.",)),
+    ("an image encoder alone", (_PATCHES,)),
     ("a ResNet without a text encoder", (r"^(backbone\.)?layerN\.N\.convN\.weight$",)),
     ("a text model like BERT", (r"(^|\.)embeddings\.word_embeddings\.weight$",)),
-    ("a language model", (r"(^|\.)(layers|h|blocks)\.N\.(self_attn|attn|attention|self_attention)\.", "embed|wte")),
+    ("a language model", (r"(^|\.)(layers|h|blocks)\.N\.(self_attn|attn|attention|self_attention)\.", _WORDS)),
 )
 _NUMBER = re.compile(r"\d+")
 
 
 def title_of(model_type: str) -> str:
     """How people call a model that config.json names: "SigLIP 2"."""
+    for ending, encoder in _ENCODERS.items():
+        if title := _TITLES.get(model_type.removesuffix(ending) if model_type.endswith(ending) else ""):
+            return f"{title}'s {encoder}"
     return _TITLES.get(model_type, "this model")
+
+
+def class_described(classes: Iterable[str]) -> tuple[str, str] | None:
+    """What one of these classes of a supported type is, and the way out; None where it is not known."""
+    return next((_CLASSES[name] for name in classes if name in _CLASSES), None)
 
 
 def distinct_model(keys: Iterable[str]) -> str | None:

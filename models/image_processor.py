@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from vlm_export.bundle.strict_json import MAX_JSON_BYTES, json_object_from_bytes
-from vlm_export.errors import InputError, UsageError, suggestion
+from vlm_export.errors import InputError, UsageError
 from vlm_export.family import Checkpoint
 from vlm_export.models.shapes import is_number
 from vlm_export.specs import ImageSpec, Origins, Resample, Resize
@@ -240,7 +240,8 @@ def _class_name(where: str, data: Mapping[str, Any], checkpoint: Checkpoint, fam
             where=f"{where}{key}",
             expected=f"one of {', '.join(CLASS_DEFAULTS)}",
             got=f"{stated!r:.200}",
-            fix=suggestion(name, CLASS_DEFAULTS),
+            fix="take the processor file that was saved with the model; or, where one of these classes prepares images "
+            "alike, state it instead",
         )
     return name
 

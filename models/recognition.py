@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint, Family
-from vlm_export.models.foreign import distinct_model, open_clip_form, other_model, title_of
+from vlm_export.models.foreign import class_described, distinct_model, open_clip_form, other_model, title_of
 from vlm_export.text_display import shown
 
 # Copies of a model that training keeps beside it.
@@ -144,12 +144,11 @@ def _refuse_by_config(checkpoint: Checkpoint, families: Sequence[Family]) -> Non
         accepted = known[model_type]
     if accepted and classes and not set(classes) & set(accepted):
         stated = f"{model_type} ({', '.join(classes)})" if model_type else ", ".join(classes)
-        raise _error_from_config(
-            checkpoint,
-            families,
-            f"config.json says {stated}: this class is not supported",
+        kind, way_out = class_described(classes) or (
+            "this class",
             "where the class only adds something to one of these, save the weights with that one's config.json",
         )
+        raise _error_from_config(checkpoint, families, f"config.json says {stated}: {kind} is not supported", way_out)
 
 
 def _check_config_family(family: Family, checkpoint: Checkpoint, families: Sequence[Family]) -> None:

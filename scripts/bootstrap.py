@@ -101,7 +101,12 @@ def _install(environment: Path, extras: Sequence[str], uv: str | None) -> None:
     if not Path(python).exists():
         make = [uv, "venv", "--quiet", "--python", sys.executable] if uv else [sys.executable, "-m", "venv"]
         _step([*make, str(environment)])
-    _step([uv, "pip", "install", "--python", python, *options] if uv else [python, "-m", "pip", "install", *options])
+    # pip compiles what it installs, uv only when told. Where a shell forbids Python to write bytecode, every command
+    # would otherwise compile PyTorch anew, for longer than a small export takes.
+    install = (
+        [uv, "pip", "install", "--compile-bytecode", "--python", python] if uv else [python, "-m", "pip", "install"]
+    )
+    _step([*install, *options])
 
 
 def _step(command: Sequence[str]) -> None:

@@ -23,6 +23,8 @@ def main(pytest_arguments: list[str]) -> int:
     # Two workers with one thread each; more would fight for the cores. A file's tests share their fixtures. Files keep
     # their order: by their number of tests, those with few long ones would come last, and one worker wait for minutes.
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    # The tests start hundreds of processes; without bytecode each compiles this project and its libraries anew.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     workers = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
     status = run([python, "-m", "pytest", *workers, "-m", "not slow", *pytest_arguments], environment)
     if failed:

@@ -236,7 +236,7 @@ def test_published_configs(open_clip: Any, name: str, activation: str, heads: tu
         ("vision_cfg", "ls_init_value", 1e-4),
         ("vision_cfg", "no_ln_pre", True),
         ("vision_cfg", "output_tokens", True),
-        ("vision_cfg", "pos_embed_type", "sin_cos_2d"),
+        ("vision_cfg", "pos_embed_type", "rotary"),
         ("vision_cfg", "qk_norm", True),
         ("vision_cfg", "norm_kwargs", {"eps": 1e-6}),
         ("vision_cfg", "act_kwargs", {"approximate": "tanh"}),

@@ -278,10 +278,16 @@ def test_blip_of_transformers_with_a_cased_tokenizer_of_other_ids(tmp_path: Path
     np.testing.assert_allclose(got, probabilities, atol=MAX_ABS, rtol=0)
 
 
+OPEN_CLIP_VISION = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16, "head_width": 32}
+OPEN_CLIP_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 OPEN_CLIP_CASES: dict[str, dict[str, Any]] = {
     "GELU, shortest edge": {},
-    "QuickGELU, stretched, bilinear": {
-        "model": {"quick_gelu": True},
+    "QuickGELU, stretched, bilinear, fixed positions, rows beyond the vocabulary": {
+        "model": {
+            "quick_gelu": True,
+            "vision_cfg": {**OPEN_CLIP_VISION, "pos_embed_type": "sin_cos_2d"},
+            "text_cfg": {**OPEN_CLIP_TEXT, "vocab_size": 49472},
+        },
         "preprocess": {"interpolation": "bilinear", "resize_mode": "squash"},
     },
 }
@@ -291,11 +297,7 @@ OPEN_CLIP_CASES: dict[str, dict[str, Any]] = {
 def test_open_clip(settings: dict[str, Any], tmp_path: Path) -> None:
     source = tmp_path / "clip"
     source.mkdir()
-    sizes: dict[str, Any] = {
-        "embed_dim": 32,
-        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16, "head_width": 32},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-    }
+    sizes: dict[str, Any] = {"embed_dim": 32, "vision_cfg": OPEN_CLIP_VISION, "text_cfg": OPEN_CLIP_TEXT}
     model_cfg = {**sizes, **settings.get("model", {})}
     preprocess = {"mean": HALF, "std": HALF, **settings.get("preprocess", {})}
     torch.manual_seed(0)

@@ -20,8 +20,9 @@ from vlm_export.models.foreign import distinct_model, other_model
 from vlm_export.models.registry import identify, load_family, recognise
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-VISION = {**SIZES, "image_size": 32, "patch_size": 16}
+VISION: dict[str, Any] = {**SIZES, "image_size": 32, "patch_size": 16}
 TEXT = {**SIZES, "vocab_size": 64, "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2}
+TOWERS = {"text_config": TEXT, "vision_config": VISION}
 OPT = {"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32, **TEXT}
 QFORMER = {**SIZES, "vocab_size": 64, "encoder_hidden_size": 32}
 BLIP2 = {"vision_config": VISION, "qformer_config": QFORMER, "text_config": OPT, "num_query_tokens": 4}
@@ -58,6 +59,18 @@ OTHERS: Mapping[str, tuple[dict[str, Any], str]] = {
     ),
     "BlipModel": ({"projection_dim": 16}, "BlipModel"),
     "CLIPForImageClassification": ({"projection_dim": 16}, "without its projection"),
+    "VisionTextDualEncoderModel": (
+        {
+            "vision_config": {**VISION, "model_type": "clip_vision_model"},
+            "text_config": {**SIZES, "vocab_size": 64, "model_type": "bert"},
+        },
+        "a dual encoder of two other models",
+    ),
+    "OwlViTModel": ({"projection_dim": 16}, "OWL-ViT or OWLv2"),
+    "Aimv2Model": ({"projection_dim": 16}, "a model of images and texts that is not known here"),
+    "BlipVisionModel": (VISION, "BLIP's image encoder alone"),
+    "GitForCausalLM": ({**SIZES, "vocab_size": 64, "vision_config": VISION}, "GIT"),
+    "ViltModel": ({**VISION, "vocab_size": 64}, "ViLT"),
 }
 
 
@@ -76,7 +89,8 @@ def refusal(path: Path) -> InputError:
 def test_other_models_of_transformers(tmp_path: Path, name: str) -> None:
     stated, title = OTHERS[name]
     cls = getattr(transformers, name)
-    config = cls.config_class(**{"text_config": dict(TEXT), "vision_config": dict(VISION), **stated})
+    towers = {name: value for name, value in TOWERS.items() if name in cls.config_class.sub_configs}
+    config = cls.config_class(**{**towers, **stated})
     cls(config).save_pretrained(tmp_path)
     error = refusal(tmp_path)
     assert error.what.startswith(f"config.json says {config.model_type} ({name})")
@@ -99,6 +113,10 @@ def test_other_models_of_transformers(tmp_path: Path, name: str) -> None:
         (("bert.embeddings.word_embeddings.weight",), "BERT"),
         (("layer1.0.conv1.weight", "fc.weight"), "ResNet"),
         (("visual.conv1.weight", "visual.proj"), "image encoder of CLIP alone"),
+        (
+            ("visual.conv1.weight", "text.token_embedding.weight", "text.text_projection.weight"),
+            "projection has a bias",
+        ),
         (("a", "b"), "no family recognises"),
     ],
 )
@@ -149,6 +167,38 @@ def test_a_config_of_another_family(tmp_path: Path, make_huggingface_clip: Calla
         assert text in caught.value.what
     for unstated in ({"architectures": None}, {"model_type": None, "architectures": None}):
         assert recognise(replace(checkpoint, config={**checkpoint.config, **unstated})).name == "clip"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "what", "way_out"),
+    [
+        ("clip_vision_model", "CLIPVisionModel", "image encoder without its projection", "CLIPVisionModelWithProj"),
+        ("clip_text_model", "CLIPTextModel", "text encoder without its projection", "CLIPTextModelWithProjection"),
+        ("clip", "CLIPForImageClassification", "classifier", "CLIPModel"),
+        ("clip", "MyRetrieval", "this class", "with that one's config.json"),
+        ("blip", "BlipModel", "BLIP without its heads", "one of the classes with a head"),
+        ("metaclip_2_vision_model", "MetaClip2VisionModel", "MetaCLIP 2's image encoder", "inspect"),
+    ],
+)
+def test_a_class_that_is_not_exported_has_its_own_way_out(model_type: str, name: str, what: str, way_out: str) -> None:
+    config = {"model_type": model_type, "architectures": [name]}
+    with pytest.raises(InputError) as caught:
+        recognise(Checkpoint("x", "safetensors", (), {}, unread, config))
+    assert what in caught.value.what
+    assert way_out in caught.value.fix
+
+
+def test_a_config_of_one_tower_beside_weights_of_both(
+    tmp_path: Path, make_huggingface_clip: Callable[..., Any]
+) -> None:
+    make_huggingface_clip(tmp_path / "clip")
+    checkpoint = open_checkpoint(str(tmp_path / "clip"))
+    assert checkpoint.config is not None
+    config = {**checkpoint.config["vision_config"], "model_type": "clip_vision_model", "architectures": None}
+    family, seen = identify(replace(checkpoint, config=config))
+    with pytest.raises(InputError, match="different encoders of CLIP") as caught:
+        family.describe(seen)
+    assert caught.value.expected.startswith("that of the vision and the text encoder")
 
 
 def test_families_are_no_others() -> None:

@@ -108,3 +108,14 @@ def test_old_python_is_refused(bootstrap: ModuleType, tmp_path: Path, monkeypatc
 def test_a_failing_step_says_which(bootstrap: ModuleType) -> None:
     with pytest.raises(bootstrap.SetupError, match=r"status 3: .*raise SystemExit"):
         bootstrap._step([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+@pytest.mark.parametrize("uv", ["uv", None])
+def test_what_is_installed_is_compiled(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, uv: str | None) -> None:
+    """uv does so when told, pip by itself."""
+    steps: list[list[str]] = []
+    monkeypatch.setattr(bootstrap, "_step", lambda command: steps.append([str(part) for part in command]))
+    bootstrap._install(Path("env"), [], uv)
+    assert "install" in steps[-1]
+    assert ("--compile-bytecode" in steps[-1]) is (uv is not None)
+    assert "--no-compile" not in steps[-1]

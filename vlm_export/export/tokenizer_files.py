@@ -138,12 +138,14 @@ def _openai_tokenizer(
     sources: Mapping[str, Path], spec: TextSpec, option: str | None, checkpoint: Checkpoint
 ) -> ResolvedTokenizer:
     """CLIP's byte pairs, with the special tokens that the original knows; its cleaning is the runtime's."""
-    own = find_open_clip_merges() if option is None and spec.vocab_size == VOCAB_SIZE else None
+    of_open_clip = option is None and spec.cleaning == "open_clip" and spec.vocab_size >= VOCAB_SIZE
+    own = find_open_clip_merges() if option is None and (of_open_clip or spec.vocab_size == VOCAB_SIZE) else None
     ignored = {}
-    if own is not None and spec.cleaning == "open_clip":
-        # As open_clip itself: its tokenizer has one vocabulary, whatever lies beside the weights.
+    if own is not None and of_open_clip:
+        # As open_clip itself: its tokenizer has one vocabulary, whatever lies beside the weights, and however many
+        # rows the embedding has beyond it.
         ignored = {name: "open_clip has its own vocabulary" for name in sources if name in TOKENIZER_FILES}
-        sources = {}
+        sources, spec = {}, replace(spec, end_token_id=VOCAB_SIZE - 1)
     found = _bpe_json(sources, spec)
     if found is None and own is not None:
         found = tokenizer_json_from_bpe_merges(own), own
@@ -151,7 +153,7 @@ def _openai_tokenizer(
         raise _no_tokenizer(option or checkpoint.source, spec)
     text, path = found
     tokenizer = tokenizer_from_json(text, spec, str(path))
-    check_rows(tokenizer, spec, str(path))
+    warning = check_rows(tokenizer, spec, str(path), is_whole=of_open_clip)
     named = _clip_tokens(tokenizer, spec)
     given = _config_fields(sources)
     config = {
@@ -165,7 +167,8 @@ def _openai_tokenizer(
         "model_max_length": spec.context_length,
     }
     origins = Origins(ignored_files=ignored)
-    return ResolvedTokenizer(_files(text, config, path), spec, _ids(tokenizer, spec, str(path)), origins)
+    ids, warnings = _ids(tokenizer, spec, str(path)), (warning,) if warning else ()
+    return ResolvedTokenizer(_files(text, config, path), spec, ids, origins, warnings)
 
 
 def _transformers_tokenizer(

@@ -36,7 +36,7 @@ def check_rows(tokenizer: Any, spec: TextSpec, where: str, *, reserved: int = 0,
     if any(rows == -(-known // multiple) * multiple for multiple in _ROW_MULTIPLES):
         return f"{stated}: the table was padded, and no text reaches the last {spare} rows"
     if is_whole:
-        return f"{stated}: no text reaches the last {spare} rows, with transformers neither"
+        return f"{stated}: no text reaches the last {spare} rows, with the original neither"
     raise InputError(
         "the vocabulary is not the model's",
         where=where,
