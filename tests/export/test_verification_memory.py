@@ -79,7 +79,7 @@ def test_a_mapped_engine_takes_no_copy_of_the_weights(tmp_path: Path, dtype: str
 @pytest.fixture
 def all_huge(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every part counts as huge, and every graph stays mapped."""
-    monkeypatch.setattr(verification_module, "_HUGE_PART_BYTES", 0)
+    monkeypatch.setattr(verification_module, "HUGE_PART_BYTES", 0)
     monkeypatch.setattr("vlm_export.verify.engine.keeps_weights_mapped", lambda _: True)
 
 

@@ -42,7 +42,7 @@ _LARGE_PART_ROWS = 6
 # Inputs and outputs of one point; more only repeats what shorter rows show.
 _MAX_POINT_BYTES = 256 << 20
 # Above this, each run takes minutes, and graph and Reference do not fit in a usual machine's memory side by side.
-_HUGE_PART_BYTES = 8 << 30
+HUGE_PART_BYTES = 8 << 30
 # Below this, a point takes milliseconds, so that every length of a text and every batch can be tried.
 _SMALL_PART_BYTES = 64 << 20
 # Of larger parts those batches that load() and `embed` feed; images take hundreds of times what short texts do.
@@ -230,4 +230,4 @@ def weights_bytes(part: Part) -> int:
 
 
 def _is_huge(part: Part) -> bool:
-    return weights_bytes(part) > _HUGE_PART_BYTES
+    return weights_bytes(part) > HUGE_PART_BYTES
