@@ -108,7 +108,7 @@ def omnilmm_architecture(checkpoint: Checkpoint, head_width: int | None = None) 
     """
     shapes = Shapes(checkpoint)
     prefix = "model.vision_tower."
-    width, _, patch, _ = shapes.of(f"{prefix}patch_embed.proj.weight", 4)
+    width, patch = shapes.patches(f"{prefix}patch_embed.proj.weight")
     vision = VitForm(
         width=width,
         layers=shapes.count(f"{prefix}blocks."),
@@ -172,7 +172,7 @@ def _version(config: Mapping[str, Any]) -> Version:
 
 
 def _siglip(shapes: Shapes) -> VitForm:
-    width, _, patch, _ = shapes.of("vpm.patch_embed.proj.weight", 4)
+    width, patch = shapes.patches("vpm.patch_embed.proj.weight")
     return VitForm(
         width=width,
         layers=shapes.count("vpm.blocks."),
@@ -186,7 +186,7 @@ def _siglip(shapes: Shapes) -> VitForm:
 
 
 def _navit(shapes: Shapes, version: Version) -> NavitSizes:
-    width, _, patch, _ = shapes.of("vpm.embeddings.patch_embedding.weight", 4)
+    width, patch = shapes.patches("vpm.embeddings.patch_embedding.weight")
     config = config_section(shapes.checkpoint, "vision_config")
     sizes = NavitSizes(
         width=width,
