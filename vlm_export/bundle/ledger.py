@@ -14,10 +14,11 @@ import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 
 from vlm_export.bundle.onnx_wire import StoredTensor, read_onnx
-from vlm_export.bundle.safe_files import opened_real_file
+from vlm_export.bundle.safe_files import opened_real_file, record_of_file
 from vlm_export.bundle.strict_json import MAX_JSON_BYTES, Fields, json_object_from_bytes
 from vlm_export.errors import InputError
 
@@ -45,6 +46,8 @@ class LedgerEntry:
         parameters: names of the module's parameters that it is made of; none for a constant of the code.
         transformation: what became of them: "as it is", "transposed", "cast to float16", …
         checkpoint: the stored tensors that the parameters are made of.
+        unrounded: of a constant that float16 rounded, the numbers before that, one for each value, or none where they
+            are too many to record; None where nothing was rounded, or a parameter tells.
     """
 
     name: str
@@ -54,18 +57,26 @@ class LedgerEntry:
     parameters: tuple[str, ...] = ()
     transformation: str = ""
     checkpoint: tuple[CheckpointTensor, ...] = ()
+    unrounded: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
 class GraphLedger:
-    """The initializers of one graph, in the order of the file."""
+    """The initializers of one graph, in the order of the file.
+
+    Attributes:
+        file: the graph's path in the bundle.
+        sha256: of that file, which holds every node and attribute.
+        entries: one for each initializer.
+    """
 
     file: str
+    sha256: str
     entries: tuple[LedgerEntry, ...]
 
 
-def graph_entries(root: Path, graph: str) -> tuple[LedgerEntry, ...]:
-    """The initializers of a graph with their digests; nothing is said yet of where they come from.
+def found_ledger(root: Path, graph: str) -> GraphLedger:
+    """A graph as it lies in a bundle, with its digests; nothing is said yet of where its initializers come from.
 
     Args:
         root: the bundle.
@@ -87,7 +98,7 @@ def graph_entries(root: Path, graph: str) -> tuple[LedgerEntry, ...]:
                         with view[at : min(at + _SPAN_BYTES, end)] as part:
                             digest.update(part)
             found.append(LedgerEntry(tensor.name, tensor.data_type, tuple(tensor.dims), digest.hexdigest()))
-    return tuple(found)
+    return GraphLedger(graph, record_of_file(root, graph).sha256, tuple(found))
 
 
 def _spans(
@@ -116,7 +127,8 @@ def ledger_to_bytes(graphs: Sequence[GraphLedger]) -> bytes:
     lines = []
     for graph in graphs:
         entries = ",\n   ".join(json.dumps(asdict(entry)) for entry in graph.entries)
-        lines.append(f'  {{"file": {json.dumps(graph.file)}, "initializers": [\n   {entries}]}}')
+        head = f'"file": {json.dumps(graph.file)}, "sha256": "{graph.sha256}"'
+        lines.append(f'  {{{head}, "initializers": [\n   {entries}]}}')
     return (f'{{"schema": {_SCHEMA}, "graphs": [\n' + ",\n".join(lines) + "]}\n").encode()
 
 
@@ -131,12 +143,12 @@ def ledger_from_bytes(raw: bytes, where: str) -> Mapping[str, GraphLedger]:
 
 
 def _graph(fields: Fields) -> GraphLedger:
-    fields.only(("file", "initializers"))
-    return GraphLedger(fields.text("file"), fields.each("initializers", _entry))
+    fields.only(("file", "sha256", "initializers"))
+    return GraphLedger(fields.text("file"), fields.text("sha256"), fields.each("initializers", _entry))
 
 
 def _entry(fields: Fields) -> LedgerEntry:
-    fields.only(("name", "data_type", "shape", "sha256", "parameters", "transformation", "checkpoint"))
+    fields.only(("name", "data_type", "shape", "sha256", "parameters", "transformation", "checkpoint", "unrounded"))
     shape = fields.sequence("shape")
     if not all(isinstance(size, int) and size >= 0 for size in shape):
         raise fields.fail("shape", "a list of sizes")
@@ -148,7 +160,15 @@ def _entry(fields: Fields) -> LedgerEntry:
         fields.texts("parameters"),
         fields.text("transformation"),
         fields.each("checkpoint", _checkpoint_tensor),
+        None if fields.data["unrounded"] is None else _numbers(fields, "unrounded", shape),
     )
+
+
+def _numbers(fields: Fields, key: str, shape: Sequence[int]) -> tuple[float, ...]:
+    values = fields.sequence(key)
+    if len(values) not in (0, prod(shape)) or not all(type(value) in (int, float) for value in values):
+        raise fields.fail(key, "a number for each value, or none")
+    return tuple(map(float, values))
 
 
 def _checkpoint_tensor(fields: Fields) -> CheckpointTensor:
@@ -156,9 +176,9 @@ def _checkpoint_tensor(fields: Fields) -> CheckpointTensor:
     return CheckpointTensor(fields.text("key"), fields.text("transformation"))
 
 
-def ledger_differences(recorded: GraphLedger, found: Sequence[LedgerEntry]) -> list[str]:
+def ledger_differences(recorded: GraphLedger, found: GraphLedger) -> list[str]:
     """What a graph holds and its ledger does not, or the other way round; one phrase each."""
-    expected, present = {entry.name: entry for entry in recorded.entries}, {entry.name: entry for entry in found}
+    expected, present = ({entry.name: entry for entry in graph.entries} for graph in (recorded, found))
     differences = [f"{name} is gone" for name in expected if name not in present]
     differences += [f"{name} was added" for name in present if name not in expected]
     for name, entry in expected.items():
@@ -169,6 +189,8 @@ def ledger_differences(recorded: GraphLedger, found: Sequence[LedgerEntry]) -> l
             differences.append(f"{name} has another type or shape: {list(other.shape)} instead of {list(entry.shape)}")
         elif entry.sha256 != other.sha256:
             differences.append(f"{_named(entry)} has other values")
+    if not differences and recorded.sha256 != found.sha256:
+        differences.append("its nodes, their attributes or its interface differ")
     return differences
 
 
