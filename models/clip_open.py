@@ -26,7 +26,7 @@ from vlm_export.models.clip_architecture import (
 )
 from vlm_export.models.image_processor import Prepared, processor_files, same_origin
 from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD, Channels
-from vlm_export.models.shapes import config_integer, config_number
+from vlm_export.models.shapes import config_integer, config_number, image_size_of
 from vlm_export.specs import Origins, Resample, torchvision_image_spec
 
 FILE = "open_clip_config.json"
@@ -106,7 +106,7 @@ def clip_architecture(checkpoint: Checkpoint, options: BuildOptions = DEFAULT_BU
     stated = _stated(checkpoint)
     if stated is not None:
         refuse_choices(options, checkpoint)
-        architecture = architecture_from_openai(checkpoint, stated)
+        architecture = _with_margin(architecture_from_openai(checkpoint, stated), checkpoint)
         _check_sizes(checkpoint, architecture)
         return architecture
     told = ClipChoices.from_config(options.family_options)
@@ -280,6 +280,16 @@ def _choose(section: Mapping[str, Any], key: str, choices: tuple[Any, ...], wher
             fix="this checkpoint cannot be exported",
         )
     return value
+
+
+def _with_margin(architecture: ClipArchitecture, checkpoint: Checkpoint) -> ClipArchitecture:
+    """For images of the stated size, where it is no multiple of the patch."""
+    vision, config = architecture.vision, checkpoint.open_clip_config
+    if config is None or not isinstance(vision, VitSizes):
+        return architecture
+    stated = _edge(_section(_section(config, "model_cfg"), "vision_cfg").get("image_size", 224))
+    size = image_size_of(vision.image_size // vision.patch_size, vision.patch_size, stated)
+    return replace(architecture, vision=replace(vision, image_size=size))
 
 
 def _check_sizes(checkpoint: Checkpoint, architecture: ClipArchitecture) -> None:

@@ -143,7 +143,16 @@ def _preparation(architecture: NanoVlmArchitecture) -> AnyImageSpec | None:
 
 def _origins(architecture: NanoVlmArchitecture) -> Origins:
     image = _image_spec(architecture)
-    return Origins({} if image is None else same_origin(image, "huggingface/nanoVLM data/processors.py"))
+    if image is not None:
+        return Origins(same_origin(image, "huggingface/nanoVLM data/processors.py"))
+    return Origins(
+        {
+            "image.tile_size_pixels": "shape of the encoder's weights",
+            "image.max_side_pixels": "config.json: max_img_size",
+            "image.resize_to_max_side": "config.json: resize_to_max_side_len, false where it is not stated",
+            "image.global_tile": "config.json: vlm_extra_tokens",
+        }
+    )
 
 
 def _original(architecture: NanoVlmArchitecture) -> Original:

@@ -84,6 +84,13 @@ def test_positions_of_no_square_are_named(tmp_path: Path, make_weights: Callable
     assert "images that are not square are not supported" in message
 
 
+@pytest.mark.parametrize("shape", [(64, 1, 16, 16), (64, 4, 16, 16), (64, 3, 16, 8)])
+def test_an_encoder_of_other_images_is_named(tmp_path: Path, weights: Weights, shape: tuple[int, ...]) -> None:
+    message = refusal(saved({**weights, "visual.conv1.weight": torch.zeros(shape)}, tmp_path / "grey.pt"))
+    assert "does not take square patches of RGB images" in message
+    assert str(shape) in message
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "clipmodel.", "module._orig_mod.net.clip."])
 def test_one_common_prefix(tmp_path: Path, weights: Weights, prefix: str) -> None:
     value = {f"{prefix}{key}": tensor for key, tensor in weights.items()}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_export.cli.common import add_common_options
 from vlm_export.cli.cutting_report import report_cutting
 from vlm_export.cli.inspect_known import checkpoint_from_config, known_data, list_known, print_known
-from vlm_export.cli.output import print_json, print_line, print_table, print_warnings, size_text
+from vlm_export.cli.output import print_json, print_line, print_table, print_warnings, size_text, terminal_width
 from vlm_export.cli.preparation_report import preparation_data, print_preparation
 from vlm_export.errors import UsageError
 
@@ -209,11 +209,11 @@ def _print(data: Mapping[str, Any]) -> None:
     for file in data["files"]:
         print_line(f"  {file['name']}  {size_text(file['size_bytes'])}  sha256 {file['sha256'][:16]}…")
     print_line("architecture:")
-    for key, value in data["architecture"].items():
-        print_line(f"  {key}: {value}")
+    architecture = [(f"  {key}", str(value)) for key, value in data["architecture"].items()]
+    print_table(("  field", "value"), architecture, width=terminal_width())
     print_line("parts:")
-    rows = [(part["name"], _signature_text(part["signature"]), _detail(part)) for part in data["parts"]]
-    print_table(("  part", "inputs → outputs", ""), [(f"  {name}", text, detail) for name, text, detail in rows])
+    rows = [(f"  {part['name']}", _signature_text(part["signature"]), _detail(part)) for part in data["parts"]]
+    print_table(("  part", "inputs → outputs", ""), rows, width=terminal_width())
     print_preparation(data["preparation"])
     for name, words in data.get("options", {}).items():
         print_line(f"option: --set {name}=…: {words}")
