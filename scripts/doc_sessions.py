@@ -65,7 +65,7 @@ def output_of(line: str, folder: Path) -> str:
     program, *arguments = shlex.split(line.removeprefix(_PROMPT))
     if program != "vlm-export":
         raise RuntimeError(f"sessions run vlm-export only: {line}")
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "80"}
     command = [sys.executable, "-m", "vlm_export", *arguments]
     done = subprocess.run(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
