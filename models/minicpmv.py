@@ -24,6 +24,7 @@ from vlm_export.family import (
     reference_from_module,
 )
 from vlm_export.models import minicpmv_weights
+from vlm_export.models.image_processor import same_origin
 from vlm_export.models.minicpmv_architecture import (
     VisionArchitecture,
     minicpmv_architecture,
@@ -34,6 +35,7 @@ from vlm_export.models.shapes import config_integer, config_section
 from vlm_export.models.vit import VitForm
 from vlm_export.models.vit_weights import eva_table
 from vlm_export.models.weights import Target, load_weights, published_tensors
+from vlm_export.specs import Origins
 from vlm_export.specs.slices import SliceSpec, slice_spec_from_version
 from vlm_export.specs.tasks import FeatureSpec
 
@@ -92,6 +94,7 @@ def describe_vision(
         tuple(_notes(architecture, checkpoint)),
         warnings,
         image=_slicing(architecture, checkpoint),
+        origins=_origins(architecture, checkpoint),
     )
 
 
@@ -119,6 +122,7 @@ def build_vision(
         references={part.name: partial(reference_from_module, part) for part in parts},
         reference_name="unpatched eager module",
         warnings=warnings,
+        origins=_origins(architecture, checkpoint),
     )
 
 
@@ -150,8 +154,7 @@ def _modules(architecture: VisionArchitecture) -> VisionModules:
 
 def _slicing(architecture: VisionArchitecture, checkpoint: Checkpoint) -> SliceSpec:
     """How pictures are cut: config.json's numbers, or the defaults of the version's own code."""
-    config = checkpoint.config or {}
-    section = config if architecture.version == "2.0" else config_section(checkpoint, "slice_config")
+    section = _slice_section(architecture, checkpoint)
     return slice_spec_from_version(
         architecture.version,
         queries=architecture.resampler.queries,
@@ -159,6 +162,21 @@ def _slicing(architecture: VisionArchitecture, checkpoint: Checkpoint) -> SliceS
         patch_size=architecture.vision.patch_size,
         max_slices=config_integer(section, "max_slice_nums", _MAX_SLICES),
     )
+
+
+def _slice_section(architecture: VisionArchitecture, checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """What of config.json states the size of slices, and how many there are at most."""
+    in_top = architecture.version in ("1.0", "2.0", "omnilmm")
+    return (checkpoint.config or {}) if in_top else config_section(checkpoint, "slice_config")
+
+
+def _origins(architecture: VisionArchitecture, checkpoint: Checkpoint) -> Origins:
+    values = same_origin(_slicing(architecture, checkpoint), f"the image processor of version {architecture.version}")
+    values["image.patch_size"] = "the vision encoder's weights"
+    is_square = architecture.version in ("1.0", "omnilmm")
+    keys = {"size_pixels": "image_size" if is_square else "scale_resolution", "max_slices": "max_slice_nums"}
+    section = _slice_section(architecture, checkpoint)
+    return Origins(values | {f"image.{name}": f"config.json: {key}" for name, key in keys.items() if key in section})
 
 
 def _table(architecture: VisionArchitecture) -> dict[str, Target]:

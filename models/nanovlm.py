@@ -35,7 +35,7 @@ from vlm_export.models.nanovlm_parts import build_modules, build_parts
 from vlm_export.models.nanovlm_weights import EMBEDDING_KEY, HEAD_KEY, check_tied, weight_table
 from vlm_export.models.weights import load_weights, published_tensors
 from vlm_export.original import Original, TorchvisionPipeline, TransformersOriginal
-from vlm_export.specs import AnyImageSpec, ImageSpec, Origins, TextSpec, TileSpec, torchvision_image_spec
+from vlm_export.specs import AnyImageSpec, Origins, TextSpec, TileSpec, torchvision_image_spec
 from vlm_export.specs.tasks import ChatSpec, EmbedSpec, EncoderSpec, PromptSpec, SamplingSpec, TaskSpec
 
 # What the original's `generate` draws from, in every version.
@@ -71,7 +71,7 @@ class NanoVlmFamily:
             architecture.to_json(),
             parts,
             tuple(_notes(architecture)),
-            image=_preparation(architecture),
+            image=_image_spec(architecture),
             text=_text_spec(architecture),
             origins=_origins(architecture),
         )
@@ -90,7 +90,7 @@ class NanoVlmFamily:
             family=self.name,
             architecture=architecture.to_json(),
             parts=parts,
-            image=_preparation(architecture),
+            image=_image_spec(architecture),
             text=_text_spec(architecture),
             hub_config={**(checkpoint.config or {}), **_llava_config(architecture)},
             tasks=_tasks(architecture),
@@ -123,24 +123,22 @@ def _notes(architecture: NanoVlmArchitecture) -> Iterator[str]:
         yield "the token embedding is the output matrix: embed_tokens and decoder each hold it once"
 
 
-def _image_spec(architecture: NanoVlmArchitecture) -> ImageSpec | None:
-    if architecture.chat.layout == "tiles":
-        return None
+def _image_spec(architecture: NanoVlmArchitecture) -> AnyImageSpec:
+    """How images become inputs of the vision part: tiles in the later generation."""
+    chat = architecture.chat
+    if chat.layout == "tiles":
+        return TileSpec(architecture.image_size, chat.max_side_pixels, chat.resize_to_max_side)
     none, one = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     return torchvision_image_spec(architecture.image_size, "bilinear", "before_resize", none, one, "stretch")
 
 
-def _preparation(architecture: NanoVlmArchitecture) -> AnyImageSpec | None:
-    """How images become inputs of the vision part: tiles in the later generation."""
-    chat = architecture.chat
-    if chat.layout != "tiles":
-        return _image_spec(architecture)
-    return TileSpec(architecture.image_size, chat.max_side_pixels, chat.resize_to_max_side)
-
-
 def _origins(architecture: NanoVlmArchitecture) -> Origins:
-    image = _image_spec(architecture)
-    return Origins({} if image is None else same_origin(image, "huggingface/nanoVLM data/processors.py"))
+    spec, weights = _image_spec(architecture), "the vision encoder's weights"
+    if isinstance(spec, TileSpec):
+        config = {"max_side_pixels": "max_img_size", "resize_to_max_side": "resize_to_max_side_len"}
+        stated = {f"image.{name}": f"config.json: {key}" for name, key in config.items()}
+        return Origins({"image.tile_size_pixels": weights, **stated})
+    return Origins(same_origin(spec, "huggingface/nanoVLM data/processors.py"))
 
 
 def _original(architecture: NanoVlmArchitecture) -> Original:

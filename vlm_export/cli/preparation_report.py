@@ -40,13 +40,12 @@ def print_preparation(data: Mapping[str, Any]) -> None:
 
 
 def _with_origins(kind: str, fields: Mapping[str, Any], origins: Origins) -> dict[str, Any]:
-    return {
-        name: {
-            "value": list(value) if isinstance(value, tuple) else value,
-            "from": origins.values.get(f"{kind}.{name}", _UNKNOWN),
-        }
-        for name, value in fields.items()
-    }
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        origin = origins.values.get(f"{kind}.{name}", _UNKNOWN)
+        inner = {f"{name}.{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
+        found |= {key: {"value": entry, "from": origin} for key, entry in inner.items()}
+    return found
 
 
 def _value_text(value: Any) -> str:
