@@ -38,9 +38,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_family_is_one_folder_and_one_line(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_family_is_one_folder_and_one_line(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.FAMILIES, "toy", "toy_family:ToyFamily")
     result = export(checkpoint, tmp_path / "bundle")
     assert result.manifest.family == "toy"

@@ -20,6 +20,9 @@ import vlm_export
 from vlm_export.bundle.manifest import Manifest
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError, UsageError
+from vlm_export.runtime.engine import Port
+from vlm_export.runtime.pair import EncoderPair, load
+from vlm_export.specs.tasks import EmbedSpec
 
 Array = npt.NDArray[Any]
 
@@ -221,7 +224,8 @@ def test_ids_out_of_range_are_refused(pair: EncoderPair, ids: list[Any]) -> None
 
 
 def test_a_model_without_a_score_gives_no_probabilities(changed: Callable[..., EncoderPair]) -> None:
-    scored = changed().manifest.tasks[0]
+    scored = changed().manifest.task(EmbedSpec)
+    assert scored is not None
     for tasks in ((), (replace(scored, score=None),)):
         with pytest.raises(InputError, match="no scale for probabilities"):
             _ = changed(tasks=tasks).logit_scale

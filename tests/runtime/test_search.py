@@ -167,8 +167,9 @@ def test_unknown_metadata_is_refused(field: str, value: object, tmp_path: Path) 
     path = tmp_path / "e.npy"
     write_embeddings(path, ITEMS, unit_vectors(3), META)
     rewrite(path, unit_vectors(3), json.dumps({**npy_metadata(path), field: value}).encode())
-    with pytest.raises(InputError, match="what model made them"):
+    with pytest.raises(InputError, match=field) as caught:
         read_embeddings(path)
+    assert caught.value.fix == "embed again with this version"
 
 
 @pytest.mark.parametrize("kept", [1, 9, 100, 187, 188, 189, 300, -1])
