@@ -92,7 +92,8 @@ from vlm_export.family import BuildOptions
 
 exporter, opset, with_texts = sys.argv[2], int(sys.argv[3]), sys.argv[4] == "texts"
 options = ExportOptions(
-    opset=opset, exporter=exporter, threads=1, build=BuildOptions(dynamic_image_size=True), with_preprocessing=with_texts,
+    opset=opset, exporter=exporter, threads=1, build=BuildOptions(dynamic_image_size=True),
+    with_preprocessing=with_texts,
     parts=() if with_texts else ("vision",), with_tokenizer=with_texts, precisions=("fp32", "fp16"),
 )
 stages = Stages()
