@@ -28,16 +28,19 @@ from vlm_export.models.minicpmv_architecture import (
     VisionArchitecture,
     architecture_from_json,
     minicpmv_architecture,
+    stated_slicing,
 )
 from vlm_export.models.minicpmv_modules import VisionModules, build_modules
 from vlm_export.models.minicpmv_parts import build_parts
-from vlm_export.models.shapes import config_integer, config_section
+from vlm_export.models.shapes import config_integer
 from vlm_export.models.vit import VitForm
 from vlm_export.models.vit_weights import eva_table
 from vlm_export.models.weights import Target, load_weights, published_tensors
 from vlm_export.slice_spec import SliceSpec, slice_spec_from_version
+from vlm_export.specs import Origins
 
 _MAX_SLICES = 9
+_UNCUT = ("1.0", "omnilmm")
 _PACKED_NOTE = (
     "pictures of different shapes share a batch: each is a row of patches, and tgt_sizes tells its rows and columns"
 )
@@ -86,7 +89,14 @@ def describe_vision(
         PartOutline(part.name, part.signature, sum(p.numel() for p in part.module.parameters()))
         for part in build_parts(architecture, _modules(architecture))
     )
-    return Description(architecture.to_json(), parts, tuple(_notes(architecture, checkpoint)), warnings)
+    return Description(
+        architecture.to_json(),
+        parts,
+        tuple(_notes(architecture, checkpoint)),
+        warnings,
+        cutting={"slicing": _slicing(architecture, checkpoint).to_json()},
+        origins=_origins(architecture, checkpoint),
+    )
 
 
 def build_vision(
@@ -117,6 +127,7 @@ def build_vision(
         references={part.name: partial(reference_from_module, part) for part in parts},
         reference_name="unpatched eager module",
         warnings=warnings,
+        origins=_origins(architecture, checkpoint),
     )
 
 
@@ -148,8 +159,7 @@ def _modules(architecture: VisionArchitecture) -> VisionModules:
 
 def _slicing(architecture: VisionArchitecture, checkpoint: Checkpoint) -> SliceSpec:
     """How pictures are cut: config.json's numbers, or the defaults of the version's own code."""
-    config = checkpoint.config or {}
-    section = config if architecture.version == "2.0" else config_section(checkpoint, "slice_config")
+    section, _, _ = stated_slicing(architecture.version, checkpoint)
     return slice_spec_from_version(
         architecture.version,
         queries=architecture.resampler.queries,
@@ -157,6 +167,19 @@ def _slicing(architecture: VisionArchitecture, checkpoint: Checkpoint) -> SliceS
         patch_size=architecture.vision.patch_size,
         max_slices=config_integer(section, "max_slice_nums", _MAX_SLICES),
     )
+
+
+def _origins(architecture: VisionArchitecture, checkpoint: Checkpoint) -> Origins:
+    """What states each value of `_slicing`."""
+    version = architecture.version
+    code = "OmniLMM's published code" if version == "omnilmm" else f"MiniCPM-V {version}'s published code"
+    section, before, size_key = stated_slicing(version, checkpoint)
+    values = dict.fromkeys(_slicing(architecture, checkpoint).to_json(), code)
+    for name, key in (("size_pixels", size_key), ("max_slices", "max_slice_nums")):
+        if name == "size_pixels" or version not in _UNCUT:
+            values[name] = f"config.json: {before}{key}" if key in section else f"default of {code}"
+    values |= {"patch_size": "shape of the encoder's weights", "placeholder.queries": "shape of the resampler's query"}
+    return Origins({f"slicing.{name}": origin for name, origin in values.items()})
 
 
 def _table(architecture: VisionArchitecture) -> dict[str, Target]:

@@ -28,6 +28,7 @@ _PACKED: dict[float, Version] = {2.5: "2.5", 2.6: "2.6", 4.0: "4.0", 4.5: "4.5"}
 _SIGLIP_HEAD, _RESAMPLER_HEAD = 72, 128
 # timm's eva02_enormous_patch14_clip_224 (timm 1.0, models/eva.py), the one encoder that OmniLMM was published with.
 _EVA_WIDTH, _EVA_HEADS = 1792, 16
+_DEFAULT_SIZE = 448
 # What is assumed of encoders of another width.
 _OTHER_EVA_HEAD = 32
 
@@ -87,12 +88,16 @@ def minicpmv_architecture(checkpoint: Checkpoint) -> VisionArchitecture:
     version = _version(config) if packed else ("2.0" if "slice_mode" in config else "1.0")
     vision: VitForm | NavitSizes = _navit(shapes, version) if packed else _siglip(shapes)
     resampler = _resampler(shapes, "resampler.", stored=version == "1.0")
-    default = 448
-    size_key = "image_size" if version == "1.0" else "scale_resolution"
-    section = config if version in ("1.0", "2.0") else config_section(checkpoint, "slice_config")
-    return _checked(
-        VisionArchitecture(version, vision, resampler, config_integer(section, size_key, default)), checkpoint
-    )
+    section, _, size_key = stated_slicing(version, checkpoint)
+    image_size = config_integer(section, size_key, _DEFAULT_SIZE)
+    return _checked(VisionArchitecture(version, vision, resampler, image_size), checkpoint)
+
+
+def stated_slicing(version: Version, checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str, str]:
+    """The object of config.json that says how pictures are cut, what its keys begin with, and the key of their size."""
+    if version in ("1.0", "2.0", "omnilmm"):
+        return checkpoint.config or {}, "", "scale_resolution" if version == "2.0" else "image_size"
+    return config_section(checkpoint, "slice_config"), "slice_config.", "scale_resolution"
 
 
 def omnilmm_architecture(checkpoint: Checkpoint, head_width: int | None = None) -> VisionArchitecture:
@@ -114,7 +119,8 @@ def omnilmm_architecture(checkpoint: Checkpoint, head_width: int | None = None) 
         post_norm=True,
         antialias=True,
     )
-    image_size = config_integer(checkpoint.config or {}, "image_size", 448)
+    section, _, size_key = stated_slicing("omnilmm", checkpoint)
+    image_size = config_integer(section, size_key, _DEFAULT_SIZE)
     resampler = _resampler(shapes, "model.resampler.", stored=True)
     return _checked(VisionArchitecture("omnilmm", vision, resampler, image_size), checkpoint)
 

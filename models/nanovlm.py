@@ -37,6 +37,7 @@ from vlm_export.models.nanovlm_weights import EMBEDDING_KEY, HEAD_KEY, check_tie
 from vlm_export.models.weights import load_weights, published_tensors
 from vlm_export.original import Original, TorchvisionPipeline, TransformersOriginal
 from vlm_export.specs import ImageSpec, Origins, TextSpec, torchvision_image_spec
+from vlm_export.tile_spec import TileSpec
 
 # What the original's `generate` draws from, in every version.
 _SAMPLING = {"top_k": 50, "top_p": 0.9, "temperature": 0.5}
@@ -73,6 +74,7 @@ class NanoVlmFamily:
             tuple(_notes(architecture)),
             image=_image_spec(architecture),
             text=_text_spec(architecture),
+            cutting=_cutting(architecture),
             origins=_origins(architecture),
         )
 
@@ -132,7 +134,15 @@ def _image_spec(architecture: NanoVlmArchitecture) -> ImageSpec | None:
 
 def _origins(architecture: NanoVlmArchitecture) -> Origins:
     image = _image_spec(architecture)
-    return Origins({} if image is None else same_origin(image, "huggingface/nanoVLM data/processors.py"))
+    if image is not None:
+        return Origins(same_origin(image, "huggingface/nanoVLM data/processors.py"))
+    return Origins(
+        {
+            "tiles.tile_size_pixels": "shape of the encoder's weights",
+            "tiles.max_side_pixels": "config.json: max_img_size",
+            "tiles.resize_to_max_side": "config.json: resize_to_max_side_len, false where it is not stated",
+        }
+    )
 
 
 def _original(architecture: NanoVlmArchitecture) -> Original:
@@ -170,7 +180,7 @@ def _facts(architecture: NanoVlmArchitecture) -> dict[str, Any]:
     """What the runtime needs to know besides the graphs."""
     chat = architecture.chat
     places = {name: token for name, token in chat.extra_tokens.items() if name not in (IMAGE_TOKEN, GLOBAL_IMAGE_TOKEN)}
-    facts: dict[str, Any] = {
+    return {
         "chat": {
             "layout": chat.layout,
             "tokens_per_tile": architecture.tokens_per_tile,
@@ -186,14 +196,17 @@ def _facts(architecture: NanoVlmArchitecture) -> dict[str, Any]:
             "max_new_tokens": _MAX_NEW_TOKENS[chat.layout],
             "sampling": _SAMPLING,
         },
+        **_cutting(architecture),
     }
-    if chat.layout == "tiles":
-        facts["tiles"] = {
-            "tile_size_pixels": architecture.image_size,
-            "max_side_pixels": chat.max_side_pixels,
-            "resize_to_max_side": chat.resize_to_max_side,
-        }
-    return facts
+
+
+def _cutting(architecture: NanoVlmArchitecture) -> dict[str, Any]:
+    """How pictures are cut, as the manifest states it; {} where they are not."""
+    chat = architecture.chat
+    if chat.layout != "tiles":
+        return {}
+    spec = TileSpec(architecture.image_size, chat.max_side_pixels, chat.resize_to_max_side)
+    return {"tiles": spec.to_json()}
 
 
 def _llava_config(architecture: NanoVlmArchitecture) -> dict[str, Any]:

@@ -113,7 +113,8 @@ class Description:
         notes: what is hard about exporting it, and how that is met; one sentence each.
         warnings: what is assumed because the checkpoint does not say it.
         image, text: how inputs are prepared, None where the model takes no such input.
-        origins: where each value of `image` and `text` comes from.
+        cutting: how pictures are cut: the manifest's fact by name, "slicing" or "tiles"; empty where they are not.
+        origins: where each value of `image`, `text` and `cutting` comes from.
         reserved_rows: as in Model.
     """
 
@@ -123,6 +124,7 @@ class Description:
     warnings: tuple[str, ...] = ()
     image: ImageSpec | None = None
     text: TextSpec | None = None
+    cutting: Mapping[str, Any] = field(default_factory=dict)
     origins: Origins = field(default_factory=Origins)
     reserved_rows: int = 0
 
@@ -163,7 +165,7 @@ class Model:
         reserved_rows: rows of the embedding table that the model's own code uses, while its tokenizer has no token for
             them.
         with_tokenizer: the model with what it takes from its tokenizer's ids.
-        origins: where each value of `image` and `text` comes from.
+        origins: where each value of `image`, `text` and the cutting of pictures (`Description.cutting`) comes from.
     """
 
     family: str

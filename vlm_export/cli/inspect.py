@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_export.cli.chat_options import is_chat_bundle
 from vlm_export.cli.common import add_common_options
 from vlm_export.cli.inspect_known import checkpoint_from_config, known_data, list_known, print_known
-from vlm_export.cli.output import print_json, print_line, print_table, print_warnings, size_text
+from vlm_export.cli.output import print_json, print_line, print_table, print_warnings, size_text, terminal_width
 from vlm_export.cli.preparation_report import preparation_data, print_preparation
 from vlm_export.cli.slice_report import report_slices
 from vlm_export.cli.tile_report import report_tiles
@@ -139,7 +139,7 @@ def _data_from_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
             {"name": part.name, "parameters": part.parameter_count, "signature": part.signature.to_json()}
             for part in description.parts
         ],
-        "preparation": preparation_data(description.image, text, origins),
+        "preparation": preparation_data(description.image, text, description.cutting, origins),
         "notes": notes,
         "warnings": [*assumed, *left_out_warnings(checkpoint), *warnings],
     }
@@ -185,7 +185,7 @@ def _data_from_manifest(manifest: Manifest) -> dict[str, Any]:
             }
             for part in manifest.parts
         ],
-        "preparation": preparation_data(manifest.image, manifest.text, manifest.origins),
+        "preparation": preparation_data(manifest.image, manifest.text, manifest.facts, manifest.origins),
         "notes": [
             *(notes if isinstance(notes, list) else []),
             *(warning for part in manifest.parts for variant in part.variants for warning in variant.warnings),
@@ -211,11 +211,11 @@ def _print(data: Mapping[str, Any]) -> None:
     for file in data["files"]:
         print_line(f"  {file['name']}  {size_text(file['size_bytes'])}  sha256 {file['sha256'][:16]}…")
     print_line("architecture:")
-    for key, value in data["architecture"].items():
-        print_line(f"  {key}: {value}")
+    architecture = [(f"  {key}", str(value)) for key, value in data["architecture"].items()]
+    print_table(("  field", "value"), architecture, width=terminal_width())
     print_line("parts:")
-    rows = [(part["name"], _signature_text(part["signature"]), _detail(part)) for part in data["parts"]]
-    print_table(("  part", "inputs → outputs", ""), [(f"  {name}", text, detail) for name, text, detail in rows])
+    rows = [(f"  {part['name']}", _signature_text(part["signature"]), _detail(part)) for part in data["parts"]]
+    print_table(("  part", "inputs → outputs", ""), rows, width=terminal_width())
     print_preparation(data["preparation"])
     for note in data["notes"]:
         print_line(f"note: {note}")

@@ -19,7 +19,7 @@ from vlm_export.runtime.chat_prompt import ChatTokenizer, PromptForm, PromptWrit
 from vlm_export.runtime.chat_settings import CHAT, TILES, ChatSettings, chat_settings_from_facts
 from vlm_export.runtime.embedded_decoder import EMBEDS, IDS, EmbeddedRows, left_padded
 from vlm_export.runtime.engine import Engine
-from vlm_export.runtime.given import decoder_threads, map_pictures, picture_list, text_list
+from vlm_export.runtime.given import Unreadable, decoder_threads, map_pictures, picture_list, text_list
 from vlm_export.runtime.image import FloatArray, PictureSource, preprocess_image
 from vlm_export.runtime.pair import EncoderPair
 from vlm_export.runtime.tiling import Grid, cut_tiles
@@ -131,21 +131,28 @@ class ChatInputs(EncoderPair):
             fix="ask it a question instead",
         )
 
-    def prepare(self, sources: Sequence[PictureSource], first: int = 0) -> list[PreparedPicture]:
+    def prepare(
+        self, sources: Sequence[PictureSource], first: int = 0, unreadable: Unreadable | None = None
+    ) -> list[PreparedPicture]:
         """Pictures as the vision part takes them; InputError when one is unreadable or too large, by its name.
 
         Args:
             first: the number of the first one, in the names of pictures that have no path.
+            unreadable: as in `map_pictures`.
         """
         if sources:
             # The graph first: it shows whether it takes pictures of this size, before they are made that large.
             _ = self.vision_encoder
         with decoder_threads(self.threads) as decoders:
-            return map_pictures(self._prepared, sources, decoders, max_pixels=self.max_pixels, first=first)
+            return map_pictures(
+                self._prepared, sources, decoders, max_pixels=self.max_pixels, first=first, unreadable=unreadable
+            )
 
-    def features(self, sources: Sequence[PictureSource], first: int = 0) -> list[Seen]:
-        """The grid of each picture and its features; errors as in `prepare`."""
-        prepared = self.prepare(sources, first)
+    def features(
+        self, sources: Sequence[PictureSource], first: int = 0, unreadable: Unreadable | None = None
+    ) -> list[Seen]:
+        """The grid of each picture and its features; arguments and errors as in `prepare`."""
+        prepared = self.prepare(sources, first, unreadable)
         return [(picture.grid, features) for picture, features in zip(prepared, self._see(prepared), strict=True)]
 
     def embedded(self, ids: Sequence[int]) -> FloatArray:

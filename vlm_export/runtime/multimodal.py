@@ -15,7 +15,7 @@ from vlm_export.bundle.layout import TOKENIZER_NAME
 from vlm_export.bundle.manifest import MANIFEST_NAME
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.engine import Array, Engine
-from vlm_export.runtime.given import Pictures, decoder_threads, picture_list, text_list
+from vlm_export.runtime.given import Pictures, Unreadable, decoder_threads, picture_list, text_list
 from vlm_export.runtime.image import FloatArray, PictureSource
 from vlm_export.runtime.language_settings import FirstToken, LanguageSettings, settings_from_facts
 from vlm_export.runtime.pair import IMAGE_BATCH_SIZE, TEXT_BATCH_SIZE, EncoderPair
@@ -52,11 +52,16 @@ class Multimodal(EncoderPair):
         return super().embed_dim
 
     def encode_image(
-        self, images: Pictures, *, batch_size: int = IMAGE_BATCH_SIZE, progress: bool = False
+        self,
+        images: Pictures,
+        *,
+        batch_size: int = IMAGE_BATCH_SIZE,
+        progress: bool = False,
+        unreadable: Unreadable | None = None,
     ) -> FloatArray:
         """As in EncoderPair; InputError when the checkpoint has no projection to embeddings."""
         self._require_output("vision", IMAGE_EMBEDS)
-        return super().encode_image(images, batch_size=batch_size, progress=progress)
+        return super().encode_image(images, batch_size=batch_size, progress=progress, unreadable=unreadable)
 
     def encode_text(
         self,

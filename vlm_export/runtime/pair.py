@@ -18,7 +18,7 @@ from vlm_export.bundle.opened import OpenBundle, open_bundle
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.engine import Engine
 from vlm_export.runtime.engine_choice import ONNXRUNTIME, EngineName, chosen_precision, engine_choice
-from vlm_export.runtime.given import Pictures, decoder_threads, map_pictures, picture_list, text_list
+from vlm_export.runtime.given import Pictures, Unreadable, decoder_threads, map_pictures, picture_list, text_list
 from vlm_export.runtime.identity import SLICING, model_identity
 from vlm_export.runtime.image import MAX_PIXELS, FloatArray, PictureSource, preprocess_image
 from vlm_export.runtime.reopening import Reopening, reopening
@@ -173,10 +173,19 @@ class EncoderPair:
         return Tokenizer(self._tokenizer_file(), self.text_spec)
 
     def encode_image(
-        self, images: Pictures, *, batch_size: int = IMAGE_BATCH_SIZE, progress: bool = False
+        self,
+        images: Pictures,
+        *,
+        batch_size: int = IMAGE_BATCH_SIZE,
+        progress: bool = False,
+        unreadable: Unreadable | None = None,
     ) -> FloatArray:
         """Embeddings of pictures, one or a sequence of them: Pillow pictures, paths, bytes of files, open files, or
         arrays uint8 (H, W, 3).
+
+        Args:
+            unreadable: called with the number of each picture that cannot be read and its InputError, which it may
+                raise; where it does not, the picture has no row.
 
         Returns:
             float32 (N, D), rows of unit length.
@@ -185,16 +194,18 @@ class EncoderPair:
             InputError: a picture is unreadable or too large; the message names it.
         """
         sources = picture_list(images)
-        embeddings = self._no_rows(len(sources))
+        embeddings, done = self._no_rows(len(sources)), 0
         with (
             decoder_threads(self.threads) as decoders,
             tqdm(total=len(sources), unit="picture", disable=not progress) as bar,
         ):
             for batch in batches(range(len(sources)), batch_size):
-                pixels = self._pixels([sources[i] for i in batch], decoders, first=batch[0])
-                embeddings[list(batch)] = run_encoder(self.vision, pixels, width=self.embed_dim)
+                pixels = self._pixels([sources[i] for i in batch], decoders, first=batch[0], unreadable=unreadable)
+                if len(pixels):
+                    embeddings[done : done + len(pixels)] = run_encoder(self.vision, pixels, width=self.embed_dim)
+                    done += len(pixels)
                 bar.update(len(batch))
-        return unit_rows(embeddings)
+        return unit_rows(embeddings[:done])
 
     def encode_text(
         self,
@@ -297,20 +308,26 @@ class EncoderPair:
     def _engine(self, part: str) -> Engine:
         return self._engine_choice.open_part(self.bundle, part, self.precision)
 
-    def _pixels(self, sources: Sequence[PictureSource], decoders: ThreadPoolExecutor, first: int) -> FloatArray:
-        """float32 (B, 3, S, S) of pictures; errors as in `map_pictures`."""
+    def _pixels(
+        self,
+        sources: Sequence[PictureSource],
+        decoders: ThreadPoolExecutor,
+        first: int,
+        unreadable: Unreadable | None = None,
+    ) -> FloatArray:
+        """float32 (B, 3, S, S) of pictures, without those left out; arguments and errors as in `map_pictures`."""
         spec = self.image_spec
         # The graph first: it shows whether it takes pictures of this size, before they are made that large.
         _ = self.vision
-        return np.stack(
-            map_pictures(
-                lambda image, name: preprocess_image(image, spec, name=name),
-                sources,
-                decoders,
-                max_pixels=self.max_pixels,
-                first=first,
-            )
+        pictures = map_pictures(
+            lambda image, name: preprocess_image(image, spec, name=name),
+            sources,
+            decoders,
+            max_pixels=self.max_pixels,
+            first=first,
+            unreadable=unreadable,
         )
+        return np.stack(pictures) if pictures else np.zeros((0, 3, spec.size_pixels, spec.size_pixels), np.float32)
 
     def _tokenizer_file(self) -> Path:
         if TOKENIZER_NAME not in self.manifest.files:

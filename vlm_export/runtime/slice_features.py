@@ -17,7 +17,7 @@ from vlm_export.bundle.opened import OpenBundle, open_bundle
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.engine import Array, Engine
 from vlm_export.runtime.engine_choice import ONNXRUNTIME, EngineName, chosen_precision, engine_choice
-from vlm_export.runtime.given import Pictures, decoder_threads, map_pictures, picture_list
+from vlm_export.runtime.given import Pictures, Unreadable, decoder_threads, map_pictures, picture_list
 from vlm_export.runtime.identity import SLICING, model_identity
 from vlm_export.runtime.image import MAX_PIXELS, FloatArray, PictureSource
 from vlm_export.runtime.reopening import Reopening, reopening
@@ -183,8 +183,13 @@ class SliceEncoder:
         *,
         batch_size: int = SLICE_BATCH_SIZE,
         progress: bool = False,
+        unreadable: Unreadable | None = None,
     ) -> Iterator[SliceFeatures]:
-        """As `encode_slices`, picture by picture: the features of many do not fit memory."""
+        """As `encode_slices`, picture by picture: the features of many do not fit memory.
+
+        Args:
+            unreadable: as in `vlm_export.EncoderPair.encode_image`; called before any later picture's features come.
+        """
         sources = picture_list(images)
         with (
             decoder_threads(self._engine_choice.threads) as decoders,
@@ -192,7 +197,12 @@ class SliceEncoder:
         ):
             for window in batches(range(len(sources)), batch_size):
                 chosen = [sources[i] for i in window]
-                cut = map_pictures(self._cut, chosen, decoders, max_pixels=self.max_pixels, first=window[0])
+                cut = map_pictures(
+                    self._cut, chosen, decoders, max_pixels=self.max_pixels, first=window[0], unreadable=unreadable
+                )
+                bar.update(len(chosen) - len(cut))
+                if not cut:
+                    continue
                 features = self._features(cut, batch_size)
                 for slices in cut:
                     count = len(slices.pixel_values)

@@ -20,7 +20,7 @@ from vlm_export.runtime.embedded_decoder import EmbeddedDecoderState
 from vlm_export.runtime.engine_choice import ONNXRUNTIME, EngineName
 from vlm_export.runtime.generation import GenerationOptions, generate, padded_ids, stream
 from vlm_export.runtime.generation_options import IdArray
-from vlm_export.runtime.given import Pictures, picture_list, text_list
+from vlm_export.runtime.given import Pictures, Unreadable, picture_list, text_list
 from vlm_export.runtime.image import MAX_PIXELS, FloatArray
 from vlm_export.runtime.pair import IMAGE_BATCH_SIZE, TEXT_BATCH_SIZE
 from vlm_export.runtime.text_stream import TextStream
@@ -180,20 +180,26 @@ class VisionChat(ChatInputs):
         return self._generated(rows, options, 0, cached=cached)
 
     def encode_image(
-        self, images: Pictures, *, batch_size: int = IMAGE_BATCH_SIZE, progress: bool = False
+        self,
+        images: Pictures,
+        *,
+        batch_size: int = IMAGE_BATCH_SIZE,
+        progress: bool = False,
+        unreadable: Unreadable | None = None,
     ) -> FloatArray:
         """The mean of each picture's features as the decoder reads them, float32 (N, D), unit length.
 
         Nothing was trained to make these comparable with texts: see `similarity`.
         """
         sources = picture_list(images)
-        rows = self._no_rows(len(sources))
+        rows, done = self._no_rows(len(sources)), 0
         with tqdm(total=len(sources), unit="picture", disable=not progress) as bar:
             for batch in batches(range(len(sources)), batch_size):
-                for i, (_, features) in zip(batch, self.features([sources[i] for i in batch], batch[0]), strict=True):
-                    rows[i] = features.reshape(-1, features.shape[-1]).mean(axis=0, dtype=np.float64)
+                for _, features in self.features([sources[i] for i in batch], batch[0], unreadable):
+                    rows[done] = features.reshape(-1, features.shape[-1]).mean(axis=0, dtype=np.float64)
+                    done += 1
                 bar.update(len(batch))
-        return unit_rows(rows)
+        return unit_rows(rows[:done])
 
     def encode_text(
         self,
