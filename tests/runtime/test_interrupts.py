@@ -180,10 +180,9 @@ def test_nothing_of_work_that_has_ended_stays_in_memory() -> None:
     class Session:
         pass
 
-    session = run_interruptibly(Session)
-    assert run_interruptibly(lambda: session) is session
-    gone = weakref.ref(session)
-    del session
+    held = [run_interruptibly(Session)]
+    assert run_interruptibly(lambda: held[0]) is held[0]
+    gone = weakref.ref(held.pop())
     gc.collect()
     assert gone() is None
 
