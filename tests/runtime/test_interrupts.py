@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from vlm_export.runtime.engine import OrtEngine
 
 from vlm_export.interrupts import run_interruptibly
+from vlm_export.runtime.engines.onnxruntime import OrtEngine
 
 # The graphs are made with onnx.
 pytestmark = pytest.mark.needs_torch
@@ -43,13 +43,13 @@ COMMAND = "from vlm_export.cli.main import main\nsys.exit(main(sys.argv[1:]))"
 LIGHT = """
 from vlm_export.cli import inspect
 from vlm_export.cli.main import main
-from vlm_export.runtime.engine import OrtEngine
+from vlm_export.runtime.engines.onnxruntime import OrtEngine
 import numpy as np
 inspect.run = lambda args: OrtEngine(args.source, threads=1).run({"x": np.zeros(1, np.float32)})
 sys.exit(main(["inspect", sys.argv[1]]))
 """
 LIBRARY = """
-from vlm_export.runtime.engine import OrtEngine
+from vlm_export.runtime.engines.onnxruntime import OrtEngine
 import numpy as np
 engine = OrtEngine(sys.argv[1], threads=1)
 try:

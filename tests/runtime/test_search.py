@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from vlm_export.runtime.image import FloatArray
 
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
-from vlm_export.runtime.search import (
+from vlm_export.runtime.inputs.images import FloatArray
+from vlm_export.runtime.search.store import (
     EmbeddingsMeta,
     Match,
     npy_metadata,
