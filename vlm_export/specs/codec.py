@@ -258,7 +258,7 @@ def _union_type(members: Sequence[_Type]) -> _Type:
 
 
 def _meant(specs: Sequence[type[Spec]], data: Mapping[str, Any], place: _Place) -> type[Spec]:
-    """The Spec that the data means: that of its `kind`, or else the one with the most of its keys and the fewest others."""
+    """The Spec that the data means: that of its `kind`, or else the one with most of its keys and fewest others."""
     kinds = {_fields(spec)["kind"].words.removeprefix("one of "): spec for spec in specs if "kind" in _fields(spec)}
     stated = repr(data.get("kind"))
     if stated in kinds:
