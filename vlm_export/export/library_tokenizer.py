@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_export.errors import EnvironmentFailure, InputError
-from vlm_export.export.clip_bpe import VOCAB_SIZE, vocab_from_bpe_merges
+from vlm_export.export.openai_bpe import VOCAB_SIZE, vocab_from_bpe_merges
 from vlm_export.export.tokenizer_parts import (
     ADDED_TOKENS,
     CONFIG,

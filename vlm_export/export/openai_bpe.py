@@ -60,7 +60,10 @@ def tokenizer_json_from_vocab(vocab: Mapping[str, int], merges: Sequence[tuple[s
     """
     if not {START_TOKEN, END_TOKEN} <= set(vocab):
         raise InputError(
-            "the vocabulary is not CLIP's", where=where, expected=f"{START_TOKEN} and {END_TOKEN} in it", fix=_FIX
+            "the vocabulary is not the published one",
+            where=where,
+            expected=f"{START_TOKEN} and {END_TOKEN} in it",
+            fix=_FIX,
         )
     try:
         model = models.BPE(
