@@ -93,7 +93,9 @@ class SliceSpec:
         known = get_args(PixelLayout) if self.mode == "adaptive" else ("image",)
         _check("pixel_layout", self.pixel_layout in known, f"one of {known}", self.pixel_layout)
         _check("mean", _are_numbers(self.mean), "three numbers", self.mean)
-        _check("std", _are_numbers(self.std) and min(self.std) > 0, "three positive numbers", self.std)
+        _check(
+            "std", _are_numbers(self.std) and min(self.std) >= 1 / MAX_NORMALISER, "three positive numbers", self.std
+        )
         _check("placeholder", isinstance(self.placeholder, PlaceholderSpec), "a placeholder", self.placeholder)
 
     def to_json(self) -> dict[str, Any]:

@@ -26,7 +26,10 @@ from vlm_export.specs import (
 
 MAX_IMAGE_SIZE_PIXELS = 8192
 _RESIZE_EDGES = {"shortest_edge": 1, "stretch": 2, "none": 0}
+MAX_NORMALISER = 1e6
+"""Of a mean, a deviation and a factor of pixels; and one over it the least of the last two. float32 holds them all."""
 MAX_CONTEXT_LENGTH = 1 << 20
+MAX_AXIS_SIZE = (1 << 31) - 1
 MAX_TOKEN_ID = (1 << 31) - 1
 
 
@@ -49,15 +52,18 @@ def image_spec_from_fields(fields: Fields) -> ImageSpec:
         raise fields.fail("resize_pixels", f"{count} edges of 1 to {MAX_IMAGE_SIZE_PIXELS}, as of {spec.resize!r}")
     if spec.crop == "none" and any(e != edge for e in edges):
         raise fields.fail("resize_pixels", f"{edge} where nothing is cropped")
-    factor = fields.data["rescale_factor"]
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor > 0:
-        raise fields.fail("rescale_factor", "a positive number")
-    for key in ("mean", "std"):
+    least = 1 / MAX_NORMALISER
+    if not _is_within(fields.data["rescale_factor"], least):
+        raise fields.fail("rescale_factor", f"a number from {least:g} to {MAX_NORMALISER:g}")
+    for key, minimum in (("mean", -MAX_NORMALISER), ("std", least)):
         values = fields.sequence(key)
-        numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
-        if len(values) != 3 or len(numbers) != 3 or (key == "std" and not min(numbers) > 0):
-            raise fields.fail(key, "three numbers, and for std positive ones")
+        if len(values) != 3 or not all(_is_within(value, minimum) for value in values):
+            raise fields.fail(key, f"three numbers from {minimum:g} to {MAX_NORMALISER:g}")
     return spec
+
+
+def _is_within(value: object, minimum: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and minimum <= value <= MAX_NORMALISER
 
 
 def text_spec_from_fields(fields: Fields) -> TextSpec:
@@ -90,7 +96,7 @@ def signature_from_fields(fields: Fields) -> Signature:
     """The Signature; InputError when a name, shape or axis has an odd type."""
     fields.only(("inputs", "outputs", "axes"))
     for key in ("inputs", "outputs"):
-        fields.each(key, _check_tensor)
+        fields.some(key, _check_tensor)
     axes = fields.fields("axes")
     for name in axes.data:
         optional = [key for key in ("multiple_of", "sum_of", "at_most") if key in axes.fields(name).data]
@@ -113,6 +119,6 @@ def _check_tensor(fields: Fields) -> None:
     fields.only(("name", "dtype", "shape"))
     fields.text("name")
     for entry in fields.sequence("shape"):
-        size = isinstance(entry, int) and not isinstance(entry, bool) and entry >= 0
+        size = isinstance(entry, int) and not isinstance(entry, bool) and 0 <= entry <= MAX_AXIS_SIZE
         if not size and not isinstance(entry, str):
             raise fields.fail("shape", "sizes and axis names")

@@ -122,9 +122,12 @@ class EncoderPair:
     @property
     def embed_dim(self) -> int:
         """D of the embeddings; InputError when the bundle makes none."""
-        size = self.manifest.parts[0].signature.outputs[0].shape[-1]
+        shape = self.manifest.parts[0].signature.outputs[0].shape
+        size = shape[-1] if shape else None
         if not isinstance(size, int):
-            raise InputError("the embeddings have no fixed size", where=self.manifest.name, got=str(size))
+            raise InputError(
+                "the embeddings have no fixed size", where=self.manifest.name, expected="(batch, D)", got=str(shape)
+            )
         return size
 
     @property
