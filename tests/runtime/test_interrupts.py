@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +172,19 @@ def test_work_is_stopped_before_the_interrupt_goes_on() -> None:
     assert run_interruptibly(lambda: "next") == "next"
     with pytest.raises(ZeroDivisionError):
         run_interruptibly(lambda: 1 / 0)
+
+
+def test_nothing_of_work_that_has_ended_stays_in_memory() -> None:
+    """An engine that was closed must leave before the next one is opened: the worker remembers its last job."""
+
+    class Session:
+        pass
+
+    held = [run_interruptibly(Session)]
+    assert run_interruptibly(lambda: held[0]) is held[0]
+    gone = weakref.ref(held.pop())
+    gc.collect()
+    assert gone() is None
 
 
 def test_other_threads_run_their_engines_themselves(data: Path) -> None:
