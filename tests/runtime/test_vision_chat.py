@@ -17,7 +17,7 @@ from PIL import Image
 import vlm_export
 from vlm_export import VisionChat, load, load_vision_chat, load_vision_language
 from vlm_export.errors import InputError, UsageError
-from vlm_export.runtime.generation import embedding_decoder as embedded_decoder
+from vlm_export.runtime.generation.loop import embedding_decoder as embedded_decoder
 from vlm_export.runtime.inputs.images import PictureSource
 from vlm_export.runtime.tasks import chat_rows as chat_inputs
 from vlm_export.runtime.tasks.chat import CAPTION_QUESTION

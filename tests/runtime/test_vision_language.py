@@ -14,7 +14,7 @@ from vlm_export.runtime.vision_language import VisionLanguage
 
 from vlm_export import load, load_vision_language
 from vlm_export.errors import InputError, UsageError
-from vlm_export.runtime.generation import loop as generation
+from vlm_export.runtime.generation.loop import loop as generation
 from vlm_export.runtime.tasks import caption as captioning
 from vlm_export.runtime.tasks import embed as pair_module
 from vlm_export.runtime.tasks.embed import EncoderPair

@@ -183,7 +183,7 @@ def _transformers_tokenizer(
         merges = find_open_clip_merges()
         sources = {OPEN_CLIP_MERGES: merges} if merges is not None else {}
         fallback = (
-            "the checkpoint has no tokenizer's files: the vocabulary of an installed package is used, with transformers' rules",
+            "the checkpoint has no tokenizer: the vocabulary of an installed package is used, with transformers' rules",
         )
     if not _is_complete(sources):
         raise _no_tokenizer(option or checkpoint.source, spec)

@@ -243,9 +243,11 @@ class EmbedTask:
 
     def _width(self, encoder: EncoderSpec) -> int:
         outputs = {tensor.name: tensor for tensor in self.session.manifest.part(encoder.part).signature.outputs}
-        size = outputs[encoder.output].shape[-1] if encoder.output in outputs else encoder.output
+        shape = outputs[encoder.output].shape if encoder.output in outputs else ()
+        size = shape[-1] if shape else None
         if not isinstance(size, int):
-            raise InputError("the embeddings have no fixed size", where=self.session.manifest.name, got=str(size))
+            where = f"{self.session.manifest.name}: part {encoder.part}: {encoder.output}"
+            raise InputError("the embeddings have no fixed size", where=where, expected="(batch, D)", got=str(shape))
         return size
 
     def _no_rows(self, count: int = 0) -> FloatArray:
