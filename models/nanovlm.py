@@ -127,7 +127,15 @@ def _image_spec(architecture: NanoVlmArchitecture) -> AnyImageSpec:
     """How images become inputs of the vision part: tiles in the later generation."""
     chat = architecture.chat
     if chat.layout == "tiles":
-        return TileSpec(architecture.image_size, chat.max_side_pixels, chat.resize_to_max_side)
+        try:
+            return TileSpec(architecture.image_size, chat.max_side_pixels, chat.resize_to_max_side)
+        except InputError as error:
+            raise InputError(
+                "config.json asks for tiles that cannot be cut",
+                where="config.json: max_img_size",
+                expected=error.expected,
+                got=error.got,
+            ) from error
     none, one = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     return torchvision_image_spec(architecture.image_size, "bilinear", "before_resize", none, one, "stretch")
 

@@ -191,7 +191,7 @@ def test_published_files_load_by_shape(name: str, build: Build) -> None:
     has_tiles = "460" in name
     config = json.loads((oracle.DATA / ("split" if has_tiles else "222m") / "config.json").read_text(encoding="utf-8"))
     kept = ("lm_tie_weights", "lm_max_position_embeddings", "vlm_extra_tokens", "lm_chat_template", "max_img_size")
-    config = {key: config[key] for key in kept if key in config}
+    config = {key: config[key] for key in kept if key in config} | ({"max_img_size": 2048} if has_tiles else {})
     infos = {key: TensorInfo(shape, "float32") for key, shape in tied.items()}
     described = NanoVlmFamily().describe(Checkpoint(name, "safetensors", (), infos, _unread, config))
     counted = {part.name: part.parameter_count for part in described.parts}
@@ -203,6 +203,13 @@ def test_published_files_load_by_shape(name: str, build: Build) -> None:
     assert counted["decoder"] == decoder
     published = NanoVlmFamily().published_tensors(described.architecture)
     assert {key: info.shape for key, info in published.items()} == tied
+
+
+def test_tiles_that_cannot_be_cut_are_refused_by_the_name_in_config_json(edit: Edit, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="tiles that cannot be cut") as caught:
+        load(edit("split", {"max_img_size": 33}), tmp_path)
+    assert caught.value.where == "config.json: max_img_size"
+    assert "a multiple of tile_size_pixels, 32" in caught.value.expected
 
 
 def _unread(key: str) -> torch.Tensor:

@@ -257,7 +257,7 @@ def _meant(specs: Sequence[type[Spec]], data: Mapping[str, Any], place: _Place) 
     stated = repr(data.get("kind"))
     if stated in kinds:
         return kinds[stated]
-    if len(kinds) == len(specs) and ("kind" in data or place.complete):
+    if len(kinds) == len(specs):
         expected, got = f"one of {', '.join(kinds)}", stated if "kind" in data else "no kind"
         raise InputError(
             "field 'kind' has another type or value", where=place.where, expected=expected, got=got, fix=place.fix
