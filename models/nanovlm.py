@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from vlm_export.errors import UsageError
+from vlm_export.errors import InputError, UsageError
 from vlm_export.family import (
     DEFAULT_BUILD,
     BuildOptions,
