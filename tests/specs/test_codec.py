@@ -224,6 +224,7 @@ def test_errors_say_the_demand_in_words() -> None:
 
 def test_a_long_value_is_cut() -> None:
     assert len(refused(count="x" * 10_000).got) < 300
+    assert len(refused(points={"a": "x" * 10_000}).got) < 300
 
 
 def test_a_whole_number_is_a_float() -> None:
