@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint
+from vlm_export.specs.codec import MAX_INTEGER
 from vlm_export.text_display import shown
 
 CONFIG = "config.json"
@@ -103,9 +104,9 @@ def config_section(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
 
 
 def config_integer(section: Mapping[str, Any], key: str, default: int, file: str = CONFIG) -> int:
-    """A number of config.json or another file, at least 0; InputError when it is anything else."""
+    """A number of config.json or another file, from 0 to 2⁶³ - 1; InputError when it is anything else."""
     value = section.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_INTEGER:
         raise InputError(f"{file} is malformed", where=f"{file}: {key}", expected="an integer", got=f"{value!r:.200}")
     return value
 

@@ -213,7 +213,8 @@ class BuildOptions(Spec):
     def refusal(self, field: str, expected: str) -> VlmExportError:
         """The user chose it: UsageError that names the option."""
         option = f"--{field.replace('_', '-')}"
-        return UsageError(f"{option} is out of range", expected=expected, got=repr(getattr(self, field)))
+        allowed = expected.removesuffix(" or nothing (null)")
+        return UsageError(f"{option} is out of range", expected=allowed, got=repr(getattr(self, field))[:80])
 
 
 class WeightStore(Protocol):

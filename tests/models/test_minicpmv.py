@@ -285,11 +285,13 @@ def test_parts_hold_what_the_original_counts(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
-        ({"version": 2.0}, "writes it in quotes"),
-        ({"version": "3.0"}, "version is not known"),
-        ({"vision": {"width": 1152}}, "VitForm lacks fields"),
+        ({"version": 2.0}, "text only in quotes"),
+        ({"version": "3.0"}, r"field 'version'[\s\S]*'2.0'"),
+        ({"vision": {"kind": "vit", "width": 1152}}, r"missing fields[\s\S]*no layers, heads"),
+        ({"vision": {"width": 1152}}, r"field 'kind'[\s\S]*'vit', 'navit'"),
+        ({"version": "2.6"}, "the sizes of the vision transformer of version 2.6"),
         ({"resampler": {"querys": 64}}, "did you mean 'queries'"),
-        ({"layers": 3}, "no field 'layers'"),
+        ({"layers": 3}, "unknown field 'layers'"),
     ],
 )
 def test_architectures_that_are_refused(change: dict[str, Any], cause: str) -> None:

@@ -209,6 +209,13 @@ def test_published_files_load_by_shape(name: str, build: Build) -> None:
     assert {key: info.shape for key, info in published.items()} == tied
 
 
+def test_tiles_that_cannot_be_cut_are_refused_by_the_name_in_config_json(edit: Edit, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="tiles that cannot be cut") as caught:
+        load(edit("split", {"max_img_size": 33}), tmp_path)
+    assert caught.value.where == "config.json: max_img_size"
+    assert "a multiple of tile_size_pixels, 32" in caught.value.expected
+
+
 def _unread(key: str) -> torch.Tensor:
     raise AssertionError(f"{key} was read")
 

@@ -189,6 +189,8 @@ def test_a_config_may_leave_out_what_has_a_default_and_nothing_else() -> None:
     names = ("name", "count", "share", "visible", "filter", "size", "shapes", "place")
     data = {name: value for name, value in data_of().items() if name in names}
     assert Drawing.from_config(data).names == ("one",)
+    with pytest.raises(InputError, match="'kind'"):
+        Drawing.from_config({**data, "shapes": [{"side": 1}]})
     assert Drawing.from_config({**data, "place": {"x": 1, "y": 2}}).place == Point(1, 2)
     with pytest.raises(InputError, match="missing fields") as caught:
         Drawing.from_config({name: value for name, value in data.items() if name != "size"})
@@ -222,6 +224,7 @@ def test_errors_say_the_demand_in_words() -> None:
 
 def test_a_long_value_is_cut() -> None:
     assert len(refused(count="x" * 10_000).got) < 300
+    assert len(refused(points={"a": "x" * 10_000}).got) < 300
 
 
 def test_a_whole_number_is_a_float() -> None:

@@ -117,16 +117,6 @@ def test_a_bounded_axis_stays_within_the_other() -> None:
     assert Signature.related(case, {"batch": 1, "sequence": 3, "kept": 9})["kept"] == 3
 
 
-def test_an_axis_is_bounded_by_no_unknown_one() -> None:
-    with pytest.raises(ValueError, match="bounded by an unknown axis: other"):
-        signature(Axis("batch"), Axis("kept", at_most="other"))
-
-
-def test_an_axis_is_no_sum_of_unknown_ones() -> None:
-    with pytest.raises(ValueError, match="unknown axes"):
-        signature(Axis("batch"), Axis("total", sum_of=("past", "batch")))
-
-
 def test_a_budget_of_bytes_cuts_the_longest_axis_first() -> None:
     total = Axis("total", 1, 8192, sum_of=("past", "sequence"))
     logits = TensorSpec("logits", "float32", ("batch", "sequence", 50_000))
