@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from vlm_export.graph.checks import validate
-from vlm_export.graph.dtypes import set_dtype
-from vlm_export.graph.extract import extract
-from vlm_export.graph.files import open_model, save_model
-from vlm_export.graph.io_edits import rename_tensor
+from vlm_export.graph.core.checks import validate
+from vlm_export.graph.edits.dtypes import set_dtype
+from vlm_export.graph.edits.extract import extract
+from vlm_export.graph.core.files import open_model, save_model
+from vlm_export.graph.edits.io_edits import rename_tensor
 
 
 def anonymous_bytes() -> int:

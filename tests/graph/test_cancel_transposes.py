@@ -13,8 +13,8 @@ import onnx_ir as ir
 import pytest
 from onnx import helper, numpy_helper
 
-from vlm_export.graph.names import all_nodes
-from vlm_export.graph.onnxruntime_session import run_in_onnxruntime
+from vlm_export.graph.core.names import all_nodes
+from vlm_export.graph.core.onnxruntime_session import run_in_onnxruntime
 from vlm_export.graph.passes.cancel_transposes import cancel_transposes
 
 Array = npt.NDArray[Any]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from vlm_export.graph.cast_like import replace_cast_likes
+from vlm_export.graph.passes.cast_like import replace_cast_likes
 
 Parse = Callable[..., ir.Model]
 Run = Callable[..., list[Any]]

@@ -10,9 +10,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from vlm_export.graph.checks import validate
-from vlm_export.graph.errors import GraphError
-from vlm_export.graph.inference import infer
+from vlm_export.graph.core.checks import validate
+from vlm_export.graph.core.errors import GraphError
+from vlm_export.graph.core.inference import infer
 
 SEEDS = range(100)
 

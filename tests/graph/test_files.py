@@ -15,10 +15,10 @@ import onnx_ir as ir
 import pytest
 
 from vlm_export.errors import UsageError, VlmExportError
-from vlm_export.graph import files
-from vlm_export.graph.errors import GraphError
-from vlm_export.graph.files import Storage, open_model, save_model, save_models
-from vlm_export.graph.io_edits import rename_tensor
+from vlm_export.graph.core import files
+from vlm_export.graph.core.errors import GraphError
+from vlm_export.graph.core.files import Storage, open_model, save_model, save_models
+from vlm_export.graph.edits.io_edits import rename_tensor
 
 SEEDS = range(40)
 _EVERYTHING = Storage(external=True, threshold_bytes=0)

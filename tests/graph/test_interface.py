@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from vlm_export.errors import VerificationError
-from vlm_export.graph.interface import apply_signature
+from vlm_export.graph.core.interface import apply_signature
 from vlm_export.specs.signature import Axis, Signature, TensorSpec
 
 SIGNATURE = Signature(

@@ -16,7 +16,7 @@ import pytest
 from vlm_export.bundle.staging import staging
 from vlm_export.cli.main import main
 from vlm_export.errors import EnvironmentFailure, UsageError
-from vlm_export.graph.files import Storage, open_model, save_model, save_models
+from vlm_export.graph.core.files import Storage, open_model, save_model, save_models
 
 INLINE, EXTERNAL = Storage(external=False), Storage(external=True)
 SHARDS = Storage(external=True, shard_bytes=2000)
@@ -137,7 +137,7 @@ def test_naive_renames_would_be_caught(harness: ModuleType, tmp_path: Path, monk
     path = tmp_path / "out" / "m.onnx"
     path.parent.mkdir()
     save_model(model_of(1), path, storage=EXTERNAL)
-    monkeypatch.setattr("vlm_export.graph.placing._evasive_name", lambda staged, target: None)
+    monkeypatch.setattr("vlm_export.graph.core.transaction_files._evasive_name", lambda staged, target: None)
 
     def write() -> None:
         save_model(model_of(2), path, storage=EXTERNAL, overwrite=True)

@@ -10,9 +10,9 @@ import onnx_ir as ir
 import pytest
 
 from vlm_export.graph.draw import draw_graph
-from vlm_export.graph.errors import GraphError
-from vlm_export.graph.find import find_nodes
-from vlm_export.graph.show import describe_model
+from vlm_export.graph.core.errors import GraphError
+from vlm_export.graph.look.find import find_nodes
+from vlm_export.graph.look.show import describe_model
 
 TEXT = """<ir_version: 10, opset_import: ["" : 18, "com.microsoft" : 1, "local" : 1]>
 g (float[n,4] x, bool c) => (float[n,4] y, float[4,n] t)

@@ -8,9 +8,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from vlm_export.graph.errors import GraphError
-from vlm_export.graph.io_edits import rename_tensor
-from vlm_export.graph.names import (
+from vlm_export.graph.core.errors import GraphError
+from vlm_export.graph.edits.io_edits import rename_tensor
+from vlm_export.graph.core.names import (
     all_graphs,
     defined_values,
     find_node,

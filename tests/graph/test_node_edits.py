@@ -12,9 +12,9 @@ import onnx_ir as ir
 import pytest
 
 from vlm_export.errors import UsageError
-from vlm_export.graph.errors import GraphError
-from vlm_export.graph.names import all_graphs, defined_values, nested_graphs
-from vlm_export.graph.node_edits import insert_node, remove_node, replace_node
+from vlm_export.graph.core.errors import GraphError
+from vlm_export.graph.core.names import all_graphs, defined_values, nested_graphs
+from vlm_export.graph.edits.node_edits import insert_node, remove_node, replace_node
 
 SEEDS = range(120)
 _UNARY = ("Relu", "Neg", "Abs", "Tanh", "Sigmoid", "Identity")

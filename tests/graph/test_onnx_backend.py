@@ -13,12 +13,12 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from vlm_export.graph.compose import compose
-from vlm_export.graph.errors import GraphError
-from vlm_export.graph.extract import extract, split
-from vlm_export.graph.files import Storage, open_model, save_model
-from vlm_export.graph.io_edits import rename_tensors
-from vlm_export.graph.names import defined_values
+from vlm_export.graph.edits.compose import compose
+from vlm_export.graph.core.errors import GraphError
+from vlm_export.graph.edits.extract import extract, split
+from vlm_export.graph.core.files import Storage, open_model, save_model
+from vlm_export.graph.edits.io_edits import rename_tensors
+from vlm_export.graph.core.names import defined_values
 from vlm_export.graph.passes.cancel_transposes import cancel_transposes
 from vlm_export.graph.passes.convert_opset import convert_opset
 from vlm_export.graph.passes.dead_code import remove_dead_code
@@ -26,7 +26,7 @@ from vlm_export.graph.passes.fold_constants import fold_all_constants
 from vlm_export.graph.passes.infer_shapes import infer_shapes
 from vlm_export.graph.passes.remove_noops import remove_noops
 from vlm_export.graph.passes.static_arguments import make_arguments_static
-from vlm_export.graph.prove import equal_values
+from vlm_export.graph.prove.prove import equal_values
 
 backend = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("backend_cases.py"))))
 

@@ -19,7 +19,7 @@ from vlm_export.graph.passes.opset_imports import add_opset_imports
 from vlm_export.graph.passes.remove_noops import remove_noops
 from vlm_export.graph.passes.share_initializers import share_initializers
 from vlm_export.graph.passes.static_arguments import make_arguments_static
-from vlm_export.graph.storage import share_stored_weights
+from vlm_export.graph.passes.storage import share_stored_weights
 
 PASSES = (
     remove_noops,

@@ -13,11 +13,11 @@ import pytest
 from onnx import TensorProto
 
 from vlm_export.errors import VerificationError
-from vlm_export.graph.compose import compose
-from vlm_export.graph.errors import GraphError
-from vlm_export.graph.program import Chain, ModelProgram
-from vlm_export.graph.prove import prove
-from vlm_export.graph.size_inputs import inputs_that_decide_sizes
+from vlm_export.graph.edits.compose import compose
+from vlm_export.graph.core.errors import GraphError
+from vlm_export.graph.prove.program import Chain, ModelProgram
+from vlm_export.graph.prove.prove import prove
+from vlm_export.graph.prove.size_inputs import inputs_that_decide_sizes
 
 Parse = Callable[[str, Mapping[str, Any]], ir.Model]
 TABLE = np.random.default_rng(0).standard_normal((1000, 4)).astype(np.float32)

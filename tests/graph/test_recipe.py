@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from vlm_export.errors import UsageError
-from vlm_export.graph.prove import prove
+from vlm_export.graph.prove.prove import prove
 from vlm_export.graph.recipe import apply_steps, read_recipe
 from vlm_export.graph.verb_arguments import Argument, Kind, read_size, value_from_words
 from vlm_export.graph.verbs import VERBS, Verb

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_export.graph.skeleton import SKELETON_THRESHOLD_BYTES, attach_weights, detach_weights
+from vlm_export.graph.core.skeleton import SKELETON_THRESHOLD_BYTES, attach_weights, detach_weights
 
 RNG = np.random.default_rng(0)
 LARGE = RNG.standard_normal((40, 40)).astype(np.float32)

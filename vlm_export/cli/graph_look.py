@@ -67,8 +67,8 @@ def _tolerance(text: str) -> float:
 
 
 def run_show(args: argparse.Namespace) -> int:
-    from vlm_export.graph.files import open_model
-    from vlm_export.graph.show import describe_model
+    from vlm_export.graph.core.files import open_model
+    from vlm_export.graph.look.show import describe_model
 
     data = describe_model(open_model(args.model))
     if args.json:
@@ -114,9 +114,9 @@ def _shape_text(shape: list[int | str | None] | None) -> str:
 
 
 def run_find(args: argparse.Namespace) -> int:
-    from vlm_export.graph.files import open_model
-    from vlm_export.graph.find import find_nodes
-    from vlm_export.graph.show import operator_name, type_text
+    from vlm_export.graph.core.files import open_model
+    from vlm_export.graph.look.find import find_nodes
+    from vlm_export.graph.look.show import operator_name, type_text
 
     chains = find_nodes(open_model(args.model), args.pattern)
     found = [
@@ -142,8 +142,8 @@ def run_find(args: argparse.Namespace) -> int:
 
 def run_draw(args: argparse.Namespace) -> int:
     from vlm_export.graph.draw import draw_graph
-    from vlm_export.graph.files import open_model
-    from vlm_export.graph.outputs import write_text
+    from vlm_export.graph.core.files import open_model
+    from vlm_export.graph.core.outputs import write_text
 
     path = Path(args.output)
     if path.suffix != ".svg":
@@ -158,8 +158,8 @@ def run_draw(args: argparse.Namespace) -> int:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    from vlm_export.graph.checks import validate
-    from vlm_export.graph.files import open_model
+    from vlm_export.graph.core.checks import validate
+    from vlm_export.graph.core.files import open_model
 
     validate(open_model(args.model))
     if args.json:
@@ -170,8 +170,8 @@ def run_check(args: argparse.Namespace) -> int:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    from vlm_export.graph.files import open_model
-    from vlm_export.graph.prove import prove
+    from vlm_export.graph.core.files import open_model
+    from vlm_export.graph.prove.prove import prove
 
     original, changed = open_model(args.original), open_model(args.changed)
     proof = prove(original, changed, inputs=list(map(Path, args.inputs)), tolerance=args.tolerance)

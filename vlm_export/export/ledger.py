@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vlm_export.bundle.ledger import CheckpointTensor, GraphLedger, LedgerEntry, graph_entries
 from vlm_export.errors import VerificationError
 from vlm_export.family import Part
-from vlm_export.graph.constant_fold import made_of
+from vlm_export.graph.passes.constant_fold import made_of
 from vlm_export.models.weights import origins_of
 
 Array = npt.NDArray[Any]

@@ -211,7 +211,7 @@ def _constant(value: Any, dtype: str) -> Any:
 
 
 def _model(value: Any) -> Any:
-    from vlm_export.graph.files import open_model
+    from vlm_export.graph.core.files import open_model
 
     return open_model(_text(value))
 

@@ -14,13 +14,13 @@ from typing import TypeAlias
 
 import onnx_ir as ir
 
-from vlm_export.graph.ir_version import allow_plain_initializers
-from vlm_export.graph.names import nested_graphs, root_graphs
+from vlm_export.graph.core.ir_version import allow_plain_initializers
+from vlm_export.graph.core.names import nested_graphs, root_graphs
 from vlm_export.graph.passes.dead_code import remove_unused_initializers
 from vlm_export.graph.passes.elementwise import axis_inputs
 from vlm_export.graph.passes.layout_roles import Perm, Roles, has_no_layout, is_identity, perm_of, possible_roles
 from vlm_export.graph.passes.min_cut import SINK, SOURCE, UNBOUNDED, Network
-from vlm_export.graph.passes.rewiring import bypass, names_used, remove_node
+from vlm_export.graph.core.rewiring import bypass, names_used, remove_node
 from vlm_export.graph.passes.transposed_layout import Rewrite, Scope, make_identity
 
 

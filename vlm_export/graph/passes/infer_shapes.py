@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import onnx
 import onnx_ir as ir
 
-from vlm_export.graph.inference import copy_of, skeleton_proto
-from vlm_export.graph.names import defined_values, nested_graphs
+from vlm_export.graph.core.inference import copy_of, skeleton_proto
+from vlm_export.graph.core.names import defined_values, nested_graphs
 
 # Operators outside ONNX whose first output has the dtype and shape of their first input (onnxruntime 1.31,
 # docs/ContribOperators.md).

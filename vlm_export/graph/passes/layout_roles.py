@@ -9,7 +9,7 @@ from typing import TypeAlias
 import onnx_ir as ir
 
 from vlm_export.graph.passes.elementwise import axis_inputs, is_elementwise
-from vlm_export.graph.passes.rewiring import constant_tensor, rank_of
+from vlm_export.graph.core.rewiring import constant_tensor, rank_of
 
 Perm: TypeAlias = "tuple[int, ...]"
 

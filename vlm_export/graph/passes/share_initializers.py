@@ -9,8 +9,8 @@ from collections.abc import Hashable, Iterable
 import numpy as np
 import onnx_ir as ir
 
-from vlm_export.graph.names import defined_values, root_graphs, subgraphs_of
-from vlm_export.graph.passes.rewiring import names_used
+from vlm_export.graph.core.names import defined_values, root_graphs, subgraphs_of
+from vlm_export.graph.core.rewiring import names_used
 
 _CHUNK_BYTES = 1 << 24
 

@@ -1,0 +1,51 @@
+"""What ONNX says of operators: whether they exist in a model's opset, and which attributes they have."""
+
+from __future__ import annotations
+
+import onnx
+import onnx_ir as ir
+
+from vlm_export.errors import suggestion
+from vlm_export.graph.core.errors import GraphError
+
+
+def opset_imports_of(model: ir.Model, root: ir.Graph) -> dict[str, int]:
+    """Domain → version for the nodes of the main graph or of a function's body."""
+    for function in model.functions.values():
+        if function.graph is root:
+            return function.opset_imports
+    return model.opset_imports
+
+
+def checked_schema(model: ir.Model, root: ir.Graph, op_type: str, domain: str) -> onnx.defs.OpSchema | None:
+    """The operator's definition at the opset of the scope, or None where ONNX does not know the domain.
+
+    Raises:
+        GraphError: no such operator at this opset, or the domain is not imported.
+    """
+    imports = opset_imports_of(model, root)
+    if any((entry.domain, entry.name) == (domain, op_type) for entry in model.functions.values()):
+        return None
+    if domain not in imports:
+        raise GraphError(
+            f"the model does not import the domain {domain!r}",
+            expected=f"one of {sorted(imports)}",
+            fix="add the opset import first",
+        )
+    known = {schema.name for schema in onnx.defs.get_all_schemas() if schema.domain == domain}
+    if not known:
+        return None
+    if onnx.defs.has(op_type, imports[domain], domain):
+        return onnx.defs.get_schema(op_type, imports[domain], domain)
+    if op_type in known:
+        since = onnx.defs.get_schema(op_type, domain).since_version
+        raise GraphError(
+            f"operator {op_type!r} does not exist at opset {imports[domain]}",
+            got=f"the newest form is of opset {since}",
+            fix="convert the model to another opset, or use another operator",
+        )
+    near = suggestion(op_type, sorted(known))
+    raise GraphError(
+        f"there is no operator {op_type!r} in domain {domain or 'ai.onnx'!r}",
+        fix=near if near.startswith("did") else "see ONNX's list of operators",
+    )

@@ -1,0 +1,134 @@
+"""Small steps that several operations take: nodes that vanish with all their uses, constants that become operands."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from vlm_export.graph.core.errors import GraphError
+from vlm_export.graph.core.names import (
+    annotated_names,
+    fresh_name,
+    fresh_node_name,
+    subgraphs_of,
+    taken_names,
+    visible_value,
+)
+from vlm_export.graph.core.transaction import captured_or_read
+
+# An input of a node: a tensor's name, the tensor, a constant, or None for an optional input that is left out.
+Operand: TypeAlias = "str | ir.Value | npt.NDArray[np.generic] | ir.TensorProtocol | None"
+
+
+def graph_of(value: ir.Value) -> ir.Graph:
+    """The graph that defines the value."""
+    producer = value.producer()
+    graph = value.graph if producer is None else producer.graph
+    assert graph is not None
+    return graph
+
+
+def discard_nodes(nodes: Sequence[ir.Node], annotated: Collection[str] | None = None) -> None:
+    """Removes nodes of one graph with all that they read, and the constants that only they read.
+
+    Nothing outside reads their outputs any more.
+
+    Args:
+        annotated: names that quantization annotations give; None: those of the graphs in which the constants are.
+    """
+    if not nodes:
+        return
+    graph = nodes[0].graph
+    assert graph is not None
+    sources = {value: None for node in nodes for value in captured_or_read(node)}
+    for node in nodes:
+        _forget_inputs(node)
+    graph.remove(nodes)
+    if annotated is None:
+        annotated = annotated_names({value.graph for value in sources if value.graph is not None})
+    for value in sources:
+        if value.name not in annotated:
+            _discard_constant(value)
+
+
+def _forget_inputs(node: ir.Node) -> None:
+    for index in range(len(node.inputs)):
+        node.replace_input_with(index, None)
+    # What a subgraph captured would otherwise keep a user that no longer exists.
+    for subgraph in subgraphs_of(node):
+        for inner in subgraph:
+            _forget_inputs(inner)
+
+
+def _discard_constant(value: ir.Value) -> None:
+    if value.uses() or value.is_graph_input() or value.is_graph_output():
+        return
+    producer = value.producer()
+    if value.is_initializer() and value.graph is not None:
+        value.graph.initializers.pop(str(value.name))
+    elif (
+        producer is not None and producer.op_type == "Constant" and producer.domain == "" and producer.graph is not None
+    ):
+        producer.graph.remove(producer)
+
+
+def replace_uses(value: ir.Value, new: ir.Value, besides: ir.Node | None = None) -> None:
+    """All readers of `value`, in nested graphs too, read `new` instead; so do the graph's outputs."""
+    graph = value.graph if value.is_graph_output() else None
+    for index, output in enumerate(graph.outputs if graph is not None else ()):
+        if output is value and graph is not None:
+            graph.outputs[index] = new
+    for node, index in value.uses():
+        if node is not besides:
+            node.replace_input_with(index, new)
+
+
+def check_new_name(root: ir.Graph, graph: ir.Graph, name: str) -> None:
+    """GraphError when a value of `graph` cannot get that name."""
+    if not name:
+        raise GraphError("a tensor needs a name", fix="give a name that is not empty")
+    if name in taken_names(root, graph):
+        raise GraphError(f"a tensor is already named {name!r}", fix="choose another name, or rename that tensor first")
+
+
+def resolve_operand(root: ir.Graph, graph: ir.Graph, operand: Operand) -> ir.Value | ir.TensorProtocol | None:
+    """An operand of a node in `graph`: what is visible there under its name, or a constant.
+
+    Raises:
+        GraphError: nothing of that name is visible there.
+    """
+    if operand is None:
+        return None
+    if isinstance(operand, str):
+        return visible_value(graph, root, operand) if operand else None
+    if isinstance(operand, ir.Value):
+        if visible_value(graph, root, str(operand.name)) is not operand:
+            raise GraphError(f"tensor {operand.name!r} is not visible in graph {graph.name!r}")
+        return operand
+    return ir.tensor(operand) if isinstance(operand, np.ndarray | np.generic) else operand
+
+
+def add_constant(root: ir.Graph, graph: ir.Graph, tensor: ir.TensorProtocol, name: str, in_function: bool) -> ir.Value:
+    """A new initializer of the graph; in a function, which has none, the output of a Constant at its beginning."""
+    name = fresh_name(name, taken_names(root, graph))
+    shape, kind = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
+    if not in_function:
+        value = ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
+        graph.register_initializer(value)
+        return value
+    node = ir.node("Constant", [], {"value": tensor}, num_outputs=1, name=fresh_node_name(root, name))
+    node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = name, shape, kind
+    place_first(graph, node)
+    return node.outputs[0]
+
+
+def place_first(graph: ir.Graph, node: ir.Node) -> None:
+    """Puts a node at the beginning of the graph."""
+    if len(graph):
+        graph.insert_before(graph[0], node)
+    else:
+        graph.append(node)
