@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 import pytest
 
+from vlm_export.errors import GraphError
 from vlm_export.graph.core import checks
-from vlm_export.graph.core.errors import GraphError
 from vlm_export.graph.verbs import VERBS
 
 TEXT = """<ir_version: 10, opset_import: ["" : 18]>

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from vlm_export.graph.core.checks import validate
+from vlm_export.graph.core.files import open_model, save_model
+from vlm_export.graph.core.inference import validate
 from vlm_export.graph.edits.dtypes import set_dtype
 from vlm_export.graph.edits.extract import extract
-from vlm_export.graph.core.files import open_model, save_model
 from vlm_export.graph.edits.io_edits import rename_tensor
 
 

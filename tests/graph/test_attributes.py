@@ -10,9 +10,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from vlm_export.graph.edits.attributes import delete_attribute, set_attribute
-from vlm_export.graph.core.errors import GraphError
+from vlm_export.errors import GraphError
 from vlm_export.graph.core.names import all_nodes
+from vlm_export.graph.edits.attributes import delete_attribute, set_attribute
 
 SEEDS = range(100)
 

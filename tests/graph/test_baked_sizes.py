@@ -13,11 +13,10 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
-from vlm_export.errors import VerificationError
-from vlm_export.graph.edits.baked_sizes import AxisOfInput, Resized
-from vlm_export.graph.core.errors import GraphError
-from vlm_export.graph.prove.prove import prove
+from vlm_export.errors import GraphError, VerificationError
 from vlm_export.graph.edits.shapes import set_axis, set_shape
+from vlm_export.graph.prove.new_sizes import AxisOfInput, Resized
+from vlm_export.graph.prove.prove import prove
 
 Array = npt.NDArray[Any]
 

@@ -10,9 +10,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from vlm_export.graph.core.checks import validate
-from vlm_export.graph.core.errors import GraphError
-from vlm_export.graph.core.inference import infer
+from vlm_export.errors import GraphError
+from vlm_export.graph.core.inference import infer, validate
 
 SEEDS = range(100)
 

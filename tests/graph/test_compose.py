@@ -10,8 +10,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from vlm_export.errors import GraphError
 from vlm_export.graph.edits.compose import compose
-from vlm_export.graph.core.errors import GraphError
 from vlm_export.graph.edits.extract import extract
 
 SEEDS = range(100)

@@ -13,9 +13,8 @@ import pytest
 from onnx import ModelProto
 from onnx.reference import ReferenceEvaluator
 
-from vlm_export.graph.passes.constant_fold import fold_constants
 from vlm_export.graph.core.onnxruntime_session import run_in_onnxruntime
-from vlm_export.graph.passes.fold_constants import fold_all_constants
+from vlm_export.graph.passes.constant_fold import fold_all_constants, fold_constants
 
 RNG = np.random.default_rng(0)
 TABLE = RNG.standard_normal((9, 6)).astype(np.float32)

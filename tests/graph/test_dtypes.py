@@ -10,8 +10,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from vlm_export.errors import GraphError
 from vlm_export.graph.edits.dtypes import set_dtype
-from vlm_export.graph.core.errors import GraphError
 
 SEEDS = range(120)
 _FLOATS = {"float32": np.float32, "float64": np.float64, "float16": np.float16}

@@ -14,9 +14,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from vlm_export.errors import UsageError, VlmExportError
+from vlm_export.errors import GraphError, UsageError, VlmExportError
 from vlm_export.graph.core import files
-from vlm_export.graph.core.errors import GraphError
 from vlm_export.graph.core.files import Storage, open_model, save_model, save_models
 from vlm_export.graph.edits.io_edits import rename_tensor
 

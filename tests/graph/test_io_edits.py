@@ -9,9 +9,9 @@ from types import ModuleType
 import onnx_ir as ir
 import pytest
 
-from vlm_export.graph.core.errors import GraphError
-from vlm_export.graph.edits.io_edits import add_output, drop_output, rename_tensor, rename_tensors, reorder_interface
+from vlm_export.errors import GraphError
 from vlm_export.graph.core.names import all_graphs, defined_values, nested_graphs
+from vlm_export.graph.edits.io_edits import add_output, drop_output, rename_tensor, rename_tensors, reorder_interface
 
 SEEDS = range(100)
 

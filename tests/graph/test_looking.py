@@ -9,8 +9,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from vlm_export.errors import GraphError
 from vlm_export.graph.draw import draw_graph
-from vlm_export.graph.core.errors import GraphError
 from vlm_export.graph.look.find import find_nodes
 from vlm_export.graph.look.show import describe_model
 

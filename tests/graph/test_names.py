@@ -8,8 +8,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from vlm_export.graph.core.errors import GraphError
-from vlm_export.graph.edits.io_edits import rename_tensor
+from vlm_export.errors import GraphError
 from vlm_export.graph.core.names import (
     all_graphs,
     defined_values,
@@ -22,6 +21,7 @@ from vlm_export.graph.core.names import (
     taken_names,
     visible_value,
 )
+from vlm_export.graph.edits.io_edits import rename_tensor
 
 SEEDS = range(100)
 

@@ -11,8 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from vlm_export.errors import UsageError
-from vlm_export.graph.core.errors import GraphError
+from vlm_export.errors import GraphError, UsageError
 from vlm_export.graph.core.names import all_graphs, defined_values, nested_graphs
 from vlm_export.graph.edits.node_edits import insert_node, remove_node, replace_node
 

@@ -11,8 +11,8 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from vlm_export.graph.core.checks import validate
-from vlm_export.graph.core.errors import GraphError
+from vlm_export.errors import GraphError
+from vlm_export.graph.core.inference import validate
 from vlm_export.graph.core.onnxruntime_session import start_session
 from vlm_export.graph.passes.convert_opset import convert_opset
 

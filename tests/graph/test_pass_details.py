@@ -11,16 +11,16 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from vlm_export.graph.core.errors import GraphError
+from vlm_export.errors import GraphError
 from vlm_export.graph.core.files import Storage, open_model, save_model
+from vlm_export.graph.look.show import describe_storage
 from vlm_export.graph.passes.convert_opset import convert_opset
 from vlm_export.graph.passes.dead_code import DeadCode, remove_dead_code
 from vlm_export.graph.passes.infer_shapes import infer_shapes
 from vlm_export.graph.passes.opset_imports import add_opset_imports
 from vlm_export.graph.passes.remove_noops import remove_noops
-from vlm_export.graph.passes.share_initializers import share_initializers
+from vlm_export.graph.passes.share_initializers import share_initializers, share_stored_weights
 from vlm_export.graph.passes.static_arguments import make_arguments_static
-from vlm_export.graph.passes.storage import describe_storage, share_stored_weights
 
 Parse = Callable[[str, Mapping[str, Any]], ir.Model]
 Operators = Callable[[ir.Model], list[str]]

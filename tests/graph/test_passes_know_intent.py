@@ -11,12 +11,12 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from vlm_export.errors import GraphError
 from vlm_export.graph.edits.dtypes import set_dtype
-from vlm_export.graph.core.errors import GraphError
 from vlm_export.graph.passes import convert_opset as conversion
 from vlm_export.graph.passes.cancel_transposes import cancel_transposes
+from vlm_export.graph.passes.constant_fold import fold_all_constants
 from vlm_export.graph.passes.convert_opset import convert_opset
-from vlm_export.graph.passes.fold_constants import fold_all_constants
 from vlm_export.graph.passes.remove_noops import remove_noops
 from vlm_export.graph.passes.share_initializers import share_initializers
 from vlm_export.graph.passes.static_arguments import make_arguments_static

@@ -12,15 +12,14 @@ import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
-from vlm_export.errors import UsageError, VerificationError
-from vlm_export.graph.prove import program
+from vlm_export.errors import GraphError, UsageError, VerificationError
 from vlm_export.graph.edits.dtypes import set_dtype
-from vlm_export.graph.core.errors import GraphError
 from vlm_export.graph.edits.extract import extract, split
 from vlm_export.graph.edits.io_edits import add_output, drop_output, rename_tensors
+from vlm_export.graph.edits.shapes import set_shape
+from vlm_export.graph.prove import program
 from vlm_export.graph.prove.program import Chain, ModelProgram
 from vlm_export.graph.prove.prove import compare, prove
-from vlm_export.graph.edits.shapes import set_shape
 
 Parse = Callable[[str, Mapping[str, Any]], ir.Model]
 TEXT = """g (float[n,4] x, float[n,4] z) => (float[n,4] y, float[n,4] v) {

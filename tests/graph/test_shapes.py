@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from vlm_export.graph.core.errors import GraphError
+from vlm_export.errors import GraphError
 from vlm_export.graph.core.names import all_graphs, defined_values
 from vlm_export.graph.edits.shapes import set_axis, set_shape
 

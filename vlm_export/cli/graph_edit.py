@@ -99,7 +99,7 @@ def run_store(args: argparse.Namespace) -> int:
 
 def _run_steps(args: argparse.Namespace, steps: Sequence[Step]) -> int:
     from vlm_export.graph.core.files import open_model, save_model
-    from vlm_export.graph.core.outputs import check_output
+    from vlm_export.graph.core.transaction_files import check_output
     from vlm_export.graph.recipe import apply_steps
 
     storage = _storage(args)
@@ -169,9 +169,9 @@ def _proof(
 
 
 def run_split(args: argparse.Namespace) -> int:
-    from vlm_export.graph.edits.extract import split
     from vlm_export.graph.core.files import open_model, save_models
-    from vlm_export.graph.core.outputs import check_output
+    from vlm_export.graph.core.transaction_files import check_output
+    from vlm_export.graph.edits.extract import split
     from vlm_export.graph.prove.program import Chain, ModelProgram
 
     storage = _storage(args)
@@ -219,8 +219,8 @@ def _storage(args: argparse.Namespace) -> Storage:
 
 def _validate(model: ir.Model, original: ir.Model) -> None:
     """Refuses a result that is not valid; of an original that was not valid either, only a warning says so."""
-    from vlm_export.graph.core.checks import validate
-    from vlm_export.graph.core.errors import GraphError
+    from vlm_export.errors import GraphError
+    from vlm_export.graph.core.inference import validate
 
     try:
         validate(model)

@@ -141,9 +141,9 @@ def run_find(args: argparse.Namespace) -> int:
 
 
 def run_draw(args: argparse.Namespace) -> int:
-    from vlm_export.graph.draw import draw_graph
     from vlm_export.graph.core.files import open_model
-    from vlm_export.graph.core.outputs import write_text
+    from vlm_export.graph.core.transaction_files import write_text
+    from vlm_export.graph.draw import draw_graph
 
     path = Path(args.output)
     if path.suffix != ".svg":
@@ -158,8 +158,8 @@ def run_draw(args: argparse.Namespace) -> int:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    from vlm_export.graph.core.checks import validate
     from vlm_export.graph.core.files import open_model
+    from vlm_export.graph.core.inference import validate
 
     validate(open_model(args.model))
     if args.json:

@@ -8,12 +8,12 @@ import onnxsim
 from onnx import ModelProto
 
 from vlm_export import __version__
-from vlm_export.graph.passes.batch_norm import fold_batch_norms
-from vlm_export.graph.passes.cast_like import replace_cast_likes
-from vlm_export.graph.passes.constant_fold import fold_constants
 from vlm_export.graph.core.interface import apply_signature
 from vlm_export.graph.core.onnxruntime_session import run_in_onnxruntime
 from vlm_export.graph.core.skeleton import attach_weights, detach_weights
+from vlm_export.graph.passes.batch_norm import fold_batch_norms
+from vlm_export.graph.passes.cast_like import replace_cast_likes
+from vlm_export.graph.passes.constant_fold import fold_constants
 from vlm_export.graph.passes.weight_transposes import fold_weight_transposes
 from vlm_export.specs.signature import Signature
 

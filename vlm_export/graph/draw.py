@@ -7,12 +7,11 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from vlm_export.graph.core.errors import GraphError
+from vlm_export.errors import GraphError
+from vlm_export.graph.core.names import captured_or_read, find_value
+from vlm_export.graph.core.tensors import constant_tensor
 from vlm_export.graph.layered_svg import Box, Edge, layered_svg
-from vlm_export.graph.core.names import find_value
-from vlm_export.graph.core.rewiring import constant_tensor
 from vlm_export.graph.look.show import operator_name, type_text
-from vlm_export.graph.core.transaction import captured_or_read
 
 MAX_NODES = 400
 

@@ -70,7 +70,7 @@ _OPERANDS = "tensors' names, constants as int64:[0, 1], '' for an input that is 
 NODE_VERBS = (
     Verb(
         "remove-node",
-        "node_edits:remove_node",
+        "edits.node_edits:remove_node",
         "remove a node; what read it reads its input instead",
         (
             _NODE,
@@ -80,7 +80,7 @@ NODE_VERBS = (
     ),
     Verb(
         "insert-node",
-        "node_edits:insert_node",
+        "edits.node_edits:insert_node",
         "put a node behind a tensor, or on one input of a node",
         (
             _OP_TYPE,
@@ -97,7 +97,7 @@ NODE_VERBS = (
     ),
     Verb(
         "replace-node",
-        "node_edits:replace_node",
+        "edits.node_edits:replace_node",
         "put another operator in a node's place",
         (
             _NODE,
@@ -111,7 +111,7 @@ NODE_VERBS = (
     ),
     Verb(
         "set-attribute",
-        "attributes:set_attribute",
+        "edits.attributes:set_attribute",
         "set an attribute of a node",
         (
             _NODE,
@@ -122,7 +122,7 @@ NODE_VERBS = (
     ),
     Verb(
         "delete-attribute",
-        "attributes:delete_attribute",
+        "edits.attributes:delete_attribute",
         "remove an attribute, so that its default holds",
         (_NODE, Argument("name", "text", "attribute", positional=True, required=True), _FUNCTION),
     ),
@@ -131,7 +131,7 @@ NODE_VERBS = (
 INTERFACE_VERBS = (
     Verb(
         "rename-tensor",
-        "io_edits:rename_tensors",
+        "edits.io_edits:rename_tensors",
         "give tensors other names, wherever they are used",
         (
             Argument("names", "pairs", "OLD=NEW", positional=True, required=True, metavar="OLD=NEW"),
@@ -141,7 +141,7 @@ INTERFACE_VERBS = (
     ),
     Verb(
         "set-shape",
-        "shapes:set_shape",
+        "edits.shapes:set_shape",
         "state shapes of inputs and outputs; those between are inferred anew",
         (
             Argument(
@@ -151,7 +151,7 @@ INTERFACE_VERBS = (
     ),
     Verb(
         "set-axis",
-        "shapes:set_axis",
+        "edits.shapes:set_axis",
         "fix a named axis of the inputs to a size, or rename it",
         (
             Argument("axis", "text", "name of the axis", positional=True, required=True),
@@ -160,27 +160,27 @@ INTERFACE_VERBS = (
     ),
     Verb(
         "set-dtype",
-        "dtypes:set_dtype",
+        "edits.dtypes:set_dtype",
         "change dtypes of inputs and outputs, with casts",
         (Argument("dtypes", "pairs", "NAME=DTYPE", positional=True, required=True, metavar="NAME=float16"),),
         changes_dtypes=True,
     ),
     Verb(
         "add-output",
-        "io_edits:add_output",
+        "edits.io_edits:add_output",
         "make tensors outputs",
         (Argument("tensors", "texts", "tensors", positional=True, required=True, metavar="TENSOR"),),
     ),
     Verb(
         "drop-output",
-        "io_edits:drop_output",
+        "edits.io_edits:drop_output",
         "remove outputs, and what only they needed",
         (Argument("names", "texts", "outputs", positional=True, required=True, metavar="OUTPUT"),),
         drops_outputs=True,
     ),
     Verb(
         "reorder",
-        "io_edits:reorder_interface",
+        "edits.io_edits:reorder_interface",
         "put inputs or outputs into another order",
         (
             Argument("input_order", "texts", "all inputs in the new order", keyword="inputs", metavar="INPUT"),
@@ -192,7 +192,7 @@ INTERFACE_VERBS = (
 MODEL_VERBS = (
     Verb(
         "extract",
-        "extract:extract",
+        "edits.extract:extract",
         "keep only what lies between tensors",
         (
             Argument("from", "texts", "new inputs (default: those of the model)", keyword="inputs", metavar="TENSOR",
@@ -204,7 +204,7 @@ MODEL_VERBS = (
     ),
     Verb(
         "compose",
-        "compose:compose",
+        "edits.compose:compose",
         "run a second model on the outputs of this one",
         (
             Argument("second", "model", "the second model", positional=True, required=True, metavar="SECOND"),
@@ -241,7 +241,7 @@ PASS_VERBS = (
     ),
     Verb(
         "fold-constants",
-        "passes.fold_constants:fold_all_constants",
+        "passes.constant_fold:fold_all_constants",
         "compute once what follows from constants alone",
         (
             Argument(
@@ -270,7 +270,7 @@ PASS_VERBS = (
     ),
     Verb(
         "share-storage",
-        "storage:share_stored_weights",
+        "passes.share_initializers:share_stored_weights",
         "store equal weights once, under all their names",
     ),
 )  # fmt: skip

@@ -6,7 +6,7 @@ operator's, a tensor with too few bytes: each would fail later, somewhere, witho
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 
@@ -15,8 +15,7 @@ import onnx_ir as ir
 from google.protobuf.descriptor import FieldDescriptor  # type: ignore[import-untyped]  # protobuf ships no types
 from google.protobuf.message import Message  # type: ignore[import-untyped]
 
-from vlm_export.graph.core.errors import GraphError
-from vlm_export.graph.core.protos import attribute_protos, graph_protos, tensor_protos
+from vlm_export.errors import GraphError
 
 _FIX = "the file is damaged: fetch or export it again"
 # Type of an attribute → the field that holds its value.
@@ -249,3 +248,32 @@ def _check_tensor(tensor: onnx.TensorProto, path: Path) -> None:
             got=str(got),
             fix=_FIX,
         )
+
+
+def graph_protos(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    """The main graph and all nested graphs, those of functions included; function bodies are no graphs themselves."""
+    yield model.graph
+    for attribute in attribute_protos(model):
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def attribute_protos(model: onnx.ModelProto) -> Iterator[onnx.AttributeProto]:
+    """Attributes of all nodes, at every depth."""
+    waiting = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    while waiting:
+        for attribute in waiting.pop().attribute:
+            yield attribute
+            waiting += attribute.g.node
+            waiting += (node for graph in attribute.graphs for node in graph.node)
+
+
+def tensor_protos(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Initializers of all graphs, and tensors in attributes."""
+    for graph in graph_protos(model):
+        yield from graph.initializer
+    for attribute in attribute_protos(model):
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors

@@ -14,9 +14,9 @@ import onnx_ir as ir
 
 from vlm_export.bundle.environment import check_free_space, environment_errors
 from vlm_export.bundle.staging import Staged, finish_commits, staging
-from vlm_export.errors import UsageError
-from vlm_export.graph.core.errors import GraphError
-from vlm_export.graph.core.file_checks import check_proto
+from vlm_export.errors import GraphError, UsageError
+from vlm_export.graph.core.file_checks import attribute_protos, check_proto, graph_protos, tensor_protos
+from vlm_export.graph.core.tensors import TensorSlot, tensor_slots
 from vlm_export.graph.core.transaction_files import (
     DATA,
     GRAPH_FILE_KEY,
@@ -26,8 +26,6 @@ from vlm_export.graph.core.transaction_files import (
     place_models,
     step_folder,
 )
-from vlm_export.graph.core.protos import attribute_protos, graph_protos, tensor_protos
-from vlm_export.graph.core.tensors import TensorSlot, tensor_slots
 
 DEFAULT_EXTERNAL_BYTES = 64 << 20
 # What protobuf can hold in one message.

@@ -7,8 +7,7 @@ from typing import TypeAlias, TypeVar
 
 import onnx_ir as ir
 
-from vlm_export.errors import suggestion
-from vlm_export.graph.core.errors import GraphError
+from vlm_export.errors import GraphError, suggestion
 
 # How operations are told what to change: by name, or by the object itself.
 TensorRef: TypeAlias = "str | ir.Value"
@@ -254,3 +253,48 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
     choices = sorted(known)
     text = suggestion(name, choices)
     return text if len(choices) <= 20 or text.startswith("did") else "list the names with `graph show`"
+
+
+def is_sorted(model: ir.Model) -> bool:
+    """Whether every node stands behind what it reads, and what the graphs inside it read."""
+    for graph in all_graphs(model):
+        # Producers of this graph that stand further down than whoever reads them, also from inside a subgraph.
+        position = {node: index for index, node in enumerate(graph)}
+        for node, index in position.items():
+            for value in captured_or_read(node):
+                producer = value.producer()
+                if producer is not None and position.get(producer, -1) >= index:
+                    return False
+    return True
+
+
+def captured_or_read(node: ir.Node) -> list[ir.Value]:
+    """What a node reads, and what the graphs inside it read."""
+    values = [value for value in node.inputs if value is not None]
+    for graph in subgraphs_of(node):
+        for inner in graph:
+            values += captured_or_read(inner)
+    return values
+
+
+def opset_imports_of(model: ir.Model, root: ir.Graph) -> dict[str, int]:
+    """Domain → version for the nodes of the main graph or of a function's body."""
+    for function in model.functions.values():
+        if function.graph is root:
+            return function.opset_imports
+    return model.opset_imports
+
+
+def scopes(model: ir.Model) -> Iterator[tuple[ir.Graph, int]]:
+    """Every graph, with the version of ONNX's own operators that holds in it (0: not imported)."""
+    for root in root_graphs(model):
+        opset = root.opset_imports.get("", 0)
+        for graph in nested_graphs(root):
+            yield graph, opset
+
+
+def names_used(model: ir.Model) -> set[str]:
+    """Names of values with uses that the library does not know of: outer ones that a subgraph returns as they are, and
+    scales and zero points of quantization annotations."""
+    returned = {str(value.name) for graph in all_graphs(model) for value in unbound_outputs(graph)}
+    return returned | annotated_names(all_graphs(model))

@@ -5,16 +5,8 @@ from __future__ import annotations
 import onnx
 import onnx_ir as ir
 
-from vlm_export.errors import suggestion
-from vlm_export.graph.core.errors import GraphError
-
-
-def opset_imports_of(model: ir.Model, root: ir.Graph) -> dict[str, int]:
-    """Domain → version for the nodes of the main graph or of a function's body."""
-    for function in model.functions.values():
-        if function.graph is root:
-            return function.opset_imports
-    return model.opset_imports
+from vlm_export.errors import GraphError, suggestion
+from vlm_export.graph.core.names import opset_imports_of
 
 
 def checked_schema(model: ir.Model, root: ir.Graph, op_type: str, domain: str) -> onnx.defs.OpSchema | None:
@@ -49,3 +41,19 @@ def checked_schema(model: ir.Model, root: ir.Graph, op_type: str, domain: str) -
         f"there is no operator {op_type!r} in domain {domain or 'ai.onnx'!r}",
         fix=near if near.startswith("did") else "see ONNX's list of operators",
     )
+
+
+# Operators outside ONNX whose first output has the dtype and shape of their first input (onnxruntime 1.31,
+# docs/ContribOperators.md).
+LIKE_FIRST_INPUT = {
+    ("com.microsoft", op_type)
+    for op_type in (
+        "BiasAdd", "BiasGelu", "BiasSoftmax", "FastGelu", "Gelu", "GroupNorm", "Inverse", "QuickGelu",
+        "RotaryEmbedding", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization",
+    )
+}  # fmt: skip
+
+
+RANDOM = frozenset(
+    {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+)

@@ -9,16 +9,16 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from vlm_export.graph.core.errors import GraphError
+from vlm_export.errors import GraphError
 from vlm_export.graph.core.names import (
     annotated_names,
+    captured_or_read,
     fresh_name,
     fresh_node_name,
     subgraphs_of,
     taken_names,
     visible_value,
 )
-from vlm_export.graph.core.transaction import captured_or_read
 
 # An input of a node: a tensor's name, the tensor, a constant, or None for an optional input that is left out.
 Operand: TypeAlias = "str | ir.Value | npt.NDArray[np.generic] | ir.TensorProtocol | None"
@@ -132,3 +132,39 @@ def place_first(graph: ir.Graph, node: ir.Node) -> None:
         graph.insert_before(graph[0], node)
     else:
         graph.append(node)
+
+
+def remove_node(node: ir.Node) -> None:
+    """Removes a node that nothing reads, and the uses that its subgraphs make of outer values.
+
+    The library leaves those uses behind, so that what only an If reads would never become unused.
+    """
+    for subgraph in subgraphs_of(node):
+        for inner in ir.traversal.RecursiveGraphIterator(subgraph):
+            inner.resize_inputs(0)
+    graph = node.graph
+    assert graph is not None
+    graph.remove(node, safe=True)
+
+
+def bypass(output: ir.Value, source: ir.Value) -> bool:
+    """Makes every reader of a node's output read `source`; False, with nothing changed, where that cannot be.
+
+    An output of the graph keeps its name, dtype and shape: `source` takes them over, where it is made by a node of the
+    same graph and is not itself an output.
+    """
+    is_output = output.is_graph_output()
+    if is_output:
+        maker, producer = output.producer(), source.producer()
+        if maker is None or producer is None or producer.graph is not maker.graph or source.is_graph_output():
+            return False
+    name, kind, shape = output.name, output.type, output.shape
+    ir.convenience.replace_all_uses_with(output, source, replace_graph_outputs=True)
+    if is_output:
+        output.name = None
+        source.name = name
+    if (is_output or source.type is None) and kind is not None:
+        source.type = kind
+    if (is_output or source.shape is None) and shape is not None:
+        source.shape = shape
+    return True

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+import hashlib
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
-from vlm_export.graph.core.names import all_graphs
+from vlm_export.graph.core.names import (
+    all_graphs,
+)
 
 
 @dataclass
@@ -99,3 +106,93 @@ def _attribute_slots(node: ir.Node) -> Iterator[TensorSlot]:
         elif attribute.type == ir.AttributeType.TENSORS:
             for index in range(len(attribute.as_tensors())):
                 yield TensorSlot(node, name, index)
+
+
+def is_plain_number(dtype: np.dtype[Any]) -> bool:
+    """Whether it is one of numpy's own booleans, integers and floats: some narrow types of others say that they are."""
+    return dtype.kind in "biuf" and dtype.isbuiltin != 2
+
+
+# Of shapes, axes, permutations and the like: what is larger is no argument.
+MAX_ARGUMENT_BYTES = 1 << 16
+
+
+def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor of an initializer that no caller can override, or of a Constant node."""
+    if value is None:
+        return None
+    if value.is_initializer():
+        return None if value.is_graph_input() else value.const_value
+    node = value.producer()
+    if node is None or node.domain != "" or node.op_type != "Constant":
+        return None
+    return ir.convenience.get_const_tensor(value)
+
+
+def constant_argument(value: ir.Value | None) -> npt.NDArray[Any] | None:
+    """A small constant's content: an axis, a shape, a permutation; None where it is not constant or too large."""
+    tensor = constant_tensor(value)
+    if tensor is None or tensor.dtype == ir.DataType.STRING or tensor.nbytes > MAX_ARGUMENT_BYTES:
+        return None
+    array: npt.NDArray[Any] = np.asarray(tensor.numpy())
+    return array
+
+
+def constant_integers(value: ir.Value | None) -> list[int] | None:
+    """A small constant's integers, flat."""
+    array = constant_argument(value)
+    if array is None or array.dtype.kind not in "iu":
+        return None
+    return [int(entry) for entry in array.reshape(-1)]
+
+
+def input_at(node: ir.Node, index: int) -> ir.Value | None:
+    """An input, None also where the node states fewer."""
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def sizes_of(value: ir.Value | None) -> list[int] | None:
+    """All axes' sizes, None unless the shape is known and fixed."""
+    if value is None or value.shape is None or not value.shape.is_static():
+        return None
+    return list(value.shape.numpy())
+
+
+def rank_of(value: ir.Value | None) -> int | None:
+    return None if value is None or value.shape is None else len(value.shape)
+
+
+_CHUNK_BYTES = 1 << 24
+
+
+def tensor_hash(tensor: ir.TensorProtocol) -> str:
+    """SHA-256 of the content; of mapped tensors page by page."""
+    digest = hashlib.sha256()
+    if isinstance(tensor, ir.StringTensor) or tensor.dtype == ir.DataType.STRING:
+        for text in np.asarray(tensor.numpy()).reshape(-1).tolist():
+            content = text if isinstance(text, bytes) else str(text).encode()
+            digest.update(len(content).to_bytes(8, "little") + content)
+        return digest.hexdigest()
+    array = np.asarray(tensor.numpy())
+    if not array.flags.c_contiguous:
+        array = np.ascontiguousarray(array)
+    flat = array.reshape(-1).view(np.uint8)
+    for start in range(0, flat.size, _CHUNK_BYTES):
+        digest.update(flat[start : start + _CHUNK_BYTES].data)
+    if isinstance(tensor, ir.ExternalTensor):
+        # The mapping, or the copy that was made where mapping is not possible.
+        del array, flat
+        tensor.release()
+    return digest.hexdigest()
+
+
+def transposed_tensor(tensor: ir.TensorProtocol, perm: Sequence[int], name: str) -> ir.LazyTensor:
+    """The tensor with its axes permuted, computed when it is read; one with fewer axes gets leading ones first."""
+    sizes = [*(1 for _ in range(len(perm) - len(tensor.shape))), *tensor.shape.numpy()]
+    shape = ir.Shape([sizes[axis] for axis in perm])
+    return ir.LazyTensor(partial(_transpose, tensor, tuple(sizes), perm), dtype=tensor.dtype, shape=shape, name=name)
+
+
+def _transpose(tensor: ir.TensorProtocol, sizes: tuple[int, ...], perm: Sequence[int]) -> ir.TensorProtocol:
+    array = np.ascontiguousarray(np.transpose(tensor.numpy().reshape(sizes), perm))
+    return ir.Tensor(array, dtype=tensor.dtype)

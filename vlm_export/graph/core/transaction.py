@@ -8,10 +8,10 @@ from typing import TypeAlias
 
 import onnx_ir as ir
 
-from vlm_export.graph.core.errors import GraphError
+from vlm_export.errors import GraphError
 from vlm_export.graph.core.inference import Copy, Info, check, copy_of, infer
-from vlm_export.graph.core.ir_version import allow_plain_initializers
-from vlm_export.graph.core.names import all_graphs, defined_values, nested_graphs, root_graphs, subgraphs_of
+from vlm_export.graph.core.names import all_graphs, defined_values, is_sorted, nested_graphs, root_graphs, subgraphs_of
+from vlm_export.graph.core.skeleton import allow_plain_initializers
 
 Dim: TypeAlias = "int | ir.SymbolicDim"
 
@@ -91,28 +91,6 @@ def _complete(scratch: ir.Model) -> None:
 
 def _all_values(model: ir.Model) -> list[ir.Value]:
     return [value for graph in all_graphs(model) for value in defined_values(graph)]
-
-
-def is_sorted(model: ir.Model) -> bool:
-    """Whether every node stands behind what it reads, and what the graphs inside it read."""
-    for graph in all_graphs(model):
-        # Producers of this graph that stand further down than whoever reads them, also from inside a subgraph.
-        position = {node: index for index, node in enumerate(graph)}
-        for node, index in position.items():
-            for value in captured_or_read(node):
-                producer = value.producer()
-                if producer is not None and position.get(producer, -1) >= index:
-                    return False
-    return True
-
-
-def captured_or_read(node: ir.Node) -> list[ir.Value]:
-    """What a node reads, and what the graphs inside it read."""
-    values = [value for value in node.inputs if value is not None]
-    for graph in subgraphs_of(node):
-        for inner in graph:
-            values += captured_or_read(inner)
-    return values
 
 
 def _sort(model: ir.Model) -> None:

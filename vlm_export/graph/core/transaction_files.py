@@ -12,11 +12,28 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from vlm_export.bundle.staging import REMOVE, STEPS, Staged, commit_files, put_file
+from vlm_export.bundle.staging import REMOVE, STEPS, Staged, check_not_there, commit_files, put_file, staged_file
 from vlm_export.errors import UsageError
-from vlm_export.graph.core.outputs import check_output
-from vlm_export.graph.core.protos import tensor_protos
+from vlm_export.graph.core.file_checks import tensor_protos
 from vlm_export.graph.core.tensors import tensor_slots
+
+
+def check_output(path: Path | str, *, overwrite: bool) -> None:
+    """Refuses a target before any work is done for it; UsageError says why."""
+    path = Path(os.path.abspath(path))
+    if not path.parent.is_dir():
+        raise UsageError("the output's directory does not exist", where=str(path.parent), fix="create it")
+    if path.is_dir():
+        raise UsageError("the output is a directory", where=str(path), fix="name a file")
+    check_not_there(path, overwrite=overwrite)
+
+
+def write_text(path: Path, text: str, *, overwrite: bool) -> None:
+    """Writes a text file beside its target, then renames it."""
+    check_output(path, overwrite=overwrite)
+    with staged_file(path, "writing the file", overwrite=overwrite, needed_bytes=len(text)) as staged:
+        staged.write_text(text, encoding="utf-8")
+
 
 # Where a model says which file it was read from.
 GRAPH_FILE_KEY = "vlm_export.graph_file"

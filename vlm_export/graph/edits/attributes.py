@@ -10,8 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from vlm_export.errors import suggestion
-from vlm_export.graph.core.errors import GraphError
+from vlm_export.errors import GraphError, suggestion
 from vlm_export.graph.core.inference import Copy
 from vlm_export.graph.core.names import NodeRef, defined_values, find_node, nested_graphs, root_of, visible_value
 from vlm_export.graph.core.operators import checked_schema

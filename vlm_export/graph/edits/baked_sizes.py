@@ -7,16 +7,15 @@ and at another one; what holds the old size where the other one belongs is made 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Literal, TypeAlias
 
 import onnx_ir as ir
 
-from vlm_export.graph.core.errors import GraphError
+from vlm_export.errors import GraphError
 from vlm_export.graph.core.inference import copy_of
+from vlm_export.graph.core.tensors import constant_argument, constant_integers, input_at
 from vlm_export.graph.edits.node_sizes import MisfitError, NodeSizes, Sizes, resolved
-from vlm_export.graph.core.rewiring import constant_argument, constant_integers, input_at
 from vlm_export.graph.edits.size_repairs import (
     Entry,
     Follows,
@@ -27,41 +26,12 @@ from vlm_export.graph.edits.size_repairs import (
     operand_repair,
     slice_repair,
 )
+from vlm_export.graph.prove.new_sizes import AxisOfInput, Resized
 
 Reading: TypeAlias = Literal["natural", "outer", "inner"]
 READINGS: tuple[Reading, ...] = ("natural", "outer", "inner")
 # Sizes of axes that stay open, tried one after the other: of lengths, and of images.
 _OPEN_SIZES = (24, 64, 224)
-
-
-@dataclass(frozen=True)
-class AxisOfInput:
-    """An axis of an input of the model."""
-
-    input: str
-    axis: int
-
-
-@dataclass(frozen=True)
-class Resized:
-    """Axes of inputs that change together.
-
-    Attributes:
-        old: their size before.
-        new: their size, or its name.
-    """
-
-    axes: tuple[AxisOfInput, ...]
-    old: int
-    new: int | str
-
-    def probes(self) -> tuple[int, ...]:
-        """Sizes at which the new model has to work."""
-        return (self.new,) if isinstance(self.new, int) else (2 * self.old, 3 * self.old)
-
-    def __str__(self) -> str:
-        names = ", ".join(f"axis {entry.axis} of {entry.input!r}" for entry in self.axes)
-        return f"{names} is {self.new} instead of {self.old}"
 
 
 class HeldError(GraphError):

@@ -8,8 +8,7 @@ from typing import TypeAlias
 import numpy as np
 import onnx_ir as ir
 
-from vlm_export.errors import suggestion
-from vlm_export.graph.core.errors import GraphError
+from vlm_export.errors import GraphError, suggestion
 from vlm_export.graph.core.inference import Copy, copy_of
 from vlm_export.graph.core.names import (
     all_graphs,

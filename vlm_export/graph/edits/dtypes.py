@@ -8,8 +8,7 @@ from functools import partial
 
 import onnx_ir as ir
 
-from vlm_export.errors import suggestion
-from vlm_export.graph.core.errors import GraphError
+from vlm_export.errors import GraphError, suggestion
 from vlm_export.graph.core.inference import Copy
 from vlm_export.graph.core.names import fresh_name, fresh_node_name, rename_values, taken_names
 from vlm_export.graph.core.replace_uses import discard_nodes, place_first, replace_uses

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from vlm_export.graph.core.errors import GraphError
+from vlm_export.errors import GraphError
 from vlm_export.graph.core.inference import Copy, copy_of, known_infos
-from vlm_export.graph.core.ir_version import allow_plain_initializers
 from vlm_export.graph.core.names import (
     all_nodes,
     annotated_names,
+    captured_or_read,
     find_value,
     fresh_name,
     nested_graphs,
@@ -20,7 +20,7 @@ from vlm_export.graph.core.names import (
     taken_names,
 )
 from vlm_export.graph.core.replace_uses import discard_nodes, graph_of, replace_uses
-from vlm_export.graph.core.transaction import captured_or_read
+from vlm_export.graph.core.skeleton import allow_plain_initializers
 
 
 @dataclass(frozen=True)

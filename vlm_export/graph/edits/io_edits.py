@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from vlm_export.errors import suggestion
-from vlm_export.graph.core.errors import GraphError
+from vlm_export.errors import GraphError, suggestion
 from vlm_export.graph.core.inference import Copy, known_infos
 from vlm_export.graph.core.names import (
     TensorRef,
     annotated_names,
+    captured_or_read,
     defined_values,
     enclosing_graphs,
     find_value,
@@ -21,7 +21,7 @@ from vlm_export.graph.core.names import (
     root_of,
 )
 from vlm_export.graph.core.replace_uses import discard_nodes, graph_of
-from vlm_export.graph.core.transaction import Change, apply, captured_or_read
+from vlm_export.graph.core.transaction import Change, apply
 
 
 def rename_tensor(model: ir.Model, old: TensorRef, new: str, *, function: str = "") -> int:

@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from vlm_export.errors import UsageError
-from vlm_export.graph.edits.attributes import make_attributes, placed_attribute
-from vlm_export.graph.core.errors import GraphError
+from vlm_export.errors import GraphError, UsageError
 from vlm_export.graph.core.inference import Copy
 from vlm_export.graph.core.names import (
     NodeRef,
@@ -36,6 +34,7 @@ from vlm_export.graph.core.replace_uses import (
     resolve_operand,
 )
 from vlm_export.graph.core.transaction import Change, apply
+from vlm_export.graph.edits.attributes import make_attributes, placed_attribute
 
 
 def remove_node(model: ir.Model, node: NodeRef, *, connect: Mapping[str, str] | None = None, function: str = "") -> int:

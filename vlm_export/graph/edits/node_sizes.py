@@ -12,12 +12,10 @@ import onnx_ir as ir
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from vlm_export.graph.passes.constant_fold import RANDOM
 from vlm_export.graph.core.names import subgraphs_of
-from vlm_export.graph.core.numpy_dtypes import is_plain_number
 from vlm_export.graph.core.onnxruntime_session import Array
-from vlm_export.graph.passes.infer_shapes import LIKE_FIRST_INPUT
-from vlm_export.graph.core.rewiring import constant_argument, input_at
+from vlm_export.graph.core.operators import LIKE_FIRST_INPUT, RANDOM
+from vlm_export.graph.core.tensors import constant_argument, input_at, is_plain_number
 
 Sizes: TypeAlias = "tuple[int, ...]"
 # Of tensors that are followed by value: shapes, axes, masks of shapes.

@@ -8,21 +8,12 @@ from typing import TypeAlias
 
 import onnx_ir as ir
 
-from vlm_export.errors import VerificationError, suggestion
-from vlm_export.graph.edits.baked_sizes import (
-    READINGS,
-    AxisOfInput,
-    HeldError,
-    Resized,
-    find_misfit,
-    find_repairs,
-    output_shapes,
-    refusal,
-)
-from vlm_export.graph.core.errors import GraphError
+from vlm_export.errors import GraphError, VerificationError, suggestion
 from vlm_export.graph.core.inference import Copy, copy_of
-from vlm_export.graph.edits.size_repairs import Repair
 from vlm_export.graph.core.transaction import Change, apply
+from vlm_export.graph.edits.baked_sizes import READINGS, HeldError, find_misfit, find_repairs, output_shapes, refusal
+from vlm_export.graph.edits.size_repairs import Repair
+from vlm_export.graph.prove.new_sizes import AxisOfInput, Resized
 
 # An axis as users state it: its size, its name, or None for "not known".
 Axis: TypeAlias = "int | str | None"

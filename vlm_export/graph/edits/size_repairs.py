@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from vlm_export.graph.core.names import fresh_name, fresh_node_name, taken_names
+from vlm_export.graph.core.tensors import constant_integers, input_at
 from vlm_export.graph.edits.node_sizes import Sizes
-from vlm_export.graph.core.rewiring import constant_integers, input_at
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from fnmatch import fnmatchcase
 
 import onnx_ir as ir
 
-from vlm_export.graph.core.errors import GraphError
+from vlm_export.errors import GraphError
 from vlm_export.graph.core.names import all_nodes
-from vlm_export.graph.core.rewiring import constant_tensor
+from vlm_export.graph.core.tensors import constant_tensor
 from vlm_export.graph.look.show import axis_text, dtype_name
 
 _STEP = re.compile(r"^\s*(?P<operator>[^\[\]\s]+)\s*(?:\[(?P<terms>.*)\])?\s*$", re.DOTALL)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 
-from vlm_export.graph.core.names import all_graphs, all_nodes, defined_values, nested_graphs, root_graphs
-from vlm_export.graph.core.operators import opset_imports_of
-from vlm_export.graph.passes.storage import describe_storage
+from vlm_export.graph.core.names import (
+    all_graphs,
+    all_nodes,
+    defined_values,
+    nested_graphs,
+    opset_imports_of,
+    root_graphs,
+)
 from vlm_export.graph.core.tensors import tensor_slots
 
 _LARGEST = 10
@@ -132,3 +138,36 @@ def _missing_imports(model: ir.Model) -> list[str]:
         if node.domain not in opset_imports_of(model, root)
     }
     return sorted(missing)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where the weights are.
+
+    Attributes:
+        inline_bytes: in the graph file.
+        external_bytes: in other files.
+        files: names of these, in the order of first use.
+        repeated_bytes: of external data, what several initializers hold that are stored once.
+    """
+
+    inline_bytes: int
+    external_bytes: int
+    files: tuple[str, ...]
+    repeated_bytes: int
+
+
+def describe_storage(model: ir.Model) -> Stored:
+    """Where the weights are, without reading them."""
+    inline, files = 0, dict[str, None]()
+    seen: dict[Hashable, int] = {}
+    repeated = 0
+    for slot in tensor_slots(model):
+        if not isinstance(slot.tensor, ir.ExternalTensor):
+            inline += slot.nbytes
+            continue
+        files[str(slot.tensor.location)] = None
+        if slot.identity in seen:
+            repeated += slot.nbytes
+        seen[slot.identity] = slot.nbytes
+    return Stored(inline, sum(seen.values()), tuple(files), repeated)

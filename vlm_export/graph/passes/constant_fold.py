@@ -10,12 +10,14 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import onnx_ir.passes.common as passes
 from onnx import ModelProto, NodeProto, helper
 
-from vlm_export.graph.core.ir_version import allow_plain_initializers
-from vlm_export.graph.core.numpy_dtypes import is_plain_number
+from vlm_export.graph.core.names import names_used
+from vlm_export.graph.core.operators import RANDOM
+from vlm_export.graph.core.skeleton import allow_plain_initializers
+from vlm_export.graph.core.tensors import is_plain_number
 from vlm_export.graph.passes.dead_code import remove_dead_code
-from vlm_export.graph.core.rewiring import names_used
 
 Array: TypeAlias = npt.NDArray[Any]
 # Runs a graph of one node: feeds by name → its outputs, or None where the engine cannot run it.
@@ -29,9 +31,6 @@ GROWTH_BYTES = 1 << 20
 _QUANTISATION = frozenset({"DequantizeLinear", "DynamicQuantizeLinear", "QuantizeLinear"})
 # Nodes that are worth folding. Those that only move or convert weights are not: folded, each would hold a second copy.
 _SEEDS = frozenset({"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul", "Resize"})
-RANDOM = frozenset(
-    {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
-)
 
 
 def fold_constants(
@@ -265,3 +264,20 @@ def _replace(value: ir.Value, array: Array, graph: ir.Graph, sources: tuple[str,
     folded.meta[_MADE_OF] = sources
     ir.convenience.replace_all_uses_with(value, folded)
     graph.register_initializer(folded)
+
+
+def fold_all_constants(
+    model: ir.Model, limit_bytes: int = LIMIT_BYTES, growth_bytes: int | None = GROWTH_BYTES
+) -> Folded:
+    """Folds, in place, every node of the main graph whose inputs are all constant, in ONNX Runtime.
+
+    Nodes that quantise or dequantise stay, for engines look for them.
+
+    Args:
+        limit_bytes: of all folded values together, and of each value on the way to them.
+        growth_bytes: how much more all folded values may take than the constants that they were computed from.
+    """
+    from vlm_export.graph.core.onnxruntime_session import run_in_onnxruntime
+
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    return fold_constants(model, run_in_onnxruntime, limit_bytes, everything=True, growth_bytes=growth_bytes)

@@ -14,15 +14,22 @@ import onnx
 import onnx_ir as ir
 from onnx import helper, version_converter
 
-from vlm_export.graph.core.errors import GraphError
+from vlm_export.errors import GraphError
 from vlm_export.graph.core.inference import check, copy_of, infer
-from vlm_export.graph.core.ir_version import raise_ir_version
-from vlm_export.graph.core.names import fresh_name, nested_graphs, root_graphs, subgraphs_of, taken_names
-from vlm_export.graph.core.operators import opset_imports_of
+from vlm_export.graph.core.names import (
+    fresh_name,
+    nested_graphs,
+    opset_imports_of,
+    root_graphs,
+    subgraphs_of,
+    taken_names,
+)
+from vlm_export.graph.core.replace_uses import remove_node
+from vlm_export.graph.core.skeleton import raise_ir_version
+from vlm_export.graph.core.tensors import constant_tensor
 from vlm_export.graph.passes.converted_node import recast_constants, type_fault, value_fault
 from vlm_export.graph.passes.infer_shapes import infer_shapes
 from vlm_export.graph.passes.opset_meanings import MeaningError, attributes_that_keep_meaning, set_attributes
-from vlm_export.graph.core.rewiring import constant_tensor, remove_node
 
 _MAX_CONSTANT_BYTES = 1 << 16
 # Position of a node among all nodes of the model → the graph that takes its place, with inputs iN and outputs oN.

@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from vlm_export.graph.passes.constant_fold import RANDOM
 from vlm_export.graph.core.onnxruntime_session import Array, run_in_onnxruntime
+from vlm_export.graph.core.operators import RANDOM
 from vlm_export.graph.prove.random_inputs import draw_feeds
 
 # Larger tensors are cut down where their axes are open, and otherwise not tried.

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from vlm_export.graph.core.names import all_graphs, nested_graphs, root_graphs
-from vlm_export.graph.core.rewiring import names_used, remove_node
+from vlm_export.graph.core.names import all_graphs, names_used, nested_graphs, root_graphs
+from vlm_export.graph.core.replace_uses import remove_node
 
 
 @dataclass(frozen=True)

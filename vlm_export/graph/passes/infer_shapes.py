@@ -9,16 +9,7 @@ import onnx_ir as ir
 
 from vlm_export.graph.core.inference import copy_of, skeleton_proto
 from vlm_export.graph.core.names import defined_values, nested_graphs
-
-# Operators outside ONNX whose first output has the dtype and shape of their first input (onnxruntime 1.31,
-# docs/ContribOperators.md).
-LIKE_FIRST_INPUT = {
-    ("com.microsoft", op_type)
-    for op_type in (
-        "BiasAdd", "BiasGelu", "BiasSoftmax", "FastGelu", "Gelu", "GroupNorm", "Inverse", "QuickGelu",
-        "RotaryEmbedding", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization",
-    )
-}  # fmt: skip
+from vlm_export.graph.core.operators import LIKE_FIRST_INPUT
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from vlm_export.graph.core.rewiring import constant_argument, input_at
+from vlm_export.graph.core.tensors import constant_argument, input_at
 
 # Entries are int or AxisSize, with no axis or one.
 Integers: TypeAlias = npt.NDArray[np.object_]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from vlm_export.graph.core.rewiring import constant_argument, constant_integers, input_at, rank_of, sizes_of
+from vlm_export.graph.core.tensors import constant_argument, constant_integers, input_at, rank_of, sizes_of
 
 # Node and version of ONNX's operators → the input that the first output equals, None where that is not proven.
 Rule = Callable[[ir.Node, int], "ir.Value | None"]

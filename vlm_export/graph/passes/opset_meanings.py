@@ -11,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 import onnx_ir as ir
 
-from vlm_export.graph.core.rewiring import constant_argument, input_at, rank_of, sizes_of
+from vlm_export.graph.core.tensors import constant_argument, input_at, rank_of, sizes_of
 
 Attributes: TypeAlias = "dict[str, int | str]"
 

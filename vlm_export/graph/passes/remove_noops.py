@@ -7,9 +7,10 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from vlm_export.graph.core.names import names_used, scopes
+from vlm_export.graph.core.replace_uses import bypass, remove_node
 from vlm_export.graph.passes.dead_code import remove_unused_initializers
 from vlm_export.graph.passes.noop_rules import RULES
-from vlm_export.graph.core.rewiring import bypass, names_used, remove_node, scopes
 
 
 def remove_noops(model: ir.Model) -> Mapping[str, int]:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from vlm_export.graph.core.ir_version import allow_plain_initializers
 from vlm_export.graph.core.names import fresh_name, nested_graphs, root_graphs, taken_names
+from vlm_export.graph.core.skeleton import allow_plain_initializers
+from vlm_export.graph.core.tensors import constant_tensor, input_at
 from vlm_export.graph.passes.dead_code import remove_dead_code
 from vlm_export.graph.passes.known_integers import AxisSize, KnownIntegers
-from vlm_export.graph.core.rewiring import constant_tensor, input_at
 
 # Operator → inputs that are arguments: integers that decide shapes or axes.
 ARGUMENTS: Mapping[str, Sequence[int]] = {

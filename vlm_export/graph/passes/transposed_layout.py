@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from vlm_export.graph.core.names import fresh_name, taken_names
-from vlm_export.graph.passes.elementwise import axis_inputs
-from vlm_export.graph.passes.layout_roles import Perm, Roles, has_one_element, inverse_of
-from vlm_export.graph.core.rewiring import bypass, constant_tensor, remove_node
-from vlm_export.graph.passes.weight_transposes import transposed_tensor
+from vlm_export.graph.core.replace_uses import bypass, remove_node
+from vlm_export.graph.core.tensors import constant_tensor, transposed_tensor
+from vlm_export.graph.passes.layout_roles import Perm, Roles, axis_inputs, has_one_element, inverse_of
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-
-import numpy as np
 import onnx_ir as ir
+
+from vlm_export.graph.core.tensors import transposed_tensor
 
 
 def fold_weight_transposes(model: ir.Model) -> int:
@@ -42,15 +40,3 @@ def _transposed_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtoco
     value = ir.Value(name=new_name, shape=lazy.shape, type=ir.TensorType(tensor.dtype), const_value=lazy)
     graph.register_initializer(value)
     return value
-
-
-def transposed_tensor(tensor: ir.TensorProtocol, perm: Sequence[int], name: str) -> ir.LazyTensor:
-    """The tensor with its axes permuted, computed when it is read; one with fewer axes gets leading ones first."""
-    sizes = [*(1 for _ in range(len(perm) - len(tensor.shape))), *tensor.shape.numpy()]
-    shape = ir.Shape([sizes[axis] for axis in perm])
-    return ir.LazyTensor(partial(_transpose, tensor, tuple(sizes), perm), dtype=tensor.dtype, shape=shape, name=name)
-
-
-def _transpose(tensor: ir.TensorProtocol, sizes: tuple[int, ...], perm: Sequence[int]) -> ir.TensorProtocol:
-    array = np.ascontiguousarray(np.transpose(tensor.numpy().reshape(sizes), perm))
-    return ir.Tensor(array, dtype=tensor.dtype)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from vlm_export.errors import VerificationError
-from vlm_export.graph.core.errors import GraphError
+from vlm_export.errors import GraphError, VerificationError
 from vlm_export.graph.prove.program import Program
 
 

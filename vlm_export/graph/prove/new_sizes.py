@@ -8,14 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from vlm_export.errors import VerificationError
-from vlm_export.graph.prove.input_specs import Run
-from vlm_export.graph.edits.baked_sizes import AxisOfInput, Resized
-from vlm_export.graph.core.errors import GraphError
-from vlm_export.graph.prove.held_values import as_dtype
+from vlm_export.errors import GraphError, VerificationError
 from vlm_export.graph.core.onnxruntime_session import Array
+from vlm_export.graph.prove.input_specs import Run
 from vlm_export.graph.prove.match_interfaces import Pairing
 from vlm_export.graph.prove.program import Program
+from vlm_export.graph.prove.random_inputs import as_dtype
 
 # Kernels add in another order where there is more to do at once: rounding, times the largest value of an output.
 _ROUNDING: Mapping[str, float] = {"float16": 1e-2, "float32": 2e-5, "float64": 1e-12}
@@ -231,3 +229,33 @@ def _run(after: Program, feeds: Mapping[str, Array], wanted: Sequence[str], grou
             got=error.got or error.what,
             fix="keep the size, change the node that is named, or export the model again with this axis open",
         ) from error
+
+
+@dataclass(frozen=True)
+class AxisOfInput:
+    """An axis of an input of the model."""
+
+    input: str
+    axis: int
+
+
+@dataclass(frozen=True)
+class Resized:
+    """Axes of inputs that change together.
+
+    Attributes:
+        old: their size before.
+        new: their size, or its name.
+    """
+
+    axes: tuple[AxisOfInput, ...]
+    old: int
+    new: int | str
+
+    def probes(self) -> tuple[int, ...]:
+        """Sizes at which the new model has to work."""
+        return (self.new,) if isinstance(self.new, int) else (2 * self.old, 3 * self.old)
+
+    def __str__(self) -> str:
+        names = ", ".join(f"axis {entry.axis} of {entry.input!r}" for entry in self.axes)
+        return f"{names} is {self.new} instead of {self.old}"

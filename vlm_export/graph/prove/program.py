@@ -8,16 +8,14 @@ from typing import Protocol
 import numpy as np
 import onnx_ir as ir
 
-from vlm_export.graph.core.errors import GraphError
+from vlm_export.errors import GraphError
 from vlm_export.graph.core.inference import copy_of
-from vlm_export.graph.core.ir_version import weights_among_inputs
 from vlm_export.graph.core.names import fresh_name, names_in
-from vlm_export.graph.core.numpy_dtypes import is_plain_number
 from vlm_export.graph.core.onnxruntime_session import Array, numpy_lacks, start_session
-from vlm_export.graph.prove.size_inputs import inputs_that_decide_sizes
-from vlm_export.graph.core.skeleton import attach_weights, detach_weights
 from vlm_export.graph.core.replace_uses import place_first
-from vlm_export.graph.core.tensors import tensor_slots
+from vlm_export.graph.core.skeleton import attach_weights, detach_weights, weights_among_inputs
+from vlm_export.graph.core.tensors import is_plain_number, tensor_slots
+from vlm_export.graph.prove.input_specs import inputs_that_decide_sizes
 from vlm_export.interrupts import run_session
 from vlm_export.machine_faults import machine_fault
 

@@ -10,16 +10,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from vlm_export.errors import VerificationError
-from vlm_export.graph.prove.input_specs import RandomRuns, Run, run_with_defaults_replaced
-from vlm_export.graph.edits.baked_sizes import Resized
-from vlm_export.graph.core.errors import GraphError
-from vlm_export.graph.prove.held_values import as_dtype, bounds_of, held_by_both
-from vlm_export.graph.prove.new_sizes import NewSizes, fixed_axes, open_axis, resized_axes, run_new_sizes
+from vlm_export.errors import GraphError, VerificationError
 from vlm_export.graph.core.onnxruntime_session import Array
+from vlm_export.graph.prove.input_specs import RandomRuns, Run, run_with_defaults_replaced
 from vlm_export.graph.prove.match_interfaces import Pairing, check_dtypes, fixed_sizes, pair_interfaces
+from vlm_export.graph.prove.new_sizes import NewSizes, Resized, fixed_axes, open_axis, resized_axes, run_new_sizes
 from vlm_export.graph.prove.program import ModelProgram, Program, RunError
-from vlm_export.graph.prove.random_inputs import load_feeds
+from vlm_export.graph.prove.random_inputs import as_dtype, bounds_of, held_by_both, load_feeds
 
 
 @dataclass(frozen=True)
