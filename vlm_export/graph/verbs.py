@@ -133,10 +133,7 @@ INTERFACE_VERBS = (
         "rename-tensor",
         "edits.io_edits:rename_tensors",
         "give tensors other names, wherever they are used",
-        (
-            Argument("names", "pairs", "OLD=NEW", positional=True, required=True, metavar="OLD=NEW"),
-            _FUNCTION,
-        ),
+        (Argument("names", "pairs", "OLD=NEW", positional=True, required=True, metavar="OLD=NEW"), _FUNCTION),
         renames="names",
     ),
     Verb(

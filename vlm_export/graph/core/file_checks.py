@@ -128,10 +128,7 @@ def _check_nodes(nodes: Iterable[onnx.NodeProto], opsets: Mapping[str, int], pat
 
 
 def _check_attribute(
-    node: onnx.NodeProto,
-    attribute: onnx.AttributeProto,
-    known: Mapping[str, onnx.defs.OpSchema.Attribute],
-    path: Path,
+    node: onnx.NodeProto, attribute: onnx.AttributeProto, known: Mapping[str, onnx.defs.OpSchema.Attribute], path: Path
 ) -> None:
     place = f"attribute {attribute.name!r} of {_node_text(node)}"
     if attribute.type == onnx.AttributeProto.UNDEFINED:

@@ -12,9 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from vlm_export.graph.core.names import (
-    all_graphs,
-)
+from vlm_export.graph.core.names import all_graphs
 
 
 @dataclass

@@ -59,11 +59,7 @@ def _is_read_once(value: ir.Value) -> bool:
 
 
 def _fold(
-    graph: ir.Graph,
-    conv: ir.Node,
-    weight: ir.TensorProtocol,
-    bias: ir.TensorProtocol | None,
-    norm: _Norm,
+    graph: ir.Graph, conv: ir.Node, weight: ir.TensorProtocol, bias: ir.TensorProtocol | None, norm: _Norm
 ) -> None:
     name = (conv.inputs[1].name if conv.inputs[1] else None) or "conv.weight"
     channels = ir.Shape(weight.shape.numpy()[:1])

@@ -76,12 +76,7 @@ def open_axis(value: ir.Value, axis: int) -> str | None:
 
 
 def run_new_sizes(
-    before: Program,
-    after: Program,
-    pairing: Pairing,
-    groups: Sequence[Resized],
-    first: Run,
-    tolerance: float,
+    before: Program, after: Program, pairing: Pairing, groups: Sequence[Resized], first: Run, tolerance: float
 ) -> NewSizes:
     """Runs the changed model at its new sizes, and compares several at once with the original on each alone.
 

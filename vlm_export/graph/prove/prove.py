@@ -319,8 +319,7 @@ def _run_changed(program: Program, feeds: Mapping[str, Array], pairing: Pairing)
         return program.run(feeds, list(pairing.outputs))
     except GraphError as error:
         raise VerificationError(
-            "the changed model cannot be run on inputs that the original takes",
-            got=error.got or error.what,
+            "the changed model cannot be run on inputs that the original takes", got=error.got or error.what
         ) from error
 
 
