@@ -20,7 +20,7 @@ from vlm_export.family import (
     Description,
     Model,
     PartOutline,
-    TensorInfo,
+    StoredTensorInfo,
     TokenizerIds,
     WeightStore,
     reference_from_module,
@@ -115,7 +115,7 @@ class BlipFamily:
             with_tokenizer=_with_tokenizer,
         )
 
-    def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, StoredTensorInfo]:
         parsed = BlipArchitecture.from_config(architecture)
         return published_tensors(build_modules(parsed), _table(parsed, ()), dtype="float32")
 

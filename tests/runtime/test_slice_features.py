@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
-from vlm_export.runtime.engine import Port
+from vlm_export.runtime.engine import TensorInfo
 from vlm_export.runtime.slice_features import SliceEncoder, SliceFeatures
 from vlm_export.runtime.slice_files import SliceFileMeta, write_slice_features
 from vlm_export.runtime.slice_plan import SlicePlan
@@ -138,8 +138,8 @@ def test_a_square_of_no_whole_patches_is_padded(encoder: Any, oracle: Any, asser
 class RecordedTokens:
     """An engine that returns the recorded tokens of the frames, in order."""
 
-    inputs = (Port("pixel_values", "float32", (None,) * 4), Port("tgt_sizes", "int64", (None, 2)))
-    outputs = (Port("image_tokens", "float32", (None,) * 3),)
+    inputs = (TensorInfo("pixel_values", "float32", (None,) * 4), TensorInfo("tgt_sizes", "int64", (None, 2)))
+    outputs = (TensorInfo("image_tokens", "float32", (None,) * 3),)
 
     def __init__(self, frames: Array) -> None:
         self.frames = iter(frames)
