@@ -204,11 +204,6 @@ def test_looking(cli: Callable[..., Any], model: Path) -> None:
     assert cli("graph", "show", model, "--json").data["inputs"][0]["shape"] == ["batch", 4, 6]
     assert cli("graph", "find", model, "Transpose -> Relu").out == "Transpose t0 -> Relu r\n1 found\n"
     assert cli("graph", "find", model, "Relu", "--json").data["matches"][0][0]["inputs"] == ["t0"]
-    picture = model.with_name("part.svg")
-    assert cli("graph", "draw", model, "--from", "x", "--to", "s", "-o", picture).status == 0
-    assert picture.read_text(encoding="utf-8").startswith("<svg")
-    cli("graph", "draw", model, "-o", picture).refused(2, "the output exists", "--overwrite")
-    cli("graph", "draw", model, "-o", "part.png").refused(2, "an .svg file")
 
 
 def test_given_inputs(cli: Callable[..., Any], model: Path) -> None:
@@ -335,7 +330,7 @@ def test_help_of_graph_imports_nothing_heavy(spawn: Callable[..., Any]) -> None:
     assert "vlm_export.graph.verbs" in sys.modules
 
 
-@pytest.mark.parametrize("verb", ["show", "find", "draw", "check", "verify", "apply", "store", "split", "compose"])
+@pytest.mark.parametrize("verb", ["show", "find", "check", "verify", "apply", "store", "split", "compose"])
 def test_every_verb_describes_itself(cli: Callable[..., Any], verb: str) -> None:
     result = cli("graph", verb, "--help")
     assert result.status == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from vlm_export.bundle.staging import REMOVE, STEPS, Staged, check_not_there, commit_files, put_file, staged_file
+from vlm_export.bundle.staging import REMOVE, STEPS, Staged, check_not_there, commit_files, put_file
 from vlm_export.errors import UsageError
 from vlm_export.graph.core.file_checks import tensor_protos
 from vlm_export.graph.core.tensors import tensor_slots
@@ -26,13 +26,6 @@ def check_output(path: Path | str, *, overwrite: bool) -> None:
     if path.is_dir():
         raise UsageError("the output is a directory", where=str(path), fix="name a file")
     check_not_there(path, overwrite=overwrite)
-
-
-def write_text(path: Path, text: str, *, overwrite: bool) -> None:
-    """Writes a text file beside its target, then renames it."""
-    check_output(path, overwrite=overwrite)
-    with staged_file(path, "writing the file", overwrite=overwrite, needed_bytes=len(text)) as staged:
-        staged.write_text(text, encoding="utf-8")
 
 
 # Where a model says which file it was read from.

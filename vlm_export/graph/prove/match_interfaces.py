@@ -12,7 +12,7 @@ from vlm_export.graph.prove.program import Program
 
 
 @dataclass(frozen=True)
-class Pairing:
+class InterfaceMatch:
     """Which tensors correspond: input or output of the changed model → tensor of the original.
 
     Attributes:
@@ -24,7 +24,7 @@ class Pairing:
     missing: tuple[str, ...]
 
 
-def pair_interfaces(before: Program, after: Program, renamed: Mapping[str, str]) -> Pairing:
+def match_interfaces(before: Program, after: Program, renamed: Mapping[str, str]) -> InterfaceMatch:
     """By name, then by position. Inputs that have a default and stand for nothing in the original are left out.
 
     Raises:
@@ -42,7 +42,7 @@ def pair_interfaces(before: Program, after: Program, renamed: Mapping[str, str])
             found[name] = known
         pairs.append(found)
     inputs, outputs = pairs
-    return Pairing(inputs, outputs, tuple(name for name in before.outputs if name not in outputs.values()))
+    return InterfaceMatch(inputs, outputs, tuple(name for name in before.outputs if name not in outputs.values()))
 
 
 def _by_position(kind: str, name: str, position: int, old: Sequence[str], new: Sequence[str]) -> str:
@@ -55,13 +55,13 @@ def _by_position(kind: str, name: str, position: int, old: Sequence[str], new: S
     )
 
 
-def check_dtypes(before: Program, after: Program, pairing: Pairing) -> None:
+def check_dtypes(before: Program, after: Program, matched: InterfaceMatch) -> None:
     """Interfaces state equal dtypes, where they state any.
 
     Raises:
         VerificationError: an input or output has another dtype than the tensor that it stands for.
     """
-    for kind, pairs in (("input", pairing.inputs), ("output", pairing.outputs)):
+    for kind, pairs in (("input", matched.inputs), ("output", matched.outputs)):
         for name, source in pairs.items():
             old, new = before.tensor(source), after.tensor(name)
             if old is None or new is None or None in (old.dtype, new.dtype) or old.dtype == new.dtype:
@@ -74,10 +74,10 @@ def check_dtypes(before: Program, after: Program, pairing: Pairing) -> None:
             )
 
 
-def fixed_sizes(before: Program, after: Program, pairing: Pairing) -> dict[str, int]:
+def fixed_sizes(before: Program, after: Program, matched: InterfaceMatch) -> dict[str, int]:
     """Named axes of the original that the changed model fixes."""
     sizes: dict[str, int] = {}
-    for name, source in pairing.inputs.items():
+    for name, source in matched.inputs.items():
         old, new = before.tensor(source), after.tensor(name)
         for axis, (open_size, fixed) in enumerate(zip(_dims(old), _dims(new), strict=False)):
             if isinstance(fixed, int) and not isinstance(open_size, int):

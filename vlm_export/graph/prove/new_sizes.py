@@ -11,7 +11,7 @@ import onnx_ir as ir
 from vlm_export.errors import GraphError, VerificationError
 from vlm_export.graph.core.onnxruntime_session import Array
 from vlm_export.graph.prove.input_specs import Run
-from vlm_export.graph.prove.match_interfaces import Pairing
+from vlm_export.graph.prove.match_interfaces import InterfaceMatch
 from vlm_export.graph.prove.program import Program
 from vlm_export.graph.prove.random_inputs import as_dtype
 
@@ -37,11 +37,11 @@ class NewSizes:
     shown: tuple[str, ...] = ()
 
 
-def resized_axes(before: Program, after: Program, pairing: Pairing) -> list[Resized]:
+def resized_axes(before: Program, after: Program, matched: InterfaceMatch) -> list[Resized]:
     """Axes that the original fixes and that are open, or of another size, in the changed model; those that change
     alike change together."""
     groups: dict[tuple[int, int | str], list[AxisOfInput]] = {}
-    for name, source in pairing.inputs.items():
+    for name, source in matched.inputs.items():
         old = before.inputs.get(source)
         new = after.inputs[name]
         if old is None or old.shape is None or new.shape is None or len(old.shape) != len(new.shape):
@@ -53,10 +53,10 @@ def resized_axes(before: Program, after: Program, pairing: Pairing) -> list[Resi
     return [Resized(tuple(axes), key[0], key[1]) for key, axes in groups.items()]
 
 
-def fixed_axes(before: Program, after: Program, pairing: Pairing) -> list[Resized]:
+def fixed_axes(before: Program, after: Program, matched: InterfaceMatch) -> list[Resized]:
     """Named axes of the original that the changed model fixes, as if they had been 1."""
     groups: dict[tuple[str, int], list[AxisOfInput]] = {}
-    for name, source in pairing.inputs.items():
+    for name, source in matched.inputs.items():
         old, new = before.inputs.get(source), after.inputs[name]
         if old is None or old.shape is None or new.shape is None or len(old.shape) != len(new.shape):
             continue
@@ -76,7 +76,7 @@ def open_axis(value: ir.Value, axis: int) -> str | None:
 
 
 def run_new_sizes(
-    before: Program, after: Program, pairing: Pairing, groups: Sequence[Resized], first: Run, tolerance: float
+    before: Program, after: Program, matched: InterfaceMatch, groups: Sequence[Resized], first: Run, tolerance: float
 ) -> NewSizes:
     """Runs the changed model at its new sizes, and compares several at once with the original on each alone.
 
@@ -92,16 +92,16 @@ def run_new_sizes(
         counts = [size // group.old for size in group.probes() if size % group.old == 0 and size > group.old]
         compared = False
         for count in counts if not others else ():
-            difference = _compare(before, after, pairing, group, _parts(first, group, count), tolerance)
+            difference = _compare(before, after, matched, group, _parts(first, group, count), tolerance)
             runs += 1
             compared = difference is not None
             largest = max(largest, difference or 0.0)
         if not counts or others:
-            _run_all(after, pairing, first, [group, *others])
+            _run_all(after, matched, first, [group, *others])
             runs += 1
         if not compared:
             only_run.append(str(group))
-    shown = () if only_run else tuple(name for name, source in pairing.outputs.items() if _is_finite(first, source))
+    shown = () if only_run else tuple(name for name, source in matched.outputs.items() if _is_finite(first, source))
     return NewSizes(runs, largest, tuple(only_run), shown)
 
 
@@ -134,7 +134,7 @@ def _other(array: Array, rng: np.random.Generator) -> Array:
 def _compare(
     before: Program,
     after: Program,
-    pairing: Pairing,
+    matched: InterfaceMatch,
     group: Resized,
     parts: Sequence[Mapping[str, Array]],
     tolerance: float,
@@ -142,16 +142,16 @@ def _compare(
     """The largest difference; None where the axes are no batch, so that nothing says what is right."""
     places = {entry.input: entry.axis for entry in group.axes}
     feeds = {}
-    for name, source in pairing.inputs.items():
+    for name, source in matched.inputs.items():
         arrays = [part[source] for part in parts if source in part]
         if arrays:
             feeds[name] = np.concatenate(arrays, places[source]) if source in places else arrays[0]
-    results = _run(after, feeds, list(pairing.outputs), group, len(parts))
-    wanted = list(pairing.outputs.values())
+    results = _run(after, feeds, list(matched.outputs), group, len(parts))
+    wanted = list(matched.outputs.values())
     alone = [before.run(part, wanted) for part in parts]
     is_batch = group.old == 1 and all(entry.axis == 0 for entry in group.axes)
     largest = 0.0
-    for number, (name, result) in enumerate(zip(pairing.outputs, results, strict=True)):
+    for number, (name, result) in enumerate(zip(matched.outputs, results, strict=True)):
         difference = _difference(result, [entry[number] for entry in alone], tolerance)
         if difference is None and is_batch:
             raise VerificationError(
@@ -201,16 +201,16 @@ def _difference(result: Array, alone: Sequence[Array], tolerance: float) -> floa
     return largest
 
 
-def _run_all(after: Program, pairing: Pairing, run: Run, groups: Sequence[Resized]) -> None:
+def _run_all(after: Program, matched: InterfaceMatch, run: Run, groups: Sequence[Resized]) -> None:
     """One run with every axis at its new size: parts of the original's feeds, repeated or cut."""
-    feeds = {name: run.feeds[source] for name, source in pairing.inputs.items() if source in run.feeds}
-    names = {source: name for name, source in pairing.inputs.items()}
+    feeds = {name: run.feeds[source] for name, source in matched.inputs.items() if source in run.feeds}
+    names = {source: name for name, source in matched.inputs.items()}
     for group in groups:
         for entry in group.axes:
             array = feeds[names[entry.input]]
             indices = np.arange(group.probes()[0]) % array.shape[entry.axis]
             feeds[names[entry.input]] = np.take(array, indices, entry.axis)
-    _run(after, feeds, list(pairing.outputs), groups[0], 1)
+    _run(after, feeds, list(matched.outputs), groups[0], 1)
 
 
 def _run(after: Program, feeds: Mapping[str, Array], wanted: Sequence[str], group: Resized, count: int) -> list[Array]:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from vlm_export.errors import GraphError, VerificationError
 from vlm_export.graph.core.onnxruntime_session import Array
 from vlm_export.graph.prove.input_specs import RandomRuns, Run, run_with_defaults_replaced
-from vlm_export.graph.prove.match_interfaces import Pairing, check_dtypes, fixed_sizes, pair_interfaces
+from vlm_export.graph.prove.match_interfaces import InterfaceMatch, check_dtypes, fixed_sizes, match_interfaces
 from vlm_export.graph.prove.new_sizes import NewSizes, Resized, fixed_axes, open_axis, resized_axes, run_new_sizes
 from vlm_export.graph.prove.program import ModelProgram, Program, RunError
 from vlm_export.graph.prove.random_inputs import as_dtype, bounds_of, held_by_both, load_feeds
@@ -94,48 +94,48 @@ def prove(
     """
     first = ModelProgram(before) if isinstance(before, ir.Model) else before
     second = ModelProgram(after) if isinstance(after, ir.Model) else after
-    pairing = _checked_pairing(first, second, renamed or {}, may_drop_outputs, may_change_dtypes)
-    resized = resized_axes(first, second, pairing)
-    changed = {source: second.tensor(name) for name, source in pairing.inputs.items()} if may_change_dtypes else {}
-    trials = _Trials(first, second, pairing, inputs, changed)
+    matched = _checked_match(first, second, renamed or {}, may_drop_outputs, may_change_dtypes)
+    resized = resized_axes(first, second, matched)
+    changed = {source: second.tensor(name) for name, source in matched.inputs.items()} if may_change_dtypes else {}
+    trials = _Trials(first, second, matched, inputs, changed)
     seen, new = _Compared(), NewSizes()
     if not any(isinstance(group.new, int) for group in resized):
         try:
-            seen = _compare_runs(trials, first, second, pairing, changed, tolerance, may_change_dtypes)
+            seen = _compare_runs(trials, first, second, matched, changed, tolerance, may_change_dtypes)
         except NotRunError:
-            resized = fixed_axes(first, second, pairing)
+            resized = fixed_axes(first, second, matched)
             if not resized:
                 raise
     if resized:
-        new = run_new_sizes(first, second, pairing, resized, trials.first_run(resized), tolerance)
+        new = run_new_sizes(first, second, matched, resized, trials.first_run(resized), tolerance)
     if not new.only_run:
         shown = seen.shown | set(new.shown)
-        _check_shown([name for name in pairing.outputs if name not in shown], bool(inputs))
+        _check_shown([name for name in matched.outputs if name not in shown], bool(inputs))
     return Proof(
         seen.runs + new.runs,
-        tuple(pairing.outputs),
+        tuple(matched.outputs),
         max(seen.max_abs, new.max_abs),
-        pairing.missing,
+        matched.missing,
         trials.at_default,
         trials.only_sizes({group.new for group in resized}),
         new.only_run,
     )
 
 
-def _checked_pairing(
+def _checked_match(
     before: Program, after: Program, renamed: Mapping[str, str], may_drop_outputs: bool, may_change_dtypes: bool
-) -> Pairing:
+) -> InterfaceMatch:
     """What corresponds to what; VerificationError where an output is missing, or a dtype is another, and may not."""
-    pairing = pair_interfaces(before, after, renamed)
-    if pairing.missing and not may_drop_outputs:
+    matched = match_interfaces(before, after, renamed)
+    if matched.missing and not may_drop_outputs:
         raise VerificationError(
             "the changed model lacks outputs of the original",
             expected=str(list(before.outputs)),
-            got=f"without {list(pairing.missing)}",
+            got=f"without {list(matched.missing)}",
         )
     if not may_change_dtypes:
-        check_dtypes(before, after, pairing)
-    return pairing
+        check_dtypes(before, after, matched)
+    return matched
 
 
 @dataclass
@@ -151,7 +151,7 @@ def _compare_runs(
     trials: _Trials,
     before: Program,
     after: Program,
-    pairing: Pairing,
+    matched: InterfaceMatch,
     changed: Mapping[str, ir.Value | None],
     tolerance: float,
     may_change_dtypes: bool,
@@ -159,8 +159,8 @@ def _compare_runs(
     """Every run of the original against one of the changed model; NotRunError where the original has none."""
     seen = _Compared()
     for run in trials.runs():
-        results = _run_changed(after, _feeds_of_changed(before, after, pairing, run, changed), pairing)
-        for (name, source), result in zip(pairing.outputs.items(), results, strict=True):
+        results = _run_changed(after, _feeds_of_changed(before, after, matched, run, changed), matched)
+        for (name, source), result in zip(matched.outputs.items(), results, strict=True):
             expected = run.found[source]
             if may_change_dtypes:
                 expected = _as_held(expected, result, after.tensor(name))
@@ -186,7 +186,7 @@ class _Trials:
         self,
         before: Program,
         after: Program,
-        pairing: Pairing,
+        matched: InterfaceMatch,
         files: Sequence[Path],
         changed: Mapping[str, ir.Value | None],
     ) -> None:
@@ -194,10 +194,10 @@ class _Trials:
         Args:
             changed: input of the original → that of the changed model, where dtypes may differ.
         """
-        self._program, self._after, self._pairing, self._files = before, after, pairing, files
+        self._program, self._after, self._matched, self._files = before, after, matched, files
         self._changed = changed
         self.sizes: dict[str, set[int]] = {}
-        self._wanted = list(dict.fromkeys([*pairing.inputs.values(), *pairing.outputs.values()]))
+        self._wanted = list(dict.fromkeys([*matched.inputs.values(), *matched.outputs.values()]))
         self._refusal: GraphError | None = None
         defaults = [name for name, value in before.inputs.items() if value.is_initializer()]
         # Weights of an old model, which lists them as inputs, are none.
@@ -224,7 +224,7 @@ class _Trials:
             last = run
         if last is None:
             raise self._not_run()
-        both = set(self._pairing.inputs.values())
+        both = set(self._matched.inputs.values())
         self.at_default = tuple(name for name in self.at_default if name not in last.feeds)
         replaced = run_with_defaults_replaced(last, [name for name in self.at_default if name in both], self._attempt)
         if replaced is not None:
@@ -239,7 +239,7 @@ class _Trials:
         )
 
     def _note_sizes(self, run: Run) -> None:
-        for name, source in self._pairing.inputs.items():
+        for name, source in self._matched.inputs.items():
             value = self._after.inputs[name]
             if source in run.found and isinstance(run.found[source], np.ndarray):
                 for axis, size in enumerate(run.found[source].shape):
@@ -263,7 +263,7 @@ class _Trials:
         required = {
             name: self._drawn(name, value) for name, value in self._program.inputs.items() if not value.is_initializer()
         }
-        known = fixed_sizes(self._program, self._after, self._pairing) | dict(sizes)
+        known = fixed_sizes(self._program, self._after, self._matched) | dict(sizes)
         yield from RandomRuns(required, known, self._program.size_inputs(), self._attempt)
 
     def _drawn(self, name: str, value: ir.Value) -> ir.Value:
@@ -290,7 +290,7 @@ class _Trials:
         return dict(zip(self._wanted, self._program.run(feeds, self._wanted), strict=True))
 
     def _checked(self, run: Run) -> Run:
-        names = list(self._pairing.outputs.values())
+        names = list(self._matched.outputs.values())
         for name, again in zip(names, self._program.run(run.feeds, names), strict=True):
             if not equal_values(run.found[name], again):
                 raise GraphError(
@@ -302,10 +302,10 @@ class _Trials:
 
 
 def _feeds_of_changed(
-    before: Program, after: Program, pairing: Pairing, run: Run, changed: Mapping[str, ir.Value | None]
+    before: Program, after: Program, matched: InterfaceMatch, run: Run, changed: Mapping[str, ir.Value | None]
 ) -> dict[str, Array]:
     feeds: dict[str, Array] = {}
-    for name, source in pairing.inputs.items():
+    for name, source in matched.inputs.items():
         is_unfed = source in before.inputs and source not in run.feeds
         if is_unfed and after.inputs[name].is_initializer():
             continue
@@ -314,9 +314,9 @@ def _feeds_of_changed(
     return feeds
 
 
-def _run_changed(program: Program, feeds: Mapping[str, Array], pairing: Pairing) -> list[Array]:
+def _run_changed(program: Program, feeds: Mapping[str, Array], matched: InterfaceMatch) -> list[Array]:
     try:
-        return program.run(feeds, list(pairing.outputs))
+        return program.run(feeds, list(matched.outputs))
     except GraphError as error:
         raise VerificationError(
             "the changed model cannot be run on inputs that the original takes", got=error.got or error.what

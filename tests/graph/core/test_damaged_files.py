@@ -26,7 +26,6 @@ ARGUMENTS: dict[str, Sequence[str]] = {
     "compose": ["SECOND", "--connect", "y=x", "--prefix-second", "b/"],
     "convert-opset": ["21"],
     "delete-attribute": ["c", "axis"],
-    "draw": [],
     "drop-output": ["z"],
     "extract": ["--to", "y"],
     "find": ["Reshape -> *"],
@@ -118,8 +117,6 @@ def _run(verb: str, path: Path) -> tuple[int, str]:
         second.write_bytes(MODELS[0].SerializeToString())
     words = [{"SECOND": str(second), "SECOND_OUT": str(path.with_name("out2.onnx"))}.get(word, word)
              for word in ARGUMENTS[verb]]  # fmt: skip
-    if verb == "draw":
-        out = out.with_suffix(".svg")
     writing = [] if verb in READING else ["-o", str(out), "--overwrite"]
     errors = StringIO()
     with redirect_stdout(StringIO()), redirect_stderr(errors):
@@ -128,7 +125,7 @@ def _run(verb: str, path: Path) -> tuple[int, str]:
 
 
 def test_every_verb_is_tried() -> None:
-    assert ARGUMENTS.keys() - {*READING, "draw", "split", "store"} == {verb.name for verb in VERBS}
+    assert ARGUMENTS.keys() - {*READING, "split", "store"} == {verb.name for verb in VERBS}
 
 
 @pytest.mark.parametrize("verb", ARGUMENTS)
