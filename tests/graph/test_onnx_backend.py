@@ -26,7 +26,7 @@ from vlm_export.graph.passes.dead_code import remove_dead_code
 from vlm_export.graph.passes.infer_shapes import infer_shapes
 from vlm_export.graph.passes.remove_noops import remove_noops
 from vlm_export.graph.passes.static_arguments import make_arguments_static
-from vlm_export.graph.prove.prove import equal_values
+from vlm_export.graph.prove.compare import equal_values
 
 backend = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("backend_cases.py"))))
 

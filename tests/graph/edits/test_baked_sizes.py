@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 from vlm_export.errors import GraphError, VerificationError
 from vlm_export.graph.edits.shapes import set_axis, set_shape
-from vlm_export.graph.prove.new_sizes import AxisOfInput, Resized
+from vlm_export.graph.prove.match_interfaces import AxisOfInput, Resized
 from vlm_export.graph.prove.prove import prove
 
 Array = npt.NDArray[Any]

@@ -18,8 +18,9 @@ from vlm_export.graph.edits.extract import extract, split
 from vlm_export.graph.edits.io_edits import add_output, drop_output, rename_tensors
 from vlm_export.graph.edits.shapes import set_shape
 from vlm_export.graph.prove import program
+from vlm_export.graph.prove.compare import compare
 from vlm_export.graph.prove.program import Chain, ModelProgram
-from vlm_export.graph.prove.prove import compare, prove
+from vlm_export.graph.prove.prove import prove
 
 Parse = Callable[[str, Mapping[str, Any]], ir.Model]
 TEXT = """g (float[n,4] x, float[n,4] z) => (float[n,4] y, float[n,4] v) {

@@ -13,8 +13,6 @@ from vlm_export.errors import GraphError
 from vlm_export.graph.core.names import (
     annotated_names,
     captured_or_read,
-    fresh_name,
-    fresh_node_name,
     subgraphs_of,
     taken_names,
     visible_value,
@@ -112,18 +110,19 @@ def resolve_operand(root: ir.Graph, graph: ir.Graph, operand: Operand) -> ir.Val
     return ir.tensor(operand) if isinstance(operand, np.ndarray | np.generic) else operand
 
 
-def add_constant(root: ir.Graph, graph: ir.Graph, tensor: ir.TensorProtocol, name: str, in_function: bool) -> ir.Value:
-    """A new initializer of the graph; in a function, which has none, the output of a Constant at its beginning."""
-    name = fresh_name(name, taken_names(root, graph))
+def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol, name: str) -> ir.Value:
+    """Adds an initializer that holds the tensor, with its dtype and shape."""
     shape, kind = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
-    if not in_function:
-        value = ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
-        graph.register_initializer(value)
-        return value
-    node = ir.node("Constant", [], {"value": tensor}, num_outputs=1, name=fresh_node_name(root, name))
-    node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = name, shape, kind
-    place_first(graph, node)
-    return node.outputs[0]
+    value = ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def add_constant_node(before: ir.Node, tensor: ir.TensorProtocol, name: str) -> ir.Value:
+    """Puts a Constant right before a node; functions, which have no initializers, can hold it."""
+    value = ir.val(name, tensor.dtype, ir.Shape(tensor.shape.numpy()))
+    before.prepend(ir.node("Constant", [], {"value": tensor}, outputs=[value]))
+    return value
 
 
 def place_first(graph: ir.Graph, node: ir.Node) -> None:

@@ -26,7 +26,7 @@ from vlm_export.graph.edits.size_repairs import (
     operand_repair,
     slice_repair,
 )
-from vlm_export.graph.prove.new_sizes import AxisOfInput, Resized
+from vlm_export.graph.prove.match_interfaces import AxisOfInput, Resized
 
 Reading: TypeAlias = Literal["natural", "outer", "inner"]
 READINGS: tuple[Reading, ...] = ("natural", "outer", "inner")

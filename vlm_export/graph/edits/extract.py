@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
 from vlm_export.errors import GraphError
 from vlm_export.graph.core.inference import Copy, copy_of, known_infos
 from vlm_export.graph.core.names import (
-    all_nodes,
     annotated_names,
     captured_or_read,
     find_value,
@@ -186,7 +186,7 @@ def _cut(copy: Copy, starts: Sequence[ir.Value], ends: Sequence[ir.Value], nodes
     for name, value in list(graph.initializers.items()):
         if name not in annotated and not value.uses() and not value.is_graph_output() and not value.is_graph_input():
             graph.initializers.pop(name)
-    _drop_functions(copy.model)
+    RemoveUnusedFunctionsPass()(copy.model)
     # An input with a default may have become an initializer alone.
     allow_plain_initializers(copy.model)
 
@@ -204,14 +204,3 @@ def _as_input(graph: ir.Graph, value: ir.Value) -> ir.Value:
     new = ir.Value(name=name, type=value.type, shape=value.shape)
     replace_uses(value, new)
     return new
-
-
-def _drop_functions(model: ir.Model) -> None:
-    """Functions that nothing calls any more."""
-    while True:
-        called = {node.op_identifier() for node in all_nodes(model)}
-        unused = [name for name in model.functions if name not in called]
-        if not unused:
-            return
-        for name in unused:
-            del model.functions[name]

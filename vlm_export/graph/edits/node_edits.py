@@ -25,7 +25,8 @@ from vlm_export.graph.core.names import (
 from vlm_export.graph.core.operators import checked_schema
 from vlm_export.graph.core.replace_uses import (
     Operand,
-    add_constant,
+    add_constant_node,
+    add_initializer,
     check_new_name,
     discard_nodes,
     graph_of,
@@ -247,13 +248,16 @@ def _arguments(
     copy: Copy, root: ir.Graph, graph: ir.Graph, operands: Sequence[ir.Value | ir.TensorProtocol | None], base: str
 ) -> list[ir.Value | None]:
     """Operands of a new node in `graph` of the copy; constants become its own."""
-    in_function = copy.of(root) is not copy.model.graph
     arguments: list[ir.Value | None] = []
     for index, operand in enumerate(operands):
         if operand is None or isinstance(operand, ir.Value):
             arguments.append(None if operand is None else copy.of(operand))
+            continue
+        name = fresh_name(f"{base}_input_{index}", taken_names(copy.of(root), graph))
+        if copy.of(root) is copy.model.graph:
+            arguments.append(add_initializer(graph, operand, name))
         else:
-            arguments.append(add_constant(copy.of(root), graph, operand, f"{base}_input_{index}", in_function))
+            arguments.append(add_constant_node(graph[0], operand, name))
     return arguments
 
 

@@ -13,7 +13,7 @@ from vlm_export.graph.core.inference import Copy, copy_of
 from vlm_export.graph.core.transaction import Change, apply
 from vlm_export.graph.edits.baked_sizes import READINGS, HeldError, find_misfit, find_repairs, output_shapes, refusal
 from vlm_export.graph.edits.size_repairs import Repair
-from vlm_export.graph.prove.new_sizes import AxisOfInput, Resized
+from vlm_export.graph.prove.match_interfaces import AxisOfInput, Resized
 
 # An axis as users state it: its size, its name, or None for "not known".
 Axis: TypeAlias = "int | str | None"

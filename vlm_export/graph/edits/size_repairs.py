@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from vlm_export.graph.core.names import fresh_name, fresh_node_name, taken_names
+from vlm_export.graph.core.replace_uses import add_initializer
 from vlm_export.graph.core.tensors import constant_integers, input_at
 from vlm_export.graph.edits.node_sizes import Sizes
 
@@ -210,13 +211,8 @@ class _Maker:
         self.nodes: list[ir.Node] = []
 
     def constant(self, entries: Sequence[int], kind: type[np.signedinteger] = np.int64) -> ir.Value:
-        array = np.array(entries, kind)
-        tensor = ir.tensor(array, name=fresh_name(self._base, self._taken))
-        value = ir.Value(
-            name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
-        )
-        self._graph.register_initializer(value)
-        return value
+        name = fresh_name(self._base, self._taken)
+        return add_initializer(self._graph, ir.tensor(np.array(entries, kind), name=name), name)
 
     def node(self, op_type: str, inputs: Sequence[ir.Value | None], attributes: Sequence[ir.Attr] = ()) -> ir.Value:
         name = fresh_node_name(self._graph, f"{self._base}.{op_type}")

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from vlm_export.graph.core.replace_uses import add_initializer
+
 Array = npt.NDArray[np.float32]
 
 
@@ -92,6 +94,4 @@ def _lazy(graph: ir.Graph, name: str, shape: ir.Shape, compute: Callable[[], Arr
     repeats = sum(key == name or key.startswith(f"{name}.") for key in graph.initializers)
     name = f"{name}.{repeats}" if repeats else name
     lazy = ir.LazyTensor(lambda: ir.Tensor(compute()), dtype=ir.DataType.FLOAT, shape=shape, name=name)
-    value = ir.Value(name=name, shape=shape, type=ir.TensorType(ir.DataType.FLOAT), const_value=lazy)
-    graph.register_initializer(value)
-    return value
+    return add_initializer(graph, lazy, name)

@@ -15,6 +15,7 @@ from onnx import ModelProto, NodeProto, helper
 
 from vlm_export.graph.core.names import names_used
 from vlm_export.graph.core.operators import RANDOM
+from vlm_export.graph.core.replace_uses import add_initializer
 from vlm_export.graph.core.skeleton import allow_plain_initializers
 from vlm_export.graph.core.tensors import is_plain_number
 from vlm_export.graph.passes.dead_code import remove_dead_code
@@ -257,13 +258,12 @@ def made_of(value: ir.Value) -> tuple[str, ...]:
 
 def _replace(value: ir.Value, array: Array, graph: ir.Graph, sources: tuple[str, ...]) -> None:
     tensor = ir.tensor(array, name=value.name)
-    shape = ir.Shape(array.shape)
-    folded = ir.Value(name=value.name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    name, value.name = str(value.name), None
+    folded = add_initializer(graph, tensor, name)
     folded.metadata_props.update(value.metadata_props)
     folded.meta.update(value.meta)
     folded.meta[_MADE_OF] = sources
     ir.convenience.replace_all_uses_with(value, folded)
-    graph.register_initializer(folded)
 
 
 def fold_all_constants(

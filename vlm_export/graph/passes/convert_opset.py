@@ -24,7 +24,7 @@ from vlm_export.graph.core.names import (
     subgraphs_of,
     taken_names,
 )
-from vlm_export.graph.core.replace_uses import remove_node
+from vlm_export.graph.core.replace_uses import add_constant_node, remove_node
 from vlm_export.graph.core.skeleton import raise_ir_version
 from vlm_export.graph.core.tensors import constant_tensor
 from vlm_export.graph.passes.converted_node import recast_constants, type_fault, value_fault
@@ -265,8 +265,9 @@ def _replace(root: ir.Graph, node: ir.Node, replacement: ir.Graph) -> None:
     taken = taken_names(root, graph)
     values: dict[str, ir.Value | None] = {f"i{index}": value for index, value in enumerate(node.inputs)}
     for name, constant in replacement.initializers.items():
-        if name not in values:
-            values[name] = _constant(constant, node, fresh_name(f"{node.outputs[0].name}.{name}", taken))
+        if name not in values and constant.const_value is not None:
+            name_here = fresh_name(f"{node.outputs[0].name}.{name}", taken)
+            values[name] = add_constant_node(node, constant.const_value, name_here)
     for entry in replacement:
         inputs = [None if value is None else values[str(value.name)] for value in entry.inputs]
         new = ir.Node("", entry.op_type, inputs, list(entry.attributes.values()), num_outputs=len(entry.outputs))
@@ -276,27 +277,12 @@ def _replace(root: ir.Graph, node: ir.Node, replacement: ir.Graph) -> None:
             output.type, output.shape = made.type, made.shape
             if not made.name:
                 output.name = ""
-            elif not _is_output(made, replacement):
+            elif not any(made is output for output in replacement.outputs):
                 output.name = fresh_name(f"{node.outputs[0].name}.{made.name}", taken)
     for index, old in enumerate(node.outputs):
         if old.name:
             _take_over(old, values[f"o{index}"])
     remove_node(node)
-
-
-def _constant(initializer: ir.Value, reader: ir.Node, name: str) -> ir.Value:
-    """A Constant node, which a function may hold too."""
-    tensor = initializer.const_value
-    assert tensor is not None
-    node = ir.node("Constant", [], {"value": tensor})
-    value = node.outputs[0]
-    value.name, value.type, value.shape = name, ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
-    reader.prepend(node)
-    return value
-
-
-def _is_output(value: ir.Value, graph: ir.Graph) -> bool:
-    return any(value is output for output in graph.outputs)
 
 
 def _take_over(old: ir.Value, new: ir.Value | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
 from vlm_export.graph.core.names import all_graphs, names_used, nested_graphs, root_graphs
 from vlm_export.graph.core.replace_uses import remove_node
@@ -35,7 +36,9 @@ def remove_dead_code(model: ir.Model) -> DeadCode:
         # What only a removed value's annotation named is used no more.
         if not removed or names_used(model) == used:
             break
-    return DeadCode(nodes, remove_unused_initializers(model), _remove_functions(model))
+    functions = len(model.functions)
+    RemoveUnusedFunctionsPass()(model)
+    return DeadCode(nodes, remove_unused_initializers(model), functions - len(model.functions))
 
 
 def _remove_nodes(root: ir.Graph, used: set[str]) -> int:
@@ -48,20 +51,6 @@ def _remove_nodes(root: ir.Graph, used: set[str]) -> int:
             remove_node(node)
             count += 1
     return count
-
-
-def _remove_functions(model: ir.Model) -> int:
-    used: set[ir.OperatorIdentifier] = set()
-    graphs = [model.graph]
-    while graphs:
-        called = {node.op_identifier() for node in ir.traversal.RecursiveGraphIterator(graphs.pop())}
-        new = [name for name in called - used if name in model.functions]
-        used.update(new)
-        graphs += [model.functions[name].graph for name in new]
-    unused = [name for name in model.functions if name not in used]
-    for name in unused:
-        del model.functions[name]
-    return len(unused)
 
 
 def remove_unused_initializers(model: ir.Model) -> int:

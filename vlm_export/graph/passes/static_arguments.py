@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from vlm_export.graph.core.names import fresh_name, nested_graphs, root_graphs, taken_names
+from vlm_export.graph.core.replace_uses import add_constant_node, add_initializer
 from vlm_export.graph.core.skeleton import allow_plain_initializers
 from vlm_export.graph.core.tensors import constant_tensor, input_at
 from vlm_export.graph.passes.dead_code import remove_dead_code
@@ -99,20 +100,11 @@ class _GraphArguments:
         key = (tuple(array.shape), tuple(array.reshape(-1).tolist()), tensor.dtype)
         if not self._in_function and key in self._made:
             return self._made[key]
-        name = fresh_name(f"{base}.static", self._taken)
-        tensor.name = name
+        tensor.name = fresh_name(f"{base}.static", self._taken)
         if self._in_function:
-            node = ir.node("Constant", [], {"value": tensor})
-            self._graph.insert_before(reader, node)
-            value = node.outputs[0]
-            value.name = name
-        else:
-            value = ir.Value(name=name, const_value=tensor)
-            self._made[key] = value
-        value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)
-        if not self._in_function:
-            self._graph.register_initializer(value)
-        return value
+            return add_constant_node(reader, tensor, tensor.name)
+        self._made[key] = add_initializer(self._graph, tensor, tensor.name)
+        return self._made[key]
 
 
 def _copied_axes(node: ir.Node, entries: list[int | AxisSize]) -> list[int] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from vlm_export.graph.core.replace_uses import add_initializer
 from vlm_export.graph.core.tensors import transposed_tensor
 
 
@@ -36,7 +37,4 @@ def fold_weight_transposes(model: ir.Model) -> int:
 def _transposed_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol, perm: tuple[int, ...]) -> ir.Value:
     # The plain transpose of a matrix keeps its parameter's name recognisable to readers of the graph.
     new_name = f"{name}.transposed" if perm == tuple(reversed(range(len(perm)))) else f"{name}.{perm}"
-    lazy = transposed_tensor(tensor, perm, new_name)
-    value = ir.Value(name=new_name, shape=lazy.shape, type=ir.TensorType(tensor.dtype), const_value=lazy)
-    graph.register_initializer(value)
-    return value
+    return add_initializer(graph, transposed_tensor(tensor, perm, new_name), new_name)

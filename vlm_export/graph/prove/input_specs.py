@@ -114,7 +114,7 @@ def run_with_defaults_replaced(run: Run, names: Iterable[str], attempt: Attempt)
 
 
 # Operator → inputs whose values decide the size of what it makes, or how often it runs.
-_SIZES: Mapping[str, Sequence[int]] = {
+_SIZE_ARGUMENTS: Mapping[str, Sequence[int]] = {
     "AffineGrid": (1,),
     "BlackmanWindow": (0,),
     "CenterCropPad": (1,),
@@ -149,7 +149,7 @@ def _decides_sizes(start: ir.Value, model: ir.Model, holders: Mapping[ir.Graph, 
     waiting = [start]
     while waiting:
         for node, index in waiting.pop().uses():
-            if node.domain == "" and index in _SIZES.get(node.op_type, ()):
+            if node.domain == "" and index in _SIZE_ARGUMENTS.get(node.op_type, ()):
                 return True
             if node.domain == "" and node.op_type in _SIZE_ONLY:
                 continue

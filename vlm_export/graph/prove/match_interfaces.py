@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -74,16 +74,61 @@ def check_dtypes(before: Program, after: Program, matched: InterfaceMatch) -> No
             )
 
 
-def fixed_sizes(before: Program, after: Program, matched: InterfaceMatch) -> dict[str, int]:
-    """Named axes of the original that the changed model fixes."""
-    sizes: dict[str, int] = {}
+def axes_of_both(
+    before: Program, after: Program, matched: InterfaceMatch
+) -> Iterator[tuple[AxisOfInput, int | str, int | str]]:
+    """Axes of corresponding inputs of equal rank, named as the original's, with the size before and the size now.
+
+    An open axis is called by its name, or, where it has none, by its tensor's name and its position.
+    """
     for name, source in matched.inputs.items():
         old, new = before.tensor(source), after.tensor(name)
-        for axis, (open_size, fixed) in enumerate(zip(_dims(old), _dims(new), strict=False)):
-            if isinstance(fixed, int) and not isinstance(open_size, int):
-                sizes[str(open_size.value) if open_size.value is not None else f"{source}.{axis}"] = fixed
-    return sizes
+        if old is None or new is None or old.shape is None or new.shape is None or len(old.shape) != len(new.shape):
+            continue
+        for axis in range(len(old.shape)):
+            yield AxisOfInput(source, axis), axis_label(old, source, axis), axis_label(new, name, axis)
 
 
-def _dims(value: ir.Value | None) -> Sequence[int | ir.SymbolicDim]:
-    return () if value is None or value.shape is None else value.shape.dims
+def axis_label(value: ir.Value, name: str, axis: int) -> int | str:
+    """The size of an axis of an input, or what the open axis is called where sizes are drawn."""
+    size = value.shape[axis] if value.shape is not None and axis < len(value.shape) else 0
+    return size if isinstance(size, int) else size.value or f"{name}.{axis}"
+
+
+def fixed_sizes(before: Program, after: Program, matched: InterfaceMatch) -> dict[str, int]:
+    """Named axes of the original that the changed model fixes."""
+    return {
+        was: now
+        for _, was, now in axes_of_both(before, after, matched)
+        if isinstance(was, str) and isinstance(now, int)
+    }
+
+
+@dataclass(frozen=True)
+class AxisOfInput:
+    """An axis of an input of the model."""
+
+    input: str
+    axis: int
+
+
+@dataclass(frozen=True)
+class Resized:
+    """Axes of inputs that change together.
+
+    Attributes:
+        old: their size before.
+        new: their size, or its name.
+    """
+
+    axes: tuple[AxisOfInput, ...]
+    old: int
+    new: int | str
+
+    def probes(self) -> tuple[int, ...]:
+        """Sizes at which the new model has to work."""
+        return (self.new,) if isinstance(self.new, int) else (2 * self.old, 3 * self.old)
+
+    def __str__(self) -> str:
+        names = ", ".join(f"axis {entry.axis} of {entry.input!r}" for entry in self.axes)
+        return f"{names} is {self.new} instead of {self.old}"

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_ir as ir
 
 from vlm_export.errors import GraphError, VerificationError
 from vlm_export.graph.core.onnxruntime_session import Array
+from vlm_export.graph.prove.compare import form_text, largest_difference, says_something
 from vlm_export.graph.prove.input_specs import Run
-from vlm_export.graph.prove.match_interfaces import InterfaceMatch
+from vlm_export.graph.prove.match_interfaces import AxisOfInput, InterfaceMatch, Resized, axes_of_both
 from vlm_export.graph.prove.program import Program
 from vlm_export.graph.prove.random_inputs import as_dtype
 
@@ -41,38 +41,19 @@ def resized_axes(before: Program, after: Program, matched: InterfaceMatch) -> li
     """Axes that the original fixes and that are open, or of another size, in the changed model; those that change
     alike change together."""
     groups: dict[tuple[int, int | str], list[AxisOfInput]] = {}
-    for name, source in matched.inputs.items():
-        old = before.inputs.get(source)
-        new = after.inputs[name]
-        if old is None or old.shape is None or new.shape is None or len(old.shape) != len(new.shape):
-            continue
-        for axis, (was, now) in enumerate(zip(old.shape, new.shape, strict=True)):
-            size = now if isinstance(now, int) else now.value or f"{name}.{axis}"
-            if isinstance(was, int) and was != size and was > 0:
-                groups.setdefault((was, size), []).append(AxisOfInput(source, axis))
-    return [Resized(tuple(axes), key[0], key[1]) for key, axes in groups.items()]
+    for entry, was, now in axes_of_both(before, after, matched):
+        if entry.input in before.inputs and isinstance(was, int) and was != now and was > 0:
+            groups.setdefault((was, now), []).append(entry)
+    return [Resized(tuple(axes), *key) for key, axes in groups.items()]
 
 
 def fixed_axes(before: Program, after: Program, matched: InterfaceMatch) -> list[Resized]:
     """Named axes of the original that the changed model fixes, as if they had been 1."""
     groups: dict[tuple[str, int], list[AxisOfInput]] = {}
-    for name, source in matched.inputs.items():
-        old, new = before.inputs.get(source), after.inputs[name]
-        if old is None or old.shape is None or new.shape is None or len(old.shape) != len(new.shape):
-            continue
-        for axis, now in enumerate(new.shape):
-            label = open_axis(old, axis)
-            if label is not None and isinstance(now, int) and now > 1:
-                groups.setdefault((label, now), []).append(AxisOfInput(source, axis))
-    return [Resized(tuple(axes), 1, key[1]) for key, axes in groups.items()]
-
-
-def open_axis(value: ir.Value, axis: int) -> str | None:
-    """What an open axis of an input is called where sizes are drawn; None where it is fixed."""
-    size = value.shape[axis] if value.shape is not None and axis < len(value.shape) else 0
-    if isinstance(size, int):
-        return None
-    return size.value if size.value is not None else f"{value.name}.{axis}"
+    for entry, was, now in axes_of_both(before, after, matched):
+        if entry.input in before.inputs and isinstance(was, str) and isinstance(now, int) and now > 1:
+            groups.setdefault((was, now), []).append(entry)
+    return [Resized(tuple(axes), 1, new) for (_, new), axes in groups.items()]
 
 
 def run_new_sizes(
@@ -101,13 +82,12 @@ def run_new_sizes(
             runs += 1
         if not compared:
             only_run.append(str(group))
-    shown = () if only_run else tuple(name for name, source in matched.outputs.items() if _is_finite(first, source))
-    return NewSizes(runs, largest, tuple(only_run), shown)
-
-
-def _is_finite(run: Run, name: str) -> bool:
-    array = run.found[name]
-    return not isinstance(array, np.ndarray) or array.dtype.kind not in "fc" or bool(np.isfinite(array).any())
+    shown = (
+        ()
+        if only_run
+        else tuple(name for name, source in matched.outputs.items() if says_something(first.found[source]))
+    )
+    return NewSizes(runs, largest, tuple(only_run), tuple(shown))
 
 
 def _parts(run: Run, group: Resized, count: int) -> list[dict[str, Array]]:
@@ -157,8 +137,8 @@ def _compare(
             raise VerificationError(
                 f"output {name!r} of {len(parts)} at once is not what each gives alone",
                 where=str(group),
-                expected=f"{len(parts)} times {_form(alone[0][number])}, each equal",
-                got=_form(result),
+                expected=f"{len(parts)} times {form_text(alone[0][number])}, each equal",
+                got=form_text(result),
                 fix="the graph mixes what is in a batch, or holds its old size: keep the size, or export the model "
                 "again with this axis open",
             )
@@ -166,10 +146,6 @@ def _compare(
             return None
         largest = max(largest, difference)
     return largest
-
-
-def _form(array: Array) -> str:
-    return f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
 
 
 def _difference(result: Array, alone: Sequence[Array], tolerance: float) -> float | None:
@@ -190,11 +166,7 @@ def _difference(result: Array, alone: Sequence[Array], tolerance: float) -> floa
             if not np.array_equal(array, result):
                 return None
             continue
-        left, right = array.astype(np.float64), result.astype(np.float64)
-        same = (left == right) | (np.isnan(left) & np.isnan(right))
-        with np.errstate(invalid="ignore"):
-            difference = float(np.max(np.where(same, 0.0, np.abs(left - right)), initial=0.0))
-        scale = float(np.abs(left[np.isfinite(left)]).max(initial=0.0))
+        difference, scale = largest_difference(array, result)
         if not difference <= max(tolerance * max(1.0, scale), _ROUNDING.get(str(array.dtype), 0.0) * scale):
             return None
         largest = max(largest, difference)
@@ -224,33 +196,3 @@ def _run(after: Program, feeds: Mapping[str, Array], wanted: Sequence[str], grou
             got=error.got or error.what,
             fix="keep the size, change the node that is named, or export the model again with this axis open",
         ) from error
-
-
-@dataclass(frozen=True)
-class AxisOfInput:
-    """An axis of an input of the model."""
-
-    input: str
-    axis: int
-
-
-@dataclass(frozen=True)
-class Resized:
-    """Axes of inputs that change together.
-
-    Attributes:
-        old: their size before.
-        new: their size, or its name.
-    """
-
-    axes: tuple[AxisOfInput, ...]
-    old: int
-    new: int | str
-
-    def probes(self) -> tuple[int, ...]:
-        """Sizes at which the new model has to work."""
-        return (self.new,) if isinstance(self.new, int) else (2 * self.old, 3 * self.old)
-
-    def __str__(self) -> str:
-        names = ", ".join(f"axis {entry.axis} of {entry.input!r}" for entry in self.axes)
-        return f"{names} is {self.new} instead of {self.old}"

@@ -12,9 +12,17 @@ import onnx_ir as ir
 
 from vlm_export.errors import GraphError, VerificationError
 from vlm_export.graph.core.onnxruntime_session import Array
+from vlm_export.graph.prove.compare import compare, equal_values, says_something
 from vlm_export.graph.prove.input_specs import RandomRuns, Run, run_with_defaults_replaced
-from vlm_export.graph.prove.match_interfaces import InterfaceMatch, check_dtypes, fixed_sizes, match_interfaces
-from vlm_export.graph.prove.new_sizes import NewSizes, Resized, fixed_axes, open_axis, resized_axes, run_new_sizes
+from vlm_export.graph.prove.match_interfaces import (
+    InterfaceMatch,
+    Resized,
+    axis_label,
+    check_dtypes,
+    fixed_sizes,
+    match_interfaces,
+)
+from vlm_export.graph.prove.new_sizes import NewSizes, fixed_axes, resized_axes, run_new_sizes
 from vlm_export.graph.prove.program import ModelProgram, Program, RunError
 from vlm_export.graph.prove.random_inputs import as_dtype, bounds_of, held_by_both, load_feeds
 
@@ -165,7 +173,7 @@ def _compare_runs(
             if may_change_dtypes:
                 expected = _as_held(expected, result, after.tensor(name))
             seen.max_abs = max(seen.max_abs, compare(name, expected, result, tolerance))
-            if _says_something(expected):
+            if says_something(expected):
                 seen.shown.add(name)
         seen.runs += 1
     return seen
@@ -206,10 +214,10 @@ class _Trials:
     def first_run(self, groups: Sequence[Resized]) -> Run:
         """A run of the original at the sizes that the groups had before."""
         sizes = {
-            axis: group.old
+            label: group.old
             for group in groups
             for entry in group.axes
-            if (axis := open_axis(self._program.inputs[entry.input], entry.axis)) is not None
+            if isinstance(label := axis_label(self._program.inputs[entry.input], entry.input, entry.axis), str)
         }
         for run in self._from_files() if self._files else self._random(sizes):
             return self._checked(run)
@@ -240,12 +248,11 @@ class _Trials:
 
     def _note_sizes(self, run: Run) -> None:
         for name, source in self._matched.inputs.items():
-            value = self._after.inputs[name]
-            if source in run.found and isinstance(run.found[source], np.ndarray):
-                for axis, size in enumerate(run.found[source].shape):
-                    label = open_axis(value, axis)
-                    if label is not None and label == str(value.shape[axis] if value.shape else ""):
-                        self.sizes.setdefault(label, set()).add(size)
+            array, shape = run.found.get(source), self._after.inputs[name].shape
+            if isinstance(array, np.ndarray) and shape is not None:
+                for dim, size in zip(shape, array.shape, strict=False):
+                    if not isinstance(dim, int) and dim.value is not None:
+                        self.sizes.setdefault(dim.value, set()).add(size)
 
     def only_sizes(self, compared_apart: Container[int | str | None]) -> dict[str, int]:
         """Open axis of the changed model → its size, where it had one size in all runs and was not run apart."""
@@ -323,13 +330,6 @@ def _run_changed(program: Program, feeds: Mapping[str, Array], matched: Interfac
         ) from error
 
 
-def _says_something(array: Array) -> bool:
-    """Whether equality of such a result means anything: it has a value, and one that is finite."""
-    if not isinstance(array, np.ndarray):
-        return True
-    return array.size > 0 and (array.dtype.kind not in "fc" or bool(np.isfinite(array).any()))
-
-
 def _check_shown(names: Sequence[str], given: bool) -> None:
     if names:
         raise GraphError(
@@ -347,49 +347,3 @@ def _as_held(expected: Array, result: Array, value: ir.Value | None) -> Array:
     low, high = bounds_of(value.dtype)
     outside = ~((expected > low - 1) & (expected < high + 1))
     return np.where(outside, result, held) if held.shape == result.shape else held
-
-
-def compare(name: str, expected: Array, got: Array, tolerance: float) -> float:
-    """The largest difference of two outputs.
-
-    Raises:
-        VerificationError: it exceeds the tolerance, or kinds, shapes or dtypes differ.
-    """
-    if equal_values(expected, got):
-        return 0.0
-    if _form(expected) != _form(got):
-        raise VerificationError(f"output {name!r} has another form", expected=_form(expected), got=_form(got))
-    difference, bound = float("inf"), 0.0
-    if isinstance(expected, np.ndarray) and expected.dtype.kind in "biuf":
-        left, right = expected.astype(np.float64), got.astype(np.float64)
-        same = (left == right) | (np.isnan(left) & np.isnan(right))
-        with np.errstate(invalid="ignore"):
-            difference = float(np.max(np.where(same, 0.0, np.abs(left - right)), initial=0.0))
-        finite = np.abs(left[np.isfinite(left)])
-        bound = tolerance * max(1.0, float(finite.max(initial=0.0)))
-    if not (tolerance > 0 and difference <= bound):
-        raise VerificationError(
-            f"output {name!r} differs",
-            expected=f"at most {bound:.3g}" if tolerance else "equal values",
-            got=f"a difference of {difference:.3g}",
-            fix="a --tolerance allows for rounding",
-        )
-    return difference
-
-
-def _form(array: Array) -> str:
-    return f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
-
-
-def equal_values(left: Array, right: Array) -> bool:
-    """To the last bit; NaN equals NaN. Sequences and maps entry by entry."""
-    if isinstance(left, np.ndarray) and isinstance(right, np.ndarray):
-        if left.dtype != right.dtype or left.shape != right.shape:
-            return False
-        if left.dtype.kind != "f":
-            return bool(np.array_equal(left, right))
-        nans = np.isnan(left) & np.isnan(right)
-        return bool(np.all(nans | ((left == right) & (np.signbit(left) == np.signbit(right)))))
-    if isinstance(left, list) and isinstance(right, list):
-        return len(left) == len(right) and all(map(equal_values, left, right))
-    return type(left) is type(right) and bool(left == right)
