@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
 
 from vlm_export.errors import GraphError, suggestion
 from vlm_export.graph.core.names import opset_imports_of
@@ -54,6 +60,31 @@ LIKE_FIRST_INPUT = {
 }  # fmt: skip
 
 
+Array: TypeAlias = npt.NDArray[Any]
 RANDOM = frozenset(
     {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 )
+
+
+def evaluate(node: ir.Node, arrays: Sequence[Array | None], opset: int) -> list[Array] | None:
+    """What a node makes of these inputs in ONNX's reference implementation, which suits small tensors.
+
+    Integers wrap in their dtype, as they do in a graph.
+
+    Args:
+        arrays: as many as the node has inputs; None for those that it leaves out.
+
+    Returns:
+        None where the implementation lacks the operator, or it refuses the inputs.
+    """
+    names = ["" if array is None else f"i{index}" for index, array in enumerate(arrays)]
+    proto: onnx.NodeProto = ir.to_proto(node)
+    proto.input[:] = names
+    try:
+        with np.errstate(all="ignore"):
+            feeds = {name: array for name, array in zip(names, arrays, strict=True) if array is not None}
+            results = ReferenceEvaluator(proto, opsets={"": opset}).run(None, feeds)
+    # It raises whatever numpy does.
+    except Exception:
+        return None
+    return [np.asarray(result) for result in results if isinstance(result, np.ndarray | np.generic)]

@@ -119,8 +119,8 @@ def make_attribute(
         return value
     stated = stated or _kind_of(name, value)
     try:
-        return ir.Attr(name, stated, _CONVERTERS[stated](value))
-    except (TypeError, ValueError, OverflowError) as error:
+        return ir.Attr(name, stated, _converted(stated, value))
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise _wrong_type(name, stated, repr(value)[:200]) from error
 
 
@@ -162,17 +162,9 @@ def _kind_of(name: str, value: object) -> ir.AttributeType:
     # A graph is a sequence of nodes, too.
     plural = isinstance(value, Sequence) and not isinstance(value, str | bytes | ir.Graph)
     items: list[object] = list(value) if isinstance(value, Sequence) and plural else [value]
-    kinds: list[tuple[Any, ir.AttributeType, ir.AttributeType]] = [
-        (Integral, Kind.INT, Kind.INTS),
-        (Real, Kind.FLOAT, Kind.FLOATS),
-        ((str, bytes), Kind.STRING, Kind.STRINGS),
-        (ir.Graph, Kind.GRAPH, Kind.GRAPHS),
-        (ir.TypeAndShape, Kind.TYPE_PROTO, Kind.TYPE_PROTOS),
-        ((np.ndarray, ir.TensorProtocol), Kind.TENSOR, Kind.TENSORS),
-    ]
-    for types, single, several in kinds:
+    for kind, (types, _) in _FORMS.items():
         if items and all(isinstance(item, types) for item in items):
-            return several if plural else single
+            return ir.AttributeType[f"{kind.name}S"] if plural else kind
     raise GraphError(
         f"the type of attribute {name!r} cannot be told from its value", got=repr(value)[:200], fix="state its type"
     )
@@ -182,54 +174,33 @@ def _wrong_type(name: str, stated: ir.AttributeType | None, got: str) -> GraphEr
     return GraphError(f"attribute {name!r} has another type", expected=stated.name if stated else "", got=got)
 
 
-def _integer(value: Any) -> int:
-    if not isinstance(value, Integral) or not -(1 << 63) <= int(value) < 1 << 63:
+def _converted(kind: ir.AttributeType, value: Any) -> Any:
+    """The value as `ir.Attr` wants it; TypeError or ValueError where it is of another kind."""
+    if kind not in _FORMS:
+        if isinstance(value, str | bytes):
+            raise TypeError
+        return tuple(_converted(ir.AttributeType[kind.name.removesuffix("S")], item) for item in value)
+    types, convert = _FORMS[kind]
+    if not isinstance(value, types) or (kind == Kind.FLOAT and isinstance(value, bool)):
         raise TypeError
+    return convert(value)
+
+
+def _integer(value: Any) -> int:
+    if not -(1 << 63) <= int(value) < 1 << 63:
+        raise ValueError
     return int(value)
 
 
-def _real(value: Any) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError
-    return float(value)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str | bytes):
-        raise TypeError
-    return value.decode("utf-8") if isinstance(value, bytes) else value
-
-
-def _tensor(value: Any) -> ir.TensorProtocol:
-    if not isinstance(value, np.ndarray | np.generic | ir.TensorProtocol):
-        raise TypeError
-    return value if isinstance(value, ir.TensorProtocol) else ir.tensor(np.asarray(value))
-
-
-def _of(kind: type[object]) -> Callable[[Any], Any]:
-    def checked(value: Any) -> Any:
-        if not isinstance(value, kind):
-            raise TypeError
-        return value
-
-    return checked
-
-
-def _several(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def converted(values: Any) -> Any:
-        if isinstance(values, str | bytes):
-            raise TypeError
-        return tuple(convert(value) for value in values)
-
-    return converted
-
-
-_SINGLE: dict[ir.AttributeType, Callable[[Any], Any]] = {
-    Kind.INT: _integer,
-    Kind.FLOAT: _real,
-    Kind.STRING: _text,
-    Kind.TENSOR: _tensor,
-    Kind.GRAPH: _of(ir.Graph),
-    Kind.TYPE_PROTO: _of(ir.TypeAndShape),
+# Kind of attribute → what it is made from, and how. Whole numbers come before others, for they are real, too.
+_FORMS: Mapping[ir.AttributeType, tuple[Any, Callable[[Any], Any]]] = {
+    Kind.INT: (Integral, _integer),
+    Kind.FLOAT: (Real, float),
+    Kind.STRING: ((str, bytes), lambda text: text.decode("utf-8") if isinstance(text, bytes) else text),
+    Kind.GRAPH: (ir.Graph, lambda graph: graph),
+    Kind.TYPE_PROTO: (ir.TypeAndShape, lambda kind: kind),
+    Kind.TENSOR: (
+        (np.ndarray, np.generic, ir.TensorProtocol),
+        lambda tensor: tensor if isinstance(tensor, ir.TensorProtocol) else ir.tensor(np.asarray(tensor)),
+    ),
 }
-_CONVERTERS = _SINGLE | {ir.AttributeType[f"{kind.name}S"]: _several(convert) for kind, convert in _SINGLE.items()}

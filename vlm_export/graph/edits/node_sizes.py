@@ -10,11 +10,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import numpy_helper
-from onnx.reference import ReferenceEvaluator
 
 from vlm_export.graph.core.names import subgraphs_of
 from vlm_export.graph.core.onnxruntime_session import Array
-from vlm_export.graph.core.operators import LIKE_FIRST_INPUT, RANDOM
+from vlm_export.graph.core.operators import LIKE_FIRST_INPUT, RANDOM, evaluate
 from vlm_export.graph.core.tensors import constant_argument, input_at, is_plain_number
 
 Sizes: TypeAlias = "tuple[int, ...]"
@@ -109,21 +108,15 @@ class NodeSizes:
             bounds = [node.attributes[key].as_int() if key in node.attributes else None for key in ("start", "end")]
             self._contents[node.outputs[0]] = np.array(sizes[slice(*bounds)], np.int64)
             return
-        known = {str(value.name): self.content(value) for value in node.inputs if value is not None}
+        known = [self.content(value) for value in node.inputs]
         fits = all((sizes := self.sizes(value)) is None or prod(sizes) <= _MAX_ENTRIES for value in node.outputs)
-        if not known or any(array is None for array in known.values()) or not fits or node.op_type in RANDOM:
+        unknown = any(array is None and value is not None for array, value in zip(known, node.inputs, strict=True))
+        if not known or unknown or not fits or node.op_type in RANDOM:
             return
-        try:
-            with np.errstate(all="ignore"):
-                evaluator = ReferenceEvaluator(_plain_proto(node), opsets={"": opset})
-                results = evaluator.run(None, known)
-        # The evaluator raises whatever numpy does, and lacks some operators.
-        except Exception:
-            return
-        for value, array in zip(node.outputs, results, strict=False):
-            if isinstance(array, np.ndarray | np.generic) and array.size <= _MAX_ENTRIES:
-                self._contents[value] = np.asarray(array)
-                value.shape = ir.Shape(np.asarray(array).shape)
+        for value, array in zip(node.outputs, evaluate(node, known, opset) or (), strict=False):
+            if array.size <= _MAX_ENTRIES:
+                self._contents[value] = array
+                value.shape = ir.Shape(array.shape)
 
     def sizes(self, value: ir.Value | None) -> Sizes | None:
         """The sizes of a value; None where they are not all known."""

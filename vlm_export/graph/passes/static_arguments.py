@@ -66,7 +66,7 @@ class _GraphArguments:
     def __init__(self, root: ir.Graph, graph: ir.Graph, in_function: bool) -> None:
         self._graph, self._in_function = graph, in_function
         self._taken = taken_names(root, graph)
-        self._known = KnownIntegers()
+        self._known = KnownIntegers(root.opset_imports.get("", 0))
         self._made: dict[tuple[tuple[int, ...], tuple[int, ...], ir.DataType], ir.Value] = {}
 
     def replace(self) -> int:
