@@ -120,7 +120,7 @@ def make_attribute(
     stated = stated or _kind_of(name, value)
     try:
         return ir.Attr(name, stated, _converted(stated, value))
-    except (TypeError, ValueError, KeyError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise _wrong_type(name, stated, repr(value)[:200]) from error
 
 
@@ -177,7 +177,7 @@ def _wrong_type(name: str, stated: ir.AttributeType | None, got: str) -> GraphEr
 def _converted(kind: ir.AttributeType, value: Any) -> Any:
     """The value as `ir.Attr` wants it; TypeError or ValueError where it is of another kind."""
     if kind not in _FORMS:
-        if isinstance(value, str | bytes):
+        if isinstance(value, str | bytes) or not kind.name.endswith("S"):
             raise TypeError
         return tuple(_converted(ir.AttributeType[kind.name.removesuffix("S")], item) for item in value)
     types, convert = _FORMS[kind]

@@ -46,6 +46,8 @@ def fold_constants(
 
     The nodes before them are computed for them, and stay where others read them. What makes an output of the graph
     stays too, as does what would exceed a limit, what `evaluate` does not run, and what quantises or dequantises.
+    onnxscript's folding limits each value, not how much all of them add to the model, and does not tell which weights
+    a value was computed from.
 
     Args:
         limit_bytes: of all folded values together, and of each value on the way to them: memory stays flat.

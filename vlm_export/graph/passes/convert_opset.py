@@ -1,7 +1,8 @@
 """Another version of ONNX's operators, node by node with the library's converter.
 
-The library converts whole models, and then drops or renames what it does not know (functions, value names, metadata)
-and takes 2 GB at most. Here it sees one node at a time; everything else stays as it is.
+ONNX's converter takes whole models of 2 GB at most, and drops or renames what it does not know. Here it sees one node
+at a time; everything else stays as it is. onnxscript's converter calls it too, for versions below 18 and downwards: it
+inlines all functions, and a Clip of float64 gets float32 bounds.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ def infer_shapes(model: ir.Model) -> Inferred:
     Weights stay where they are: ONNX sees the graph without them, so size does not matter. A dtype, rank, fixed size or
     named axis that the model states is kept where inference cannot tell it. Where inference that follows the values of
     shapes fails, it runs without; behind operators that ONNX does not know, a short table of onnxruntime's own helps.
+    onnx_ir's `ShapeInferencePass` knows nothing behind onnxruntime's own operators, and does not say why it failed.
     """
     before = _known(model)
     while True:

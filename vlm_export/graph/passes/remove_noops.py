@@ -18,7 +18,8 @@ def remove_noops(model: ir.Model) -> Mapping[str, int]:
 
     A Cast or Reshape goes only where its dtype or shape is proven equal from the graph's constants and stated shapes;
     symbolic axes count as equal only where the shape says "as it was" (0) or leaves one axis open (-1). Inputs and
-    outputs of the graph keep their names; a no-op that leads from an input straight to an output stays.
+    outputs of the graph keep their names; a no-op that leads from an input straight to an output stays. onnx_ir's
+    `IdentityEliminationPass` renames one of two outputs that are Identities of one tensor, and knows Identity alone.
 
     Returns:
         Operator → how many were removed.

@@ -15,7 +15,8 @@ def share_initializers(model: ir.Model) -> int:
     """Makes the readers of equal initializers (dtype, shape, every bit) read one of them, in place.
 
     The one of an outer graph serves the graphs inside it too. Initializers that are inputs or outputs stay, and so do
-    those whose reader sees another value of that name. The bytes are compared by SHA-256.
+    those whose reader sees another value of that name. The bytes are compared by SHA-256. onnx_ir's
+    `DeduplicateHashedInitializersPass` leaves an initializer of an inner graph that equals one of the outer graph.
 
     Returns:
         How many initializers were removed.
