@@ -5,12 +5,12 @@ weights, and what would be invalid is refused there with a `GraphError`. `extrac
 models. Only operations that compute with weights read them.
 
     core      open_model, save_model, save_models, Storage (`files`); validate (`inference`); and what all rooms share
-    edits     rename_tensor, rename_tensors, add_output, drop_output, reorder_interface (`io_edits`); set_shape, set_axis
-              (`shapes`); set_dtype (`dtypes`); remove_node, insert_node, replace_node (`node_edits`); set_attribute,
-              delete_attribute (`attributes`); extract, split (`extract`); compose (`compose`)
+    edits     rename_tensor, rename_tensors, add_output, drop_output, reorder_interface (`io_edits`); set_shape,
+              set_axis (`shapes`); set_dtype (`dtypes`); remove_node, insert_node, replace_node (`node_edits`);
+              set_attribute, delete_attribute (`attributes`); extract, split (`extract`); compose (`compose`)
     passes    cancel_transposes, remove_noops, make_arguments_static, fold_all_constants, remove_dead_code,
               share_initializers, share_stored_weights, infer_shapes, convert_opset, add_opset_imports; `GraphPass`
-    look      describe_model, describe_storage (`show`); find_nodes (`find`)
+    look      describe_model (`show`); find_nodes (`find`)
     prove     prove (`prove`)
     recipe    read_recipe, apply_steps
     verbs     the table behind `vlm-export graph` and recipes

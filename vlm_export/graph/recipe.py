@@ -92,17 +92,14 @@ def _step(entry: Any, where: str) -> Step:
         raise UsageError(f"{name} takes a mapping of arguments", where=where, got=repr(given)[:200])
     verb = BY_NAME[name]
     known = {argument.name: argument for argument in verb.arguments}
-    values: dict[str, Any] = {}
-    for key, value in (given or {}).items():
+    for key in given or {}:
         if key not in known:
             raise UsageError(f"{name} has no argument {key!r}", where=where, fix=suggestion(str(key), known))
-        try:
-            values[key] = value_from_yaml(known[key], value)
-        except UsageError as error:
-            raise UsageError(error.what, where=where, expected=error.expected, got=error.got) from error
-    missing = [argument.name for argument in verb.arguments if argument.required and argument.name not in values]
-    if missing:
-        raise UsageError(f"{name} lacks arguments", where=where, expected=", ".join(missing))
+    try:
+        values = {key: value_from_yaml(known[key], value) for key, value in (given or {}).items()}
+        verb.check_complete(values)
+    except UsageError as error:
+        raise UsageError(error.what, where=where, expected=error.expected, got=error.got) from error
     return Step(verb, values)
 
 

@@ -40,6 +40,10 @@ class Argument:
     none_if_absent: bool = False
 
     @property
+    def must_be_given(self) -> bool:
+        return self.required or self.positional
+
+    @property
     def target(self) -> str:
         return self.keyword or self.name
 

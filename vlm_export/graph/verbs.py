@@ -35,6 +35,12 @@ class Verb:
     drops_outputs: bool = False
     changes_dtypes: bool = False
 
+    def check_complete(self, values: Mapping[str, Any]) -> None:
+        """UsageError where an argument that the verb needs is missing."""
+        missing = [entry.name for entry in self.arguments if entry.must_be_given and entry.name not in values]
+        if missing:
+            raise UsageError(f"{self.name} lacks arguments", expected=", ".join(missing))
+
     def run(self, model: ir.Model, values: Mapping[str, Any]) -> tuple[ir.Model, Any]:
         """The changed model, and what the function says it did; `values` by the names of the arguments.
 
@@ -42,9 +48,7 @@ class Verb:
             UsageError: an argument is missing.
             GraphError: what the function refuses; the model is then as it was.
         """
-        missing = [argument.name for argument in self.arguments if argument.required and argument.name not in values]
-        if missing:
-            raise UsageError(f"{self.name} lacks arguments", expected=", ".join(missing))
+        self.check_complete(values)
         module, _, name = self.function.partition(":")
         function = getattr(import_module(f"vlm_export.graph.{module}"), name)
         given = {entry.target: values[entry.name] for entry in self.arguments if entry.name in values}
@@ -61,10 +65,10 @@ def verb_named(name: str) -> Verb:
 
 
 _FUNCTION = Argument("function", "text", "inside this function's body: NAME or DOMAIN:NAME", metavar="NAME")
-_NODE = Argument("node", "text", "a node's name, or that of a tensor that it makes", positional=True, required=True)
+_NODE = Argument("node", "text", "a node's name, or that of a tensor that it makes", positional=True)
 _ATTRIBUTES = Argument("attributes", "values", "KEY=VALUE: attributes; lists as [1, 2]", metavar="KEY=VALUE")
 _DOMAIN = Argument("domain", "text", "the operator's domain, if not ONNX's", metavar="DOMAIN")
-_OP_TYPE = Argument("op_type", "text", "operator", positional=True, required=True, metavar="OPERATOR")
+_OP_TYPE = Argument("op_type", "text", "operator", positional=True, metavar="OPERATOR")
 _OPERANDS = "tensors' names, constants as int64:[0, 1], '' for an input that is left out"
 
 NODE_VERBS = (
@@ -115,8 +119,8 @@ NODE_VERBS = (
         "set an attribute of a node",
         (
             _NODE,
-            Argument("name", "text", "attribute", positional=True, required=True),
-            Argument("value", "value", "number, text, or list as [1, 2]", positional=True, required=True),
+            Argument("name", "text", "attribute", positional=True),
+            Argument("value", "value", "number, text, or list as [1, 2]", positional=True),
             _FUNCTION,
         ),
     ),
@@ -124,7 +128,7 @@ NODE_VERBS = (
         "delete-attribute",
         "edits.attributes:delete_attribute",
         "remove an attribute, so that its default holds",
-        (_NODE, Argument("name", "text", "attribute", positional=True, required=True), _FUNCTION),
+        (_NODE, Argument("name", "text", "attribute", positional=True), _FUNCTION),
     ),
 )
 
@@ -133,46 +137,42 @@ INTERFACE_VERBS = (
         "rename-tensor",
         "edits.io_edits:rename_tensors",
         "give tensors other names, wherever they are used",
-        (Argument("names", "pairs", "OLD=NEW", positional=True, required=True, metavar="OLD=NEW"), _FUNCTION),
+        (Argument("names", "pairs", "OLD=NEW", positional=True, metavar="OLD=NEW"), _FUNCTION),
         renames="names",
     ),
     Verb(
         "set-shape",
         "edits.shapes:set_shape",
         "state shapes of inputs and outputs; those between are inferred anew",
-        (
-            Argument(
-                "shapes", "shapes", "NAME=AXES: sizes, names or ?", positional=True, required=True, metavar="NAME=1,3,h"
-            ),
-        ),
+        (Argument("shapes", "shapes", "NAME=AXES: sizes, names or ?", positional=True, metavar="NAME=1,3,h"),),
     ),
     Verb(
         "set-axis",
         "edits.shapes:set_axis",
         "fix a named axis of the inputs to a size, or rename it",
         (
-            Argument("axis", "text", "name of the axis", positional=True, required=True),
-            Argument("size", "axis", "size, or new name", positional=True, required=True),
+            Argument("axis", "text", "name of the axis", positional=True),
+            Argument("size", "axis", "size, or new name", positional=True),
         ),
     ),
     Verb(
         "set-dtype",
         "edits.dtypes:set_dtype",
         "change dtypes of inputs and outputs, with casts",
-        (Argument("dtypes", "pairs", "NAME=DTYPE", positional=True, required=True, metavar="NAME=float16"),),
+        (Argument("dtypes", "pairs", "NAME=DTYPE", positional=True, metavar="NAME=float16"),),
         changes_dtypes=True,
     ),
     Verb(
         "add-output",
         "edits.io_edits:add_output",
         "make tensors outputs",
-        (Argument("tensors", "texts", "tensors", positional=True, required=True, metavar="TENSOR"),),
+        (Argument("tensors", "texts", "tensors", positional=True, metavar="TENSOR"),),
     ),
     Verb(
         "drop-output",
         "edits.io_edits:drop_output",
         "remove outputs, and what only they needed",
-        (Argument("names", "texts", "outputs", positional=True, required=True, metavar="OUTPUT"),),
+        (Argument("names", "texts", "outputs", positional=True, metavar="OUTPUT"),),
         drops_outputs=True,
     ),
     Verb(
@@ -204,7 +204,7 @@ MODEL_VERBS = (
         "edits.compose:compose",
         "run a second model on the outputs of this one",
         (
-            Argument("second", "model", "the second model", positional=True, required=True, metavar="SECOND"),
+            Argument("second", "model", "the second model", positional=True, metavar="SECOND"),
             Argument(
                 "connect", "connections", "OUT=IN: output of the first, input of the second", keyword="connections",
                 required=True, metavar="OUT=IN",
@@ -257,7 +257,7 @@ PASS_VERBS = (
         "convert-opset",
         "passes.convert_opset:convert_opset",
         "convert to another version of ONNX's operators",
-        (Argument("version", "integer", "opset", positional=True, required=True),),
+        (Argument("version", "integer", "opset", positional=True),),
     ),
     Verb(
         "add-opset-imports",

@@ -45,30 +45,37 @@ def check_proto(proto: onnx.ModelProto, path: Path) -> None:
     """Refuses a file that the rest of the package could only stumble over.
 
     Raises:
-        GraphError: names the node, attribute or tensor.
+        GraphError: it names the node, attribute or tensor.
     """
-    _check_texts(proto, path, "the model")
+    try:
+        _check_model(proto)
+    except GraphError as error:
+        raise GraphError(error.what, where=str(path), expected=error.expected, got=error.got, fix=_FIX) from None
+
+
+def _check_model(proto: onnx.ModelProto) -> None:
+    _check_texts(proto, "the model")
     opsets = {entry.domain: entry.version for entry in proto.opset_import}
     for graph in graph_protos(proto):
-        _check_nodes(graph.node, opsets, path)
-        _check_makers(graph, path)
+        _check_nodes(graph.node, opsets)
+        _check_makers(graph)
         for entry in graph.input:
-            _check_type(entry, path, is_input=True)
+            _check_type(entry, is_input=True)
         for entry in (*graph.output, *graph.value_info):
-            _check_type(entry, path, is_input=False)
-    _check_readers(proto.graph.node, [entry.name for entry in proto.graph.output], _made_by(proto.graph), path)
+            _check_type(entry, is_input=False)
+    _check_readers(proto.graph.node, [entry.name for entry in proto.graph.output], _made_by(proto.graph))
     for function in proto.functions:
         made = {*function.input, *(name for node in function.node for name in node.output)}
-        _check_readers(function.node, function.output, made, path)
-        _check_nodes(function.node, {entry.domain: entry.version for entry in function.opset_import}, path)
+        _check_readers(function.node, function.output, made)
+        _check_nodes(function.node, {entry.domain: entry.version for entry in function.opset_import})
     for tensor in tensor_protos(proto):
-        _check_tensor(tensor, path)
+        _check_tensor(tensor)
     for attribute in attribute_protos(proto):
         if attribute.HasField("tp"):
-            _check_elements(attribute.tp, f"attribute {attribute.name!r}", path, may_be_unknown=False)
+            _check_elements(attribute.tp, f"attribute {attribute.name!r}", may_be_unknown=False)
 
 
-def _check_texts(message: Message, path: Path, where: str) -> None:
+def _check_texts(message: Message, where: str) -> None:
     """Every name is text: protobuf gives bytes for what is not UTF-8."""
     place = _place(message) or where
     for field, value in message.ListFields():
@@ -78,12 +85,10 @@ def _check_texts(message: Message, path: Path, where: str) -> None:
         if field.type == FieldDescriptor.TYPE_STRING:
             for text in value if is_repeated else (value,):
                 if isinstance(text, bytes):
-                    raise GraphError(
-                        f"the {field.name} of {place} is not UTF-8", where=str(path), got=repr(text[:80]), fix=_FIX
-                    )
+                    raise GraphError(f"the {field.name} of {place} is not UTF-8", got=repr(text[:80]))
         elif field.type == FieldDescriptor.TYPE_MESSAGE:
             for inner in value if is_repeated else (value,):
-                _check_texts(inner, path, place)
+                _check_texts(inner, place)
 
 
 def _place(message: Message) -> str:
@@ -100,10 +105,10 @@ def _node_text(node: onnx.NodeProto) -> str:
     return f"node {node.name or (node.output[0] if node.output else node.op_type)!r} ({node.op_type})"
 
 
-def _check_nodes(nodes: Iterable[onnx.NodeProto], opsets: Mapping[str, int], path: Path) -> None:
+def _check_nodes(nodes: Iterable[onnx.NodeProto], opsets: Mapping[str, int]) -> None:
     for node in nodes:
         if not node.op_type:
-            raise GraphError(f"{_node_text(node)} has no operator", where=str(path), fix=_FIX)
+            raise GraphError(f"{_node_text(node)} has no operator")
         domain = "" if node.domain == "ai.onnx" else node.domain
         version = opsets.get(domain, opsets.get(node.domain, 0))
         known = {}
@@ -111,54 +116,46 @@ def _check_nodes(nodes: Iterable[onnx.NodeProto], opsets: Mapping[str, int], pat
             known = onnx.defs.get_schema(node.op_type, version, domain).attributes
         names = set()
         for attribute in node.attribute:
-            _check_attribute(node, attribute, known, path)
+            _check_attribute(node, attribute, known)
             if attribute.name in names:
-                raise GraphError(
-                    f"{_node_text(node)} has attribute {attribute.name!r} twice", where=str(path), fix=_FIX
-                )
+                raise GraphError(f"{_node_text(node)} has attribute {attribute.name!r} twice")
             names.add(attribute.name)
         if (domain, node.op_type) == ("", "Constant") and known and not names & set(known):
             raise GraphError(
-                f"{_node_text(node)} holds no value",
-                where=str(path),
-                expected=f"one of {sorted(known)}",
-                got=repr(sorted(names)),
-                fix=_FIX,
+                f"{_node_text(node)} holds no value", expected=f"one of {sorted(known)}", got=repr(sorted(names))
             )
 
 
 def _check_attribute(
-    node: onnx.NodeProto, attribute: onnx.AttributeProto, known: Mapping[str, onnx.defs.OpSchema.Attribute], path: Path
+    node: onnx.NodeProto, attribute: onnx.AttributeProto, known: Mapping[str, onnx.defs.OpSchema.Attribute]
 ) -> None:
     place = f"attribute {attribute.name!r} of {_node_text(node)}"
     if attribute.type == onnx.AttributeProto.UNDEFINED:
-        raise GraphError(f"{place} has no type", where=str(path), fix=_FIX)
+        raise GraphError(f"{place} has no type")
     kind = onnx.AttributeProto.AttributeType.Name(attribute.type)
     if attribute.name in known:
         wanted = str(known[attribute.name].type).rpartition(".")[2]
         if wanted != kind:
-            raise GraphError(
-                f"{place} has another type than the operator's", where=str(path), expected=wanted, got=kind, fix=_FIX
-            )
+            raise GraphError(f"{place} has another type than the operator's", expected=wanted, got=kind)
     field = _FIELDS.get(attribute.type)
     if field in ("t", "g", "tp", "sparse_tensor") and not attribute.ref_attr_name and not attribute.HasField(field):
-        raise GraphError(f"{place} is a {kind} and holds none", where=str(path), fix=_FIX)
+        raise GraphError(f"{place} is a {kind} and holds none")
 
 
-def _check_makers(graph: onnx.GraphProto, path: Path) -> None:
+def _check_makers(graph: onnx.GraphProto) -> None:
     """Each name is made once, so that a reader means one tensor; an initializer may be an input's default."""
     made: set[str] = set()
     for name in (*(entry.name for entry in graph.input), *(name for node in graph.node for name in node.output)):
         if name and name in made:
-            raise GraphError(f"tensor {name!r} of graph {graph.name!r} is made twice", where=str(path), fix=_FIX)
+            raise GraphError(f"tensor {name!r} of graph {graph.name!r} is made twice")
         made.add(name)
     weights: set[str] = set()
     computed = {name for node in graph.node for name in node.output}
     for tensor in graph.initializer:
         if not tensor.name:
-            raise GraphError(f"an initializer of graph {graph.name!r} has no name", where=str(path), fix=_FIX)
+            raise GraphError(f"an initializer of graph {graph.name!r} has no name")
         if tensor.name in weights or tensor.name in computed:
-            raise GraphError(f"tensor {tensor.name!r} of graph {graph.name!r} is made twice", where=str(path), fix=_FIX)
+            raise GraphError(f"tensor {tensor.name!r} of graph {graph.name!r} is made twice")
         weights.add(tensor.name)
 
 
@@ -168,66 +165,66 @@ def _made_by(graph: onnx.GraphProto) -> set[str]:
     return made | {name for node in graph.node for name in node.output}
 
 
-def _check_readers(nodes: Iterable[onnx.NodeProto], outputs: Iterable[str], known: set[str], path: Path) -> None:
+def _check_readers(nodes: Iterable[onnx.NodeProto], outputs: Iterable[str], known: set[str]) -> None:
     """Everything that is read is made in the graph or in one around it; the order of the nodes does not matter here."""
     for name in outputs:
         if name not in known:
-            raise GraphError(f"output {name!r} is made by nothing", where=str(path), fix=_FIX)
+            raise GraphError(f"output {name!r} is made by nothing")
     for node in nodes:
         for name in node.input:
             if name and name not in known:
-                raise GraphError(f"{_node_text(node)} reads {name!r}, which nothing makes", where=str(path), fix=_FIX)
+                raise GraphError(f"{_node_text(node)} reads {name!r}, which nothing makes")
         for attribute in node.attribute:
             for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
                 inner = known | _made_by(graph)
-                _check_readers(graph.node, [entry.name for entry in graph.output], inner, path)
+                _check_readers(graph.node, [entry.name for entry in graph.output], inner)
 
 
-def _check_type(entry: onnx.ValueInfoProto, path: Path, *, is_input: bool) -> None:
+def _check_type(entry: onnx.ValueInfoProto, *, is_input: bool) -> None:
     if not entry.name:
         kind = "an input" if is_input else "an output or a stated tensor"
-        raise GraphError(f"{kind} has no name", where=str(path), fix=_FIX)
+        raise GraphError(f"{kind} has no name")
     if entry.HasField("type"):
-        _check_elements(entry.type, f"tensor {entry.name!r}", path, may_be_unknown=not is_input)
+        _check_elements(entry.type, f"tensor {entry.name!r}", may_be_unknown=not is_input)
 
 
-def _check_elements(kind: onnx.TypeProto, place: str, path: Path, *, may_be_unknown: bool) -> None:
+def _check_elements(kind: onnx.TypeProto, place: str, *, may_be_unknown: bool) -> None:
     name = kind.WhichOneof("value")
     if name in ("sequence_type", "optional_type"):
-        _check_elements(getattr(kind, name).elem_type, place, path, may_be_unknown=False)
+        _check_elements(getattr(kind, name).elem_type, place, may_be_unknown=False)
         return
     if name not in ("tensor_type", "sparse_tensor_type"):
         if name is None and not may_be_unknown:
-            raise GraphError(f"{place} has no type", where=str(path), fix=_FIX)
+            raise GraphError(f"{place} has no type")
         return
     tensor = getattr(kind, name)
     known = onnx.TensorProto.DataType.values()
     if tensor.elem_type not in known or (tensor.elem_type == 0 and not may_be_unknown):
         got = str(tensor.elem_type) if tensor.elem_type else "none"
-        raise GraphError(f"{place} has no element type that ONNX knows", where=str(path), got=got, fix=_FIX)
+        raise GraphError(f"{place} has no element type that ONNX knows", got=got)
     if tensor.elem_type == 0:
         # Nothing is known of it, which is no fault of what is in between.
         kind.Clear()
         return
     for dim in tensor.shape.dim:
         if dim.HasField("dim_value") and dim.dim_value < -1:
-            raise GraphError(f"{place} has a negative size", where=str(path), got=str(dim.dim_value), fix=_FIX)
+            raise GraphError(f"{place} has a negative size", got=str(dim.dim_value))
 
 
-def _check_tensor(tensor: onnx.TensorProto, path: Path) -> None:
+def _check_tensor(tensor: onnx.TensorProto) -> None:
     place = f"tensor {tensor.name!r}"
     if tensor.data_type not in onnx.TensorProto.DataType.values() or tensor.data_type == 0:
-        raise GraphError(f"{place} has no dtype that ONNX knows", where=str(path), got=str(tensor.data_type), fix=_FIX)
+        raise GraphError(f"{place} has no dtype that ONNX knows", got=str(tensor.data_type))
     if any(size < 0 for size in tensor.dims):
-        raise GraphError(f"{place} has a negative size", where=str(path), got=str(list(tensor.dims)), fix=_FIX)
+        raise GraphError(f"{place} has a negative size", got=str(list(tensor.dims)))
     count, dtype = prod(tensor.dims), ir.DataType(tensor.data_type)
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         if dtype == ir.DataType.STRING:
-            raise GraphError(f"{place} holds strings outside of the graph file", where=str(path), fix=_FIX)
+            raise GraphError(f"{place} holds strings outside of the graph file")
         return
     if dtype == ir.DataType.STRING:
         if tensor.HasField("raw_data"):
-            raise GraphError(f"{place} holds strings as raw data", where=str(path), fix=_FIX)
+            raise GraphError(f"{place} holds strings as raw data")
         wanted, got, unit = count, len(tensor.string_data), "values in string_data"
     elif tensor.HasField("raw_data"):
         wanted, got, unit = -(-count * dtype.bitwidth // 8), len(tensor.raw_data), "bytes"
@@ -240,10 +237,8 @@ def _check_tensor(tensor: onnx.TensorProto, path: Path) -> None:
         shape = list(tensor.dims)
         raise GraphError(
             f"{place} holds another number of values than its shape says",
-            where=str(path),
             expected=f"{wanted} {unit} for {dtype.name} {shape}",
             got=str(got),
-            fix=_FIX,
         )
 
 

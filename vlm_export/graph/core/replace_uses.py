@@ -10,13 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from vlm_export.errors import GraphError
-from vlm_export.graph.core.names import (
-    annotated_names,
-    captured_or_read,
-    subgraphs_of,
-    taken_names,
-    visible_value,
-)
+from vlm_export.graph.core.names import annotated_names, captured_or_read, subgraphs_of, taken_names, visible_value
 
 # An input of a node: a tensor's name, the tensor, a constant, or None for an optional input that is left out.
 Operand: TypeAlias = "str | ir.Value | npt.NDArray[np.generic] | ir.TensorProtocol | None"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import onnx
@@ -25,7 +24,9 @@ _LARGEST = 10
 
 def describe_model(model: ir.Model) -> dict[str, Any]:
     """The model as JSON values: strings, numbers, lists and objects."""
-    stored = describe_storage(model)
+    tensors = {slot.identity: slot.tensor for slot in tensor_slots(model)}
+    external = [tensor for tensor in tensors.values() if isinstance(tensor, ir.ExternalTensor)]
+    inline = [slot for slot in tensor_slots(model) if not isinstance(slot.tensor, ir.ExternalTensor)]
     operators = Counter(operator_name(node) for node in all_nodes(model))
     return {
         "ir_version": model.ir_version,
@@ -39,9 +40,9 @@ def describe_model(model: ir.Model) -> dict[str, Any]:
         "weights": {
             "count": sum(1 for slot in tensor_slots(model) if isinstance(slot.holder, ir.Value)),
             "bytes_by_dtype": _bytes_by_dtype(model),
-            "inline_bytes": stored.inline_bytes,
-            "external_bytes": stored.external_bytes,
-            "files": list(stored.files),
+            "inline_bytes": sum(slot.nbytes for slot in inline),
+            "external_bytes": sum(tensor.nbytes for tensor in external),
+            "files": list(dict.fromkeys(str(tensor.location) for tensor in external)),
             "largest": _largest(model),
         },
         "unknown_shapes": _unknown(model),
@@ -138,36 +139,3 @@ def _missing_imports(model: ir.Model) -> list[str]:
         if node.domain not in opset_imports_of(model, root)
     }
     return sorted(missing)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where the weights are.
-
-    Attributes:
-        inline_bytes: in the graph file.
-        external_bytes: in other files.
-        files: names of these, in the order of first use.
-        repeated_bytes: of external data, what several initializers hold that are stored once.
-    """
-
-    inline_bytes: int
-    external_bytes: int
-    files: tuple[str, ...]
-    repeated_bytes: int
-
-
-def describe_storage(model: ir.Model) -> Stored:
-    """Where the weights are, without reading them."""
-    inline, files = 0, dict[str, None]()
-    seen: dict[Hashable, int] = {}
-    repeated = 0
-    for slot in tensor_slots(model):
-        if not isinstance(slot.tensor, ir.ExternalTensor):
-            inline += slot.nbytes
-            continue
-        files[str(slot.tensor.location)] = None
-        if slot.identity in seen:
-            repeated += slot.nbytes
-        seen[slot.identity] = slot.nbytes
-    return Stored(inline, sum(seen.values()), tuple(files), repeated)

@@ -16,12 +16,13 @@ import onnx_ir as ir
 from onnx import helper, version_converter
 
 from vlm_export.errors import GraphError
-from vlm_export.graph.core.inference import check, copy_of, infer
+from vlm_export.graph.core.inference import Copy, check, copy_of, infer
 from vlm_export.graph.core.names import (
     fresh_name,
     nested_graphs,
     opset_imports_of,
     root_graphs,
+    root_of,
     subgraphs_of,
     taken_names,
 )
@@ -33,8 +34,8 @@ from vlm_export.graph.passes.infer_shapes import infer_shapes
 from vlm_export.graph.passes.opset_meanings import MeaningError, attributes_that_keep_meaning, set_attributes
 
 _MAX_CONSTANT_BYTES = 1 << 16
-# Position of a node among all nodes of the model → the graph that takes its place, with inputs iN and outputs oN.
-_Plan: TypeAlias = "dict[int, ir.Graph]"
+# Node → the graph that takes its place, with inputs iN and outputs oN.
+_Plan: TypeAlias = "dict[ir.Node, ir.Graph]"
 
 
 def convert_opset(model: ir.Model, version: int) -> int:
@@ -50,11 +51,11 @@ def convert_opset(model: ir.Model, version: int) -> int:
     if not 7 <= version <= newest:
         raise GraphError("there is no such opset", expected=f"7 to {newest}", got=str(version))
     plan = _plan(model, version)
-    trial = copy_of(model).model
+    trial = copy_of(model)
     _apply(trial, plan, version)
-    check(copy_of(trial).model)
-    _check_types(model, trial)
-    _apply(model, plan, version)
+    check(copy_of(trial.model).model)
+    _check_types(model, trial.model)
+    _apply(Copy(model), plan, version)
     return len(plan)
 
 
@@ -69,19 +70,18 @@ def _check_types(model: ir.Model, trial: ir.Model) -> None:
 
 def _plan(model: ir.Model, version: int) -> _Plan:
     # Some forms depend on dtypes and ranks.
-    typed = copy_of(model).model
-    raise_ir_version(typed, _ir_version_of(version))
-    infer_shapes(typed)
+    typed = copy_of(model)
+    raise_ir_version(typed.model, _ir_version_of(version))
+    infer_shapes(typed.model)
     plan: _Plan = {}
-    position = 0
-    for root in root_graphs(typed):
-        source = opset_imports_of(typed, root).get("", version)
-        for graph in nested_graphs(root):
-            for node in graph:
-                converted = _converted(node, source, version) if node.domain == "" and source != version else None
-                if converted is not None:
-                    plan[position] = converted
-                position += 1
+    for root in root_graphs(model):
+        source = opset_imports_of(model, root).get("", version)
+        for node in (
+            node for graph in nested_graphs(root) for node in graph if node.domain == "" and source != version
+        ):
+            converted = _converted(typed.of(node), source, version)
+            if converted is not None:
+                plan[node] = converted
     return plan
 
 
@@ -244,10 +244,10 @@ def _is_unchanged(node: ir.Node, before: onnx.GraphProto, after: ir.Graph, names
     return same and sorted(map(str, old.attribute)) == sorted(map(str, new.attribute))
 
 
-def _apply(model: ir.Model, plan: _Plan, version: int) -> None:
-    nodes = [(root, node) for root in root_graphs(model) for graph in nested_graphs(root) for node in graph]
-    for position, replacement in plan.items():
-        _replace(*nodes[position], replacement)
+def _apply(copy: Copy, plan: _Plan, version: int) -> None:
+    model = copy.model
+    for node, replacement in plan.items():
+        _replace(model, copy.of(node), replacement)
     for root in root_graphs(model):
         imports = opset_imports_of(model, root)
         if "" in imports:
@@ -260,10 +260,10 @@ def _ir_version_of(opset: int) -> int:
     return int(helper.find_min_ir_version_for([helper.make_opsetid("", opset)], ignore_unknown=True))
 
 
-def _replace(root: ir.Graph, node: ir.Node, replacement: ir.Graph) -> None:
+def _replace(model: ir.Model, node: ir.Node, replacement: ir.Graph) -> None:
     graph = node.graph
     assert graph is not None
-    taken = taken_names(root, graph)
+    taken = taken_names(root_of(model, graph), graph)
     values: dict[str, ir.Value | None] = {f"i{index}": value for index, value in enumerate(node.inputs)}
     for name, constant in replacement.initializers.items():
         if name not in values and constant.const_value is not None:
