@@ -55,13 +55,7 @@ def find_misfit(model: ir.Model, groups: Sequence[Resized]) -> MisfitError | Non
 
 
 def _misfit_at(model: ir.Model, chosen: Mapping[Resized, int], open_size: int) -> MisfitError | None:
-    sizes = NodeSizes(copy_of(model).model, _input_sizes(model, chosen, open_size))
-    try:
-        for node in sizes.model.graph:
-            sizes.visit(node)
-    except MisfitError as error:
-        return error
-    return None
+    return NodeSizes(copy_of(model).model, _input_sizes(model, chosen, open_size)).visit_all()
 
 
 def _input_sizes(model: ir.Model, chosen: Mapping[Resized, int], open_size: int) -> dict[str, list[int]]:
@@ -83,10 +77,7 @@ def output_shapes(model: ir.Model, resized: Resized) -> dict[str, list[int | str
     # Sizes of other open axes are no sizes of the outputs.
     for size, open_size in zip((*resized.probes() * 2,)[:2], _OPEN_SIZES[:2], strict=True):
         sizes = NodeSizes(copy_of(model).model, _input_sizes(model, {resized: size}, open_size))
-        try:
-            for node in sizes.model.graph:
-                sizes.visit(node)
-        except MisfitError:
+        if sizes.visit_all() is not None:
             return {}
         known = {str(value.name): sizes.sizes(value) for value in sizes.model.graph.outputs}
         found.append({name: entry for name, entry in known.items() if entry is not None})
@@ -183,23 +174,23 @@ class _Search:
         return repair or (self._operands(old, new) if old.domain == "" else None)
 
     def _reshape(self, old: ir.Node, new: ir.Node) -> Repair | None:
-        axis, pair = self._varying(old.inputs[0], new.inputs[0]), self._pair(old.inputs[0], new.inputs[0])
-        raw, raw_now = self._entries(old, new, 1)
-        if axis is None or pair is None or raw is None or raw_now is None:
+        data, (raw, raw_now) = self._data(old, new), self._entries(old, new, 1)
+        if data is None or raw is None or raw_now is None:
             return None
-        sizes = resolved(old, pair[0], raw)
-        place = self._place(str(old.inputs[0].name) if old.inputs[0] else "", pair[0], axis, sizes or [])
+        axis, before, after = data
+        sizes = resolved(old, before, raw)
+        place = self._place(str(old.inputs[0].name) if old.inputs[0] else "", before, axis, sizes or [])
         if sizes is None or place is None:
             return None
         position, inner = place
         self._inner[str(old.outputs[0].name)] = inner
-        wanted = sizes[position] * pair[1][axis]
-        right = wanted // pair[0][axis] if wanted % pair[0][axis] == 0 else None
+        wanted = sizes[position] * after[axis]
+        right = wanted // before[axis] if wanted % before[axis] == 0 else None
         is_copied = raw[position] == 0 and "allowzero" not in old.attributes
         if raw[position] == -1 or is_copied or raw_now[position] != raw[position] or right in (None, sizes[position]):
             return None
-        entry: Entry = Follows(str(new.inputs[0].name) if new.inputs[0] else "", axis, sizes[position], pair[0][axis])
-        if position == axis and sizes[position] == pair[0][axis] and "allowzero" not in old.attributes:
+        entry: Entry = Follows(str(new.inputs[0].name) if new.inputs[0] else "", axis, sizes[position], before[axis])
+        if position == axis and sizes[position] == before[axis] and "allowzero" not in old.attributes:
             entry = 0
         elif -1 not in raw:
             entry = -1
@@ -230,6 +221,11 @@ class _Search:
             return position if merges else int(position != axis)
         return position if self._reading == "outer" else -position
 
+    def _data(self, old: ir.Node, new: ir.Node) -> tuple[int, Sizes, Sizes] | None:
+        """The axis of the first input that has another size now, with all of its sizes before and now."""
+        axis, pair = self._varying(old.inputs[0], new.inputs[0]), self._pair(old.inputs[0], new.inputs[0])
+        return None if axis is None or pair is None else (axis, *pair)
+
     def _entries(self, old: ir.Node, new: ir.Node, index: int) -> tuple[list[int] | None, list[int] | None]:
         """The integers of an input at both sizes."""
         was, now = self._before.integers(input_at(old, index)), self._after.integers(input_at(new, index))
@@ -237,30 +233,31 @@ class _Search:
 
     def _expand(self, old: ir.Node, new: ir.Node) -> Repair | None:
         """Of an Expand, 1 leaves an axis as it is."""
-        axis, pair = self._varying(old.inputs[0], new.inputs[0]), self._pair(old.inputs[0], new.inputs[0])
-        raw, raw_now = self._entries(old, new, 1)
-        if axis is None or pair is None or raw is None or raw_now is None:
+        data, (raw, raw_now) = self._data(old, new), self._entries(old, new, 1)
+        if data is None or raw is None or raw_now is None:
             return None
-        position = axis + len(raw) - len(pair[0])
-        if position < 0 or raw[position] != pair[0][axis] or raw_now[position] != raw[position] or raw[position] == 1:
+        axis, before, _ = data
+        position = axis + len(raw) - len(before)
+        if position < 0 or raw[position] != before[axis] or raw_now[position] != raw[position] or raw[position] == 1:
             return None
         return entry_repair(old, 1, raw, position, 1)
 
     def _resize(self, old: ir.Node, new: ir.Node) -> Repair | None:
         """Only images and channels are never resized: of height and width, a fixed size may be meant."""
-        axis, pair = self._varying(old.inputs[0], new.inputs[0]), self._pair(old.inputs[0], new.inputs[0])
-        raw, raw_now = self._entries(old, new, 3)
-        if axis is None or axis > 1 or pair is None or raw is None or raw_now is None or "axes" in old.attributes:
+        data, (raw, raw_now) = self._data(old, new), self._entries(old, new, 3)
+        if data is None or raw is None or raw_now is None or "axes" in old.attributes:
             return None
-        if axis >= len(raw) or raw[axis] != pair[0][axis] or raw_now[axis] != raw[axis]:
+        axis, before, _ = data
+        if axis > 1 or axis >= len(raw) or raw[axis] != before[axis] or raw_now[axis] != raw[axis]:
             return None
         return entry_repair(old, 3, raw, axis, Follows(str(new.inputs[0].name) if new.inputs[0] else "", axis))
 
     def _slice(self, old: ir.Node, new: ir.Node) -> Repair | None:
         """An end that is the whole size means "to the end"."""
-        axis, pair = self._varying(old.inputs[0], new.inputs[0]), self._pair(old.inputs[0], new.inputs[0])
-        if axis is None or pair is None:
+        data = self._data(old, new)
+        if data is None:
             return None
+        axis, before, _ = data
         in_attributes = "ends" in new.attributes
         if in_attributes:
             ends = list(new.attributes["ends"].as_ints())
@@ -273,7 +270,7 @@ class _Search:
             ends = known[0] or []
             axes, steps = known[1] or list(range(len(ends))), known[2] or [1] * len(ends)
         for position, (end, place, step) in enumerate(zip(ends, axes, steps, strict=False)):
-            if place % len(pair[0]) == axis and end == pair[0][axis] and step > 0:
+            if place % len(before) == axis and end == before[axis] and step > 0:
                 return slice_repair(old, ends, position, in_attributes)
         return None
 
@@ -283,10 +280,10 @@ class _Search:
         Raises:
             HeldError: the node takes it.
         """
-        axis, pair = self._varying(old.inputs[0], new.inputs[0]), self._pair(old.inputs[0], new.inputs[0])
-        place = old.attributes["axis"].as_int() if "axis" in old.attributes else 0
+        data = self._data(old, new)
+        place = old.attributes.get_int("axis", 0)
         is_batch = self._resized.old == 1 and all(entry.axis == 0 for entry in self._resized.axes)
-        if pair is None or not is_batch or axis != 0 or place % len(pair[0]) != 0 or pair[0][0] != 1:
+        if data is None or not is_batch or data[0] != 0 or place % len(data[1]) != 0 or data[1][0] != 1:
             return None
         if self._before.content(old.inputs[1]) is None or self._after.integers(new.inputs[1]) not in ([0], [-1]):
             return None
@@ -300,9 +297,7 @@ class _Search:
 
     def _states(self, old: ir.Node, new: ir.Node) -> Repair | None:
         """First states of a recurrent operator: (directions, batch, hidden)."""
-        pair = self._pair(old.inputs[0], new.inputs[0])
-        layout = old.attributes["layout"].as_int() if "layout" in old.attributes else 0
-        if pair is None or self._varying(old.inputs[0], new.inputs[0]) != 1 or layout:
+        if self._varying(old.inputs[0], new.inputs[0]) != 1 or old.attributes.get_int("layout", 0):
             return None
         for index in (5, 6):
             state = self._pair(input_at(old, index), input_at(new, index))

@@ -50,6 +50,15 @@ class NodeSizes:
                 value.shape = None
         self._contents: dict[ir.Value, Array | None] = {}
 
+    def visit_all(self) -> MisfitError | None:
+        """Visits all nodes, up to the first whose inputs do not fit together, which is returned."""
+        try:
+            for node in self.model.graph:
+                self.visit(node)
+        except MisfitError as error:
+            return error
+        return None
+
     def visit(self, node: ir.Node) -> None:
         """States the shapes of the node's outputs.
 
@@ -73,7 +82,7 @@ class NodeSizes:
         try:
             found = onnx.shape_inference.infer_node_outputs(
                 onnx.defs.get_schema(node.op_type, opset, ""),
-                _plain_proto(node),
+                ir.to_proto(node),
                 {name: kind for name, kind in types.items() if kind is not None},
                 data,
                 opset_imports=[onnx.helper.make_opsetid("", opset)],
@@ -169,11 +178,6 @@ def _type_proto(value: ir.Value) -> onnx.TypeProto | None:
         return onnx.helper.make_tensor_type_proto(int(value.type.dtype), None)
     dims = [size if isinstance(size, int) else size.value for size in value.shape]
     return onnx.helper.make_tensor_type_proto(int(value.type.dtype), dims)
-
-
-def _plain_proto(node: ir.Node) -> onnx.NodeProto:
-    proto: onnx.NodeProto = ir.to_proto(node)
-    return proto
 
 
 def _state(value: ir.Value, found: onnx.TypeProto | None) -> None:

@@ -61,29 +61,41 @@ def entry_repair(node: ir.Node, index: int, raw: Sequence[int], position: int, e
     source = input_at(node, index)
     is_constant = constant_integers(source) is not None
     entries: list[Entry] = [entry if place == position else size for place, size in enumerate(raw)]
-    shown = f"[{', '.join(map(_shown, entries))}]"
     base = str(source.name) if source is not None else ""
+
+    def make(maker: _Maker, computed: ir.Value) -> ir.Value:
+        if is_constant:
+            return maker.shape(entries)
+        parts: list[Entry | ir.Value] = [entry]
+        if position:
+            parts.insert(0, maker.node("Gather", [computed, maker.constant(list(range(position)))]))
+        if position + 1 < len(raw):
+            parts.append(maker.node("Gather", [computed, maker.constant(list(range(position + 1, len(raw))))]))
+        return maker.joined(parts)
+
+    return _input_repair(node, index, f"{list(raw)} becomes {_shown(entries)}", make, base)
+
+
+def _input_repair(
+    node: ir.Node, index: int, text: str, make: Callable[[_Maker, ir.Value], ir.Value], base: str = ""
+) -> Repair:
+    """An input of the node is replaced by what is made of it."""
 
     def edit(graph: ir.Graph, target: ir.Node) -> list[ir.Node]:
         maker = _Maker(graph, target, base)
-        if is_constant:
-            value = maker.shape(entries)
-        else:
-            computed = target.inputs[index]
-            assert computed is not None
-            parts: list[Entry | ir.Value] = [entry]
-            if position:
-                parts.insert(0, maker.node("Gather", [computed, maker.constant(list(range(position)))]))
-            if position + 1 < len(raw):
-                parts.append(maker.node("Gather", [computed, maker.constant(list(range(position + 1, len(raw))))]))
-            value = maker.joined(parts)
-        target.replace_input_with(index, value)
+        operand = target.inputs[index]
+        assert operand is not None
+        target.replace_input_with(index, make(maker, operand))
         return [*maker.nodes, target]
 
-    return Repair(str(node.outputs[0].name), f"{name_of_node(node)}: {list(raw)} becomes {shown}", index, edit)
+    return Repair(str(node.outputs[0].name), f"{name_of_node(node)}: {text}", index, edit)
 
 
-def _shown(entry: Entry) -> str:
+def _shown(entries: Sequence[Entry]) -> str:
+    return f"[{', '.join(map(_shown_entry, entries))}]"
+
+
+def _shown_entry(entry: Entry) -> str:
     if isinstance(entry, int):
         return str(entry)
     factor = f"·{entry.times}" if entry.times != 1 else ""
@@ -95,39 +107,32 @@ def slice_repair(node: ir.Node, ends: Sequence[int], position: int, in_attribute
     source = input_at(node, 2)
     is_narrow = source is not None and source.dtype == ir.DataType.INT32
     kind = np.int32 if is_narrow else np.int64
-    whole = int(np.iinfo(kind).max)
-    new = [whole if place == position else end for place, end in enumerate(ends)]
+    new = [int(np.iinfo(kind).max) if place == position else end for place, end in enumerate(ends)]
+    text = f"the end {ends[position]} becomes the axis's own"
+    if not in_attributes:
+        return _input_repair(node, 2, text, lambda maker, _: maker.constant(new, kind))
 
     def edit(graph: ir.Graph, target: ir.Node) -> list[ir.Node]:
-        if in_attributes:
-            target.attributes["ends"] = ir.AttrInt64s("ends", new)
-            return [target]
-        maker = _Maker(graph, target)
-        target.replace_input_with(2, maker.constant(new, kind))
-        return [*maker.nodes, target]
+        target.attributes["ends"] = ir.AttrInt64s("ends", new)
+        return [target]
 
-    text = f"{name_of_node(node)}: the end {ends[position]} becomes the axis's own"
-    return Repair(str(node.outputs[0].name), text, 2, edit)
+    return Repair(str(node.outputs[0].name), f"{name_of_node(node)}: {text}", 2, edit)
 
 
 def expand_repair(node: ir.Node, index: int, entries: Sequence[Entry], source: int | None = None) -> Repair:
     """The operand, or what its producer takes at `source`, is expanded to these entries."""
 
-    def edit(graph: ir.Graph, target: ir.Node) -> list[ir.Node]:
-        maker = _Maker(graph, target)
-        operand = target.inputs[index]
-        assert operand is not None
+    def make(maker: _Maker, operand: ir.Value) -> ir.Value:
         producer = operand.producer()
-        if source is not None and producer is not None:
-            operand = producer.inputs[source]
-        expanded = maker.node("Expand", [operand, maker.shape(entries)])
-        target.replace_input_with(index, expanded)
-        return [*maker.nodes, target]
+        inner = operand if source is None or producer is None else producer.inputs[source]
+        return maker.node("Expand", [inner, maker.shape(entries)])
 
+    return _input_repair(node, index, f"{_name_at(node, index)!r} is expanded to {_shown(entries)}", make)
+
+
+def _name_at(node: ir.Node, index: int) -> str:
     operand = node.inputs[index]
-    name = operand.name if operand is not None else ""
-    text = f"{name_of_node(node)}: {name!r} is expanded to [{', '.join(map(_shown, entries))}]"
-    return Repair(str(node.outputs[0].name), text, index, edit)
+    return str(operand.name) if operand is not None else ""
 
 
 def operand_repair(
@@ -154,7 +159,7 @@ def operand_repair(
     if producer.op_type == "Slice" and _is_from_the_start(producer, place, sizes[place]):
         return _remade_repair(node, index, "cut", 2, [follows])
     if producer.op_type == "ConstantOfShape" and constant_integers(producer.inputs[0]) is not None:
-        return _filled_repair(node, index, full)
+        return _remade_repair(node, index, "filled", 0, full)
     return None
 
 
@@ -168,35 +173,16 @@ def _is_from_the_start(node: ir.Node, axis: int, end: int) -> bool:
 def _remade_repair(node: ir.Node, index: int, verb: str, argument: int, entries: Sequence[Entry]) -> Repair:
     """The operand made again by the same operator, with another argument."""
 
-    def edit(graph: ir.Graph, target: ir.Node) -> list[ir.Node]:
-        maker = _Maker(graph, target)
-        operand = target.inputs[index]
-        producer = operand.producer() if operand is not None else None
+    def make(maker: _Maker, operand: ir.Value) -> ir.Value:
+        producer = operand.producer()
         assert producer is not None
         inputs = list(producer.inputs)
         inputs[argument] = maker.shape(entries)
-        target.replace_input_with(index, maker.node(producer.op_type, inputs, list(producer.attributes.values())))
-        return [*maker.nodes, target]
+        made = maker.node(producer.op_type, inputs, list(producer.attributes.values()))
+        made.type = operand.type
+        return made
 
-    operand = node.inputs[index]
-    name = operand.name if operand is not None else ""
-    text = f"{name_of_node(node)}: {name!r} is {verb} to [{', '.join(map(_shown, entries))}]"
-    return Repair(str(node.outputs[0].name), text, index, edit)
-
-
-def _filled_repair(node: ir.Node, index: int, entries: Sequence[Entry]) -> Repair:
-    def edit(graph: ir.Graph, target: ir.Node) -> list[ir.Node]:
-        maker = _Maker(graph, target)
-        operand = target.inputs[index]
-        producer = operand.producer() if operand is not None else None
-        assert producer is not None
-        filled = maker.node("ConstantOfShape", [maker.shape(entries)], list(producer.attributes.values()))
-        filled.type = operand.type if operand is not None else None
-        target.replace_input_with(index, filled)
-        return [*maker.nodes, target]
-
-    text = f"{name_of_node(node)}: an operand is filled to [{', '.join(map(_shown, entries))}]"
-    return Repair(str(node.outputs[0].name), text, index, edit)
+    return _input_repair(node, index, f"{_name_at(node, index)!r} is {verb} to {_shown(entries)}", make)
 
 
 class _Maker:
