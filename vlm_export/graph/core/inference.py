@@ -21,6 +21,7 @@ from vlm_export.graph.core.names import (
     root_graphs,
     unbound_outputs,
 )
+from vlm_export.graph.core.replace_uses import place_first
 from vlm_export.graph.core.skeleton import SKELETON_THRESHOLD_BYTES, detach_weights
 from vlm_export.graph.core.tensors import tensor_slots
 
@@ -113,20 +114,12 @@ def _hoist_nested_weights(root: ir.Graph) -> None:
             tensor = value.const_value
             if tensor is None or tensor.nbytes <= SKELETON_THRESHOLD_BYTES or value.is_graph_input():
                 continue
-            weight = ir.Value(
-                name=fresh_name(f"{name}_hoisted", taken),
-                type=ir.TensorType(tensor.dtype),
-                shape=ir.Shape(tensor.shape.numpy()),
-            )
+            weight = ir.val(fresh_name(f"{name}_hoisted", taken), tensor.dtype, ir.Shape(tensor.shape.numpy()))
             # The nested graph goes on making a value of this name: it may be what it returns.
-            local = ir.node("Identity", [weight], num_outputs=1)
-            local.outputs[0].name = name
+            local = ir.val(name)
             graph.initializers.pop(name)
-            value.replace_all_uses_with(local.outputs[0], replace_graph_outputs=True)
-            if len(graph):
-                graph.insert_before(graph[0], local)
-            else:
-                graph.append(local)
+            value.replace_all_uses_with(local, replace_graph_outputs=True)
+            place_first(graph, ir.node("Identity", [weight], outputs=[local]))
             root.inputs.append(weight)
 
 

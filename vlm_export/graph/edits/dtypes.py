@@ -73,11 +73,9 @@ def _interface_value(model: ir.Model, name: str) -> ir.Value:
 
 
 def _cast(value: ir.Value, dtype: ir.DataType, graph: ir.Graph, base: str) -> ir.Node:
-    cast = ir.node("Cast", [value], {"to": dtype}, num_outputs=1, name=fresh_node_name(graph, f"{base}_cast"))
-    out = cast.outputs[0]
-    out.name = fresh_name(f"{base}_cast", taken_names(graph, graph))
-    out.type, out.shape = ir.TensorType(dtype), value.shape.copy() if value.shape is not None else None
-    return cast
+    shape = value.shape.copy() if value.shape is not None else None
+    out = ir.val(fresh_name(f"{base}_cast", taken_names(graph, graph)), dtype, shape)
+    return ir.node("Cast", [value], {"to": dtype}, outputs=[out], name=fresh_node_name(graph, f"{base}_cast"))
 
 
 def _cast_input(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> list[ir.Node]:

@@ -16,11 +16,9 @@ def replace_cast_likes(model: ir.Model) -> int:
         dtype = like.dtype if like is not None else None
         if dtype is None:
             continue
-        cast = ir.node("Cast", [node.inputs[0]], {"to": dtype}, num_outputs=1, name=node.name)
-        cast.outputs[0].name = node.outputs[0].name
-        cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(dtype), node.outputs[0].shape
-        model.graph.insert_before(node, cast)
-        ir.convenience.replace_all_uses_with(node.outputs[0], cast.outputs[0], replace_graph_outputs=True)
+        new = ir.val(node.outputs[0].name, dtype, node.outputs[0].shape)
+        node.prepend(ir.node("Cast", [node.inputs[0]], {"to": dtype}, outputs=[new], name=node.name))
+        ir.convenience.replace_all_uses_with(node.outputs[0], new, replace_graph_outputs=True)
         model.graph.remove(node, safe=True)
         count += 1
     return count

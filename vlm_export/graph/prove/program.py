@@ -136,20 +136,16 @@ def _cast_ends(graph: ir.Graph, inputs: Collection[str], outputs: Collection[ir.
     taken = names_in(graph)
     for position, value in enumerate(graph.inputs):
         if value.name in inputs and value.dtype is not None:
-            new = ir.Value(name=value.name, type=ir.TensorType(ir.DataType.FLOAT), shape=value.shape)
-            cast = ir.node("Cast", [new], {"to": int(value.dtype)})
-            cast.outputs[0].name = fresh_name(f"{value.name}_narrow", taken)
-            cast.outputs[0].type, cast.outputs[0].shape = value.type, value.shape
-            value.replace_all_uses_with(cast.outputs[0], replace_graph_outputs=True)
+            new = ir.val(value.name, ir.DataType.FLOAT, value.shape)
+            narrow = ir.val(fresh_name(f"{value.name}_narrow", taken), value.dtype, value.shape)
+            value.replace_all_uses_with(narrow, replace_graph_outputs=True)
             graph.inputs[position] = new
-            place_first(graph, cast)
+            place_first(graph, ir.node("Cast", [new], {"to": value.dtype}, outputs=[narrow]))
     for position, value in enumerate(graph.outputs):
         if value in outputs:
-            cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})
-            cast.outputs[0].name = fresh_name(f"{value.name}_wide", taken)
-            cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), value.shape
-            graph.append(cast)
-            graph.outputs[position] = cast.outputs[0]
+            wide = ir.val(fresh_name(f"{value.name}_wide", taken), ir.DataType.FLOAT, value.shape)
+            graph.append(ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, outputs=[wide]))
+            graph.outputs[position] = wide
 
 
 def _detached(model: ir.Model) -> dict[str, ir.TensorProtocol]:
