@@ -17,7 +17,7 @@ from vlm_export.graph.edits.compose import compose
 from vlm_export.graph.edits.extract import Split, extract, split
 from vlm_export.graph.edits.io_edits import add_output
 
-SEEDS = range(120)
+SEEDS = range(40)
 
 
 def _made(model: ir.Model) -> list[str]:

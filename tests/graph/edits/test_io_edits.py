@@ -13,7 +13,7 @@ from vlm_export.errors import GraphError
 from vlm_export.graph.core.names import all_graphs, defined_values, nested_graphs
 from vlm_export.graph.edits.io_edits import add_output, drop_output, rename_tensor, rename_tensors, reorder_interface
 
-SEEDS = range(100)
+SEEDS = range(40)
 
 
 def _all_values(model: ir.Model) -> list[ir.Value]:

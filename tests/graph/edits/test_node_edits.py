@@ -15,7 +15,7 @@ from vlm_export.errors import GraphError, UsageError
 from vlm_export.graph.core.names import all_graphs, defined_values, nested_graphs
 from vlm_export.graph.edits.node_edits import insert_node, remove_node, replace_node
 
-SEEDS = range(120)
+SEEDS = range(40)
 _UNARY = ("Relu", "Neg", "Abs", "Tanh", "Sigmoid", "Identity")
 
 
@@ -139,7 +139,7 @@ def test_a_replaced_node_computes_the_other_operator_and_back(random_graphs: Mod
     assert random_graphs.normal_form(model, infos=is_typed) == before
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(15))
 def test_refused_edits_leave_no_trace(random_graphs: ModuleType, seed: int) -> None:
     case, rng = random_graphs.random_model(seed), random.Random(seed)
     model = case.model

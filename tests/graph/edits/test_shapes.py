@@ -15,7 +15,7 @@ from vlm_export.errors import GraphError
 from vlm_export.graph.core.names import all_graphs, defined_values
 from vlm_export.graph.edits.shapes import set_axis, set_shape
 
-SEEDS = range(100)
+SEEDS = range(40)
 
 
 def _shapes(model: ir.Model) -> dict[int, str]:
