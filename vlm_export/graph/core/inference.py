@@ -123,18 +123,22 @@ def _hoist_nested_weights(root: ir.Graph) -> None:
             root.inputs.append(weight)
 
 
-def infer(scratch: ir.Model) -> dict[ir.Value, Info]:
-    """What ONNX infers strictly for each value of the main graph and of the graphs in it; `scratch` is spent.
+def infer(scratch: ir.Model, *, strict: bool = True) -> dict[ir.Value, Info]:
+    """What ONNX infers for each value of the main graph and of the graphs in it; `scratch` is spent.
+
+    Args:
+        strict: refuse what does not fit together; otherwise it is left unknown, as are foreign operators.
 
     Raises:
-        GraphError: dtypes that an operator does not take, or shapes that do not fit together.
+        GraphError: dtypes that an operator does not take, or shapes that do not fit together; not strict: a graph that
+            ONNX cannot go through at all.
     """
     values = [(graph, list(defined_values(graph))) for graph in nested_graphs(scratch.graph)]
     axes = {
         str(axis) for _, known in values for value in known for axis in value.shape or () if not isinstance(axis, int)
     }
     proto = skeleton_proto(scratch)
-    inferred = ir.from_proto(_tried("types or shapes do not fit together", lambda: _infer_proto(proto)))
+    inferred = ir.from_proto(_tried("types or shapes do not fit together", lambda: _infer_proto(proto, strict)))
     found: dict[ir.Value, Info] = {}
     for (_, known), graph in zip(values, nested_graphs(inferred.graph), strict=True):
         by_name = {value.name: value for value in defined_values(graph)}
@@ -151,12 +155,13 @@ def _without_new_axes(shape: ir.Shape | None, known: set[str]) -> ir.Shape | Non
     return ir.Shape([None if str(axis).startswith("unk__") and str(axis) not in known else axis for axis in shape])
 
 
-def _infer_proto(proto: onnx.ModelProto) -> onnx.ModelProto:
+def _infer_proto(proto: onnx.ModelProto, strict: bool) -> onnx.ModelProto:
     try:
-        return onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
+        return onnx.shape_inference.infer_shapes(proto, check_type=strict, strict_mode=strict, data_prop=True)
     except Exception:
-        # onnx 1.23 mixes up the values that it propagates where two subgraphs have tensors of equal names.
-        return onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=False)
+        # onnx 1.23 mixes up the values that it propagates where two subgraphs have tensors of equal names, and it
+        # fails where it cannot follow the values of shapes.
+        return onnx.shape_inference.infer_shapes(proto, check_type=strict, strict_mode=strict, data_prop=False)
 
 
 def check(scratch: ir.Model) -> None:
