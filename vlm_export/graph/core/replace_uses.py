@@ -8,6 +8,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
 from vlm_export.errors import GraphError
 from vlm_export.graph.core.names import annotated_names, captured_or_read, subgraphs_of, taken_names, visible_value
@@ -138,6 +139,13 @@ def remove_node(node: ir.Node) -> None:
     graph = node.graph
     assert graph is not None
     graph.remove(node, safe=True)
+
+
+def remove_unused_functions(model: ir.Model) -> int:
+    """Removes functions that no node calls, in place; returns how many."""
+    count = len(model.functions)
+    RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]  # onnx_ir states no types here
+    return count - len(model.functions)
 
 
 def bypass(output: ir.Value, source: ir.Value) -> bool:

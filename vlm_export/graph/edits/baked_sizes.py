@@ -297,7 +297,7 @@ class _Search:
 
     def _states(self, old: ir.Node, new: ir.Node) -> Repair | None:
         """First states of a recurrent operator: (directions, batch, hidden)."""
-        if self._varying(old.inputs[0], new.inputs[0]) != 1 or old.attributes.get_int("layout", 0):
+        if self._varying(old.inputs[0], new.inputs[0]) != 1 or old.attributes.get_int("layout", 0) != 0:
             return None
         for index in (5, 6):
             state = self._pair(input_at(old, index), input_at(new, index))

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
 from vlm_export.errors import GraphError
 from vlm_export.graph.core.inference import Copy, copy_of, known_infos
@@ -19,7 +18,7 @@ from vlm_export.graph.core.names import (
     rename_values,
     taken_names,
 )
-from vlm_export.graph.core.replace_uses import discard_nodes, graph_of, replace_uses
+from vlm_export.graph.core.replace_uses import discard_nodes, graph_of, remove_unused_functions, replace_uses
 from vlm_export.graph.core.skeleton import allow_plain_initializers
 
 
@@ -186,7 +185,7 @@ def _cut(copy: Copy, starts: Sequence[ir.Value], ends: Sequence[ir.Value], nodes
     for name, value in list(graph.initializers.items()):
         if name not in annotated and not value.uses() and not value.is_graph_output() and not value.is_graph_input():
             graph.initializers.pop(name)
-    RemoveUnusedFunctionsPass()(copy.model)
+    remove_unused_functions(copy.model)
     # An input with a default may have become an initializer alone.
     allow_plain_initializers(copy.model)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
 from vlm_export.graph.core.names import all_graphs, names_used, nested_graphs, root_graphs
-from vlm_export.graph.core.replace_uses import remove_node
+from vlm_export.graph.core.replace_uses import remove_node, remove_unused_functions
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,7 @@ def remove_dead_code(model: ir.Model) -> DeadCode:
         # What only a removed value's annotation named is used no more.
         if not removed or names_used(model) == used:
             break
-    functions = len(model.functions)
-    RemoveUnusedFunctionsPass()(model)
-    return DeadCode(nodes, remove_unused_initializers(model), functions - len(model.functions))
+    return DeadCode(nodes, remove_unused_initializers(model), remove_unused_functions(model))
 
 
 def _remove_nodes(root: ir.Graph, used: set[str]) -> int:

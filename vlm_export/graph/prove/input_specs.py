@@ -11,7 +11,8 @@ import numpy as np
 import onnx_ir as ir
 
 from vlm_export.graph.core.names import all_graphs, subgraphs_of
-from vlm_export.graph.prove.random_inputs import Array, draw_feeds, draw_near
+from vlm_export.graph.core.onnxruntime_session import Array
+from vlm_export.graph.prove.random_inputs import draw_feeds, draw_near
 
 
 @dataclass(frozen=True)
