@@ -183,10 +183,6 @@ def _each(read: Callable[[Any], Any]) -> Callable[[Mapping[str, Any]], dict[str,
     return lambda value: {_text(name): read(entry) for name, entry in value.items()}
 
 
-def _operands(value: Any) -> list[Any]:
-    return [_operand(entry) for entry in value]
-
-
 def _operand(value: Any) -> Any:
     """A tensor's name, "" for an input that is left out, or a constant: `int64:[0, 1]`."""
     if value is None or value == "":
@@ -242,7 +238,7 @@ _READERS: Mapping[Kind, Callable[[Any], Any]] = {
     "shapes": _each(_shape),
     "versions": _versions,
     "values": _each(_literal),
-    "operands": _operands,
+    "operands": lambda value: [_operand(entry) for entry in value],
     "connections": _connections,
     "model": _model,
 }

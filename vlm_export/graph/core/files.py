@@ -256,7 +256,7 @@ class _Plan:
 def _plan(model: ir.Model, given: Path, storage: Storage) -> _Plan:
     path, slots = Path(os.path.abspath(given)), list(tensor_slots(model))
     shards = _shards(_external_slots(slots, storage), storage.shard_bytes)
-    names = [path.name, *(_data_name(path.name, index) for index in range(len(shards)))]
+    names = [path.name, *(f"{path.name}_data" + (f"_{index}" if index else "") for index in range(len(shards)))]
     return _Plan(model, given, slots, shards, tuple(path.with_name(name) for name in names))
 
 
@@ -267,10 +267,6 @@ def _refer_to_new_files(plan: _Plan, placed: Sequence[tuple[TensorSlot, ir.Tenso
             tensor.base_dir = str(path.parent)
         slot.tensor = tensor
     plan.model.meta[GRAPH_FILE_KEY] = str(path)
-
-
-def _data_name(name: str, index: int) -> str:
-    return f"{name}_data" if index == 0 else f"{name}_data_{index}"
 
 
 def _external_slots(slots: Sequence[TensorSlot], storage: Storage) -> list[TensorSlot]:

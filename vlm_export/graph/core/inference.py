@@ -84,12 +84,9 @@ def copy_of(model: ir.Model) -> Copy:
         places |= zip(old_graph.initializers.values(), new_graph.initializers.values(), strict=True)
     for value in (value for graph in all_graphs(clone) for value in (*defined_values(graph), *graph.outputs)):
         # Copies share type objects with their originals, and those can change.
-        value.type = _own_type(value.type)
+        if isinstance(value.type, ir.TensorType):
+            value.type = ir.TensorType(value.type.dtype, denotation=value.type.denotation)
     return Copy(clone, places)
-
-
-def _own_type(kind: ir.TypeProtocol | None) -> ir.TypeProtocol | None:
-    return ir.TensorType(kind.dtype, denotation=kind.denotation) if isinstance(kind, ir.TensorType) else kind
 
 
 def skeleton_proto(scratch: ir.Model) -> onnx.ModelProto:

@@ -284,11 +284,9 @@ def _merged(value: ir.Value, new: Info, change: Change) -> Info:
         return Info(kind, ir.Shape([_kept(dim, change) for dim in old or ()]) if keeps else None)
     if old is None or len(old) != len(new.shape):
         return Info(kind, new.shape)
-    return Info(kind, ir.Shape([_better(dim, _kept(was, change)) for dim, was in zip(new.shape, old, strict=True)]))
-
-
-def _better(new: Dim, kept: Dim) -> Dim:
-    return kept if isinstance(new, ir.SymbolicDim) and new.value is None else new
+    pairs = zip(new.shape, old, strict=True)
+    dims = [_kept(was, change) if not isinstance(dim, int) and dim.value is None else dim for dim, was in pairs]
+    return Info(kind, ir.Shape(dims))
 
 
 def _kept(dim: Dim, change: Change) -> Dim:

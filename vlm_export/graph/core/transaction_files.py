@@ -6,7 +6,7 @@ import filecmp
 import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
@@ -99,7 +99,9 @@ def place_models(staged: Staged, models: Sequence[Sequence[Path]]) -> None:
             file = staged.path / GRAPHS / graph.name
             proto = onnx.load(file, format="protobuf", load_external_data=False)
             file.rename(step_folder(staged, _GRAPHS_AGAIN) / graph.name)
-            _rename_data_files(proto, names)
+            for entry in (entry for tensor in tensor_protos(proto) for entry in tensor.external_data):
+                if entry.key == "location":
+                    entry.value = names.get(entry.value, entry.value)
             onnx.save(proto, file, format="protobuf")
     commit_files(staged)
 
@@ -109,7 +111,7 @@ def _evasive_name(staged: Staged, target: Path) -> str | None:
     file = staged.path / DATA / target.name
     if not os.path.lexists(target):
         return None
-    if _is_same(file, target):
+    if not target.is_symlink() and target.is_file() and filecmp.cmp(file, target, shallow=False):
         file.unlink()
         return None
     name = f"{target.name}-{secrets.token_hex(6)}"
@@ -117,14 +119,3 @@ def _evasive_name(staged: Staged, target: Path) -> str | None:
     file.rename(step_folder(staged, _DATA_AGAIN) / target.name)
     (step_folder(staged, REMOVE) / name).touch()
     return name
-
-
-def _is_same(file: Path, target: Path) -> bool:
-    return not target.is_symlink() and target.is_file() and filecmp.cmp(file, target, shallow=False)
-
-
-def _rename_data_files(proto: onnx.ModelProto, names: Mapping[str, str]) -> None:
-    for tensor in tensor_protos(proto):
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = names.get(entry.value, entry.value)

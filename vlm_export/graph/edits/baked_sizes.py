@@ -6,7 +6,7 @@ and at another one; what holds the old size where the other one belongs is made 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Literal, TypeAlias
 
@@ -132,9 +132,9 @@ class _Search:
             while (repair := self._repair_of(old, new)) is not None and (repair.place, repair.text) not in done:
                 done.add((repair.place, repair.text))
                 repairs.append(repair)
-                for made in _in_order(self._after.model.graph, repair.make(self._after.model.graph)):
-                    if made is not new:
-                        self._visit(made)
+                made = set(repair.make(self._after.model.graph)) - {new}
+                for node in [node for node in self._after.model.graph if node in made]:
+                    self._visit(node)
             self._visit(new)
             self._follow_inner(old, new)
         return repairs
@@ -317,7 +317,11 @@ class _Search:
         rank = max((len(pair[0]) for pair in known), default=0)
         apart = old.attributes["axis"].as_int() % rank if old.op_type == "Concat" and rank else None
         for axis in range(rank):
-            leaders = [index for index, pair in enumerate(known) if _differs(pair, axis - rank)]
+            leaders = [
+                index
+                for index, pair in enumerate(known)
+                if len(pair[0]) >= rank - axis and pair[0][axis - rank] != pair[1][axis - rank]
+            ]
             if not leaders or axis == apart:
                 continue
             leader = leaders[0]
@@ -332,15 +336,6 @@ class _Search:
                 follows = Follows(str(value.name), len(known[leader][0]) + axis - rank)
                 return operand_repair(old, index, source, before, place, follows)
         return None
-
-
-def _differs(pair: tuple[Sizes, Sizes], axis: int) -> bool:
-    return len(pair[0]) >= -axis and pair[0][axis] != pair[1][axis]
-
-
-def _in_order(graph: ir.Graph, nodes: Sequence[ir.Node]) -> Iterable[ir.Node]:
-    chosen = set(nodes)
-    return [node for node in graph if node in chosen]
 
 
 def refusal(error: MisfitError, resized: Resized) -> GraphError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, MutableSequence, Sequence
 from typing import TypeAlias
 
-import numpy as np
 import onnx_ir as ir
 
 from vlm_export.errors import GraphError, suggestion
@@ -20,9 +19,9 @@ from vlm_export.graph.core.names import (
     rename_values,
 )
 from vlm_export.graph.core.replace_uses import replace_uses
+from vlm_export.graph.core.tensors import tensor_hash
 from vlm_export.graph.core.transaction import Change, apply
 
-_CHUNK_BYTES = 16 << 20
 Pairs: TypeAlias = "list[tuple[ir.Value, ir.Value]]"
 
 
@@ -141,16 +140,12 @@ def _equal_weights(first: ir.Graph, second: ir.Graph) -> Pairs:
 
 
 def _same_content(left: ir.TensorProtocol | None, right: ir.TensorProtocol | None) -> bool:
-    """Compares bytes, since NaN differs from itself; of mapped tensors only a chunk at a time is looked at."""
+    """Whether all bytes are equal, those of NaN too; of mapped tensors only a part at a time is looked at."""
     if left is right or left is None or right is None:
         return left is right
     if left.dtype != right.dtype or left.shape.numpy() != right.shape.numpy():
         return False
-    if left.dtype == ir.DataType.STRING:
-        return bool(np.array_equal(left.numpy(), right.numpy()))
-    ours, theirs = (np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8) for tensor in (left, right))
-    starts = range(0, len(ours), _CHUNK_BYTES)
-    return all(np.array_equal(ours[at : at + _CHUNK_BYTES], theirs[at : at + _CHUNK_BYTES]) for at in starts)
+    return tensor_hash(left) == tensor_hash(right)
 
 
 def _check_names(first: ir.Graph, second: ir.Graph, vanishing: set[ir.Value]) -> None:

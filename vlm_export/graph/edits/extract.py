@@ -58,7 +58,11 @@ def extract(model: ir.Model, inputs: Sequence[str] | None, outputs: Sequence[str
             the model that they need besides, or a tensor whose dtype cannot be told.
     """
     ends = [_main_value(model, name) for name in outputs]
-    starts = _needed_inputs(model, ends) if inputs is None else [_main_value(model, name) for name in inputs]
+    if inputs is None:
+        _, read = _between([], ends)
+        starts = [value for value in model.graph.inputs if value in read or value in ends]
+    else:
+        starts = [_main_value(model, name) for name in inputs]
     for kind, values in (("input", starts), ("output", ends)):
         if len(set(values)) < len(values) or (not values and kind == "output"):
             raise GraphError(
@@ -69,7 +73,8 @@ def extract(model: ir.Model, inputs: Sequence[str] | None, outputs: Sequence[str
     unused = [str(value.name) for value in starts if value not in sources and value not in ends]
     if unused and inputs is not None:
         raise GraphError("the outputs do not depend on these inputs", got=str(unused), fix="leave them out")
-    missing = _missing(sources, starts)
+    needed = {value for value in sources if value.is_graph_input() and not value.is_initializer()}
+    missing = sorted(str(value.name) for value in needed.difference(starts))
     if missing:
         raise GraphError(
             "the outputs need more inputs of the model",
@@ -155,16 +160,6 @@ def _between(starts: Sequence[ir.Value], ends: Iterable[ir.Value]) -> tuple[set[
         read.update(values)
         waiting += values
     return nodes, read
-
-
-def _needed_inputs(model: ir.Model, ends: Sequence[ir.Value]) -> list[ir.Value]:
-    _, read = _between([], ends)
-    return [value for value in model.graph.inputs if value in read or value in ends]
-
-
-def _missing(sources: set[ir.Value], starts: Sequence[ir.Value]) -> list[str]:
-    needed = (value for value in sources if value.is_graph_input() and not value.is_initializer())
-    return sorted(str(value.name) for value in needed if value not in starts)
 
 
 def _cut(copy: Copy, starts: Sequence[ir.Value], ends: Sequence[ir.Value], nodes: set[ir.Node]) -> None:

@@ -186,8 +186,6 @@ def _is_shape(value: ir.Value, wanted: str) -> bool:
             return False
         axes = axes[: len(before)] + axes[len(axes) - len(after) :]
         items = before + after
-    return len(items) == len(axes) and all(_is_axis(axis, item) for axis, item in zip(axes, items, strict=True))
-
-
-def _is_axis(axis: str, wanted: str) -> bool:
-    return axis == "?" if wanted == "?" else fnmatchcase(axis, wanted)
+    return len(items) == len(axes) and all(
+        axis == "?" if item == "?" else fnmatchcase(axis, item) for axis, item in zip(axes, items, strict=True)
+    )

@@ -17,7 +17,7 @@ from vlm_export.graph.core.names import (
     opset_imports_of,
     root_graphs,
 )
-from vlm_export.graph.core.tensors import tensor_slots
+from vlm_export.graph.core.tensors import TensorSlot, tensor_slots
 
 _LARGEST = 10
 
@@ -27,6 +27,11 @@ def describe_model(model: ir.Model) -> dict[str, Any]:
     tensors = {slot.identity: slot.tensor for slot in tensor_slots(model)}
     external = [tensor for tensor in tensors.values() if isinstance(tensor, ir.ExternalTensor)]
     inline = [slot for slot in tensor_slots(model) if not isinstance(slot.tensor, ir.ExternalTensor)]
+    weights = [slot for slot in tensor_slots(model) if isinstance(slot.holder, ir.Value)]
+    sizes: Counter[str] = Counter()
+    for slot in weights:
+        sizes[dtype_name(slot.tensor.dtype)] += slot.nbytes
+    known = {schema.domain for schema in onnx.defs.get_all_schemas()}
     operators = Counter(operator_name(node) for node in all_nodes(model))
     return {
         "ir_version": model.ir_version,
@@ -38,15 +43,15 @@ def describe_model(model: ir.Model) -> dict[str, Any]:
         "graphs": sum(1 for _ in all_graphs(model)),
         "functions": [f"{entry.domain}:{entry.name}" for entry in model.functions.values()],
         "weights": {
-            "count": sum(1 for slot in tensor_slots(model) if isinstance(slot.holder, ir.Value)),
-            "bytes_by_dtype": _bytes_by_dtype(model),
+            "count": len(weights),
+            "bytes_by_dtype": dict(sizes.most_common()),
             "inline_bytes": sum(slot.nbytes for slot in inline),
             "external_bytes": sum(tensor.nbytes for tensor in external),
             "files": list(dict.fromkeys(str(tensor.location) for tensor in external)),
-            "largest": _largest(model),
+            "largest": [_weight(slot) for slot in sorted(weights, key=lambda slot: -slot.nbytes)[:_LARGEST]],
         },
         "unknown_shapes": _unknown(model),
-        "custom_domains": _custom_domains(model),
+        "custom_domains": dict(Counter(node.domain for node in all_nodes(model) if node.domain not in known)),
         "missing_imports": _missing_imports(model),
     }
 
@@ -88,22 +93,9 @@ def _value(value: ir.Value) -> dict[str, Any]:
     return {"name": value.name, "dtype": kind, "shape": shape}
 
 
-def _bytes_by_dtype(model: ir.Model) -> dict[str, int]:
-    sizes: Counter[str] = Counter()
-    for slot in tensor_slots(model):
-        if isinstance(slot.holder, ir.Value):
-            sizes[dtype_name(slot.tensor.dtype)] += slot.nbytes
-    return dict(sizes.most_common())
-
-
-def _largest(model: ir.Model) -> list[dict[str, Any]]:
-    slots = [slot for slot in tensor_slots(model) if isinstance(slot.holder, ir.Value)]
-    slots.sort(key=lambda slot: -slot.nbytes)
-    return [
-        {"name": slot.holder.name, "dtype": dtype_name(slot.tensor.dtype), "shape": list(slot.tensor.shape.numpy()),
-         "bytes": slot.nbytes}
-        for slot in slots[:_LARGEST]
-    ]  # fmt: skip
+def _weight(slot: TensorSlot) -> dict[str, Any]:
+    dtype, shape = dtype_name(slot.tensor.dtype), list(slot.tensor.shape.numpy())
+    return {"name": slot.holder.name, "dtype": dtype, "shape": shape, "bytes": slot.nbytes}
 
 
 def _unknown(model: ir.Model) -> dict[str, Any]:
@@ -122,12 +114,6 @@ def _unknown(model: ir.Model) -> dict[str, Any]:
 
 def _names(values: Iterable[ir.Value]) -> list[str]:
     return [str(value.name) for value in values]
-
-
-def _custom_domains(model: ir.Model) -> dict[str, int]:
-    """Domains that ONNX does not define → how many nodes they have."""
-    known = {schema.domain for schema in onnx.defs.get_all_schemas()}
-    return dict(Counter(node.domain for node in all_nodes(model) if node.domain not in known))
 
 
 def _missing_imports(model: ir.Model) -> list[str]:

@@ -39,7 +39,9 @@ def fold_batch_norms(model: ir.Model) -> int:
     count = 0
     for node in list(graph):
         conv = node.inputs[0].producer() if node.op_type == "BatchNormalization" and node.inputs[0] else None
-        if conv is None or conv.op_type != "Conv" or not _is_read_once(conv.outputs[0]) or len(node.outputs) != 1:
+        if conv is None or conv.op_type != "Conv" or len(node.outputs) != 1:
+            continue
+        if len(conv.outputs[0].uses()) != 1 or conv.outputs[0].is_graph_output():
             continue
         values = (*node.inputs[1:5], conv.inputs[1])
         constants = [value.const_value for value in values if value and value.const_value is not None]
@@ -55,10 +57,6 @@ def fold_batch_norms(model: ir.Model) -> int:
         conv.outputs[0].name = node.outputs[0].name
         count += 1
     return count
-
-
-def _is_read_once(value: ir.Value) -> bool:
-    return len(value.uses()) == 1 and not value.is_graph_output()
 
 
 def _fold(

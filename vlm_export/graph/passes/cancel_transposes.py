@@ -46,8 +46,11 @@ def cancel_transposes(model: ir.Model) -> int:
         for graph in list(nested_graphs(root)):
             scope = Scope(root, graph, opset, returned, in_function=root is not model.graph)
             before = _count(graph)
-            while _merge(graph, returned) or any(_move(scope, perm) for perm in _perms(graph)):
-                pass
+            moved = True
+            while moved:
+                moved = _merge(graph, returned)
+                perms = {perm for _, perm in _transposes(graph) if not is_identity(perm)}
+                moved = moved or any(_move(scope, perm) for perm in sorted(perms))
             count += before - _count(graph)
     if count:
         remove_unused_initializers(model)
@@ -64,10 +67,6 @@ def _transposes(graph: ir.Graph) -> Iterable[tuple[ir.Node, Perm]]:
 
 def _count(graph: ir.Graph) -> int:
     return sum(node.op_type == "Transpose" and node.domain == "" for node in graph)
-
-
-def _perms(graph: ir.Graph) -> list[Perm]:
-    return sorted({perm for _, perm in _transposes(graph) if not is_identity(perm)})
 
 
 def _merge(graph: ir.Graph, returned: set[str]) -> bool:

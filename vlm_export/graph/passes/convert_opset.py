@@ -181,12 +181,9 @@ def _differ_in_dtypes_only(op_type: str, source: int, version: int) -> bool:
             (name, entry.type, entry.required, entry.default_value.SerializeToString())
             for name, entry in schema.attributes.items()
         }
-        forms.append((attributes, [_formal(entry) for entry in (*schema.inputs, *schema.outputs)]))
+        ends = [(end.name, end.option, end.is_homogeneous, end.min_arity) for end in (*schema.inputs, *schema.outputs)]
+        forms.append((attributes, ends))
     return forms[0] == forms[1]
-
-
-def _formal(parameter: onnx.defs.OpSchema.FormalParameter) -> tuple[object, ...]:
-    return parameter.name, parameter.option, parameter.is_homogeneous, parameter.min_arity
 
 
 def _refusal(node: ir.Node, source: int, version: int, reason: str) -> GraphError:

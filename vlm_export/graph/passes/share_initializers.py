@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 
 import onnx_ir as ir
 
-from vlm_export.graph.core.names import defined_values, names_used, root_graphs, subgraphs_of
+from vlm_export.graph.core.names import defined_values, names_used, nested_graphs, root_graphs, subgraphs_of
 from vlm_export.graph.core.tensors import TensorSlot, tensor_hash, tensor_slots
 
 
@@ -21,7 +21,8 @@ def share_initializers(model: ir.Model) -> int:
     Returns:
         How many initializers were removed.
     """
-    shapes = Counter(_form(tensor) for value in _initializers(model.graph) if (tensor := value.const_value) is not None)
+    values = (value for graph in nested_graphs(model.graph) for value in graph.initializers.values())
+    shapes = Counter(_form(tensor) for value in values if (tensor := value.const_value) is not None)
     repeated = {form for form, count in shapes.items() if count > 1}
     sharing = _Sharing(repeated, names_used(model))
     return sum(sharing.visit(root, {}, frozenset()) for root in root_graphs(model))
@@ -29,13 +30,6 @@ def share_initializers(model: ir.Model) -> int:
 
 def _form(tensor: ir.TensorProtocol) -> Hashable:
     return tensor.dtype, tuple(tensor.shape.numpy())
-
-
-def _initializers(graph: ir.Graph) -> Iterable[ir.Value]:
-    yield from graph.initializers.values()
-    for node in graph:
-        for inner in subgraphs_of(node):
-            yield from _initializers(inner)
 
 
 class _Sharing:
@@ -78,7 +72,7 @@ def share_stored_weights(model: ir.Model) -> int:
     groups: defaultdict[Hashable, list[TensorSlot]] = defaultdict(list)
     for slot in tensor_slots(model):
         if slot.can_be_external and slot.nbytes > _LEAST_BYTES:
-            groups[slot.tensor.dtype, tuple(slot.tensor.shape.numpy())].append(slot)
+            groups[_form(slot.tensor)].append(slot)
     saved = 0
     for group in groups.values():
         first: dict[str, TensorSlot] = {}
