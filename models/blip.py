@@ -19,6 +19,7 @@ from vlm_export.family import (
     Checkpoint,
     Description,
     Model,
+    NoOptions,
     PartOutline,
     StoredTensorInfo,
     TokenizerIds,
@@ -42,6 +43,7 @@ from vlm_export.models.shapes import config_section
 from vlm_export.models.weights import Target, load_weights, published_tensors
 from vlm_export.original import Original, TorchvisionPipeline, TransformersOriginal
 from vlm_export.specs import Origins, TextSpec, torchvision_image_spec
+from vlm_export.specs.codec import Spec
 from vlm_export.specs.tasks import AnswerSpec, CaptionSpec, EmbedSpec, EncoderSpec, FirstToken, MatchSpec, TaskSpec
 
 # Where the original truncates captions for retrieval (train_retrieval.py) and questions (blip_vqa.py).
@@ -55,7 +57,7 @@ class BlipFamily:
 
     name = "blip"
     reads: tuple[str, ...] = ()
-    choices: tuple[str, ...] = ()
+    options: type[Spec] = NoOptions
     marks: tuple[str, ...] = ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding")
     roots: tuple[str, ...] = blip_weights.ROOTS
     config_types: Mapping[str, tuple[str, ...]] = {
@@ -222,6 +224,7 @@ def _text_origins(architecture: BlipArchitecture, checkpoint: Checkpoint) -> Ori
             "text.end_token_id": stated("sep_token_id"),
             "text.pad_token_id": stated("pad_token_id"),
             "text.cleaning": "BERT's tokenizer alone",
+            "text.padding": "the model does not see padding",
             "text.case": "default of BertTokenizer",
             "text.added_tokens": "salesforce/BLIP: init_tokenizer (models/blip.py)",
             "text.pooling": "BLIP: the first token",

@@ -9,7 +9,15 @@ from typing import Any, Literal
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint
 from vlm_export.models.bert import BertSizes
-from vlm_export.models.shapes import Shapes, check_context, check_heads, config_integer, config_number, config_section
+from vlm_export.models.shapes import (
+    Shapes,
+    check_context,
+    check_heads,
+    config_integer,
+    config_number,
+    config_section,
+    image_size_of,
+)
 from vlm_export.specs.codec import Spec
 from vlm_export.specs.tasks import SpecialTokens
 
@@ -131,7 +139,7 @@ def _text_sizes(shapes: Shapes, prefix: str, config: Mapping[str, Any] | None) -
 
 
 def _original_vision(shapes: Shapes) -> BlipVitSizes:
-    width, _, patch, _ = shapes.of("visual_encoder.patch_embed.proj.weight", 4)
+    width, patch = shapes.patches("visual_encoder.patch_embed.proj.weight")
     return BlipVitSizes(
         width=width,
         layers=shapes.count("visual_encoder.blocks."),
@@ -154,14 +162,16 @@ def _huggingface_vision(shapes: Shapes) -> BlipVitSizes:
             fix="put the model's config.json beside the weights file; the code that made both saves them together",
         )
     _check_activation(config, "vision_config")
-    width, _, patch, _ = shapes.of("vision_model.embeddings.patch_embedding.weight", 4)
+    width, patch = shapes.patches("vision_model.embeddings.patch_embedding.weight")
     return BlipVitSizes(
         width=width,
         layers=shapes.count("vision_model.encoder.layers."),
         heads=config_integer(config, "num_attention_heads", 12),
         hidden=shapes.of("vision_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
         patch_size=patch,
-        image_size=patch * shapes.grid("vision_model.embeddings.position_embedding", 3),
+        image_size=image_size_of(
+            shapes.grid("vision_model.embeddings.position_embedding", 3), patch, config.get("image_size")
+        ),
         eps=config_number(config, "layer_norm_eps", 1e-5),
     )
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from vlm_export.errors import UsageError
 from vlm_export.family import (
-    CHOICES,
     DEFAULT_BUILD,
     Array,
     Arrays,
@@ -62,6 +61,7 @@ from vlm_export.models.pictures import (
 from vlm_export.models.token_ids import EDGES, random_ids
 from vlm_export.models.weights import Target, load_weights, published_tensors
 from vlm_export.specs import ImageSpec, Origins, TextCleaning, TextSpec, torchvision_image_spec
+from vlm_export.specs.codec import Spec
 from vlm_export.specs.signature import Axis, Signature, TensorSpec
 from vlm_export.specs.tasks import EmbedSpec, EncoderSpec, ScoreSpec
 
@@ -74,7 +74,7 @@ class ClipFamily:
 
     name = "clip"
     reads: tuple[str, ...] = ()
-    choices: tuple[str, ...] = CHOICES
+    options: type[Spec] = clip_architecture.ClipChoices
     marks: tuple[str, ...] = ("visual.conv1.weight", "vision_model.pre_layrnorm.weight", _HF_WORDS)
     roots: tuple[str, ...] = (*clip_weights.OPENAI_ROOTS, *clip_weights.HF_ROOTS)
     config_types: Mapping[str, tuple[str, ...]] = {
@@ -330,6 +330,7 @@ def _text_origins(architecture: ClipArchitecture, checkpoint: Checkpoint) -> Ori
                 "text.end_token_id": f"{tokenizer}: the vocabulary's last id",
                 "text.pad_token_id": f"{library}: zeros",
                 "text.cleaning": tokenizer,
+                "text.padding": "the model does not see padding",
                 "text.case": tokenizer,
             }
         )
@@ -341,6 +342,7 @@ def _text_origins(architecture: ClipArchitecture, checkpoint: Checkpoint) -> Ori
             "text.end_token_id": end,
             "text.pad_token_id": "end-of-text, which the model does not see behind the first",
             "text.cleaning": "transformers: the tokenizer alone",
+            "text.padding": "the model does not see padding",
             "text.case": "default of CLIPTokenizer",
             "text.pooling": end,
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint
@@ -23,8 +23,9 @@ from vlm_export.models.shapes import (
     config_integer,
     config_number,
     config_section,
+    image_size_of,
 )
-from vlm_export.specs.codec import Spec
+from vlm_export.specs.codec import Spec, between
 
 KeyNames = Literal["openai", "huggingface"]
 Pooling = Literal["argmax", "first_end_token"]
@@ -93,7 +94,7 @@ class ClipArchitecture(Spec):
 
 
 @dataclass(frozen=True)
-class ClipChoices:
+class ClipChoices(Spec):
     """What the shapes of weights with OpenAI's key names do not tell; the defaults are OpenAI's own.
 
     Attributes:
@@ -102,9 +103,9 @@ class ClipChoices:
         text_heads: attention heads of the text encoder, None: one for each 64 channels.
     """
 
-    activation: Activation = "quick_gelu"
-    head_width: int = HEAD_WIDTH
-    text_heads: int | None = None
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    head_width: Annotated[int, between(1)] = HEAD_WIDTH
+    text_heads: Annotated[int, between(1)] | None = None
 
 
 OPENAI_CHOICES = ClipChoices()
@@ -132,7 +133,7 @@ def architecture_from_openai(checkpoint: Checkpoint, choices: ClipChoices = OPEN
 
 
 def _openai_vit(shapes: Shapes, head_width: int) -> VitSizes:
-    width, _, patch, _ = shapes.of("visual.conv1.weight", 4)
+    width, patch = shapes.patches("visual.conv1.weight")
     return VitSizes(
         width=width,
         layers=shapes.count("visual.transformer.resblocks."),
@@ -212,16 +213,18 @@ def _check_towers(checkpoint: Checkpoint) -> None:
 
 
 def _huggingface_vision(shapes: Shapes, config: Mapping[str, Any]) -> VitSizes:
-    width, channels, patch, _ = shapes.of("vision_model.embeddings.patch_embedding.weight", 4)
+    width, patch = shapes.patches("vision_model.embeddings.patch_embedding.weight")
     sizes = VitSizes(
         width=width,
         layers=shapes.count("vision_model.encoder.layers."),
         heads=config_integer(config, "num_attention_heads", 12),
         hidden=shapes.of("vision_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
         patch_size=patch,
-        image_size=patch * shapes.grid("vision_model.embeddings.position_embedding.weight", 2),
+        image_size=image_size_of(
+            shapes.grid("vision_model.embeddings.position_embedding.weight", 2), patch, config.get("image_size")
+        ),
     )
-    stated = {**stated_vision(sizes), "num_channels": channels}
+    stated = {**stated_vision(sizes), "num_channels": 3}
     check_stated(shapes.checkpoint, _section_name(shapes.checkpoint, "vision"), config, stated)
     return sizes
 

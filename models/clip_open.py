@@ -11,7 +11,7 @@ transform.py).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 from vlm_export.errors import InputError, UsageError
@@ -26,7 +26,7 @@ from vlm_export.models.clip_architecture import (
 )
 from vlm_export.models.image_processor import Prepared, processor_files, same_origin
 from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD, Channels
-from vlm_export.models.shapes import config_integer, config_number
+from vlm_export.models.shapes import config_integer, config_number, image_size_of
 from vlm_export.specs import Origins, Resample, torchvision_image_spec
 
 FILE = "open_clip_config.json"
@@ -106,17 +106,18 @@ def clip_architecture(checkpoint: Checkpoint, options: BuildOptions = DEFAULT_BU
     stated = _stated(checkpoint)
     if stated is not None:
         refuse_choices(options, checkpoint)
-        architecture = architecture_from_openai(checkpoint, stated)
+        architecture = _with_margin(architecture_from_openai(checkpoint, stated), checkpoint)
         _check_sizes(checkpoint, architecture)
         return architecture
-    architecture = architecture_from_openai(checkpoint, replace(OPENAI_CHOICES, **_given(options)))
+    told = ClipChoices.from_config(options.family_options)
+    architecture = architecture_from_openai(checkpoint, told)
     width, heads = _vision_width(architecture), architecture.towers[0].heads
-    if options.head_width is not None and heads * options.head_width != width:
+    if "head_width" in options.family_options and heads * told.head_width != width:
         raise UsageError(
-            "the image encoder's width is not a multiple of --head-width",
+            "the image encoder's width is not a multiple of head_width",
             where=checkpoint.source,
             expected=f"a divisor of {width}",
-            got=str(options.head_width),
+            got=str(told.head_width),
         )
     return architecture
 
@@ -168,12 +169,12 @@ def refuse_sigmoid(checkpoint: Checkpoint) -> None:
 
 def refuse_choices(options: BuildOptions, checkpoint: Checkpoint) -> None:
     """UsageError when the options say something about weights that say it themselves."""
-    if given := _given(options):
+    if given := options.family_options:
         raise UsageError(
             "this checkpoint says its activation and its attention heads itself",
             where=checkpoint.source,
-            expected="neither --activation, --head-width nor --text-heads",
-            got=", ".join(f"{name} {value}" for name, value in given.items()),
+            expected="no --set activation, head_width or text_heads",
+            got=", ".join(f"{name}={value}" for name, value in given.items()),
             fix="leave these options out",
         )
 
@@ -187,11 +188,11 @@ def assumptions(
     vision, text = architecture.towers
     head_width = _vision_width(architecture) // vision.heads
     texts = {
-        "activation": "QuickGELU (else --activation gelu)",
-        "head_width": f"attention heads of the picture encoder {head_width} wide (else --head-width N)",
-        "text_heads": f"{text.heads} attention heads of the text encoder (else --text-heads N)",
+        "activation": "QuickGELU (else --set activation=gelu)",
+        "head_width": f"attention heads of the picture encoder {head_width} wide (else --set head_width=N)",
+        "text_heads": f"{text.heads} attention heads of the text encoder (else --set text_heads=N)",
     }
-    assumed = [what for name, what in texts.items() if name not in _given(options)]
+    assumed = [what for name, what in texts.items() if name not in options.family_options]
     if not assumed:
         return ()
     return (
@@ -251,11 +252,6 @@ def _vision_width(architecture: ClipArchitecture) -> int:
     return vision.width if isinstance(vision, VitSizes) else 32 * vision.width
 
 
-def _given(options: BuildOptions) -> dict[str, Any]:
-    choices = {field.name: getattr(options, field.name) for field in fields(ClipChoices)}
-    return {name: value for name, value in choices.items() if value is not None}
-
-
 def _check_fields(section: Mapping[str, Any], known: Mapping[str, tuple[Any, ...]], name: str) -> None:
     for key, value in section.items():
         where = f"{FILE}: {name}.{key}"
@@ -284,6 +280,16 @@ def _choose(section: Mapping[str, Any], key: str, choices: tuple[Any, ...], wher
             fix="this checkpoint cannot be exported",
         )
     return value
+
+
+def _with_margin(architecture: ClipArchitecture, checkpoint: Checkpoint) -> ClipArchitecture:
+    """For images of the stated size, where it is no multiple of the patch."""
+    vision, config = architecture.vision, checkpoint.open_clip_config
+    if config is None or not isinstance(vision, VitSizes):
+        return architecture
+    stated = _edge(_section(_section(config, "model_cfg"), "vision_cfg").get("image_size", 224))
+    size = image_size_of(vision.image_size // vision.patch_size, vision.patch_size, stated)
+    return replace(architecture, vision=replace(vision, image_size=size))
 
 
 def _check_sizes(checkpoint: Checkpoint, architecture: ClipArchitecture) -> None:

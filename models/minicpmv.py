@@ -18,6 +18,7 @@ from vlm_export.family import (
     Description,
     Family,
     Model,
+    NoOptions,
     PartOutline,
     StoredTensorInfo,
     WeightStore,
@@ -27,18 +28,22 @@ from vlm_export.models import minicpmv_weights
 from vlm_export.models.minicpmv_architecture import (
     VisionArchitecture,
     minicpmv_architecture,
+    stated_slicing,
 )
 from vlm_export.models.minicpmv_modules import VisionModules, build_modules
 from vlm_export.models.minicpmv_parts import build_parts
 from vlm_export.models.minicpmv_slicing import slice_spec_from_version
-from vlm_export.models.shapes import config_integer, config_section
+from vlm_export.models.shapes import config_integer
 from vlm_export.models.vit import VitForm
 from vlm_export.models.vit_weights import eva_table
 from vlm_export.models.weights import Target, load_weights, published_tensors
+from vlm_export.specs import Origins
+from vlm_export.specs.codec import Spec
 from vlm_export.specs.slices import SliceSpec
 from vlm_export.specs.tasks import FeatureSpec
 
 _MAX_SLICES = 9
+_UNCUT = ("1.0", "omnilmm")
 _PACKED_NOTE = (
     "pictures of different shapes share a batch: each is a row of patches, and tgt_sizes tells its rows and columns"
 )
@@ -49,7 +54,7 @@ class MiniCpmVFamily:
 
     name = "minicpmv"
     reads: tuple[str, ...] = ("vpm.", "resampler.")
-    choices: tuple[str, ...] = ()
+    options: type[Spec] = NoOptions
     marks: tuple[str, ...] = ("resampler.query",)
     roots: tuple[str, ...] = ()
     config_types: Mapping[str, tuple[str, ...]] = {"minicpmv": ("MiniCPMV",)}
@@ -63,7 +68,7 @@ class MiniCpmVFamily:
         return describe_vision(minicpmv_architecture(checkpoint), checkpoint)
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
-        refuse_options(options)
+        refuse_sizes(options)
         return build_vision(self, minicpmv_architecture(checkpoint), checkpoint, store)
 
     def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, StoredTensorInfo]:
@@ -73,10 +78,10 @@ class MiniCpmVFamily:
         return config_from_architecture(VisionArchitecture.from_config(architecture))
 
 
-def refuse_options(options: BuildOptions, accepted: tuple[str, ...] = ()) -> None:
-    """UsageError when the user asks for another size: the sizes are axes here. `accepted` options are for others."""
-    if options.image_size is not None or options.dynamic_image_size or set(options.choices) - set(accepted):
-        raise UsageError("this family takes pictures of any size already", fix="leave the size options out")
+def refuse_sizes(options: BuildOptions) -> None:
+    """UsageError when the user asks for another size: the sizes are axes here."""
+    if options.image_size is not None or options.dynamic_image_size:
+        raise UsageError("this family takes images of any size already", fix="leave the size options out")
 
 
 def describe_vision(
@@ -93,6 +98,7 @@ def describe_vision(
         tuple(_notes(architecture, checkpoint)),
         warnings,
         image=_slicing(architecture, checkpoint),
+        origins=_origins(architecture, checkpoint),
     )
 
 
@@ -120,6 +126,7 @@ def build_vision(
         references={part.name: partial(reference_from_module, part) for part in parts},
         reference_name="unpatched eager module",
         warnings=warnings,
+        origins=_origins(architecture, checkpoint),
     )
 
 
@@ -151,8 +158,7 @@ def _modules(architecture: VisionArchitecture) -> VisionModules:
 
 def _slicing(architecture: VisionArchitecture, checkpoint: Checkpoint) -> SliceSpec:
     """How pictures are cut: config.json's numbers, or the defaults of the version's own code."""
-    config = checkpoint.config or {}
-    section = config if architecture.version == "2.0" else config_section(checkpoint, "slice_config")
+    section, _, _ = stated_slicing(architecture.version, checkpoint)
     return slice_spec_from_version(
         architecture.version,
         queries=architecture.resampler.queries,
@@ -160,6 +166,19 @@ def _slicing(architecture: VisionArchitecture, checkpoint: Checkpoint) -> SliceS
         patch_size=architecture.vision.patch_size,
         max_slices=config_integer(section, "max_slice_nums", _MAX_SLICES),
     )
+
+
+def _origins(architecture: VisionArchitecture, checkpoint: Checkpoint) -> Origins:
+    """What states each value of `_slicing`."""
+    version = architecture.version
+    code = "OmniLMM's published code" if version == "omnilmm" else f"MiniCPM-V {version}'s published code"
+    section, before, size_key = stated_slicing(version, checkpoint)
+    values = dict.fromkeys(_slicing(architecture, checkpoint).to_json(), code)
+    for name, key in (("size_pixels", size_key), ("max_slices", "max_slice_nums")):
+        if name == "size_pixels" or version not in _UNCUT:
+            values[name] = f"config.json: {before}{key}" if key in section else f"default of {code}"
+    values |= {"patch_size": "shape of the encoder's weights", "placeholder.queries": "shape of the resampler's query"}
+    return Origins({f"image.{name}": origin for name, origin in values.items()})
 
 
 def _table(architecture: VisionArchitecture) -> dict[str, Target]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from vlm_export.errors import InputError, UsageError
 from vlm_export.family import BuildOptions, Checkpoint
@@ -19,7 +19,7 @@ from vlm_export.models.shapes import (
     config_section,
 )
 from vlm_export.models.vit import VitForm
-from vlm_export.specs.codec import Spec
+from vlm_export.specs.codec import Spec, between
 
 Version = Literal["1.0", "2.0", "2.5", "2.6", "4.0", "4.5", "omnilmm"]
 # Packed versions by the number in config.json; 2.6 is what later ones without their own rules follow.
@@ -28,6 +28,7 @@ _PACKED: dict[float, Version] = {2.5: "2.5", 2.6: "2.6", 4.0: "4.0", 4.5: "4.5"}
 _SIGLIP_HEAD, _RESAMPLER_HEAD = 72, 128
 # timm's eva02_enormous_patch14_clip_224 (timm 1.0, models/eva.py), the one encoder that OmniLMM was published with.
 _EVA_WIDTH, _EVA_HEADS = 1792, 16
+_DEFAULT_SIZE = 448
 # What is assumed of encoders of another width.
 _OTHER_EVA_HEAD = 32
 
@@ -70,12 +71,16 @@ def minicpmv_architecture(checkpoint: Checkpoint) -> VisionArchitecture:
     version = _version(config) if packed else ("2.0" if "slice_mode" in config else "1.0")
     vision: VitForm | NavitSizes = _navit(shapes, version) if packed else _siglip(shapes)
     resampler = _resampler(shapes, "resampler.", stored=version == "1.0")
-    default = 448
-    size_key = "image_size" if version == "1.0" else "scale_resolution"
-    section = config if version in ("1.0", "2.0") else config_section(checkpoint, "slice_config")
-    return _checked(
-        VisionArchitecture(version, vision, resampler, config_integer(section, size_key, default)), checkpoint
-    )
+    section, _, size_key = stated_slicing(version, checkpoint)
+    image_size = config_integer(section, size_key, _DEFAULT_SIZE)
+    return _checked(VisionArchitecture(version, vision, resampler, image_size), checkpoint)
+
+
+def stated_slicing(version: Version, checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str, str]:
+    """The object of config.json that says how pictures are cut, what its keys begin with, and the key of their size."""
+    if version in ("1.0", "2.0", "omnilmm"):
+        return checkpoint.config or {}, "", "scale_resolution" if version == "2.0" else "image_size"
+    return config_section(checkpoint, "slice_config"), "slice_config.", "scale_resolution"
 
 
 def omnilmm_architecture(checkpoint: Checkpoint, head_width: int | None = None) -> VisionArchitecture:
@@ -86,7 +91,7 @@ def omnilmm_architecture(checkpoint: Checkpoint, head_width: int | None = None) 
     """
     shapes = Shapes(checkpoint)
     prefix = "model.vision_tower."
-    width, _, patch, _ = shapes.of(f"{prefix}patch_embed.proj.weight", 4)
+    width, patch = shapes.patches(f"{prefix}patch_embed.proj.weight")
     vision = VitForm(
         width=width,
         layers=shapes.count(f"{prefix}blocks."),
@@ -97,20 +102,33 @@ def omnilmm_architecture(checkpoint: Checkpoint, head_width: int | None = None) 
         post_norm=True,
         antialias=True,
     )
-    image_size = config_integer(checkpoint.config or {}, "image_size", 448)
+    section, _, size_key = stated_slicing("omnilmm", checkpoint)
+    image_size = config_integer(section, size_key, _DEFAULT_SIZE)
     resampler = _resampler(shapes, "model.resampler.", stored=True)
     return _checked(VisionArchitecture("omnilmm", vision, resampler, image_size), checkpoint)
 
 
+@dataclass(frozen=True)
+class HeadWidth(Spec):
+    """What the weights of another image encoder than the published one do not say.
+
+    Attributes:
+        head_width: channels of an attention head of the image encoder; None where nobody tells.
+    """
+
+    head_width: Annotated[int, between(1)] | None = None
+
+
 def assumed_heads(checkpoint: Checkpoint, options: BuildOptions) -> tuple[str, ...]:
     """A warning where the heads of OmniLMM's image encoder are neither known nor told."""
-    vision = omnilmm_architecture(checkpoint, options.head_width).vision
-    if vision.width == _EVA_WIDTH or options.head_width is not None:
+    head_width = HeadWidth.from_config(options.family_options).head_width
+    vision = omnilmm_architecture(checkpoint, head_width).vision
+    if vision.width == _EVA_WIDTH or head_width is not None:
         return ()
     return (
         f"neither the weights nor config.json say how many attention heads an image encoder of width {vision.width} "
-        f"has: {vision.heads} heads, {vision.width // vision.heads} wide, are assumed (else --head-width N); with a "
-        "wrong number all features are wrong, and verification cannot see it",
+        f"has: {vision.heads} heads, {vision.width // vision.heads} wide, are assumed (else --set head_width=N); with "
+        "a wrong number all features are wrong, and verification cannot see it",
     )
 
 
@@ -122,12 +140,12 @@ def _eva_heads(checkpoint: Checkpoint, width: int, head_width: int | None) -> in
             "the heads of the published image encoder are known",
             where=checkpoint.source,
             expected=f"{_EVA_HEADS} heads of {_EVA_WIDTH // _EVA_HEADS} channels",
-            got=f"--head-width {head_width}",
-            fix="leave --head-width out",
+            got=f"head_width={head_width}",
+            fix="leave --set head_width out",
         )
     if width % head_width:
         raise UsageError(
-            "the image encoder's width is not a multiple of --head-width",
+            "the image encoder's width is not a multiple of head_width",
             where=checkpoint.source,
             expected=f"a divisor of {width}",
             got=str(head_width),
@@ -149,7 +167,7 @@ def _version(config: Mapping[str, Any]) -> Version:
 
 
 def _siglip(shapes: Shapes) -> VitForm:
-    width, _, patch, _ = shapes.of("vpm.patch_embed.proj.weight", 4)
+    width, patch = shapes.patches("vpm.patch_embed.proj.weight")
     return VitForm(
         width=width,
         layers=shapes.count("vpm.blocks."),
@@ -163,7 +181,7 @@ def _siglip(shapes: Shapes) -> VitForm:
 
 
 def _navit(shapes: Shapes, version: Version) -> NavitSizes:
-    width, _, patch, _ = shapes.of("vpm.embeddings.patch_embedding.weight", 4)
+    width, patch = shapes.patches("vpm.embeddings.patch_embedding.weight")
     config = config_section(shapes.checkpoint, "vision_config")
     sizes = NavitSizes(
         width=width,

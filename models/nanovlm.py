@@ -18,6 +18,7 @@ from vlm_export.family import (
     Checkpoint,
     Description,
     Model,
+    NoOptions,
     PartOutline,
     StoredTensorInfo,
     WeightStore,
@@ -36,6 +37,7 @@ from vlm_export.models.nanovlm_weights import EMBEDDING_KEY, HEAD_KEY, check_tie
 from vlm_export.models.weights import load_weights, published_tensors
 from vlm_export.original import Original, TorchvisionPipeline, TransformersOriginal
 from vlm_export.specs import AnyImageSpec, ImageSpec, Origins, TextSpec, TileSpec, torchvision_image_spec
+from vlm_export.specs.codec import Spec
 from vlm_export.specs.tasks import ChatSpec, EmbedSpec, EncoderSpec, PromptSpec, SamplingSpec, TaskSpec
 
 # What the original's `generate` draws from, in every version.
@@ -51,7 +53,7 @@ class NanoVlmFamily:
 
     name = "nanovlm"
     reads: tuple[str, ...] = ()
-    choices: tuple[str, ...] = ()
+    options: type[Spec] = NoOptions
     marks: tuple[str, ...] = ("MP.proj.weight",)
     roots: tuple[str, ...] = ("vision_encoder", "MP", "decoder")
     config_types: Mapping[str, tuple[str, ...]] = {}
@@ -141,7 +143,16 @@ def _preparation(architecture: NanoVlmArchitecture) -> AnyImageSpec | None:
 
 def _origins(architecture: NanoVlmArchitecture) -> Origins:
     image = _image_spec(architecture)
-    return Origins({} if image is None else same_origin(image, "huggingface/nanoVLM data/processors.py"))
+    if image is not None:
+        return Origins(same_origin(image, "huggingface/nanoVLM data/processors.py"))
+    return Origins(
+        {
+            "image.tile_size_pixels": "shape of the encoder's weights",
+            "image.max_side_pixels": "config.json: max_img_size",
+            "image.resize_to_max_side": "config.json: resize_to_max_side_len, false where it is not stated",
+            "image.global_tile": "config.json: vlm_extra_tokens",
+        }
+    )
 
 
 def _original(architecture: NanoVlmArchitecture) -> Original:

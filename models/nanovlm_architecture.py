@@ -165,7 +165,7 @@ def _vision(shapes: Shapes, config: Mapping[str, Any]) -> VitForm:
             expected="false, as in every published nanoVLM",
             got=repr(config["vit_cls_flag"]),
         )
-    width, _, patch, _ = shapes.of(f"{prefix}patch_embedding.conv.weight", 4)
+    width, patch = shapes.patches(f"{prefix}patch_embedding.conv.weight")
     return VitForm(
         width=width,
         layers=shapes.count(f"{prefix}blocks."),

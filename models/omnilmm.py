@@ -13,10 +13,11 @@ from vlm_export.models.minicpmv import (
     build_vision,
     config_from_architecture,
     describe_vision,
-    refuse_options,
+    refuse_sizes,
     vision_tensors,
 )
-from vlm_export.models.minicpmv_architecture import VisionArchitecture, assumed_heads, omnilmm_architecture
+from vlm_export.models.minicpmv_architecture import HeadWidth, VisionArchitecture, assumed_heads, omnilmm_architecture
+from vlm_export.specs.codec import Spec
 
 
 class OmniLmmFamily:
@@ -24,7 +25,7 @@ class OmniLmmFamily:
 
     name = "omnilmm"
     reads: tuple[str, ...] = ("model.vision_tower.", "model.resampler.")
-    choices: tuple[str, ...] = ("head_width",)
+    options: type[Spec] = HeadWidth
     marks: tuple[str, ...] = ("model.resampler.query",)
     roots: tuple[str, ...] = ()
     config_types: Mapping[str, tuple[str, ...]] = {"omnilmm": ("OmniLMMForCausalLM",)}
@@ -36,8 +37,8 @@ class OmniLmmFamily:
         return describe_vision(omnilmm_architecture(checkpoint), checkpoint, assumed_heads(checkpoint, DEFAULT_BUILD))
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
-        refuse_options(options, self.choices)
-        architecture = omnilmm_architecture(checkpoint, options.head_width)
+        refuse_sizes(options)
+        architecture = omnilmm_architecture(checkpoint, HeadWidth.from_config(options.family_options).head_width)
         return build_vision(self, architecture, checkpoint, store, assumed_heads(checkpoint, options))
 
     def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, StoredTensorInfo]:

@@ -35,6 +35,22 @@ class Shapes:
             )
         return info.shape
 
+    def patches(self, key: str) -> tuple[int, int]:
+        """Width of the tokens and edge of the patches that a convolution of RGB images makes.
+
+        Raises:
+            InputError: it takes images of other channels, or its patches are no squares.
+        """
+        width, channels, height, edge = self.of(key, 4)
+        if channels != 3 or height != edge:
+            raise InputError(
+                "the image encoder does not take square patches of RGB images, and nothing else is supported",
+                where=f"{self.checkpoint.source}: tensor {shown(key)}",
+                expected=f"3 channels and a square, ({width}, 3, {edge}, {edge})",
+                got=f"({width}, {channels}, {height}, {edge})",
+            )
+        return width, edge
+
     def count(self, prefix: str) -> int:
         """The number of consecutive layers, from 0, whose keys start with `prefix` and a number."""
         return _count_consecutive(key[len(prefix) :] for key in self.checkpoint.tensors if key.startswith(prefix))
@@ -107,6 +123,17 @@ def config_number(section: Mapping[str, Any], key: str, default: float, file: st
             f"{file} is malformed", where=f"{file}: {key}", expected="a positive number", got=f"{value!r:.200}"
         )
     return float(value)
+
+
+def image_size_of(grid: int, patch: int, stated: Any) -> int:
+    """Pixels of the square that a grid of patches is made from.
+
+    Args:
+        stated: the size that a config states. One that is no multiple of the patch is kept where it gives this grid:
+            the convolution leaves the margin out.
+    """
+    is_fit = isinstance(stated, int) and not isinstance(stated, bool) and stated // patch == grid
+    return stated if is_fit else grid * patch
 
 
 def check_stated(checkpoint: Checkpoint, name: str, section: Mapping[str, Any], derived: Mapping[str, Any]) -> None:

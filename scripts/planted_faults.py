@@ -1,7 +1,8 @@
-"""Plants faults in bundles and writes what the proof of the contract says of each into docs/planted-faults.md.
+"""Plants faults in bundles and graphs and writes what the proof says of each into docs/planted-faults.md.
 
 Each fault is planted in a copy of a bundle of a tiny CLIP that transformers saved, and verified twice: by the record in
-the bundle alone (`verify DIR`), and with the original (`verify DIR --source`).
+the bundle alone (`verify DIR`), and with the original (`verify DIR --source`). Faults of float16 graphs are planted in
+each layer of a tiny CLIP.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tempfile import TemporaryDirectory
 from unittest import mock
 
 from faults.checkpoint import write_checkpoint
+from faults.half import HalfVerdict, part_graphs, verdicts
 from faults.plant import FAULTS, Fault
 
 from vlm_export.bundle.opened import OpenBundle, open_bundle
@@ -43,6 +45,17 @@ hashed again, so that no check of files alone can see it; "record" is `vlm-expor
 
 | fault | in | record | original | message |
 | --- | --- | --- | --- | --- |
+"""
+_HALF_HEAD = """
+## Float16 graphs
+
+Each fault is planted in the graphs of a tiny CLIP of three layers before they become float16, as a wrong back end or
+converter would leave it. "Rounded" is the graph as float16 hardware computes it, "float32" the same nodes in float32
+with weights that are not rounded ([numerics](numerics.md#noise)); both name the relative error of the worst row, and
+"of gate" is what of the nearest gate was seen. The ledger compares each weight with the checkpoint's.
+
+| fault | part | layer | rounded | of gate | float32 | of gate | found by |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 """
 _LONGEST_MESSAGE = 160
 
@@ -139,10 +152,19 @@ def _seen(error: VlmExportError | None) -> str:
     return "fails" if isinstance(error, VerificationError) else "refused"
 
 
+def half_row(found: HalfVerdict) -> str:
+    """A line of the table of float16 graphs."""
+    name = "none" if found.fault is None else found.fault.name
+    numbers = [f"{seen.seen:.1e} | {seen.share:.2g}" for seen in (found.rounded, found.unrounded)]
+    return f"| {name} | {found.part} | {found.layer} | {' | '.join(numbers)} | {found.found_by or 'passes'} |\n"
+
+
 def page(folder: Path) -> str:
     """The whole page."""
     with proved(folder) as at:
-        return _HEAD + "".join(row(fault, verdict(fault, at, folder)) for fault in FAULTS)
+        contract_rows = "".join(row(fault, verdict(fault, at, folder)) for fault in FAULTS)
+    with part_graphs(folder / "half") as parts:
+        return _HEAD + contract_rows + _HALF_HEAD + "".join(map(half_row, verdicts(parts)))
 
 
 def main(arguments: list[str] | None = None) -> int:

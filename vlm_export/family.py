@@ -16,7 +16,7 @@ from vlm_export.original import Original
 from vlm_export.specs import MAX_IMAGE_SIZE_PIXELS, AnyImageSpec, Origins, TextSpec
 from vlm_export.specs.codec import Spec, between
 from vlm_export.specs.signature import Signature
-from vlm_export.specs.tasks import TaskSpec
+from vlm_export.specs.tasks import FoundTask, TaskSpec, find_task
 
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]
@@ -186,9 +186,14 @@ class Model:
     with_tokenizer: Callable[[Model, TokenizerIds], Model] = lambda model, _: model
     origins: Origins = field(default_factory=Origins)
 
+    def task(self, kind: type[FoundTask]) -> FoundTask | None:
+        """What the model can be asked of that kind, None where it cannot."""
+        return find_task(self.tasks, kind)
 
-CHOICES = ("activation", "head_width", "text_heads")
-"""The fields of BuildOptions that say what some weights do not say."""
+
+@dataclass(frozen=True)
+class NoOptions(Spec):
+    """The options of a family that needs to be told nothing."""
 
 
 @dataclass(frozen=True)
@@ -198,26 +203,17 @@ class BuildOptions(Spec):
     Attributes:
         image_size: edge in pixels of the square that the vision part takes, instead of the checkpoint's own.
         dynamic_image_size: height and width become axes of the vision part.
-        activation, head_width, text_heads: what some weights do not say, for families that list the field among
-            their `choices`: the activation, the width of the image encoder's attention heads, the number of the text
-            encoder's.
+        family_options: name → value of what some weights do not say about themselves; `Family.options` declares them.
     """
 
     image_size: Annotated[int, between(1, MAX_IMAGE_SIZE_PIXELS)] | None = None
     dynamic_image_size: bool = False
-    activation: Literal["quick_gelu", "gelu"] | None = None
-    head_width: Annotated[int, between(1)] | None = None
-    text_heads: Annotated[int, between(1)] | None = None
+    family_options: Mapping[str, int | str] = field(default_factory=dict)
 
     def refusal(self, field: str, expected: str) -> VlmExportError:
         """The user chose it: UsageError that names the option."""
         option = f"--{field.replace('_', '-')}"
         return UsageError(f"{option} is out of range", expected=expected, got=repr(getattr(self, field)))
-
-    @property
-    def choices(self) -> dict[str, Any]:
-        """The fields that say what weights do not say, and were given."""
-        return {name: value for name in CHOICES if (value := getattr(self, name)) is not None}
 
 
 class WeightStore(Protocol):
@@ -237,7 +233,7 @@ class Family(Protocol):
     Attributes:
         reads: prefixes of the keys that the family reads, () for all. Shards that hold no such key are neither
             downloaded nor opened.
-        choices: which of `CHOICES` the family may need to be told.
+        options: the fields of `BuildOptions.family_options` that the family takes, with types and ranges.
         marks: keys of which each of its checkpoints has at least one; a common prefix of all keys is found by them.
         roots: first parts of its keys; tensors under others are of modules beside the model. () where it leaves aside
             whatever it does not read.
@@ -246,7 +242,7 @@ class Family(Protocol):
 
     name: str
     reads: tuple[str, ...]
-    choices: tuple[str, ...]
+    options: type[Spec]
     marks: tuple[str, ...]
     roots: tuple[str, ...]
     config_types: Mapping[str, tuple[str, ...]]

@@ -13,15 +13,16 @@ _MERGED = ("th", "the</w>", "an", "ph", "photo</w>", "ca", "cat</w>", "of</w>", 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
-def write_checkpoint(folder: Path, seed: int = 0, **image_settings: Any) -> Path:
+def write_checkpoint(folder: Path, seed: int = 0, layers: int = 2, **image_settings: Any) -> Path:
     """Writes config.json, model.safetensors, preprocessor_config.json and the tokenizer's files.
 
     Args:
+        layers: of each encoder.
         image_settings: of the image processor, instead of CLIP's.
     """
     tokenizer = tiny_tokenizer()
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers, "num_attention_heads": 2}
     ids = {"bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
     config = CLIPConfig(
         projection_dim=EMBED_DIM,

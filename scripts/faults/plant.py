@@ -75,12 +75,12 @@ def _json_fault(name: str, file: str, change: Callable[[Json], None]) -> Fault:
 
 
 def _field(name: str, file: str, path: str, value: Any) -> Fault:
-    """A field of a JSON file set to a value; `path` has dots between keys."""
+    """A field of a JSON file set to a value; `path` has dots between keys, and numbers of list entries."""
     *parents, last = path.split(".")
 
-    def change(data: Json) -> None:
+    def change(data: Any) -> None:
         for key in parents:
-            data = data[key]
+            data = data[int(key) if isinstance(data, list) else key]
         data[last] = value
 
     return _json_fault(name, file, change)
@@ -325,6 +325,6 @@ GRAPH_FAULTS: tuple[Fault, ...] = (
     _graph("weights of another checkpoint", TEXT, _stale_weights),
     _graph("one matrix 1 % too large", VISION, _one_matrix),
     Fault("towers exchanged", VISION, _swap_towers),
-    _field("scale of the logits", MANIFEST_NAME, "facts.logit_scale", 4.6052),
+    _field("scale of the logits", MANIFEST_NAME, "tasks.0.score.logit_scale", 4.6052),
 )
 FAULTS: tuple[Fault, ...] = (*FILE_FAULTS, *PREPARATION_FAULTS, *GRAPH_FAULTS)

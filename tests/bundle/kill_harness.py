@@ -1,23 +1,19 @@
-"""Kills writers with SIGKILL, at random times or at each of their file operations, and checks what they leave.
+"""Kills writers with SIGKILL at each of their file operations, and checks what they leave.
 
-Works on any process: `forked` runs a Python function in a child, `spawned` a command line. Load this file by path
-(see `conftest.py`), because test directories are no packages.
+Writers are Python functions that run in forked children. Load this file by path (see `conftest.py`), because test
+directories are no packages.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
-import random
 import shutil
 import signal
-import subprocess
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +22,6 @@ FILE_EVENTS = frozenset({"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir
 _KILLED, _ENDED = -signal.SIGKILL, 0
 # Added to the status of a command that ended before it got its signal; larger than 130 would not fit in a byte.
 _NOT_SENT = 131
-
-
-@dataclass(frozen=True)
-class Kill:
-    """When the signal was sent, and whether the process had already ended by itself, and then successfully."""
-
-    delay_seconds: float
-    ended_before: bool
 
 
 def forked(work: Callable[[], object]) -> int:
@@ -52,53 +40,23 @@ def forked(work: Callable[[], object]) -> int:
         os._exit(status)
 
 
-def spawned(command: Sequence[str]) -> int:
-    """Starts a command in the background and returns its process id."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
-    process.returncode = 0  # Waited for by its id below; Popen must not warn about it.
-    return process.pid
-
-
-def kill_at_random_points(
-    start: Callable[[], int],
-    check: Callable[[], object],
-    *,
-    kills: int,
-    longest_seconds: float,
-    shortest_seconds: float = 0.0,
-    seed: int = 0,
-) -> list[Kill]:
-    """Starts the process, kills it after a random time and calls `check`, `kills` times.
-
-    Raises:
-        AssertionError: the process failed by itself, or whatever `check` raises.
-    """
-    chance = random.Random(seed)
-    done = []
-    for _ in range(kills):
-        delay = chance.uniform(shortest_seconds, longest_seconds)
-        pid = start()
-        time.sleep(delay)
-        os.kill(pid, signal.SIGKILL)
-        done.append(Kill(delay, _ended(pid)))
-        check()
-    return done
-
-
 def kill_at_each_step(
-    work: Callable[[], object], check: Callable[[], object], *, first: int = 1, most: int = 1000
+    work: Callable[[], object], check: Callable[[], object], *, first: int = 1, every: int = 1, most: int = 1000
 ) -> int:
     """Runs `work` in children that kill themselves just before file operation `first`, the next, …, until one ends.
+
+    Args:
+        every: only each so-manieth operation, for work that takes long.
 
     Returns:
         The number of children that were killed.
     """
-    for step in range(first, most):
+    for killed, step in enumerate(range(first, most, every)):
         pid = forked(lambda step=step: _run_until(work, step))  # type: ignore[misc]  # bound now, not at the call
         ended = _ended(pid)
         check()
         if ended:
-            return step - first
+            return killed
     raise AssertionError(f"the work has not ended within {most} file operations")
 
 

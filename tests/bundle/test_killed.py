@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -43,55 +41,25 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
-def test_killed_at_random_points(
-    read_generation: Read, tmp_path: Path, publish_generation: Publish, harness: ModuleType, way: str, no_sync: None
-) -> None:
-    """C2 and C3: a loop of overwriting exports is killed 60 times; the bundle is one generation, whole."""
-    target = tmp_path / "bundle"
-    publish_generation(target, 0)
-    seen: list[int] = []
-    generations = itertools.cycle(range(1, 251))
-
-    def loop() -> None:
-        for generation in itertools.chain([next(generations)], range(251, 256)):
-            publish_generation(target, generation)
-
-    def start() -> int:
-        pid: int = harness.forked(loop)
-        next(generations)
-        return pid
-
-    kills = harness.kill_at_random_points(
-        start,
-        lambda: seen.append(read_generation(target)),
-        kills=60,
-        shortest_seconds=0.002,
-        longest_seconds=0.08,
-    )
-    assert len(kills) == len(seen) == 60
-    assert len(set(seen)) > 3
-    publish_generation(target, 250)
-    assert os.listdir(tmp_path) == ["bundle"]
-
-
 def test_killed_at_each_file_operation(
     read_generation: Read, tmp_path: Path, publish_generation: Publish, harness: ModuleType, way: str, no_sync: None
 ) -> None:
+    """C2 and C3. The next export makes a whole bundle of what is left, and clears the rest."""
     target = tmp_path / "out" / "bundle"
     publish_generation(target, 1)
-    shutil.copytree(target.parent, tmp_path / "before")
-    seen = []
+    seen: list[int] = []
 
-    def check() -> None:
-        seen.append(read_generation(target))
-        shutil.rmtree(target.parent)
-        shutil.copytree(tmp_path / "before", target.parent)
+    def export() -> None:
+        publish_generation(target, 2)
 
-    killed = harness.kill_at_each_step(lambda: publish_generation(target, 2), check)
+    killed = harness.kill_and_repeat_at_each_step(
+        target.parent, export, lambda: seen.append(read_generation(target)), export
+    )
     assert killed > 20
+    # Of each child: what the kill left, and what the next run made of it.
+    assert seen[1::2] == [2] * (killed + 1)
+    assert seen[0::2] == sorted(seen[0::2])
     assert seen[0] == 1
-    assert seen == sorted(seen)
-    assert seen[-1] == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -138,7 +106,7 @@ def test_naive_overwriting_would_be_caught(
     monkeypatch: pytest.MonkeyPatch,
     no_sync: None,
 ) -> None:
-    """The control: a writer that writes file by file does not pass the two tests above."""
+    """The control: a writer that writes file by file does not pass the tests above."""
     target = tmp_path / "bundle"
     publish_generation(target, 1)
     monkeypatch.setattr(publish, "replace_directory", lambda new, old: shutil.copytree(new, old, dirs_exist_ok=True))
@@ -253,19 +221,3 @@ def test_exchange_needs_no_second_step_here(tmp_path: Path) -> None:
         assert os.listdir(tmp_path / "b") == ["a"]
     else:
         assert os.listdir(tmp_path / "a") == ["a"]
-
-
-def test_the_harness_kills_commands(harness: ModuleType) -> None:
-    command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    (kill,) = harness.kill_at_random_points(
-        lambda: harness.spawned(command), lambda: None, kills=1, longest_seconds=0.01
-    )
-    assert not kill.ended_before
-    with pytest.raises(AssertionError, match="failed by itself with exit status 1"):
-        harness.kill_at_random_points(
-            lambda: harness.spawned(["false"]),
-            lambda: None,
-            kills=1,
-            shortest_seconds=1.0,
-            longest_seconds=1.0,
-        )

@@ -283,9 +283,9 @@ def test_a_file_name_that_leaves_the_bundle_is_refused_wherever_it_stands(manife
     for field, value in (("file", "/x.onnx"), ("external_data", ["../x"])):
         changed = copy.deepcopy(data)
         changed["parts"][0]["variants"][0][field] = value
-        with pytest.raises(InputError, match=f"'{field}'") as caught:
+        with pytest.raises(InputError, match="not a plain path") as caught:
             read(changed)
-        assert caught.value.where == "vlm_export.json: parts[0].variants[0]"
+        assert caught.value.where == f"vlm_export.json: parts[0].variants[0].{field}"
 
 
 @pytest.mark.parametrize(

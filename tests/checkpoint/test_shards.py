@@ -19,7 +19,7 @@ from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.cli.main import main
 from vlm_export.errors import InputError, UsageError
 from vlm_export.export.options import ExportOptions
-from vlm_export.export.source import open_source
+from vlm_export.export.source import open_source, source_record
 from vlm_export.family import Checkpoint
 from vlm_export.models.registry import recognise
 
@@ -208,7 +208,9 @@ def test_a_model_is_built_without_the_language_model(minicpmv: Path, suffix: str
     family = recognise(checkpoint)
     with ScratchStore(tmp_path / "weights.bin") as store:
         model = family.build(replace(checkpoint, read=recorded), store)
-    assert model.facts["shards_left_aside"] == [shard_name(suffix, 1, 2)]
+    assert checkpoint.shards_left_aside == (shard_name(suffix, 1, 2),)
+    record = source_record(checkpoint, ExportOptions())
+    assert record.shards_left_aside == checkpoint.shards_left_aside
     assert model.dropped_keys == ("llm.lm_head.weight",)
     assert read
     assert all(key.startswith(family.reads) for key in read)

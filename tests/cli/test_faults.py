@@ -178,7 +178,8 @@ def test_c5_signals(
 
 
 def test_c2_killed_exports_leave_one_bundle_or_the_other(tmp_path: Path, checkpoint: Path) -> None:
-    """At 52 random points from the first stage to past publication; each file equals one bundle's or the other's."""
+    """At points from the first stage to publication; each file equals one bundle's or the other's, and the last run
+    clears what all killed ones left."""
     target = tmp_path / "out" / "bundle"
     opened = open_checkpoint(str(checkpoint))
     torch.save({key: 0.9 * opened.read(key) for key in opened.tensors}, tmp_path / "other.pt")
@@ -195,9 +196,9 @@ def test_c2_killed_exports_leave_one_bundle_or_the_other(tmp_path: Path, checkpo
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["killed"] >= 50
-    assert set(found["seen"]) <= {0, 1}
-    assert found["seen"][-1] == 1
+    assert found["killed"] >= 20
+    assert found["seen"] == sorted(found["seen"])
+    assert (found["seen"][0], found["seen"][-1]) == (0, 1)
     assert found["left"] == ["bundle"]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import zipfile
 from collections.abc import Callable
@@ -176,6 +178,27 @@ def test_split_writes_both_models_or_none(cli: Callable[..., Any], weighted: Pat
     cli(*split, weighted.with_name("1.onnx_data"), "--overwrite").refused(2, "two files would have the same name")
     assert {file: file.read_bytes() for file in weighted.parent.iterdir()} == before
     assert len(cli(*split, second, "--overwrite", "--verify", "--json").data["files"]) == 4
+
+
+def test_split_into_two_directories_says_what_is_in_place_where_the_second_refuses(
+    cli: Callable[..., Any], weighted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = weighted.with_name("1.onnx"), weighted.parent / "other" / "2.onnx"
+    second.parent.mkdir()
+    replace = os.replace
+
+    def refuse(source: Any, target: Any) -> None:
+        if Path(target).parent == second.parent:
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    split = ("graph", "split", weighted, "--at", "h", "-o", first, "--second", second, "--embedded")
+    cli(*split).refused(4, "only some of the models are in place", str(first), "Permission denied")
+    assert first.is_file()
+    assert not second.exists()
+    monkeypatch.undo()
+    assert cli(*split, "--overwrite", "--verify").status == 0
 
 
 def test_split_refuses_what_is_not_valid(

@@ -151,3 +151,26 @@ def test_streaming_needs_no_torch(spawn: Callable[..., Any], nanovlm_bundle: Bun
     env = {"PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(DATA.parents[1])}
     done = spawn("ask", bundle, PICTURE, ASKED, "--stream", *ONE, code=NO_TORCH, env=env)
     assert (done.status, done.out.strip()) == (0, shown_lines(expected).strip()), done.err
+
+
+def test_inspect_tells_how_pictures_are_cut(cli: Cli, nanovlm_bundle: Bundle) -> None:
+    for source in (nanovlm_bundle("split"), DATA / "nanovlm" / "split"):
+        tiles = cli("inspect", source, "--json").data["preparation"]["tiles"]
+        assert {name: entry["value"] for name, entry in tiles.items()} == {
+            "tile_size_pixels": 32,
+            "max_side_pixels": 64,
+            "resize_to_max_side": True,
+        }
+        assert tiles["max_side_pixels"]["from"] == "config.json: max_img_size"
+        assert "tiles.max_side_pixels" in cli("inspect", source).out
+    assert "tiles" not in cli("inspect", nanovlm_bundle("450m"), "--json").data["preparation"]
+
+
+def test_embed_skips_what_cannot_be_read_in_a_folder(cli: Cli, nanovlm_bundle: Bundle, tmp_path: Path) -> None:
+    folder, output = tmp_path / "pictures", tmp_path / "x.npy"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"no picture")
+    (folder / "b.png").write_bytes(PICTURE.read_bytes())
+    done = cli("embed", nanovlm_bundle("split"), folder, "-o", output, "--quiet", "--json", *ONE)
+    assert (done.status, done.data["count"], done.data["skipped"]) == (0, 1, [str(folder / "a.png")])
+    assert len(np.load(output)) == 1

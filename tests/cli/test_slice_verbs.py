@@ -38,7 +38,41 @@ def test_embed_npy(cli: Cli, slice_bundle: Bundle, tmp_path: Path) -> None:
     data = cli("embed", bundle, SMALL, "-o", output, "--overwrite", "--quiet", "--json", *ONE, "--batch-size", "1").data
     assert data.pop("seconds") >= 0
     expected_data = {"output": str(output), "kind": "slices", "count": 1, "slices": 1, "shape": [5, 256]}
-    assert data == {**expected_data, "skipped": []}
+    assert data == {**expected_data, "skipped": [], "unreadable": {}}
+
+
+def test_embed_skips_what_cannot_be_cut_in_a_folder(cli: Cli, slice_bundle: Bundle, tmp_path: Path) -> None:
+    bundle, folder, output = slice_bundle("v2_6"), tmp_path / "pictures", tmp_path / "f.npy"
+    folder.mkdir()
+    for name in ("a", "b", "d"):
+        (folder / f"{name}.png").write_bytes(b"no picture")
+    for name in ("c", "e"):
+        (folder / f"{name}.png").write_bytes(SMALL.read_bytes())
+    done = cli("embed", bundle, folder, "-o", output, "--quiet", "--json", "--batch-size", "2", *ONE)
+    assert (done.status, done.data["count"]) == (0, 2)
+    assert done.err.startswith("warning: 3 pictures of folders skipped, which cannot be read: ")
+    assert [row["item"] for row in npy_metadata(output)["rows"]] == [str(folder / "c.png"), str(folder / "e.png")]
+    first, second = np.load(output)
+    assert np.array_equal(first, second)
+    (folder / "c.png").unlink()
+    (folder / "e.png").unlink()
+    cli("embed", bundle, folder, "-o", output, "--quiet", "--overwrite", *ONE).refused(3, "none of the 3 pictures")
+    assert len(np.load(output)) == 2
+
+
+@pytest.mark.parametrize("variant", ["v2_6", "omnilmm"])
+def test_inspect_tells_how_pictures_are_cut(cli: Cli, slice_bundle: Bundle, variant: str) -> None:
+    bundle = cli("inspect", slice_bundle(variant), "--json").data["preparation"]["slicing"]
+    spec = load_slice_encoder(slice_bundle(variant)).spec
+    assert bundle["mode"]["value"] == spec.mode
+    assert bundle["placeholder.source"]["value"] == list(spec.placeholder.source)
+    checkpoint = cli("inspect", FOLDER.parent / variant, "--json").data["preparation"]["slicing"]
+    assert list(checkpoint) == list(bundle)
+    origins = {name: entry["from"] for name, entry in bundle.items()}
+    assert "not stated" not in origins.values()
+    assert origins["size_pixels"].startswith("config.json: ")
+    printed = cli("inspect", slice_bundle(variant)).out
+    assert "slicing.placeholder.row_separator" in printed
 
 
 def test_embed_parquet(cli: Cli, slice_bundle: Bundle, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm_export.cli.output import print_table
+
 Cli = Callable[..., Any]
 
 
@@ -35,7 +37,9 @@ def test_inspect_a_bundle(cli: Cli, exported: Path) -> None:
     (variant,) = data["parts"][0]["variants"]
     assert (variant["precision"], variant["opset"], variant["verification"]) == ("fp32", 17, {"passed": True})
     assert variant["oldest_onnxruntime"] == "1.15.1"
-    assert "fp32 opset 17 (torchscript), ONNX Runtime ≥ 1.15.1" in cli("inspect", exported).out
+    printed = cli("inspect", exported).out
+    assert "fp32 opset 17 (torchscript), ONNX" in printed
+    assert "Runtime ≥ 1.15.1" in printed
 
 
 def test_export_prints_a_table_and_its_progress(
@@ -123,6 +127,32 @@ def test_embed_and_search_pictures(cli: Cli, pair: Path, picture: Path, tmp_path
     assert cli("search", pair, output, "something red").status == 0
 
 
+def test_embed_skips_what_cannot_be_read_in_a_folder(cli: Cli, pair: Path, picture: Path, tmp_path: Path) -> None:
+    folder, output = tmp_path / "pictures", tmp_path / "x.npy"
+    folder.mkdir()
+    for name in ("b.png", "d.png"):
+        (folder / name).write_bytes(picture.read_bytes())
+    (folder / "a.png").write_bytes(b"no picture")
+    (folder / "c.png").write_bytes(picture.read_bytes()[:100])
+    embed = ("embed", "-o", output, "--quiet", "--batch-size", "1", "--threads", "1", pair, folder)
+    for more in ("--strict", folder / "a.png"):
+        cli(*embed, more).refused(3, str(folder / "a.png"))
+        assert not output.exists()
+    done = cli(*embed, "--json")
+    bad = [str(folder / "a.png"), str(folder / "c.png")]
+    assert (done.status, done.data["count"], done.data["skipped"]) == (0, 2, bad)
+    assert list(done.data["unreadable"]) == bad
+    assert done.err.startswith("warning: 2 pictures of folders skipped, which cannot be read: ")
+    assert all(path in done.err for path in bad)
+    assert len(np.load(output)) == 2
+    items = {match["item"] for match in cli("search", pair, output, "a cat", "--json").data["matches"]}
+    assert items == {str(folder / "b.png"), str(folder / "d.png")}
+    for name in ("b.png", "d.png"):
+        (folder / name).write_bytes(b"")
+    cli(*embed, "--overwrite").refused(3, "none of the 4 pictures")
+    assert len(np.load(output)) == 2
+
+
 def test_search_refuses_paths_that_lead_nowhere(cli: Cli, pair: Path, picture: Path, tmp_path: Path) -> None:
     vectors = tmp_path / "v.npy"
     assert cli("embed", pair, picture, "-o", vectors, "--quiet").status == 0
@@ -179,3 +209,24 @@ def test_inspect_says_which_file_states_each_value(
     text = cli("inspect", folder).out
     assert "not read: preprocessor_config.json" in text
     assert "image.transparency" in text
+
+
+def test_tables_of_inspect_fit_the_terminal(cli: Cli, pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns, source in ((80, pair), (60, pair), (80, "nanovlm-460m-8k")):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = cli("inspect", source).out.splitlines()
+        tables = [line for line in lines[lines.index("architecture:") :] if not line.startswith("note: ")]
+        assert len(tables) > 20
+        assert max(map(len, tables)) <= columns
+
+
+def test_cells_go_on_below_within_their_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [("  one-two three", "x" * 50), ("  four", "words that go on and on")]
+    print_table(("a", "b"), rows, width=40)
+    assert capsys.readouterr().out.splitlines() == [
+        "a                b",
+        "  one-two three  " + "x" * 23,
+        " " * 17 + "x" * 23,
+        " " * 17 + "xxxx",
+        "  four           words that go on and on",
+    ]

@@ -51,7 +51,7 @@ def test_no_report_is_no_proof(cli: Cli, exported: Path, monkeypatch: pytest.Mon
     assert cli("verify", exported, "--json").refused(1, "nothing").data["error"] == "verification"
 
 
-def _set(*path: str, value: Any) -> Change:
+def _set(*path: str | int, value: Any) -> Change:
     def edit(data: Any) -> None:
         for key in path[:-1]:
             data = data[key]
@@ -70,12 +70,13 @@ def _set(*path: str, value: Any) -> Change:
         (_set("image", "resample", value="bilinear"), "image.resample", "'bicubic'", "'bilinear'"),
         (_set("image", value=None), "image", "size_pixels", "None"),
         (_set("text", "cleaning", value="none"), "text.cleaning", "'openai'", "'none'"),
-        (_set("facts", "logit_scale", value=-3.0), "facts.logit_scale", "3.25", "-3.0"),
-        (_set("facts", "keep_fp32", value={"text": ["x"]}), "facts.keep_fp32.text", "nothing", "['x']"),
-        (_set("facts", "reference", value="the authors"), "facts.reference", "unpatched", "'the authors'"),
-        (_set("facts", "more", value=True), "facts.more", "nothing", "True"),
+        (_set("tasks", 0, "score", "logit_scale", value=-3.0), "tasks.embed.score.logit_scale", "3.25", "-3.0"),
+        (_set("export", "keep_fp32", value={"text": ["x"]}), "export.keep_fp32.text", "nothing", "['x']"),
+        (_set("export", "reference", value="the authors"), "export.reference", "unpatched", "'the authors'"),
+        (_set("tasks", value=[]), "tasks", "embed", "[]"),
+        (_set("source", "dropped_keys", value=["a.key"]), "source.dropped_keys", "[]", "['a.key']"),
         (
-            lambda data: data["parts"][1]["signature"]["axes"]["sequence"].update(maximum=77),
+            lambda data: data["parts"][1]["signature"]["axes"][1].update(maximum=77),
             "signature.text.axes.sequence.maximum",
             "20",
             "77",
@@ -103,10 +104,10 @@ def test_bundles_of_another_version_may_state_other_things(
 ) -> None:
     def edit(data: dict[str, Any]) -> None:
         data["tools"]["vlm-export"] = "0.0.1"
-        del data["facts"]["keep_fp32"]
+        data["export"]["keep_fp32"] = {}
 
     result = cli("verify", changed(edit), "--source", checkpoint, "--quiet")
-    result.refused(1, "facts.keep_fp32", "verify with vlm-export '0.0.1'")
+    result.refused(1, "export.keep_fp32", "verify with vlm-export '0.0.1'")
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "golden/text/test_data_set_0/output_0.pb"])
@@ -134,7 +135,7 @@ def test_every_file_is_checked(
 def test_odd_options_in_the_manifest(
     cli: Cli, changed: Callable[[Change], Path], checkpoint: Path, build: Any, says: str
 ) -> None:
-    bundle = changed(_set("facts", "build", value=build))
+    bundle = changed(_set("export", "build", value=build))
     cli("verify", bundle, "--source", checkpoint, "--quiet").refused(3, says)
 
 

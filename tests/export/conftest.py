@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.pipeline import ExportResult, export_bundle
 
+# The faults that scripts/planted_faults.py plants.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 DATA = Path(__file__).parents[1] / "data"
 CHECKPOINT = DATA / "clip" / "vit_p14" / "state_dict_fp16.pt"
 

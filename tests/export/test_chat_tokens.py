@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from vlm_export.errors import InputError, UsageError
 from vlm_export.export.tokenizer_files import resolve_tokenizer
 from vlm_export.family import Checkpoint
-from vlm_export.specs import TextSpec, record_from_json
+from vlm_export.specs import TextSpec
 
 DATA = Path(__file__).parents[1] / "data" / "nanovlm" / "450m" / "tokenizer"
 ADDED = ("<|image|>", "<|global_image|>")
@@ -69,14 +69,6 @@ def test_vocabulary_and_merges_alone_are_no_chat_tokenizer(tmp_path: Path) -> No
     (tmp_path / "merges.txt").write_text("", encoding="utf-8")
     with pytest.raises(UsageError, match="no tokenizer"):
         resolve(spec(), tmp_path)
-
-
-def test_the_spec_states_only_what_is_new() -> None:
-    chat = spec(*ADDED)
-    assert record_from_json(TextSpec, json.loads(json.dumps(chat.to_json()))) == chat
-    plain = TextSpec(77, 100, 99, 0, "openai")
-    assert set(plain.to_json()) == {"context_length", "vocab_size", "end_token_id", "pad_token_id", "cleaning", "case"}
-    assert record_from_json(TextSpec, plain.to_json()) == plain
 
 
 def test_an_added_token_that_is_no_unicode_is_refused() -> None:

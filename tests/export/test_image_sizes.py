@@ -22,6 +22,8 @@ from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.writer import write_graph
 from vlm_export.family import BuildOptions, Model, Part
 from vlm_export.models.clip import ClipFamily
+from vlm_export.runtime.engine import OrtEngine
+from vlm_export.specs import ImageSpec
 
 DATA = Path(__file__).parents[1] / "data" / "clip"
 UNTRACED = [(14, 14), (42, 42), (70, 42), (14, 98), (112, 126), (196, 28)]
@@ -88,7 +90,7 @@ def test_another_fixed_size_equals_transformers(tmp_path: Path) -> None:
         features = reference.get_image_features(pixel_values=pixels, interpolate_pos_encoding=True)
         expected = features if isinstance(features, torch.Tensor) else features.pooler_output
         np.testing.assert_allclose(model.parts[0].module(pixels).numpy(), expected.numpy(), atol=1e-5)
-    assert model.image is not None
+    assert isinstance(model.image, ImageSpec)
     assert model.image.size_pixels == 56
     assert model.references["vision"]()({"pixel_values": pixels.numpy()})["image_embeds"].shape == (2, 16)
 

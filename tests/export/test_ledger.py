@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
+from faults.graph import GRAPH_FAULTS
 from onnx import numpy_helper
 from vlm_export.runtime.engine import CPU
 
@@ -21,10 +23,13 @@ from vlm_export.errors import InputError, VerificationError
 from vlm_export.export.pipeline import ExportResult
 from vlm_export.export.reverify import verify_against_source
 from vlm_export.export.stages import Stages
+from vlm_export.export.writer import write_graph
 from vlm_export.verify.ledger import NO_LEDGER, check_ledger
+from vlm_export.verify.report import PartReport
 
 DATA = Path(__file__).parents[1] / "data" / "clip"
 RARE = 123
+HALF_TEXT = "onnx/text_model_fp16.onnx"
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +110,51 @@ def test_a_rare_token_s_row_is_named_with_the_source(damaged: Path) -> None:
     assert f"token_embedding.weight (checkpoint: token_embedding.weight): 1 of 200 rows differ ({RARE})" in str(
         caught.value
     )
+
+
+@pytest.fixture
+def with_another_epsilon(bundle: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "epsilon"
+    shutil.copytree(bundle, copy)
+    graph = ir.load(copy / HALF_TEXT)
+    next(fault for fault in GRAPH_FAULTS if "epsilon" in fault.name).plant(graph, 0)
+    write_graph(graph, copy / HALF_TEXT)
+    hash_again(copy)
+    return copy
+
+
+def test_another_attribute_of_a_node_is_found_without_the_source(with_another_epsilon: Path) -> None:
+    opened = open_bundle(with_another_epsilon)
+    with pytest.raises(VerificationError) as caught:
+        check_ledger(opened, opened.manifest.part("text").variant("fp16"))
+    assert (caught.value.where, caught.value.got) == (HALF_TEXT, "its nodes, their attributes or its interface differ")
+
+
+def test_a_float16_graph_is_computed_in_float32_with_the_numbers_that_the_ledger_keeps(
+    bundle: Path, with_another_epsilon: Path
+) -> None:
+    reports = {report.part: report for report in _verified(bundle)}
+    for report in reports.values():
+        assert report.passed
+        assert report.not_run == ()
+        assert report.unrounded is not None
+        assert report.unrounded.floor is not None
+        assert report.unrounded.floor.rule == "fp32"
+    # As if the graph had been exported so.
+    ledger = with_another_epsilon / LEDGER_NAME
+    old, new = ((root / HALF_TEXT).read_bytes() for root in (bundle, with_another_epsilon))
+    ledger.write_text(ledger.read_text().replace(hashlib.sha256(old).hexdigest(), hashlib.sha256(new).hexdigest()))
+    hash_again(with_another_epsilon)
+    (report,) = (report for report in _verified(with_another_epsilon) if report.part == "text")
+    assert report.unrounded is not None
+    assert not report.unrounded.passed
+    with pytest.raises(VerificationError, match="fp16 unrounded"):
+        report.unrounded.raise_if_failed()
+
+
+def _verified(bundle: Path) -> list[PartReport]:
+    source = str(DATA / "vit_p14" / "state_dict_fp16.pt")
+    return verify_against_source(open_bundle(bundle), source, (CPU,), 1, Stages(), "fp16")[0]
 
 
 def test_norms_that_were_folded_are_computed_again(tmp_path: Path, export_fast: Callable[..., ExportResult]) -> None:

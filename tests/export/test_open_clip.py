@@ -25,6 +25,9 @@ from vlm_export.export.writer import write_graph
 from vlm_export.family import DEFAULT_BUILD, BuildOptions, Checkpoint, Model, StoredTensorInfo
 from vlm_export.models.clip import ClipFamily
 from vlm_export.models.registry import recognise
+from vlm_export.runtime.engine import OrtEngine
+from vlm_export.runtime.image import preprocess_image
+from vlm_export.specs import ImageSpec
 
 Array = npt.NDArray[Any]
 Config = dict[str, Any]
@@ -303,7 +306,7 @@ def test_pictures_are_prepared_as_by_open_clip(
 ) -> None:
     save(tmp_path / "model", {**config(), "preprocess_cfg": stated})
     image = build(tmp_path / "model", tmp_path).image
-    assert image is not None
+    assert isinstance(image, ImageSpec)
     _, original = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'model'}")
     noise = np.random.default_rng(2).integers(0, 256, (37, 61, 4), dtype=np.uint8)
     for mode in ("RGB", "RGBA", "L"):

@@ -222,9 +222,11 @@ def test_towers_of_transformers_clip(bpe: Any, tmp_path: Path) -> None:
     tokenizer = CLIPTokenizer(vocab=bpe[0], merges=bpe[1], model_max_length=77)
     (tmp_path / "vision").mkdir()
     (tmp_path / "text").mkdir()
-    vision = tiny_clip(len(tokenizer), CLIPVisionModelWithProjection)
+    # The patches of 16 pixels leave a margin of 8 out.
+    vision = tiny_clip(len(tokenizer), CLIPVisionModelWithProjection, image_size=40)
+    prepare_image = processor(size={"shortest_edge": 40}, crop_size={"height": 40, "width": 40})
     text = tiny_clip(len(tokenizer), CLIPTextModelWithProjection)
-    for folder, model, prepare in (("vision", vision, processor()), ("text", text, tokenizer)):
+    for folder, model, prepare in (("vision", vision, prepare_image), ("text", text, tokenizer)):
         model.save_pretrained(tmp_path / folder / "clip")
         prepare.save_pretrained(tmp_path / folder / "clip")
         export_bundle(str(tmp_path / folder / "clip"), tmp_path / folder / "out", ExportOptions(threads=1))
@@ -249,13 +251,13 @@ def test_blip_of_transformers_with_a_cased_tokenizer_of_other_ids(tmp_path: Path
             "pad_token_id": ids["PAD"],
         },
     }
-    vision = {**_SIZES, **{"image_size": 32, "patch_size": 16}}
+    vision = {**_SIZES, **{"image_size": 40, "patch_size": 16}}
     config = BlipConfig(projection_dim=32, image_text_hidden_size=32, text_config=text, vision_config=vision)
     model = spread(BlipForImageTextRetrieval(config))
     source = tmp_path / "blip"
     model.save_pretrained(source)
     tokenizer.save_pretrained(source)
-    BlipImageProcessorPil(size={"height": 32, "width": 32}, image_mean=HALF, resample=2).save_pretrained(source)
+    BlipImageProcessorPil(size={"height": 40, "width": 40}, image_mean=HALF, resample=2).save_pretrained(source)
     export_bundle(str(source), tmp_path / "out", ExportOptions(threads=1))
 
     images, texts = odd_images(), TEXTS[:-1]
@@ -285,7 +287,7 @@ OPEN_CLIP_CASES: dict[str, dict[str, Any]] = {
     "QuickGELU, stretched, bilinear, fixed positions, rows beyond the vocabulary": {
         "model": {
             "quick_gelu": True,
-            "vision_cfg": {**OPEN_CLIP_VISION, "pos_embed_type": "sin_cos_2d"},
+            "vision_cfg": {**OPEN_CLIP_VISION, "image_size": 40, "pos_embed_type": "sin_cos_2d"},
             "text_cfg": {**OPEN_CLIP_TEXT, "vocab_size": 49472},
         },
         "preprocess": {"interpolation": "bilinear", "resize_mode": "squash"},
@@ -311,7 +313,9 @@ def test_open_clip(settings: dict[str, Any], tmp_path: Path) -> None:
     export_bundle(str(source), tmp_path / "out", ExportOptions(threads=1))
 
     images, bundle = odd_images(), vlm_export.load(tmp_path / "out")
-    transform: Any = image_transform_v2(PreprocessCfg(size=32, **preprocess), is_train=False)
+    transform: Any = image_transform_v2(
+        PreprocessCfg(size=model_cfg["vision_cfg"]["image_size"], **preprocess), is_train=False
+    )
     tokenize = open_clip.get_tokenizer(f"local-dir:{source}")
     with torch.inference_mode():
         pixels = torch.stack([transform(image) for image in images])

@@ -27,6 +27,8 @@ from vlm_export.export.simplify import simplify_graph
 from vlm_export.export.stages import Stages
 from vlm_export.family import DEFAULT_BUILD, Array, Arrays, BuildOptions, Checkpoint, Model, Reference, WeightStore
 from vlm_export.models.clip import ClipFamily
+from vlm_export.specs import ImageSpec
+from vlm_export.specs.tasks import EmbedSpec, ScoreSpec
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(__file__).parents[1] / "data"
@@ -48,8 +50,12 @@ def test_manifest_tells_source_tools_and_proof(default_bundle: Path, checkpoint:
     assert (manifest.source.name, manifest.source.format) == (checkpoint.name, "state_dict")
     assert manifest.source.random_weights_seed is None
     assert {"vlm-export", "torch", "onnx", "onnx-ir", "onnxruntime", "onnxsim"} <= set(manifest.tools)
-    assert manifest.facts["activation"] == "quick_gelu"
-    assert isinstance(manifest.facts["logit_scale"], float)
+    assert manifest.architecture["activation"] == "quick_gelu"
+    assert manifest.export.reference == "unpatched eager module"
+    task = manifest.task(EmbedSpec)
+    assert task is not None
+    assert task.parts == ("vision", "text")
+    assert isinstance(task.score, ScoreSpec)
     for part in manifest.parts:
         (variant,) = part.variants
         assert (variant.opset, variant.exporter, variant.simplified) == (18, "dynamo", True)
@@ -114,11 +120,11 @@ def test_huggingface_checkpoints_are_compared_with_transformers(
     calls = _count_calls(monkeypatch)
     result = export_fast(tmp_path / "model", tmp_path / "bundle")
     assert calls, "the reference was not computed by transformers"
-    assert result.manifest.facts["reference"] == "transformers CLIPModel"
+    assert result.manifest.export.reference == "transformers CLIPModel"
     assert {report.reference for report in result.reports} == {"transformers CLIPModel"}
     names = {file.name for file in result.manifest.source.files}
     assert {"config.json", "model.safetensors"} <= names
-    assert result.manifest.image is not None
+    assert isinstance(result.manifest.image, ImageSpec)
     assert result.manifest.image.rgb_stage == "before_resize"
 
 

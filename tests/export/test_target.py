@@ -31,7 +31,7 @@ def test_target(target: Target | None, checkpoint: Path, tmp_path: Path) -> None
     )
     export_bundle(str(checkpoint), tmp_path / "bundle", options)
     bundle = open_bundle(tmp_path / "bundle")
-    assert bundle.manifest.facts["target"] == target
+    assert bundle.manifest.export.target == target
     vision = ir.load(bundle.model_files(bundle.manifest.part("vision").variant("fp32")))
     assert ("Resize" in {node.op_type for node in vision.graph}) == (target == "onnxruntime")
     reports, contract = verify_against_source(bundle, str(checkpoint), (CPU,), 1, Stages())

@@ -26,6 +26,8 @@ from vlm_export.runtime.vision_language import load_vision_language
 
 import vlm_export
 from vlm_export.export.pipeline import ExportResult
+from vlm_export.runtime.vision_language import load_vision_language
+from vlm_export.specs.tasks import MatchSpec
 
 Export = Callable[..., ExportResult]
 WORDS = [*"abcdefghijklmnopqrstuvwxyz0123456789.,!?'<>&;#/|", "cat", "dog", "photo"]
@@ -83,8 +85,9 @@ def test_a_match_starts_with_the_tokenizer_s_own_token(tmp_path: Path, export_fa
     found = np.array([pair.probability for pair in bundle.match(image, texts)])
     np.testing.assert_allclose(found, wanted, atol=1e-4)
     assert wanted.std() > 1e-3
-    tokens = bundle.manifest.facts["tokens"]
-    assert (tokens["cls"], tokens["pad"]) == (tokenizer.cls_token_id, tokenizer.pad_token_id)
+    task = bundle.manifest.task(MatchSpec)
+    assert task is not None
+    assert (task.tokens.cls, task.tokens.pad) == (tokenizer.cls_token_id, tokenizer.pad_token_id)
     assert bundle.text_spec.case == "kept"
 
 

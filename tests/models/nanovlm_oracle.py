@@ -17,6 +17,7 @@ import numpy.typing as npt
 from safetensors.numpy import load_file
 
 from vlm_export.family import Model, Part, reference_from_module
+from vlm_export.specs.tasks import ChatSpec
 
 DATA = Path(__file__).parents[1] / "data" / "nanovlm"
 VARIANTS = ("222m", "450m", "split")
@@ -64,10 +65,11 @@ def record_prompt(model: Model, runs: Runs, variant: str) -> Prompt:
 def embedded(model: Model, runs: Runs, prompt: Prompt) -> Array:
     """float32 (T, D): features before the text, or in the places of the placeholders."""
     embeds: Array = runs["embed_tokens"]({"input_ids": prompt.ids[None]})["inputs_embeds"][0].copy()
-    chat = model.facts["chat"]
-    if chat["layout"] == "prepended":
+    chat = model.task(ChatSpec)
+    assert chat is not None
+    if chat.layout == "prepended":
         return np.concatenate([prompt.features, embeds])
-    embeds[prompt.ids == chat["image_token_id"]] = prompt.features
+    embeds[prompt.ids == chat.image_token_id] = prompt.features
     return embeds
 
 

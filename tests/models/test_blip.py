@@ -24,6 +24,8 @@ from vlm_export.family import BuildOptions, Model, reference_from_module
 from vlm_export.models.blip import BlipFamily
 from vlm_export.models.blip_architecture import BlipArchitecture, architecture_from_checkpoint
 from vlm_export.models.registry import recognise
+from vlm_export.specs import ImageSpec
+from vlm_export.specs.tasks import AnswerSpec, MatchSpec
 
 oracle = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("blip_oracle.py"))))
 VARIANTS: tuple[str, ...] = oracle.VARIANTS
@@ -75,7 +77,7 @@ def test_another_image_size_resamples_the_positions_as_the_original_does(variant
     assert_same(positions[None], record["output_resized.pos_embed_interpolated"], "positions", 1e-6)
     tokens = runner(model)("vision", {"pixel_values": record["input.image_resized"]})["last_hidden_state"]
     assert_same(tokens, record["output_resized.image_embeds"], "tokens")
-    assert model.image is not None
+    assert isinstance(model.image, ImageSpec)
     assert (model.image.size_pixels, model.architecture["vision"]["image_size"]) == (size, size)
     # Cross-attention's longest input follows the picture.
     longest = {"vqa": model.architecture["encoder"] and 64}.get(variant, tokens.shape[1])
@@ -116,7 +118,7 @@ def test_architecture_and_tokens_are_the_recorded_ones(variant: str, models: dic
                 med["num_attention_heads"],
             )
             assert (sizes["positions"], sizes["eps"]) == (med["max_position_embeddings"], 1e-12)
-    assert model.facts["tokens"] == {
+    assert model.architecture["tokens"] == {
         "cls": tokens["cls"],
         "sep": tokens["sep/eos"],
         "pad": tokens["pad"],
@@ -148,17 +150,21 @@ def test_the_last_of_two_tied_copies_counts_as_in_the_original(models: dict[str,
             assert torch.equal(left.module.state_dict()[name], tensor), name
 
 
-def test_facts_of_each_kind(models: dict[str, Model]) -> None:
-    keys = {variant: set(model.facts) - {"tokens", "keep_fp32"} for variant, model in models.items()}
-    assert keys["vqa"] == {"answer"}
-    assert keys["caption"] == {"caption"}
-    assert keys["retrieval"] == {"match"}
+def test_tasks_of_each_kind(models: dict[str, Model]) -> None:
+    kinds = {variant: [task.kind for task in model.tasks] for variant, model in models.items()}
+    assert kinds["vqa"] == ["answer"]
+    assert kinds["caption"] == ["caption"]
+    assert kinds["retrieval"] == ["embed", "match"]
     # A pre-training file has everything.
-    assert keys["feature_extractor"] == {"caption", "match"}
-    assert models["vqa"].facts["answer"]["question_first_token"] == "enc"
-    assert models["retrieval"].facts["match"] == {"first_token": "enc", "max_text_tokens": 35}
+    assert kinds["feature_extractor"] == ["embed", "match", "caption"]
+    answer, match = models["vqa"].task(AnswerSpec), models["retrieval"].task(MatchSpec)
+    assert answer is not None
+    assert answer.question_first_token == "enc"
+    assert match is not None
+    assert (match.first_token, match.max_text_tokens) == ("enc", 35)
+    assert match.tokens.to_json() == models["retrieval"].architecture["tokens"]
     image = models["caption"].image
-    assert image is not None
+    assert isinstance(image, ImageSpec)
     assert (image.resize, image.rgb_stage, image.resample) == ("stretch", "before_resize", "bicubic")
 
 

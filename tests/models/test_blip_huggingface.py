@@ -20,6 +20,7 @@ from vlm_export.cli.main import main
 from vlm_export.errors import InputError
 from vlm_export.family import Model, reference_from_module
 from vlm_export.models.blip_architecture import architecture_from_checkpoint
+from vlm_export.specs.tasks import AnswerSpec, CaptionSpec, MatchSpec
 
 oracle = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("blip_oracle.py"))))
 
@@ -152,12 +153,14 @@ def test_huggingface_equals_transformers(kind: str, parts: list[str], tmp_path: 
     model = build_model(tmp_path / "model")
     assert [part.name for part in model.parts] == parts
     assert_equals_transformers(model, original, kind)
-    tokens = model.facts["tokens"]
-    assert (tokens["decoder_start"], tokens["sep"], tokens["pad"]) == (START, 102, 0)
-    # transformers takes ids as they are given.
-    firsts = [model.facts[fact][key] for fact, key in (("match", "first_token"),) if fact in model.facts]
-    firsts += [model.facts["answer"]["question_first_token"]] if "answer" in model.facts else []
-    assert set(firsts) <= {"cls"}
+    for task in model.tasks:
+        if isinstance(task, MatchSpec | CaptionSpec | AnswerSpec):
+            assert (task.tokens.decoder_start, task.tokens.sep, task.tokens.pad) == (START, 102, 0)
+        # transformers takes ids as they are given.
+        if isinstance(task, MatchSpec):
+            assert task.first_token == "cls"
+        if isinstance(task, AnswerSpec):
+            assert task.question_first_token == "cls"
     assert model.hub_config["architectures"] == [kind]
 
 

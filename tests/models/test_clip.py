@@ -26,6 +26,8 @@ from vlm_export.models.clip_encoders import build_encoders
 from vlm_export.models.registry import recognise
 from vlm_export.models.vit_weights import HUGGINGFACE_BLOCK
 from vlm_export.models.weights import Rows, WeightTable
+from vlm_export.specs import ImageSpec
+from vlm_export.specs.tasks import EmbedSpec, ScoreSpec
 
 DATA = Path(__file__).parents[1] / "data"
 FILES = (
@@ -62,6 +64,13 @@ def unit(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return normalised
 
 
+def score_of(model: Model) -> ScoreSpec:
+    task = model.task(EmbedSpec)
+    assert task is not None
+    assert task.score is not None
+    return task.score
+
+
 def build(source: Path, folder: Path) -> Model:
     checkpoint = open_checkpoint(str(source))
     with ScratchStore(folder / "weights.bin") as store:
@@ -80,7 +89,7 @@ def test_features_and_logits_equal_the_record(
     assert_same(texts, record["output.text_features"])
     assert_same(unit(image), record["output.image_features_norm"], 1e-5)
     assert_same(unit(texts), record["output.text_features_norm"], 1e-5)
-    logits = np.exp(model.facts["logit_scale"]) * unit(image) @ unit(texts).T
+    logits = score_of(model).scale * unit(image) @ unit(texts).T
     assert_same(logits, record["output.logits_per_image"])
     assert_same(logits.T, record["output.logits_per_text"])
     assert_same(run(vision, record["preprocess.image_png"][None]), record["preprocess.image_features"])
@@ -235,7 +244,7 @@ def test_huggingface_equals_transformers(
     for part, array, expected in ((vision, pixels, image), (text, ids, texts)):
         got = model.references[part.name]()({part.signature.input_names[0]: array})
         assert_same(got[part.signature.output_names[0]], expected, 1e-5)
-    assert model.facts["logit_scale"] == pytest.approx(original.logit_scale.item())
+    assert score_of(model).logit_scale == pytest.approx(original.logit_scale.item())
 
 
 @pytest.mark.parametrize(
@@ -316,7 +325,7 @@ def test_published_normalisation_is_used(tmp_path: Path, make_huggingface_clip: 
     path.write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3], **edges}))
     model = build(tmp_path / "model", tmp_path)
     image = model.image
-    assert image is not None
+    assert isinstance(image, ImageSpec)
     assert model.origins.values["image.mean"] == "preprocessor_config.json: image_mean"
     assert (image.mean, image.std) == ((0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
     stated = ("{", json.dumps({**edges, "image_mean": [1, 2]}), json.dumps({**edges, "image_std": "x"}))

@@ -17,6 +17,7 @@ from vlm_export.errors import InputError, UsageError
 from vlm_export.family import BuildOptions, Description, Model
 from vlm_export.models.recognition import left_out_warnings
 from vlm_export.models.registry import identify
+from vlm_export.specs.tasks import EmbedSpec, EncoderSpec
 
 Weights = dict[str, torch.Tensor]
 Build = Callable[..., Model]
@@ -65,7 +66,10 @@ def refusal(path: Path) -> str:
 def test_a_scale_with_axes_of_one(tmp_path: Path, weights: Weights, build_model: Build, shape: tuple[int, ...]) -> None:
     boxed = {**weights, "logit_scale": weights["logit_scale"].reshape(shape)}
     model = build_model(saved(boxed, tmp_path / "scale.pt"))
-    assert model.facts["logit_scale"] == pytest.approx(float(weights["logit_scale"]), abs=0)
+    task = model.task(EmbedSpec)
+    assert task is not None
+    assert task.score is not None
+    assert task.score.logit_scale == pytest.approx(float(weights["logit_scale"]), abs=0)
 
 
 def test_a_sigmoid_loss_is_named(tmp_path: Path, weights: Weights) -> None:
@@ -78,6 +82,13 @@ def test_positions_of_no_square_are_named(tmp_path: Path, make_weights: Callable
     message = refusal(saved(make_weights(image_size=(64, 32)), tmp_path / "tall.pt"))
     assert "the position table has 8 patches, which is no square" in message
     assert "images that are not square are not supported" in message
+
+
+@pytest.mark.parametrize("shape", [(64, 1, 16, 16), (64, 4, 16, 16), (64, 3, 16, 8)])
+def test_an_encoder_of_other_images_is_named(tmp_path: Path, weights: Weights, shape: tuple[int, ...]) -> None:
+    message = refusal(saved({**weights, "visual.conv1.weight": torch.zeros(shape)}, tmp_path / "grey.pt"))
+    assert "does not take square patches of RGB images" in message
+    assert str(shape) in message
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "clipmodel.", "module._orig_mod.net.clip."])
@@ -160,7 +171,8 @@ def test_single_towers(towers: Path, build_model: Build, name: str) -> None:
     stated = model.hub_config["architectures"]
     assert part.name == ("vision" if name == "vision" else "text")
     assert model.reference_name == f"transformers {stated[0]}"
-    assert "logit_scale" not in model.facts
+    encoder = EncoderSpec(part.name, part.signature.output_names[0])
+    assert model.tasks == (EmbedSpec(*((encoder, None) if name == "vision" else (None, encoder))),)
     assert (model.image is None, model.text is None) == (name != "vision", name == "vision")
     inputs = part.examples({"batch": 3, "sequence": 9}, 0)
     original = getattr(transformers, stated[0]).from_pretrained(towers / name).eval()

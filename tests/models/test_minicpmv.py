@@ -25,6 +25,9 @@ from vlm_export.models.minicpmv_architecture import VisionArchitecture
 from vlm_export.models.navit import LARGEST_SIDE, bucket_starts, bucketed_positions, one_row
 from vlm_export.models.registry import FAMILIES, load_family, read_prefixes, recognise
 from vlm_export.models.resampler import sine_positions
+from vlm_export.runtime.slicing import patchify
+from vlm_export.specs import SliceSpec
+from vlm_export.specs.tasks import FeatureSpec
 
 oracle = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("minicpmv_oracle.py"))))
 Array = npt.NDArray[Any]
@@ -148,8 +151,9 @@ def test_one_row() -> None:
 @pytest.mark.parametrize(("variant", "version"), VERSIONS.items())
 def test_versions(variant: str, version: str, build: Build) -> None:
     model = build(variant)
-    assert (model.facts["version"], model.architecture["version"]) == (version, version)
-    assert model.facts["shards_left_aside"] == []
+    assert model.architecture["version"] == version
+    assert model.tasks == (FeatureSpec("vision"),)
+    assert isinstance(model.image, SliceSpec)
     assert model.dropped_keys
     assert all(key.startswith("llm.") for key in model.dropped_keys)
     assert ("video_resampler" in [part.name for part in model.parts]) == (version == "4.5")

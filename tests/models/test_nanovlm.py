@@ -34,6 +34,8 @@ from vlm_export.models.rotary_decoder import (
     rotated,
 )
 from vlm_export.models.weights import Rows, stored_shape
+from vlm_export.specs import ImageSpec, TileSpec
+from vlm_export.specs.tasks import ChatSpec
 
 oracle = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("nanovlm_oracle.py"))))
 Array = npt.NDArray[Any]
@@ -207,26 +209,30 @@ def _unread(key: str) -> torch.Tensor:
     raise AssertionError(f"{key} was read")
 
 
+def chat_of(model: Model) -> ChatSpec:
+    chat = model.task(ChatSpec)
+    assert chat is not None
+    return chat
+
+
 # What a checkpoint says
 def test_layouts(build: Build) -> None:
-    chats = {variant: build(variant).facts["chat"] for variant in oracle.VARIANTS}
-    assert {variant: chat["layout"] for variant, chat in chats.items()} == {
+    chats = {variant: chat_of(build(variant)) for variant in oracle.VARIANTS}
+    assert {variant: chat.layout for variant, chat in chats.items()} == {
         "222m": "prepended",
         "450m": "placeholders",
         "split": "tiles",
     }
-    assert {variant: chat["image_token_id"] for variant, chat in chats.items()} == {
+    assert {variant: chat.image_token_id for variant, chat in chats.items()} == {
         "222m": None,
         "450m": 320,
         "split": 320,
     }
-    assert chats["222m"]["eos_token_ids"] == [0]
-    assert chats["450m"]["eos_token_ids"] == chats["split"]["eos_token_ids"] == [2]
-    assert build("split").facts["tiles"] == {"tile_size_pixels": 32, "max_side_pixels": 64, "resize_to_max_side": True}
-    assert "tiles" not in build("450m").facts
-    assert build("split").image is None
+    assert chats["222m"].eos_token_ids == (0,)
+    assert chats["450m"].eos_token_ids == chats["split"].eos_token_ids == (2,)
+    assert build("split").image == TileSpec(32, 64, resize_to_max_side=True)
     spec = build("222m").image
-    assert spec is not None
+    assert isinstance(spec, ImageSpec)
     assert (spec.size_pixels, spec.resize, spec.mean, spec.std) == (64, "stretch", (0, 0, 0), (1, 1, 1))
     text = build("450m").text
     assert text is not None
@@ -323,8 +329,8 @@ def test_configs_that_are_refused(variant: str, config: dict[str, Any], words: s
 
 def test_placeholders_with_a_template_are_messages(edit: Edit, tmp_path: Path) -> None:
     model = load(edit("450m", {"lm_chat_template": CHAT_TEMPLATE}), tmp_path)
-    assert model.facts["chat"]["layout"] == "placeholders"
-    assert model.facts["chat"]["prompt"]["before"] == "<|im_start|>user\n"
+    assert chat_of(model).layout == "placeholders"
+    assert chat_of(model).prompt.before == "<|im_start|>user\n"
 
 
 def test_weights_without_their_config_are_refused(tmp_path: Path) -> None:

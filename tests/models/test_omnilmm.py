@@ -17,6 +17,7 @@ from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.errors import UsageError
 from vlm_export.family import BuildOptions, Model
 from vlm_export.models.omnilmm import OmniLmmFamily
+from vlm_export.specs import SliceSpec
 
 oracle = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("minicpmv_oracle.py"))))
 
@@ -26,13 +27,14 @@ def model(build_model: Callable[[Path], Model]) -> Model:
     return build_model(oracle.DATA / "omnilmm")
 
 
-def test_facts(model: Model) -> None:
+def test_what_the_checkpoint_says(model: Model) -> None:
     assert (model.family, model.architecture["version"]) == ("omnilmm", "omnilmm")
     assert model.architecture["vision"]["post_norm"]
     # The recorded checkpoint lacks the last of three blocks, which the original replaces.
     assert model.architecture["vision"]["layers"] == 2
-    slicing = model.facts["slicing"]
-    assert (slicing["mode"], slicing["size_pixels"], slicing["max_slices"]) == ("square", 112, 1)
+    slicing = model.image
+    assert isinstance(slicing, SliceSpec)
+    assert (slicing.mode, slicing.size_pixels, slicing.max_slices) == ("square", 112, 1)
     assert "model.layers.0.self_attn.q_proj.weight" in model.dropped_keys
     assert not [key for key in model.dropped_keys if key.startswith(OmniLmmFamily.reads)]
 

@@ -16,8 +16,7 @@ MAX_FUNCTION_LINES = 60
 # What every machine has that only uses bundles; the packages of Parquet and of the second engine are optional there.
 BASE = {"PIL", "ftfy", "numpy", "onnxruntime", "openvino", "pyarrow", "tokenizers", "tqdm"}
 TORCH = {"torch", "torchvision", "transformers", "timm"}
-TYPES = {"vlm_export", "vlm_export.errors", "vlm_export.signature", "vlm_export.specs", "vlm_export.slice_spec"}
-TYPES |= {"vlm_export.original", "vlm_export.tile_spec"}
+TYPES = {"vlm_export", "vlm_export.errors", "vlm_export.specs", "vlm_export.original"}
 # What every area may use: foreign text shown, faults of the machine told, and interrupts.
 TYPES |= {"vlm_export.text_display", "vlm_export.machine_faults", "vlm_export.interrupts"}
 # Folder or module → the parts of vlm_export that it may import besides itself.
@@ -26,10 +25,7 @@ ARROWS = {
     "errors.py": {"vlm_export.text_display"},
     "interrupts.py": set[str](),
     "machine_faults.py": {"vlm_export.errors"},
-    "signature.py": TYPES,
-    "specs.py": TYPES,
-    "slice_spec.py": TYPES,
-    "tile_spec.py": TYPES,
+    "specs": {"vlm_export.errors"},
     "family.py": TYPES,
     "original.py": TYPES,
     "bundle": TYPES | {"vlm_export.interrupts"},

@@ -25,6 +25,7 @@ from vlm_export.models import clip, clip_encoders, pictures
 from vlm_export.models.clip_architecture import ClipArchitecture, TextSizes, VitSizes
 from vlm_export.models.layers import build_causal_mask
 from vlm_export.specs import ImageSpec, TextSpec, torchvision_image_spec
+from vlm_export.specs.tasks import EmbedSpec, EncoderSpec, ScoreSpec
 
 DATA = Path(__file__).parent.parent / "data" / "runtime"
 SIZE_PIXELS = 24
@@ -203,9 +204,15 @@ def record_bundle() -> None:
                 source=SourceRecord("seeded", "random", random_weights_seed=0),
                 family="clip",
                 architecture=architecture.to_json(),
-                facts={"logit_scale": float(encoders.logit_scale)},
                 image=image_spec,
                 text=text_spec,
+                tasks=(
+                    EmbedSpec(
+                        EncoderSpec("vision", "image_embeds"),
+                        EncoderSpec("text", "text_embeds"),
+                        ScoreSpec("softmax", float(encoders.logit_scale)),
+                    ),
+                ),
                 parts=tuple(records),
             )
         )

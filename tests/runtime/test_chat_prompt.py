@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 from vlm_export.runtime.chat_prompt import MAX_CHARACTERS, ChatTokenizer, PromptWriter
-from vlm_export.runtime.chat_settings import chat_settings_from_facts
 from vlm_export.runtime.tiling import plan_tiles
 
 from vlm_export.errors import InputError, UsageError
 from vlm_export.specs import TextSpec
 from vlm_export.specs.tiles import TileSpec
 
-FACTS = runpy.run_path(str(Path(__file__).with_name("chat_facts.py")))
-facts_of, tokenizer_json, VOCABULARY = FACTS["facts_of"], FACTS["tokenizer_json"], FACTS["VOCABULARY"]
+EXAMPLES = runpy.run_path(str(Path(__file__).with_name("chat_specs.py")))
+CHATS, tokenizer_json, VOCABULARY = EXAMPLES["CHATS"], EXAMPLES["tokenizer_json"], EXAMPLES["VOCABULARY"]
 ASKED = "What is this?"
 QUESTION = [311, 291, 28, 316, 294, 303, 33, 315, 28]
 FEATURES = [320] * 4
@@ -38,8 +37,7 @@ def writer_of(variant: str, folder: Path, **changes: Any) -> PromptWriter:
     path = folder / f"{variant}.json"
     path.write_text(tokenizer_json(variant), encoding="utf-8")
     spec = TextSpec(512, VOCABULARY[variant], 2, 2, "none", adds_eos=False)
-    settings = chat_settings_from_facts(facts_of(variant), VOCABULARY[variant], "vlm_export.json")
-    return PromptWriter(ChatTokenizer(path, spec), replace(settings, **changes), str(path))
+    return PromptWriter(ChatTokenizer(path, spec), replace(CHATS[variant], **changes), str(path))
 
 
 @pytest.mark.parametrize("variant", VOCABULARY)
@@ -176,9 +174,8 @@ def test_a_tokenizer_without_the_pictures_tokens_is_refused(tmp_path: Path) -> N
     spec = TextSpec(512, 386, 2, 2, "none", adds_eos=False)
     tokenizer = ChatTokenizer(tmp_path / "plain.json", spec)
     for variant in ("450m", "split"):
-        settings = chat_settings_from_facts(facts_of(variant), 386, "vlm_export.json")
         with pytest.raises(InputError, match="lacks tokens") as caught:
-            PromptWriter(tokenizer, settings, "tokenizer.json")
+            PromptWriter(tokenizer, CHATS[variant], "tokenizer.json")
         assert "<" in caught.value.got
     other = replace(writer_of("450m", tmp_path).settings, image_token_id=319)
     with pytest.raises(InputError, match="lacks tokens") as caught:

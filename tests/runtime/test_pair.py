@@ -223,10 +223,11 @@ def test_ids_out_of_range_are_refused(pair: EncoderPair, ids: list[Any]) -> None
         pair.encode_ids(ids)
 
 
-@pytest.mark.parametrize("stored", [None, "2.3", 1000.0, True])
-def test_unusable_logit_scale_is_named(changed: Callable[..., EncoderPair], stored: object) -> None:
-    with pytest.raises(InputError, match="logit_scale"):
-        _ = changed(facts={"logit_scale": stored}).logit_scale
+def test_a_model_without_a_score_gives_no_probabilities(changed: Callable[..., EncoderPair]) -> None:
+    scored = changed().manifest.tasks[0]
+    for tasks in ((), (replace(scored, score=None),)):
+        with pytest.raises(InputError, match="no scale for probabilities"):
+            _ = changed(tasks=tasks).logit_scale
 
 
 def test_other_towers_missing_from_the_manifest(changed: Callable[..., EncoderPair]) -> None:

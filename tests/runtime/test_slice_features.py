@@ -218,20 +218,12 @@ def test_pictures_that_are_refused(encoder: Any, tmp_path: Path) -> None:
         model.encode_slices(PICTURES / "small.png", batch_size=0)
 
 
-@pytest.mark.parametrize(
-    ("slicing", "where"),
-    [(3, "facts.slicing"), ({}, "facts.slicing"), ({"max_slices": 0}, "facts.slicing.max_slices")],
-)
-def test_odd_manifests_are_refused(slicing: Any, where: str, encoder: Any) -> None:
+def test_a_bundle_that_does_not_cut_is_refused(encoder: Any) -> None:
     bundle = encoder("v2_6").bundle
-    good = bundle.manifest.facts["slicing"]
-    bad = {**good, **slicing} if isinstance(slicing, dict) and slicing else slicing
-    odd = SimpleNamespace(
-        root=bundle.root, manifest=SimpleNamespace(name="odd", family="minicpmv", facts={"slicing": bad})
-    )
-    with pytest.raises(InputError) as caught:
-        slice_features.slice_spec_of(odd)  # type: ignore[arg-type]  # What it reads of a bundle, and no more.
-    assert where in caught.value.where
+    whole = SimpleNamespace(manifest=SimpleNamespace(name="whole", family="clip", image=None))
+    assert slice_features.slice_spec_of(bundle) == bundle.manifest.image
+    with pytest.raises(InputError, match="does not cut pictures"):
+        slice_features.slice_spec_of(whole)  # type: ignore[arg-type]  # What it reads of a bundle, and no more.
 
 
 def test_features_that_are_not_finite_are_refused(encoder: Any) -> None:

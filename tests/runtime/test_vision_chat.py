@@ -337,13 +337,13 @@ def changed_bundle(source: Path, folder: Path, change: Callable[[dict[str, Any]]
 @pytest.mark.parametrize(
     ("variant", "change", "message"),
     [
-        ("450m", lambda m: m["facts"]["chat"].pop("layout"), "missing fields"),
-        ("450m", lambda m: m["facts"]["chat"].update(tokens_per_tile=5), "another number of features"),
-        ("450m", lambda m: m["facts"]["chat"].update(image_token_id=7), "lacks tokens"),
-        ("450m", lambda m: m.update(image=None), "how pictures are prepared"),
+        ("450m", lambda m: m["tasks"][0].pop("layout"), "missing fields"),
+        ("450m", lambda m: m["tasks"][0].update(tokens_per_tile=5), "another number of features"),
+        ("450m", lambda m: m["tasks"][0].update(image_token_id=7), "lacks tokens"),
+        ("450m", lambda m: m.update(image=None), "preparation of images"),
         ("450m", lambda m: m["files"].pop("tokenizer.json"), "no tokenizer"),
-        ("split", lambda m: m["facts"].pop("tiles"), "contradict"),
-        ("split", lambda m: m["facts"]["tiles"].update(max_side_pixels=65), "not usable"),
+        ("split", lambda m: m.update(image=None), "preparation of images"),
+        ("split", lambda m: m["image"].update(max_side_pixels=65), "max_side_pixels"),
     ],
 )
 def test_manifests_that_contradict_themselves(
@@ -353,14 +353,14 @@ def test_manifests_that_contradict_themselves(
     nanovlm_bundle: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
-    model = load_vision_chat(changed_bundle(nanovlm_bundle(variant), tmp_path, change), threads=1)
+    folder = changed_bundle(nanovlm_bundle(variant), tmp_path, change)
     with pytest.raises(InputError, match=message):
-        model.answer(picture(variant), ASKED)
+        load_vision_chat(folder, threads=1).answer(picture(variant), ASKED)
 
 
 def test_the_identity_knows_the_tiles(nanovlm_bundle: Callable[[str], Path], tmp_path: Path) -> None:
     source = nanovlm_bundle("split")
-    other = changed_bundle(source, tmp_path, lambda m: m["facts"]["tiles"].update(resize_to_max_side=False))
+    other = changed_bundle(source, tmp_path, lambda m: m["image"].update(resize_to_max_side=False))
     assert load(source).identity != load(other).identity
 
 

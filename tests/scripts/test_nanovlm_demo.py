@@ -30,6 +30,8 @@ from vlm_export.export.pipeline import export_bundle
 from vlm_export.models.nanovlm import NanoVlmFamily
 from vlm_export.models.nanovlm_weights import EMBEDDING_KEY, HEAD_KEY
 from vlm_export.models.registry import recognise
+from vlm_export.runtime.vision_chat import CAPTION_QUESTION, VisionChat, load_vision_chat
+from vlm_export.specs.tasks import ChatSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = NanoVlmDemoFiles(ROOT / "configs")
@@ -154,9 +156,9 @@ def test_keys_and_layout_are_those_of_the_second_generation() -> None:
     assert ours.config is not None
     assert original.config is not None
     assert set(ours.config) <= set(original.config)
-    facts = [load_model(folder).facts["chat"] for folder in (FILES.checkpoint, PUBLISHED_FORM)]
+    chats = [load_model(folder).task(ChatSpec) for folder in (FILES.checkpoint, PUBLISHED_FORM)]
     same = ("layout", "prompt", "image_token", "eos_token_ids", "max_new_tokens")
-    assert [facts[0][name] for name in same] == [facts[1][name] for name in same]
+    assert [getattr(chats[0], name) for name in same] == [getattr(chats[1], name) for name in same]
 
 
 def without_numbers(key: str) -> str:

@@ -1,4 +1,5 @@
-"""The proof of the contract sees every planted fault, by the record alone and with the original, and names it."""
+"""The proof sees every planted fault: in bundles by the record alone and with the original, in float16 graphs by the
+ledger or in float32."""
 
 from __future__ import annotations
 
@@ -6,8 +7,10 @@ import re
 from collections.abc import Iterator
 
 import pytest
+from faults.half import HalfVerdict, part_graphs
+from faults.half import verdicts as half_verdicts
 from faults.plant import FAULTS, Fault
-from planted_faults import PAGE, Proved, Verdict, check, proved, row, verdict
+from planted_faults import PAGE, Proved, Verdict, check, half_row, proved, row, verdict
 
 import vlm_export
 from vlm_export.bundle.opened import open_bundle
@@ -40,9 +43,40 @@ def test_every_fault_fails_and_its_file_or_stage_is_named(verdicts: dict[str, tu
 
 
 def test_the_page_shows_these_faults(verdicts: dict[str, tuple[Fault, Verdict]]) -> None:
-    shown = [line for line in PAGE.read_text(encoding="utf-8").splitlines(keepends=True) if line.startswith("| ")]
     rows = [row(fault, found) for fault, found in verdicts.values()]
-    assert [_without_numbers(line) for line in shown[2:]] == [_without_numbers(line) for line in rows]
+    assert _shown(0) == [_without_numbers(line) for line in rows]
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> list[HalfVerdict]:
+    with part_graphs(tmp_path_factory.mktemp("half")) as parts:
+        return list(half_verdicts(parts))
+
+
+def test_faults_of_float16_graphs_fail_in_every_part_and_layer(halves: list[HalfVerdict]) -> None:
+    right = [found for found in halves if found.fault is None]
+    planted = [found for found in halves if found.fault is not None]
+    assert len(right) == 2
+    for found in right:
+        assert found.found_by == ""
+        assert found.rounded.passed
+        assert found.unrounded.share < 0.5
+    assert len({(found.part, found.layer) for found in planted}) == 8
+    for found in planted:
+        assert found.found_by, f"{found.fault} in the {found.layer} layer of {found.part} is not seen"
+        if found.found_by == "float32":
+            # Far outside what any right graph shows.
+            assert found.unrounded.share > 50
+
+
+def test_the_page_shows_the_float16_graphs(halves: list[HalfVerdict]) -> None:
+    assert _shown(1) == [_without_numbers(half_row(found)) for found in halves]
+
+
+def _shown(table: int) -> list[str]:
+    """The rows of a table of the page, without numbers."""
+    tables = re.findall(r"(?:^\|.*\n)+", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    return [_without_numbers(line) for line in tables[table].splitlines(keepends=True)[2:]]
 
 
 def _without_numbers(line: str) -> str:

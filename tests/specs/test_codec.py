@@ -129,8 +129,9 @@ def test_a_value_that_does_not_fit_is_refused_by_the_name_of_its_field(name: str
         assert error.where == "file.json"
         assert error.expected
         assert error.got
+        changes: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value}
         with pytest.raises(InputError, match=f"'{name}'"):
-            replace(DRAWING, **{name: tuple(value) if isinstance(value, list) else value})
+            replace(DRAWING, **changes)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +205,7 @@ def test_errors_of_a_config_say_what_yaml_made_of_a_value() -> None:
 
 
 def test_no_object_is_refused() -> None:
+    data: Any
     for data in (None, [], 3, "x"):
         with pytest.raises(InputError, match="Drawing is no object"):
             Drawing.from_json(data, "file.json")

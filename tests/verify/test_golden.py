@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import numpy_helper
 
-from vlm_export.bundle.manifest import FileRecord, Manifest, PartRecord, SourceRecord
+from vlm_export.bundle.manifest import FileRecord, Manifest, PartRecord, SourceRecord, VariantRecord
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError
 from vlm_export.family import Part, reference_from_module
@@ -113,8 +113,8 @@ def _opened(root: Path, part: Part) -> OpenBundle:
         for path in root.rglob("*.pb")
     }
     source = SourceRecord("x", "state_dict")
-    parts = (PartRecord(part.name, part.signature, ()),)
-    return OpenBundle(root, Manifest("x", source, "clip", {}, {}, None, None, parts, files=files), b"")
+    parts = (PartRecord(part.name, part.signature, (VariantRecord("fp32", "model.onnx"),)),)
+    return OpenBundle(root, Manifest("x", source, "clip", {}, None, None, (), parts, files=files), b"")
 
 
 @pytest.fixture

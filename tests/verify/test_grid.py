@@ -16,6 +16,7 @@ from vlm_export.verify.grid import (
     Attention,
     GridPoint,
     axis_sizes,
+    batches_left_out,
     grid_for,
     least_grid,
     left_out,
@@ -221,6 +222,14 @@ def test_the_batches_of_the_runtime_are_all_tried() -> None:
     assert stated <= set(RUNTIME_BATCHES)
     assert {point.rows for point in runtime_points(BATCH_ONLY)} == set(RUNTIME_BATCHES)
     assert {point.rows for point in runtime_points(IMAGE, (16,))} == {16}
+
+
+def test_batches_that_no_point_has_are_told() -> None:
+    points = (*grid_for(TEXT), *runtime_points(TEXT, (32, 64)))
+    assert batches_left_out(TEXT, points) == (4, 8, 16)
+    assert batches_left_out(TEXT, (*points, *runtime_points(TEXT))) == ()
+    assert batches_left_out(signature(Axis("batch", 1, 8)), ()) == (4, 8)
+    assert batches_left_out(signature(SEQUENCE), ()) == ()
 
 
 def test_every_length_of_a_short_range_is_tried_one_row_at_a_time() -> None:

@@ -66,7 +66,7 @@ def publish(target: Path, *, scale: float = 1.0, with_golden: bool = True, preci
         verification = {"reference": "unpatched eager module", "not_run": ["large sizes: slow"]}
         variants = (VariantRecord(precision, graph, verification=verification),)
         parts = (PartRecord(part.name, SIGNATURE, variants),)
-        staging.commit(Manifest("x", SourceRecord("x", "state_dict"), "test", {}, {}, None, None, parts))
+        staging.commit(Manifest("x", SourceRecord("x", "state_dict"), "test", {}, None, None, (), parts))
     return open_bundle(target)
 
 

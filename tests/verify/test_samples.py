@@ -9,10 +9,10 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import models, pre_tokenizers, processors
 
 from vlm_export.family import Model, Part
+from vlm_export.specs import AnyImageSpec
 from vlm_export.specs.signature import Axis, Signature, TensorSpec
 from vlm_export.specs.slices import slice_spec_from_version
 from vlm_export.specs.tiles import TileSpec
-from vlm_export.verify.picture_samples import PictureSpec, picture_spec
 from vlm_export.verify.samples import SENTENCES, sample_inputs, synthetic_photographs
 
 
@@ -125,7 +125,7 @@ def packed() -> Signature:
     return Signature((values, SIZES), (), (Axis("batch"), Axis("packed_width")))
 
 
-CUT: list[tuple[PictureSpec, Signature, list[tuple[int, ...]]]] = [
+CUT: list[tuple[AnyImageSpec, Signature, list[tuple[int, ...]]]] = [
     (slice_spec_from_version("omnilmm", queries=4), pixels(3, "side", "side"), [(1, 3, 448, 448)]),
     (slice_spec_from_version("1.0", queries=4, size_pixels=90), pixels(3, "side", "side"), [(1, 3, 98, 98)]),
     (
@@ -144,7 +144,7 @@ CUT: list[tuple[PictureSpec, Signature, list[tuple[int, ...]]]] = [
 
 @pytest.mark.parametrize(("spec", "signature", "shapes"), CUT, ids=["omnilmm", "1.0", "2.0", "2.6", "tiles"])
 def test_a_picture_that_is_cut_is_prepared_for_both_sides(
-    spec: PictureSpec, signature: Signature, shapes: list[tuple[int, ...]]
+    spec: AnyImageSpec, signature: Signature, shapes: list[tuple[int, ...]]
 ) -> None:
     photograph = synthetic_photographs()[0].resize((320, 150))
     samples = sample_inputs(signature, spec, None, None, images=[photograph])
@@ -164,13 +164,6 @@ def test_of_the_project_s_own_photographs_a_few_slices_are_seen() -> None:
     assert rows == [2, 2] * 3
     every = sample_inputs(packed(), spec, None, None, images=synthetic_photographs()[:1])
     assert sum(len(sample.inputs["tgt_sizes"]) for sample in every) > 4
-
-
-def test_how_pictures_are_prepared_is_in_the_facts(model: Model) -> None:
-    slicing, tiles = slice_spec_from_version("2.0", queries=4), TileSpec(64, 128, False)
-    assert picture_spec(model.image, {}) == model.image
-    assert picture_spec(None, {"slicing": slicing.to_json()}) == slicing
-    assert picture_spec(None, {"tiles": tiles.to_json()}) == tiles
 
 
 def test_the_sentences_vary() -> None:

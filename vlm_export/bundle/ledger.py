@@ -14,12 +14,13 @@ import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Literal
 
 from vlm_export.bundle.manifest import Count, Sha256
 from vlm_export.bundle.onnx_protobuf import StoredTensor, read_onnx
-from vlm_export.bundle.safe_files import opened_real_file
+from vlm_export.bundle.safe_files import opened_real_file, record_of_file
 from vlm_export.bundle.strict_json import json_object_from_bytes
 from vlm_export.errors import InputError
 from vlm_export.specs.codec import Spec
@@ -48,6 +49,8 @@ class LedgerEntry(Spec):
         parameters: names of the module's parameters that it is made of; none for a constant of the code.
         transformation: what became of them: "as it is", "transposed", "cast to float16", …
         checkpoint: the stored tensors that the parameters are made of.
+        unrounded: of a constant that float16 rounded, the numbers before that, one for each value, or none where they
+            are too many to record; None where nothing was rounded, or a parameter tells.
     """
 
     name: str
@@ -57,13 +60,25 @@ class LedgerEntry(Spec):
     parameters: tuple[str, ...] = ()
     transformation: str = ""
     checkpoint: tuple[CheckpointTensor, ...] = ()
+    unrounded: tuple[float, ...] | None = None
+
+    def check(self) -> None:
+        if self.unrounded is not None and len(self.unrounded) not in (0, prod(self.shape)):
+            raise self.refusal("unrounded", "a number for each value, or none")
 
 
 @dataclass(frozen=True)
 class GraphLedger(Spec):
-    """The initializers of one graph, in the order of the file."""
+    """The initializers of one graph, in the order of the file.
+
+    Attributes:
+        file: the graph's path in the bundle.
+        sha256: of that file, which holds every node and attribute.
+        initializers: one for each initializer.
+    """
 
     file: str
+    sha256: Sha256
     initializers: tuple[LedgerEntry, ...]
 
 
@@ -73,8 +88,8 @@ class _Ledger(Spec):
     graphs: tuple[GraphLedger, ...]
 
 
-def graph_entries(root: Path, graph: str) -> tuple[LedgerEntry, ...]:
-    """The initializers of a graph with their digests; nothing is said yet of where they come from.
+def found_ledger(root: Path, graph: str) -> GraphLedger:
+    """A graph as it lies in a bundle, with its digests; nothing is said yet of where its initializers come from.
 
     Args:
         root: the bundle.
@@ -96,7 +111,7 @@ def graph_entries(root: Path, graph: str) -> tuple[LedgerEntry, ...]:
                         with view[at : min(at + _SPAN_BYTES, end)] as part:
                             digest.update(part)
             found.append(LedgerEntry(tensor.name, tensor.data_type, tuple(tensor.dims), digest.hexdigest()))
-    return tuple(found)
+    return GraphLedger(graph, record_of_file(root, graph).sha256, tuple(found))
 
 
 def _spans(
@@ -125,7 +140,8 @@ def ledger_to_bytes(graphs: Sequence[GraphLedger]) -> bytes:
     lines = []
     for graph in graphs:
         entries = ",\n   ".join(json.dumps(entry.to_json()) for entry in graph.initializers)
-        lines.append(f'  {{"file": {json.dumps(graph.file)}, "initializers": [\n   {entries}]}}')
+        head = f'"file": {json.dumps(graph.file)}, "sha256": "{graph.sha256}"'
+        lines.append(f'  {{{head}, "initializers": [\n   {entries}]}}')
     return (f'{{"schema": {_SCHEMA}, "graphs": [\n' + ",\n".join(lines) + "]}\n").encode()
 
 
@@ -135,9 +151,9 @@ def ledger_from_bytes(raw: bytes, where: str) -> Mapping[str, GraphLedger]:
     return {graph.file: graph for graph in ledger.graphs}
 
 
-def ledger_differences(recorded: GraphLedger, found: Sequence[LedgerEntry]) -> list[str]:
+def ledger_differences(recorded: GraphLedger, found: GraphLedger) -> list[str]:
     """What a graph holds and its ledger does not, or the other way round; one phrase each."""
-    expected, present = {entry.name: entry for entry in recorded.initializers}, {entry.name: entry for entry in found}
+    expected, present = ({entry.name: entry for entry in graph.initializers} for graph in (recorded, found))
     differences = [f"{name} is gone" for name in expected if name not in present]
     differences += [f"{name} was added" for name in present if name not in expected]
     for name, entry in expected.items():
@@ -148,6 +164,8 @@ def ledger_differences(recorded: GraphLedger, found: Sequence[LedgerEntry]) -> l
             differences.append(f"{name} has another type or shape: {list(other.shape)} instead of {list(entry.shape)}")
         elif entry.sha256 != other.sha256:
             differences.append(f"{_named(entry)} has other values")
+    if not differences and recorded.sha256 != found.sha256:
+        differences.append("its nodes, their attributes or its interface differ")
     return differences
 
 

@@ -7,14 +7,14 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, TypeAlias, TypeVar
+from typing import Annotated, Any, TypeAlias
 
 from vlm_export.bundle.strict_json import json_object_from_bytes
 from vlm_export.errors import InputError, UsageError, suggestion
 from vlm_export.specs import AnyImageSpec, ImageSpec, Origins, SliceSpec, TextSpec, TileSpec
-from vlm_export.specs.codec import Check, Spec, between, matches, not_empty
+from vlm_export.specs.codec import Spec, between, matches, not_empty
 from vlm_export.specs.signature import Signature
-from vlm_export.specs.tasks import ChatSpec, EmbedSpec, FeatureSpec, TaskSpec
+from vlm_export.specs.tasks import ChatSpec, EmbedSpec, FeatureSpec, FoundTask, TaskSpec, find_task
 
 MANIFEST_NAME = "vlm_export.json"
 SCHEMA_VERSION = 2
@@ -24,16 +24,6 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\\:]")
 Sha256: TypeAlias = Annotated[str, matches(r"[0-9a-f]{64}", "64 lower-case hexadecimal digits")]
 Release: TypeAlias = Annotated[str, matches(r"[0-9]{1,4}(\.[0-9]{1,4}){2}", "a release, as 1.23.0")]
 Count: TypeAlias = Annotated[int, between(0)]
-TaskKind = TypeVar("TaskKind", bound=TaskSpec)
-
-
-def is_relative_name(name: str) -> bool:
-    """Whether a name is a plain relative path with `/` that stays inside its directory on every platform."""
-    return not _CONTROL.search(name) and not any(segment in ("", ".", "..") for segment in name.split("/"))
-
-
-_PLAIN_PATH = "segments joined by '/', without '..', a leading '/', backslashes or colons"
-RelativeName: TypeAlias = Annotated[str, Check(_PLAIN_PATH, is_relative_name)]
 
 
 @dataclass(frozen=True)
@@ -93,14 +83,19 @@ class VariantRecord(Spec):
     """
 
     precision: str
-    file: RelativeName
-    external_data: tuple[RelativeName, ...] = ()
+    file: str
+    external_data: tuple[str, ...] = ()
     opset: Annotated[int, between(1)] = 18
     exporter: str = "dynamo"
     simplified: bool = False
     oldest_onnxruntime: Release = "1.18.0"
     warnings: tuple[str, ...] = ()
     verification: Mapping[str, Any] | None = None
+
+    def check(self) -> None:
+        checked_relative_name(self.file, "file")
+        for name in self.external_data:
+            checked_relative_name(name, "external_data")
 
 
 @dataclass(frozen=True)
@@ -287,9 +282,9 @@ class Manifest(Spec):
             fix="name one with --precision",
         )
 
-    def task(self, kind: type[TaskKind]) -> TaskKind | None:
+    def task(self, kind: type[FoundTask]) -> FoundTask | None:
         """What the bundle says about a task of that kind, None when it has none."""
-        return next((task for task in self.tasks if isinstance(task, kind)), None)
+        return find_task(self.tasks, kind)
 
     def to_bytes(self) -> bytes:
         """The content of `vlm_export.json`: the same manifest gives the same bytes; ValueError on NaN or infinity."""
@@ -325,11 +320,11 @@ def checked_relative_name(name: str, where: str) -> str:
     Raises:
         InputError: empty, absolute, with `.`, `..` or empty segments, backslashes, colons or control characters.
     """
-    if not is_relative_name(name):
+    if _CONTROL.search(name) or any(segment in ("", ".", "..") for segment in name.split("/")):
         raise InputError(
             "a file name is not a plain path inside the bundle",
             where=where,
-            expected=_PLAIN_PATH,
+            expected="segments joined by '/', without '..', a leading '/', backslashes or colons",
             got=repr(name[:200]),
             fix="do not use this bundle; export the model again",
         )

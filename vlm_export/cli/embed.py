@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -23,6 +25,7 @@ from vlm_export.machine_faults import machine_fault
 
 if TYPE_CHECKING:
     from vlm_export.runtime.model import Model
+    from vlm_export.runtime.tasks.features import SliceFeatures
 
 TEXT_SUFFIX = ".txt"
 _BATCH_SIZE = 32
@@ -34,6 +37,7 @@ def add_parser(verbs: Any) -> None:
         "embed",
         help="embeddings of pictures or texts",
         description="Unit-length embeddings of pictures (also of all in a folder), or of the lines of text files. "
+        "An image of a folder that cannot be read is skipped, counted and named; an image named itself is an error. "
         "Of a bundle that cuts images into slices: the features of each slice, for a language "
         "model: .npy float32 (slices, features, width), then as a second array the JSON that names picture, slice, "
         "rows and columns of patches of each row; .parquet with these as columns.",
@@ -42,11 +46,63 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("paths", metavar="PATH", nargs="+", help="pictures, folders of pictures, or .txt files")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help=".npy or .parquet")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE")
+    parser.add_argument("--strict", action="store_true", help="skip no picture of a folder: one is an error too")
     parser.add_argument("--batch-size", type=positive_integer, metavar="N", help="default: 32; of slices: 4")
     parser.add_argument("--truncate", action="store_true", help="cut texts that are too long instead of refusing them")
     add_engine_options(parser)
     add_common_options(parser)
     parser.set_defaults(run=run)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the paths name.
+
+    Attributes:
+        pictures, texts: one of them is empty.
+        in_folders: numbers of the pictures that a folder holds, which are skipped where they cannot be read.
+        other_files: files of folders that are not named as images.
+        unreadable: number of a picture that was skipped → why; filled while pictures are read.
+    """
+
+    pictures: list[Path]
+    texts: list[str]
+    in_folders: frozenset[int]
+    other_files: list[Path]
+    unreadable: dict[int, InputError] = field(default_factory=dict)
+
+    def skip(self, number: int, error: InputError) -> None:
+        """Takes note of a picture that cannot be read.
+
+        Raises:
+            InputError: it is named itself, or none can be read.
+        """
+        count = len(self.pictures)
+        if number not in self.in_folders or count == 1:
+            raise error
+        self.unreadable[number] = error
+        if len(self.unreadable) == count:
+            got = f"of the last one: {_reason(error)}"
+            raise InputError(f"none of the {count} pictures can be read", where=error.where, got=got, fix=error.fix)
+
+    def read(self) -> list[str]:
+        """The pictures without those that were skipped."""
+        return [str(path) for number, path in enumerate(self.pictures) if number not in self.unreadable]
+
+    def skipped_data(self) -> dict[str, Any]:
+        """For --json: every file of a folder that has no embedding, and of those that cannot be read why."""
+        reasons = {str(self.pictures[number]): error.to_json() for number, error in self.unreadable.items()}
+        return {"skipped": [*map(str, self.other_files), *reasons], "unreadable": reasons}
+
+    def print_skipped(self) -> None:
+        """A warning with the number, and with the names and reasons of the first."""
+        if not self.unreadable:
+            return
+        count, named = len(self.unreadable), list(self.unreadable.items())[:_SKIPPED_SHOWN]
+        more = f"; and {count - len(named)} more (--json names all)" if count > len(named) else ""
+        reasons = "; ".join(f"{self.pictures[number]}: {_reason(error)}" for number, error in named)
+        files = "1 picture of a folder" if count == 1 else f"{count} pictures of folders"
+        print_warnings([f"{files} skipped, which cannot be read: {reasons}{more}"])
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,66 +111,77 @@ def run(args: argparse.Namespace) -> int:
     check_output(Path(args.output), overwrite=args.overwrite)
     if checked_suffix(Path(args.output)) == ".parquet":
         pyarrow_modules()
-    pictures, texts, skipped = _collect([existing_path(path) for path in args.paths])
-    if skipped:
-        print_warnings([_skipped_text(skipped)])
+    inputs = _collect([existing_path(path) for path in args.paths], strict=args.strict)
+    if inputs.other_files:
+        print_warnings([_skipped_text(inputs.other_files)])
     model = opened_model(args)
-    if "features" in model.tasks:
-        return _write_features(model, args, pictures, skipped)
-    return _write_embeddings(model, args, pictures, texts, skipped)
+    write = _write_features if "features" in model.tasks else _write_embeddings
+    result, sentence = write(model, args, inputs)
+    inputs.print_skipped()
+    if args.json:
+        print_json({**result, **inputs.skipped_data()})
+    else:
+        print_line(sentence)
+    return 0
 
 
-def _write_embeddings(
-    model: Model, args: argparse.Namespace, pictures: list[Path], texts: list[str], skipped: list[Path]
-) -> int:
+def _write_embeddings(model: Model, args: argparse.Namespace, inputs: Inputs) -> tuple[Mapping[str, Any], str]:
+    """Writes the embeddings; what to print of it, as JSON data and as a sentence."""
     from vlm_export.runtime.search.store import EmbeddingsMeta, write_embeddings
 
     start = time.perf_counter()
     batch_size, progress = args.batch_size or _BATCH_SIZE, not args.quiet
-    if pictures:
-        items = [str(path) for path in pictures]
-        vectors = model.encode_image(items, batch_size=batch_size, progress=progress)
+    if inputs.pictures:
+        pictures = list(inputs.pictures)
+        vectors = model.encode_image(pictures, batch_size=batch_size, progress=progress, unreadable=inputs.skip)
+        items = inputs.read()
     else:
-        items = texts
+        items = inputs.texts
         vectors = model.encode_text(items, truncate=args.truncate, batch_size=batch_size, progress=progress)
     seconds = time.perf_counter() - start
-    kind: Literal["image", "text"] = "image" if pictures else "text"
+    kind: Literal["image", "text"] = "image" if inputs.pictures else "text"
     meta = EmbeddingsMeta(kind, model.manifest.name, model.identity, model.precision)
     write_embeddings(args.output, items, vectors, meta, overwrite=args.overwrite)
-    if args.json:
-        result = {"output": args.output, "kind": kind, "count": len(items), "dimension": vectors.shape[1]}
-        print_json({**result, "seconds": round(seconds, 4), "skipped": [str(path) for path in skipped]})
-    else:
-        rate = len(items) / seconds if seconds else float("inf")
-        print_line(f"{len(items)} {kind} embeddings of {vectors.shape[1]} numbers in {args.output} ({rate:.1f}/s)")
-    return 0
+    result = {"output": args.output, "kind": kind, "count": len(items), "dimension": vectors.shape[1]}
+    rate = len(items) / seconds if seconds else float("inf")
+    sentence = f"{len(items)} {kind} embeddings of {vectors.shape[1]} numbers in {args.output} ({rate:.1f}/s)"
+    return {**result, "seconds": round(seconds, 4)}, sentence
 
 
-def _write_features(model: Model, args: argparse.Namespace, pictures: list[Path], skipped: list[Path]) -> int:
+def _write_features(model: Model, args: argparse.Namespace, inputs: Inputs) -> tuple[Mapping[str, Any], str]:
+    """Writes the features of slices; what to print of it, as JSON data and as a sentence."""
     from vlm_export.runtime.search.feature_files import SliceFileMeta, write_slice_features
     from vlm_export.runtime.tasks.features import SLICE_BATCH_SIZE
 
     task = model.slices
-    if not pictures:
-        raise InputError("this bundle takes no texts", where=model.manifest.name, fix="name pictures or folders")
+    if not inputs.pictures:
+        raise InputError("this bundle takes no texts", where=model.manifest.name, fix="name images or folders")
     start = time.perf_counter()
-    items = [str(path) for path in pictures]
     meta = SliceFileMeta(model.manifest.name, model.identity, task.feature_shape, model.precision)
     batch_size = args.batch_size or SLICE_BATCH_SIZE
-    features = task.stream_slices(items, batch_size=batch_size, progress=not args.quiet)
-    count, slices = write_slice_features(args.output, zip(items, features, strict=True), meta, overwrite=args.overwrite)
+    features = task.stream_slices(
+        list(inputs.pictures), batch_size=batch_size, progress=not args.quiet, unreadable=inputs.skip
+    )
+    count, slices = write_slice_features(args.output, _named(inputs, features), meta, overwrite=args.overwrite)
     seconds = time.perf_counter() - start
-    if args.json:
-        result = {"output": args.output, "kind": "slices", "count": count, "slices": slices}
-        result |= {"shape": list(meta.feature_shape), "seconds": round(seconds, 4)}
-        print_json({**result, "skipped": [str(path) for path in skipped]})
-    else:
-        queries, width = meta.feature_shape
-        rate = slices / seconds if seconds else float("inf")
-        print_line(
-            f"{count} pictures, {slices} slices of {queries} x {width} numbers in {args.output} ({rate:.1f} slices/s)"
-        )
-    return 0
+    result = {"output": args.output, "kind": "slices", "count": count, "slices": slices}
+    queries, width = meta.feature_shape
+    rate = slices / seconds if seconds else float("inf")
+    features_text = f"{slices} slices of {queries} x {width} numbers"
+    sentence = f"{count} pictures, {features_text} in {args.output} ({rate:.1f} slices/s)"
+    return {**result, "shape": list(meta.feature_shape), "seconds": round(seconds, 4)}, sentence
+
+
+def _named(inputs: Inputs, features: Iterable[SliceFeatures]) -> Iterator[tuple[str, SliceFeatures]]:
+    """Each picture's name with its features, which come for those alone that can be read."""
+    numbers = iter(range(len(inputs.pictures)))
+    for found in features:
+        number = next(number for number in numbers if number not in inputs.unreadable)
+        yield str(inputs.pictures[number]), found
+
+
+def _reason(error: InputError) -> str:
+    return f"{error.what} ({error.got})" if error.got else error.what
 
 
 def _skipped_text(skipped: list[Path]) -> str:
@@ -124,9 +191,10 @@ def _skipped_text(skipped: list[Path]) -> str:
     return f"{len(skipped)} file{plural} skipped, not named as an image that is read: {names}{more}"
 
 
-def _collect(paths: list[Path]) -> tuple[list[Path], list[str], list[Path]]:
-    """Images, or lines of text, never both; and the files of folders that are not named as images."""
+def _collect(paths: list[Path], *, strict: bool) -> Inputs:
+    """Images, or lines of text, never both; with `strict` no picture may be skipped."""
     skipped: list[Path] = []
+    in_folders: set[int] = set()
     pictures: list[Path] = []
     texts: list[str] = []
     for path in paths:
@@ -137,6 +205,7 @@ def _collect(paths: list[Path]) -> tuple[list[Path], list[str], list[Path]]:
                 raise InputError(
                     "the folder holds no pictures", where=str(path), expected=", ".join(sorted(IMAGE_SUFFIXES))
                 )
+            in_folders |= set(range(len(pictures), len(pictures) + len(found)))
             pictures += found
         elif path.suffix.lower() == TEXT_SUFFIX:
             texts += _lines(path)
@@ -144,7 +213,7 @@ def _collect(paths: list[Path]) -> tuple[list[Path], list[str], list[Path]]:
             pictures.append(path)
     if pictures and texts:
         raise UsageError("pictures and texts go to files of their own", fix="run embed twice")
-    return pictures, texts, skipped
+    return Inputs(pictures, texts, frozenset() if strict else frozenset(in_folders), skipped)
 
 
 def _files_below(folder: Path) -> tuple[list[Path], list[Path]]:

@@ -10,9 +10,7 @@ from vlm_export.cli.common import add_common_options, checked_depth, natural_num
 from vlm_export.cli.output import print_json, print_line, print_text, print_warnings, size_text
 
 if TYPE_CHECKING:
-    from vlm_export.export.options import ExportOptions
     from vlm_export.export.pipeline import ExportResult
-    from vlm_export.export.stages import Stages
 
 
 def add_parser(verbs: Any) -> None:
@@ -61,7 +59,14 @@ def add_parser(verbs: Any) -> None:
     source.add_argument("--base", metavar="SOURCE", help="the model that a LoRA adapter was trained on")
     source.add_argument("--revision", metavar="REV", help="commit, branch or tag of a Hub id")
     source.add_argument("--random-weights", type=int, metavar="SEED", help="seeded random weights for a known name")
-    _add_clip_options(parser)
+    source.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=_name_and_value,
+        metavar="NAME=VALUE",
+        help="what the weights do not say about themselves, repeatable; inspect SOURCE lists what its family takes",
+    )
     checks = parser.add_argument_group("verification")
     checks.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="also verify with this picture, repeatable"
@@ -71,19 +76,11 @@ def add_parser(verbs: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def _add_clip_options(parser: argparse.ArgumentParser) -> None:
-    unsaid = parser.add_argument_group(
-        "weights that nothing describes",
-        "For CLIP files with OpenAI's key names from elsewhere, without open_clip_config.json beside them; "
-        "--head-width also for OmniLMM with another image encoder than the published one.",
-    )
-    unsaid.add_argument("--activation", choices=("quick_gelu", "gelu"), help="of both encoders (default: quick_gelu)")
-    unsaid.add_argument(
-        "--head-width", type=positive_integer, metavar="N", help="of the image encoder's attention (default: 64)"
-    )
-    unsaid.add_argument(
-        "--text-heads", type=positive_integer, metavar="N", help="of the text encoder's attention (default: width / 64)"
-    )
+def _name_and_value(text: str) -> tuple[str, int | str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, int(value) if value.isascii() and value.isdecimal() and len(value) < 10 else value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,57 +91,43 @@ def run(args: argparse.Namespace) -> int:
     # Refused before torch is imported; `publication` checks again under its lock.
     with environment_errors("checking the output directory"):
         check_target(checked_depth(Path(args.output)), overwrite=args.overwrite)
+    from vlm_export.api import export
     from vlm_export.checkpoint.names import hidden_name
-    from vlm_export.export.pipeline import export_bundle
-    from vlm_export.export.stages import Stages
 
     print_warnings([note for note in [hidden_name(args.source)] if note])
-    stages = Stages(None if args.quiet else StagePrinter())
-    result = export_bundle(args.source, Path(args.output), _options(args), stages)
+    progress = None if args.quiet else StagePrinter()
+    result = export(args.source, args.output, progress=progress, **_options(args))
     print_warnings(result.manifest.export.warnings)
     if args.json:
-        print_json(_json_from_result(args, result, stages))
+        print_json({"bundle": args.output, **result.to_json()})
     else:
         _print_result(args.output, result)
     return 0
 
 
-def _options(args: argparse.Namespace) -> ExportOptions:
-    from vlm_export.export.options import ExportOptions
-    from vlm_export.family import BuildOptions
-
-    return ExportOptions(
-        opset=args.opset,
-        exporter=args.exporter,
-        target=args.target,
-        simplify=not args.no_simplify,
-        external_data_threshold_bytes=args.external_data_threshold << 20,
-        overwrite=args.overwrite,
-        tokenizer=args.tokenizer,
-        with_tokenizer=not args.no_tokenizer,
-        sha256=args.sha256,
-        revision=args.revision,
-        base=args.base,
-        random_weights_seed=args.random_weights,
-        with_preprocessing=args.with_preprocessing,
-        build=BuildOptions(args.image_size, args.dynamic_image_size, args.activation, args.head_width, args.text_heads),
-        parts=tuple(args.part),
-        precisions=tuple(dict.fromkeys(args.precision or ["fp32"])),
-        images=tuple(Path(image) for image in args.image),
-        threads=args.threads,
-    )
-
-
-def _json_from_result(args: argparse.Namespace, result: ExportResult, stages: Stages) -> dict[str, Any]:
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `vlm_export.export`."""
     return {
-        "bundle": args.output,
-        "verification": [report.to_json() for report in result.reports],
-        "contract": result.contract.to_json(),
-        "stages": [
-            {"name": r.name, "seconds": round(r.seconds, 4), "peak_anonymous_bytes": r.peak_anonymous_bytes}
-            for r in stages.records
-        ],
-        "manifest": result.manifest.to_json(),
+        "opset": args.opset,
+        "exporter": args.exporter,
+        "target": args.target,
+        "simplify": not args.no_simplify,
+        "external_data_threshold_bytes": args.external_data_threshold << 20,
+        "overwrite": args.overwrite,
+        "tokenizer": args.tokenizer,
+        "with_tokenizer": not args.no_tokenizer,
+        "sha256": args.sha256,
+        "revision": args.revision,
+        "base": args.base,
+        "random_weights_seed": args.random_weights,
+        "with_preprocessing": args.with_preprocessing,
+        "image_size": args.image_size,
+        "dynamic_image_size": args.dynamic_image_size,
+        "family_options": dict(args.set),
+        "parts": tuple(args.part),
+        "precisions": tuple(dict.fromkeys(args.precision or ["fp32"])),
+        "images": tuple(Path(image) for image in args.image),
+        "threads": args.threads,
     }
 
 

@@ -44,7 +44,8 @@ def add_parsers(verbs: Any) -> Iterator[argparse.ArgumentParser]:
     split = verbs.add_parser("split", help="cut a model in two at tensors; `compose` puts it together again")
     split.add_argument("model", metavar="IN", help="an .onnx file")
     split.add_argument("--at", nargs="+", required=True, metavar="TENSOR", help="the tensors")
-    split.add_argument("--second", required=True, metavar="OUT2", help="where to write the second model")
+    second = "where to write the second model; both are put in place in one step only in one directory, else OUT first"
+    split.add_argument("--second", required=True, metavar="OUT2", help=second)
     split.set_defaults(run=run_split)
     for parser in (apply, store, split):
         _add_writing_options(parser)

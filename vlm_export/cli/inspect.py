@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_export.cli.common import add_common_options
 from vlm_export.cli.cutting_report import report_cutting
 from vlm_export.cli.inspect_known import checkpoint_from_config, known_data, list_known, print_known
-from vlm_export.cli.output import print_json, print_line, print_table, print_warnings, size_text
+from vlm_export.cli.output import print_json, print_line, print_table, print_warnings, size_text, terminal_width
 from vlm_export.cli.preparation_report import preparation_data, print_preparation
 from vlm_export.errors import UsageError
 
@@ -106,6 +106,7 @@ def _data_from_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     from vlm_export.checkpoint.random import tensor_bytes
     from vlm_export.models.recognition import left_out_warnings
     from vlm_export.models.registry import identify
+    from vlm_export.specs.codec import field_words
 
     family, checkpoint = identify(checkpoint)
     description = family.describe(checkpoint)
@@ -118,7 +119,7 @@ def _data_from_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     takes_text = any("input_ids" in part.signature.input_names for part in description.parts)
     # Of a checkpoint that is not here, nobody knows.
     if takes_text and checkpoint.files and not any("token" in name for name in checkpoint.side_files):
-        notes.append("the checkpoint carries no tokenizer: pass --tokenizer, or install open_clip_torch for CLIP's own")
+        notes.append("the checkpoint carries no tokenizer: pass --tokenizer, unless a package that is installed has it")
     return {
         "what": "checkpoint",
         "source": checkpoint.source,
@@ -137,6 +138,7 @@ def _data_from_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
             for part in description.parts
         ],
         "preparation": preparation_data(description.image, text, origins),
+        "options": dict(field_words(family.options)),
         "notes": notes,
         "warnings": [*assumed, *left_out_warnings(checkpoint), *warnings],
     }
@@ -207,12 +209,14 @@ def _print(data: Mapping[str, Any]) -> None:
     for file in data["files"]:
         print_line(f"  {file['name']}  {size_text(file['size_bytes'])}  sha256 {file['sha256'][:16]}…")
     print_line("architecture:")
-    for key, value in data["architecture"].items():
-        print_line(f"  {key}: {value}")
+    architecture = [(f"  {key}", str(value)) for key, value in data["architecture"].items()]
+    print_table(("  field", "value"), architecture, width=terminal_width())
     print_line("parts:")
-    rows = [(part["name"], _signature_text(part["signature"]), _detail(part)) for part in data["parts"]]
-    print_table(("  part", "inputs → outputs", ""), [(f"  {name}", text, detail) for name, text, detail in rows])
+    rows = [(f"  {part['name']}", _signature_text(part["signature"]), _detail(part)) for part in data["parts"]]
+    print_table(("  part", "inputs → outputs", ""), rows, width=terminal_width())
     print_preparation(data["preparation"])
+    for name, words in data.get("options", {}).items():
+        print_line(f"option: --set {name}=…: {words}")
     for note in data["notes"]:
         print_line(f"note: {note}")
 

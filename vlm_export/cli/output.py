@@ -9,11 +9,12 @@ import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import zip_longest
 from typing import Any
 
 from vlm_export.text_display import escaped_json, shown, shown_lines
 
-_NARROWEST = 20
+_NARROWEST, _GAP = 20, "  "
 LONGEST_LINE = 100_000
 """Characters of a line or cell that are printed; a caption or a label is never cut, a file without end is."""
 
@@ -40,15 +41,44 @@ def print_text(text: str) -> None:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | None = None) -> None:
-    """Left-aligned columns on stdout; each row is one line, or more where the last cell would pass `width`."""
+    """Left-aligned columns on stdout; each row is one line, or with `width` as many as keep every cell in its column.
+
+    Nothing is cut: cells that are too wide go on below, broken between words where there are any.
+    """
     lines = [[shown(cell, LONGEST_LINE) for cell in row] for row in (header, *rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    before = sum(widths[:-1]) + 2 * (len(widths) - 1)
-    for *cells, last in lines:
-        start = "".join(f"{cell:<{size}}  " for cell, size in zip(cells, widths, strict=False))
-        parts = [last] if width is None else textwrap.wrap(last, max(width - before, _NARROWEST)) or [""]
-        for number, part in enumerate(parts):
-            print(f"{start if number == 0 else ' ' * before}{part}".rstrip())
+    columns = list(zip(*lines, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    if width is not None:
+        widths = _fitted(columns, width - len(_GAP) * (len(columns) - 1))
+    for line in lines:
+        cells = [_wrapped(cell, size) for cell, size in zip(line, widths, strict=True)]
+        for parts in zip_longest(*cells, fillvalue=""):
+            print(_GAP.join(f"{part:<{size}}" for part, size in zip(parts, widths, strict=True)).rstrip())
+
+
+def _fitted(columns: Sequence[Sequence[str]], room: int) -> list[int]:
+    """Widths that fill at most `room`: of each column's longest word, if they do, and the rest shared by need."""
+    wanted = [max(map(len, column)) for column in columns]
+    words = [max(len(_indent(cell)) + max(map(len, cell.split()), default=0) for cell in column) for column in columns]
+    widths = words if sum(words) <= room else [0] * len(columns)
+    room -= sum(widths)
+    order = sorted(range(len(columns)), key=lambda i: wanted[i] - widths[i])
+    for position, i in enumerate(order):
+        more = min(wanted[i] - widths[i], max(room // (len(order) - position), _NARROWEST - widths[i], 0))
+        widths[i] += more
+        room -= more
+    return widths
+
+
+def _wrapped(cell: str, size: int) -> list[str]:
+    if len(cell) <= size:
+        return [cell]
+    indent = _indent(cell)
+    return textwrap.wrap(cell.strip(), size, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _indent(cell: str) -> str:
+    return cell[: len(cell) - len(cell.lstrip())]
 
 
 def terminal_width() -> int:

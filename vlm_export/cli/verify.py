@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_export.cli.common import add_common_options, add_engine_options, providers
@@ -13,9 +12,7 @@ from vlm_export.cli.output import print_json, print_text
 from vlm_export.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
-    from vlm_export.bundle.opened import OpenBundle
-    from vlm_export.verify.contract import ContractReport
-    from vlm_export.verify.report import PartReport
+    from vlm_export.api import VerificationResult
 
 
 def add_parser(verbs: Any) -> None:
@@ -36,73 +33,36 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from vlm_export.bundle.opened import open_bundle
+    from vlm_export.api import verify
+    from vlm_export.cli.progress import StagePrinter
+    from vlm_export.verify.table import format_table
 
     if args.base and not args.source:
         raise UsageError("--base goes with --source", got="--base alone", fix="name the adapter with --source")
-    bundle = open_bundle(Path(args.bundle))
-    reports, contract = _against_source(args, bundle) if args.source else _against_golden(args, bundle)
-    if not reports:
-        raise VerificationError(
-            "nothing was compared, so nothing is proved", where=args.bundle, fix="export the model again"
-        )
+    result = verify(
+        args.bundle,
+        args.source,
+        base=args.base,
+        precision=args.precision,
+        providers=providers(args),
+        threads=args.threads,
+        progress=None if args.quiet else StagePrinter(),
+    )
     if args.json:
-        return _print_json(reports, contract)
-    from vlm_export.verify.table import format_table
-
+        return _print_json(result)
     with suppress(BrokenPipeError):
-        print_text(format_table(reports, contract))
-    _raise_if_failed(reports, contract)
+        print_text(format_table(result.reports, result.contract))
+    result.raise_if_failed()
     return 0
 
 
-def _raise_if_failed(reports: list[PartReport], contract: ContractReport) -> None:
-    """VerificationError for the first that failed; the contract's names the file, so it comes first."""
-    contract.raise_if_failed()
-    for report in reports:
-        report.raise_if_failed()
-
-
-def _print_json(reports: list[PartReport], contract: ContractReport) -> int:
+def _print_json(result: VerificationResult) -> int:
     """One document in either case: a failure's is the error with the reports."""
-    result: dict[str, Any] = {
-        "passed": True,
-        "verification": [report.to_json() for report in reports],
-        "contract": contract.to_json(),
-    }
     try:
-        _raise_if_failed(reports, contract)
+        result.raise_if_failed()
     except VerificationError as error:
         print(f"vlm-export: {error}", file=sys.stderr)
-        print_json({**error.to_json(), **result, "passed": False})
+        print_json({**error.to_json(), **result.to_json()})
         return error.exit_status
-    print_json(result)
+    print_json(result.to_json())
     return 0
-
-
-def _against_golden(args: argparse.Namespace, bundle: OpenBundle) -> tuple[list[PartReport], ContractReport]:
-    from vlm_export.verify.contract import replay
-    from vlm_export.verify.engine import variant_bytes, verifying_engine
-    from vlm_export.verify.points import EngineRun
-    from vlm_export.verify.recheck import verify_bundle
-
-    bundle.verify(bundle.manifest.files)
-
-    def start_engine(part: str, precision: str) -> EngineRun:
-        variant = bundle.manifest.part(part).variant(precision)
-        path, size_bytes = bundle.model_files(variant), variant_bytes(bundle.manifest, variant)
-        return verifying_engine(path, weights_bytes=size_bytes, threads=args.threads, providers=providers(args)).run
-
-    engine_name = ", ".join(providers(args))
-    contract = replay(bundle, start_engine, precision=args.precision)
-    reports = verify_bundle(bundle, engine_factory=start_engine, engine_name=engine_name, precision=args.precision)
-    return reports, contract
-
-
-def _against_source(args: argparse.Namespace, bundle: OpenBundle) -> tuple[list[PartReport], ContractReport]:
-    from vlm_export.cli.progress import StagePrinter
-    from vlm_export.export.reverify import verify_against_source
-    from vlm_export.export.stages import Stages
-
-    stages = Stages(None if args.quiet else StagePrinter())
-    return verify_against_source(bundle, args.source, providers(args), args.threads, stages, args.precision, args.base)

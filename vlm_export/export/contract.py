@@ -240,6 +240,7 @@ def original_side(model: Model, sides: Sides) -> OriginalSide:
         vectors = {part.name: vectors for part in model.parts if (vectors := _vectors(part, model, feeds, not_run))}
     if vectors:
         made_by["vectors"] = model.original.encoders_name or model.reference_name
+    embed = model.task(EmbedSpec)
     record = ContractRecord(
         made_by=made_by,
         images=tuple(_image_record(name, array, black, white) for name, array in pixels.items()),
@@ -248,7 +249,7 @@ def original_side(model: Model, sides: Sides) -> OriginalSide:
         texts=tuple(TextRecord(text, tuple(ids)) for text, ids in rows.items()),
         pad_token_id=None if texts is None else texts.pad_token_id,
         vectors=vectors,
-        facts=dict(model.original.facts) if any(isinstance(t, EmbedSpec) and t.score for t in model.tasks) else {},
+        facts={} if embed is None or embed.score is None else dict(model.original.facts),
         not_run=tuple(not_run),
     )
     return OriginalSide(record, contents, images, texts)

@@ -7,8 +7,9 @@ again later: a changed row of one rare token is found, which no grid of random i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 from torch import Tensor, nn
 
-from vlm_export.bundle.ledger import CheckpointTensor, GraphLedger, LedgerEntry, graph_entries
+from vlm_export.bundle.ledger import CheckpointTensor, GraphLedger, LedgerEntry, found_ledger
 from vlm_export.errors import VerificationError
 from vlm_export.family import Part
 from vlm_export.graph.passes.constant_fold import made_of
 from vlm_export.models.weights import origins_of
+from vlm_export.precision.unrounded import Original
 
 Array = npt.NDArray[Any]
 # A number, a shape, a table that the code computes; whatever is larger must be a weight, or made of weights.
@@ -30,13 +32,16 @@ _BLOCK_BYTES = 16 << 20
 _TRANSPOSED = re.compile(r"(?P<stem>.+)\.(?:transposed|\((?P<perm>[\d, ]+)\))")
 _FOLDED = re.compile(r"(?P<stem>.+)\.(?P<kind>weight|bias)\.folded(?:\.\d+)?")
 _SHOWN_ROWS = 5
+# Of a constant that float16 rounded: numbers of the code, not tables that were computed from weights.
+_RECORDED_VALUES = 16
 
 
 @dataclass(frozen=True)
 class _Made:
-    """What an initializer should hold: an array whose values may still have to be cast, and its story."""
+    """What an initializer should hold: an array whose values may still have to be cast, None where nothing but the
+    graph knows them; and its story."""
 
-    values: Array
+    values: Array | None
     parameters: tuple[str, ...]
     transformation: str
 
@@ -46,7 +51,66 @@ def folded_sources(graph: ir.Model) -> dict[str, tuple[str, ...]]:
     return {name: made_of(value) for name, value in graph.graph.initializers.items() if made_of(value)}
 
 
-def account_for(part: Part, root: Path, graph: str, computed: Mapping[str, Sequence[str]] | None = None) -> GraphLedger:
+def original_of(
+    part: Part, graph: ir.Model, constants: Mapping[str, ir.TensorProtocol]
+) -> Callable[[str], Original | None]:
+    """Tells of an initializer what makes the float32 tensor that it was before it was rounded, None where nothing does.
+
+    Weights are the module's parameters, so that a wrong one in the graph is no excuse for itself.
+
+    Args:
+        constants: what other initializers held, from `rounded_from` or from `recorded_constants`.
+    """
+    tensors = _parameters(part.module)
+    # Apart from the graph, whose initializers the caller replaces.
+    initializers = {name: value.const_value for name, value in graph.graph.initializers.items()}
+
+    def weight(name: str) -> _Made | None:
+        stored = initializers[name]
+        return None if stored is None else _weight(name, stored, part.module, tensors)
+
+    def tensor(name: str) -> ir.TensorProtocol:
+        made = weight(name)
+        assert made is not None
+        return ir.tensor(np.ascontiguousarray(made.values), name=name)
+
+    def original(name: str) -> Original | None:
+        # Folded weights are computed again when they are written, so that one is in memory at a time.
+        if weight(name) is not None:
+            return partial(tensor, name)
+        return partial(constants.__getitem__, name) if name in constants else None
+
+    return original
+
+
+def recorded_constants(ledger: GraphLedger, graph: ir.Model) -> dict[str, ir.TensorProtocol]:
+    """float16 initializers → what they were before they were rounded, where the ledger tells."""
+    found: dict[str, ir.TensorProtocol] = {}
+    for entry in ledger.initializers:
+        stored = graph.graph.initializers[entry.name].const_value
+        if stored is None or entry.data_type != int(ir.DataType.FLOAT16):
+            continue
+        if entry.unrounded is None:
+            found[entry.name] = ir.LazyTensor(
+                partial(_widened, stored), dtype=ir.DataType.FLOAT, shape=ir.Shape(entry.shape), name=entry.name
+            )
+        elif entry.unrounded:
+            numbers = np.asarray(entry.unrounded, np.float32).reshape(entry.shape)
+            found[entry.name] = ir.tensor(numbers, name=entry.name)
+    return found
+
+
+def _widened(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
+
+
+def account_for(
+    part: Part,
+    root: Path,
+    graph: str,
+    computed: Mapping[str, Sequence[str]] | None = None,
+    constants: Mapping[str, ir.TensorProtocol] | None = None,
+) -> GraphLedger:
     """The ledger of a written graph, after comparing each weight in it with the module's parameter.
 
     Args:
@@ -54,6 +118,7 @@ def account_for(part: Part, root: Path, graph: str, computed: Mapping[str, Seque
         root: the bundle; `graph` is relative to it.
         computed: from `folded_sources`; None where only the graph's file is known: then what the file alone does not
             explain is taken as computed.
+        constants: as for `original_of`; the ledger records those that rounding changed.
 
     Raises:
         VerificationError: a weight is not the checkpoint's, or an initializer is nobody's.
@@ -62,18 +127,22 @@ def account_for(part: Part, root: Path, graph: str, computed: Mapping[str, Seque
     stored = ir.load(root / graph).graph.initializers
     problems: list[str] = []
     entries = []
-    for entry in graph_entries(root, graph):
+    found = found_ledger(root, graph)
+    for entry in found.initializers:
         constant = stored[entry.name].const_value
         assert constant is not None
-        made = _made(entry.name, part.module, tensors)
-        if made is not None:
+        made, before = _weight(entry.name, constant, part.module, tensors), None
+        if made is None:
+            made, before = _unnamed(entry.name, constant, tensors, computed), (constants or {}).get(entry.name)
+            if made is not None and before is not None:
+                made = replace(made, values=before.numpy())
+        if made is not None and made.values is not None:
             problems += _differences(entry.name, made, constant.numpy(), tensors)
-        else:
-            made = _unnamed(entry.name, constant, tensors, computed)
         if made is None:
             problems.append(f"{entry.name}: {constant.nbytes} bytes that are no parameter, nor made of any")
             continue
-        entries.append(_told(entry, made, tensors))
+        unrounded = None if before is None else _unrounded(before.numpy(), constant.numpy())
+        entries.append(replace(_told(entry, made, tensors), unrounded=unrounded))
     if problems:
         more = f"; and {len(problems) - _SHOWN_ROWS} more" if len(problems) > _SHOWN_ROWS else ""
         raise VerificationError(
@@ -83,7 +152,7 @@ def account_for(part: Part, root: Path, graph: str, computed: Mapping[str, Seque
             got="; ".join(problems[:_SHOWN_ROWS]) + more,
             fix="this graph must not be used; export the model again",
         )
-    return GraphLedger(graph, tuple(entries))
+    return replace(found, initializers=tuple(entries))
 
 
 def _parameters(module: nn.Module) -> dict[str, Tensor]:
@@ -97,6 +166,21 @@ def _parameters(module: nn.Module) -> dict[str, Tensor]:
 def _array(tensor: Tensor) -> Array:
     values: Array = tensor.detach().numpy()
     return values
+
+
+def _weight(name: str, stored: ir.TensorProtocol, module: nn.Module, tensors: Mapping[str, Tensor]) -> _Made | None:
+    """The parameter that the initializer is, by its name or else by its values; None where it is none."""
+    return _made(name, module, tensors) or _equal_parameter(stored.numpy(), tensors)
+
+
+def _equal_parameter(values: Array, tensors: Mapping[str, Tensor]) -> _Made | None:
+    """Simplification moves small weights as it moves constants, and calls them by the name of the value they become."""
+    for name, tensor in tensors.items():
+        own = _array(tensor)
+        for array, transformation in ((own, "as it is"), (own.T, "transposed")):
+            if values.ndim and array.shape == values.shape and not _other_rows(array, values, 0):
+                return _Made(array, (name,), transformation)
+    return None
 
 
 def _made(name: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> _Made | None:
@@ -144,21 +228,26 @@ def _folded(stem: str, kind: str, module: nn.Module) -> _Made | None:
 def _unnamed(
     name: str, constant: ir.TensorProtocol, tensors: Mapping[str, Tensor], computed: Mapping[str, Sequence[str]] | None
 ) -> _Made | None:
-    values: Array = constant.numpy()
-    nothing = np.empty(0)
-    for other, tensor in tensors.items():
-        if tuple(tensor.shape) == values.shape and values.ndim and np.array_equal(_array(tensor), values):
-            return _Made(nothing, (other,), "as it is")
+    """What is no parameter itself."""
     sources = [source.removesuffix(".transposed") for source in (computed or {}).get(name, ())]
     if weights := tuple(dict.fromkeys(source for source in sources if source in tensors)):
-        return _Made(nothing, weights, "computed from weights alone")
+        return _Made(None, weights, "computed from weights alone")
     if constant.nbytes <= _CONSTANT_BYTES or computed is None or sources:
-        return _Made(nothing, (), "a constant that the module's code computes")
+        return _Made(None, (), "a constant that the module's code computes")
     return None
 
 
+def _unrounded(before: Array, after: Array) -> tuple[float, ...] | None:
+    """For the ledger: None where rounding changed nothing, nothing where the values are too many to record."""
+    if np.array_equal(before, after.astype(before.dtype)):
+        return None
+    is_short = before.size <= _RECORDED_VALUES and bool(np.isfinite(before).all())
+    return tuple(before.astype(float).ravel().tolist()) if is_short else ()
+
+
 def _differences(name: str, made: _Made, found: Array, tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    parameter = made.parameters[0]
+    assert made.values is not None
+    parameter = made.parameters[0] if made.parameters else ""
     keys = ", ".join(key for key, _ in origins_of(tensors[parameter])) if parameter in tensors else ""
     stated = f"{name} (checkpoint: {keys})" if keys else name
     if made.values.shape != found.shape:

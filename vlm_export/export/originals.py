@@ -1,8 +1,8 @@
 """The original's own preparation of images and texts: the classes and functions of the library that owns a format.
 
-transformers' classes are taken by name from a list that stands here, and read checked copies of the checkpoint's side
-files: known names only, strict JSON, nothing that names code. open_clip's transform and tokenizer, and the torchvision
-pipelines that other authors publish, are built from values that the Family states.
+transformers' classes are taken by name from a list (`models/transformers_classes.py`), and read checked copies of the
+checkpoint's side files: known names only, strict JSON, nothing that names code. open_clip's transform and tokenizer,
+and the torchvision pipelines that other authors publish, are built from values that the Family states.
 
 Sources: transformers 5 models/auto (`image_processor_type`, `tokenizer_class`, `backend`), open_clip 3.3.0 transform.py
 (`image_transform_v2`) and factory.py (`get_tokenizer`), openai/CLIP clip.py (d05afc4), salesforce/BLIP (056a169).
@@ -25,9 +25,8 @@ from PIL import Image
 from vlm_export.bundle.strict_json import json_object_from_bytes
 from vlm_export.errors import InputError
 from vlm_export.export.clip_bpe import read_bounded
-from vlm_export.family import (
-    Array,
-)
+from vlm_export.family import Array
+from vlm_export.models.transformers_classes import IMAGE_CLASSES, TOKENIZER_CLASSES
 from vlm_export.original import (
     OPENAI_SPECIAL_TOKENS,
     OpenClipOriginal,
@@ -37,18 +36,6 @@ from vlm_export.original import (
     TransformersOriginal,
 )
 
-IMAGE_CLASSES = frozenset(
-    f"{name}{suffix}"
-    for name in ("CLIPImageProcessor", "BlipImageProcessor", "SiglipImageProcessor", "ViTImageProcessor")
-    for suffix in ("", "Fast", "Pil")
-) | {"CLIPFeatureExtractor"}
-TOKENIZER_CLASSES = frozenset(
-    {
-        *("BertTokenizer", "BertTokenizerFast", "CLIPTokenizer", "CLIPTokenizerFast", "GPT2Tokenizer"),
-        *("GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"),
-    }
-)
-MODEL_TYPES = frozenset({"clip", "blip", "clip_text_model", "clip_vision_model", "llava"})
 _IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),

@@ -8,7 +8,9 @@ from math import prod
 from pathlib import Path
 
 from vlm_export.errors import UsageError, suggestion
+from vlm_export.export.options import FP16
 from vlm_export.export.preprocessing_part import PART_NAME, find_vision
+from vlm_export.export.verification import HUGE_PART_BYTES
 from vlm_export.family import Checkpoint, Family, Model, PartOutline
 from vlm_export.specs.tasks import limited_tasks
 from vlm_export.verify.picture_samples import takes_pictures
@@ -73,7 +75,10 @@ def check_pictures(parts: Sequence[PartOutline], pictures: Sequence[Path]) -> No
 def needed_bytes(
     family: Family, checkpoint: Checkpoint, parts: Sequence[PartOutline], precisions: Sequence[str] = ("fp32",)
 ) -> int:
-    """Disk that an export takes at most: weights converted to float32, and those of every graph at every precision."""
+    """Disk that an export takes at most: weights converted to float32, those of every graph at every precision, and
+    for the proof of float16 those of one part in float32 again."""
     read = (info.shape for key, info in checkpoint.tensors.items() if not family.reads or key.startswith(family.reads))
     written = sum(part.parameter_count for part in parts)
-    return _FLOAT32_BYTES * sum(map(prod, read)) + written * sum(_WEIGHT_BYTES[name] for name in precisions)
+    sizes = [_FLOAT32_BYTES * part.parameter_count for part in parts] if FP16 in precisions else []
+    again = max((size for size in sizes if size <= HUGE_PART_BYTES), default=0)
+    return _FLOAT32_BYTES * sum(map(prod, read)) + written * sum(_WEIGHT_BYTES[name] for name in precisions) + again

@@ -23,15 +23,15 @@ from vlm_export.errors import VerificationError, VlmExportError
 from vlm_export.export.backends import Exporter, choose_exporter, choose_lowerings, export_part
 from vlm_export.export.bundle_manifest import check_publishable, manifest_from_model, with_contract
 from vlm_export.export.contract import prove_contract, sides_of
+from vlm_export.export.fp16_proof import rounded_points, unrounded_report
 from vlm_export.export.ledger import account_for, folded_sources
 from vlm_export.export.options import FP32, ExportOptions, Precision
 from vlm_export.export.parts import check_pictures, needed_bytes, planned_parts, select_parts
 from vlm_export.export.preprocessing_part import add_preprocessing
 from vlm_export.export.published_files import json_bytes
-from vlm_export.export.rounded import rounded_points
 from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.source import build_model, known_checkpoint, open_source
-from vlm_export.export.stages import Stages
+from vlm_export.export.stages import StageRecord, Stages
 from vlm_export.export.tokenizer_files import model_with_tokenizer, resolve_tokenizer
 from vlm_export.export.verification import (
     PartVerification,
@@ -44,7 +44,7 @@ from vlm_export.export.verification import (
 from vlm_export.export.writer import write_graph
 from vlm_export.family import Checkpoint, Model, Part, Reference
 from vlm_export.models.registry import identify
-from vlm_export.precision.fp16 import convert_to_fp16
+from vlm_export.precision.fp16 import convert_to_fp16, rounded_from
 from vlm_export.runtime.engines.onnxruntime import CPU, OrtEngine
 from vlm_export.runtime.inputs.images import open_image
 from vlm_export.specs import ImageSpec
@@ -59,12 +59,31 @@ _SCRATCH = "scratch"
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A published bundle: its manifest, the verification reports of all variants, in the order of the parts, and the
-    proof from images and texts to vectors."""
+    """A published bundle.
+
+    Attributes:
+        manifest: all that the bundle says about itself.
+        reports: the verification of all variants, in the order of the parts.
+        contract: the proof from images and texts to vectors.
+        stages: what each stage took.
+    """
 
     manifest: Manifest
     reports: tuple[PartReport, ...]
     contract: ContractReport
+    stages: tuple[StageRecord, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `export --json` prints, but for the bundle's path."""
+        return {
+            "verification": [report.to_json() for report in self.reports],
+            "contract": self.contract.to_json(),
+            "stages": [
+                {"name": r.name, "seconds": round(r.seconds, 4), "peak_anonymous_bytes": r.peak_anonymous_bytes}
+                for r in self.stages
+            ],
+            "manifest": self.manifest.to_json(),
+        }
 
 
 def export_bundle(source: str, target: Path, options: ExportOptions, stages: Stages | None = None) -> ExportResult:
@@ -85,11 +104,17 @@ def export_bundle(source: str, target: Path, options: ExportOptions, stages: Sta
 
 @dataclass(frozen=True)
 class _Written:
-    """A variant's graph as it lies on disk."""
+    """A variant's graph as it lies on disk.
+
+    Attributes:
+        computed: from `folded_sources`.
+        constants: what initializers held before they were rounded, from `rounded_from`.
+    """
 
     precision: Precision
     paths: list[Path]
     computed: Mapping[str, Sequence[str]]
+    constants: Mapping[str, ir.TensorProtocol]
     simplified: bool
     warnings: tuple[str, ...]
 
@@ -144,7 +169,8 @@ class _Job:
             ledger = ledger_to_bytes([graph for _, _, graphs in results for graph in graphs])
             staging.file(layout.LEDGER_NAME).write_bytes(ledger)
             manifest = staging.commit(with_contract(manifest, contract))
-        return ExportResult(manifest, tuple(report for _, reports, _ in results for report in reports), contract)
+        reports = tuple(report for _, reports, _ in results for report in reports)
+        return ExportResult(manifest, reports, contract, tuple(self.stages.records))
 
     def _export(self, part: Part, staging: Staging) -> _Exported:
         warnings: list[str] = []
@@ -167,8 +193,8 @@ class _Job:
 
     def _write(
         self, graph: ir.Model, part: Part, precision: Precision, staging: Staging
-    ) -> tuple[list[Path], Mapping[str, Sequence[str]]]:
-        """The files of the graph, and which of its weights were computed from which others."""
+    ) -> tuple[list[Path], Mapping[str, Sequence[str]], Mapping[str, ir.TensorProtocol]]:
+        """What `_Written` holds of a graph's paths and weights."""
         with self.stages.stage(f"write {variant_label(part, precision)}"):
             path = staging.file(layout.graph_path(part.name, precision))
             computed = folded_sources(graph)
@@ -176,7 +202,7 @@ class _Job:
                 graph = convert_to_fp16(graph)
             with _own_errors():
                 paths = write_graph(graph, path, self.options.external_data_threshold_bytes)
-            return paths, computed
+            return paths, computed, rounded_from(graph)
 
     def _verify(
         self, exported: _Exported, model: Model, known: KnownCheckpoint | None, staging: Staging, tokenizer: Path | None
@@ -200,20 +226,20 @@ class _Job:
         self, written: _Written, raw: ir.Model, verification: PartVerification, reference: Reference, staging: Staging
     ) -> tuple[_Written, PartReport]:
         """The variant as it is published and its report; from the raw graph if the simplified one fails."""
-        report = self._compare(written, verification, reference)
+        report = self._compare(written, verification, reference, staging)
         if written.simplified and not report.passed:
             why = f"the simplified graph differs, so this one is not simplified: {report.first_failure()}"
             for path in written.paths:
                 path.unlink()
-            paths, computed = self._write(raw, verification.part, written.precision, staging)
-            written = replace(
-                written, paths=paths, computed=computed, simplified=False, warnings=(*written.warnings, why)
-            )
-            report = self._compare(written, verification, reference)
+            made = self._write(raw, verification.part, written.precision, staging)
+            written = _Written(written.precision, *made, False, (*written.warnings, why))
+            report = self._compare(written, verification, reference, staging)
         _raise_if_failed(report, written.precision)
         return written, report
 
-    def _compare(self, written: _Written, verification: PartVerification, reference: Reference) -> PartReport:
+    def _compare(
+        self, written: _Written, verification: PartVerification, reference: Reference, staging: Staging
+    ) -> PartReport:
         path, precision = written.paths[0], written.precision
         with self.stages.stage(f"verify {variant_label(verification.part, precision)}") as progress:
             start = partial(self._start_engine, verification.weights_bytes)
@@ -226,7 +252,12 @@ class _Job:
             del engine  # The weights of one engine at a time.
             rounded = rounded_points(path, start, verification, reference, floor)
             noise = report.floor if floor is None else floor.floor
-            return replace(report, points=(*report.points, *rounded), floor=noise)
+            report = replace(report, points=(*report.points, *rounded), floor=noise)
+            scratch = staging.path / _SCRATCH
+            found = unrounded_report(
+                path, start, verification, reference, lambda _: written.constants, engine_name=label, scratch=scratch
+            )
+            return report.with_unrounded(found)
 
     def _start_engine(self, weights_bytes: int, path: Path) -> OrtEngine:
         """`weights_bytes`: in float32, which the CPU makes of float16 ones."""
@@ -295,14 +326,14 @@ def _own_errors() -> Iterator[None]:
 def _ledger(written: _Written, part: Part, staging: Staging) -> GraphLedger:
     """The ledger of the graph that is published, after comparing its weights with the checkpoint's."""
     name = written.paths[0].relative_to(staging.path).as_posix()
-    return account_for(part, staging.path, name, written.computed)
+    return account_for(part, staging.path, name, written.computed, written.constants)
 
 
 def _raise_if_failed(report: PartReport, precision: Precision) -> None:
     try:
         report.raise_if_failed()
     except VerificationError as error:
-        if precision != FP32:
+        if precision != FP32 and report.failures:
             error.fix = "this part does not work in float16; export without --precision fp16"
         raise
 

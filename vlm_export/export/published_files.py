@@ -21,9 +21,6 @@ from vlm_export.bundle import layout
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.bundle.strict_json import json_object_from_bytes
 from vlm_export.export.originals import (
-    IMAGE_CLASSES,
-    MODEL_TYPES,
-    TOKENIZER_CLASSES,
     ImagePreparation,
     NotRunError,
     TextPreparation,
@@ -32,6 +29,7 @@ from vlm_export.export.originals import (
 )
 from vlm_export.export.tokenizer_files import ResolvedTokenizer
 from vlm_export.family import Model
+from vlm_export.models.transformers_classes import IMAGE_CLASSES, MODEL_TYPES, TOKENIZER_CLASSES
 from vlm_export.specs import ImageSpec
 from vlm_export.verify.contract import ContractCheck
 from vlm_export.verify.contract_files import config_failures, differences

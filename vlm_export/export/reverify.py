@@ -15,8 +15,9 @@ from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import InputError
 from vlm_export.export.bundle_manifest import planned_manifest
 from vlm_export.export.contract import repeat_contract, source_tokenizer
-from vlm_export.export.ledger import account_for
-from vlm_export.export.options import ExportOptions
+from vlm_export.export.fp16_proof import NOT_UNROUNDED, unrounded_report
+from vlm_export.export.ledger import account_for, recorded_constants
+from vlm_export.export.options import FP16, ExportOptions
 from vlm_export.export.parts import select_parts
 from vlm_export.export.preprocessing_part import PART_NAME, add_preprocessing
 from vlm_export.export.source import build_model, known_checkpoint, open_source
@@ -29,7 +30,7 @@ from vlm_export.runtime.engines.onnxruntime import CPU, OrtEngine
 from vlm_export.verify.contract import ContractReport
 from vlm_export.verify.engine import engine_label, variant_bytes, verifying_engine
 from vlm_export.verify.floor import ELSEWHERE
-from vlm_export.verify.ledger import check_ledger
+from vlm_export.verify.ledger import check_ledger, read_ledger
 from vlm_export.verify.points import EngineRun
 from vlm_export.verify.report import PartReport
 
@@ -91,7 +92,12 @@ def verify_against_source(
                         account_for(part, bundle.root, variant.file)
                         check_ledger(bundle, variant)
                         engine = _engine(bundle, variant, providers, threads)
-                        reports.append(_report(verification, reference, variant, engine, providers, progress))
+                        report = _report(verification, reference, variant, engine, providers, progress)
+                        if variant.precision == FP16:
+                            del engine  # The weights of one engine at a time.
+                            found = _unrounded(bundle, variant, verification, reference, threads, Path(folder))
+                            report = report.with_unrounded(found)
+                        reports.append(report)
     return reports, contract
 
 
@@ -108,6 +114,30 @@ def _report(
         floor.floor = replace(floor.floor, allowance=ELSEWHERE)
     label, mapped = engine_label(providers, mapped=engine.mapped), engine.mapped
     return verification.run(engine.run, label, reference, progress, variant.precision, mapped=mapped, floor=floor)
+
+
+def _unrounded(
+    bundle: OpenBundle,
+    variant: VariantRecord,
+    verification: PartVerification,
+    reference: Reference,
+    threads: int | None,
+    scratch: Path,
+) -> PartReport | str:
+    """On the CPU, whatever runs the variant itself: what it shows does not depend on the engine."""
+    ledger = read_ledger(bundle)
+    if ledger is None or variant.file not in ledger:
+        return f"{NOT_UNROUNDED}the bundle has no ledger"
+    start = partial(verifying_engine, weights_bytes=verification.weights_bytes, threads=threads)
+    return unrounded_report(
+        bundle.file(variant.file),
+        start,
+        verification,
+        reference,
+        partial(recorded_constants, ledger[variant.file]),
+        engine_name=engine_label((CPU,)),
+        scratch=scratch,
+    )
 
 
 def _start(bundle: OpenBundle, providers: Sequence[str], threads: int | None, part: str, precision: str) -> EngineRun:

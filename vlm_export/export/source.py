@@ -10,7 +10,7 @@ from vlm_export.checkpoint.known import KnownCheckpoint, is_pinned, known_names,
 from vlm_export.checkpoint.names import hidden_name
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.random import random_checkpoint
-from vlm_export.errors import UsageError, suggestion
+from vlm_export.errors import InputError, UsageError, suggestion
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.stages import StepProgress
 from vlm_export.family import BuildOptions, Checkpoint, Family, Model, WeightStore
@@ -18,6 +18,7 @@ from vlm_export.models.image_processor import IMAGE_SIZE_OPTION, with_image_size
 from vlm_export.models.recognition import left_out_warnings
 from vlm_export.models.registry import load_family, read_prefixes
 from vlm_export.specs import ImageSpec, Origins
+from vlm_export.specs.codec import field_words
 
 
 def known_checkpoint(source: str) -> KnownCheckpoint | None:
@@ -64,16 +65,7 @@ def build_model(
     Raises:
         UsageError: the options say what the checkpoint says itself.
     """
-    if build.choices:
-        pinned = is_pinned(checkpoint.files)
-        if pinned or not set(build.choices) <= set(family.choices):
-            raise UsageError(
-                "--activation, --head-width and --text-heads are for weights that nothing else describes",
-                where=checkpoint.source,
-                expected=_accepted_choices(() if pinned else family.choices),
-                got=f"{', '.join(build.choices)} for {'a known checkpoint' if pinned else f'the family {family.name}'}",
-                fix="leave these options out",
-            )
+    _check_family_options(family, checkpoint, build)
     model = adapt_model(family.build(checkpoint, store, build), checkpoint, known, build)
     assumed = () if is_pinned(checkpoint.files) else model.warnings
     return replace(
@@ -117,5 +109,27 @@ def source_record(checkpoint: Checkpoint, options: ExportOptions) -> SourceRecor
     )
 
 
-def _accepted_choices(choices: tuple[str, ...]) -> str:
-    return ", ".join(f"--{name.replace('_', '-')}" for name in choices) or "none of them"
+def _check_family_options(family: Family, checkpoint: Checkpoint, build: BuildOptions) -> None:
+    """UsageError for options that the family does not have, or that a known checkpoint answers itself."""
+    if not build.family_options:
+        return
+    given = ", ".join(f"{name}={value}" for name, value in build.family_options.items())
+    words = " and ".join(f"{name} ({allowed})" for name, allowed in field_words(family.options).items())
+    if is_pinned(checkpoint.files) or not words:
+        raise UsageError(
+            "--set is for weights that nothing else describes",
+            where=checkpoint.source,
+            expected="no such option",
+            got=f"{given} for {'the family ' + family.name if not words else 'a known checkpoint'}",
+            fix="leave these options out",
+        )
+    try:
+        family.options.from_config(build.family_options, "--set")
+    except InputError as error:
+        raise UsageError(
+            f"the family {family.name!r} has no such option or value",
+            where="--set",
+            expected=words,
+            got=given,
+            fix=error.fix or "leave these options out",
+        ) from error

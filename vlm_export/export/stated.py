@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,8 +49,20 @@ def _stated(manifest: Mapping[str, Any]) -> dict[str, Any]:
     data["export"] = {key: value for key, value in data["export"].items() if key not in _CHOSEN}
     data["source"] = {key: manifest["source"][key] for key in ("dropped_keys", "shards_left_aside")}
     data["signature"] = {part["name"]: part["signature"] for part in manifest["parts"]}
-    plain: dict[str, Any] = json.loads(json.dumps(data))
-    return plain
+    return {key: _by_name(value) for key, value in data.items()}
+
+
+def _by_name(value: Any) -> Any:
+    """JSON data with each list of named objects, as axes and tasks are, made an object by their names."""
+    if isinstance(value, Mapping):
+        return {key: _by_name(entry) for key, entry in value.items()}
+    if not isinstance(value, list | tuple):
+        return value
+    for key in ("name", "kind"):
+        named = {entry[key]: _by_name(entry) for entry in value if isinstance(entry, Mapping) and key in entry}
+        if value and len(named) == len(value):
+            return named
+    return [_by_name(entry) for entry in value]
 
 
 def _difference(expected: Any, got: Any, field: str) -> tuple[str, str, str] | None:

@@ -22,6 +22,7 @@ from vlm_export.verify.grid import (
     RUNTIME_BATCHES,
     Attention,
     GridPoint,
+    batches_left_out,
     grid_for,
     least_grid,
     left_out,
@@ -42,7 +43,7 @@ _LARGE_PART_ROWS = 6
 # Inputs and outputs of one point; more only repeats what shorter rows show.
 _MAX_POINT_BYTES = 256 << 20
 # Above this, each run takes minutes, and graph and Reference do not fit in a usual machine's memory side by side.
-_HUGE_PART_BYTES = 8 << 30
+HUGE_PART_BYTES = 8 << 30
 # Below this, a point takes milliseconds, so that every length of a text and every batch can be tried.
 _SMALL_PART_BYTES = 64 << 20
 # Of larger parts those batches that load() and `embed` feed; images take hundreds of times what short texts do.
@@ -92,7 +93,7 @@ class PartVerification:
             floor: from `floor`.
             mapped: the engine runs with its weights mapped, which the report then says.
         """
-        grid = self._grid()
+        grid, more = self._grid(), self._runtime_points()
         if self.is_huge:
             reference = self._prepared(reference, grid)
         return verify_part(
@@ -102,14 +103,14 @@ class PartVerification:
             self.gate(precision),
             grid,
             self.samples,
-            more=self._runtime_points(),
+            more=more,
             variant=precision,
             reference_name=self.model.reference_name,
             engine_name=engine_name,
             pad_token_id=None if self.model.text is None else self.model.text.pad_token_id,
             progress=progress,
             with_self_checks=not self.is_huge,
-            not_run=(*self._left_out(grid), *((MAPPED_NOTE,) if mapped else ())),
+            not_run=(*self._left_out(grid, more), *((MAPPED_NOTE,) if mapped else ())),
             floor=floor,
         )
 
@@ -170,14 +171,17 @@ class PartVerification:
     def _is_small(self) -> bool:
         return self.weights_bytes <= _SMALL_PART_BYTES
 
-    def _left_out(self, grid: Sequence[GridPoint]) -> Iterator[str]:
+    def _left_out(self, grid: Sequence[GridPoint], more: Sequence[GridPoint]) -> Iterator[str]:
         if self.is_huge and takes_pictures(self.part.signature):
             yield "synthetic photographs but for the first: every run takes minutes"
+        room = f"a point's inputs and outputs at most {_MAX_POINT_BYTES >> 20} MiB"
+        scores = f"the scores of its attention at most {self._attention.budget_bytes >> 20} MiB"
+        reason = f"the weights take {self.weights_bytes / _GIB:.1f} GiB, {room}, {scores}"
         points = left_out(self.part.signature, grid)
-        if points:
-            room = f"a point's inputs and outputs at most {_MAX_POINT_BYTES >> 20} MiB"
-            scores = f"the scores of its attention at most {self._attention.budget_bytes >> 20} MiB"
-            yield f"{points}: the weights take {self.weights_bytes / _GIB:.1f} GiB, {room}, {scores}"
+        sizes = ", ".join(map(str, batches_left_out(self.part.signature, (*grid, *more))))
+        missing = [*([points] if points else []), *([f"the runtime's batches of {sizes}"] if sizes else [])]
+        if missing:
+            yield f"{' and '.join(missing)}: {reason}"
 
     def _prepared(self, reference: Reference, grid: Sequence[GridPoint]) -> RememberedReference:
         """Knows the outputs of all points: then the engine's weights need not share the memory with the Reference's,
@@ -230,4 +234,4 @@ def weights_bytes(part: Part) -> int:
 
 
 def _is_huge(part: Part) -> bool:
-    return weights_bytes(part) > _HUGE_PART_BYTES
+    return weights_bytes(part) > HUGE_PART_BYTES

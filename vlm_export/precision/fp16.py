@@ -12,6 +12,7 @@ from vlm_export.errors import InputError
 from vlm_export.precision.fp16_plan import Plan, float_inputs, is_float, plan_fp16
 from vlm_export.precision.fp16_rules import LARGEST_FLOAT16, makes_sequences, overflows
 
+_ROUNDED_FROM = "vlm_export.rounded_from"
 _SUFFIXES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16"}
 
 
@@ -31,6 +32,12 @@ def convert_to_fp16(model: ir.Model) -> ir.Model:
     plan = plan_fp16(work)
     _Conversion(work.graph, plan).run()
     return work
+
+
+def rounded_from(model: ir.Model) -> dict[str, ir.TensorProtocol]:
+    """Names of the initializers that the conversion rounded → what they held before; of its result, not of a file."""
+    values = model.graph.initializers.items()
+    return {name: value.meta[_ROUNDED_FROM] for name, value in values if _ROUNDED_FROM in value.meta}
 
 
 def _require_dtypes(model: ir.Model) -> None:
@@ -160,6 +167,7 @@ def _halve(weight: ir.Value) -> None:
         partial(_half_tensor, tensor, name), dtype=ir.DataType.FLOAT16, shape=shape, name=name
     )
     weight.type = ir.TensorType(ir.DataType.FLOAT16)
+    weight.meta[_ROUNDED_FROM] = tensor
 
 
 def _half_tensor(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:

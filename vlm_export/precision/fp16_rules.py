@@ -44,7 +44,7 @@ ARITHMETIC = frozenset({"Add", "Div", "Mul", "Sub"})
 # What comes out of them are activations, whatever went in: numbers of sizes and positions end here.
 ACTIVATION_STARTS = NORMS | SOFTMAXES | {"Attention", "Conv", "ConvTranspose"}
 # Attributes that name the dtype of what a node makes.
-_DTYPE_ATTRIBUTES = ("dtype", "output_datatype", "output_dtype", "to")
+DTYPE_ATTRIBUTES = ("dtype", "output_datatype", "output_dtype", "to")
 
 
 def takes_float16(node: ir.Node, opset: int) -> bool:
@@ -63,7 +63,7 @@ def takes_float16(node: ir.Node, opset: int) -> bool:
 
 def is_bound_to_float32(node: ir.Node) -> bool:
     """The node says that it makes float32, or makes integers or truth values that are used."""
-    attributes = (node.attributes.get(name) for name in _DTYPE_ATTRIBUTES)
+    attributes = (node.attributes.get(name) for name in DTYPE_ATTRIBUTES)
     if any(entry is not None and not entry.is_ref() and entry.value == ir.DataType.FLOAT for entry in attributes):
         return True
     used = (value for value in node.outputs if value.uses() or value.is_graph_output())

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from vlm_export.bundle.manifest import Manifest
 from vlm_export.errors import InputError
 from vlm_export.runtime.inputs.images import FloatArray
-from vlm_export.runtime.inputs.sources import Pictures
+from vlm_export.runtime.inputs.sources import Pictures, Unreadable
 from vlm_export.runtime.session import Session
 from vlm_export.runtime.tasks.answer import AnswerTask
 from vlm_export.runtime.tasks.answer_ranking import RankedAnswer
@@ -128,10 +128,15 @@ class Model:
         return self.embedding.embed_dim
 
     def encode_image(
-        self, images: Pictures, *, batch_size: int = IMAGE_BATCH_SIZE, progress: bool = False
+        self,
+        images: Pictures,
+        *,
+        batch_size: int = IMAGE_BATCH_SIZE,
+        progress: bool = False,
+        unreadable: Unreadable | None = None,
     ) -> FloatArray:
         """Embeddings of images, float32 (N, D), rows of unit length; see `EmbedTask.encode_image`."""
-        return self.embedding.encode_image(images, batch_size=batch_size, progress=progress)
+        return self.embedding.encode_image(images, batch_size=batch_size, progress=progress, unreadable=unreadable)
 
     def encode_text(
         self,

@@ -42,7 +42,8 @@ class Check:
 
 def between(minimum: float, maximum: float = MAX_INTEGER) -> Check:
     """A number in that range, both bounds included."""
-    return Check(f"from {minimum} to {maximum}", lambda value: bool(minimum <= value <= maximum))
+    words = f"at least {minimum}" if maximum == MAX_INTEGER else f"from {minimum} to {maximum}"
+    return Check(words, lambda value: bool(minimum <= value <= maximum))
 
 
 def above(bound: float) -> Check:
@@ -117,6 +118,11 @@ class Spec:
     def from_config(cls: type[Kind], data: object, where: str = "architecture") -> Kind:
         """The spec in data that people write, as in `configs/`: fields with a default may be left out."""
         return _read_spec(cls, data, _Place(where, complete=False, fix=""))
+
+
+def field_words(kind: type[Spec]) -> dict[str, str]:
+    """Name of each field → what it may hold, in words."""
+    return {name: field.words for name, field in _fields(kind).items()}
 
 
 class _Place(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, TypeVar
 
 from vlm_export.specs.codec import Spec, above, below, between
 from vlm_export.specs.text import TokenId
@@ -338,6 +338,12 @@ class FeatureSpec(Spec):
 
 TaskSpec: TypeAlias = EmbedSpec | MatchSpec | CaptionSpec | AnswerSpec | ChatSpec | FeatureSpec
 TaskKind: TypeAlias = Literal["embed", "match", "caption", "answer", "chat", "features"]
+FoundTask = TypeVar("FoundTask", bound=TaskSpec)
+
+
+def find_task(tasks: Sequence[TaskSpec], kind: type[FoundTask]) -> FoundTask | None:
+    """The task of that kind, None where there is none."""
+    return next((task for task in tasks if isinstance(task, kind)), None)
 
 
 def limited_tasks(tasks: Sequence[TaskSpec], parts: Collection[str]) -> tuple[TaskSpec, ...]:

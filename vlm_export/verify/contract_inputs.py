@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +53,7 @@ class ContractImage:
     content: bytes
 
 
+@cache
 def contract_images(edge: int) -> tuple[ContractImage, ...]:
     """The images for an encoder that takes `edge` pixels; the same on every call.
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from vlm_export.bundle.manifest import Manifest, VariantRecord
+from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import EnvironmentFailure
 from vlm_export.runtime.engines.memory import available_bytes, keeps_weights_mapped
 from vlm_export.runtime.engines.onnxruntime import CPU, OrtEngine
+from vlm_export.verify.points import EngineRun
 
 MAPPED_NOTE = "the engine's own graph optimisations: off, so that the weights stay in their file"
 _GIB = 1 << 30
@@ -36,6 +38,19 @@ def verifying_engine(
         _check_memory(path, weights_bytes)
     mapped = on_cpu and keeps_weights_mapped(weights_bytes)
     return OrtEngine(path, providers=providers, threads=threads, exact=True, mapped=mapped)
+
+
+def verifying_start(
+    bundle: OpenBundle, providers: Sequence[str], threads: int | None
+) -> Callable[[str, str], EngineRun]:
+    """What starts the engine of a part's variant, once its files are found to be the manifest's."""
+
+    def start(part: str, precision: str) -> EngineRun:
+        variant = bundle.manifest.part(part).variant(precision)
+        path, size_bytes = bundle.model_files(variant), variant_bytes(bundle.manifest, variant)
+        return verifying_engine(path, weights_bytes=size_bytes, threads=threads, providers=providers).run
+
+    return start
 
 
 def variant_bytes(manifest: Manifest, variant: VariantRecord) -> int:

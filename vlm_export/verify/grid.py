@@ -169,6 +169,18 @@ def left_out(signature: Signature, points: Sequence[GridPoint]) -> str:
     return f"{missing} of {len(whole)} grid points ({values or 'combinations of sizes'})"
 
 
+def batches_left_out(signature: Signature, points: Sequence[GridPoint]) -> tuple[int, ...]:
+    """Those of RUNTIME_BATCHES that the signature takes and no point has."""
+    ran = {point.sizes.get(BATCH_AXIS) for point in points}
+    axes = [axis for axis in _free_axes(signature) if axis.name == BATCH_AXIS]
+    return tuple(
+        size
+        for axis in axes
+        for size in RUNTIME_BATCHES
+        if axis.minimum <= size and (axis.maximum is None or size <= axis.maximum) and size not in ran
+    )
+
+
 def axis_sizes(axis: Axis, batches: Sequence[int] = BATCHES) -> tuple[int, ...]:
     """The sizes at which an axis is tried: `batches` in its range, or its ends and odd sizes between."""
     if axis.multiple_of > 1:

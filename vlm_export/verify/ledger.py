@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vlm_export.bundle.layout import LEDGER_NAME
-from vlm_export.bundle.ledger import GraphLedger, graph_entries, ledger_differences, ledger_from_bytes, summary
+from vlm_export.bundle.ledger import GraphLedger, found_ledger, ledger_differences, ledger_from_bytes, summary
 from vlm_export.bundle.manifest import VariantRecord
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import VerificationError
@@ -20,25 +20,27 @@ def read_ledger(bundle: OpenBundle) -> dict[str, GraphLedger] | None:
 
 
 def check_ledger(bundle: OpenBundle, variant: VariantRecord) -> tuple[str, ...]:
-    """Every initializer of the variant's graph is the one that the export wrote.
+    """Every initializer and node of the variant's graph is the one that the export wrote.
 
     Returns:
         What could not be checked, for the report.
 
     Raises:
-        VerificationError: names the initializers that were replaced, added or left out.
+        VerificationError: names the initializers that were replaced, added or left out, or says that nodes were.
     """
     ledger = read_ledger(bundle)
     if ledger is None:
         return (NO_LEDGER,)
     bundle.model_files(variant)
-    recorded = ledger.get(variant.file, GraphLedger(variant.file, ()))
-    differences = ledger_differences(recorded, graph_entries(bundle.root, variant.file))
+    recorded = ledger.get(variant.file)
+    differences = ["the ledger does not list it"]
+    if recorded is not None:
+        differences = ledger_differences(recorded, found_ledger(bundle.root, variant.file))
     if differences:
         raise VerificationError(
-            f"{len(differences)} weights of a graph are not those that were exported",
+            "a graph is not the one that was exported",
             where=variant.file,
-            expected=f"the values that {LEDGER_NAME} records",
+            expected=f"the weights and nodes that {LEDGER_NAME} records",
             got=summary(differences),
             fix="do not use this bundle; export the model again",
         )

@@ -16,7 +16,7 @@ from vlm_export.verify.metrics import Array, Comparison, compare, describe_array
 Arrays = Mapping[str, Array]
 EngineRun = Callable[[Arrays], Mapping[str, Array]]
 """Inputs of a part by name → its outputs by name: the `run` of an engine, or any other candidate."""
-PointKind = Literal["grid", "sample", "rows_alone", "padding", "golden", "rounded"]
+PointKind = Literal["grid", "sample", "rows_alone", "padding", "golden", "rounded", "unrounded"]
 _MAX_ERROR_CHARACTERS = 500
 
 
@@ -38,7 +38,8 @@ class PointResult:
     Attributes:
         kind: "grid" and "sample" compare the engine with the Reference, "rows_alone" each row of a batch with the
             same row alone, "padding" padded with unpadded token ids, "golden" the engine with recorded outputs,
-            "rounded" a float16 graph as hardware rounds it with the Reference.
+            "rounded" a float16 graph as hardware rounds it with the Reference, "unrounded" one in float32, with the
+            weights that it had before they were rounded.
         sizes: axis name → size.
         seed: of the example inputs, or None.
         comparisons: output name → its comparison; absent where there was nothing to compare.

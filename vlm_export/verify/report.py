@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vlm_export.errors import VerificationError
@@ -27,6 +27,7 @@ class PartReport:
         engine: name and version of what computed what was got.
         not_run: what a verification usually does and this one did not, each with its reason.
         floor: the measured noise that the outputs were judged by, None where none is known.
+        unrounded: of a float16 graph, its nodes in float32 with weights that were not rounded.
     """
 
     part: str
@@ -37,11 +38,13 @@ class PartReport:
     engine: str
     not_run: tuple[str, ...] = ()
     floor: Floor | None = None
+    unrounded: PartReport | None = None
 
     @property
     def passed(self) -> bool:
         """Something was compared and nothing failed."""
-        return any(point.comparisons for point in self.points) and not self.failures
+        unrounded = self.unrounded is None or self.unrounded.passed
+        return any(point.comparisons for point in self.points) and not self.failures and unrounded
 
     @property
     def failures(self) -> tuple[tuple[PointResult, Failure], ...]:
@@ -59,8 +62,16 @@ class PartReport:
         """Output name → the worst deviation over the points that the floor judged."""
         return worst_by_output(point.deviations for point in self.points)
 
+    def with_unrounded(self, found: PartReport | str) -> PartReport:
+        """This report with that of the graph in float32, or with the reason why there is none."""
+        if isinstance(found, str):
+            return replace(self, not_run=(*self.not_run, found))
+        return replace(self, unrounded=found)
+
     def first_failure(self) -> str:
         """The first failure and its point, or that there is none."""
+        if not self.failures and self.unrounded is not None and not self.unrounded.passed:
+            return f"in float32: {self.unrounded.first_failure()}"
         if not self.failures:
             return "nothing was compared" if not self.passed else "no failure"
         point, failure = self.failures[0]
@@ -85,12 +96,15 @@ class PartReport:
             "worst": {name: comparison.to_json() for name, comparison in self.worst.items()},
             "failures": [f"{point}: {failure}" for point, failure in self.failures[:_MAX_LISTED_FAILURES]],
             "failure_count": len(self.failures),
+            "unrounded": None if self.unrounded is None else self.unrounded.to_json(),
         }
 
     def raise_if_failed(self) -> None:
         """VerificationError with the first failing output, its sizes, and expected against got numbers."""
         if self.passed:
             return
+        if not self.failures and self.unrounded is not None:
+            self.unrounded.raise_if_failed()
         title = f"part {self.part!r} at {self.variant} does not compute what the reference computes"
         if not self.failures:
             raise VerificationError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +51,9 @@ SENTENCES: tuple[str, ...] = (
 )
 
 
+@cache
 def synthetic_photographs() -> tuple[Image.Image, ...]:
-    """Three RGB pictures, landscape, portrait and square; the same on every call."""
+    """Three RGB pictures, landscape, portrait and square; drawn once, not to be changed."""
     return tuple(_synthetic_photograph(width, height, seed) for seed, (width, height) in enumerate(_PHOTOGRAPH_SIZES))
 
 

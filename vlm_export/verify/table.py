@@ -20,7 +20,7 @@ def format_table(reports: Iterable[PartReport], contract: ContractReport | None 
     contract follow, one line each. Below stands what was not run.
     """
     reports = list(reports)
-    found = [_HEADER, *(row for report in reports for row in _rows(report))]
+    found = [_HEADER, *(row for report in reports for one in _with_unrounded(report) for row in _rows(one))]
     found += [] if contract is None else map(_contract_row, contract.checks)
     rows = [tuple(map(shown, row)) for row in found]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
@@ -30,6 +30,10 @@ def format_table(reports: Iterable[PartReport], contract: ContractReport | None 
         untold += [f"not run: contract: {text}" for text in contract.not_run]
     notes = [shown(note, LONGEST_FIELD) for note in untold]
     return "\n".join([*lines, *notes])
+
+
+def _with_unrounded(report: PartReport) -> tuple[PartReport, ...]:
+    return (report,) if report.unrounded is None else (report, report.unrounded)
 
 
 def _line(row: tuple[str, ...], widths: list[int]) -> str:

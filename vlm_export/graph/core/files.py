@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from vlm_export.bundle.environment import check_free_space, environment_errors
 from vlm_export.bundle.staging import Staged, finish_commits, staging
-from vlm_export.errors import GraphError, UsageError
+from vlm_export.errors import EnvironmentFailure, GraphError, UsageError, VlmExportError
 from vlm_export.graph.core.file_checks import attribute_protos, check_proto, graph_protos, tensor_protos
 from vlm_export.graph.core.tensors import TensorSlot, tensor_slots
 from vlm_export.graph.core.transaction_files import (
@@ -196,13 +196,16 @@ def save_models(
     overwrite: bool = False,
     opened: Sequence[ir.Model] = (),
 ) -> tuple[Path, ...]:
-    """As `save_model` for several models: all of them are written, or none.
+    """As `save_model` for several models: those of one directory are put in place in one step.
 
-    A process killed while it puts them in place leaves each of them old or new, and whole; where they lie in one
-    directory, the next that writes or reads there with this project finishes the work.
+    All are written to every disk before the first is put in place. A process killed while it puts them there leaves
+    each of them old or new, and whole; where they lie in one directory, the next that writes or reads there with this
+    project finishes the work. No file system has such a step for several directories: those come one after the other,
+    in the order of `models`.
 
     Raises:
         UsageError: also where two of them would have a file of the same name.
+        EnvironmentFailure: also where a later directory refuses; the message names what lies in the earlier ones.
     """
     plans = [_plan(model, Path(path), storage or Storage()) for model, path in models]
     targets = [target for plan in plans for target in plan.targets]
@@ -224,11 +227,31 @@ def save_models(
             placed += [(plan, _write(plan, staged[-1])) for plan in group]
         replaced = any(target.exists() for target in targets)
         for entry in staged:
-            place_models(entry, [plan.targets for plan in plans if plan.targets[0] in entry.targets])
+            entry.check_targets()
+        for number, entry in enumerate(staged):
+            with _told_what_is_in_place([target for before in staged[:number] for target in before.targets]):
+                place_models(entry, [plan.targets for plan in plans if plan.targets[0] in entry.targets])
     if replaced:
         for plan, slots in placed:
             _refer_to_new_files(plan, slots)
     return tuple(plan.given.with_name(target.name) for plan in plans for target in plan.targets)
+
+
+@contextmanager
+def _told_what_is_in_place(earlier: Sequence[Path]) -> Iterator[None]:
+    """An error after the files of earlier directories are in place says so."""
+    try:
+        yield
+    except (OSError, VlmExportError) as error:
+        if not earlier:
+            raise
+        raise EnvironmentFailure(
+            "only some of the models are in place: directories are written one after the other",
+            where=", ".join(map(str, earlier)),
+            expected="all models",
+            got=str(error.strerror or error if isinstance(error, OSError) else error.what),
+            fix="run the command again with --overwrite once the other directory can be written to",
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ from vlm_export.errors import InputError
 from vlm_export.runtime.inputs.images import PictureSource, named_decoding, open_image, read_stream
 
 Pictures: TypeAlias = "PictureSource | Sequence[PictureSource]"
+Unreadable: TypeAlias = Callable[[int, InputError], None]
+"""Told the number of a picture that cannot be read, and why: it raises the error, or the picture is left out."""
+
 Prepared = TypeVar("Prepared")
 
 _DECODER_THREADS = 4
@@ -56,22 +59,36 @@ def map_pictures(
     *,
     max_pixels: int,
     first: int = 0,
+    unreadable: Unreadable | None = None,
 ) -> list[Prepared]:
     """What `prepare` makes of each picture and its name, in threads.
 
     Args:
         max_pixels: of pictures that are decoded here.
         first: the number of the first source, in the names of pictures that have no path.
+        unreadable: what is told of pictures that cannot be read, in their order; without it the first is an error.
 
     Raises:
         InputError: a picture is unreadable or too large; the message names it.
     """
 
-    def prepared(index: int, source: PictureSource) -> Prepared:
+    def prepared(index: int, source: PictureSource) -> Prepared | InputError:
         name = picture_name(source, index)
-        return prepare(open_picture(source, max_pixels=max_pixels, name=name), name)
+        try:
+            return prepare(open_picture(source, max_pixels=max_pixels, name=name), name)
+        except InputError as error:
+            if unreadable is None:
+                raise
+            return error
 
-    return list(decoders.map(prepared, range(first, first + len(sources)), sources))
+    numbers = range(first, first + len(sources))
+    found: list[Prepared] = []
+    for index, result in zip(numbers, decoders.map(prepared, numbers, sources), strict=True):
+        if not isinstance(result, InputError):
+            found.append(result)
+        elif unreadable is not None:
+            unreadable(index, result)
+    return found
 
 
 def picture_name(source: PictureSource, index: int) -> str:

@@ -69,7 +69,7 @@ class ChatRows:
             return prepare_images(self.session, self.spec.vision, sources, decoders, first=first)
 
     def features(self, sources: Sequence[PictureSource], first: int = 0) -> list[Seen]:
-        """The grid of each picture and its features; errors as in `prepare`."""
+        """The grid of each image and its features; errors as in `prepare`."""
         prepared = self.prepare(sources, first)
         return [(picture.grid, features) for picture, features in zip(prepared, self._see(prepared), strict=True)]
 

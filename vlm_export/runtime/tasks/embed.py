@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +10,11 @@ from tqdm import tqdm
 
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.engines.runs import batches
-from vlm_export.runtime.inputs.images import FloatArray, PictureSource
-from vlm_export.runtime.inputs.sources import Pictures, decoder_threads, picture_list, text_list
+from vlm_export.runtime.inputs.images import FloatArray
+from vlm_export.runtime.inputs.sources import Pictures, Unreadable, decoder_threads, picture_list, text_list
 from vlm_export.runtime.inputs.token_ids import checked_ids, checked_mask
 from vlm_export.runtime.session import Session
-from vlm_export.runtime.tasks.prepared_images import image_features, prepare_images
+from vlm_export.runtime.tasks.prepared_images import PreparedImage, image_features, prepare_images
 from vlm_export.runtime.tasks.vectors import checked_rows, probabilities, unit_rows
 from vlm_export.specs.tasks import EmbedSpec, EncoderSpec, ScoreSpec
 
@@ -51,10 +50,19 @@ class EmbedTask:
         return self.spec.score
 
     def encode_image(
-        self, images: Pictures, *, batch_size: int = IMAGE_BATCH_SIZE, progress: bool = False
+        self,
+        images: Pictures,
+        *,
+        batch_size: int = IMAGE_BATCH_SIZE,
+        progress: bool = False,
+        unreadable: Unreadable | None = None,
     ) -> FloatArray:
         """Embeddings of images, one or a sequence of them: Pillow images, paths, bytes of files, open files, or
         arrays uint8 (H, W, 3).
+
+        Args:
+            unreadable: called with the number of each image that cannot be read and its InputError, which it may
+                raise; where it does not, the image has no row.
 
         Returns:
             float32 (N, D), rows of unit length.
@@ -63,15 +71,25 @@ class EmbedTask:
             InputError: an image is unreadable or too large (the message names it), or the bundle encodes no images.
         """
         sources, encoder = picture_list(images), self._encoder("image")
-        embeddings = self._no_rows(len(sources))
+        embeddings, done = self._no_rows(len(sources)), 0
         with (
             decoder_threads(self.session.threads) as decoders,
             tqdm(total=len(sources), unit="image", disable=not progress) as bar,
         ):
             for batch in batches(range(len(sources)), batch_size):
-                embeddings[list(batch)] = self._image_rows(encoder, [sources[i] for i in batch], decoders, batch[0])
+                prepared = prepare_images(
+                    self.session,
+                    encoder.part,
+                    [sources[i] for i in batch],
+                    decoders,
+                    first=batch[0],
+                    unreadable=unreadable,
+                )
+                if prepared:
+                    embeddings[done : done + len(prepared)] = self._image_rows(encoder, prepared)
+                    done += len(prepared)
                 bar.update(len(batch))
-        return unit_rows(embeddings)
+        return unit_rows(embeddings[:done])
 
     def encode_text(
         self,
@@ -170,11 +188,8 @@ class EmbedTask:
         cosines: FloatArray = self.encode_image(images) @ self.encode_text(texts).T
         return cosines
 
-    def _image_rows(
-        self, encoder: EncoderSpec, sources: Sequence[PictureSource], decoders: ThreadPoolExecutor, first: int
-    ) -> FloatArray:
+    def _image_rows(self, encoder: EncoderSpec, prepared: Sequence[PreparedImage]) -> FloatArray:
         """float32 (B, D) of images, not yet of unit length."""
-        prepared = prepare_images(self.session, encoder.part, sources, decoders, first=first)
         if encoder.pooling == "mean":
             features = image_features(self.session, encoder.part, encoder.output, prepared)
             means = [rows.reshape(-1, rows.shape[-1]).mean(axis=0, dtype=np.float64) for rows in features]

@@ -18,7 +18,7 @@ from vlm_export.runtime.inputs.images import FloatArray, PictureSource
 from vlm_export.runtime.inputs.slice_placeholder import PlaceholderPart, placeholder_parts, placeholder_text
 from vlm_export.runtime.inputs.slice_plan import SlicePlan
 from vlm_export.runtime.inputs.slices import IntArray, Slices, slice_image, stack_patches, whole_patches
-from vlm_export.runtime.inputs.sources import Pictures, decoder_threads, map_pictures, picture_list
+from vlm_export.runtime.inputs.sources import Pictures, Unreadable, decoder_threads, map_pictures, picture_list
 from vlm_export.runtime.session import Session
 from vlm_export.specs.slices import PlaceholderSpec, SliceSpec
 from vlm_export.specs.tasks import FeatureSpec
@@ -88,7 +88,7 @@ class FeatureTask:
         batch_size: int = SLICE_BATCH_SIZE,
         progress: bool = False,
     ) -> list[SliceFeatures]:
-        """Features of pictures, of what `vlm_export.EncoderPair.encode_image` takes; one or a sequence of them.
+        """Features of pictures, of what `EmbedTask.encode_image` takes; one or a sequence of them.
 
         Args:
             batch_size: slices that share a run of the graph: of all shapes where they are packed (2.5 and later), of
@@ -105,8 +105,13 @@ class FeatureTask:
         *,
         batch_size: int = SLICE_BATCH_SIZE,
         progress: bool = False,
+        unreadable: Unreadable | None = None,
     ) -> Iterator[SliceFeatures]:
-        """As `encode_slices`, picture by picture: the features of many do not fit memory."""
+        """As `encode_slices`, picture by picture: the features of many do not fit memory.
+
+        Args:
+            unreadable: as in `EmbedTask.encode_image`; called before any later picture's features come.
+        """
         sources = picture_list(images)
         with (
             decoder_threads(self.session.threads) as decoders,
@@ -114,7 +119,17 @@ class FeatureTask:
         ):
             for window in batches(range(len(sources)), batch_size):
                 chosen = [sources[i] for i in window]
-                cut = map_pictures(self._cut, chosen, decoders, max_pixels=self.session.max_pixels, first=window[0])
+                cut = map_pictures(
+                    self._cut,
+                    chosen,
+                    decoders,
+                    max_pixels=self.session.max_pixels,
+                    first=window[0],
+                    unreadable=unreadable,
+                )
+                bar.update(len(chosen) - len(cut))
+                if not cut:
+                    continue
                 features = self._features(cut, batch_size)
                 for slices in cut:
                     count = len(slices.pixel_values)

@@ -12,7 +12,7 @@ from PIL import Image
 from vlm_export.errors import InputError
 from vlm_export.runtime.engines.runs import batches
 from vlm_export.runtime.inputs.images import FloatArray, PictureSource, preprocess_image
-from vlm_export.runtime.inputs.sources import map_pictures
+from vlm_export.runtime.inputs.sources import Unreadable, map_pictures
 from vlm_export.runtime.inputs.tiles import Grid, cut_tiles
 from vlm_export.runtime.session import Session
 from vlm_export.specs import AnyImageSpec, ImageSpec, SliceSpec, TileSpec
@@ -50,12 +50,19 @@ def prepare_image(image: Image.Image, spec: AnyImageSpec, name: str) -> Prepared
 
 
 def prepare_images(
-    session: Session, part: str, sources: Sequence[PictureSource], decoders: ThreadPoolExecutor, *, first: int = 0
+    session: Session,
+    part: str,
+    sources: Sequence[PictureSource],
+    decoders: ThreadPoolExecutor,
+    *,
+    first: int = 0,
+    unreadable: Unreadable | None = None,
 ) -> list[PreparedImage]:
     """Images as that part takes them, in the order of the sources.
 
     Args:
         first: the number of the first source, in the names of images that have no path.
+        unreadable: as in `map_pictures`.
 
     Raises:
         InputError: an image is unreadable or too large; the message names it.
@@ -70,6 +77,7 @@ def prepare_images(
         decoders,
         max_pixels=session.max_pixels,
         first=first,
+        unreadable=unreadable,
     )
 
 

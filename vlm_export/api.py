@@ -1,0 +1,155 @@
+"""What a notebook calls: `vlm_export.export` and `vlm_export.verify`; the command line is their first user.
+
+result = vlm_export.export("clip-demo", "out", precisions=("fp32", "fp16"), progress=print)
+vlm_export.verify("out", source="clip-demo").raise_if_failed()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_export.bundle.opened import open_bundle
+from vlm_export.errors import UsageError, VerificationError, suggestion
+from vlm_export.export.stages import SilentListener, StageListener, StageRecord, Stages
+from vlm_export.verify.contract import ContractReport, replay
+from vlm_export.verify.engine import verifying_start
+from vlm_export.verify.recheck import verify_bundle
+from vlm_export.verify.report import PartReport
+
+if TYPE_CHECKING:
+    # It imports torch, which verifying a bundle by itself does not need.
+    from vlm_export.export.pipeline import ExportResult
+
+Progress = Callable[[StageRecord], None] | StageListener
+"""Called with each stage that has ended, or told of each stage as it happens."""
+
+
+@dataclass(frozen=True)
+class VerificationResult:
+    """What was compared.
+
+    Attributes:
+        reports: one for each variant of each part.
+        contract: the proof from images and texts to vectors.
+    """
+
+    reports: tuple[PartReport, ...]
+    contract: ContractReport
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything that was compared agrees."""
+        return self.contract.passed and all(report.passed for report in self.reports)
+
+    def raise_if_failed(self) -> None:
+        """VerificationError for the first failure; the contract's names the file, so it comes first."""
+        self.contract.raise_if_failed()
+        for report in self.reports:
+            report.raise_if_failed()
+
+    def to_json(self) -> dict[str, Any]:
+        """What `verify --json` prints."""
+        return {
+            "passed": self.passed,
+            "verification": [report.to_json() for report in self.reports],
+            "contract": self.contract.to_json(),
+        }
+
+
+def export(source: str | Path, bundle: str | Path, *, progress: Progress | None = None, **options: Any) -> ExportResult:
+    """Exports a checkpoint and publishes the bundle, if every part passes its verification.
+
+    Args:
+        source: a file, a directory, a known name, or a Hugging Face Hub id.
+        bundle: the directory that the bundle becomes.
+        progress: told of the stages; None for silence.
+        options: the fields of `ExportOptions` and of `BuildOptions`, by name.
+
+    Returns:
+        The manifest, the reports of all variants, the contract's report, and what each stage took.
+
+    Raises:
+        VerificationError: a graph does not compute what the original computes; nothing is published.
+        UsageError: an option is unknown or out of its range, or the directory exists and `overwrite` is not set.
+        InputError: the source is bad or unsafe, or no family computes it.
+        EnvironmentFailure: disk, memory, a missing package or the network.
+    """
+    from vlm_export.export.options import ExportOptions
+    from vlm_export.export.pipeline import export_bundle
+    from vlm_export.family import BuildOptions
+
+    built = {field.name for field in fields(BuildOptions)}
+    known = {field.name for field in fields(ExportOptions)} - {"build"} | built
+    for name in options:
+        if name not in known:
+            raise UsageError(f"export has no option {name!r}", fix=suggestion(name, sorted(known)))
+    build = BuildOptions(**{name: value for name, value in options.items() if name in built})
+    rest = {name: value for name, value in options.items() if name not in built}
+    return export_bundle(str(source), Path(bundle), ExportOptions(**rest, build=build), Stages(_listener(progress)))
+
+
+def verify(
+    bundle: str | Path,
+    source: str | Path | None = None,
+    *,
+    base: str | None = None,
+    precision: str | None = None,
+    providers: Sequence[str] = ("cpu",),
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> VerificationResult:
+    """Proves a bundle again on this machine: from its own records, without torch, or against its source.
+
+    Args:
+        bundle: the bundle's directory.
+        source: the checkpoint that it was made from; None for the recorded inputs and outputs.
+        base: what a LoRA adapter is put on, where its settings do not name it.
+        precision: only these variants; None for all.
+        providers: ONNX Runtime's execution providers in order of preference.
+        threads: threads of one operator; None for as many as there are cores.
+        progress: told of the stages; None for silence.
+
+    Returns:
+        What was compared; `raise_if_failed` raises where something differs.
+
+    Raises:
+        VerificationError: nothing was compared, or the manifest states something else than the source.
+        UsageError: `base` without a source, or no part has that variant.
+        InputError: a file of the bundle is not the one that was exported, or the source is another one.
+    """
+    if base is not None and source is None:
+        raise UsageError("a base goes with a source", got="a base alone", fix="name the adapter as the source")
+    opened = open_bundle(Path(bundle))
+    if source is None:
+        opened.verify(opened.manifest.files)
+        start = verifying_start(opened, providers, threads)
+        contract = replay(opened, start, precision=precision)
+        name = ", ".join(providers)
+        reports = verify_bundle(opened, engine_factory=start, engine_name=name, precision=precision)
+    else:
+        from vlm_export.export.reverify import verify_against_source
+
+        stages = Stages(_listener(progress))
+        reports, contract = verify_against_source(opened, str(source), providers, threads, stages, precision, base)
+    if not reports:
+        raise VerificationError(
+            "nothing was compared, so nothing is proved", where=str(bundle), fix="export the model again"
+        )
+    return VerificationResult(tuple(reports), contract)
+
+
+class _Calls(SilentListener):
+    """Calls a function with each stage that has ended."""
+
+    def __init__(self, call: Callable[[StageRecord], None]) -> None:
+        self._call = call
+
+    def finished(self, record: StageRecord) -> None:
+        self._call(record)
+
+
+def _listener(progress: Progress | None) -> StageListener | None:
+    return _Calls(progress) if callable(progress) else progress
