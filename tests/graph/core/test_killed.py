@@ -137,7 +137,7 @@ def test_naive_renames_would_be_caught(harness: ModuleType, tmp_path: Path, monk
     path = tmp_path / "out" / "m.onnx"
     path.parent.mkdir()
     save_model(model_of(1), path, storage=EXTERNAL)
-    monkeypatch.setattr("vlm_export.graph.core.transaction_files._evasive_name", lambda staged, target: None)
+    monkeypatch.setattr("vlm_export.graph.core.transaction_files.evasive_name", lambda staged, target: None)
 
     def write() -> None:
         save_model(model_of(2), path, storage=EXTERNAL, overwrite=True)

@@ -139,8 +139,8 @@ def test_inputs_that_random_values_cannot_be(parse: Parse, tmp_path: Path) -> No
 def test_large_weights_are_fed_from_where_they_lie(
     model: ir.Model, other: ir.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(program, "_INLINE_BYTES", 1)
-    monkeypatch.setattr(program, "_FED_BYTES", 1)
+    monkeypatch.setattr(program, "INLINE_BYTES", 1)
+    monkeypatch.setattr(program, "FED_BYTES", 1)
     assert prove(model, other).runs == 3
     assert list(model.graph.initializers) == ["w"]
 

@@ -94,7 +94,7 @@ def place_models(staged: Staged, models: Sequence[Sequence[Path]]) -> None:
         put_file(file, staged.targets[0])
         return
     for graph, *data in models:
-        names = {target.name: name for target in data if (name := _evasive_name(staged, target)) is not None}
+        names = {target.name: name for target in data if (name := evasive_name(staged, target)) is not None}
         if names:
             file = staged.path / GRAPHS / graph.name
             proto = onnx.load(file, format="protobuf", load_external_data=False)
@@ -106,7 +106,7 @@ def place_models(staged: Staged, models: Sequence[Sequence[Path]]) -> None:
     commit_files(staged)
 
 
-def _evasive_name(staged: Staged, target: Path) -> str | None:
+def evasive_name(staged: Staged, target: Path) -> str | None:
     """What a data file is called until no graph reads the one that it replaces; None: it replaces none."""
     file = staged.path / DATA / target.name
     if not os.path.lexists(target):

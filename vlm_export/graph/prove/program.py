@@ -20,8 +20,8 @@ from vlm_export.interrupts import run_session
 from vlm_export.machine_faults import machine_fault
 
 # Above this, weights are fed from where they lie instead of being copied into a protobuf, which holds 2 GB.
-_INLINE_BYTES = 256 << 20
-_FED_BYTES = 1 << 20
+INLINE_BYTES = 256 << 20
+FED_BYTES = 1 << 20
 
 
 class RunError(GraphError):
@@ -152,7 +152,7 @@ def _detached(model: ir.Model) -> dict[str, ir.TensorProtocol]:
     total = sum(
         value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
     )
-    weights = detach_weights(model, _FED_BYTES) if total > _INLINE_BYTES else {}
+    weights = detach_weights(model, FED_BYTES) if total > INLINE_BYTES else {}
     # numpy's own dtypes are what onnxruntime takes from Python.
     odd = {name: tensor for name, tensor in weights.items() if not is_plain_number(tensor.dtype.numpy())}
     attach_weights(model, odd)
