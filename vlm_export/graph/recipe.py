@@ -26,7 +26,7 @@ class Step:
 
     @property
     def models(self) -> list[ir.Model]:
-        """Those among the arguments."""
+        """Returns the models among the arguments."""
         names = [entry.name for entry in self.verb.arguments if entry.kind == "model"]
         return [self.values[name] for name in names if name in self.values]
 
@@ -59,7 +59,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_recipe(path: Path) -> list[Step]:
-    """The steps of a file; each entry is a verb's name, or that name with a mapping of its arguments.
+    """Reads the steps of a file; each entry is a verb's name, or that name with a mapping of its arguments.
 
     Raises:
         UsageError: no such file, no YAML, or an unknown verb or argument (with the nearest known one).

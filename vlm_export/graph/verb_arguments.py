@@ -53,7 +53,7 @@ class Argument:
 
 
 def value_from_words(argument: Argument, words: Any) -> Any:
-    """The function's value from the words of a command line.
+    """Returns the function's value from the words of a command line.
 
     Raises:
         UsageError: they are of another form.
@@ -70,7 +70,7 @@ def value_from_words(argument: Argument, words: Any) -> Any:
 
 
 def value_from_yaml(argument: Argument, value: Any) -> Any:
-    """The function's value from a recipe, where numbers, lists and mappings may stand for their texts.
+    """Returns the function's value from a recipe, where numbers, lists and mappings may stand for their texts.
 
     Raises:
         UsageError: it is of another form.
@@ -100,7 +100,7 @@ def _pair(argument: Argument, word: str) -> tuple[str, str]:
 
 
 def read_size(text: str | int) -> int:
-    """Bytes from `2GB`, `64MiB`, `1000`."""
+    """Reads a number of bytes: `2GB`, `64MiB`, `1000`."""
     found = re.fullmatch(r"\s*(\d+)\s*([A-Za-z]*)\s*", str(text))
     if found is None or found[2].upper() not in _UNITS:
         raise ValueError("a size is a number with B, KB, MB, GB, KiB, MiB or GiB")

@@ -42,7 +42,7 @@ class Verb:
             raise UsageError(f"{self.name} lacks arguments", expected=", ".join(missing))
 
     def run(self, model: ir.Model, values: Mapping[str, Any]) -> tuple[ir.Model, Any]:
-        """The changed model, and what the function says it did; `values` by the names of the arguments.
+        """Returns the changed model, and what the function says it did; `values` by the names of the arguments.
 
         Raises:
             UsageError: an argument is missing.
@@ -58,7 +58,7 @@ class Verb:
 
 
 def verb_named(name: str) -> Verb:
-    """The verb; UsageError with the nearest name otherwise."""
+    """Returns the verb; UsageError with the nearest name otherwise."""
     if name not in BY_NAME:
         raise UsageError(f"there is no verb {name!r}", fix=suggestion(name, BY_NAME))
     return BY_NAME[name]

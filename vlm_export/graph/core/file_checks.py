@@ -243,7 +243,8 @@ def _check_tensor(tensor: onnx.TensorProto) -> None:
 
 
 def graph_protos(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
-    """The main graph and all nested graphs, those of functions included; function bodies are no graphs themselves."""
+    """Yields the main graph and all nested graphs, those of functions included; function bodies are no graphs
+    themselves."""
     yield model.graph
     for attribute in attribute_protos(model):
         if attribute.HasField("g"):
@@ -252,7 +253,7 @@ def graph_protos(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
 
 
 def attribute_protos(model: onnx.ModelProto) -> Iterator[onnx.AttributeProto]:
-    """Attributes of all nodes, at every depth."""
+    """Yields attributes of all nodes, at every depth."""
     waiting = [*model.graph.node, *(node for function in model.functions for node in function.node)]
     while waiting:
         for attribute in waiting.pop().attribute:
@@ -262,7 +263,7 @@ def attribute_protos(model: onnx.ModelProto) -> Iterator[onnx.AttributeProto]:
 
 
 def tensor_protos(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Initializers of all graphs, and tensors in attributes."""
+    """Yields initializers of all graphs, and tensors in attributes."""
     for graph in graph_protos(model):
         yield from graph.initializer
     for attribute in attribute_protos(model):

@@ -272,7 +272,7 @@ class _Plan:
 
     @property
     def folder(self) -> Path:
-        """The directory of all files, with links on the way to it resolved."""
+        """Returns the directory of all files, with links on the way to it resolved."""
         return self.targets[0].parent.resolve()
 
 

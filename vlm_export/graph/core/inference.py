@@ -52,7 +52,7 @@ class Copy:
         self.model, self._places = model, places
 
     def of(self, item: _Key) -> _Key:
-        """The graph, node or value of the copy that stands for the model's."""
+        """Returns the graph, node or value of the copy that stands for the model's."""
         if self._places is None:
             return item
         found = self._places[item]
@@ -61,7 +61,7 @@ class Copy:
 
 
 def copy_of(model: ir.Model) -> Copy:
-    """A copy whose graphs, nodes and values are its own, and whose tensors are the model's.
+    """Copies a model: graphs, nodes and values are the copy's own, tensors are the model's.
 
     Raises:
         GraphError: the model cannot be copied, since a node stands before what it reads, or reads what nothing makes.
@@ -90,7 +90,7 @@ def copy_of(model: ir.Model) -> Copy:
 
 
 def skeleton_proto(scratch: ir.Model) -> onnx.ModelProto:
-    """The model as a protobuf without external data, in which weights are inputs; `scratch` is spent."""
+    """Returns the model as a protobuf without external data, in which weights are inputs; `scratch` is spent."""
     detach_weights(scratch)
     for root in root_graphs(scratch):
         if root is scratch.graph:
@@ -121,7 +121,7 @@ def _hoist_nested_weights(root: ir.Graph) -> None:
 
 
 def infer(scratch: ir.Model, *, strict: bool = True) -> dict[ir.Value, Info]:
-    """What ONNX infers for each value of the main graph and of the graphs in it; `scratch` is spent.
+    """Infers types and shapes of each value of the main graph and of the graphs in it; `scratch` is spent.
 
     Args:
         strict: refuse what does not fit together; otherwise it is left unknown, as are foreign operators.
@@ -162,7 +162,7 @@ def _infer_proto(proto: onnx.ModelProto, strict: bool) -> onnx.ModelProto:
 
 
 def check(scratch: ir.Model) -> None:
-    """ONNX's checker on the model without weights; `scratch` is spent.
+    """Runs ONNX's checker on the model without weights; `scratch` is spent.
 
     Raises:
         GraphError: what the checker found first.
@@ -176,7 +176,7 @@ def check(scratch: ir.Model) -> None:
 
 
 def known_infos(model: ir.Model, values: Sequence[ir.Value]) -> dict[ir.Value, Info]:
-    """Types and shapes of values of the main graph, inferred where the model does not state them.
+    """Returns types and shapes of values of the main graph, inferred where the model does not state them.
 
     Raises:
         GraphError: a value whose type cannot be told.

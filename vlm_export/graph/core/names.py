@@ -19,7 +19,7 @@ _QUANTIZATION_KEY = "quant_parameter_tensor_names"
 
 
 def subgraphs_of(node: ir.Node) -> Iterator[ir.Graph]:
-    """The graphs in a node's attributes, one level deep."""
+    """Yields the graphs in a node's attributes, one level deep."""
     for attribute in node.attributes.values():
         if attribute.is_ref():
             continue
@@ -30,7 +30,7 @@ def subgraphs_of(node: ir.Node) -> Iterator[ir.Graph]:
 
 
 def nested_graphs(graph: ir.Graph) -> Iterator[ir.Graph]:
-    """The graph and all graphs inside it, outer ones first."""
+    """Yields the graph and all graphs inside it, outer ones first."""
     yield graph
     for node in graph:
         for subgraph in subgraphs_of(node):
@@ -38,26 +38,26 @@ def nested_graphs(graph: ir.Graph) -> Iterator[ir.Graph]:
 
 
 def root_graphs(model: ir.Model) -> Iterator[ir.Graph]:
-    """The main graph and the body of each function: scopes that see nothing of one another."""
+    """Yields the main graph and the body of each function: scopes that see nothing of one another."""
     yield model.graph
     for function in model.functions.values():
         yield function.graph
 
 
 def all_graphs(model: ir.Model) -> Iterator[ir.Graph]:
-    """Every graph of the model: main graph, function bodies, and what is nested in them."""
+    """Yields every graph of the model: main graph, function bodies, and what is nested in them."""
     for root in root_graphs(model):
         yield from nested_graphs(root)
 
 
 def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
-    """Every node of every graph."""
+    """Yields every node of every graph."""
     for graph in all_graphs(model):
         yield from graph
 
 
 def defined_values(graph: ir.Graph) -> Iterator[ir.Value]:
-    """What the graph itself defines, once each: inputs, initializers, named outputs of its nodes."""
+    """Yields what the graph itself defines, once each: inputs, initializers, named outputs of its nodes."""
     yield from graph.inputs
     for value in graph.initializers.values():
         if not value.is_graph_input():
@@ -69,7 +69,8 @@ def defined_values(graph: ir.Graph) -> Iterator[ir.Value]:
 
 
 def unbound_outputs(graph: ir.Graph) -> list[ir.Value]:
-    """Outputs that only name something: nothing in the graph makes them (a subgraph that returns an outer value)."""
+    """Returns outputs that only name something: nothing in the graph makes them (a subgraph that returns an outer
+    value)."""
     return [
         value
         for value in graph.outputs
@@ -78,17 +79,17 @@ def unbound_outputs(graph: ir.Graph) -> list[ir.Value]:
 
 
 def names_in(graph: ir.Graph) -> set[str]:
-    """Names of values that the graph defines or returns, without those of nested graphs."""
+    """Returns names of values that the graph defines or returns, without those of nested graphs."""
     return {str(value.name) for value in (*defined_values(graph), *graph.outputs)}
 
 
 def parents_of(root: ir.Graph) -> dict[ir.Graph, ir.Node]:
-    """Nested graph → the node that holds it."""
+    """Maps each nested graph to the node that holds it."""
     return {inner: node for graph in nested_graphs(root) for node in graph for inner in subgraphs_of(node)}
 
 
 def enclosing_graphs(graph: ir.Graph, parents: dict[ir.Graph, ir.Node]) -> Iterator[ir.Graph]:
-    """The graph and those around it, inner ones first."""
+    """Yields the graph and those around it, inner ones first."""
     yield graph
     while graph in parents:
         outer = parents[graph].graph
@@ -98,7 +99,7 @@ def enclosing_graphs(graph: ir.Graph, parents: dict[ir.Graph, ir.Node]) -> Itera
 
 
 def root_of(model: ir.Model, graph: ir.Graph) -> ir.Graph:
-    """The main graph or function body in which the graph lies; GraphError when it is not the model's."""
+    """Returns the main graph or function body in which the graph lies; GraphError when it is not the model's."""
     for root in root_graphs(model):
         if any(inner is graph for inner in nested_graphs(root)):
             return root
@@ -123,12 +124,12 @@ def fresh_name(base: str, taken: set[str]) -> str:
 
 
 def fresh_node_name(root: ir.Graph, base: str) -> str:
-    """A name that no node of the scope has."""
+    """Returns a name that no node of the scope has."""
     return fresh_name(base, {node.name for graph in nested_graphs(root) for node in graph if node.name})
 
 
 def find_root(model: ir.Model, function: str = "") -> ir.Graph:
-    """The main graph, or the body of the function named `NAME` or `DOMAIN:NAME`.
+    """Returns the main graph, or the body of the function named `NAME` or `DOMAIN:NAME`.
 
     Raises:
         GraphError: no such function, or several.
@@ -144,7 +145,7 @@ def find_root(model: ir.Model, function: str = "") -> ir.Graph:
 
 
 def find_value(model: ir.Model, tensor: TensorRef, function: str = "") -> ir.Value:
-    """The value of that name: of the main graph, otherwise of the one nested graph that defines it.
+    """Returns the value of that name: of the main graph, otherwise of the one nested graph that defines it.
 
     Args:
         tensor: its name; a value is checked to be the model's and returned.
@@ -171,7 +172,7 @@ def find_value(model: ir.Model, tensor: TensorRef, function: str = "") -> ir.Val
 
 
 def find_node(model: ir.Model, node: NodeRef, function: str = "") -> ir.Node:
-    """The node of that name, otherwise the node that makes the tensor of that name.
+    """Returns the node of that name, otherwise the node that makes the tensor of that name.
 
     Raises:
         GraphError: unknown, or several nodes have the name.
@@ -189,7 +190,7 @@ def find_node(model: ir.Model, node: NodeRef, function: str = "") -> ir.Node:
 
 
 def visible_value(graph: ir.Graph, root: ir.Graph, name: str) -> ir.Value:
-    """What a node of `graph` would read under that name: the innermost definition in the graph or around it.
+    """Returns what a node of `graph` would read under that name: the innermost definition in the graph or around it.
 
     Raises:
         GraphError: nothing of that name is visible there.
@@ -204,7 +205,8 @@ def visible_value(graph: ir.Graph, root: ir.Graph, name: str) -> ir.Value:
 
 
 def annotated_names(graphs: Iterable[ir.Graph]) -> set[str]:
-    """Names of scales and zero points that quantization annotations of these graphs' values give: uses by name."""
+    """Returns names of scales and zero points that quantization annotations of these graphs' values give: uses by
+    name."""
     values = (value for graph in graphs for value in defined_values(graph))
     return {name for value in values for name in (value.meta.get(_QUANTIZATION_KEY) or {}).values()}
 
@@ -256,7 +258,7 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def is_sorted(model: ir.Model) -> bool:
-    """Whether every node stands behind what it reads, and what the graphs inside it read."""
+    """Tells whether every node stands behind what it reads, and what the graphs inside it read."""
     for graph in all_graphs(model):
         # Producers of this graph that stand further down than whoever reads them, also from inside a subgraph.
         position = {node: index for index, node in enumerate(graph)}
@@ -269,7 +271,7 @@ def is_sorted(model: ir.Model) -> bool:
 
 
 def captured_or_read(node: ir.Node) -> list[ir.Value]:
-    """What a node reads, and what the graphs inside it read."""
+    """Returns what a node reads, and what the graphs inside it read."""
     values = [value for value in node.inputs if value is not None]
     for graph in subgraphs_of(node):
         for inner in graph:
@@ -278,7 +280,7 @@ def captured_or_read(node: ir.Node) -> list[ir.Value]:
 
 
 def opset_imports_of(model: ir.Model, root: ir.Graph) -> dict[str, int]:
-    """Domain → version for the nodes of the main graph or of a function's body."""
+    """Returns the opset imports (domain → version) that hold in the main graph or in a function's body."""
     for function in model.functions.values():
         if function.graph is root:
             return function.opset_imports
@@ -286,7 +288,7 @@ def opset_imports_of(model: ir.Model, root: ir.Graph) -> dict[str, int]:
 
 
 def scopes(model: ir.Model) -> Iterator[tuple[ir.Graph, int]]:
-    """Every graph, with the version of ONNX's own operators that holds in it (0: not imported)."""
+    """Yields every graph, with the version of ONNX's own operators that holds in it (0: not imported)."""
     for root in root_graphs(model):
         opset = root.opset_imports.get("", 0)
         for graph in nested_graphs(root):

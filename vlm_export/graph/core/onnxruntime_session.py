@@ -26,7 +26,7 @@ _NUMPY_KINDS: Mapping[str, str] = {
 
 
 def start_session(model: bytes | str) -> onnxruntime.InferenceSession:
-    """A session of a serialised graph, or of a file."""
+    """Starts a session of a serialised graph, or of a file."""
     options = onnxruntime.SessionOptions()
     # Its messages go to the caller as errors; nothing is printed beside them.
     options.log_severity_level = 4
@@ -36,12 +36,13 @@ def start_session(model: bytes | str) -> onnxruntime.InferenceSession:
 
 
 def numpy_lacks(type_text: str) -> bool:
-    """Whether a tensor of this type (as a session states it) has no counterpart in numpy: bfloat16, float8, int4."""
+    """Tells whether a tensor of this type (as a session states it) has no counterpart in numpy: bfloat16, float8,
+    int4."""
     return type_text.startswith("tensor(") and type_text not in _NUMPY_KINDS
 
 
 def run_in_onnxruntime(model: ModelProto, feeds: Mapping[str, Array]) -> Sequence[Array] | None:
-    """The outputs; None where ONNX Runtime cannot run the graph, or cannot give them in their own dtype."""
+    """Runs a graph; returns None where ONNX Runtime cannot run it, or cannot give its outputs in their own dtype."""
     try:
         session = start_session(model.SerializeToString())
         if any(numpy_lacks(entry.type) for entry in session.get_outputs()):

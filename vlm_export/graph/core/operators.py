@@ -16,7 +16,7 @@ from vlm_export.graph.core.names import opset_imports_of
 
 
 def checked_schema(model: ir.Model, root: ir.Graph, op_type: str, domain: str) -> onnx.defs.OpSchema | None:
-    """The operator's definition at the opset of the scope, or None where ONNX does not know the domain.
+    """Returns the operator's definition at the opset of the scope, or None where ONNX does not know the domain.
 
     Raises:
         GraphError: no such operator at this opset, or the domain is not imported.
@@ -67,7 +67,7 @@ RANDOM = frozenset(
 
 
 def evaluate(node: ir.Node, arrays: Sequence[Array | None], opset: int) -> list[Array] | None:
-    """What a node makes of these inputs in ONNX's reference implementation, which suits small tensors.
+    """Returns what a node makes of these inputs in ONNX's reference implementation, which suits small tensors.
 
     Integers wrap in their dtype, as they do in a graph.
 

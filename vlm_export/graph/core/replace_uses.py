@@ -18,7 +18,7 @@ Operand: TypeAlias = "str | ir.Value | npt.NDArray[np.generic] | ir.TensorProtoc
 
 
 def graph_of(value: ir.Value) -> ir.Graph:
-    """The graph that defines the value."""
+    """Returns the graph that defines the value."""
     producer = value.producer()
     graph = value.graph if producer is None else producer.graph
     assert graph is not None
@@ -70,7 +70,7 @@ def _discard_constant(value: ir.Value) -> None:
 
 
 def replace_uses(value: ir.Value, new: ir.Value, besides: ir.Node | None = None) -> None:
-    """All readers of `value`, in nested graphs too, read `new` instead; so do the graph's outputs."""
+    """Makes all readers of `value`, in nested graphs too, and the graph's outputs read `new` instead."""
     graph = value.graph if value.is_graph_output() else None
     for index, output in enumerate(graph.outputs if graph is not None else ()):
         if output is value and graph is not None:
@@ -89,7 +89,7 @@ def check_new_name(root: ir.Graph, graph: ir.Graph, name: str) -> None:
 
 
 def resolve_operand(root: ir.Graph, graph: ir.Graph, operand: Operand) -> ir.Value | ir.TensorProtocol | None:
-    """An operand of a node in `graph`: what is visible there under its name, or a constant.
+    """Returns an operand of a node in `graph`: what is visible there under its name, or a constant.
 
     Raises:
         GraphError: nothing of that name is visible there.

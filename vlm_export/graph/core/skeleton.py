@@ -61,7 +61,8 @@ def allow_plain_initializers(model: ir.Model) -> None:
 
 
 def weights_among_inputs(model: ir.Model) -> set[str]:
-    """Names of weights that the model lists as inputs because its file format wants it: no caller can replace them.
+    """Returns names of weights that the model lists as inputs because its file format wants it: no caller can replace
+    them.
 
     ONNX Runtime treats them so, too: before IR version 4 a session has no overridable initializers.
     """

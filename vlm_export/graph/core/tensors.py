@@ -57,7 +57,7 @@ class TensorSlot:
 
     @property
     def identity(self) -> Hashable:
-        """Equal for slots that hold the same tensor, or the same bytes of the same file."""
+        """Returns a key that is equal for slots that hold the same tensor, or the same bytes of the same file."""
         tensor = self.tensor
         if isinstance(tensor, ir.ExternalTensor):
             return tensor.path, tensor.offset, tensor.dtype, tuple(tensor.shape.numpy())
@@ -70,11 +70,11 @@ class TensorSlot:
 
     @property
     def is_stored_elsewhere(self) -> bool:
-        """Whether the tensor refers to a file, or is computed from what may."""
+        """Tells whether the tensor refers to a file, or is computed from what may."""
         return isinstance(self.tensor, ir.ExternalTensor | ir.LazyTensor)
 
     def loaded(self) -> ir.TensorProtocol:
-        """The tensor in memory, independent of the file it came from."""
+        """Returns the tensor in memory, independent of the file it came from."""
         tensor = self.tensor
         return ir.Tensor(
             tensor.numpy().copy(),
@@ -86,7 +86,7 @@ class TensorSlot:
 
 
 def tensor_slots(model: ir.Model) -> Iterator[TensorSlot]:
-    """Every slot of the model, in the order of its graphs."""
+    """Yields every slot of the model, in the order of its graphs."""
     for graph in all_graphs(model):
         for value in graph.initializers.values():
             if value.const_value is not None:
@@ -107,7 +107,8 @@ def _attribute_slots(node: ir.Node) -> Iterator[TensorSlot]:
 
 
 def is_plain_number(dtype: np.dtype[Any]) -> bool:
-    """Whether it is one of numpy's own booleans, integers and floats: some narrow types of others say that they are."""
+    """Tells whether it is one of numpy's own booleans, integers and floats: some narrow types of others say that they
+    are."""
     return dtype.kind in "biuf" and dtype.isbuiltin != 2
 
 
@@ -116,7 +117,7 @@ MAX_ARGUMENT_BYTES = 1 << 16
 
 
 def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """The tensor of an initializer that no caller can override, or of a Constant node."""
+    """Returns the tensor of an initializer that no caller can override, or of a Constant node."""
     if value is None:
         return None
     if value.is_initializer():
@@ -128,7 +129,7 @@ def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
 
 
 def constant_argument(value: ir.Value | None) -> npt.NDArray[Any] | None:
-    """A small constant's content: an axis, a shape, a permutation; None where it is not constant or too large."""
+    """Returns the content of a small constant (an axis, a shape, a permutation), or None of any other value."""
     tensor = constant_tensor(value)
     if tensor is None or tensor.dtype == ir.DataType.STRING or tensor.nbytes > MAX_ARGUMENT_BYTES:
         return None
@@ -137,7 +138,7 @@ def constant_argument(value: ir.Value | None) -> npt.NDArray[Any] | None:
 
 
 def constant_integers(value: ir.Value | None) -> list[int] | None:
-    """A small constant's integers, flat."""
+    """Returns a small constant's integers, flat."""
     array = constant_argument(value)
     if array is None or array.dtype.kind not in "iu":
         return None
@@ -145,12 +146,12 @@ def constant_integers(value: ir.Value | None) -> list[int] | None:
 
 
 def input_at(node: ir.Node, index: int) -> ir.Value | None:
-    """An input, None also where the node states fewer."""
+    """Returns an input, or None, also where the node states fewer."""
     return node.inputs[index] if index < len(node.inputs) else None
 
 
 def sizes_of(value: ir.Value | None) -> list[int] | None:
-    """All axes' sizes, None unless the shape is known and fixed."""
+    """Returns the sizes of all axes, or None unless the shape is known and fixed."""
     if value is None or value.shape is None or not value.shape.is_static():
         return None
     return list(value.shape.numpy())
@@ -164,7 +165,7 @@ _CHUNK_BYTES = 1 << 24
 
 
 def tensor_hash(tensor: ir.TensorProtocol) -> str:
-    """SHA-256 of the content; of mapped tensors page by page."""
+    """Hashes the content with SHA-256; mapped tensors are read page by page."""
     digest = hashlib.sha256()
     if isinstance(tensor, ir.StringTensor) or tensor.dtype == ir.DataType.STRING:
         for text in np.asarray(tensor.numpy()).reshape(-1).tolist():
@@ -185,7 +186,8 @@ def tensor_hash(tensor: ir.TensorProtocol) -> str:
 
 
 def transposed_tensor(tensor: ir.TensorProtocol, perm: Sequence[int], name: str) -> ir.LazyTensor:
-    """The tensor with its axes permuted, computed when it is read; one with fewer axes gets leading ones first."""
+    """Returns the tensor with its axes permuted, computed when it is read; one with fewer axes gets leading ones
+    first."""
     sizes = [*(1 for _ in range(len(perm) - len(tensor.shape))), *tensor.shape.numpy()]
     shape = ir.Shape([sizes[axis] for axis in perm])
     return ir.LazyTensor(partial(_transpose, tensor, tuple(sizes), perm), dtype=tensor.dtype, shape=shape, name=name)

@@ -71,7 +71,7 @@ def _place(path: Path) -> Path:
 
 
 def step_folder(staged: Staged, step: str) -> Path:
-    """A directory of what is staged, made where it is missing."""
+    """Returns a directory of what is staged, made where it is missing."""
     folder = staged.path / step
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -107,7 +107,7 @@ def place_models(staged: Staged, models: Sequence[Sequence[Path]]) -> None:
 
 
 def evasive_name(staged: Staged, target: Path) -> str | None:
-    """What a data file is called until no graph reads the one that it replaces; None: it replaces none."""
+    """Returns what a data file is called until no graph reads the one that it replaces; None: it replaces none."""
     file = staged.path / DATA / target.name
     if not os.path.lexists(target):
         return None

@@ -87,7 +87,7 @@ def delete_attribute(model: ir.Model, node: NodeRef, name: str, *, function: str
 
 
 def make_attributes(values: Mapping[str, object] | None, schema: onnx.defs.OpSchema | None) -> list[ir.Attr]:
-    """Attributes for a new node, each checked against the operator's definition."""
+    """Makes attributes for a new node, each checked against the operator's definition."""
     return [make_attribute(name, value, schema) for name, value in (values or {}).items()]
 
 
@@ -98,7 +98,7 @@ def make_attribute(
     kind: ir.AttributeType | None = None,
     old: ir.Attr | None = None,
 ) -> ir.Attr:
-    """An attribute of the type that the definition, the old attribute, or the value has.
+    """Makes an attribute of the type that the definition, the old attribute, or the value has.
 
     Raises:
         GraphError: the operator has no such attribute, or the value is of another type.
@@ -125,7 +125,8 @@ def make_attribute(
 
 
 def placed_attribute(attribute: ir.Attr, root: ir.Graph, graph: ir.Graph) -> ir.Attr:
-    """The attribute for a node of `graph`; graphs in it are copied, and read what their outer names mean there."""
+    """Returns the attribute for a node of `graph`; graphs in it are copied, and read what their outer names mean
+    there."""
     if attribute.is_ref() or attribute.type not in (Kind.GRAPH, Kind.GRAPHS):
         return attribute
     placed = [inner.clone(allow_outer_scope_values=True) for inner in _graphs_of(attribute)]

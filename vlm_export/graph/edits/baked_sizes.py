@@ -39,7 +39,7 @@ class HeldError(GraphError):
 
 
 def find_misfit(model: ir.Model, groups: Sequence[Resized]) -> MisfitError | None:
-    """The first node that does not take the data at the new sizes; None where all do, as far as is known.
+    """Returns the first node that does not take the data at the new sizes, or None where all do, as far as is known.
 
     A model that does not fit together at the old sizes either says nothing.
     """
@@ -97,7 +97,7 @@ def _axis(pair: tuple[int, int], probes: Sequence[int], new: int | str) -> int |
 
 
 def find_repairs(model: ir.Model, resized: Resized, reading: Reading = "natural") -> list[Repair]:
-    """What has to follow the data for the axes to have their new size.
+    """Returns what has to follow the data for the axes to have their new size.
 
     Args:
         reading: where an axis goes that a Reshape may have put in several places, as it may if its size was 1.
@@ -339,7 +339,7 @@ class _Search:
 
 
 def refusal(error: MisfitError, resized: Resized) -> GraphError:
-    """What does not fit, with the user's own names."""
+    """Returns an error that says what does not fit, with the user's own names."""
     node = error.node
     constants = [
         f"{value.name!r}{_content_text(value)}"

@@ -36,7 +36,8 @@ def compose(
     inputs: Sequence[str] | None = None,
     outputs: Sequence[str] | None = None,
 ) -> ir.Model:
-    """A model that runs the first and feeds the second from it; weights are shared with both, which stay as they are.
+    """Makes a model that runs the first and feeds the second from it. Weights are shared with both, which stay as they
+    are.
 
     Weights of equal name and content become one, as do functions. Metadata of both is kept, the first's where they
     contradict. Named axes of the second are called as the first calls them where they meet.

@@ -51,7 +51,8 @@ def set_dtype(model: ir.Model, dtypes: Mapping[str, ir.DataType | str]) -> int:
 
 
 def dtype_of(name: ir.DataType | str) -> ir.DataType:
-    """The dtype of a name as numpy or ONNX has it ("float32", "FLOAT", "bfloat16"); GraphError for another one."""
+    """Returns the dtype of a name as numpy or ONNX has it ("float32", "FLOAT", "bfloat16"); GraphError for another
+    one."""
     if isinstance(name, ir.DataType):
         return name
     names = {entry.name.lower(): entry for entry in ir.DataType if entry not in _NO_CAST} | _USUAL_NAMES

@@ -44,7 +44,7 @@ class Split:
 
 
 def extract(model: ir.Model, inputs: Sequence[str] | None, outputs: Sequence[str]) -> ir.Model:
-    """A model of what lies between tensors; weights are shared with the original, which stays as it is.
+    """Makes a model of what lies between tensors. Weights are shared with the original, which stays as it is.
 
     Initializers, functions, types, shapes and named axes that are needed come along, and all opset imports.
 

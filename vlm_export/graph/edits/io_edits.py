@@ -43,7 +43,7 @@ def rename_tensor(model: ir.Model, old: TensorRef, new: str, *, function: str = 
 
 
 def rename_tensors(model: ir.Model, names: Mapping[str, str], *, function: str = "") -> int:
-    """As `rename_tensor` for several tensors at once, so that names can be swapped; returns how many were renamed."""
+    """Renames several tensors at once, so that names can be swapped; returns how many were renamed."""
     _rename(model, {find_value(model, old, function): new for old, new in names.items()})
     return len(names)
 

@@ -97,7 +97,8 @@ class NodeSizes:
         self._compute(node, opset)
 
     def content(self, value: ir.Value | None) -> Array | None:
-        """The values of a small tensor that depends on nothing but constants and sizes; None of another one."""
+        """Returns the values of a small tensor that depends on nothing but constants and sizes, or None of another
+        one."""
         if value is None:
             return None
         if value not in self._contents:
@@ -107,7 +108,7 @@ class NodeSizes:
         return self._contents[value]
 
     def integers(self, value: ir.Value | None) -> list[int] | None:
-        """The content of a tensor of integers, flat."""
+        """Returns the content of a tensor of integers, flat."""
         content = self.content(value)
         return None if content is None or content.dtype.kind not in "iu" else [int(entry) for entry in content.flat]
 
@@ -128,7 +129,7 @@ class NodeSizes:
                 value.shape = ir.Shape(array.shape)
 
     def sizes(self, value: ir.Value | None) -> Sizes | None:
-        """The sizes of a value; None where they are not all known."""
+        """Returns the sizes of a value, or None where they are not all known."""
         if value is None or value.shape is None or not value.shape.is_static():
             return None
         return tuple(value.shape.numpy())
@@ -153,7 +154,8 @@ class NodeSizes:
 
 
 def resolved(node: ir.Node, data: Sequence[int], target: Sequence[int]) -> list[int] | None:
-    """The sizes that a Reshape gives to data of these sizes; None where they do not hold as many elements."""
+    """Returns the sizes that a Reshape gives to data of these sizes, or None where they do not hold as many
+    elements."""
     allows_zero = "allowzero" in node.attributes and node.attributes["allowzero"].as_int() != 0
     sizes = list(target)
     if not allows_zero:

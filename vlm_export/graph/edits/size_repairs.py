@@ -103,7 +103,7 @@ def _shown_entry(entry: Entry) -> str:
 
 
 def slice_repair(node: ir.Node, ends: Sequence[int], position: int, in_attributes: bool) -> Repair:
-    """One end of a Slice becomes the end of its axis, whatever that is."""
+    """Makes one end of a Slice the end of its axis, whatever that is."""
     source = input_at(node, 2)
     is_narrow = source is not None and source.dtype == ir.DataType.INT32
     kind = np.int32 if is_narrow else np.int64
@@ -120,7 +120,7 @@ def slice_repair(node: ir.Node, ends: Sequence[int], position: int, in_attribute
 
 
 def expand_repair(node: ir.Node, index: int, entries: Sequence[Entry], source: int | None = None) -> Repair:
-    """The operand, or what its producer takes at `source`, is expanded to these entries."""
+    """Expands the operand, or what its producer takes at `source`, to these entries."""
 
     def make(maker: _Maker, operand: ir.Value) -> ir.Value:
         producer = operand.producer()
@@ -138,7 +138,8 @@ def _name_at(node: ir.Node, index: int) -> str:
 def operand_repair(
     node: ir.Node, index: int, source: ir.Value, sizes: Sizes, place: int, follows: Follows
 ) -> Repair | None:
-    """The operand with its axis at `place` as long as that of another operand; None where it cannot be stretched."""
+    """Makes the operand's axis at `place` as long as that of another operand; returns None where it cannot be
+    stretched."""
     ones: list[Entry] = [follows if axis == place else 1 for axis in range(len(sizes))]
     if sizes[place] == 1:
         return expand_repair(node, index, ones)
@@ -214,7 +215,7 @@ class _Maker:
         return self.joined(list(entries))
 
     def joined(self, parts: Sequence[Entry | ir.Value]) -> ir.Value:
-        """One shape of numbers, sizes that follow, and parts of other shapes."""
+        """Joins numbers, sizes that follow, and parts of other shapes to one shape."""
         values: list[ir.Value] = []
         numbers: list[int] = []
         for part in [*parts, None]:

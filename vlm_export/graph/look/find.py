@@ -46,7 +46,7 @@ class Step:
 
 
 def find_nodes(model: ir.Model, pattern: str) -> list[tuple[ir.Node, ...]]:
-    """All chains of nodes that match, in the order of the graphs; also in subgraphs and functions.
+    """Finds all chains of nodes that match, in the order of the graphs, also in subgraphs and functions.
 
     Raises:
         GraphError: the pattern is malformed.
@@ -56,7 +56,7 @@ def find_nodes(model: ir.Model, pattern: str) -> list[tuple[ir.Node, ...]]:
 
 
 def parse_pattern(pattern: str) -> list[Step]:
-    """The steps of a pattern; GraphError where it is malformed."""
+    """Parses a pattern; GraphError where it is malformed."""
     steps: list[Step] = []
     pieces = re.split(r"(->>|->)", pattern)
     for index in range(0, len(pieces), 2):

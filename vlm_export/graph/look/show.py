@@ -23,7 +23,7 @@ _LARGEST = 10
 
 
 def describe_model(model: ir.Model) -> dict[str, Any]:
-    """The model as JSON values: strings, numbers, lists and objects."""
+    """Describes the model as JSON values: strings, numbers, lists and objects."""
     tensors = {slot.identity: slot.tensor for slot in tensor_slots(model)}
     external = [tensor for tensor in tensors.values() if isinstance(tensor, ir.ExternalTensor)]
     inline = [slot for slot in tensor_slots(model) if not isinstance(slot.tensor, ir.ExternalTensor)]
@@ -78,7 +78,7 @@ def dtype_text(kind: ir.TypeProtocol) -> str:
 
 
 def dtype_name(dtype: ir.DataType) -> str:
-    """numpy's names where it has the dtype."""
+    """Returns the dtype's name in numpy, or ONNX's in lower case where numpy lacks it."""
     names = {ir.DataType.FLOAT: "float32", ir.DataType.DOUBLE: "float64"}
     return names.get(dtype, dtype.name.lower())
 

@@ -178,7 +178,7 @@ class Network:
         self._capacity[end].setdefault(start, 0)
 
     def cut(self) -> tuple[int, set[Hashable]]:
-        """The least total capacity that separates source and sink, and the points on the source's side.
+        """Returns the least total capacity that separates source and sink, and the points on the source's side.
 
         Of several cheapest divisions, the one with the fewest points on that side. Uses the network up.
         """

@@ -253,7 +253,7 @@ def _model_of_one(node: ir.Node, feeds: Mapping[str, Array], model: ir.Model) ->
 
 
 def made_of(value: ir.Value) -> tuple[str, ...]:
-    """Names of the initializers that a folded one was computed from; () for any other value."""
+    """Returns names of the initializers that a folded one was computed from; () for any other value."""
     found: tuple[str, ...] = value.meta.get(_MADE_OF, ())
     return found
 

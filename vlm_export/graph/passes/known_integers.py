@@ -36,7 +36,7 @@ class KnownIntegers:
         self._found: dict[ir.Value, Integers | None] = {}
 
     def of(self, value: ir.Value | None) -> Integers | None:
-        """The integers of a value with at most one axis; None where some cannot be known."""
+        """Returns the integers of a value with at most one axis, or None where some cannot be known."""
         if value is None:
             return None
         if value not in self._found:
@@ -45,7 +45,7 @@ class KnownIntegers:
         return self._found[value]
 
     def dtype_of(self, value: ir.Value | None) -> np.dtype[Any] | None:
-        """The dtype of integers that `of` knows; None where it cannot be told."""
+        """Returns the dtype of integers that `of` knows, or None where it cannot be told."""
         while value is not None:
             constant = constant_argument(value)
             if constant is not None:

@@ -105,7 +105,7 @@ def _unsqueeze(node: ir.Node, opset: int) -> ir.Value | None:
 
 
 def squeeze_axes(node: ir.Node, opset: int) -> list[int] | None:
-    """The axes of a Squeeze or Unsqueeze: an input since opset 13, an attribute before."""
+    """Returns the axes of a Squeeze or Unsqueeze: an input since opset 13, an attribute before."""
     if opset >= 13:
         return constant_integers(input_at(node, 1))
     attribute = node.attributes.get("axes")

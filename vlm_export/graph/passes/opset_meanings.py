@@ -21,7 +21,7 @@ class MeaningError(Exception):
 
 
 def attributes_that_keep_meaning(node: ir.Node, source: int, version: int) -> Attributes:
-    """What must be set on the converted node for it to compute the same.
+    """Returns what must be set on the converted node for it to compute the same.
 
     Raises:
         MeaningError: no attributes can do that.

@@ -9,7 +9,7 @@ from vlm_export.graph.core.onnxruntime_session import Array
 
 
 def compare(name: str, expected: Array, got: Array, tolerance: float) -> float:
-    """The largest difference of two outputs.
+    """Compares two outputs and returns their largest difference.
 
     Args:
         tolerance: the allowed difference, times max(1, largest finite absolute value expected); 0: equal to the last
@@ -37,7 +37,7 @@ def compare(name: str, expected: Array, got: Array, tolerance: float) -> float:
 
 
 def largest_difference(left: Array, right: Array) -> tuple[float, float]:
-    """The largest difference of two arrays of numbers, and the largest finite absolute value of the first.
+    """Returns the largest difference of two arrays of numbers, and the largest finite absolute value of the first.
 
     NaN equals NaN, and an infinity equals itself; the difference of either to anything else is NaN or infinite.
     """
@@ -49,7 +49,7 @@ def largest_difference(left: Array, right: Array) -> tuple[float, float]:
 
 
 def equal_values(left: Array, right: Array) -> bool:
-    """Whether two outputs are equal to the last bit; NaN equals NaN. Sequences and maps are compared by entry."""
+    """Tells whether two outputs are equal to the last bit; NaN equals NaN. Sequences and maps are compared by entry."""
     if isinstance(left, np.ndarray) and isinstance(right, np.ndarray):
         if left.dtype != right.dtype or left.shape != right.shape:
             return False
@@ -63,12 +63,12 @@ def equal_values(left: Array, right: Array) -> bool:
 
 
 def form_text(array: Array) -> str:
-    """Dtype and shape of an array, or the kind of a sequence or map."""
+    """Returns dtype and shape of an array, or the kind of a sequence or map."""
     return f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
 
 
 def says_something(array: Array) -> bool:
-    """Whether equality with such a result means anything: it has a value, and one that is finite."""
+    """Tells whether equality with such a result means anything: it has a value, and one that is finite."""
     if not isinstance(array, np.ndarray):
         return True
     return array.size > 0 and (array.dtype.kind not in "fc" or bool(np.isfinite(array).any()))

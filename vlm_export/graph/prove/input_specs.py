@@ -98,7 +98,7 @@ class RandomRuns:
 
 
 def run_with_defaults_replaced(run: Run, names: Iterable[str], attempt: Attempt) -> Run | None:
-    """The run again, with other values where inputs had their defaults; None where the graph takes none.
+    """Repeats the run with other values where inputs had their defaults; returns None where the graph takes none.
 
     Args:
         names: inputs that have defaults, all of them in `run.found`.
@@ -140,7 +140,8 @@ _SIZE_ONLY = frozenset({"Shape", "Size"})
 
 
 def inputs_that_decide_sizes(model: ir.Model) -> set[str]:
-    """Names of inputs whose values, through whatever nodes, decide sizes: large values would take all memory."""
+    """Returns names of inputs whose values, through whatever nodes, decide sizes: large values would take all
+    memory."""
     holders = {inner: node for graph in all_graphs(model) for node in graph for inner in subgraphs_of(node)}
     return {str(value.name) for value in model.graph.inputs if _decides_sizes(value, model, holders)}
 

@@ -25,7 +25,7 @@ class InterfaceMatch:
 
 
 def match_interfaces(before: Program, after: Program, renamed: Mapping[str, str]) -> InterfaceMatch:
-    """By name, then by position. Inputs that have a default and stand for nothing in the original are left out.
+    """Matches by name, then by position. Inputs that have a default and stand for nothing in the original are left out.
 
     Raises:
         GraphError: an input or output of the changed model that stands for nothing in the original.
@@ -77,7 +77,8 @@ def check_dtypes(before: Program, after: Program, matched: InterfaceMatch) -> No
 def axes_of_both(
     before: Program, after: Program, matched: InterfaceMatch
 ) -> Iterator[tuple[AxisOfInput, int | str, int | str]]:
-    """Axes of corresponding inputs of equal rank, named as the original's, with the size before and the size now.
+    """Yields axes of corresponding inputs of equal rank, named as the original's, with the size before and the size
+    now.
 
     An open axis is called by its name, or, where it has none, by its tensor's name and its position.
     """
@@ -90,13 +91,13 @@ def axes_of_both(
 
 
 def axis_label(value: ir.Value, name: str, axis: int) -> int | str:
-    """The size of an axis of an input, or what the open axis is called where sizes are drawn."""
+    """Returns the size of an axis of an input, or what the open axis is called where sizes are drawn."""
     size = value.shape[axis] if value.shape is not None and axis < len(value.shape) else 0
     return size if isinstance(size, int) else size.value or f"{name}.{axis}"
 
 
 def fixed_sizes(before: Program, after: Program, matched: InterfaceMatch) -> dict[str, int]:
-    """Named axes of the original that the changed model fixes."""
+    """Returns named axes of the original that the changed model fixes."""
     return {
         was: now
         for _, was, now in axes_of_both(before, after, matched)
@@ -126,7 +127,7 @@ class Resized:
     new: int | str
 
     def probes(self) -> tuple[int, ...]:
-        """Sizes at which the new model has to work."""
+        """Returns sizes at which the new model has to work."""
         return (self.new,) if isinstance(self.new, int) else (2 * self.old, 3 * self.old)
 
     def __str__(self) -> str:

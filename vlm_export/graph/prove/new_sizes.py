@@ -48,7 +48,7 @@ def resized_axes(before: Program, after: Program, matched: InterfaceMatch) -> li
 
 
 def fixed_axes(before: Program, after: Program, matched: InterfaceMatch) -> list[Resized]:
-    """Named axes of the original that the changed model fixes, as if they had been 1."""
+    """Returns named axes of the original that the changed model fixes, as if they had been 1."""
     groups: dict[tuple[str, int], list[AxisOfInput]] = {}
     for entry, was, now in axes_of_both(before, after, matched):
         if entry.input in before.inputs and isinstance(was, str) and isinstance(now, int) and now > 1:

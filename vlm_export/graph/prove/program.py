@@ -47,13 +47,13 @@ class Program(Protocol):
     def weights(self) -> set[str]: ...
 
     def tensor(self, name: str) -> ir.Value | None:
-        """A tensor that `run` can return."""
+        """Returns a tensor that `run` can return."""
 
     def size_inputs(self) -> set[str]:
-        """Inputs whose values decide how large tensors are."""
+        """Returns inputs whose values decide how large tensors are."""
 
     def run(self, feeds: Mapping[str, Array], wanted: Sequence[str]) -> list[Array]:
-        """The wanted tensors; of an input its feed, or its default. What numpy lacks comes as float32.
+        """Runs and returns the wanted tensors; of an input its feed, or its default. What numpy lacks comes as float32.
 
         Raises:
             GraphError: onnxruntime does not accept the graph.

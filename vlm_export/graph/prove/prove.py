@@ -60,7 +60,7 @@ class Proof:
         return text
 
     def to_json(self) -> dict[str, Any]:
-        """As `--json` prints it."""
+        """Returns the proof as `--json` prints it."""
         return {
             "runs": self.runs,
             "outputs": list(self.outputs),
@@ -212,7 +212,7 @@ class _Trials:
         self.at_default = tuple(name for name in defaults if name not in before.weights)
 
     def first_run(self, groups: Sequence[Resized]) -> Run:
-        """A run of the original at the sizes that the groups had before."""
+        """Returns a run of the original at the sizes that the groups had before."""
         sizes = {
             label: group.old
             for group in groups
@@ -224,7 +224,7 @@ class _Trials:
         raise self._not_run()
 
     def runs(self) -> Iterator[Run]:
-        """Each checked to give the same at another time."""
+        """Yields the runs, each checked to give the same at another time."""
         last: Run | None = None
         for run in self._from_files() if self._files else self._random({}):
             yield self._checked(run)

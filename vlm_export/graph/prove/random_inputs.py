@@ -27,7 +27,7 @@ def draw_feeds(
     bounds: Mapping[str, int],
     number: int,
 ) -> dict[str, Array]:
-    """Random values for the inputs; equally named axes are of one size.
+    """Draws random values for the inputs; equally named axes are of one size.
 
     Args:
         sizes: named axis → size, where the caller knows it.
@@ -53,7 +53,7 @@ def draw_feeds(
 
 
 def draw_near(default: Array, rng: np.random.Generator) -> Array:
-    """Other values in place of an input's default: of its sign and magnitude, so that variances stay positive."""
+    """Draws other values in place of an input's default, of its sign and magnitude, so that variances stay positive."""
     if default.dtype.kind == "f":
         spread = float(np.abs(default.astype(np.float64)).mean()) if default.size else 0.0
         base = np.where(default == 0, (spread or 1.0) / 2, default)
@@ -110,7 +110,8 @@ def _random_integers(kind: np.dtype[Any], shape: list[int], rng: np.random.Gener
 
 
 def load_feeds(paths: Sequence[Path], inputs: Mapping[str, ir.Value]) -> dict[str, Array]:
-    """Feeds from one .npz with arrays by input name, or from .pb files (ONNX TensorProto) in the order of the inputs.
+    """Reads feeds from one .npz with arrays by input name, or from .pb files (ONNX TensorProto) in the order of the
+    inputs.
 
     Inputs with a default may be left out, and are not counted in the order.
 
@@ -162,7 +163,7 @@ def _load_tensor(path: Path) -> Array:
 
 
 def as_dtype(array: Array, value: ir.Value | None) -> Array:
-    """The values as that tensor's dtype holds them; programs take and give as float32 what numpy lacks."""
+    """Converts values to that tensor's dtype; programs take and give as float32 what numpy lacks."""
     if value is None or value.dtype is None or not isinstance(array, np.ndarray) or not is_plain_number(array.dtype):
         return array
     wanted = value.dtype.numpy()
@@ -174,7 +175,7 @@ def as_dtype(array: Array, value: ir.Value | None) -> Array:
 
 
 def bounds_of(dtype: ir.DataType) -> tuple[float, float]:
-    """The smallest and the largest finite number of an integer or floating point dtype."""
+    """Returns the smallest and the largest finite number of an integer or floating point dtype."""
     return float(dtype.min), float(dtype.max)
 
 
