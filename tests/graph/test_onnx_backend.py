@@ -126,7 +126,7 @@ def test_renamed(cases: list[Any]) -> None:
         assert all(str(value.name).startswith("new/") for value in (*model.graph.inputs, *model.graph.outputs))
         return model
 
-    assert _check(cases, renamed) == len(cases)
+    assert _check(cases[::3], renamed) == len(cases[::3])
 
 
 def test_extracted_and_composed(cases: list[Any]) -> None:
@@ -151,8 +151,8 @@ def test_extracted_and_composed(cases: list[Any]) -> None:
         # Inputs that no output depends on are not part of what is extracted.
         return part if len(needed) == len(case.inputs) else None
 
-    assert _check(cases, rebuilt) >= 1100
-    assert halves >= 150
+    assert _check(cases[::3], rebuilt) >= 350
+    assert halves >= 45
 
 
 def test_external_data_round_trip(cases: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,8 +172,14 @@ def test_external_data_round_trip(cases: list[Any], tmp_path: Path, monkeypatch:
         save_model(model, path, storage=Storage(external=False), overwrite=True)
         return open_model(path)
 
-    assert _check(cases, reopened) == len(cases)
+    # What is written with its weights outside is all of these; of the others a part will do.
+    chosen = [case for number, case in enumerate(cases) if number % 6 == 0 or _has_large_weights(case)]
+    assert _check(chosen, reopened) == len(chosen)
     assert external >= 35
+
+
+def _has_large_weights(case: Any) -> bool:
+    return any(tensor.ByteSize() > 64 for tensor in case.model.graph.initializer)
 
 
 @pytest.mark.slow
