@@ -15,7 +15,7 @@ import onnx
 import pytest
 
 from vlm_export.errors import GraphError
-from vlm_export.graph.core import checks
+from vlm_export.graph.core import inference
 from vlm_export.graph.verbs import VERBS
 
 TEXT = """<ir_version: 10, opset_import: ["" : 18]>
@@ -204,7 +204,7 @@ def test_split_into_two_directories_says_what_is_in_place_where_the_second_refus
 def test_split_refuses_what_is_not_valid(
     cli: Callable[..., Any], weighted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, seen = checks.validate, list[str]()
+    real, seen = inference.validate, list[str]()
 
     def validate(model: Any) -> None:
         names = [str(value.name) for value in model.graph.outputs]
@@ -213,7 +213,7 @@ def test_split_refuses_what_is_not_valid(
             raise GraphError("the second is not valid")
         real(model)
 
-    monkeypatch.setattr(checks, "validate", validate)
+    monkeypatch.setattr(inference, "validate", validate)
     split = ["graph", "split", weighted, "--at", "h", "-o", weighted.with_name("1.onnx"), "--second"]
     cli(*split, weighted.with_name("2.onnx")).refused(3, "the second is not valid")
     assert seen == ["h", "y", "y"]
