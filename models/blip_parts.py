@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from vlm_export.models.bert import (
 )
 from vlm_export.models.blip_architecture import BlipArchitecture
 from vlm_export.models.blip_nlvr import PairOfPicturesText
+from vlm_export.models.layers import meta_modules
 from vlm_export.models.pictures import PictureExamples, picture_shape
 from vlm_export.models.token_ids import EDGES, random_ids
 from vlm_export.models.vit import VisionTransformer, VitForm
@@ -101,7 +101,7 @@ def _with_embeds(hidden: Tensor, projection: nn.Module | None) -> tuple[Tensor, 
 
 def build_modules(architecture: BlipArchitecture) -> BlipModules:
     """The modules on the meta device: shapes without weights."""
-    with torch.device("meta"):
+    with meta_modules():
         return BlipModules(architecture)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_export.models.clip_architecture import ClipArchitecture, TextSizes, VitSizes
-from vlm_export.models.layers import TransformerBlock, build_causal_mask
+from vlm_export.models.layers import TransformerBlock, build_causal_mask, meta_modules
 from vlm_export.models.modified_resnet import ModifiedResNet
 from vlm_export.models.vit import VisionTransformer, VitForm
 
@@ -97,5 +97,5 @@ class ClipEncoders(nn.Module):
 
 def build_encoders(architecture: ClipArchitecture) -> ClipEncoders:
     """The modules on the meta device: shapes without weights."""
-    with torch.device("meta"):
+    with meta_modules():
         return ClipEncoders(architecture)

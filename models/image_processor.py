@@ -17,7 +17,7 @@ from vlm_export.bundle.strict_json import MAX_JSON_BYTES, json_object_from_bytes
 from vlm_export.errors import InputError, UsageError
 from vlm_export.family import Checkpoint
 from vlm_export.models.shapes import is_number
-from vlm_export.specs import ImageSpec, Origins, Resample, Resize
+from vlm_export.specs import AnyImageSpec, ImageSpec, Origins, Resample, Resize
 
 PROCESSOR_FILE = "processor_config.json"
 IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
@@ -421,7 +421,7 @@ def processor_files(checkpoint: Checkpoint) -> tuple[str, ...]:
     return tuple(name for name in (PROCESSOR_FILE, IMAGE_PROCESSOR_FILE) if name in checkpoint.side_files)
 
 
-def same_origin(spec: ImageSpec, origin: str) -> dict[str, str]:
+def same_origin(spec: AnyImageSpec, origin: str) -> dict[str, str]:
     """That one origin for all of the spec's values."""
     return {f"image.{name}": origin for name in spec.to_json()}
 

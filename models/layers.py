@@ -5,15 +5,38 @@ Axis letters: B batch, T tokens, C channels, H heads or height, W width, D embed
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 # What BERT adds to the scores of hidden tokens: exp(-10000) is 0 in float32, and float16 can hold it, unlike -inf sums.
 HIDDEN = -10000.0
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
+
+
+@contextmanager
+def meta_modules() -> Iterator[None]:
+    """Modules that are built inside have shapes without weights, and nothing initialises them.
+
+    torch fills embeddings on the meta device by Python code that imports its compiler, for longer than `inspect` takes.
+    """
+    with _NoInitialisation(), torch.device("meta"):
+        yield
+
+
+class _NoInitialisation(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 class QuickGELU(nn.Module):

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from vlm_export.models.layers import meta_modules
 from vlm_export.models.navit import NavitEncoder, NavitSizes, patch_mask, patch_places
 from vlm_export.models.resampler import Resampler, ResamplerSizes, sine_positions, sine_waves
 from vlm_export.models.vit import VisionTransformer, VitForm
@@ -28,7 +29,7 @@ class VisionModules(nn.Module):
 
 def build_modules(vision: VitForm | NavitSizes, resampler: ResamplerSizes) -> VisionModules:
     """The modules on the meta device: shapes without weights."""
-    with torch.device("meta"):
+    with meta_modules():
         return VisionModules(vision, resampler)
 
 

@@ -73,7 +73,7 @@ class NanoVlmFamily:
             architecture.to_json(),
             parts,
             tuple(_notes(architecture)),
-            image=_preparation(architecture),
+            image=_image_spec(architecture),
             text=_text_spec(architecture),
             origins=_origins(architecture),
         )
@@ -92,7 +92,7 @@ class NanoVlmFamily:
             family=self.name,
             architecture=architecture.to_json(),
             parts=parts,
-            image=_preparation(architecture),
+            image=_image_spec(architecture),
             text=_text_spec(architecture),
             hub_config={**(checkpoint.config or {}), **_llava_config(architecture)},
             tasks=_tasks(architecture),
@@ -125,25 +125,19 @@ def _notes(architecture: NanoVlmArchitecture) -> Iterator[str]:
         yield "the token embedding is the output matrix: embed_tokens and decoder each hold it once"
 
 
-def _image_spec(architecture: NanoVlmArchitecture) -> ImageSpec | None:
-    if architecture.chat.layout == "tiles":
-        return None
+def _image_spec(architecture: NanoVlmArchitecture) -> AnyImageSpec:
+    """How images become inputs of the vision part: tiles in the later generation."""
+    chat = architecture.chat
+    if chat.layout == "tiles":
+        global_tile = GLOBAL_IMAGE_TOKEN in chat.extra_tokens
+        return TileSpec(architecture.image_size, chat.max_side_pixels, chat.resize_to_max_side, global_tile)
     none, one = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     return torchvision_image_spec(architecture.image_size, "bilinear", "before_resize", none, one, "stretch")
 
 
-def _preparation(architecture: NanoVlmArchitecture) -> AnyImageSpec | None:
-    """How images become inputs of the vision part: tiles in the later generation."""
-    chat = architecture.chat
-    if chat.layout != "tiles":
-        return _image_spec(architecture)
-    global_tile = GLOBAL_IMAGE_TOKEN in chat.extra_tokens
-    return TileSpec(architecture.image_size, chat.max_side_pixels, chat.resize_to_max_side, global_tile)
-
-
 def _origins(architecture: NanoVlmArchitecture) -> Origins:
     image = _image_spec(architecture)
-    if image is not None:
+    if isinstance(image, ImageSpec):
         return Origins(same_origin(image, "huggingface/nanoVLM data/processors.py"))
     return Origins(
         {

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from vlm_export.family import Array, Part
+from vlm_export.models.layers import meta_modules
 from vlm_export.models.nanovlm_architecture import NanoVlmArchitecture
 from vlm_export.models.rotary_decoder import (
     CachedDecoder,
@@ -60,7 +60,7 @@ def shuffled(tokens: Tensor, grid: int, factor: int) -> Tensor:
 
 def build_modules(architecture: NanoVlmArchitecture) -> NanoVlmModules:
     """The modules on the meta device: shapes without weights."""
-    with torch.device("meta"):
+    with meta_modules():
         return NanoVlmModules(architecture)
 
 

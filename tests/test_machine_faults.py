@@ -11,9 +11,6 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from vlm_export.runtime.image import named_decoding, open_image, read_stream
-from vlm_export.runtime.rust_tokenizer import named_failures
-from vlm_export.runtime.text import _read as read_tokenizer
 
 from vlm_export.bundle.opened import open_bundle
 from vlm_export.bundle.safe_files import record_of_file
@@ -27,7 +24,10 @@ from vlm_export.errors import EnvironmentFailure, InputError
 from vlm_export.export.clip_bpe import read_bounded
 from vlm_export.graph.recipe import read_recipe
 from vlm_export.machine_faults import CAUSES, machine_fault
-from vlm_export.runtime.search import read_embeddings
+from vlm_export.runtime.inputs.images import named_decoding, open_image, read_stream
+from vlm_export.runtime.inputs.texts import _read as read_tokenizer
+from vlm_export.runtime.inputs.tokenizer import named_failures
+from vlm_export.runtime.search.store import read_embeddings
 
 NUMBERS = [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS]
 BUNDLE = Path(__file__).parent / "data" / "runtime" / "tiny_bundle"

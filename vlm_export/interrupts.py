@@ -157,7 +157,11 @@ def run_session(session: Any, feeds: Mapping[str, Any], names: list[str] | None 
 
 
 class _Job(Generic[T]):
-    """A piece of work, what came of it, and whether it has ended."""
+    """A piece of work, what came of it, and whether it has ended.
+
+    It holds neither the work nor the result longer than needed: a worker remembers its last job, and an engine that was
+    closed would stay in memory with it.
+    """
 
     def __init__(self, work: Callable[[], T]) -> None:
         self.done = threading.Event()
@@ -171,6 +175,7 @@ class _Job(Generic[T]):
         except BaseException as error:
             self._error = error
         finally:
+            del self._work
             self.done.set()
 
     def wait(self) -> None:
@@ -185,7 +190,7 @@ class _Job(Generic[T]):
                 raise error
             finally:
                 del error
-        return self._results[0]
+        return self._results.pop()
 
 
 class _Worker:

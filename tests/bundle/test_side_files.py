@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from vlm_export.runtime.image import preprocess_image
 
 from vlm_export.bundle.layout import (
     PREPROCESSOR_NAME,
@@ -18,6 +17,7 @@ from vlm_export.bundle.layout import (
 )
 from vlm_export.bundle.manifest import VariantRecord, checked_relative_name
 from vlm_export.errors import InputError, UsageError
+from vlm_export.runtime.inputs.images import preprocess_image
 from vlm_export.specs import torchvision_image_spec
 
 IMAGE = torchvision_image_spec(224, "bicubic", "after_crop", (0.48145466, 0.4578275, 0.40821073), (0.268, 0.261, 0.275))

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vlm_export.runtime.vision_chat import load_vision_chat
 
+from vlm_export.runtime.tasks.chat import load_vision_chat
 from vlm_export.text_display import shown_lines
 
 pytestmark = pytest.mark.needs_torch

@@ -82,7 +82,7 @@ def test_a_graph_that_returns_another_width(
     cli: Cli, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where neither graph nor manifest fix the width, the run shows it."""
-    from vlm_export.runtime import engine
+    from vlm_export.runtime.engines import onnxruntime as engine
 
     run, texts = engine.OrtEngine.run, tmp_path / "texts.txt"
     texts.write_text("a cat")

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from vlm_export.runtime.slice_features import load_slice_encoder
 
-from vlm_export.runtime.search import npy_metadata
+from vlm_export.runtime.search.store import npy_metadata
+from vlm_export.runtime.tasks.features import load_slice_encoder
 
 pytestmark = pytest.mark.needs_torch
 

@@ -18,7 +18,6 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
-from vlm_export.runtime.engine import OrtEngine
 
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.store import ScratchStore
@@ -29,6 +28,7 @@ from vlm_export.family import Part, reference_from_module
 from vlm_export.models.bert import BertLayer
 from vlm_export.models.blip import BlipFamily
 from vlm_export.models.layers import KeyValueProjection
+from vlm_export.runtime.engines.onnxruntime import OrtEngine
 from vlm_export.verify.gates import GATES
 from vlm_export.verify.grid import grid_for
 from vlm_export.verify.points import EngineRun

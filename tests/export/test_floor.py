@@ -16,7 +16,6 @@ import pytest
 import torch
 from faults.graph import GRAPH_FAULTS, GraphFault
 from onnx import numpy_helper
-from vlm_export.runtime.engine import OrtEngine
 
 from vlm_export.export.backends import export_part
 from vlm_export.export.floor import measure_noise, measure_noise_around
@@ -28,6 +27,7 @@ from vlm_export.export.verification import PartVerification, part_samples
 from vlm_export.export.writer import write_graph
 from vlm_export.family import Model, Part, Reference, reference_from_module
 from vlm_export.precision.fp16 import convert_to_fp16
+from vlm_export.runtime.engines.onnxruntime import OrtEngine
 from vlm_export.specs.signature import Axis, Signature, TensorSpec
 from vlm_export.verify.deviation import Deviation
 from vlm_export.verify.floor import FloorJudge

@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel
-from vlm_export.runtime.engine import OrtEngine
 
 from vlm_export.checkpoint.known import load_known
 from vlm_export.checkpoint.open import open_checkpoint
@@ -22,7 +21,7 @@ from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.writer import write_graph
 from vlm_export.family import BuildOptions, Model, Part
 from vlm_export.models.clip import ClipFamily
-from vlm_export.runtime.engine import OrtEngine
+from vlm_export.runtime.engines.onnxruntime import OrtEngine
 from vlm_export.specs import ImageSpec
 
 DATA = Path(__file__).parents[1] / "data" / "clip"

@@ -14,7 +14,6 @@ import onnx_ir as ir
 import pytest
 from faults.graph import GRAPH_FAULTS
 from onnx import numpy_helper
-from vlm_export.runtime.engine import CPU
 
 from vlm_export.bundle.layout import LEDGER_NAME
 from vlm_export.bundle.ledger import ledger_from_bytes
@@ -24,6 +23,7 @@ from vlm_export.export.pipeline import ExportResult
 from vlm_export.export.reverify import verify_against_source
 from vlm_export.export.stages import Stages
 from vlm_export.export.writer import write_graph
+from vlm_export.runtime.engines.onnxruntime import CPU
 from vlm_export.verify.ledger import NO_LEDGER, check_ledger
 from vlm_export.verify.report import PartReport
 

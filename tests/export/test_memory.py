@@ -79,6 +79,44 @@ def test_peak_memory_does_not_follow_the_weights(tmp_path: Path, exporter: str, 
     assert growth < 0.6 * size, f"{growth >> 20} MiB more for {size >> 20} MiB of weights"
 
 
+# Exports a known tiny model and prints the most anonymous memory that any stage took.
+WHOLE = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from vlm_export.export.options import ExportOptions
+from vlm_export.export.pipeline import export_bundle
+from vlm_export.export.stages import Stages
+from vlm_export.family import BuildOptions
+
+exporter, opset, with_texts = sys.argv[2], int(sys.argv[3]), sys.argv[4] == "texts"
+options = ExportOptions(
+    opset=opset, exporter=exporter, threads=1, build=BuildOptions(dynamic_image_size=True),
+    with_preprocessing=with_texts,
+    parts=() if with_texts else ("vision",), with_tokenizer=with_texts, precisions=("fp32", "fp16"),
+)
+stages = Stages()
+export_bundle("clip-demo", Path(sys.argv[1]) / "bundle", options, stages)
+print(max(record.peak_anonymous_bytes for record in stages.records))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is Linux's")
+@pytest.mark.parametrize(
+    ("exporter", "opset", "kind"),
+    [("dynamo", 18, "texts"), ("torchscript", 17, "texts"), ("torchscript", 17, "vision")],
+)
+def test_a_tiny_model_with_image_sizes_as_axes_is_verified_in_less_than_a_gibibyte(
+    tmp_path: Path, exporter: str, opset: int, kind: str
+) -> None:
+    command = [sys.executable, "-c", WHOLE, str(tmp_path), exporter, str(opset), kind]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 1 << 30
+
+
 def _anonymous_bytes(pid: int) -> int:
     """RssAnon of a process; 0 once it has ended."""
     try:

@@ -20,7 +20,6 @@ import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor, nn
-from vlm_export.runtime.engine import OrtEngine
 
 from vlm_export.export.backends import DEFAULT_LOWERINGS, Exporter, Lowerings, export_part
 from vlm_export.export.lowerings import resample_graph_weights
@@ -29,6 +28,7 @@ from vlm_export.export.writer import write_graph
 from vlm_export.family import Model, Part, reference_from_module
 from vlm_export.models import minicpmv_modules, navit, resampler, vit
 from vlm_export.models.positions import resample_position_embedding
+from vlm_export.runtime.engines.onnxruntime import OrtEngine
 from vlm_export.specs.signature import Axis
 from vlm_export.verify.gates import GATES, judge
 from vlm_export.verify.grid import grid_for

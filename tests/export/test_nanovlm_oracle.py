@@ -15,10 +15,10 @@ from unittest import mock
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
-from vlm_export.runtime.engine import OrtEngine
 
 from vlm_export.export.backends import Exporter, export_part
 from vlm_export.export.simplify import finish_graph, simplify_graph
@@ -26,6 +26,7 @@ from vlm_export.export.writer import write_graph
 from vlm_export.family import Model, Part, reference_from_module
 from vlm_export.models import nanovlm_parts, rotary_decoder
 from vlm_export.models.layers import HIDDEN
+from vlm_export.runtime.engines.onnxruntime import OrtEngine
 from vlm_export.specs.signature import Axis
 from vlm_export.verify.gates import GATES, judge
 from vlm_export.verify.grid import grid_for
@@ -55,23 +56,30 @@ def build(models_under: Callable[[Path], Build]) -> Build:
 
 @pytest.fixture(scope="module")
 def graphs(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Graphs:
-    """Every Part of a variant as a graph, opened; each once."""
-    found: dict[tuple[str, Exporter, int, bool], dict[str, OrtEngine]] = {}
+    """Every Part of a variant as a graph, simplified and as the back end wrote it, opened; each exported once."""
+    found: dict[tuple[str, Exporter, int], tuple[dict[str, OrtEngine], dict[str, OrtEngine]]] = {}
 
     def get(variant: str, exporter: Exporter, opset: int, simplified: bool) -> dict[str, OrtEngine]:
-        key = (variant, exporter, opset, simplified)
+        key = (variant, exporter, opset)
         if key not in found:
-            folder = tmp_path_factory.mktemp("graphs")
-            found[key] = {p.name: write(p, folder, exporter, opset, simplified) for p in build(variant).parts}
-        return found[key]
+            plain, simple = tmp_path_factory.mktemp("plain"), tmp_path_factory.mktemp("simplified")
+            found[key] = {}, {}
+            for part in build(variant).parts:
+                raw = export_part(part, opset, exporter)
+                found[key][1][part.name] = opened(simplify_graph(raw), part, simple)
+                found[key][0][part.name] = opened(raw, part, plain)
+        return found[key][simplified]
 
     return get
 
 
-def write(part: Part, folder: Path, exporter: Exporter, opset: int, simplified: bool = True) -> OrtEngine:
-    raw = export_part(part, opset, exporter)
+def write(part: Part, folder: Path, exporter: Exporter, opset: int) -> OrtEngine:
+    return opened(simplify_graph(export_part(part, opset, exporter)), part, folder)
+
+
+def opened(graph: ir.Model, part: Part, folder: Path) -> OrtEngine:
     path = folder / f"{part.name}.onnx"
-    write_graph(finish_graph(simplify_graph(raw) if simplified else raw, part.signature), path)
+    write_graph(finish_graph(graph, part.signature), path)
     return OrtEngine(path, threads=1, exact=True)
 
 
@@ -163,13 +171,12 @@ def test_the_last_logits_are_those_of_all(
             np.testing.assert_array_equal(some[name], whole[name])
 
 
-def test_the_graph_holds_each_weight_once(build: Build, tmp_path: Path) -> None:
+def test_the_graph_holds_each_weight_once(build: Build, graphs: Graphs) -> None:
     """Also the tied matrix, as it is stored or transposed, and it repeats no key."""
     part = oracle.part_of(build("450m"), "decoder")
     forms: list[tuple[Exporter, int]] = [("torchscript", 17), ("dynamo", 18)]
     for exporter, opset in forms:
-        write(part, tmp_path, exporter, opset)
-        graph = onnx.load(tmp_path / "decoder.onnx").graph
+        graph = onnx.load(graphs("450m", exporter, opset, True)["decoder"].path).graph
         tables = [list(entry.dims) for entry in graph.initializer if 321 in entry.dims]
         assert tables in ([[321, 80]], [[80, 321]])
         held = sum(int(np.prod(entry.dims)) for entry in graph.initializer if entry.data_type == onnx.TensorProto.FLOAT)

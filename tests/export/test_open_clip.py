@@ -13,8 +13,6 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from vlm_export.runtime.engine import OrtEngine
-from vlm_export.runtime.image import preprocess_image
 
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.store import ScratchStore
@@ -25,8 +23,8 @@ from vlm_export.export.writer import write_graph
 from vlm_export.family import DEFAULT_BUILD, BuildOptions, Checkpoint, Model, StoredTensorInfo
 from vlm_export.models.clip import ClipFamily
 from vlm_export.models.registry import recognise
-from vlm_export.runtime.engine import OrtEngine
-from vlm_export.runtime.image import preprocess_image
+from vlm_export.runtime.engines.onnxruntime import OrtEngine
+from vlm_export.runtime.inputs.images import preprocess_image
 from vlm_export.specs import ImageSpec
 
 Array = npt.NDArray[Any]

@@ -157,7 +157,7 @@ IMAGE_CASES: dict[str, dict[str, Any]] = {
 def test_images_of_transformers_clip(settings: dict[str, Any], tmp_path: Path) -> None:
     tiny_clip(600, hidden_act="gelu" if settings else "quick_gelu").save_pretrained(tmp_path / "clip")
     processor(**settings).save_pretrained(tmp_path / "clip")
-    export_bundle(str(tmp_path / "clip"), tmp_path / "out", ExportOptions(parts=("vision",), threads=1))
+    export_bundle(str(tmp_path / "clip"), tmp_path / "out", ExportOptions(opset=17, parts=("vision",), threads=1))
     assert_images(tmp_path, CLIPModel.from_pretrained(tmp_path / "clip").get_image_features, "clip")
 
 
@@ -205,7 +205,7 @@ TEXT_CASES = (write_published, write_legacy_end, write_added_tokens, write_slow_
 @pytest.mark.parametrize("write", TEXT_CASES, ids=lambda write: write.__name__.removeprefix("write_"))
 def test_texts_of_transformers_clip(write: Callable[[Path, Any], None], bpe: Any, tmp_path: Path) -> None:
     write(tmp_path / "clip", CLIPTokenizer(vocab=bpe[0], merges=bpe[1], model_max_length=77))
-    export_bundle(str(tmp_path / "clip"), tmp_path / "out", ExportOptions(parts=("text",), threads=1))
+    export_bundle(str(tmp_path / "clip"), tmp_path / "out", ExportOptions(opset=17, parts=("text",), threads=1))
     model = CLIPModel.from_pretrained(tmp_path / "clip", dtype=torch.float32).eval()
     assert_texts(tmp_path, lambda **inputs: model.get_text_features(**inputs).pooler_output)
 
@@ -229,7 +229,7 @@ def test_towers_of_transformers_clip(bpe: Any, tmp_path: Path) -> None:
     for folder, model, prepare in (("vision", vision, prepare_image), ("text", text, tokenizer)):
         model.save_pretrained(tmp_path / folder / "clip")
         prepare.save_pretrained(tmp_path / folder / "clip")
-        export_bundle(str(tmp_path / folder / "clip"), tmp_path / folder / "out", ExportOptions(threads=1))
+        export_bundle(str(tmp_path / folder / "clip"), tmp_path / folder / "out", ExportOptions(opset=17, threads=1))
     assert_images(tmp_path / "vision", vision, "clip")
     assert_texts(tmp_path / "text", lambda **inputs: text(**inputs).text_embeds)
 
@@ -258,7 +258,7 @@ def test_blip_of_transformers_with_a_cased_tokenizer_of_other_ids(tmp_path: Path
     model.save_pretrained(source)
     tokenizer.save_pretrained(source)
     BlipImageProcessorPil(size={"height": 40, "width": 40}, image_mean=HALF, resample=2).save_pretrained(source)
-    export_bundle(str(source), tmp_path / "out", ExportOptions(threads=1))
+    export_bundle(str(source), tmp_path / "out", ExportOptions(opset=17, threads=1))
 
     images, texts = odd_images(), TEXTS[:-1]
     prepare, tokenize = AutoImageProcessor.from_pretrained(source, backend="pil"), AutoTokenizer.from_pretrained(source)
@@ -310,7 +310,7 @@ def test_open_clip(settings: dict[str, Any], tmp_path: Path) -> None:
     (source / "open_clip_config.json").write_text(
         json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess}), encoding="utf-8"
     )
-    export_bundle(str(source), tmp_path / "out", ExportOptions(threads=1))
+    export_bundle(str(source), tmp_path / "out", ExportOptions(opset=17, threads=1))
 
     images, bundle = odd_images(), vlm_export.load(tmp_path / "out")
     transform: Any = image_transform_v2(

@@ -18,8 +18,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from vlm_export.runtime.engine import OrtEngine
-from vlm_export.runtime.pair import load
 from vlm_export.runtime.vision_language import load_vision_language
 
 from vlm_export.bundle.manifest import Manifest, manifest_from_bytes
@@ -34,6 +32,8 @@ from vlm_export.export.writer import write_graph
 from vlm_export.family import Model
 from vlm_export.precision.fp16 import convert_to_fp16
 from vlm_export.precision.fp16_rounding import round_every_float16
+from vlm_export.runtime.engines.onnxruntime import OrtEngine
+from vlm_export.runtime.tasks.embed import load
 from vlm_export.verify.gates import GATES, judge
 from vlm_export.verify.metrics import compare
 from vlm_export.verify.recheck import verify_bundle

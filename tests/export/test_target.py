@@ -7,7 +7,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
-from vlm_export.runtime.engine import CPU
 
 from vlm_export.bundle.opened import open_bundle
 from vlm_export.errors import UsageError
@@ -17,6 +16,7 @@ from vlm_export.export.pipeline import export_bundle
 from vlm_export.export.reverify import verify_against_source
 from vlm_export.export.stages import Stages
 from vlm_export.family import BuildOptions
+from vlm_export.runtime.engines.onnxruntime import CPU
 
 
 @pytest.mark.parametrize("target", [None, "onnxruntime"])

@@ -26,7 +26,6 @@ from vlm_export.runtime.vision_language import load_vision_language
 
 import vlm_export
 from vlm_export.export.pipeline import ExportResult
-from vlm_export.runtime.vision_language import load_vision_language
 from vlm_export.specs.tasks import MatchSpec
 
 Export = Callable[..., ExportResult]

@@ -25,7 +25,7 @@ import numpy as np
 import onnx_ir as ir
 from vlm_export.export.stages import Stages, anonymous_bytes
 from vlm_export.export.writer import write_graph
-from vlm_export.runtime.engine import OrtEngine
+from vlm_export.runtime.engines.onnxruntime import OrtEngine
 
 WIDTH, DTYPE, CAST = 2048, getattr(np, sys.argv[3]), sys.argv[3] == "float16"
 path = Path(sys.argv[1]) / "graph.onnx"

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer as RustTokenizer
-from vlm_export.runtime.text import Tokenizer
 
 from vlm_export.errors import InputError, UsageError
 from vlm_export.export import tokenizer_files
 from vlm_export.export.wordpiece import tokenizer_json_from_wordpiece_vocab
 from vlm_export.family import Checkpoint
+from vlm_export.runtime.inputs.texts import Tokenizer
 from vlm_export.specs import TextSpec
 
 DATA = Path(__file__).parents[1] / "data" / "blip"

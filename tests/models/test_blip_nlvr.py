@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vlm_export.runtime.engine import OrtEngine
 
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.store import ScratchStore
@@ -18,6 +17,7 @@ from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.writer import write_graph
 from vlm_export.family import Model
 from vlm_export.models.blip import BlipFamily
+from vlm_export.runtime.engines.onnxruntime import OrtEngine
 
 LAYERS, WIDTH, HIDDEN, STATES, VOCABULARY = 7, 64, 24, 128, 120
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vlm_export.runtime.image import preprocess_image
 
 from vlm_export.bundle.layout import preprocessor_config, preprocessor_differences
 from vlm_export.errors import InputError, UsageError
@@ -25,6 +24,7 @@ from vlm_export.models.image_processor import (
     with_chosen_size,
 )
 from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD
+from vlm_export.runtime.inputs.images import preprocess_image
 from vlm_export.specs import ImageSpec, Origins, torchvision_image_spec
 from vlm_export.verify.original_image import original_pixel_values
 

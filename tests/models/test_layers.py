@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -162,3 +165,20 @@ def test_cross_attention_equals_torchs() -> None:
     attention_mask = torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])
     expected, _ = original(x, states, states, key_padding_mask=attention_mask == 0, need_weights=False)
     torch.testing.assert_close(attention(x, *projection(states), padding_mask(attention_mask).double()), expected)
+
+
+def test_modules_without_weights_need_no_compiler() -> None:
+    """torch's own initialisation of an embedding on the meta device imports it."""
+    code = """
+import sys
+from torch import nn
+from vlm_export.models.layers import meta_modules
+with meta_modules():
+    modules = [nn.Embedding(5, 4), nn.Linear(3, 4), nn.Conv2d(3, 4, 2), nn.LayerNorm(4), nn.BatchNorm2d(3)]
+assert all(tensor.is_meta for module in modules for tensor in module.state_dict().values())
+assert modules[0].weight.shape == (5, 4)
+assert "torch._dynamo" not in sys.modules
+assert float(nn.LayerNorm(2).weight.sum()) == 2
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

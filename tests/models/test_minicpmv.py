@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from vlm_export.runtime.slicing import patchify
 
 from vlm_export.checkpoint.known import known_names, load_known
 from vlm_export.checkpoint.open import open_checkpoint
@@ -25,7 +24,7 @@ from vlm_export.models.minicpmv_architecture import VisionArchitecture
 from vlm_export.models.navit import LARGEST_SIDE, bucket_starts, bucketed_positions, one_row
 from vlm_export.models.registry import FAMILIES, load_family, read_prefixes, recognise
 from vlm_export.models.resampler import sine_positions
-from vlm_export.runtime.slicing import patchify
+from vlm_export.runtime.inputs.slices import patchify
 from vlm_export.specs import SliceSpec
 from vlm_export.specs.tasks import FeatureSpec
 

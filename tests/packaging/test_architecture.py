@@ -127,7 +127,7 @@ def test_verbs_import_lazily(path: Path) -> None:
     names = imports_of(path, at_once=True)
     assert not _outside(names)
     light = {"vlm_export", "vlm_export.errors", "vlm_export.interrupts", "vlm_export.cli"}
-    light |= {"vlm_export.text_display", "vlm_export.machine_faults", "vlm_export.runtime.panic_text"}
+    light |= {"vlm_export.text_display", "vlm_export.machine_faults", "vlm_export.runtime.inputs.panic_text"}
     assert not {name for name in _inside(names) if name not in light and not name.startswith("vlm_export.cli.")}
 
 

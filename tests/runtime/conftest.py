@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from vlm_export.runtime.text import Tokenizer
 
 from vlm_export.export.tokenizer_files import find_open_clip_merges, tokenizer_json_from_bpe_merges
+from vlm_export.runtime.inputs.texts import Tokenizer
 from vlm_export.specs import TextSpec
 
 DATA = Path(__file__).parent.parent / "data"

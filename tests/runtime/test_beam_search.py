@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_export.runtime.generation import GenerationOptions, generate, padded_ids
+from vlm_export.runtime.generation.loop import GenerationOptions, generate, padded_ids
 
 ToyDecoder = runpy.run_path(str(Path(__file__).with_name("toy_decoder.py")))["ToyDecoder"]
 END = 2

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vlm_export.runtime.chat_prompt import MAX_CHARACTERS, ChatTokenizer, PromptWriter
-from vlm_export.runtime.tiling import plan_tiles
 
 from vlm_export.errors import InputError, UsageError
+from vlm_export.runtime.inputs.chat_prompt import MAX_CHARACTERS, ChatTokenizer, PromptWriter
+from vlm_export.runtime.inputs.tiles import plan_tiles
 from vlm_export.specs import TextSpec
 from vlm_export.specs.tiles import TileSpec
 

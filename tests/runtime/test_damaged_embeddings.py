@@ -16,7 +16,7 @@ import pytest
 
 from vlm_export import load
 from vlm_export.errors import InputError
-from vlm_export.runtime.search import EmbeddingsMeta, read_embeddings, search_embeddings, write_embeddings
+from vlm_export.runtime.search.store import EmbeddingsMeta, read_embeddings, search_embeddings, write_embeddings
 
 META = EmbeddingsMeta("text", "tiny", "0" * 64)
 

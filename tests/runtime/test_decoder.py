@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from vlm_export.runtime.decoder import CrossAttentionState
-from vlm_export.runtime.engine import Array, Engine, OrtEngine, TensorInfo
-from vlm_export.runtime.engine_openvino import OpenVinoEngine
 
 from vlm_export.errors import InputError
-from vlm_export.runtime.generation import GenerationOptions, generate, padded_ids
+from vlm_export.runtime.engines.onnxruntime import Array, Engine, OrtEngine, TensorInfo
+from vlm_export.runtime.engines.openvino import OpenVinoEngine
+from vlm_export.runtime.generation.cross_attention_decoder import CrossAttentionState
+from vlm_export.runtime.generation.loop import GenerationOptions, generate, padded_ids
 
 Ids = npt.NDArray[np.int64]
 KV = ("key", "value")

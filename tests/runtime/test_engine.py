@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vlm_export.runtime.engine import Engine, OrtEngine
 
 from vlm_export.bundle.oldest_engine import oldest_onnxruntime
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
+from vlm_export.runtime.engines.onnxruntime import Engine, OrtEngine
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_an_onnxruntime_that_is_too_old_is_named(
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError(f"opset {opset} is under development")
 
-    monkeypatch.setattr("vlm_export.runtime.engine.start_session", refuse)
+    monkeypatch.setattr("vlm_export.runtime.engines.onnxruntime.start_session", refuse)
     monkeypatch.setattr("onnxruntime.__version__", "1.15.0")
     with pytest.raises(EnvironmentFailure, match="too old") as caught:
         OrtEngine(path)

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vlm_export.runtime.engine import MAX_THREADS, OrtEngine
-from vlm_export.runtime.engine_openvino import OpenVinoEngine
-from vlm_export.runtime.vectors import run_in_float32
 
 from vlm_export import load, load_slice_encoder, load_vision_chat, load_vision_language
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
+from vlm_export.runtime.engines.onnxruntime import MAX_THREADS, OrtEngine
+from vlm_export.runtime.engines.openvino import OpenVinoEngine
+from vlm_export.runtime.tasks.vectors import run_in_float32
 
 OPENVINO = (
     pytest.mark.needs_torch

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from vlm_export.runtime.engine_openvino import OpenVinoEngine
 
 from vlm_export.errors import EnvironmentFailure
+from vlm_export.runtime.engines.openvino import OpenVinoEngine
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vlm_export.runtime.logits import adjusted_scores, draw_tokens, keep_top_k, keep_top_p, narrowed_scores
 
 from vlm_export.errors import InputError, UsageError
-from vlm_export.runtime.generation import GenerationOptions, NewToken, generate, padded_ids, stream
+from vlm_export.runtime.generation.logits import adjusted_scores, draw_tokens, keep_top_k, keep_top_p, narrowed_scores
+from vlm_export.runtime.generation.loop import GenerationOptions, NewToken, generate, padded_ids, stream
 
 ToyDecoder = runpy.run_path(str(Path(__file__).with_name("toy_decoder.py")))["ToyDecoder"]
 END = 2

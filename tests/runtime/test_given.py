@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from vlm_export.runtime.given import decoder_threads, map_pictures, open_picture, picture_list, text_list
-from vlm_export.runtime.image import PictureSource
-from vlm_export.runtime.pair import EncoderPair, load
 
 from vlm_export.errors import InputError, UsageError
+from vlm_export.runtime.inputs.images import PictureSource
+from vlm_export.runtime.inputs.sources import decoder_threads, map_pictures, open_picture, picture_list, text_list
+from vlm_export.runtime.tasks.embed import EncoderPair, load
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
-from vlm_export.runtime.image import open_image, preprocess_image, resized_size
 
 from vlm_export.errors import InputError
-from vlm_export.runtime import image as image_module
+from vlm_export.runtime.inputs import images as image_module
+from vlm_export.runtime.inputs.images import open_image, preprocess_image, resized_size
 from vlm_export.specs import ImageSpec, RgbStage, torchvision_image_spec
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
-from vlm_export.runtime.engine import OrtEngine
 
 from vlm_export.interrupts import run_interruptibly
+from vlm_export.runtime.engines.onnxruntime import OrtEngine
 
 # The graphs are made with onnx.
 pytestmark = pytest.mark.needs_torch
@@ -41,13 +43,13 @@ COMMAND = "from vlm_export.cli.main import main\nsys.exit(main(sys.argv[1:]))"
 LIGHT = """
 from vlm_export.cli import inspect
 from vlm_export.cli.main import main
-from vlm_export.runtime.engine import OrtEngine
+from vlm_export.runtime.engines.onnxruntime import OrtEngine
 import numpy as np
 inspect.run = lambda args: OrtEngine(args.source, threads=1).run({"x": np.zeros(1, np.float32)})
 sys.exit(main(["inspect", sys.argv[1]]))
 """
 LIBRARY = """
-from vlm_export.runtime.engine import OrtEngine
+from vlm_export.runtime.engines.onnxruntime import OrtEngine
 import numpy as np
 engine = OrtEngine(sys.argv[1], threads=1)
 try:
@@ -170,6 +172,19 @@ def test_work_is_stopped_before_the_interrupt_goes_on() -> None:
     assert run_interruptibly(lambda: "next") == "next"
     with pytest.raises(ZeroDivisionError):
         run_interruptibly(lambda: 1 / 0)
+
+
+def test_nothing_of_work_that_has_ended_stays_in_memory() -> None:
+    """An engine that was closed must leave before the next one is opened: the worker remembers its last job."""
+
+    class Session:
+        pass
+
+    held = [run_interruptibly(Session)]
+    assert run_interruptibly(lambda: held[0]) is held[0]
+    gone = weakref.ref(held.pop())
+    gc.collect()
+    assert gone() is None
 
 
 def test_other_threads_run_their_engines_themselves(data: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from vlm_export.bundle.staging import staged_file
 from vlm_export.errors import UsageError
 from vlm_export.interrupts import remembered_interrupts
-from vlm_export.runtime.search import EmbeddingsMeta, read_embeddings, write_embeddings
+from vlm_export.runtime.search.store import EmbeddingsMeta, read_embeddings, write_embeddings
 
 # The harness is a fixture of all tests, which the environment without torch does not have.
 pytestmark = pytest.mark.needs_torch

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_export.runtime import memory
+from vlm_export.runtime.engines import memory
 
 GIB = 1 << 30
 

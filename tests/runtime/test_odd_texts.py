@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from vlm_export.runtime.panic_text import own_process
-from vlm_export.runtime.text import Tokenizer, clean_text
 
 from vlm_export.errors import InputError
 from vlm_export.export.tokenizer_files import find_open_clip_merges, tokenizer_json_from_bpe_merges
+from vlm_export.runtime.inputs.panic_text import own_process
+from vlm_export.runtime.inputs.texts import Tokenizer, clean_text
 from vlm_export.specs import TextSpec
 
 OPEN_CLIP = TextSpec(77, 49_408, 49_407, 0, "open_clip")
@@ -106,8 +106,8 @@ def test_a_panic_writes_nothing_on_the_terminal(open_clip_json: Path, tmp_path: 
     path.write_text(json.dumps({**data, "normalizer": _HOSTILE}), encoding="utf-8")
     code = (
         "import os, sys\n"
-        "from vlm_export.runtime.text import Tokenizer\n"
-        "from vlm_export.runtime.panic_text import own_process, panics_held\n"
+        "from vlm_export.runtime.inputs.texts import Tokenizer\n"
+        "from vlm_export.runtime.inputs.panic_text import own_process, panics_held\n"
         "from vlm_export.specs import TextSpec\n"
         "with panics_held(): os.write(2, b'before\\n')\n"
         "try:\n"
@@ -122,7 +122,7 @@ def test_a_panic_writes_nothing_on_the_terminal(open_clip_json: Path, tmp_path: 
 
 
 def test_what_others_write_meanwhile_is_kept(capfd: pytest.CaptureFixture[str]) -> None:
-    from vlm_export.runtime.panic_text import panics_held
+    from vlm_export.runtime.inputs.panic_text import panics_held
 
     class PanicException(BaseException):
         pass

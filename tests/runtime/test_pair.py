@@ -13,13 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
-from vlm_export.runtime.engine import TensorInfo
-from vlm_export.runtime.pair import EncoderPair, load
 
 import vlm_export
 from vlm_export.bundle.manifest import Manifest
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError, UsageError
+from vlm_export.runtime.engines.onnxruntime import TensorInfo
+from vlm_export.runtime.tasks.embed import EncoderPair, load
+from vlm_export.specs.tasks import EmbedSpec
 
 Array = npt.NDArray[Any]
 
@@ -224,7 +225,8 @@ def test_ids_out_of_range_are_refused(pair: EncoderPair, ids: list[Any]) -> None
 
 
 def test_a_model_without_a_score_gives_no_probabilities(changed: Callable[..., EncoderPair]) -> None:
-    scored = changed().manifest.tasks[0]
+    scored = changed().manifest.task(EmbedSpec)
+    assert scored is not None
     for tasks in ((), (replace(scored, score=None),)):
         with pytest.raises(InputError, match="no scale for probabilities"):
             _ = changed(tasks=tasks).logit_scale
@@ -259,7 +261,7 @@ def test_progress_goes_to_stderr(pair: EncoderPair, capsys: pytest.CaptureFixtur
 
 
 def test_zero_embedding_stays_zero() -> None:
-    from vlm_export.runtime.vectors import unit_rows
+    from vlm_export.runtime.tasks.vectors import unit_rows
 
     assert unit_rows(np.array([[0, 0], [3, 4]], dtype=np.float32)).tolist() == [
         [0, 0],

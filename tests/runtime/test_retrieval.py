@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from vlm_export.runtime.retrieval import search_reranked
 
 from vlm_export import VisionLanguage, load_vision_language
 from vlm_export.errors import InputError, UsageError
-from vlm_export.runtime.search import Embeddings, EmbeddingsMeta
+from vlm_export.runtime.search.rerank import search_reranked
+from vlm_export.runtime.search.store import Embeddings, EmbeddingsMeta
 
 pytestmark = pytest.mark.needs_torch
 

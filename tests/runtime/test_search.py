@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from vlm_export.runtime.image import FloatArray
 
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
-from vlm_export.runtime.search import (
+from vlm_export.runtime.inputs.images import FloatArray
+from vlm_export.runtime.search.store import (
     EmbeddingsMeta,
     Match,
     npy_metadata,
@@ -167,8 +167,9 @@ def test_unknown_metadata_is_refused(field: str, value: object, tmp_path: Path) 
     path = tmp_path / "e.npy"
     write_embeddings(path, ITEMS, unit_vectors(3), META)
     rewrite(path, unit_vectors(3), json.dumps({**npy_metadata(path), field: value}).encode())
-    with pytest.raises(InputError, match="what model made them"):
+    with pytest.raises(InputError, match=field) as caught:
         read_embeddings(path)
+    assert caught.value.fix == "embed again with this version"
 
 
 @pytest.mark.parametrize("kept", [1, 9, 100, 187, 188, 189, 300, -1])

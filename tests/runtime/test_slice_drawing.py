@@ -6,10 +6,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
-from vlm_export.runtime.slice_drawing import PANEL_PIXELS, draw_plan
-from vlm_export.runtime.slice_plan import SlicePlan, plan_slices
 
-from vlm_export.specs.slices import slice_spec_from_version
+from vlm_export.models.minicpmv_slicing import slice_spec_from_version
+from vlm_export.runtime.inputs.slice_plan import SlicePlan, plan_slices
+from vlm_export.runtime.tasks.slice_drawing import PANEL_PIXELS, draw_plan
 
 BLUE = (0, 0, 200)
 RULE = (230, 30, 60)

@@ -14,16 +14,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
-from vlm_export.runtime.engine import TensorInfo
-from vlm_export.runtime.slice_features import SliceEncoder, SliceFeatures
-from vlm_export.runtime.slice_files import SliceFileMeta, write_slice_features
-from vlm_export.runtime.slice_plan import SlicePlan
-from vlm_export.runtime.slicing import Slices
+from vlm_export.runtime.tasks.feature_files import SliceFileMeta, write_slice_features
 
 import vlm_export
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
-from vlm_export.runtime import slice_features
-from vlm_export.runtime.search import npy_metadata, read_embeddings
+from vlm_export.runtime.engines.onnxruntime import TensorInfo
+from vlm_export.runtime.inputs.slice_plan import SlicePlan
+from vlm_export.runtime.inputs.slices import Slices
+from vlm_export.runtime.search.store import npy_metadata, read_embeddings
+from vlm_export.runtime.tasks import features as slice_features
+from vlm_export.runtime.tasks.features import SliceEncoder, SliceFeatures
 
 pytestmark = pytest.mark.needs_torch
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from vlm_export.runtime.slice_placeholder import placeholder_parts, placeholder_text
-from vlm_export.runtime.slice_plan import SlicePlan, plan_slices
 
 from vlm_export.errors import InputError
-from vlm_export.specs.slices import SliceSpec, slice_spec_from_version
+from vlm_export.models.minicpmv_slicing import slice_spec_from_version
+from vlm_export.runtime.inputs.slice_placeholder import placeholder_parts, placeholder_text
+from vlm_export.runtime.inputs.slice_plan import SlicePlan, plan_slices
+from vlm_export.specs.slices import SliceSpec
 
 RECORDED: dict[str, list[dict[str, Any]]] = json.loads(
     (Path(__file__).parent.parent / "data" / "minicpmv" / "preprocess" / "slicing_geometry.json").read_text("utf-8")

@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
-from vlm_export.runtime.image import open_image
-from vlm_export.runtime.slicing import patchify, slice_image, stack_patches
 
 from vlm_export.errors import InputError
-from vlm_export.specs.slices import SliceSpec, slice_spec_from_version
+from vlm_export.models.minicpmv_slicing import slice_spec_from_version
+from vlm_export.runtime.inputs.images import open_image
+from vlm_export.runtime.inputs.slices import patchify, slice_image, stack_patches
+from vlm_export.specs.slices import SliceSpec
 
 FOLDER = Path(__file__).parent.parent / "data" / "minicpmv"
 MAX_SLICES: dict[str, int] = json.loads((FOLDER / "preprocess" / "meta.json").read_text("utf-8"))["pixel_config"][

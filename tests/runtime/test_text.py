@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from vlm_export.runtime.text import Tokenizer, clean_text
 
 from vlm_export.errors import InputError, UsageError
 from vlm_export.export.wordpiece import tokenizer_json_from_wordpiece_vocab
-from vlm_export.runtime import text as text_module
+from vlm_export.runtime.inputs import texts as text_module
+from vlm_export.runtime.inputs.texts import Tokenizer, clean_text
 from vlm_export.specs import TextSpec
 
 RECORD = json.loads((Path(__file__).parent.parent / "data" / "clip" / "tokenizer.json").read_text(encoding="utf-8"))

@@ -13,7 +13,8 @@ from pathlib import Path
 import ftfy
 import numpy as np
 import regex
-from vlm_export.runtime.text import Tokenizer
+
+from vlm_export.runtime.inputs.texts import Tokenizer
 
 WORDS = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE

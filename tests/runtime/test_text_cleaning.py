@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from vlm_export.runtime.text_cleaning import clean_caption, clean_question
+
+from vlm_export.runtime.inputs.text_cleaning import clean_caption, clean_question
 
 # Expected texts were written down by hand from the rules of pre_caption and pre_question.
 CASES = [

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vlm_export.runtime.text_stream import TextStream
+
+from vlm_export.runtime.generation.text_stream import TextStream
 
 
 def decode(ids: Sequence[int]) -> str:

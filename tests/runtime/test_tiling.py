@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from vlm_export.runtime.tiling import cut_tiles, plan_tiles
 
 from vlm_export.errors import InputError
+from vlm_export.runtime.inputs.tiles import cut_tiles, plan_tiles
 from vlm_export.specs.tiles import TileSpec
 
 PICTURE = Path(__file__).parents[1] / "data" / "nanovlm" / "split" / "image.png"

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from vlm_export.runtime.image import PictureSource
-from vlm_export.runtime.vision_chat import CAPTION_QUESTION
 
 import vlm_export
 from vlm_export import VisionChat, load, load_vision_chat, load_vision_language
 from vlm_export.errors import InputError, UsageError
-from vlm_export.runtime import chat_inputs, embedded_decoder
+from vlm_export.runtime.generation import embedding_decoder as embedded_decoder
+from vlm_export.runtime.inputs.images import PictureSource
+from vlm_export.runtime.tasks import chat_rows as chat_inputs
+from vlm_export.runtime.tasks.chat import CAPTION_QUESTION
 
 pytestmark = pytest.mark.needs_torch
 

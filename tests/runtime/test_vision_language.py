@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from vlm_export.runtime.pair import EncoderPair
 from vlm_export.runtime.vision_language import VisionLanguage
 
 from vlm_export import load, load_vision_language
 from vlm_export.errors import InputError, UsageError
-from vlm_export.runtime import captioning, generation
-from vlm_export.runtime import pair as pair_module
+from vlm_export.runtime.generation import loop as generation
+from vlm_export.runtime.tasks import caption as captioning
+from vlm_export.runtime.tasks import embed as pair_module
+from vlm_export.runtime.tasks.embed import EncoderPair
 
 pytestmark = pytest.mark.needs_torch
 

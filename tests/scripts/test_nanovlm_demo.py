@@ -21,7 +21,6 @@ from demo.questions import KINDS
 from demo.world import HELD_OUT, Drawing, draw
 from PIL import Image
 from safetensors import safe_open
-from vlm_export.runtime.vision_chat import CAPTION_QUESTION, VisionChat, load_vision_chat
 
 from vlm_export.checkpoint.known import load_known
 from vlm_export.checkpoint.open import open_checkpoint
@@ -30,7 +29,7 @@ from vlm_export.export.pipeline import export_bundle
 from vlm_export.models.nanovlm import NanoVlmFamily
 from vlm_export.models.nanovlm_weights import EMBEDDING_KEY, HEAD_KEY
 from vlm_export.models.registry import recognise
-from vlm_export.runtime.vision_chat import CAPTION_QUESTION, VisionChat, load_vision_chat
+from vlm_export.runtime.tasks.chat import CAPTION_QUESTION, VisionChat, load_vision_chat
 from vlm_export.specs.tasks import ChatSpec
 
 ROOT = Path(__file__).resolve().parents[2]

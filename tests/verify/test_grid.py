@@ -7,7 +7,10 @@ import pytest
 from vlm_export.runtime.vision_language import VisionLanguage
 
 from vlm_export.cli import embed
-from vlm_export.runtime import chat_inputs, pair, slice_features, vision_chat
+from vlm_export.runtime.tasks import chat as vision_chat
+from vlm_export.runtime.tasks import chat_rows as chat_inputs
+from vlm_export.runtime.tasks import embed as pair
+from vlm_export.runtime.tasks import features as slice_features
 from vlm_export.specs.signature import Axis, Signature, TensorSpec
 from vlm_export.verify.grid import (
     BATCHES,

@@ -12,7 +12,6 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
-from vlm_export.runtime.engine import OrtEngine
 
 from vlm_export.bundle.layout import graph_path
 from vlm_export.bundle.manifest import Manifest, PartRecord, SourceRecord, VariantRecord
@@ -20,6 +19,7 @@ from vlm_export.bundle.opened import OpenBundle, open_bundle
 from vlm_export.bundle.publish import publication
 from vlm_export.errors import InputError, VerificationError
 from vlm_export.family import Array, Part, reference_from_module
+from vlm_export.runtime.engines.onnxruntime import OrtEngine
 from vlm_export.specs.signature import Axis, Signature, TensorSpec
 from vlm_export.verify.golden import golden_from_reference, golden_points, write_golden
 from vlm_export.verify.points import EngineRun
@@ -119,7 +119,7 @@ import sys
 for name in ("torch", "onnx", "transformers", "torchvision"):
     sys.modules[name] = None  # an import of it fails
 from vlm_export.bundle.opened import open_bundle
-from vlm_export.runtime.engine import OrtEngine
+from vlm_export.runtime.engines.onnxruntime import OrtEngine
 from vlm_export.verify.recheck import verify_bundle
 from vlm_export.verify.table import format_table
 bundle = open_bundle(sys.argv[1])

@@ -42,6 +42,8 @@ _LARGE_PART_BYTES = 1 << 30
 _LARGE_PART_ROWS = 6
 # Inputs and outputs of one point; more only repeats what shorter rows show.
 _MAX_POINT_BYTES = 256 << 20
+# Scores of one layer's attention, which engines hold several times: verifying a tiny model takes little memory, too.
+_MAX_SCORES_BYTES = 64 << 20
 # Above this, each run takes minutes, and graph and Reference do not fit in a usual machine's memory side by side.
 HUGE_PART_BYTES = 8 << 30
 # Below this, a point takes milliseconds, so that every length of a text and every batch can be tried.
@@ -138,7 +140,7 @@ class PartVerification:
     def _attention(self) -> Attention:
         """The part's, whose scores may take twice what its weights do, which both engines hold beside them."""
         heads = (getattr(module, "heads", 1) for module in self.part.module.modules())
-        return Attention(max(heads), max(_MAX_POINT_BYTES, 2 * self.weights_bytes))
+        return Attention(max(heads), max(_MAX_SCORES_BYTES, 2 * self.weights_bytes))
 
     def golden_points(self) -> tuple[GridPoint, ...]:
         """The points of the records."""

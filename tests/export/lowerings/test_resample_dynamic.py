@@ -12,8 +12,6 @@ import onnx
 import pytest
 import torch
 from torch import Tensor
-from vlm_export.runtime.engine import OrtEngine
-from vlm_export.runtime.engine_openvino import OpenVinoEngine
 
 from vlm_export.export.backends import Exporter
 from vlm_export.export.lowerings import resample_in_graph
@@ -21,6 +19,8 @@ from vlm_export.export.lowerings.resample_in_graph import interpolate_in_graph
 from vlm_export.export.lowerings.resample_sizes import Target
 from vlm_export.export.lowerings.resample_weights import Filter
 from vlm_export.family import Part
+from vlm_export.runtime.engines.onnxruntime import OrtEngine
+from vlm_export.runtime.engines.openvino import OpenVinoEngine
 
 # Groups that are full, cut, and single; windows that the source's ends stop; strong and no reduction.
 SIZES = ((1, 1), (1, 400), (16, 3), (17, 400), (33, 1000), (48, 49), (100, 40), (300, 7), (64, 2000), (20, 3000))

@@ -15,14 +15,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vlm_export.runtime.engine import OrtEngine
-from vlm_export.runtime.engine_openvino import OpenVinoEngine
 
 from vlm_export.export.backends import Exporter, Lowerings, Target, choose_lowerings, export_part
 from vlm_export.export.lowerings.resample_weights import Filter
 from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.writer import write_graph
 from vlm_export.family import Part
+from vlm_export.runtime.engines.onnxruntime import OrtEngine
+from vlm_export.runtime.engines.openvino import OpenVinoEngine
 from vlm_export.specs.signature import Signature, TensorSpec
 
 Array = npt.NDArray[Any]
