@@ -20,7 +20,7 @@ from vlm_export.family import (
     Model,
     NoOptions,
     PartOutline,
-    TensorInfo,
+    StoredTensorInfo,
     WeightStore,
     reference_from_module,
 )
@@ -103,7 +103,7 @@ class NanoVlmFamily:
             origins=_origins(architecture),
         )
 
-    def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, StoredTensorInfo]:
         parsed = NanoVlmArchitecture.from_config(architecture)
         return published_tensors(build_modules(parsed), weight_table(parsed.vision.layers, parsed.decoder), "float32")
 

@@ -21,7 +21,7 @@ from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import InputError, UsageError
 from vlm_export.export.fp32_operators import fp32_operators
-from vlm_export.family import BuildOptions, Checkpoint, Model, TensorInfo
+from vlm_export.family import BuildOptions, Checkpoint, Model, StoredTensorInfo
 from vlm_export.models.nanovlm import NanoVlmFamily
 from vlm_export.models.nanovlm_architecture import CHAT_TEMPLATE, NanoVlmArchitecture
 from vlm_export.models.nanovlm_parts import build_modules, build_parts, shuffled
@@ -196,7 +196,7 @@ def test_published_files_load_by_shape(name: str, build: Build) -> None:
     if has_tiles:
         # The oracle's own is of its tiny tiles.
         config["max_img_size"] = load_known("nanovlm-460m-8k").architecture["chat"]["max_side_pixels"]
-    infos = {key: TensorInfo(shape, "float32") for key, shape in tied.items()}
+    infos = {key: StoredTensorInfo(shape, "float32") for key, shape in tied.items()}
     described = NanoVlmFamily().describe(Checkpoint(name, "safetensors", (), infos, _unread, config))
     counted = {part.name: part.parameter_count for part in described.parts}
     vision, projector, decoder = (

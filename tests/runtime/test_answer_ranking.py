@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vlm_export.errors import InputError
-from vlm_export.runtime.engines.onnxruntime import Array, Port
+from vlm_export.runtime.engines.onnxruntime import Array, TensorInfo
 from vlm_export.runtime.generation.cross_attention_decoder import CrossAttentionState
 from vlm_export.runtime.tasks.answer_ranking import Candidates, RankedAnswer, rank_candidates
 
@@ -20,11 +20,11 @@ class Constant:
 
     def __init__(self, logits: list[float]) -> None:
         self.logits = np.array(logits, np.float32)
-        self.inputs: tuple[Port, ...] = tuple(
-            Port(f"past_key_values.0.{kind}", "float32", ("batch", 1, "tokens", 1))
+        self.inputs: tuple[TensorInfo, ...] = tuple(
+            TensorInfo(f"past_key_values.0.{kind}", "float32", ("batch", 1, "tokens", 1))
             for kind in ("decoder.key", "encoder.key")
         )
-        self.outputs: tuple[Port, ...] = ()
+        self.outputs: tuple[TensorInfo, ...] = ()
         self.batches: list[int] = []
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:

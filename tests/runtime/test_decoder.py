@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from vlm_export.errors import InputError
-from vlm_export.runtime.engines.onnxruntime import Array, Engine, OrtEngine, Port
+from vlm_export.runtime.engines.onnxruntime import Array, Engine, OrtEngine, TensorInfo
 from vlm_export.runtime.engines.openvino import OpenVinoEngine
 from vlm_export.runtime.generation.cross_attention_decoder import CrossAttentionState
 from vlm_export.runtime.generation.loop import GenerationOptions, generate, padded_ids
@@ -32,11 +32,11 @@ class RecordingDecoder:
 
     def __init__(self, dtype: str = "float32", kinds: Sequence[str] = ("decoder", "encoder")) -> None:
         names = [f"past_key_values.{i}.{kind}.{what}" for i in range(LAYERS) for kind in kinds for what in KV]
-        ids = [Port(name, "int64", ("batch", None)) for name in ("input_ids", "attention_mask")]
-        mask = Port("encoder_attention_mask", "int64", ("batch", "encoder_sequence"))
-        caches = [Port(name, dtype, ("batch", HEADS, "tokens", WIDTH)) for name in names]
-        self.inputs: tuple[Port, ...] = (*ids, mask, *caches)
-        self.outputs: tuple[Port, ...] = ()
+        ids = [TensorInfo(name, "int64", ("batch", None)) for name in ("input_ids", "attention_mask")]
+        mask = TensorInfo("encoder_attention_mask", "int64", ("batch", "encoder_sequence"))
+        caches = [TensorInfo(name, dtype, ("batch", HEADS, "tokens", WIDTH)) for name in names]
+        self.inputs: tuple[TensorInfo, ...] = (*ids, mask, *caches)
+        self.outputs: tuple[TensorInfo, ...] = ()
         self.dtype = dtype
         self.fed: list[dict[str, Array]] = []
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from vlm_export.errors import InputError, UsageError
-from vlm_export.runtime.engines.onnxruntime import Array, Port
+from vlm_export.runtime.engines.onnxruntime import Array, TensorInfo
 from vlm_export.runtime.generation.embedding_decoder import EmbeddedDecoderState, EmbeddedRows, left_padded
 from vlm_export.runtime.generation.loop import GenerationOptions, generate
 from vlm_export.runtime.generation.loop import embedding_decoder as embedded_decoder
@@ -24,8 +24,8 @@ class ToyEmbedding:
 
     def __init__(self) -> None:
         self.table = np.random.default_rng(1).standard_normal((VOCABULARY, WIDTH)).astype(np.float32)
-        self.inputs: tuple[Port, ...] = (Port("input_ids", "int64", ("batch", "sequence")),)
-        self.outputs: tuple[Port, ...] = (Port("inputs_embeds", "float32", ("batch", "sequence", WIDTH)),)
+        self.inputs: tuple[TensorInfo, ...] = (TensorInfo("input_ids", "int64", ("batch", "sequence")),)
+        self.outputs: tuple[TensorInfo, ...] = (TensorInfo("inputs_embeds", "float32", ("batch", "sequence", WIDTH)),)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         return {"inputs_embeds": self.table[feeds["input_ids"]]}
@@ -39,18 +39,19 @@ class ToyAttention:
         self.weights = {name: rng.standard_normal((WIDTH, WIDTH)) for name in ("query", "key", "value")}
         self.head = rng.standard_normal((WIDTH, VOCABULARY)) * 2
         caches = [
-            Port(f"past_key_values.0.{kind}", dtype, ("batch", 1, "past_sequence", WIDTH)) for kind in ("key", "value")
+            TensorInfo(f"past_key_values.0.{kind}", dtype, ("batch", 1, "past_sequence", WIDTH))
+            for kind in ("key", "value")
         ]
-        ids = [Port(name, "int64", ("batch", None)) for name in ("attention_mask", "position_ids")]
-        kept = Port("num_logits_to_keep", "int64", ())
-        self.inputs: tuple[Port, ...] = (
-            Port("inputs_embeds", dtype, ("batch", "sequence", WIDTH)),
+        ids = [TensorInfo(name, "int64", ("batch", None)) for name in ("attention_mask", "position_ids")]
+        kept = TensorInfo("num_logits_to_keep", "int64", ())
+        self.inputs: tuple[TensorInfo, ...] = (
+            TensorInfo("inputs_embeds", dtype, ("batch", "sequence", WIDTH)),
             *ids,
             kept,
             *caches,
         )
         names = ("logits", "present.0.key", "present.0.value")
-        self.outputs: tuple[Port, ...] = tuple(Port(name, dtype, (None,)) for name in names)
+        self.outputs: tuple[TensorInfo, ...] = tuple(TensorInfo(name, dtype, (None,)) for name in names)
         self.dtype = dtype
         self.fed: list[dict[str, Array]] = []
 
@@ -201,7 +202,10 @@ def test_other_graphs_and_prompts_are_refused() -> None:
     with pytest.raises(InputError, match="no cache"):
         EmbeddedDecoderState(without, ToyEmbedding(), rows)
     loose = ToyAttention()
-    loose.inputs = (*loose.inputs[:-1], Port("past_key_values.0.value", "float32", ("batch", None, "past", WIDTH)))
+    loose.inputs = (
+        *loose.inputs[:-1],
+        TensorInfo("past_key_values.0.value", "float32", ("batch", None, "past", WIDTH)),
+    )
     with pytest.raises(InputError, match="no fixed heads"):
         EmbeddedDecoderState(loose, ToyEmbedding(), rows)
     right = EmbeddedRows(rows.inputs_embeds, rows.attention_mask[:, ::-1])

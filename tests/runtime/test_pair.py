@@ -18,7 +18,7 @@ import vlm_export
 from vlm_export.bundle.manifest import Manifest
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError, UsageError
-from vlm_export.runtime.engines.onnxruntime import Port
+from vlm_export.runtime.engines.onnxruntime import TensorInfo
 from vlm_export.runtime.tasks.embed import EncoderPair, load
 from vlm_export.specs.tasks import EmbedSpec
 
@@ -97,8 +97,11 @@ def test_ids_equal_texts(pair: EncoderPair, record: dict[str, Any]) -> None:
 class MaskedText:
     """Stands for a text part with a mask: the masked sum of the ids, their number, and the row's width."""
 
-    inputs = tuple(Port(name, "int64", ("batch", "sequence")) for name in ("input_ids", "attention_mask"))
-    outputs = (Port("text_embeds", "float32", ("batch", 12)), Port("last_hidden_state", "float32", ("batch", None, 4)))
+    inputs = tuple(TensorInfo(name, "int64", ("batch", "sequence")) for name in ("input_ids", "attention_mask"))
+    outputs = (
+        TensorInfo("text_embeds", "float32", ("batch", 12)),
+        TensorInfo("last_hidden_state", "float32", ("batch", None, 4)),
+    )
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         ids, mask = feeds["input_ids"], feeds["attention_mask"]

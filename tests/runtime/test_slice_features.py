@@ -18,7 +18,7 @@ from vlm_export.runtime.tasks.feature_files import SliceFileMeta, write_slice_fe
 
 import vlm_export
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
-from vlm_export.runtime.engines.onnxruntime import Port
+from vlm_export.runtime.engines.onnxruntime import TensorInfo
 from vlm_export.runtime.inputs.slice_plan import SlicePlan
 from vlm_export.runtime.inputs.slices import Slices
 from vlm_export.runtime.search.store import npy_metadata, read_embeddings
@@ -138,8 +138,8 @@ def test_a_square_of_no_whole_patches_is_padded(encoder: Any, oracle: Any, asser
 class RecordedTokens:
     """An engine that returns the recorded tokens of the frames, in order."""
 
-    inputs = (Port("pixel_values", "float32", (None,) * 4), Port("tgt_sizes", "int64", (None, 2)))
-    outputs = (Port("image_tokens", "float32", (None,) * 3),)
+    inputs = (TensorInfo("pixel_values", "float32", (None,) * 4), TensorInfo("tgt_sizes", "int64", (None, 2)))
+    outputs = (TensorInfo("image_tokens", "float32", (None,) * 3),)
 
     def __init__(self, frames: Array) -> None:
         self.frames = iter(frames)

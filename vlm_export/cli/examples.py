@@ -17,7 +17,6 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "graph": ("graph show model.onnx", "graph verify original.onnx changed.onnx"),
     "graph show": ("graph show model.onnx", "graph show model.onnx --json"),
     "graph find": ("graph find model.onnx 'MatMul -> Add'", "graph find model.onnx '*Gelu' --json"),
-    "graph draw": ("graph draw model.onnx -o model.svg", "graph draw model.onnx --to logits --distance 5 -o end.svg"),
     "graph check": ("graph check model.onnx", "graph check model.onnx --json"),
     "graph verify": ("graph verify a.onnx b.onnx", "graph verify a.onnx b.onnx --inputs x.npz --tolerance 1e-5"),
     "graph apply": (
