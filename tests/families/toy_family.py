@@ -61,7 +61,8 @@ class Text(nn.Module):
         self.tokens = nn.Embedding(VOCABULARY, architecture.width)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.tokens(input_ids).mean(dim=1)
+        embeds: Tensor = self.tokens(input_ids).mean(dim=1)
+        return embeds
 
 
 class ToyFamily:

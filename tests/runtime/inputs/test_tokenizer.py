@@ -17,7 +17,7 @@ from vlm_export.runtime.inputs.texts import Tokenizer
 from vlm_export.runtime.inputs.tokenizer import MAX_GROWTH, named_failures, tokenizer_from_json
 from vlm_export.specs import TextSpec
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 Change = Callable[[dict[str, Any]], None]
 
 

@@ -16,7 +16,7 @@ from vlm_export.runtime.inputs import texts as text_module
 from vlm_export.runtime.inputs.texts import Tokenizer, clean_text
 from vlm_export.specs import TextSpec
 
-RECORD = json.loads((Path(__file__).parent.parent / "data" / "clip" / "tokenizer.json").read_text(encoding="utf-8"))
+RECORD = json.loads((Path(__file__).parents[2] / "data" / "clip" / "tokenizer.json").read_text(encoding="utf-8"))
 CASES = RECORD["cases"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_export.errors import InputError, UsageError
+from vlm_export import Model, load
+from vlm_export.errors import InputError
 from vlm_export.runtime.inputs.images import PictureSource
 from vlm_export.runtime.inputs.sources import decoder_threads, map_pictures, open_picture, picture_list, text_list
-from vlm_export.runtime.tasks.embed import EncoderPair, load
 
 
 @pytest.fixture(scope="module")
-def pair(data: Path) -> EncoderPair:
-    return load(data / "runtime" / "tiny_bundle", threads=4)
+def pair(tiny_bundle: Path) -> Model:
+    return load(tiny_bundle, threads=4)
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +52,14 @@ def watched(path: Path) -> tuple[Image.Image, Callable[[], int]]:
     return image, lambda: most
 
 
-def test_a_picture_is_decoded_by_one_thread(pair: EncoderPair, path: Path) -> None:
+def test_a_picture_is_decoded_by_one_thread(pair: Model, path: Path) -> None:
     image, most = watched(path)
     rows = pair.encode_image([image] * 8)
     assert most() == 1
     assert np.allclose(rows, pair.encode_image(path), atol=1e-5)
 
 
-def test_every_kind_of_picture(pair: EncoderPair, path: Path) -> None:
+def test_every_kind_of_picture(pair: Model, path: Path) -> None:
     content = path.read_bytes()
     with Image.open(path) as image, path.open("rb") as file:
         pixels = np.asarray(image.convert("RGB"))
@@ -90,13 +90,13 @@ def test_every_kind_of_picture(pair: EncoderPair, path: Path) -> None:
         ("x" * 5000, "x" * 3000),
     ],
 )
-def test_what_is_no_picture_is_refused(pair: EncoderPair, given: Any, words: str) -> None:
+def test_what_is_no_picture_is_refused(pair: Model, given: Any, words: str) -> None:
     with pytest.raises(InputError) as caught:
         pair.encode_image(given)
     assert words in str(caught.value)
 
 
-def test_a_given_picture_that_cannot_be_decoded_is_named(pair: EncoderPair, path: Path) -> None:
+def test_a_given_picture_that_cannot_be_decoded_is_named(pair: Model, path: Path) -> None:
     content = path.read_bytes()
     for broken in (content[: len(content) // 2], content[:60] + bytes([content[60] ^ 1]) + content[61:]):
         with pytest.raises(InputError, match="cannot be decoded") as caught:
@@ -123,28 +123,3 @@ def test_one_or_several() -> None:
     assert text_list(("a", "b")) == ["a", "b"]
     with pytest.raises(InputError, match="neither a string nor several"):
         text_list(None)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("labels", [np.array(["a cat", "a dog"]), ("a cat", "a dog"), iter(["a cat", "a dog"])])
-def test_labels_may_be_any_sequence(pair: EncoderPair, path: Path, labels: Sequence[str]) -> None:
-    assert pair.classify(path, labels).shape == (1, 2)
-
-
-def test_labels_that_are_none_are_refused(pair: EncoderPair, path: Path) -> None:
-    wrong: list[Any] = ["a cat", [], np.array([]), [1], [None]]
-    for labels in wrong:
-        with pytest.raises(UsageError, match="needs a list of labels"):
-            pair.classify(path, labels)
-
-
-@pytest.mark.parametrize("ids", [[[1, 2], [3]], [[2**70]], "text", None])
-def test_ids_that_make_no_matrix_are_refused(pair: EncoderPair, ids: Any) -> None:
-    with pytest.raises(InputError, match="do not fit the model"):
-        pair.encode_ids(ids)
-
-
-@pytest.mark.parametrize("size", [0, -1, 1.5, "4", True, None])
-def test_batch_sizes_are_whole_numbers(pair: EncoderPair, path: Path, size: Any) -> None:
-    with pytest.raises(UsageError, match="batch_size"):
-        pair.encode_image(path, batch_size=size)
-    assert pair.encode_image(path, batch_size=np.int64(2)).shape == (1, 12)

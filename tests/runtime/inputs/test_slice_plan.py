@@ -19,7 +19,7 @@ from vlm_export.runtime.inputs.slice_plan import SlicePlan, plan_slices
 from vlm_export.specs.slices import SliceSpec
 
 RECORDED: dict[str, list[dict[str, Any]]] = json.loads(
-    (Path(__file__).parent.parent / "data" / "minicpmv" / "preprocess" / "slicing_geometry.json").read_text("utf-8")
+    (Path(__file__).parents[2] / "data" / "minicpmv" / "preprocess" / "slicing_geometry.json").read_text("utf-8")
 )
 # 4.0 and 4.5 slice and write as 2.6 does.
 RECORDS = [

@@ -4,7 +4,7 @@ BLIP was published with that `generate`. The version imports with later releases
 transformers of this project, so it comes from a folder of its own:
 
     pip install --target FOLDER transformers==4.25.1 "tokenizers<0.14" "huggingface_hub<0.20" requests
-    PYTHONPATH=FOLDER python tests/runtime/record_generation.py
+    PYTHONPATH=FOLDER python tests/runtime/generation/record_generation.py
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 VERSION = "4.25.1"
-TARGET = Path(__file__).parent.parent / "data" / "runtime" / "generation.json"
+TARGET = Path(__file__).parents[2] / "data" / "runtime" / "generation.json"
 ToyDecoder = runpy.run_path(str(Path(__file__).with_name("toy_decoder.py")))["ToyDecoder"]
 END_ID, PAD_ID, VOCABULARY = 2, 0, 17
 # Processors that this project's decoders do not use; their builder wants each named.

@@ -18,7 +18,7 @@ from vlm_export.runtime.inputs.images import open_image
 from vlm_export.runtime.inputs.slices import patchify, slice_image, stack_patches
 from vlm_export.specs.slices import SliceSpec
 
-FOLDER = Path(__file__).parent.parent / "data" / "minicpmv"
+FOLDER = Path(__file__).parents[2] / "data" / "minicpmv"
 MAX_SLICES: dict[str, int] = json.loads((FOLDER / "preprocess" / "meta.json").read_text("utf-8"))["pixel_config"][
     "max_slice_nums"
 ]

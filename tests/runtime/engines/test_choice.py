@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlm_export import load, load_slice_encoder, load_vision_chat, load_vision_language
+from vlm_export import load
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 from vlm_export.runtime.engines.onnxruntime import MAX_THREADS, OrtEngine
 from vlm_export.runtime.engines.openvino import OpenVinoEngine
-from vlm_export.runtime.tasks.vectors import run_in_float32
+from vlm_export.runtime.engines.runs import run_in_float32
 
 OPENVINO = (
     pytest.mark.needs_torch
@@ -52,7 +52,7 @@ def test_an_unknown_variant_is_named_at_once(bundle: Path, precision: Any) -> No
 
 def test_providers_may_be_one_name(bundle: Path, picture: Path) -> None:
     pair = load(bundle, providers="cpu", threads=1)
-    assert pair.providers == ("cpu",)
+    assert pair.session.providers == ("cpu",)
     assert pair.encode_image(picture).shape == (1, 12)
     with pytest.raises(EnvironmentFailure, match="'tpu' is not available"):
         load(bundle, providers="tpu").encode_image(picture)
@@ -66,7 +66,7 @@ def test_an_unknown_engine_is_named(bundle: Path) -> None:
     assert "openvino" in caught.value.fix
     with pytest.raises(UsageError, match="execution providers"):
         load(bundle, engine="openvino", providers=["cuda"])
-    assert load(bundle, engine="openvino", providers=["cpu"]).threads is None
+    assert load(bundle, engine="openvino", providers=["cpu"]).session.threads is None
 
 
 def test_a_path_with_a_zero_byte_is_no_bundle() -> None:
@@ -77,7 +77,7 @@ def test_a_path_with_a_zero_byte_is_no_bundle() -> None:
 @OPENVINO
 def test_openvino_computes_what_onnxruntime_does(bundle: Path, picture: Path, assert_same: Callable[..., None]) -> None:
     first, second = load(bundle, threads=1), load(bundle, engine="openvino", threads=1)
-    assert isinstance(second.vision, OpenVinoEngine)
+    assert isinstance(second.session.engine("vision"), OpenVinoEngine)
     assert_same(second.encode_image([picture] * 3), first.encode_image([picture] * 3))
     texts = ["a cat", "a photo of two dogs on the left", ""]
     assert_same(second.encode_text(texts), first.encode_text(texts))
@@ -113,13 +113,12 @@ def test_openvino_runs_decoders(
 ) -> None:
     chat, image = nanovlm_bundle("split"), data / "nanovlm" / "split" / "image.png"
     answers = [
-        load_vision_chat(chat, engine=engine, threads=1).answer(image, ["What is this?", "Where?"])
+        load(chat, engine=engine, threads=1).answer(image, ["What is this?", "Where?"])
         for engine in ("onnxruntime", "openvino")
     ]
     assert answers[0] == answers[1]
     captions = [
-        load_vision_language(blip_bundle("caption"), engine=engine, threads=1).caption(image)
-        for engine in ("onnxruntime", "openvino")
+        load(blip_bundle("caption"), engine=engine, threads=1).caption(image) for engine in ("onnxruntime", "openvino")
     ]
     assert captions[0] == captions[1]
 
@@ -130,7 +129,6 @@ def test_openvino_encodes_slices(
 ) -> None:
     path, image = slice_bundle("v2_0"), data / "runtime" / "pictures" / "large.png"
     ((first,), (second,)) = (
-        load_slice_encoder(path, engine=engine, threads=1).encode_slices(image)
-        for engine in ("onnxruntime", "openvino")
+        load(path, engine=engine, threads=1).features(image) for engine in ("onnxruntime", "openvino")
     )
     assert_same(second.image_features.reshape(-1, 1), first.image_features.reshape(-1, 1), cosine=-1)

@@ -14,11 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_export.runtime.generation.loop import GenerationOptions, generate, padded_ids
+from vlm_export.runtime.generation.loop import generate
+from vlm_export.runtime.generation.options import GenerationOptions, padded_ids
 
 ToyDecoder = runpy.run_path(str(Path(__file__).with_name("toy_decoder.py")))["ToyDecoder"]
 END = 2
-RECORD = json.loads((Path(__file__).parent.parent / "data" / "runtime" / "generation.json").read_text("utf-8"))
+RECORD = json.loads((Path(__file__).parents[2] / "data" / "runtime" / "generation.json").read_text("utf-8"))
 SEARCHES = [case for case in RECORD["searches"] if case["options"]["beams"] > 1]
 
 

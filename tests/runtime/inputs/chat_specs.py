@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from vlm_export.specs.tasks import ChatSpec, PromptSpec, SamplingSpec
 
-DATA = Path(__file__).parents[1] / "data" / "nanovlm"
+DATA = Path(__file__).parents[2] / "data" / "nanovlm"
 VOCABULARY = {"222m": 320, "450m": 321, "split": 386}
 MARKS = {f"r{row}c{column}": f"<row_{row}_col_{column}>" for row in range(1, 9) for column in range(1, 9)}
 _PLACEHOLDERS = ChatSpec(

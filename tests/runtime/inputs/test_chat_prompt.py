@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from vlm_export.errors import InputError, UsageError
-from vlm_export.runtime.inputs.chat_prompt import MAX_CHARACTERS, ChatTokenizer, PromptWriter
+from vlm_export.runtime.inputs.chat_prompt import MAX_CHARACTERS, PromptWriter
+from vlm_export.runtime.inputs.texts import Tokenizer
 from vlm_export.runtime.inputs.tiles import plan_tiles
 from vlm_export.specs import TextSpec
 from vlm_export.specs.tiles import TileSpec
@@ -37,7 +38,7 @@ def writer_of(variant: str, folder: Path, **changes: Any) -> PromptWriter:
     path = folder / f"{variant}.json"
     path.write_text(tokenizer_json(variant), encoding="utf-8")
     spec = TextSpec(512, VOCABULARY[variant], 2, 2, "none", adds_eos=False)
-    return PromptWriter(ChatTokenizer(path, spec), replace(CHATS[variant], **changes), str(path))
+    return PromptWriter(Tokenizer(path, spec), replace(CHATS[variant], **changes), str(path))
 
 
 @pytest.mark.parametrize("variant", VOCABULARY)
@@ -80,7 +81,7 @@ def test_several_pictures_are_numbered_where_the_original_does(tmp_path: Path) -
 def test_a_tile_without_a_marker_is_named(tmp_path: Path) -> None:
     marks = {f"r{row}c{column}": f"<row_{row}_col_{column}>" for row in (1, 2, 3) for column in (1, 2, 3)}
     writer = writer_of("split", tmp_path, tile_tokens=marks)
-    grid = plan_tiles((187, 187), TileSpec(512, 1536, True)).grid
+    grid = plan_tiles((187, 187), TileSpec(512, 1536, resize_to_max_side=True, global_tile=True)).grid
     assert grid == (4, 3)
     with pytest.raises(InputError, match="more tiles than the model has markers for") as caught:
         writer.ids(ASKED, [grid])
@@ -172,7 +173,7 @@ def test_odd_questions_are_refused(tmp_path: Path) -> None:
 def test_a_tokenizer_without_the_pictures_tokens_is_refused(tmp_path: Path) -> None:
     (tmp_path / "plain.json").write_text(tokenizer_json("222m"), encoding="utf-8")
     spec = TextSpec(512, 386, 2, 2, "none", adds_eos=False)
-    tokenizer = ChatTokenizer(tmp_path / "plain.json", spec)
+    tokenizer = Tokenizer(tmp_path / "plain.json", spec)
     for variant in ("450m", "split"):
         with pytest.raises(InputError, match="lacks tokens") as caught:
             PromptWriter(tokenizer, CHATS[variant], "tokenizer.json")

@@ -23,7 +23,7 @@ from vlm_export.specs import ImageSpec, RgbStage, torchvision_image_spec
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-PICTURES = sorted(path.name for path in (Path(__file__).parent.parent / "data" / "runtime" / "pictures").iterdir())
+PICTURES = sorted(path.name for path in (Path(__file__).parents[2] / "data" / "runtime" / "pictures").iterdir())
 VARIANTS = ("rn_tiny", "vit_p14", "vit_w128")
 
 

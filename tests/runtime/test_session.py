@@ -7,12 +7,14 @@ import json
 import multiprocessing
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from vlm_export import EncoderPair, load
+from vlm_export import load
 from vlm_export.errors import InputError
+from vlm_export.runtime.session import Session
 
 IDS = [[1, 2, 524]]
 
@@ -35,8 +37,10 @@ def test_options_travel(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = load(bundle.name, precision="fp32", threads=2, max_pixels=1000, providers="cpu")
     monkeypatch.chdir("/")
     for again in (pickle.loads(pickle.dumps(pair)), copy.copy(pair), copy.deepcopy(pair)):
-        assert type(again) is EncoderPair
-        assert (again.precision, again.threads, again.max_pixels, again.providers) == ("fp32", 2, 1000, ("cpu",))
+        session = again.session
+        assert type(session) is Session
+        assert (session.precision, session.threads, session.max_pixels) == ("fp32", 2, 1000)
+        assert session.providers == ("cpu",)
         assert again.identity == pair.identity
         assert (again.encode_ids(IDS) == pair.encode_ids(IDS)).all()
 
@@ -61,3 +65,31 @@ def test_a_graph_that_changed_is_found_in_the_worker(bundle: Path) -> None:
     arrived = pickle.loads(sent)
     with pytest.raises(InputError, match="not the one that was exported"):
         arrived.encode_ids(IDS)
+
+
+def test_a_session_alone_travels_after_use(tiny_bundle: Path) -> None:
+    session = load(tiny_bundle, threads=1).session
+    ids = session.tokenizer.encode(["a cat"])
+    expected = session.run("text", {"input_ids": ids})["text_embeds"]
+    again = pickle.loads(pickle.dumps(session))
+    assert (again.run("text", {"input_ids": ids})["text_embeds"] == expected).all()
+    assert again.identity == session.identity
+
+
+def test_threads_open_a_graph_and_a_tokenizer_once(tiny_bundle: Path) -> None:
+    session = load(tiny_bundle, threads=1).session
+    with ThreadPoolExecutor(8) as pool:
+        engines = list(pool.map(session.engine, ["text", "vision"] * 8))
+        tokenizers = list(pool.map(session.tokenizer_up_to, [5, 9] * 8))
+    assert len(set(map(id, engines))) == len(set(map(id, tokenizers))) == 2
+
+
+def test_a_part_that_is_missing_is_named(tiny_bundle: Path) -> None:
+    with pytest.raises(InputError, match="has no part 'decoder'"):
+        load(tiny_bundle).session.engine("decoder")
+
+
+def test_a_tokenizer_is_never_longer_than_the_context(tiny_bundle: Path) -> None:
+    session = load(tiny_bundle).session
+    assert session.tokenizer_up_to(5).spec.context_length == 5
+    assert session.tokenizer_up_to(10**6) is session.tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ from vlm_export.errors import InputError
 from vlm_export.runtime.inputs.tiles import cut_tiles, plan_tiles
 from vlm_export.specs.tiles import TileSpec
 
-PICTURE = Path(__file__).parents[1] / "data" / "nanovlm" / "split" / "image.png"
-SMALL = TileSpec(16, 64, resize_to_max_side=False)
+PICTURE = Path(__file__).parents[2] / "data" / "nanovlm" / "split" / "image.png"
+SMALL = TileSpec(16, 64, resize_to_max_side=False, global_tile=True)
 
 
 @pytest.mark.needs_torch  # its reader of safetensors comes with torch's environment
 def test_the_pixels_are_the_recorded_ones(nanovlm_record: Callable[[str], dict[str, Any]]) -> None:
     record = nanovlm_record("split")
-    plan, tiles = cut_tiles(Image.open(PICTURE), TileSpec(32, 64, resize_to_max_side=True))
+    plan, tiles = cut_tiles(Image.open(PICTURE), TileSpec(32, 64, resize_to_max_side=True, global_tile=True))
     assert plan.grid == tuple(record["preprocess.grid"])
     assert tiles.dtype == np.float32
     assert tiles.shape == record["input.pixel_values"].shape
@@ -46,7 +47,7 @@ def test_the_pixels_are_the_recorded_ones(nanovlm_record: Callable[[str], dict[s
     ],
 )
 def test_sizes(size: tuple[int, int], whole: bool, resized: tuple[int, int], grid: tuple[int, int]) -> None:
-    plan = plan_tiles(size, TileSpec(512, 1536, resize_to_max_side=whole))
+    plan = plan_tiles(size, TileSpec(512, 1536, resize_to_max_side=whole, global_tile=True))
     assert (plan.resized_size, plan.grid) == (resized, grid)
     assert plan.to_json() == {
         "picture": list(size),
@@ -70,7 +71,7 @@ def test_tiles_stand_row_by_row_after_the_whole_picture() -> None:
 def test_the_whole_picture_is_left_out_where_nothing_asks_for_it() -> None:
     image = Image.effect_noise((40, 30), 90).convert("RGB")
     plan, with_global = cut_tiles(image, SMALL)
-    assert np.array_equal(cut_tiles(image, SMALL, with_global=False)[1], with_global[1:])
+    assert np.array_equal(cut_tiles(image, replace(SMALL, global_tile=False))[1], with_global[1:])
     plan, alone = cut_tiles(image.resize((16, 9)), SMALL)
     assert (plan.grid, len(alone)) == ((1, 1), 1)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_export import VisionLanguage, load_vision_language
+from vlm_export import Model, load
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.search.rerank import search_reranked
 from vlm_export.runtime.search.store import Embeddings, EmbeddingsMeta
@@ -21,8 +21,8 @@ TEXTS = ["the cat", "a man in the street", "two dogs are running", "red", "the t
 
 
 @pytest.fixture(scope="module")
-def model(blip_bundle: Callable[[str], Path]) -> VisionLanguage:
-    return load_vision_language(blip_bundle("retrieval"), threads=1)
+def model(blip_bundle: Callable[[str], Path]) -> Model:
+    return load(blip_bundle("retrieval"), threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +36,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return paths
 
 
-def embedded(model: VisionLanguage, kind: Any, items: list[str]) -> Embeddings:
+def embedded(model: Model, kind: Any, items: list[str]) -> Embeddings:
     vectors = model.encode_image([Path(item) for item in items]) if kind == "image" else model.encode_text(items)
     return Embeddings(tuple(items), vectors, EmbeddingsMeta(kind, "tiny", model.identity))
 
 
-def test_pictures_for_a_text(model: VisionLanguage, pictures: list[str]) -> None:
+def test_pictures_for_a_text(model: Model, pictures: list[str]) -> None:
     embeddings, query = embedded(model, "image", pictures), "The cat is on the table."
     matches = model.match([Path(item) for item in pictures], "the cat is on the table", first_token="enc")
     nearest = sorted(range(6), key=lambda i: -matches[i].cosine)[:4]
@@ -54,7 +54,7 @@ def test_pictures_for_a_text(model: VisionLanguage, pictures: list[str]) -> None
     assert expected != nearest[:3]
 
 
-def test_the_first_stage_sees_the_query_as_the_second_does(model: VisionLanguage, pictures: list[str]) -> None:
+def test_the_first_stage_sees_the_query_as_the_second_does(model: Model, pictures: list[str]) -> None:
     embeddings = embedded(model, "image", pictures)
     raw, cleaned = (embeddings.vectors @ model.encode_text([text])[0] for text in ("Two dogs!!!", "two dogs"))
     assert raw.argmax() != cleaned.argmax()
@@ -62,7 +62,7 @@ def test_the_first_stage_sees_the_query_as_the_second_does(model: VisionLanguage
     assert found.item == pictures[int(cleaned.argmax())]
 
 
-def test_texts_for_a_picture(model: VisionLanguage, pictures: list[str]) -> None:
+def test_texts_for_a_picture(model: Model, pictures: list[str]) -> None:
     matches = model.match(Path(pictures[0]), TEXTS, first_token="enc")
     expected = sorted(range(5), key=lambda i: -matches[i].retrieval_score)
     found = search_reranked(model, embedded(model, "text", TEXTS), pictures[0], 5, is_picture=True)
@@ -70,12 +70,12 @@ def test_texts_for_a_picture(model: VisionLanguage, pictures: list[str]) -> None
     assert [result.match.text for result in found] == [TEXTS[i] for i in expected]
 
 
-def test_no_items_give_no_results(model: VisionLanguage) -> None:
+def test_no_items_give_no_results(model: Model) -> None:
     empty = Embeddings((), np.zeros((0, 32), np.float32), EmbeddingsMeta("image", "tiny", model.identity))
     assert search_reranked(model, empty, "red", 5, is_picture=False) == []
 
 
-def test_a_match_needs_a_picture_and_a_text(model: VisionLanguage, pictures: list[str]) -> None:
+def test_a_match_needs_a_picture_and_a_text(model: Model, pictures: list[str]) -> None:
     with pytest.raises(UsageError, match="a picture and a text"):
         search_reranked(model, embedded(model, "image", pictures), pictures[0], 2, is_picture=True)
     with pytest.raises(UsageError, match="a picture and a text"):
@@ -84,7 +84,7 @@ def test_a_match_needs_a_picture_and_a_text(model: VisionLanguage, pictures: lis
         search_reranked(model, embedded(model, "text", TEXTS), pictures[0], 3, is_picture=True, candidates=2)
 
 
-def test_an_item_that_is_gone_is_named(model: VisionLanguage, pictures: list[str], tmp_path: Path) -> None:
+def test_an_item_that_is_gone_is_named(model: Model, pictures: list[str], tmp_path: Path) -> None:
     embeddings = embedded(model, "image", pictures)
     gone = Embeddings((*pictures[:5], str(tmp_path / "gone.png")), embeddings.vectors, embeddings.meta)
     with pytest.raises(InputError, match="cannot be read") as caught:

@@ -15,7 +15,8 @@ from vlm_export.errors import InputError
 from vlm_export.runtime.engines.onnxruntime import Array, Engine, OrtEngine, TensorInfo
 from vlm_export.runtime.engines.openvino import OpenVinoEngine
 from vlm_export.runtime.generation.cross_attention_decoder import CrossAttentionState
-from vlm_export.runtime.generation.loop import GenerationOptions, generate, padded_ids
+from vlm_export.runtime.generation.loop import generate
+from vlm_export.runtime.generation.options import GenerationOptions, padded_ids
 
 Ids = npt.NDArray[np.int64]
 KV = ("key", "value")

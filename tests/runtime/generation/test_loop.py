@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.generation.logits import adjusted_scores, draw_tokens, keep_top_k, keep_top_p, narrowed_scores
-from vlm_export.runtime.generation.loop import GenerationOptions, NewToken, generate, padded_ids, stream
+from vlm_export.runtime.generation.loop import NewToken, generate, stream
+from vlm_export.runtime.generation.options import GenerationOptions, padded_ids
 
 ToyDecoder = runpy.run_path(str(Path(__file__).with_name("toy_decoder.py")))["ToyDecoder"]
 END = 2
-RECORD = json.loads((Path(__file__).parent.parent / "data" / "runtime" / "generation.json").read_text("utf-8"))
+RECORD = json.loads((Path(__file__).parents[2] / "data" / "runtime" / "generation.json").read_text("utf-8"))
 
 
 def prompt_of(rows: int, length: int = 3, seed: int = 0) -> npt.NDArray[np.int64]:
