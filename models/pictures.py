@@ -72,10 +72,10 @@ def config_of_size(config: Mapping[str, Any], image_size: int | None) -> dict[st
     return {**config, "vision_config": {**vision, "image_size": image_size}}
 
 
-def _check_image_size(size: object, patch: int) -> None:
-    if type(size) is not int or not patch <= size <= LARGEST_FIXED_GRID * patch or size % patch:
+def _check_image_size(size: int, patch: int) -> None:
+    if not patch <= size <= LARGEST_FIXED_GRID * patch or size % patch:
         raise UsageError(
             "the image size is not a multiple of the patch size, or not usable",
             expected=f"a multiple of {patch}, at most {LARGEST_FIXED_GRID * patch}",
-            got=f"{size!r:.80}",
+            got=str(size),
         )

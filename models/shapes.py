@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint
+from vlm_export.specs.codec import MAX_INTEGER
 from vlm_export.text_display import shown
 
 CONFIG = "config.json"
@@ -103,10 +105,11 @@ def config_section(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
 
 
 def config_integer(section: Mapping[str, Any], key: str, default: int, file: str = CONFIG) -> int:
-    """A number of config.json or another file, at least 0; InputError when it is anything else."""
+    """A number of config.json or another file, from 0 to MAX_INTEGER; InputError when it is anything else."""
     value = section.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise InputError(f"{file} is malformed", where=f"{file}: {key}", expected="an integer", got=f"{value!r:.200}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_INTEGER:
+        expected = f"an integer from 0 to {MAX_INTEGER}"
+        raise InputError(f"{file} is malformed", where=f"{file}: {key}", expected=expected, got=f"{value!r:.200}")
     return value
 
 
@@ -116,9 +119,9 @@ def is_number(value: object) -> TypeGuard[int | float]:
 
 
 def config_number(section: Mapping[str, Any], key: str, default: float, file: str = CONFIG) -> float:
-    """A positive number of config.json or another file; InputError when it is anything else."""
+    """A positive, finite number of config.json or another file; InputError when it is anything else."""
     value = section.get(key, default)
-    if not is_number(value) or not value > 0:
+    if not is_number(value) or not 0 < value <= sys.float_info.max:
         raise InputError(
             f"{file} is malformed", where=f"{file}: {key}", expected="a positive number", got=f"{value!r:.200}"
         )

@@ -91,7 +91,7 @@ def test_embed_match_and_search(cli: Cli, nanovlm_bundle: Bundle, tmp_path: Path
     assert {match["text"]: match["cosine"] for match in data["matches"]} == {
         text: pytest.approx(float(cosine), abs=1e-5) for text, cosine in zip(("a cat", "what"), cosines[0], strict=True)
     }
-    cli("match", bundle, PICTURE, "a", "--first-token", "enc").refused(2, "--first-token", "BLIP")
+    cli("match", bundle, PICTURE, "a", "--first-token", "enc").refused(2, "--first-token", "task match")
     cli("search", bundle, output, "a", "--rerank").refused(3, "decoder-only")
     cli("classify", bundle, PICTURE, "cat", "dog").refused(3, "not trained to compare", "ask it a question")
 
@@ -109,7 +109,9 @@ def test_inspect_shows_the_tiles(cli: Cli, nanovlm_bundle: Bundle, tmp_path: Pat
     lines = cli("inspect", PICTURE, "--bundle", bundle).out
     assert "120 x 90 pixels, resized to 64 x 64" in lines
     assert "2 x 2, and the whole picture as one more" in lines
-    cli("inspect", PICTURE, "--bundle", nanovlm_bundle("450m")).refused(3, "cuts no pictures", "placeholders")
+    cli("inspect", PICTURE, "--bundle", nanovlm_bundle("450m")).refused(
+        3, "cuts no images", "one that takes whole images"
+    )
     cli("inspect", PICTURE, "--bundle", bundle, "-o", tmp_path / "x.png").refused(2, "not drawn")
     cli("inspect", "nowhere.png", "--bundle", bundle).refused(3, "nowhere.png")
 
@@ -139,7 +141,7 @@ def test_blip_names_what_it_has_no_use_for(cli: Cli, blip_bundle: Bundle) -> Non
     bundle = blip_bundle("vqa")
     for options in (["--stream"], ["--sample"], ["--sample", "--seed", "1"], ["--max-new-tokens", "3"]):
         cli("ask", bundle, picture, "what", *options).refused(2, "this bundle has no use for " + options[0])
-    cli("ask", bundle, picture, picture, "what").refused(2, "one picture at a time", "2 pictures")
+    cli("ask", bundle, picture, picture, "what").refused(2, "one image at a time", "2 images")
     for options in (["--temperature", "1"], ["--top-k", "3"]):
         cli("caption", bundle, picture, "--sample", *options).refused(2, "no use for " + options[0])
     cli("caption", bundle, picture, "--max-new-tokens", "3").refused(2, "no use for --max-new-tokens")

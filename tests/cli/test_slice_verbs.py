@@ -116,7 +116,7 @@ def test_other_verbs_name_the_right_ones(cli: Cli, slice_bundle: Bundle, pair: P
         ["ask", bundle, SMALL, "what"],
         ["match", bundle, SMALL, "a"],
     ):
-        cli(*arguments).refused(3, "no encoder pair", "embed writes the features", "inspect IMAGE --bundle")
+        cli(*arguments).refused(3, "this bundle cannot", "it can make features of an image's slices")
 
 
 def test_inspect_prints_the_slices(cli: Cli, slice_bundle: Bundle) -> None:
@@ -165,7 +165,7 @@ def test_inspect_draws(cli: Cli, slice_bundle: Bundle, tmp_path: Path) -> None:
 
 def test_inspect_refuses(cli: Cli, slice_bundle: Bundle, pair: Path, tmp_path: Path) -> None:
     bundle, copy = slice_bundle("v2_6"), Path(shutil.copy(WIDE, tmp_path / "copy.png"))
-    cli("inspect", WIDE, "--bundle", pair).refused(3, "does not cut pictures", "MiniCPM-V")
+    cli("inspect", WIDE, "--bundle", pair).refused(3, "cuts no images", "into slices or tiles")
     cli("inspect", WIDE, "--bundle", tmp_path).refused(3, "not a bundle")
     cli("inspect", "nowhere.png", "--bundle", bundle).refused(3, "nowhere.png")
     cli("inspect", WIDE, "-o", "a.png").refused(2, "--bundle")

@@ -122,7 +122,7 @@ def test_minimal_config() -> None:
         ("family:", "sha256: abc\nfamily:", "sha256"),
         ("family: clip", "family: [", "YAML"),
         ("title: A title", "title: !!python/object/apply:os.getcwd []", "YAML"),
-        ("architecture: {}", "architecture: {}\nimage: {size: 3}", "no field 'size'"),
+        ("architecture: {}", "architecture: {}\nimage: {size: 3}", "unknown field 'size'"),
     ],
 )
 def test_malformed_configs(old: str, new: str, cause: str) -> None:

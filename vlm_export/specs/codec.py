@@ -258,7 +258,7 @@ def _union_type(members: Sequence[_Type]) -> _Type:
 
 
 def _meant(specs: Sequence[type[Spec]], data: Mapping[str, Any], place: _Place) -> type[Spec]:
-    """The Spec that the data means: that of its `kind`, or else the one with the most of its keys."""
+    """The Spec that the data means: that of its `kind`, or else the one with the most of its keys and fewest others."""
     kinds = {_fields(spec)["kind"].words.removeprefix("one of "): spec for spec in specs if "kind" in _fields(spec)}
     stated = repr(data.get("kind"))
     if stated in kinds:
@@ -268,7 +268,7 @@ def _meant(specs: Sequence[type[Spec]], data: Mapping[str, Any], place: _Place) 
         raise InputError(
             "field 'kind' has another type or value", where=place.where, expected=expected, got=got, fix=place.fix
         )
-    return max(specs, key=lambda spec: len(set(_fields(spec)) & set(data)))
+    return max(specs, key=lambda spec: (len(set(_fields(spec)) & set(data)), -len(_fields(spec))))
 
 
 def _list_type(hint: Any) -> _Type:
