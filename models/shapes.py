@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -104,10 +105,11 @@ def config_section(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
 
 
 def config_integer(section: Mapping[str, Any], key: str, default: int, file: str = CONFIG) -> int:
-    """A number of config.json or another file, from 0 to 2⁶³ - 1; InputError when it is anything else."""
+    """A number of config.json or another file, from 0 to MAX_INTEGER; InputError when it is anything else."""
     value = section.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_INTEGER:
-        raise InputError(f"{file} is malformed", where=f"{file}: {key}", expected="an integer", got=f"{value!r:.200}")
+        expected = f"an integer from 0 to {MAX_INTEGER}"
+        raise InputError(f"{file} is malformed", where=f"{file}: {key}", expected=expected, got=f"{value!r:.200}")
     return value
 
 
@@ -117,9 +119,9 @@ def is_number(value: object) -> TypeGuard[int | float]:
 
 
 def config_number(section: Mapping[str, Any], key: str, default: float, file: str = CONFIG) -> float:
-    """A positive number of config.json or another file; InputError when it is anything else."""
+    """A positive, finite number of config.json or another file; InputError when it is anything else."""
     value = section.get(key, default)
-    if not is_number(value) or not value > 0:
+    if not is_number(value) or not 0 < value <= sys.float_info.max:
         raise InputError(
             f"{file} is malformed", where=f"{file}: {key}", expected="a positive number", got=f"{value!r:.200}"
         )

@@ -26,15 +26,15 @@ marks.append(time.time())
 pair = load(sys.argv[2])
 marks.append(time.time())
 part = sys.argv[3]
-pair.bundle.model_files(pair.manifest.part(part).variant("fp32"))
+pair.session.bundle.model_files(pair.manifest.part(part).variant("fp32"))
 marks.append(time.time())
-pair.vision if part == "vision" else pair.text
+pair.session.engine(part)
 marks.append(time.time())
 if part == "vision":
     from PIL import Image
     pair.encode_image([Image.new("RGB", (640, 480), "teal")])
 else:
-    pair.encode_ids([[1, 2, 3, pair.text_spec.end_token_id]])
+    pair.encode_ids([[1, 2, 3, pair.session.text_spec.end_token_id]])
 marks.append(time.time())
 assert "torch" not in sys.modules
 print([after - before for before, after in zip(marks, marks[1:])])

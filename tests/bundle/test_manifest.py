@@ -118,7 +118,9 @@ exports = st.builds(
     some_texts,
     st.one_of(st.none(), json_objects),
 )
-cut_images = st.sampled_from([TileSpec(32, 64, resize_to_max_side=True), slice_spec_from_version("2.6", queries=64)])
+cut_images = st.sampled_from(
+    [TileSpec(32, 64, resize_to_max_side=True, global_tile=False), slice_spec_from_version("2.6", queries=64)]
+)
 manifests = st.builds(
     Manifest,
     name=texts,
@@ -331,7 +333,7 @@ def test_two_of_one_name(manifest: Manifest) -> None:
 EXAMPLES = runpy.run_path(str(Path(__file__).parents[1] / "specs" / "test_tasks.py"))
 CHAT, CAPTION = EXAMPLES["PLACEHOLDERS"], EXAMPLES["CAPTION"]
 TILES = replace(EXAMPLES["TILES"], tile_tokens={f"r{row}c{column}": "<t>" for row in (1, 2) for column in (1, 2)})
-CUT = TileSpec(8, 16, resize_to_max_side=True)
+CUT = TileSpec(8, 16, resize_to_max_side=True, global_tile=True)
 
 
 def able_to(manifest: Manifest, task: TaskSpec, **changes: Any) -> Manifest:
@@ -394,7 +396,7 @@ def test_tiles_and_the_layout_agree(manifest: Manifest) -> None:
 
 def test_every_tile_has_a_marker(manifest: Manifest) -> None:
     with pytest.raises(InputError, match="no token that says where") as caught:
-        able_to(manifest, TILES, image=TileSpec(8, 24, resize_to_max_side=True))
+        able_to(manifest, TILES, image=replace(CUT, max_side_pixels=24))
     assert caught.value.got == "no r1c3, r2c3, r3c1, r3c2"
 
 

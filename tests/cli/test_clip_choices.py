@@ -35,7 +35,13 @@ def test_export_and_inspect_say_what_is_assumed(cli: Cli, silent: Path, tmp_path
     target = tmp_path / "bundle"
     result = cli("export", silent, "-o", target, "--json", "--quiet", *fast)
     (line,) = warnings_of(result)
-    for text in ("QuickGELU", "--activation gelu", "--head-width", "--text-heads", "open_clip_config.json"):
+    for text in (
+        "QuickGELU",
+        "--set activation=gelu",
+        "--set head_width=",
+        "--set text_heads=",
+        "open_clip_config.json",
+    ):
         assert text in line
     assert result.data["manifest"]["export"]["warnings"] == [line.removeprefix("warning: ")]
     for source in (silent, target):
@@ -52,14 +58,14 @@ def test_options_say_it_and_verification_repeats_them(
     cli: Cli, silent: Path, tmp_path: Path, fast: tuple[str, ...]
 ) -> None:
     target = tmp_path / "bundle"
-    options = ["--activation", "gelu", "--head-width", "32", "--text-heads", "4"]
+    options = ["--set", "activation=gelu", "--set", "head_width=32", "--set", "text_heads=4"]
     result = cli("export", silent, "-o", target, "--json", "--quiet", *options, *fast)
     assert (result.status, result.err) == (0, "")
     manifest = result.data["manifest"]
     assert manifest["architecture"]["activation"] == "gelu"
     assert manifest["architecture"]["text"]["heads"] == 4
-    build = manifest["export"]["build"]
-    assert (build["activation"], build["head_width"], build["text_heads"]) == ("gelu", 32, 4)
+    told = {"activation": "gelu", "head_width": 32, "text_heads": 4}
+    assert manifest["export"]["build"]["family_options"] == told
     assert manifest["export"]["warnings"] == []
     assert cli("verify", target, "--source", silent, "--quiet").status == 0
 
@@ -95,9 +101,9 @@ def test_nothing_is_assumed_about_known_files(cli: Cli, checkpoint: Path, tmp_pa
         assert (result.status, result.err, result.data["warnings"]) == (0, "", [])
 
 
-@pytest.mark.parametrize("option", [("--activation", "gelu"), ("--head-width", "64"), ("--text-heads", "2")])
+@pytest.mark.parametrize("option", ["activation=gelu", "head_width=64", "text_heads=2"])
 def test_options_are_refused_where_they_say_nothing(
-    cli: Cli, checkpoint: Path, tmp_path: Path, fast: tuple[str, ...], option: tuple[str, str]
+    cli: Cli, checkpoint: Path, tmp_path: Path, fast: tuple[str, ...], option: str
 ) -> None:
     data = checkpoint.parents[2]
     sources = (
@@ -108,10 +114,32 @@ def test_options_are_refused_where_they_say_nothing(
         next((data / "blip" / "caption").glob("*.pth")),
     )
     for source in sources:
-        result = cli("export", source, "-o", tmp_path / "bundle", *fast, *option)
-        result.refused(2, option[0], "leave these options out")
+        result = cli("export", source, "-o", tmp_path / "bundle", *fast, "--set", option)
+        result.refused(2, "--set", option, "leave these options out")
     assert not (tmp_path / "bundle").exists()
 
 
-def test_activations_are_named(cli: Cli, silent: Path, tmp_path: Path) -> None:
-    assert cli("export", silent, "-o", tmp_path / "bundle", "--activation", "silu").status == 2
+@pytest.mark.parametrize(
+    ("option", "texts"),
+    [
+        ("activation=silu", ("activation=silu", "'quick_gelu', 'gelu'")),
+        ("head_width=0", ("head_width=0", "an integer at least 1")),
+        ("head_width=wide", ("head_width=wide", "an integer at least 1")),
+        ("heads=4", ("heads=4", "activation", "head_width", "text_heads")),
+        ("activation", ("'activation' is not NAME=VALUE",)),
+        ("=gelu", ("'=gelu' is not NAME=VALUE",)),
+    ],
+)
+def test_options_and_values_are_named(
+    cli: Cli, silent: Path, tmp_path: Path, fast: tuple[str, ...], option: str, texts: tuple[str, ...]
+) -> None:
+    cli("export", silent, "-o", tmp_path / "bundle", "--set", option, *fast).refused(2, "--set", *texts)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_inspect_lists_the_options_of_the_family(cli: Cli, silent: Path, checkpoint: Path) -> None:
+    data = cli("inspect", silent, "--json").data
+    assert set(data["options"]) == {"activation", "head_width", "text_heads"}
+    assert "option: --set activation=…: one of 'quick_gelu', 'gelu'" in cli("inspect", silent).out
+    blip = next((checkpoint.parents[2] / "blip" / "caption").glob("*.pth"))
+    assert cli("inspect", blip, "--json").data["options"] == {}

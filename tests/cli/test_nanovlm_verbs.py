@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlm_export.runtime.tasks.chat import load_vision_chat
+from vlm_export import load
 from vlm_export.text_display import shown_lines
 
 pytestmark = pytest.mark.needs_torch
@@ -30,7 +30,7 @@ def printed(text: str) -> str:
 
 def test_ask(cli: Cli, nanovlm_bundle: Bundle) -> None:
     bundle = nanovlm_bundle("split")
-    model = load_vision_chat(bundle, threads=1)
+    model = load(bundle, threads=1)
     (expected,) = model.answer([[PICTURE, OTHER]], ASKED, max_new_tokens=12)
     asked = ("ask", bundle, PICTURE, OTHER, ASKED, "--max-new-tokens", "12", *ONE)
     plain = cli(*asked)
@@ -54,7 +54,7 @@ def test_ask(cli: Cli, nanovlm_bundle: Bundle) -> None:
 )
 def test_sampling(cli: Cli, nanovlm_bundle: Bundle, options: list[str], arguments: dict[str, Any]) -> None:
     bundle = nanovlm_bundle("450m")
-    model = load_vision_chat(bundle, threads=1)
+    model = load(bundle, threads=1)
     (expected,) = model.answer(OTHER, ASKED, sample=True, **arguments)
     for stream in ((), ("--stream",)):
         assert cli("ask", bundle, OTHER, ASKED, "--sample", *options, *stream, *ONE).out == printed(expected)
@@ -64,7 +64,7 @@ def test_sampling(cli: Cli, nanovlm_bundle: Bundle, options: list[str], argument
 
 def test_caption(cli: Cli, nanovlm_bundle: Bundle) -> None:
     bundle = nanovlm_bundle("222m")
-    model = load_vision_chat(bundle, threads=1)
+    model = load(bundle, threads=1)
     (alone,) = model.caption(PICTURE)
     assert cli("caption", bundle, PICTURE, *ONE).out == cli("caption", bundle, PICTURE, "--greedy", *ONE).out
     assert cli("caption", bundle, PICTURE, *ONE).out == printed(alone)
@@ -78,8 +78,8 @@ def test_caption(cli: Cli, nanovlm_bundle: Bundle) -> None:
 
 def test_embed_match_and_search(cli: Cli, nanovlm_bundle: Bundle, tmp_path: Path) -> None:
     bundle, output = nanovlm_bundle("450m"), tmp_path / "pictures.npy"
-    model = load_vision_chat(bundle, threads=1)
-    cosines = model.similarity([PICTURE, OTHER], ["a cat", "what"])
+    model = load(bundle, threads=1)
+    cosines = model.embedding.similarity([PICTURE, OTHER], ["a cat", "what"])
     assert cli("embed", bundle, PICTURE, OTHER, "-o", output, "--quiet", *ONE).status == 0
     assert np.allclose(np.load(output), model.encode_image([PICTURE, OTHER]), atol=1e-6)
     data = cli("search", bundle, output, "a cat", "--json", *ONE).data
@@ -91,7 +91,7 @@ def test_embed_match_and_search(cli: Cli, nanovlm_bundle: Bundle, tmp_path: Path
     assert {match["text"]: match["cosine"] for match in data["matches"]} == {
         text: pytest.approx(float(cosine), abs=1e-5) for text, cosine in zip(("a cat", "what"), cosines[0], strict=True)
     }
-    cli("match", bundle, PICTURE, "a", "--first-token", "enc").refused(2, "--first-token", "BLIP")
+    cli("match", bundle, PICTURE, "a", "--first-token", "enc").refused(2, "--first-token", "task match")
     cli("search", bundle, output, "a", "--rerank").refused(3, "decoder-only")
     cli("classify", bundle, PICTURE, "cat", "dog").refused(3, "not trained to compare", "ask it a question")
 
@@ -102,14 +102,16 @@ def test_inspect_shows_the_tiles(cli: Cli, nanovlm_bundle: Bundle, tmp_path: Pat
     assert (data["picture"], data["resized"], data["grid"]) == ([120, 90], [64, 64], {"rows": 2, "columns": 2})
     assert (data["tiles"], data["tokens_per_tile"], data["tokens"]) == (5, 4, 25)
     assert data["placeholder"].startswith("<|global_image|>[4]<row_1_col_1>[4]<row_1_col_2>[4]<row_2_col_1>")
-    model = load_vision_chat(bundle, threads=1)
-    (row,) = model.question_rows([(PICTURE,)], [""])
-    (bare,) = model.question_rows([()], [""])
+    rows = load(bundle, threads=1).chatting.rows
+    (row,) = rows.question_rows([(PICTURE,)], [""])
+    (bare,) = rows.question_rows([()], [""])
     assert data["tokens"] == len(row.ids) - len(bare.ids)
     lines = cli("inspect", PICTURE, "--bundle", bundle).out
     assert "120 x 90 pixels, resized to 64 x 64" in lines
     assert "2 x 2, and the whole picture as one more" in lines
-    cli("inspect", PICTURE, "--bundle", nanovlm_bundle("450m")).refused(3, "cuts no pictures", "placeholders")
+    cli("inspect", PICTURE, "--bundle", nanovlm_bundle("450m")).refused(
+        3, "cuts no images", "one that takes whole images"
+    )
     cli("inspect", PICTURE, "--bundle", bundle, "-o", tmp_path / "x.png").refused(2, "not drawn")
     cli("inspect", "nowhere.png", "--bundle", bundle).refused(3, "nowhere.png")
 
@@ -139,7 +141,7 @@ def test_blip_names_what_it_has_no_use_for(cli: Cli, blip_bundle: Bundle) -> Non
     bundle = blip_bundle("vqa")
     for options in (["--stream"], ["--sample"], ["--sample", "--seed", "1"], ["--max-new-tokens", "3"]):
         cli("ask", bundle, picture, "what", *options).refused(2, "this bundle has no use for " + options[0])
-    cli("ask", bundle, picture, picture, "what").refused(2, "one picture at a time", "2 pictures")
+    cli("ask", bundle, picture, picture, "what").refused(2, "one image at a time", "2 images")
     for options in (["--temperature", "1"], ["--top-k", "3"]):
         cli("caption", bundle, picture, "--sample", *options).refused(2, "no use for " + options[0])
     cli("caption", bundle, picture, "--max-new-tokens", "3").refused(2, "no use for --max-new-tokens")
@@ -147,7 +149,7 @@ def test_blip_names_what_it_has_no_use_for(cli: Cli, blip_bundle: Bundle) -> Non
 
 def test_streaming_needs_no_torch(spawn: Callable[..., Any], nanovlm_bundle: Bundle) -> None:
     bundle = nanovlm_bundle("222m")
-    (expected,) = load_vision_chat(bundle, threads=1).answer(PICTURE, ASKED)
+    (expected,) = load(bundle, threads=1).answer(PICTURE, ASKED)
     env = {"PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(DATA.parents[1])}
     done = spawn("ask", bundle, PICTURE, ASKED, "--stream", *ONE, code=NO_TORCH, env=env)
     assert (done.status, done.out.strip()) == (0, shown_lines(expected).strip()), done.err
@@ -155,15 +157,18 @@ def test_streaming_needs_no_torch(spawn: Callable[..., Any], nanovlm_bundle: Bun
 
 def test_inspect_tells_how_pictures_are_cut(cli: Cli, nanovlm_bundle: Bundle) -> None:
     for source in (nanovlm_bundle("split"), DATA / "nanovlm" / "split"):
-        tiles = cli("inspect", source, "--json").data["preparation"]["tiles"]
+        tiles = cli("inspect", source, "--json").data["preparation"]["image"]
         assert {name: entry["value"] for name, entry in tiles.items()} == {
             "tile_size_pixels": 32,
             "max_side_pixels": 64,
             "resize_to_max_side": True,
+            "global_tile": True,
         }
         assert tiles["max_side_pixels"]["from"] == "config.json: max_img_size"
-        assert "tiles.max_side_pixels" in cli("inspect", source).out
-    assert "tiles" not in cli("inspect", nanovlm_bundle("450m"), "--json").data["preparation"]
+        assert "image.max_side_pixels" in cli("inspect", source).out
+    whole = cli("inspect", nanovlm_bundle("450m"), "--json").data["preparation"]["image"]
+    assert "size_pixels" in whole
+    assert "tile_size_pixels" not in whole
 
 
 def test_embed_skips_what_cannot_be_read_in_a_folder(cli: Cli, nanovlm_bundle: Bundle, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm_export import load
 from vlm_export.runtime.search.store import npy_metadata
-from vlm_export.runtime.tasks.features import load_slice_encoder
 
 pytestmark = pytest.mark.needs_torch
 
@@ -31,7 +31,7 @@ def test_embed_npy(cli: Cli, slice_bundle: Bundle, tmp_path: Path) -> None:
     assert result.out.startswith(f"2 pictures, 4 slices of 5 x 256 numbers in {output}")
     assert "picture" in result.err
     # In the folder's order.
-    expected = load_slice_encoder(bundle, threads=1).encode_slices([SMALL, WIDE])
+    expected = load(bundle, threads=1).features([SMALL, WIDE])
     assert np.array_equal(np.load(output), np.concatenate([entry.image_features for entry in expected]))
     rows = npy_metadata(tmp_path / "f.npy")["rows"]
     assert [row["item"] for row in rows] == [str(SMALL), *[str(WIDE)] * 3]
@@ -62,17 +62,17 @@ def test_embed_skips_what_cannot_be_cut_in_a_folder(cli: Cli, slice_bundle: Bund
 
 @pytest.mark.parametrize("variant", ["v2_6", "omnilmm"])
 def test_inspect_tells_how_pictures_are_cut(cli: Cli, slice_bundle: Bundle, variant: str) -> None:
-    bundle = cli("inspect", slice_bundle(variant), "--json").data["preparation"]["slicing"]
-    spec = load_slice_encoder(slice_bundle(variant)).spec
+    bundle = cli("inspect", slice_bundle(variant), "--json").data["preparation"]["image"]
+    spec = load(slice_bundle(variant)).slices.spec
     assert bundle["mode"]["value"] == spec.mode
     assert bundle["placeholder.source"]["value"] == list(spec.placeholder.source)
-    checkpoint = cli("inspect", FOLDER.parent / variant, "--json").data["preparation"]["slicing"]
+    checkpoint = cli("inspect", FOLDER.parent / variant, "--json").data["preparation"]["image"]
     assert list(checkpoint) == list(bundle)
     origins = {name: entry["from"] for name, entry in bundle.items()}
     assert "not stated" not in origins.values()
     assert origins["size_pixels"].startswith("config.json: ")
     printed = cli("inspect", slice_bundle(variant)).out
-    assert "slicing.placeholder.row_separator" in printed
+    assert "image.placeholder.row_separator" in printed
 
 
 def test_embed_parquet(cli: Cli, slice_bundle: Bundle, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_other_verbs_name_the_right_ones(cli: Cli, slice_bundle: Bundle, pair: P
         ["ask", bundle, SMALL, "what"],
         ["match", bundle, SMALL, "a"],
     ):
-        cli(*arguments).refused(3, "no encoder pair", "embed writes the features", "inspect IMAGE --bundle")
+        cli(*arguments).refused(3, "this bundle cannot", "it can make features of an image's slices")
 
 
 def test_inspect_prints_the_slices(cli: Cli, slice_bundle: Bundle) -> None:
@@ -134,7 +134,7 @@ def test_inspect_prints_the_slices(cli: Cli, slice_bundle: Bundle) -> None:
 def test_inspect_json(cli: Cli, slice_bundle: Bundle) -> None:
     bundle = slice_bundle("v2_6")
     data = cli("inspect", WIDE, "--bundle", bundle, "--json").data
-    (features,) = load_slice_encoder(bundle, threads=1).encode_slices(WIDE)
+    (features,) = load(bundle, threads=1).features(WIDE)
     assert data == {
         "what": "slices",
         "image": str(WIDE),
@@ -165,7 +165,7 @@ def test_inspect_draws(cli: Cli, slice_bundle: Bundle, tmp_path: Path) -> None:
 
 def test_inspect_refuses(cli: Cli, slice_bundle: Bundle, pair: Path, tmp_path: Path) -> None:
     bundle, copy = slice_bundle("v2_6"), Path(shutil.copy(WIDE, tmp_path / "copy.png"))
-    cli("inspect", WIDE, "--bundle", pair).refused(3, "does not cut pictures", "MiniCPM-V")
+    cli("inspect", WIDE, "--bundle", pair).refused(3, "cuts no images", "into slices or tiles")
     cli("inspect", WIDE, "--bundle", tmp_path).refused(3, "not a bundle")
     cli("inspect", "nowhere.png", "--bundle", bundle).refused(3, "nowhere.png")
     cli("inspect", WIDE, "-o", "a.png").refused(2, "--bundle")

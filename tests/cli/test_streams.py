@@ -103,7 +103,7 @@ def test_paths_that_the_system_refuses(cli: Any, pair: Path, tmp_path: Path) -> 
 def test_embed_looks_at_its_output_first(
     cli: Any, pair: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlm_export.runtime.tasks.embed.load", lambda *_, **__: pytest.fail("work began"))
+    monkeypatch.setattr("vlm_export.cli.embed.opened_model", lambda *_, **__: pytest.fail("work began"))
     (tmp_path / "folder.npy").mkdir()
     for output in (tmp_path / "none" / "x.npy", tmp_path / "folder.npy", picture / "x.npy"):
         cli("embed", pair, picture, "-o", output).refused(4, "the output cannot be written")

@@ -13,6 +13,8 @@ import pytest
 from vlm_export.errors import EnvironmentFailure
 
 Cli = Callable[..., Any]
+# What the manifest of an export without such options states.
+BUILD: dict[str, Any] = {"image_size": None, "dynamic_image_size": False, "family_options": {}}
 Change = Callable[[dict[str, Any]], object]
 
 
@@ -46,7 +48,7 @@ def test_a_bundle_without_graphs_proves_nothing(
 
 
 def test_no_report_is_no_proof(cli: Cli, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlm_export.verify.recheck.verify_bundle", lambda *_, **__: [])
+    monkeypatch.setattr("vlm_export.api.verify_bundle", lambda *_, **__: [])
     cli("verify", exported).refused(1, "nothing was compared", "fix: ")
     assert cli("verify", exported, "--json").refused(1, "nothing").data["error"] == "verification"
 
@@ -74,7 +76,7 @@ def _set(*path: str | int, value: Any) -> Change:
         (_set("export", "keep_fp32", value={"text": ["x"]}), "export.keep_fp32.text", "nothing", "['x']"),
         (_set("export", "reference", value="the authors"), "export.reference", "unpatched", "'the authors'"),
         (_set("tasks", value=[]), "tasks", "embed", "[]"),
-        (_set("source", "dropped_keys", value=["a.key"]), "source.dropped_keys", "[]", "['a.key']"),
+        (_set("source", "dropped_keys", value=["a.key"]), "source.dropped_keys", "['input_resolution'", "['a.key']"),
         (
             lambda data: data["parts"][1]["signature"]["axes"][1].update(maximum=77),
             "signature.text.axes.sequence.maximum",
@@ -104,7 +106,7 @@ def test_bundles_of_another_version_may_state_other_things(
 ) -> None:
     def edit(data: dict[str, Any]) -> None:
         data["tools"]["vlm-export"] = "0.0.1"
-        data["export"]["keep_fp32"] = {}
+        data["export"]["keep_fp32"] = {"text": ["x"]}
 
     result = cli("verify", changed(edit), "--source", checkpoint, "--quiet")
     result.refused(1, "export.keep_fp32", "verify with vlm-export '0.0.1'")
@@ -125,11 +127,14 @@ def test_every_file_is_checked(
     ("build", "says"),
     [
         (5, "an object"),
-        ({"image_size": "x"}, "an integer from 1"),
-        ({"image_size": 8_000_000}, "an integer from 1"),
-        ({"image_size": -14}, "an integer from 1"),
-        ({"dynamic_image_size": "yes"}, "true or false"),
-        ({"image_sizes": 42}, "image_size"),
+        ({**BUILD, "image_size": "x"}, "an integer from 1"),
+        ({**BUILD, "image_size": 8_000_000}, "an integer from 1"),
+        ({**BUILD, "image_size": -14}, "an integer from 1"),
+        ({**BUILD, "dynamic_image_size": "yes"}, "true or false"),
+        ({**BUILD, "image_sizes": 42}, "unknown field 'image_sizes'"),
+        ({**BUILD, "family_options": {"activation": 1.5}}, "an integer"),
+        ({**BUILD, "family_options": {"heads": 4}}, "head"),
+        ({}, "missing fields"),
     ],
 )
 def test_odd_options_in_the_manifest(
@@ -181,7 +186,9 @@ def test_known_names_are_no_difference(
 def test_numbers_that_no_bundle_could_state(
     cli: Cli, tmp_path: Path, fast: tuple[str, ...], options: tuple[str, ...]
 ) -> None:
-    cli("export", "clip-demo", "-o", tmp_path / "bundle", *fast, *options).refused(2, options[1], "expected: from ")
+    cli("export", "clip-demo", "-o", tmp_path / "bundle", *fast, *options).refused(
+        2, options[1], "expected: ", " from "
+    )
     assert not list(tmp_path.iterdir())
 
 

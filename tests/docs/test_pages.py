@@ -15,7 +15,7 @@ import pytest
 from vlm_export.bundle.ledger import GraphLedger
 from vlm_export.bundle.manifest import Manifest
 from vlm_export.cli.main import VERBS, build_parser
-from vlm_export.graph.find import find_nodes
+from vlm_export.graph.look.find import find_nodes
 from vlm_export.graph.recipe import read_recipe
 
 ROOT = Path(__file__).parent.parent.parent

@@ -134,12 +134,17 @@ def test_graphs_equal_open_clip(
     assert model.hub_config["text_config"]["num_attention_heads"] == heads
 
 
+def told(**choices: int | str) -> BuildOptions:
+    """What the user says about weights that do not say it themselves."""
+    return BuildOptions(family_options=choices)
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        BuildOptions(activation="quick_gelu", head_width=32, text_heads=4),
-        BuildOptions(activation="gelu", text_heads=4),
-        BuildOptions(activation="gelu", head_width=32),
+        told(activation="quick_gelu", head_width=32, text_heads=4),
+        told(activation="gelu", text_heads=4),
+        told(activation="gelu", head_width=32),
     ],
     ids=["activation", "picture heads", "text heads"],
 )
@@ -150,7 +155,7 @@ def test_a_wrong_choice_is_seen(
     (tmp_path / "model" / CONFIG).unlink()
     pixels, ids = inputs(24)
     expected = outputs_of(original, pixels, ids)
-    right = BuildOptions(activation="gelu", head_width=32, text_heads=4)
+    right = told(activation="gelu", head_width=32, text_heads=4)
     for got, rows in zip(eager(build(tmp_path / "model", tmp_path, right), pixels, ids), expected, strict=True):
         assert_same(got, rows)
     wrong = eager(build(tmp_path / "model", tmp_path, options), pixels, ids)
@@ -164,11 +169,11 @@ def test_options_describe_a_lone_training_checkpoint(
     path = tmp_path / "epoch_3.pt"
     torch.save({"epoch": 3, "name": "run", "state_dict": original.state_dict()}, path)
     (warning,) = build(path, tmp_path).warnings
-    assert all(word in warning for word in ("--activation", "--head-width", "--text-heads", CONFIG))
-    (warning,) = build(path, tmp_path, BuildOptions(activation="gelu")).warnings
-    assert "--activation" not in warning
-    assert "--head-width" in warning
-    model = build(path, tmp_path, BuildOptions(activation="gelu", head_width=64, text_heads=1))
+    assert all(word in warning for word in ("--set activation=", "--set head_width=", "--set text_heads=", CONFIG))
+    (warning,) = build(path, tmp_path, told(activation="gelu")).warnings
+    assert "activation" not in warning
+    assert "head_width" in warning
+    model = build(path, tmp_path, told(activation="gelu", head_width=64, text_heads=1))
     assert model.warnings == ()
     pixels, ids = inputs(24)
     for got, expected in zip(eager(model, pixels, ids), outputs_of(original, pixels, ids), strict=True):
@@ -180,10 +185,10 @@ def test_options_describe_a_lone_training_checkpoint(
     assert ClipFamily().describe(checkpoint).warnings == ()
     assert build(path, tmp_path).architecture["activation"] == "gelu"
     with pytest.raises(UsageError, match="says its activation"):
-        build(path, tmp_path, BuildOptions(activation="gelu"))
+        build(path, tmp_path, told(activation="gelu"))
     (tmp_path / CONFIG).unlink()
-    with pytest.raises(UsageError, match="multiple of --head-width"):
-        build(path, tmp_path, BuildOptions(head_width=48))
+    with pytest.raises(UsageError, match="multiple of head_width"):
+        build(path, tmp_path, told(head_width=48))
 
 
 def test_options_describe_widths_that_64_does_not_divide(
@@ -195,7 +200,7 @@ def test_options_describe_widths_that_64_does_not_divide(
     assert ClipFamily().describe(open_checkpoint(str(tmp_path / "model"))).warnings
     with pytest.raises(InputError, match="multiple of its heads"):
         build(tmp_path / "model", tmp_path)
-    model = build(tmp_path / "model", tmp_path, BuildOptions(activation="gelu", head_width=10, text_heads=3))
+    model = build(tmp_path / "model", tmp_path, told(activation="gelu", head_width=10, text_heads=3))
     pixels, ids = inputs(24)
     for got, expected in zip(eager(model, pixels, ids), outputs_of(original, pixels, ids), strict=True):
         assert_same(got, expected)

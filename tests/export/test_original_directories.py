@@ -262,7 +262,7 @@ def test_blip_of_transformers_with_a_cased_tokenizer_of_other_ids(tmp_path: Path
 
     images, texts = odd_images(), TEXTS[:-1]
     prepare, tokenize = AutoImageProcessor.from_pretrained(source, backend="pil"), AutoTokenizer.from_pretrained(source)
-    bundle = vlm_export.load_vision_language(tmp_path / "out")
+    bundle = vlm_export.load(tmp_path / "out")
     with torch.inference_mode():
         pixels = [prepare([image], return_tensors="pt")["pixel_values"] for image in images]
         expected = torch.cat([model.vision_proj(model.vision_model(p)[0][:, 0]) for p in pixels])

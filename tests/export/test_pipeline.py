@@ -313,8 +313,10 @@ def test_exported_bundle_equals_the_record(
     picture = Image.open(DATA / "clip" / "vit_p14" / "image.png")
     features = record["preprocess.image_features"]
     assert_same(pair.encode_image([picture]), features / np.linalg.norm(features, axis=1, keepdims=True))
+    score = pair.embedding.spec.score
+    assert score is not None
     image, text = record["output.image_features_norm"], pair.encode_ids(record["input.text"])
-    assert_same(pair.logit_scale * image @ text.T, record["output.logits_per_image"], 1e-3)
+    assert_same(score.scale * image @ text.T, record["output.logits_per_image"], 1e-3)
 
 
 def test_stages_are_timed(tmp_path: Path, checkpoint: Path) -> None:

@@ -18,8 +18,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from vlm_export.runtime.vision_language import load_vision_language
 
+from vlm_export import load
 from vlm_export.bundle.manifest import Manifest, manifest_from_bytes
 from vlm_export.bundle.opened import open_bundle
 from vlm_export.errors import InputError, UsageError, VerificationError
@@ -33,7 +33,6 @@ from vlm_export.family import Model
 from vlm_export.precision.fp16 import convert_to_fp16
 from vlm_export.precision.fp16_rounding import round_every_float16
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
-from vlm_export.runtime.tasks.embed import load
 from vlm_export.verify.gates import GATES, judge
 from vlm_export.verify.metrics import compare
 from vlm_export.verify.recheck import verify_bundle
@@ -216,7 +215,7 @@ def test_the_runtime_takes_the_variant_that_is_asked_for_or_there(both: Path, on
     assert cosine >= 0.999
     assert not np.array_equal(vectors[0], vectors[1])
     with pytest.raises(UsageError, match="fp32"):
-        _ = load(only_half, precision="fp32").vision
+        load(only_half, precision="fp32")
 
 
 def test_half_alone_writes_no_float32_graph(only_half: Path) -> None:
@@ -225,13 +224,13 @@ def test_half_alone_writes_no_float32_graph(only_half: Path) -> None:
     config = json.loads((only_half / "config.json").read_text(encoding="utf-8"))
     external = config["transformers.js_config"]["use_external_data_format"]
     assert external == {"vision_model_fp16.onnx": 1, "text_model_fp16.onnx": 1}
-    assert load(only_half).bundle.manifest.default_precision() == "fp16"
+    assert load(only_half).manifest.default_precision() == "fp16"
 
 
 def test_captions_are_written_in_half_precision(tmp_path: Path, export_fast: Export) -> None:
     export_fast("blip-demo-caption", tmp_path / "bundle", precisions=("fp16",), with_tokenizer=True)
     pictures = [str(ROOT / "configs" / "demo" / "pictures" / "green-triangle-small-two-left.png")]
-    model = load_vision_language(tmp_path / "bundle", threads=1)
+    model = load(tmp_path / "bundle", threads=1)
     assert model.precision == "fp16"
     assert model.caption(pictures) == ["two small green triangles on the left"]
 

@@ -22,9 +22,9 @@ from transformers import (
     CLIPModel,
     CLIPTokenizer,
 )
-from vlm_export.runtime.vision_language import load_vision_language
 
 import vlm_export
+from vlm_export import load
 from vlm_export.export.pipeline import ExportResult
 from vlm_export.specs.tasks import MatchSpec
 
@@ -79,15 +79,15 @@ def test_a_match_starts_with_the_tokenizer_s_own_token(tmp_path: Path, export_fa
     assert inputs["input_ids"][0, 0] == tokenizer.cls_token_id != 101
     with torch.inference_mode():
         wanted = model(**inputs).itm_score.softmax(dim=1)[:, 1].numpy()
-    bundle = load_vision_language(tmp_path / "bundle", threads=1)
-    np.testing.assert_array_equal(bundle.tokenizer.encode(texts), inputs["input_ids"].numpy())
+    bundle = load(tmp_path / "bundle", threads=1)
+    np.testing.assert_array_equal(bundle.session.tokenizer.encode(texts), inputs["input_ids"].numpy())
     found = np.array([pair.probability for pair in bundle.match(image, texts)])
     np.testing.assert_allclose(found, wanted, atol=1e-4)
     assert wanted.std() > 1e-3
     task = bundle.manifest.task(MatchSpec)
     assert task is not None
     assert (task.tokens.cls, task.tokens.pad) == (tokenizer.cls_token_id, tokenizer.pad_token_id)
-    assert bundle.text_spec.case == "kept"
+    assert bundle.session.text_spec.case == "kept"
 
 
 @pytest.mark.parametrize("end_token", ["its own", "legacy"])

@@ -241,7 +241,7 @@ def test_layouts(build: Build) -> None:
     }
     assert chats["222m"].eos_token_ids == (0,)
     assert chats["450m"].eos_token_ids == chats["split"].eos_token_ids == (2,)
-    assert build("split").image == TileSpec(32, 64, resize_to_max_side=True)
+    assert build("split").image == TileSpec(32, 64, resize_to_max_side=True, global_tile=True)
     spec = build("222m").image
     assert isinstance(spec, ImageSpec)
     assert (spec.size_pixels, spec.resize, spec.mean, spec.std) == (64, "stretch", (0, 0, 0), (1, 1, 1))

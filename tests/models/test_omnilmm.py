@@ -75,13 +75,13 @@ def test_sizes_are_no_options() -> None:
 def test_heads_that_nothing_states_are_said() -> None:
     checkpoint, family = open_checkpoint(str(oracle.DATA / "omnilmm")), OmniLmmFamily()
     (warning,) = family.describe(checkpoint).warnings
-    assert "--head-width" in warning
+    assert "--set head_width=" in warning
     assert "2 heads" in warning
     assert family.build(checkpoint, oracle.MetaStore()).warnings == (warning,)
-    told = family.build(checkpoint, oracle.MetaStore(), BuildOptions(head_width=16))
+    told = family.build(checkpoint, oracle.MetaStore(), BuildOptions(family_options={"head_width": 16}))
     assert (told.architecture["vision"]["heads"], told.warnings) == (4, ())
     with pytest.raises(UsageError, match="not a multiple"):
-        family.build(checkpoint, oracle.MetaStore(), BuildOptions(head_width=7))
+        family.build(checkpoint, oracle.MetaStore(), BuildOptions(family_options={"head_width": 7}))
 
 
 def test_heads_of_the_published_encoder_are_known() -> None:
@@ -92,4 +92,4 @@ def test_heads_of_the_published_encoder_are_known() -> None:
     description = family.describe(checkpoint)
     assert (description.architecture["vision"]["heads"], description.warnings) == (16, ())
     with pytest.raises(UsageError, match="are known"):
-        family.build(checkpoint, oracle.MetaStore(), BuildOptions(head_width=56))
+        family.build(checkpoint, oracle.MetaStore(), BuildOptions(family_options={"head_width": 56}))

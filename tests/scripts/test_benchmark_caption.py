@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from benchmarks.caption import Contest, model_from_checkpoint, report_from_results
 from benchmarks.report import write_report
-from vlm_export.runtime.vision_language import load_vision_language
 
+from vlm_export import load
 from vlm_export.checkpoint.known import load_known
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.random import random_checkpoint
@@ -48,7 +48,7 @@ def test_both_sides_give_the_same_ids(beams: int, huggingface_directory: Path, t
     options = ExportOptions(opset=17, with_tokenizer=False, threads=1)
     export_bundle(str(huggingface_directory), tmp_path / "bundle", options)
     original = model_from_checkpoint(open_checkpoint(str(huggingface_directory)))
-    contest = Contest(load_vision_language(tmp_path / "bundle", threads=1), original)
+    contest = Contest(load(tmp_path / "bundle", threads=1), original)
     result: dict[str, Any] = contest.measure(2, beams, 2)
     assert result["ids_equal"]
     assert (result["tokens"], len(result["seconds"])) == (2 * 16, 2)

@@ -19,8 +19,8 @@ from demo.questions import KINDS, PROMPT
 from demo.sentences import caption
 from demo.world import HELD_OUT, Drawing, draw
 from PIL import Image
-from vlm_export.runtime.vision_language import VisionLanguage, load_vision_language
 
+from vlm_export import Model, load
 from vlm_export.checkpoint.known import load_known
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.export.options import ExportOptions
@@ -48,12 +48,12 @@ def parts() -> LoadParts:
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], VisionLanguage]:
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
     """The checkpoints as a user exports them: by their names, offline."""
     folder = tmp_path_factory.mktemp("blip-demo")
     for name in NAMES:
         export_bundle(name, folder / name, ExportOptions(opset=17, threads=1))
-    opened = {name: load_vision_language(folder / name, threads=1) for name in NAMES}
+    opened = {name: load(folder / name, threads=1) for name in NAMES}
     return opened.__getitem__
 
 
@@ -67,7 +67,7 @@ def share(said: list[str], truths: list[str]) -> float:
 
 
 def test_captions_are_right_and_the_same_in_onnx(
-    drawings: list[Drawing], parts: LoadParts, bundles: Callable[[str], VisionLanguage]
+    drawings: list[Drawing], parts: LoadParts, bundles: Callable[[str], Model]
 ) -> None:
     truths = [caption(drawing.composition).removeprefix(PROMPT) for drawing in drawings]
     in_torch = parts(CAPTION).captions(drawings)
@@ -79,7 +79,7 @@ def test_captions_are_right_and_the_same_in_onnx(
 
 
 def test_answers_are_right_and_the_same_in_onnx(
-    drawings: list[Drawing], parts: LoadParts, bundles: Callable[[str], VisionLanguage]
+    drawings: list[Drawing], parts: LoadParts, bundles: Callable[[str], Model]
 ) -> None:
     asked = held_out_questions(drawings)
     pictures, texts = [drawing.picture for drawing, _ in asked], [question.text for _, question in asked]
@@ -98,14 +98,14 @@ def test_yes_and_no_are_told_apart(drawings: list[Drawing], parts: LoadParts) ->
     assert share(answers, [question.answer for _, question in asked]) >= 0.85
 
 
-def test_demo_pictures_get_their_captions(bundles: Callable[[str], VisionLanguage]) -> None:
+def test_demo_pictures_get_their_captions(bundles: Callable[[str], Model]) -> None:
     shown = DemoFiles(ROOT / "configs")
     pictures = sorted(shown.pictures.iterdir())
     said = [PROMPT + text for text in bundles(CAPTION).caption(pictures)]
     assert said == shown.captions.read_text(encoding="utf-8").splitlines()
 
 
-def test_a_picture_answers_for_itself(bundles: Callable[[str], VisionLanguage]) -> None:
+def test_a_picture_answers_for_itself(bundles: Callable[[str], Model]) -> None:
     picture = DemoFiles(ROOT / "configs").pictures / "green-triangle-small-two-left.png"
     truths = {
         "What colour are the triangles?": "green",
@@ -120,7 +120,7 @@ def test_a_picture_answers_for_itself(bundles: Callable[[str], VisionLanguage]) 
 
 
 def test_another_picture_gets_another_caption_and_a_black_one_is_no_error(
-    bundles: Callable[[str], VisionLanguage],
+    bundles: Callable[[str], Model],
 ) -> None:
     black = Image.new("RGB", (30, 200))
     assert bundles(CAPTION).caption([black]) != bundles(CAPTION).caption([draw(HELD_OUT[0], 1).picture])

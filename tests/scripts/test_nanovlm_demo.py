@@ -22,6 +22,7 @@ from demo.world import HELD_OUT, Drawing, draw
 from PIL import Image
 from safetensors import safe_open
 
+from vlm_export import Model, load
 from vlm_export.checkpoint.known import load_known
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.export.options import ExportOptions
@@ -29,7 +30,7 @@ from vlm_export.export.pipeline import export_bundle
 from vlm_export.models.nanovlm import NanoVlmFamily
 from vlm_export.models.nanovlm_weights import EMBEDDING_KEY, HEAD_KEY
 from vlm_export.models.registry import recognise
-from vlm_export.runtime.tasks.chat import CAPTION_QUESTION, VisionChat, load_vision_chat
+from vlm_export.runtime.tasks.chat import CAPTION_QUESTION
 from vlm_export.specs.tasks import ChatSpec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,8 +59,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def chat(bundle: Path) -> VisionChat:
-    return load_vision_chat(bundle, threads=1)
+def chat(bundle: Path) -> Model:
+    return load(bundle, threads=1)
 
 
 def report() -> dict[str, Any]:
@@ -71,7 +72,7 @@ def share(said: list[str], truths: list[str]) -> float:
     return sum(text == truth for text, truth in zip(said, truths, strict=True)) / len(truths)
 
 
-def test_answers_are_right_and_the_same_in_onnx(drawings: list[Drawing], in_torch: TorchChat, chat: VisionChat) -> None:
+def test_answers_are_right_and_the_same_in_onnx(drawings: list[Drawing], in_torch: TorchChat, chat: Model) -> None:
     asked = held_out_questions(drawings)
     pictures, questions = [drawing.picture for drawing, _ in asked], [question.text for _, question in asked]
     said, truths = in_torch.answer(pictures, questions), [question.answer for _, question in asked]
@@ -85,7 +86,7 @@ def test_answers_are_right_and_the_same_in_onnx(drawings: list[Drawing], in_torc
     assert chat.answer(pictures[few], questions[few]) == said[few]
 
 
-def test_demo_pictures_get_their_captions(chat: VisionChat) -> None:
+def test_demo_pictures_get_their_captions(chat: Model) -> None:
     pictures = sorted((FILES.folder / "demo" / "pictures").iterdir())
     truths = (FILES.folder / "demo" / "captions.txt").read_text(encoding="utf-8").splitlines()
     said = [f"a picture of {text}" for text in chat.caption(pictures)]
@@ -94,7 +95,7 @@ def test_demo_pictures_get_their_captions(chat: VisionChat) -> None:
     assert len(set(said)) == len(pictures)
 
 
-def test_a_picture_answers_for_itself_and_streams_the_same(chat: VisionChat) -> None:
+def test_a_picture_answers_for_itself_and_streams_the_same(chat: Model) -> None:
     picture = FILES.folder / "demo" / "pictures" / "green-triangle-small-two-left.png"
     truths = {
         "What colour are the triangles?": "green",
@@ -106,12 +107,12 @@ def test_a_picture_answers_for_itself_and_streams_the_same(chat: VisionChat) -> 
         CAPTION_QUESTION: "two small green triangles on the left",
     }
     assert chat.answer(picture, list(truths)) == list(truths.values())
-    pieces = [list(chat.stream_answer(picture, question)) for question in truths]
+    pieces = [list(chat.stream(picture, question)) for question in truths]
     assert ["".join(own) for own in pieces] == list(truths.values())
     assert len(pieces[-1]) == 7
 
 
-def test_words_beyond_the_world_and_a_black_picture_are_no_error(chat: VisionChat) -> None:
+def test_words_beyond_the_world_and_a_black_picture_are_no_error(chat: Model) -> None:
     assert isinstance(chat.answer(Image.new("RGB", (30, 200)), "Is there a giraffe? 🦒")[0], str)
 
 

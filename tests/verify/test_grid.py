@@ -2,15 +2,16 @@ from __future__ import annotations
 
 import inspect
 from itertools import product
+from typing import get_args
 
 import pytest
-from vlm_export.runtime.vision_language import VisionLanguage
 
 from vlm_export.cli import embed
+from vlm_export.runtime.model import Task
 from vlm_export.runtime.tasks import chat as vision_chat
-from vlm_export.runtime.tasks import chat_rows as chat_inputs
 from vlm_export.runtime.tasks import embed as pair
 from vlm_export.runtime.tasks import features as slice_features
+from vlm_export.runtime.tasks import prepared_images
 from vlm_export.specs.signature import Axis, Signature, TensorSpec
 from vlm_export.verify.grid import (
     BATCHES,
@@ -208,10 +209,12 @@ def test_points_that_were_made_smaller_count_as_left_out() -> None:
 
 def test_the_batches_of_the_runtime_are_all_tried() -> None:
     stated = {pair.IMAGE_BATCH_SIZE, pair.TEXT_BATCH_SIZE, embed._BATCH_SIZE, vision_chat.CHAT_BATCH_SIZE}
-    stated |= {chat_inputs.TILE_BATCH_SIZE, slice_features.SLICE_BATCH_SIZE}
-    for name in ("caption", "answer", "match", "rank_answers"):
-        parameters = inspect.signature(getattr(VisionLanguage, name)).parameters
-        stated.add(parameters["batch_size"].default)
+    stated |= {prepared_images.TILE_BATCH_SIZE, slice_features.SLICE_BATCH_SIZE}
+    for task in get_args(Task):
+        for name, method in inspect.getmembers(task, inspect.isfunction):
+            size = inspect.signature(method).parameters.get("batch_size")
+            if size is not None and not name.startswith("_"):
+                stated.add(size.default)
     assert stated <= set(RUNTIME_BATCHES)
     assert {point.rows for point in runtime_points(BATCH_ONLY)} == set(RUNTIME_BATCHES)
     assert {point.rows for point in runtime_points(IMAGE, (16,))} == {16}

@@ -125,6 +125,7 @@ def packed() -> Signature:
     return Signature((values, SIZES), (), (Axis("batch"), Axis("packed_width")))
 
 
+TILES = TileSpec(64, 192, resize_to_max_side=True, global_tile=True)
 CUT: list[tuple[AnyImageSpec, Signature, list[tuple[int, ...]]]] = [
     (slice_spec_from_version("omnilmm", queries=4), pixels(3, "side", "side"), [(1, 3, 448, 448)]),
     (slice_spec_from_version("1.0", queries=4, size_pixels=90), pixels(3, "side", "side"), [(1, 3, 98, 98)]),
@@ -138,7 +139,11 @@ CUT: list[tuple[AnyImageSpec, Signature, list[tuple[int, ...]]]] = [
         packed(),
         [(2, 3, 14, 14 * 63), (2, 3, 14, 14 * 63)],
     ),
-    (TileSpec(64, 192, True), pixels(3, 64, 64), [(2, 3, 64, 64), (2, 3, 64, 64), (2, 3, 64, 64), (1, 3, 64, 64)]),
+    (
+        TileSpec(64, 192, True, True),
+        pixels(3, 64, 64),
+        [(2, 3, 64, 64), (2, 3, 64, 64), (2, 3, 64, 64), (1, 3, 64, 64)],
+    ),
 ]
 
 

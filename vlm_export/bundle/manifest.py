@@ -292,6 +292,10 @@ class Manifest(Spec):
         """What the bundle says about a task of that kind, None when it has none."""
         return find_task(self.tasks, kind)
 
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON data, and the version of their form."""
+        return {"schema_version": SCHEMA_VERSION, **super().to_json()}
+
     def to_bytes(self) -> bytes:
         """The content of `vlm_export.json`: the same manifest gives the same bytes; ValueError on NaN or infinity."""
         in_order = replace(
@@ -299,8 +303,7 @@ class Manifest(Spec):
             tools={name: self.tools[name] for name in sorted(self.tools)},
             files={name: self.files[name] for name in sorted(self.files)},
         )
-        data = {"schema_version": SCHEMA_VERSION, **in_order.to_json()}
-        text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        text = json.dumps(in_order.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         # A source path that is not UTF-8 holds lone surrogates; as \udcXX they are valid JSON and read back equal.
         return text.encode("utf-8", "backslashreplace")
 

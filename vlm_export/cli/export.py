@@ -49,6 +49,17 @@ def add_parser(verbs: Any) -> None:
         metavar="MIB",
         help="weights above this go to a file of their own (default: 64)",
     )
+    _add_source_options(parser)
+    checks = parser.add_argument_group("verification")
+    checks.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="also verify with this picture, repeatable"
+    )
+    checks.add_argument("--threads", type=positive_integer, metavar="N", help="threads of one operator")
+    add_common_options(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_source_options(parser: argparse.ArgumentParser) -> None:
     tokenizer = parser.add_mutually_exclusive_group()
     tokenizer.add_argument(
         "--tokenizer", metavar="PATH", help="tokenizer.json, BPE merges, WordPiece vocab.txt, or a directory with one"
@@ -67,13 +78,6 @@ def add_parser(verbs: Any) -> None:
         metavar="NAME=VALUE",
         help="what the weights do not say about themselves, repeatable; inspect SOURCE lists what its family takes",
     )
-    checks = parser.add_argument_group("verification")
-    checks.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="also verify with this picture, repeatable"
-    )
-    checks.add_argument("--threads", type=positive_integer, metavar="N", help="threads of one operator")
-    add_common_options(parser)
-    parser.set_defaults(run=run)
 
 
 def _name_and_value(text: str) -> tuple[str, int | str]:

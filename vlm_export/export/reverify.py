@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from vlm_export.bundle import layout
 from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest, VariantRecord
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.checkpoint.store import ScratchStore
-from vlm_export.errors import InputError
+from vlm_export.errors import InputError, UsageError
 from vlm_export.export.bundle_manifest import planned_manifest
 from vlm_export.export.contract import repeat_contract, source_tokenizer
 from vlm_export.export.fp16_proof import NOT_UNROUNDED, unrounded_report
@@ -24,7 +24,7 @@ from vlm_export.export.source import build_model, known_checkpoint, open_source
 from vlm_export.export.stages import Stages, StepProgress
 from vlm_export.export.stated import check_stated
 from vlm_export.export.verification import PartVerification, part_samples, variant_label
-from vlm_export.family import BuildOptions, Checkpoint, Reference
+from vlm_export.family import BuildOptions, Checkpoint, Model, Reference
 from vlm_export.models.registry import identify
 from vlm_export.runtime.engines.onnxruntime import CPU, OrtEngine
 from vlm_export.verify.contract import ContractReport
@@ -73,7 +73,7 @@ def verify_against_source(
             with stages.stage("load weights"):
                 known = known_checkpoint(source)
                 family, checkpoint = identify(checkpoint)
-                model = build_model(family, checkpoint, known, store, options.build)
+                model = _rebuilt(bundle, lambda: build_model(family, checkpoint, known, store, options.build))
                 if PART_NAME in {part.name for part in manifest.parts}:
                     model = add_preprocessing(model)
                 model = select_parts(model, [part.name for part in manifest.parts])
@@ -99,6 +99,20 @@ def verify_against_source(
                             report = report.with_unrounded(found)
                         reports.append(report)
     return reports, contract
+
+
+def _rebuilt(bundle: OpenBundle, build: Callable[[], Model]) -> Model:
+    """The model; InputError for what the manifest says of the options, since its user has chosen none of them."""
+    try:
+        return build()
+    except UsageError as error:
+        raise InputError(
+            f"the manifest states options that its source does not take: {error.what}",
+            where=f"{bundle.root / MANIFEST_NAME}: export.build",
+            expected=error.expected,
+            got=error.got,
+            fix="do not use this bundle; export the model again",
+        ) from error
 
 
 def _report(

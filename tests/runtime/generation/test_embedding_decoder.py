@@ -11,8 +11,8 @@ import pytest
 
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.engines.onnxruntime import Array, TensorInfo
-from vlm_export.runtime.generation.embedding_decoder import EmbeddedDecoderState, EmbeddedRows, left_padded
 from vlm_export.runtime.generation import embedding_decoder as embedded_decoder
+from vlm_export.runtime.generation.embedding_decoder import EmbeddedDecoderState, EmbeddedRows, left_padded
 from vlm_export.runtime.generation.loop import generate
 from vlm_export.runtime.generation.options import GenerationOptions
 

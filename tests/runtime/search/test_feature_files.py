@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vlm_export import Model
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 from vlm_export.runtime.search.feature_files import SliceFileMeta, write_slice_features
 from vlm_export.runtime.search.store import npy_metadata, read_embeddings
@@ -21,7 +22,7 @@ Written = tuple[list[tuple[str, SliceFeatures]], SliceFileMeta]
 
 
 @pytest.fixture(scope="module")
-def written(encoder: Encoder) -> tuple[list[tuple[str, SliceFeatures]], SliceFileMeta]:
+def written(encoder: Callable[[str], Model]) -> tuple[list[tuple[str, SliceFeatures]], SliceFileMeta]:
     model = encoder("v2_6")
     names = ["wide", "small"]
     features = model.features([PICTURES / f"{name}.png" for name in names])
