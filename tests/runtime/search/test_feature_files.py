@@ -21,8 +21,8 @@ Written = tuple[list[tuple[str, SliceFeatures]], SliceFileMeta]
 
 
 @pytest.fixture(scope="module")
-def written(encoder: Encoder) -> tuple[list[tuple[str, SliceFeatures]], SliceFileMeta]:
-    model = encoder("v2_6")
+def written(slice_bundle: Callable[[str], Path]) -> Written:
+    model = load(slice_bundle("v2_6"), threads=1)
     names = ["wide", "small"]
     features = model.features([PICTURES / f"{name}.png" for name in names])
     meta = SliceFileMeta("tiny", model.identity, model.slices.feature_shape)
