@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from vlm_export import Model
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 from vlm_export.runtime.search.feature_files import SliceFileMeta, write_slice_features
 from vlm_export.runtime.search.store import npy_metadata, read_embeddings
@@ -22,8 +21,8 @@ Written = tuple[list[tuple[str, SliceFeatures]], SliceFileMeta]
 
 
 @pytest.fixture(scope="module")
-def written(encoder: Callable[[str], Model]) -> tuple[list[tuple[str, SliceFeatures]], SliceFileMeta]:
-    model = encoder("v2_6")
+def written(slice_bundle: Callable[[str], Path]) -> Written:
+    model = load(slice_bundle("v2_6"), threads=1)
     names = ["wide", "small"]
     features = model.features([PICTURES / f"{name}.png" for name in names])
     meta = SliceFileMeta("tiny", model.identity, model.slices.feature_shape)

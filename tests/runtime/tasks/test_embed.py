@@ -283,12 +283,12 @@ def test_a_tower_alone_says_what_it_lacks(changed: Callable[..., Model]) -> None
     texts, images = (changed(tasks=(spec.limited_to([part]),)) for part in ("text", "vision"))
     assert texts.encode_text("a cat").shape == images.encode_image(picture).shape == (1, 12)
     assert texts.embed_dim == images.embed_dim == 12
-    refusals: tuple[tuple[Callable[[], object], str], ...] = (
+    refused: list[tuple[Callable[[], object], str]] = [
         (lambda: texts.encode_image(picture), "encodes no images"),
         (lambda: images.encode_text("a cat"), "encodes no texts"),
         (lambda: images.encode_ids([[523, 524]]), "encodes no texts"),
-    )
-    for ask, what in refusals:
+    ]
+    for ask, what in refused:
         with pytest.raises(InputError, match=what) as caught:
             ask()
         assert caught.value.fix
