@@ -76,13 +76,12 @@ def verify_against_source(
                 model = _rebuilt(bundle, lambda: build_model(family, checkpoint, known, store, options.build))
                 if PART_NAME in {part.name for part in manifest.parts}:
                     model = add_preprocessing(model)
-                model = select_parts(model, [part.name for part in manifest.parts])
-                model, tokenizer = source_tokenizer(bundle, model, checkpoint)
+                selected = select_parts(model, [part.name for part in manifest.parts])
+                model, tokenizer = source_tokenizer(bundle, selected, checkpoint)
                 check_stated(bundle, planned_manifest(manifest.name, checkpoint, model, known, options))
+            start, reports = partial(_start, bundle, providers, threads), list[PartReport]()
             with stages.stage("prove contract"):
-                start = partial(_start, bundle, providers, threads)
                 contract = repeat_contract(bundle, model, checkpoint, tokenizer, start, precision)
-            reports = []
             for part in model.parts:
                 verification = PartVerification(part, model, known, part_samples(part, model, _tokenizer(bundle)))
                 reference = verification.load_reference()
