@@ -180,6 +180,7 @@ def read(data: Any) -> Manifest:
 
 def test_the_schema_stands_first(manifest: Manifest) -> None:
     assert next(iter(json_of(manifest).items())) == ("schema_version", SCHEMA_VERSION)
+    assert manifest.to_json() == json_of(manifest)
 
 
 def test_another_schema_is_refused_with_what_to_do(manifest: Manifest) -> None:

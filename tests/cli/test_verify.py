@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from vlm_export.errors import EnvironmentFailure
+from vlm_export.family import BuildOptions
 
 Cli = Callable[..., Any]
 # What the manifest of an export without such options states.
@@ -76,7 +77,7 @@ def _set(*path: str | int, value: Any) -> Change:
         (_set("export", "keep_fp32", value={"text": ["x"]}), "export.keep_fp32.text", "nothing", "['x']"),
         (_set("export", "reference", value="the authors"), "export.reference", "unpatched", "'the authors'"),
         (_set("tasks", value=[]), "tasks", "embed", "[]"),
-        (_set("source", "dropped_keys", value=["a.key"]), "source.dropped_keys", "['input_resolution'", "['a.key']"),
+        (_set("source", "dropped_keys", value=["a.key"]), "source.dropped_keys", "input_resolution", "['a.key']"),
         (
             lambda data: data["parts"][1]["signature"]["axes"][1].update(maximum=77),
             "signature.text.axes.sequence.maximum",
@@ -106,10 +107,10 @@ def test_bundles_of_another_version_may_state_other_things(
 ) -> None:
     def edit(data: dict[str, Any]) -> None:
         data["tools"]["vlm-export"] = "0.0.1"
-        data["export"]["keep_fp32"] = {"text": ["x"]}
+        data["export"]["reference"] = "an older one"
 
     result = cli("verify", changed(edit), "--source", checkpoint, "--quiet")
-    result.refused(1, "export.keep_fp32", "verify with vlm-export '0.0.1'")
+    result.refused(1, "export.reference", "verify with vlm-export '0.0.1'")
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "golden/text/test_data_set_0/output_0.pb"])
@@ -140,7 +141,8 @@ def test_every_file_is_checked(
 def test_odd_options_in_the_manifest(
     cli: Cli, changed: Callable[[Change], Path], checkpoint: Path, build: Any, says: str
 ) -> None:
-    bundle = changed(_set("export", "build", value=build))
+    whole = {**BuildOptions().to_json(), **build} if isinstance(build, dict) else build
+    bundle = changed(_set("export", "build", value=whole))
     cli("verify", bundle, "--source", checkpoint, "--quiet").refused(3, says)
 
 
@@ -186,9 +188,7 @@ def test_known_names_are_no_difference(
 def test_numbers_that_no_bundle_could_state(
     cli: Cli, tmp_path: Path, fast: tuple[str, ...], options: tuple[str, ...]
 ) -> None:
-    cli("export", "clip-demo", "-o", tmp_path / "bundle", *fast, *options).refused(
-        2, options[1], "expected: ", " from "
-    )
+    cli("export", "clip-demo", "-o", tmp_path / "bundle", *fast, *options).refused(2, options[1], "expected: ", "from ")
     assert not list(tmp_path.iterdir())
 
 

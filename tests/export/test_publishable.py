@@ -52,9 +52,9 @@ def test_a_family_that_states_what_json_cannot_hold(
     export_fast(checkpoint, tmp_path / "bundle", parts=("text",))
     before = snapshot(tmp_path)
     monkeypatch.setattr("vlm_export.export.bundle_manifest.fp32_operators", lambda _: (float("inf"),))
-    with pytest.raises(InputError, match="could not be opened again") as caught:
+    with pytest.raises(InputError, match="'keep_fp32'") as caught:
         export_fast(checkpoint, tmp_path / "bundle", parts=("text",), overwrite=True)
-    assert "JSON" in caught.value.got
+    assert "inf" in caught.value.got
     assert snapshot(tmp_path) == before
 
 
@@ -67,7 +67,7 @@ def test_seeds_that_no_bundle_could_state(seed: int) -> None:
 
 @pytest.mark.parametrize("size", [0, -8, 8193, 8_000_000])
 def test_image_sizes_that_no_bundle_could_state(size: int) -> None:
-    with pytest.raises(UsageError, match="image size"):
+    with pytest.raises(UsageError, match="--image-size is out of range"):
         ExportOptions(build=BuildOptions(image_size=size))
 
 

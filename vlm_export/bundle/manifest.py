@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeAlias
 
 from vlm_export.bundle.strict_json import json_object_from_bytes
@@ -293,17 +293,14 @@ class Manifest(Spec):
         return find_task(self.tasks, kind)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON data, and the version of their form."""
-        return {"schema_version": SCHEMA_VERSION, **super().to_json()}
+        """What `vlm_export.json` holds, the schema included; `manifest_from_bytes` reads it."""
+        data = super().to_json()
+        in_order = {name: dict(sorted(data[name].items())) for name in ("tools", "files")}
+        return {"schema_version": SCHEMA_VERSION, **data, **in_order}
 
     def to_bytes(self) -> bytes:
         """The content of `vlm_export.json`: the same manifest gives the same bytes; ValueError on NaN or infinity."""
-        in_order = replace(
-            self,
-            tools={name: self.tools[name] for name in sorted(self.tools)},
-            files={name: self.files[name] for name in sorted(self.files)},
-        )
-        text = json.dumps(in_order.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         # A source path that is not UTF-8 holds lone surrogates; as \udcXX they are valid JSON and read back equal.
         return text.encode("utf-8", "backslashreplace")
 
