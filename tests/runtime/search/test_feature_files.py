@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vlm_export import load
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 from vlm_export.runtime.search.feature_files import SliceFileMeta, write_slice_features
 from vlm_export.runtime.search.store import npy_metadata, read_embeddings
