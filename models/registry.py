@@ -8,14 +8,14 @@ from importlib import import_module
 from torch import Tensor
 
 from vlm_export.family import Checkpoint, Family, StoredTensorInfo
-from vlm_export.models.recognition import claimed_by, error_from_unknown, refuse_other_models, seen_by
+from vlm_export.models.recognition.claims import claimed_by, error_from_unknown, refuse_other_models, seen_by
 
 FAMILIES = {
-    "clip": "vlm_export.models.clip:ClipFamily",
-    "minicpmv": "vlm_export.models.minicpmv:MiniCpmVFamily",
-    "omnilmm": "vlm_export.models.omnilmm:OmniLmmFamily",
-    "blip": "vlm_export.models.blip:BlipFamily",
-    "nanovlm": "vlm_export.models.nanovlm:NanoVlmFamily",
+    "clip": "vlm_export.models.clip.family:ClipFamily",
+    "minicpmv": "vlm_export.models.minicpmv.family:MiniCpmVFamily",
+    "omnilmm": "vlm_export.models.minicpmv.omnilmm:OmniLmmFamily",
+    "blip": "vlm_export.models.blip.family:BlipFamily",
+    "nanovlm": "vlm_export.models.nanovlm.family:NanoVlmFamily",
 }
 
 

@@ -28,7 +28,7 @@ from vlm_export.errors import VerificationError, VlmExportError
 from vlm_export.export.contract import OriginalSide, original_side, repeat_contract, sides_of, source_tokenizer
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.pipeline import export_bundle
-from vlm_export.export.tokenizer_files import ResolvedTokenizer
+from vlm_export.export.tokenizers.files import ResolvedTokenizer
 from vlm_export.family import Checkpoint, Model
 from vlm_export.models.registry import recognise
 from vlm_export.runtime.engines.onnxruntime import OrtEngine

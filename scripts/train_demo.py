@@ -22,7 +22,7 @@ from demo.tokens import load_tokenizer, train_tokenizer
 from demo.training import DemoSizes, Schedule, demo_architecture, initialise, train
 from demo.world import HELD_OUT, TRAINED
 
-from vlm_export.models.clip_encoders import ClipEncoders
+from vlm_export.models.clip.encoders import ClipEncoders
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 REQUIRED_TOP1 = 0.95

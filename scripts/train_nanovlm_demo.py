@@ -28,7 +28,7 @@ from demo.nanovlm_vocab import tokenizer_json
 from demo.world import HELD_OUT, TRAINED, draw
 from tokenizers import Tokenizer
 
-from vlm_export.models.nanovlm_parts import NanoVlmModules
+from vlm_export.models.nanovlm.parts import NanoVlmModules
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 REQUIRED_EXACT = 0.9

@@ -15,13 +15,13 @@ from PIL import Image
 from vlm_export.bundle.opened import open_bundle
 from vlm_export.bundle.safe_files import record_of_file
 from vlm_export.checkpoint.directory import scan_directory
+from vlm_export.checkpoint.formats.identify import identify_weights
+from vlm_export.checkpoint.formats.zipcheck import check_zip
 from vlm_export.checkpoint.hashing import hash_file
-from vlm_export.checkpoint.identify import identify_weights
 from vlm_export.checkpoint.seen_file import see_file
-from vlm_export.checkpoint.zipcheck import check_zip
 from vlm_export.cli.common import existing_path
 from vlm_export.errors import EnvironmentFailure, InputError
-from vlm_export.export.openai_bpe import read_bounded
+from vlm_export.export.tokenizers.openai_bpe import read_bounded
 from vlm_export.graph.recipe import read_recipe
 from vlm_export.machine_faults import CAUSES, machine_fault
 from vlm_export.runtime.inputs.images import named_decoding, open_image, read_stream

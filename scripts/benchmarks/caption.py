@@ -19,8 +19,8 @@ from transformers import BlipConfig, BlipForConditionalGeneration
 from benchmarks.export import export_random
 from benchmarks.report import Bars, Report, Table
 from vlm_export import Model, load
-from vlm_export.checkpoint.known import load_known
 from vlm_export.checkpoint.random import random_checkpoint
+from vlm_export.checkpoint.sources.known import load_known
 from vlm_export.family import Checkpoint
 from vlm_export.models.registry import load_family
 from vlm_export.runtime.generation.cross_attention_decoder import CrossAttentionState

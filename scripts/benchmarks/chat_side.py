@@ -78,8 +78,8 @@ def _original(name: str, weights: Path, threads: int, *, cached: bool) -> tuple[
     import torch
 
     from benchmarks.chat_original import OriginalNanoVlm
-    from vlm_export.checkpoint.known import load_known
     from vlm_export.checkpoint.random import random_checkpoint
+    from vlm_export.checkpoint.sources.known import load_known
     from vlm_export.models.registry import load_family
 
     torch.set_num_threads(threads)

@@ -22,7 +22,7 @@ from vlm_export.export.backends import Lowerings, export_part
 from vlm_export.export.lowerings.resample import Interpolation
 from vlm_export.export.writer import write_graph
 from vlm_export.family import Part
-from vlm_export.models.from_uint8 import PreprocessedVision
+from vlm_export.models.layers.from_uint8 import PreprocessedVision
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
 from vlm_export.runtime.inputs.images import preprocess_image
 from vlm_export.specs import torchvision_image_spec

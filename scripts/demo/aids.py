@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from demo.world import ATTRIBUTES, SHAPES, Composition, Drawing
-from vlm_export.models.clip_encoders import ClipVisionTransformer
+from vlm_export.models.clip.encoders import ClipVisionTransformer
 
 _ATTRIBUTE_WEIGHT = 0.3
 # Most patches are empty; without this the head would learn to say so and nothing else.

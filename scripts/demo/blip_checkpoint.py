@@ -12,10 +12,10 @@ from torch import nn
 from demo.blip_accuracy import Array, Parts, Run
 from demo.checkpoint import stored
 from vlm_export.family import Model
-from vlm_export.models.blip_architecture import BlipArchitecture
-from vlm_export.models.blip_parts import BlipModules
-from vlm_export.models.blip_weights import decoder_table, encoder_table, vision_table
-from vlm_export.models.weights import WeightTable
+from vlm_export.models.blip.architecture import BlipArchitecture
+from vlm_export.models.blip.parts import BlipModules
+from vlm_export.models.blip.weights import decoder_table, encoder_table, vision_table
+from vlm_export.models.reading.weights import WeightTable
 from vlm_export.specs import ImageSpec
 
 # salesforce/BLIP models/med.py (3a29b74) ties these, and its files hold both copies: stored key → its twin.

@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from demo.blip_vocab import CLS_ID, PAD_ID, SEP_ID
 from demo.checkpoint import load_model, pixel_values
 from demo.world import PICTURE_PIXELS
-from vlm_export.models.bert import BertSizes
-from vlm_export.models.blip_architecture import (
+from vlm_export.models.blip.architecture import (
     HEAD_WIDTH,
     TEXT_EPS,
     VISION_EPS,
     BlipArchitecture,
     BlipVitSizes,
 )
-from vlm_export.models.blip_parts import BlipModules
-from vlm_export.models.clip_encoders import ClipVisionTransformer
-from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD
-from vlm_export.models.vit import VisionTransformer
+from vlm_export.models.blip.parts import BlipModules
+from vlm_export.models.clip.encoders import ClipVisionTransformer
+from vlm_export.models.layers.bert import BertSizes
+from vlm_export.models.layers.vit import VisionTransformer
+from vlm_export.models.reading.images import IMAGE_MEAN, IMAGE_STD
 from vlm_export.specs import torchvision_image_spec
 from vlm_export.specs.tasks import SpecialTokens
 

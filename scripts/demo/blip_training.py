@@ -20,8 +20,8 @@ from demo.questions import KINDS, Question, ask
 from demo.sentences import caption
 from demo.training import REPORT_STEPS
 from demo.world import PICTURE_PIXELS, TRAINED, Composition, draw
-from vlm_export.models.bert import CrossKeyValues, MultimodalEncoder, TextDecoder
-from vlm_export.models.blip_parts import BlipModules
+from vlm_export.models.blip.parts import BlipModules
+from vlm_export.models.layers.bert import CrossKeyValues, MultimodalEncoder, TextDecoder
 from vlm_export.specs.tasks import SpecialTokens
 
 # Of the pictures, some are drawn larger and shrunk by the preprocessing, as a user's are.

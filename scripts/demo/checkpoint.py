@@ -16,11 +16,11 @@ from demo.accuracy import Embeddings, EncodeImage, EncodeText
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.family import Model
-from vlm_export.models.clip_architecture import ClipArchitecture, VitSizes
-from vlm_export.models.clip_encoders import ClipEncoders
-from vlm_export.models.clip_weights import openai_vit_table
+from vlm_export.models.clip.architecture import ClipArchitecture, VitSizes
+from vlm_export.models.clip.encoders import ClipEncoders
+from vlm_export.models.clip.weights import openai_vit_table
+from vlm_export.models.reading.weights import Kept, Rows, Transposed, Unsqueezed
 from vlm_export.models.registry import recognise
-from vlm_export.models.weights import Kept, Rows, Transposed, Unsqueezed
 from vlm_export.runtime.inputs.images import preprocess_image
 from vlm_export.runtime.inputs.texts import Tokenizer
 from vlm_export.specs import ImageSpec

@@ -13,9 +13,9 @@ from demo.checkpoint import stored
 from demo.files import known_yaml, sha256_of
 from demo.nanovlm_vocab import tokenizer_config_json, tokenizer_json
 from vlm_export.family import Model
-from vlm_export.models.nanovlm_architecture import NanoVlmArchitecture, config_from_architecture
-from vlm_export.models.nanovlm_parts import NanoVlmModules
-from vlm_export.models.nanovlm_weights import EMBEDDING_KEY, HEAD_KEY, weight_table
+from vlm_export.models.nanovlm.architecture import NanoVlmArchitecture, config_from_architecture
+from vlm_export.models.nanovlm.parts import NanoVlmModules
+from vlm_export.models.nanovlm.weights import EMBEDDING_KEY, HEAD_KEY, weight_table
 
 NAME = "nanovlm-demo"
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from demo.blip_model import clip_vision, entry_without_norm
 from demo.nanovlm_vocab import IMAGE_PLACEHOLDER
 from demo.world import PICTURE_PIXELS
-from vlm_export.models.nanovlm_architecture import IMAGE_TOKEN, ChatForm, NanoVlmArchitecture
-from vlm_export.models.nanovlm_parts import NanoVlmModules
-from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD
-from vlm_export.models.rotary_decoder import RotaryDecoderSizes
-from vlm_export.models.vit import VisionTransformer, VitForm
+from vlm_export.models.layers.rotary_decoder import RotaryDecoderSizes
+from vlm_export.models.layers.vit import VisionTransformer, VitForm
+from vlm_export.models.nanovlm.architecture import IMAGE_TOKEN, ChatForm, NanoVlmArchitecture
+from vlm_export.models.nanovlm.parts import NanoVlmModules
+from vlm_export.models.reading.images import IMAGE_MEAN, IMAGE_STD
 
 # <|im_end|>, as in every published checkpoint of the second generation.
 _END_ID = 2

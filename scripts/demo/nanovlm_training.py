@@ -18,8 +18,8 @@ from demo.nanovlm_questions import training_questions
 from demo.questions import Question
 from demo.training import REPORT_STEPS, rate_factor
 from demo.world import PICTURE_PIXELS, TRAINED, draw
-from vlm_export.models.nanovlm_parts import NanoVlmModules, VisionEncoder
-from vlm_export.models.rotary_decoder import CachedDecoder
+from vlm_export.models.layers.rotary_decoder import CachedDecoder
+from vlm_export.models.nanovlm.parts import NanoVlmModules, VisionEncoder
 
 # Of the pictures, some are drawn larger and shrunk by the preprocessing, as a user's are.
 _LARGER_SHARE, _LARGER_PIXELS = 0.25, 96

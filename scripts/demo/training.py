@@ -18,9 +18,9 @@ from demo.checkpoint import pixel_values
 from demo.sentences import agreement, sentence
 from demo.tokens import CONTEXT_LENGTH, end_id, token_rows
 from demo.world import ATTRIBUTES, PICTURE_PIXELS, TRAINED, Composition, draw
-from vlm_export.models.clip_architecture import HEAD_WIDTH, LAYER_NORM_EPS, ClipArchitecture, TextSizes, VitSizes
-from vlm_export.models.clip_encoders import ClipEncoders, ClipVisionTransformer
-from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD
+from vlm_export.models.clip.architecture import HEAD_WIDTH, LAYER_NORM_EPS, ClipArchitecture, TextSizes, VitSizes
+from vlm_export.models.clip.encoders import ClipEncoders, ClipVisionTransformer
+from vlm_export.models.reading.images import IMAGE_MEAN, IMAGE_STD
 from vlm_export.specs import torchvision_image_spec
 
 REPORT_STEPS = 50

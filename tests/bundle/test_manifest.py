@@ -26,7 +26,7 @@ from vlm_export.bundle.manifest import (
 )
 from vlm_export.bundle.strict_json import MAX_JSON_BYTES
 from vlm_export.errors import InputError, UsageError, VlmExportError
-from vlm_export.models.minicpmv_slicing import slice_spec_from_version
+from vlm_export.models.minicpmv.slicing import slice_spec_from_version
 from vlm_export.specs import ImageSpec, Origins, Resample, RgbStage, TextSpec, TileSpec, Transparency
 from vlm_export.specs.signature import Axis, Signature, TensorSpec
 from vlm_export.specs.tasks import EmbedSpec, EncoderSpec, FeatureSpec, TaskSpec

@@ -20,9 +20,9 @@ from vlm_export.checkpoint.random import random_checkpoint
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import EnvironmentFailure
 from vlm_export.family import Family, Part, StoredTensorInfo
-from vlm_export.models.clip import ClipFamily
-from vlm_export.models.minicpmv import MiniCpmVFamily
-from vlm_export.models.omnilmm import OmniLmmFamily
+from vlm_export.models.clip.family import ClipFamily
+from vlm_export.models.minicpmv.family import MiniCpmVFamily
+from vlm_export.models.minicpmv.omnilmm import OmniLmmFamily
 
 TENSORS = {
     "token_embedding.weight": StoredTensorInfo((200, 64), "float16"),

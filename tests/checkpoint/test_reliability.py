@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import InputError
-from vlm_export.models.clip import ClipFamily
+from vlm_export.models.clip.family import ClipFamily
 from vlm_export.models.registry import identify
 
 Weights = dict[str, torch.Tensor]

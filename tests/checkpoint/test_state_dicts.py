@@ -21,9 +21,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from vlm_export.checkpoint import pickle_data
+from vlm_export.checkpoint.formats import pickle_data
+from vlm_export.checkpoint.formats.pickle_data import MAX_OPCODES, MAX_PICKLE_BYTES
 from vlm_export.checkpoint.open import open_checkpoint
-from vlm_export.checkpoint.pickle_data import MAX_OPCODES, MAX_PICKLE_BYTES
 from vlm_export.errors import InputError
 
 Refusal = Callable[..., str]

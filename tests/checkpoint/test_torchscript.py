@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlm_export.checkpoint.formats.pickle_data import load_pickle_data
 from vlm_export.checkpoint.open import open_checkpoint
-from vlm_export.checkpoint.pickle_data import load_pickle_data
 from vlm_export.errors import InputError
 
 Refusal = Callable[..., str]

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from vlm_export.checkpoint.formats.zip_end import find_central_directory
+from vlm_export.checkpoint.formats.zipcheck import check_zip
 from vlm_export.checkpoint.seen_file import see_file
-from vlm_export.checkpoint.zip_end import find_central_directory
-from vlm_export.checkpoint.zipcheck import check_zip
 
 Refusal = Callable[..., str]
 END, LOCATOR, RECORD = 22, 20, 56

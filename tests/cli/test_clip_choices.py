@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from vlm_export.checkpoint.known import packaged_path
+from vlm_export.checkpoint.sources.known import packaged_path
 
 Cli = Callable[..., Any]
 MARKS = ("input_resolution", "context_length", "vocab_size")

@@ -13,9 +13,9 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from vlm_export.checkpoint.download import cached_path
-from vlm_export.checkpoint.known import KnownSource, known_names, load_known
-from vlm_export.checkpoint.local import open_local
+from vlm_export.checkpoint.sources.download import cached_path
+from vlm_export.checkpoint.sources.known import KnownSource, known_names, load_known
+from vlm_export.checkpoint.sources.local import open_local
 from vlm_export.errors import InputError
 
 DATA = Path(__file__).parents[1] / "data"

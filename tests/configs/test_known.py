@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from vlm_export.checkpoint.known import KnownCheckpoint, known_from_yaml, known_names, load_known, packaged_path
+from vlm_export.checkpoint.sources.known import KnownCheckpoint, known_from_yaml, known_names, load_known, packaged_path
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
-from vlm_export.models.clip import ClipFamily
-from vlm_export.models.clip_architecture import ClipArchitecture
-from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD
+from vlm_export.models.clip.architecture import ClipArchitecture
+from vlm_export.models.clip.family import ClipFamily
+from vlm_export.models.reading.images import IMAGE_MEAN, IMAGE_STD
 from vlm_export.models.registry import FAMILIES, load_family
 
 MANIFESTS = Path(__file__).parents[1] / "data" / "manifests" / "clip.json.gz"

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from vlm_export.checkpoint.known import known_names, load_known
+from vlm_export.checkpoint.sources.known import known_names, load_known
 from vlm_export.family import Checkpoint, StoredTensorInfo
-from vlm_export.models.blip import BlipFamily
-from vlm_export.models.blip_architecture import BlipArchitecture, architecture_from_checkpoint
-from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD
+from vlm_export.models.blip.architecture import BlipArchitecture, architecture_from_checkpoint
+from vlm_export.models.blip.family import BlipFamily
+from vlm_export.models.reading.images import IMAGE_MEAN, IMAGE_STD
 
 oracle = SimpleNamespace(
     **runpy.run_path(str(Path(__file__).parents[1] / "models" / "blip_oracle.py")),

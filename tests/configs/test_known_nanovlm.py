@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from vlm_export.checkpoint.known import known_names, load_known
-from vlm_export.models.nanovlm import NanoVlmFamily
-from vlm_export.models.nanovlm_architecture import NanoVlmArchitecture
+from vlm_export.checkpoint.sources.known import known_names, load_known
+from vlm_export.models.nanovlm.architecture import NanoVlmArchitecture
+from vlm_export.models.nanovlm.family import NanoVlmFamily
 
 oracle = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "models" / "nanovlm_oracle.py")))
 # Hub id's last part → parameters, as the original counts them, and features of a picture or tile.

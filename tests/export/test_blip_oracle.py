@@ -25,9 +25,9 @@ from vlm_export.export.backends import Exporter, export_part
 from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.writer import write_graph
 from vlm_export.family import Part, reference_from_module
-from vlm_export.models.bert import BertLayer
-from vlm_export.models.blip import BlipFamily
-from vlm_export.models.layers import KeyValueProjection
+from vlm_export.models.blip.family import BlipFamily
+from vlm_export.models.layers.bert import BertLayer
+from vlm_export.models.layers.blocks import KeyValueProjection
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
 from vlm_export.verify.gates import GATES
 from vlm_export.verify.grid import grid_for

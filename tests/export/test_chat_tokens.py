@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer as RustTokenizer
 
 from vlm_export.errors import InputError, UsageError
-from vlm_export.export.tokenizer_files import resolve_tokenizer
+from vlm_export.export.tokenizers.files import resolve_tokenizer
 from vlm_export.family import Checkpoint
 from vlm_export.specs import TextSpec
 

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
-from vlm_export.checkpoint.known import load_known
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.random import random_checkpoint
+from vlm_export.checkpoint.sources.known import load_known
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import UsageError
 from vlm_export.export.backends import Exporter, export_part
@@ -20,7 +20,7 @@ from vlm_export.export.preprocessing_part import add_preprocessing
 from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.writer import write_graph
 from vlm_export.family import BuildOptions, Model, Part
-from vlm_export.models.clip import ClipFamily
+from vlm_export.models.clip.family import ClipFamily
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
 from vlm_export.specs import ImageSpec
 

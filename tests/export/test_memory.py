@@ -20,7 +20,7 @@ from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.export.backends import export_part
 from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.writer import write_graph
-from vlm_export.models.clip import ClipFamily
+from vlm_export.models.clip.family import ClipFamily
 
 folder, exporter, opset, half = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] == "half"
 

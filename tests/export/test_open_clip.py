@@ -21,7 +21,7 @@ from vlm_export.export.backends import export_part
 from vlm_export.export.simplify import finish_graph
 from vlm_export.export.writer import write_graph
 from vlm_export.family import DEFAULT_BUILD, BuildOptions, Checkpoint, Model, StoredTensorInfo
-from vlm_export.models.clip import ClipFamily
+from vlm_export.models.clip.family import ClipFamily
 from vlm_export.models.registry import recognise
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
 from vlm_export.runtime.inputs.images import preprocess_image

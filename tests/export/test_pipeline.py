@@ -19,14 +19,14 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPMode
 
 from vlm_export import load
 from vlm_export.bundle.opened import open_bundle
-from vlm_export.checkpoint.known import KnownCheckpoint, KnownSource, Tolerance
+from vlm_export.checkpoint.sources.known import KnownCheckpoint, KnownSource, Tolerance
 from vlm_export.errors import InputError, UsageError, VerificationError
 from vlm_export.export import pipeline, source
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.simplify import simplify_graph
 from vlm_export.export.stages import Stages
 from vlm_export.family import DEFAULT_BUILD, Array, Arrays, BuildOptions, Checkpoint, Model, Reference, WeightStore
-from vlm_export.models.clip import ClipFamily
+from vlm_export.models.clip.family import ClipFamily
 from vlm_export.specs import ImageSpec
 from vlm_export.specs.tasks import EmbedSpec, ScoreSpec
 

@@ -14,12 +14,12 @@ import pytest
 from tokenizers import Tokenizer as RustTokenizer
 
 from vlm_export.errors import InputError, UsageError
-from vlm_export.export import tokenizer_files
-from vlm_export.export.openai_bpe import MAX_FILE_BYTES
-from vlm_export.export.tokenizer_files import (
+from vlm_export.export.tokenizers import files as tokenizer_files
+from vlm_export.export.tokenizers.files import (
     find_open_clip_merges,
     tokenizer_json_from_bpe_merges,
 )
+from vlm_export.export.tokenizers.openai_bpe import MAX_FILE_BYTES
 from vlm_export.family import Checkpoint
 from vlm_export.specs import TextSpec
 
@@ -211,7 +211,7 @@ def test_missing_option_is_a_usage_error(tmp_path: Path) -> None:
 
 def test_neither_torch_nor_open_clip_is_imported() -> None:
     code = (
-        "import sys; from vlm_export.export.tokenizer_files import *;"
+        "import sys; from vlm_export.export.tokenizers.files import *;"
         "tokenizer_json_from_bpe_merges(find_open_clip_merges());"
         "print([n for n in ('torch', 'open_clip', 'transformers') if n in sys.modules])"
     )

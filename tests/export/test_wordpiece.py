@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer as RustTokenizer
 
 from vlm_export.errors import InputError, UsageError
-from vlm_export.export import tokenizer_files
-from vlm_export.export.wordpiece import tokenizer_json_from_wordpiece_vocab
+from vlm_export.export.tokenizers import files as tokenizer_files
+from vlm_export.export.tokenizers.wordpiece import tokenizer_json_from_wordpiece_vocab
 from vlm_export.family import Checkpoint
 from vlm_export.runtime.inputs.texts import Tokenizer
 from vlm_export.specs import TextSpec

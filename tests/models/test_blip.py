@@ -21,8 +21,8 @@ from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.cli.main import main
 from vlm_export.errors import InputError, UsageError
 from vlm_export.family import BuildOptions, Model, reference_from_module
-from vlm_export.models.blip import BlipFamily
-from vlm_export.models.blip_architecture import BlipArchitecture, architecture_from_checkpoint
+from vlm_export.models.blip.architecture import BlipArchitecture, architecture_from_checkpoint
+from vlm_export.models.blip.family import BlipFamily
 from vlm_export.models.registry import recognise
 from vlm_export.specs import ImageSpec
 from vlm_export.specs.tasks import AnswerSpec, MatchSpec

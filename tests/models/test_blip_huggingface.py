@@ -19,7 +19,7 @@ from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.cli.main import main
 from vlm_export.errors import InputError
 from vlm_export.family import Model, reference_from_module
-from vlm_export.models.blip_architecture import architecture_from_checkpoint
+from vlm_export.models.blip.architecture import architecture_from_checkpoint
 from vlm_export.specs.tasks import AnswerSpec, CaptionSpec, MatchSpec
 
 oracle = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("blip_oracle.py"))))

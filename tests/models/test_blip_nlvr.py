@@ -16,7 +16,7 @@ from vlm_export.export.backends import Exporter, export_part
 from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.writer import write_graph
 from vlm_export.family import Model
-from vlm_export.models.blip import BlipFamily
+from vlm_export.models.blip.family import BlipFamily
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
 
 LAYERS, WIDTH, HIDDEN, STATES, VOCABULARY = 7, 64, 24, 128, 120

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from vlm_export.family import Checkpoint, StoredTensorInfo
-from vlm_export.models.blip import BlipFamily
-from vlm_export.models.blip_architecture import BlipArchitecture
-from vlm_export.models.blip_parts import build_modules
+from vlm_export.models.blip.architecture import BlipArchitecture
+from vlm_export.models.blip.family import BlipFamily
+from vlm_export.models.blip.parts import build_modules
 from vlm_export.models.registry import recognise
 
 oracle = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("blip_oracle.py"))))

@@ -14,18 +14,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlm_export.checkpoint.known import load_known
 from vlm_export.checkpoint.open import open_checkpoint
+from vlm_export.checkpoint.sources.known import load_known
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint, Model, Part, StoredTensorInfo
-from vlm_export.models import clip, clip_weights
-from vlm_export.models.clip import ClipFamily
-from vlm_export.models.clip_architecture import architecture_from_huggingface, architecture_from_openai
-from vlm_export.models.clip_encoders import build_encoders
+from vlm_export.models.clip import family as clip
+from vlm_export.models.clip import weights as clip_weights
+from vlm_export.models.clip.architecture import architecture_from_huggingface, architecture_from_openai
+from vlm_export.models.clip.encoders import build_encoders
+from vlm_export.models.clip.family import ClipFamily
+from vlm_export.models.layers.vit_weights import HUGGINGFACE_BLOCK
+from vlm_export.models.reading.weights import Rows, WeightTable
 from vlm_export.models.registry import recognise
-from vlm_export.models.vit_weights import HUGGINGFACE_BLOCK
-from vlm_export.models.weights import Rows, WeightTable
 from vlm_export.specs import ImageSpec
 from vlm_export.specs.tasks import EmbedSpec, ScoreSpec
 

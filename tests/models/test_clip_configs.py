@@ -14,8 +14,8 @@ import torch
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint, Model, StoredTensorInfo
-from vlm_export.models.clip import ClipFamily
-from vlm_export.models.clip_architecture import architecture_from_huggingface, architecture_from_openai
+from vlm_export.models.clip.architecture import architecture_from_huggingface, architecture_from_openai
+from vlm_export.models.clip.family import ClipFamily
 
 Config = dict[str, Any]
 

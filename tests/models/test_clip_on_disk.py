@@ -15,7 +15,7 @@ import torch
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.errors import InputError, UsageError
 from vlm_export.family import BuildOptions, Description, Model
-from vlm_export.models.recognition import left_out_warnings
+from vlm_export.models.recognition.claims import left_out_warnings
 from vlm_export.models.registry import identify
 from vlm_export.specs.tasks import EmbedSpec, EncoderSpec
 

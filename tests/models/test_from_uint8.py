@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm_export.models.from_uint8 import PreprocessedVision, unsupported_steps
+from vlm_export.models.layers.from_uint8 import PreprocessedVision, unsupported_steps
 from vlm_export.runtime.inputs.images import preprocess_image
 from vlm_export.specs import ImageSpec, torchvision_image_spec
 from vlm_export.verify.samples import synthetic_photographs

@@ -16,14 +16,14 @@ from PIL import Image
 from vlm_export.bundle.layout import preprocessor_config, preprocessor_differences
 from vlm_export.errors import InputError, UsageError
 from vlm_export.family import Checkpoint
-from vlm_export.models.image_processor import (
+from vlm_export.models.reading.image_processor import (
     CLASS_DEFAULTS,
     IMAGE_PROCESSOR_FILE,
     PROCESSOR_FILE,
     transformers_image,
     with_chosen_size,
 )
-from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD
+from vlm_export.models.reading.images import IMAGE_MEAN, IMAGE_STD
 from vlm_export.runtime.inputs.images import preprocess_image
 from vlm_export.specs import ImageSpec, Origins, torchvision_image_spec
 from vlm_export.verify.original_image import original_pixel_values

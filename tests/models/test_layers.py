@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlm_export.models.layers import (
+from vlm_export.models.layers.blocks import (
     AttentionPooling,
     CrossAttention,
     KeyValueProjection,
@@ -172,7 +172,7 @@ def test_modules_without_weights_need_no_compiler() -> None:
     code = """
 import sys
 from torch import nn
-from vlm_export.models.layers import meta_modules
+from vlm_export.models.layers.blocks import meta_modules
 with meta_modules():
     modules = [nn.Embedding(5, 4), nn.Linear(3, 4), nn.Conv2d(3, 4, 2), nn.LayerNorm(4), nn.BatchNorm2d(3)]
 assert all(tensor.is_meta for module in modules for tensor in module.state_dict().values())

@@ -14,16 +14,17 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from vlm_export.checkpoint.known import known_names, load_known
 from vlm_export.checkpoint.open import open_checkpoint
+from vlm_export.checkpoint.sources.known import known_names, load_known
 from vlm_export.errors import InputError, UsageError
 from vlm_export.family import BuildOptions, Checkpoint, Model, StoredTensorInfo
-from vlm_export.models import navit, weights
-from vlm_export.models.minicpmv import MiniCpmVFamily
-from vlm_export.models.minicpmv_architecture import VisionArchitecture
-from vlm_export.models.navit import LARGEST_SIDE, bucket_starts, bucketed_positions, one_row
+from vlm_export.models.layers import navit
+from vlm_export.models.layers.navit import LARGEST_SIDE, bucket_starts, bucketed_positions, one_row
+from vlm_export.models.layers.resampler import sine_positions
+from vlm_export.models.minicpmv.architecture import VisionArchitecture
+from vlm_export.models.minicpmv.family import MiniCpmVFamily
+from vlm_export.models.reading import weights
 from vlm_export.models.registry import FAMILIES, load_family, read_prefixes, recognise
-from vlm_export.models.resampler import sine_positions
 from vlm_export.runtime.inputs.slices import patchify
 from vlm_export.specs import SliceSpec
 from vlm_export.specs.tasks import FeatureSpec

@@ -16,17 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vlm_export.checkpoint.known import load_known
 from vlm_export.checkpoint.open import open_checkpoint
+from vlm_export.checkpoint.sources.known import load_known
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import InputError, UsageError
 from vlm_export.export.fp32_operators import fp32_operators
 from vlm_export.family import BuildOptions, Checkpoint, Model, StoredTensorInfo
-from vlm_export.models.nanovlm import NanoVlmFamily
-from vlm_export.models.nanovlm_architecture import CHAT_TEMPLATE, NanoVlmArchitecture
-from vlm_export.models.nanovlm_parts import build_modules, build_parts, shuffled
-from vlm_export.models.registry import recognise
-from vlm_export.models.rotary_decoder import (
+from vlm_export.models.layers.rotary_decoder import (
     GroupedQueryAttention,
     RMSNorm,
     RotaryDecoderSizes,
@@ -34,7 +30,11 @@ from vlm_export.models.rotary_decoder import (
     grouped_mask,
     rotated,
 )
-from vlm_export.models.weights import Rows, stored_shape
+from vlm_export.models.nanovlm.architecture import CHAT_TEMPLATE, NanoVlmArchitecture
+from vlm_export.models.nanovlm.family import NanoVlmFamily
+from vlm_export.models.nanovlm.parts import build_modules, build_parts, shuffled
+from vlm_export.models.reading.weights import Rows, stored_shape
+from vlm_export.models.registry import recognise
 from vlm_export.specs import ImageSpec, TileSpec
 from vlm_export.specs.tasks import ChatSpec
 

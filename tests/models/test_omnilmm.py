@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from vlm_export.checkpoint.known import load_known
 from vlm_export.checkpoint.open import open_checkpoint
+from vlm_export.checkpoint.sources.known import load_known
 from vlm_export.errors import UsageError
 from vlm_export.family import BuildOptions, Model
-from vlm_export.models.omnilmm import OmniLmmFamily
+from vlm_export.models.minicpmv.omnilmm import OmniLmmFamily
 from vlm_export.specs import SliceSpec
 
 oracle = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("minicpmv_oracle.py"))))

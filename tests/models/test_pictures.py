@@ -9,8 +9,8 @@ import torch
 
 from vlm_export.errors import UsageError
 from vlm_export.family import BuildOptions
-from vlm_export.models.pictures import apply_image_size
-from vlm_export.models.vit import VisionTransformer, VitForm
+from vlm_export.models.layers.vit import VisionTransformer, VitForm
+from vlm_export.models.reading.images import apply_image_size
 
 
 @pytest.mark.parametrize("size", ["x", 0, -8, 8.0, True, 8_000_000, 10**60])

@@ -12,7 +12,7 @@ from timm.layers import resample_abs_pos_embed
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
-from vlm_export.models.positions import resample_position_embedding
+from vlm_export.models.layers.positions import resample_position_embedding
 
 BLIP = Path(__file__).parents[1] / "data" / "blip"
 GRIDS = [(5, 5), (7, 7), (9, 4), (1, 1), (3, 12), (2, 8)]

@@ -12,11 +12,11 @@ import pytest
 import torch
 import transformers
 
-from vlm_export.checkpoint.known import known_names, load_known
 from vlm_export.checkpoint.open import open_checkpoint
+from vlm_export.checkpoint.sources.known import known_names, load_known
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint, StoredTensorInfo
-from vlm_export.models.foreign import distinct_model, other_model
+from vlm_export.models.recognition.foreign import distinct_model, other_model
 from vlm_export.models.registry import identify, load_family, recognise
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}

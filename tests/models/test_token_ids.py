@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vlm_export.family import Model
-from vlm_export.models.token_ids import random_ids
+from vlm_export.models.reading.token_ids import random_ids
 
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 3, 5, 99])

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint, StoredTensorInfo
+from vlm_export.models.reading.weights import Rows, Transposed, WeightTable, load_weights, prefixed, repeat
 from vlm_export.models.registry import recognise
-from vlm_export.models.weights import Rows, Transposed, WeightTable, load_weights, prefixed, repeat
 
 TABLE: WeightTable = {
     "q": Rows("packed.weight", 0, 3),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_export.checkpoint.known import known_names, load_known
+from vlm_export.checkpoint.sources.known import known_names, load_known
 from vlm_export.models.registry import FAMILIES, load_family
 
 ROOT = Path(__file__).parent.parent.parent
@@ -15,8 +15,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family_has_its_module_configs_and_tests(name: str) -> None:
-    module = FAMILIES[name].partition(":")[0]
-    assert module == f"vlm_export.models.{name}"
+    assert FAMILIES[name].startswith("vlm_export.models.")
     assert load_family(name).name == name
     assert any(load_known(config).family == name for config in known_names())
     assert (ROOT / "tests" / "models" / f"test_{name}.py").is_file()
@@ -31,9 +30,10 @@ def test_config_names_a_registered_family(config: str) -> None:
 
 def test_every_family_in_models_is_registered() -> None:
     found = set()
-    for path in (ROOT / "models").glob("*.py"):
+    for path in (ROOT / "models").rglob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             methods = {entry.name for entry in getattr(node, "body", []) if isinstance(entry, ast.FunctionDef)}
             if isinstance(node, ast.ClassDef) and {"recognises", "describe", "build"} <= methods:
-                found.add(f"vlm_export.models.{path.stem}:{node.name}")
+                module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+                found.add(f"vlm_export.{module}:{node.name}")
     assert found == set(FAMILIES.values())

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from vlm_export.checkpoint.known import known_names
+from vlm_export.checkpoint.sources.known import known_names
 from vlm_export.models.registry import FAMILIES
 
 PACKAGE = Path(__file__).parent.parent.parent / "vlm_export"

@@ -40,7 +40,7 @@ def expected_names() -> set[str]:
 def test_wheel_holds_the_package_and_nothing_else(built: Built) -> None:
     package = {name for name in names_in(built.wheel) if ".dist-info/" not in name}
     assert package == expected_names()
-    assert "vlm_export/models/clip.py" in package
+    assert "vlm_export/models/clip/family.py" in package
     assert "vlm_export/configs/clip-vit-b-32.yaml" in package
     assert "vlm_export/configs/demo/clip-demo.pt" in package
 
@@ -102,10 +102,15 @@ def test_editable_install_finds_the_models(tree: Path, built: Built, install: Ca
     environment = install("--editable", tree, metadata=built.wheel, also=["setuptools"])
     probe = (
         "import importlib.util as u, vlm_export.models as m, vlm_export.configs as c;"
-        "print(m.__file__, u.find_spec('vlm_export.models.clip').origin, c.__file__, u.find_spec('models'))"
+        "print(m.__file__, u.find_spec('vlm_export.models.clip.family').origin, c.__file__, u.find_spec('models'))"
     )
     done = environment.run("python", "-c", probe)
     package = tree / "vlm_export"
-    expected = [package / "models/__init__.py", package / "models/clip.py", package / "configs/__init__.py", None]
+    expected = [
+        package / "models/__init__.py",
+        package / "models/clip/family.py",
+        package / "configs/__init__.py",
+        None,
+    ]
     assert done.stdout.split() == [str(entry) for entry in expected], done.stderr
     assert environment.run("vlm-export", "--version").stdout.startswith("vlm-export ")

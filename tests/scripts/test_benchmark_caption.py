@@ -12,13 +12,13 @@ from benchmarks.caption import Contest, model_from_checkpoint, report_from_resul
 from benchmarks.report import write_report
 
 from vlm_export import load
-from vlm_export.checkpoint.known import load_known
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.random import random_checkpoint
+from vlm_export.checkpoint.sources.known import load_known
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.pipeline import export_bundle
-from vlm_export.models.blip import BlipFamily
-from vlm_export.models.blip_architecture import BlipArchitecture
+from vlm_export.models.blip.architecture import BlipArchitecture
+from vlm_export.models.blip.family import BlipFamily
 
 
 def tiny_architecture() -> BlipArchitecture:

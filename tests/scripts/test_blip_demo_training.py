@@ -24,8 +24,8 @@ from demo.world import COMPOSITIONS, TRAINED, Composition, Drawing, draw
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from vlm_export.models.blip_architecture import CLS_ID, PAD_ID, SEP_ID
-from vlm_export.models.clip_encoders import ClipVisionTransformer
+from vlm_export.models.blip.architecture import CLS_ID, PAD_ID, SEP_ID
+from vlm_export.models.clip.encoders import ClipVisionTransformer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 pytestmark = pytest.mark.usefixtures("one_thread")

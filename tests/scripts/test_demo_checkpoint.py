@@ -19,10 +19,10 @@ from demo.world import COMPOSITIONS
 from PIL import Image
 from tokenizers import Tokenizer as RustTokenizer
 
-from vlm_export.checkpoint.known import load_known
 from vlm_export.checkpoint.open import open_checkpoint
+from vlm_export.checkpoint.sources.known import load_known
 from vlm_export.family import Model
-from vlm_export.models.clip import ClipFamily
+from vlm_export.models.clip.family import ClipFamily
 from vlm_export.runtime.inputs.texts import Tokenizer
 
 FILES = DemoFiles(Path(__file__).resolve().parents[2] / "configs")

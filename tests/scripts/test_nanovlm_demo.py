@@ -23,12 +23,12 @@ from PIL import Image
 from safetensors import safe_open
 
 from vlm_export import Model, load
-from vlm_export.checkpoint.known import load_known
 from vlm_export.checkpoint.open import open_checkpoint
+from vlm_export.checkpoint.sources.known import load_known
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.pipeline import export_bundle
-from vlm_export.models.nanovlm import NanoVlmFamily
-from vlm_export.models.nanovlm_weights import EMBEDDING_KEY, HEAD_KEY
+from vlm_export.models.nanovlm.family import NanoVlmFamily
+from vlm_export.models.nanovlm.weights import EMBEDDING_KEY, HEAD_KEY
 from vlm_export.models.registry import recognise
 from vlm_export.runtime.tasks.chat import CAPTION_QUESTION
 from vlm_export.specs.tasks import ChatSpec

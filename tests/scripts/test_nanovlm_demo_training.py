@@ -21,9 +21,9 @@ from demo.questions import KINDS
 from demo.world import COMPOSITIONS, TRAINED, draw
 
 from vlm_export.checkpoint.open import open_checkpoint
-from vlm_export.models.nanovlm_parts import NanoVlmModules, VisionEncoder
+from vlm_export.models.layers.rotary_decoder import CachedDecoder
+from vlm_export.models.nanovlm.parts import NanoVlmModules, VisionEncoder
 from vlm_export.models.registry import recognise
-from vlm_export.models.rotary_decoder import CachedDecoder
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = NanoVlmDemoFiles(CONFIGS)

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 
 from vlm_export.errors import InputError
-from vlm_export.models.minicpmv_slicing import SliceVersion, slice_spec_from_version
+from vlm_export.models.minicpmv.slicing import SliceVersion, slice_spec_from_version
 from vlm_export.specs import ImageSpec, SliceSpec, TileSpec, torchvision_image_spec
 
 STRETCHED = ImageSpec(

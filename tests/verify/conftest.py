@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_export.family import Checkpoint, Model, Part, StoredTensorInfo
-from vlm_export.models.clip import ClipFamily
+from vlm_export.models.clip.family import ClipFamily
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "clip" / "vit_p14" / "state_dict_fp32.pt"
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import models, pre_tokenizers, processors
 
 from vlm_export.family import Model, Part
-from vlm_export.models.minicpmv_slicing import slice_spec_from_version
+from vlm_export.models.minicpmv.slicing import slice_spec_from_version
 from vlm_export.specs import AnyImageSpec
 from vlm_export.specs.signature import Axis, Signature, TensorSpec
 from vlm_export.specs.tiles import TileSpec

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 from vlm_export.bundle.safe_files import check_utf8
-from vlm_export.checkpoint.adapters import adapter_folder, base_of, merge_adapter, read_adapter
 from vlm_export.checkpoint.directory import (
     ADAPTER_CONFIG_FILE,
     Directory,
@@ -20,14 +19,15 @@ from vlm_export.checkpoint.directory import (
     read_open_clip_config,
     scan_directory,
 )
-from vlm_export.checkpoint.download import fetch_url
+from vlm_export.checkpoint.formats.adapters import adapter_folder, base_of, merge_adapter, read_adapter
+from vlm_export.checkpoint.formats.weights_file import read_weights_file
 from vlm_export.checkpoint.hashing import Progress, check_sha256, hash_file
-from vlm_export.checkpoint.hub import fetch_snapshot, is_hub_id
-from vlm_export.checkpoint.known import KnownCheckpoint, known_names, load_known, packaged_path
 from vlm_export.checkpoint.names import hidden_name
 from vlm_export.checkpoint.seen_file import SeenFile, see_file
 from vlm_export.checkpoint.shards import ReadPrefixes, everything
-from vlm_export.checkpoint.weights_file import read_weights_file
+from vlm_export.checkpoint.sources.download import fetch_url
+from vlm_export.checkpoint.sources.hub import fetch_snapshot, is_hub_id
+from vlm_export.checkpoint.sources.known import KnownCheckpoint, known_names, load_known, packaged_path
 from vlm_export.errors import InputError, UsageError, VlmExportError
 from vlm_export.family import Checkpoint
 

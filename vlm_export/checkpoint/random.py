@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from vlm_export.checkpoint.disk import check_free, failure_from_write
-from vlm_export.checkpoint.safetensors_file import read_safetensors
+from vlm_export.checkpoint.formats.safetensors_file import read_safetensors
 from vlm_export.checkpoint.seen_file import see_file
 from vlm_export.family import Checkpoint, CheckpointFile, StoredTensorInfo
 

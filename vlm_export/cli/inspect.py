@@ -19,7 +19,7 @@ from vlm_export.errors import UsageError
 
 if TYPE_CHECKING:
     from vlm_export.bundle.manifest import Manifest
-    from vlm_export.checkpoint.known import KnownCheckpoint
+    from vlm_export.checkpoint.sources.known import KnownCheckpoint
     from vlm_export.family import Checkpoint, Description
     from vlm_export.specs import Origins, TextSpec
 
@@ -82,13 +82,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _data_from_source(source: str, revision: str | None, base: str | None) -> dict[str, Any]:
-    from vlm_export.checkpoint.known import known_names, load_known
+    from vlm_export.checkpoint.sources.known import known_names, load_known
 
     named = source in known_names() and not Path(source).exists()
     if named and find_spec("torch") is None:
         return _data_from_config(load_known(source))
-    from vlm_export.checkpoint.local import open_local
     from vlm_export.checkpoint.open import open_checkpoint
+    from vlm_export.checkpoint.sources.local import open_local
     from vlm_export.models.registry import read_prefixes
 
     if not named:
@@ -137,9 +137,9 @@ def _data_from_config(known: KnownCheckpoint) -> dict[str, Any]:
 
 
 def _data_from_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    from vlm_export.checkpoint.known import is_pinned
     from vlm_export.checkpoint.random import tensor_bytes
-    from vlm_export.models.recognition import left_out_warnings
+    from vlm_export.checkpoint.sources.known import is_pinned
+    from vlm_export.models.recognition.claims import left_out_warnings
     from vlm_export.models.registry import identify
     from vlm_export.specs.codec import field_words
 
@@ -184,7 +184,7 @@ def _text_of_tokenizer(
 ) -> tuple[TextSpec | None, Origins, tuple[str, ...]]:
     """The TextSpec with what the checkpoint's tokenizer says, its origins, and warnings."""
     from vlm_export.errors import UsageError, VlmExportError
-    from vlm_export.export.tokenizer_files import resolve_tokenizer
+    from vlm_export.export.tokenizers.files import resolve_tokenizer
 
     text, origins = description.text, description.origins
     if text is None or not checkpoint.files:

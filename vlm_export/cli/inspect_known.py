@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from vlm_export.cli.output import print_json, print_line, print_table, terminal_width
 
 if TYPE_CHECKING:
-    from vlm_export.checkpoint.known import KnownCheckpoint
+    from vlm_export.checkpoint.sources.known import KnownCheckpoint
     from vlm_export.family import Checkpoint
 
 
 def list_known(*, as_json: bool) -> None:
     """Print all known names with their family and title, within the terminal's width; as JSON all about them."""
-    from vlm_export.checkpoint.known import known_names, load_known
+    from vlm_export.checkpoint.sources.known import known_names, load_known
 
     entries = [known_data(load_known(name)) for name in known_names()]
     if as_json:

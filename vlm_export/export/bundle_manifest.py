@@ -10,7 +10,7 @@ from vlm_export import __version__
 from vlm_export.bundle import layout
 from vlm_export.bundle.manifest import ExportRecord, Manifest, PartRecord, VariantRecord
 from vlm_export.bundle.publish import manifest_content
-from vlm_export.checkpoint.known import KnownCheckpoint
+from vlm_export.checkpoint.sources.known import KnownCheckpoint
 from vlm_export.export.fp32_operators import fp32_operators
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.source import source_record

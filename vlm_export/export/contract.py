@@ -27,7 +27,7 @@ from vlm_export.export.originals import (
     text_preparation,
 )
 from vlm_export.export.published_files import check_consumers, check_published
-from vlm_export.export.tokenizer_files import (
+from vlm_export.export.tokenizers.files import (
     ResolvedTokenizer,
     model_with_tokenizer,
     resolve_tokenizer,

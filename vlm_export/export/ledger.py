@@ -22,7 +22,7 @@ from vlm_export.bundle.ledger import CheckpointTensor, GraphLedger, LedgerEntry,
 from vlm_export.errors import VerificationError
 from vlm_export.family import Part
 from vlm_export.graph.passes.constant_fold import made_of
-from vlm_export.models.weights import origins_of
+from vlm_export.models.reading.weights import origins_of
 from vlm_export.precision.unrounded import Original
 
 Array = npt.NDArray[Any]

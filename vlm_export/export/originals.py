@@ -24,9 +24,9 @@ from PIL import Image
 
 from vlm_export.bundle.strict_json import json_object_from_bytes
 from vlm_export.errors import InputError
-from vlm_export.export.openai_bpe import read_bounded
+from vlm_export.export.tokenizers.openai_bpe import read_bounded
 from vlm_export.family import Array
-from vlm_export.models.transformers_classes import IMAGE_CLASSES, TOKENIZER_CLASSES
+from vlm_export.models.reading.transformers_classes import IMAGE_CLASSES, TOKENIZER_CLASSES
 from vlm_export.original import (
     OPENAI_SPECIAL_TOKENS,
     OpenClipOriginal,

@@ -17,7 +17,7 @@ from vlm_export.bundle.ledger import GraphLedger, ledger_to_bytes
 from vlm_export.bundle.manifest import Manifest, PartRecord, VariantRecord
 from vlm_export.bundle.oldest_engine import oldest_onnxruntime
 from vlm_export.bundle.publish import Staging, publication
-from vlm_export.checkpoint.known import KnownCheckpoint
+from vlm_export.checkpoint.sources.known import KnownCheckpoint
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import VerificationError, VlmExportError
 from vlm_export.export.backends import Exporter, choose_exporter, choose_lowerings, export_part
@@ -32,7 +32,7 @@ from vlm_export.export.published_files import json_bytes
 from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.source import build_model, known_checkpoint, open_source
 from vlm_export.export.stages import StageRecord, Stages
-from vlm_export.export.tokenizer_files import model_with_tokenizer, resolve_tokenizer
+from vlm_export.export.tokenizers.files import model_with_tokenizer, resolve_tokenizer
 from vlm_export.export.verification import (
     PartVerification,
     engine_label,

@@ -27,9 +27,9 @@ from vlm_export.export.originals import (
     transformers_images,
     transformers_tokenizer,
 )
-from vlm_export.export.tokenizer_files import ResolvedTokenizer
+from vlm_export.export.tokenizers.files import ResolvedTokenizer
 from vlm_export.family import Model
-from vlm_export.models.transformers_classes import IMAGE_CLASSES, MODEL_TYPES, TOKENIZER_CLASSES
+from vlm_export.models.reading.transformers_classes import IMAGE_CLASSES, MODEL_TYPES, TOKENIZER_CLASSES
 from vlm_export.specs import ImageSpec
 from vlm_export.verify.contract import ContractCheck
 from vlm_export.verify.contract_files import config_failures, differences

@@ -6,16 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from vlm_export.bundle.manifest import SourceFile, SourceRecord
-from vlm_export.checkpoint.known import KnownCheckpoint, is_pinned, known_names, load_known, packaged_path
 from vlm_export.checkpoint.names import hidden_name
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.random import random_checkpoint
+from vlm_export.checkpoint.sources.known import KnownCheckpoint, is_pinned, known_names, load_known, packaged_path
 from vlm_export.errors import InputError, UsageError, suggestion
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.stages import StepProgress
 from vlm_export.family import BuildOptions, Checkpoint, Family, Model, WeightStore
-from vlm_export.models.image_processor import IMAGE_SIZE_OPTION, with_image_size
-from vlm_export.models.recognition import left_out_warnings
+from vlm_export.models.reading.image_processor import IMAGE_SIZE_OPTION, with_image_size
+from vlm_export.models.recognition.claims import left_out_warnings
 from vlm_export.models.registry import load_family, read_prefixes
 from vlm_export.specs import ImageSpec, Origins
 from vlm_export.specs.codec import field_words

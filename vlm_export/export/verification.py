@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vlm_export.checkpoint.known import KnownCheckpoint
+from vlm_export.checkpoint.sources.known import KnownCheckpoint
 from vlm_export.errors import InputError
 from vlm_export.export.floor import floor_points, measure_floor
 from vlm_export.export.options import FP32

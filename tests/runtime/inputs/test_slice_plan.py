@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vlm_export.errors import InputError
-from vlm_export.models.minicpmv_slicing import slice_spec_from_version
+from vlm_export.models.minicpmv.slicing import slice_spec_from_version
 from vlm_export.runtime.inputs.slice_placeholder import placeholder_parts, placeholder_text
 from vlm_export.runtime.inputs.slice_plan import SlicePlan, plan_slices
 from vlm_export.specs.slices import SliceSpec

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from vlm_export.errors import InputError
-from vlm_export.models.minicpmv_slicing import slice_spec_from_version
+from vlm_export.models.minicpmv.slicing import slice_spec_from_version
 from vlm_export.runtime.inputs.images import open_image
 from vlm_export.runtime.inputs.slices import patchify, slice_image, stack_patches
 from vlm_export.specs.slices import SliceSpec

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from vlm_export.models.minicpmv_slicing import slice_spec_from_version
+from vlm_export.models.minicpmv.slicing import slice_spec_from_version
 from vlm_export.runtime.inputs.slice_plan import SlicePlan, plan_slices
 from vlm_export.runtime.tasks.slice_drawing import PANEL_PIXELS, draw_plan
 

@@ -1,0 +1,152 @@
+"""Whose code prepares inputs for a CLIP checkpoint and computes its embeddings: transformers, open_clip or OpenAI.
+
+OpenAI's own package runs the archive's code; open_clip's `CLIP` is its copy, with the same keys. Source: open_clip
+3.3.0 model.py (`CLIP`, `build_model_from_openai_state_dict`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vlm_export.family import Arrays, BuildOptions, Checkpoint, Part, Reference, WeightStore
+from vlm_export.models.clip.architecture import ClipArchitecture, ResNetSizes
+from vlm_export.models.reading.image_processor import processor_files
+from vlm_export.models.reading.images import IMAGE_MEAN, IMAGE_STD
+from vlm_export.original import (
+    OpenClipOriginal,
+    Original,
+    SimpleTokenizerOriginal,
+    TorchvisionPipeline,
+    TransformersOriginal,
+)
+
+# Of OpenAI's state dicts: what is no weight.
+_NUMBERS = ("input_resolution", "context_length", "vocab_size")
+_VISION = "visual."
+
+
+def original(
+    checkpoint: Checkpoint,
+    architecture: ClipArchitecture,
+    parts: Sequence[Part],
+    store: WeightStore,
+    options: BuildOptions,
+) -> Original:
+    """What the proof of the contract runs.
+
+    Args:
+        architecture: as the checkpoint has it, before any option.
+        store: where weights live that are not float32.
+    """
+    scale: dict[str, float] = {}
+    if "logit_scale" in checkpoint.tensors:
+        scale["logit_scale"] = float(checkpoint.read("logit_scale").float().reshape(-1)[0])
+    if architecture.key_names == "huggingface":
+        classes = TransformersOriginal("clip", "CLIPImageProcessor")
+        return Original(classes, classes, score=scale)
+    config = checkpoint.open_clip_config
+    model = None if config is None else config.get("model_cfg")
+    # Other sizes are computed by this project alone: open_clip resamples positions only while it loads a file.
+    same_size = options.image_size is None and not options.dynamic_image_size
+    encoders = {
+        part.name: partial(_encoder, checkpoint, model or _model_config(architecture), part, store)
+        for part in parts
+        if same_size and None not in (architecture.vision, architecture.text)
+    }
+    name = "open_clip CLIP" if encoders else ""
+    if config is not None:
+        preprocess = OpenClipOriginal(config.get("preprocess_cfg") or {})
+        return Original(preprocess, SimpleTokenizerOriginal(None), encoders, name, scale)
+    if processor_files(checkpoint):
+        return Original(
+            TransformersOriginal("clip", "CLIPImageProcessor"), SimpleTokenizerOriginal(), encoders, name, scale
+        )
+    transform = TorchvisionPipeline(
+        "_transform of openai/CLIP clip.py, by torchvision",
+        "bicubic",
+        crop=True,
+        rgb_first=False,
+        mean=IMAGE_MEAN,
+        std=IMAGE_STD,
+    )
+    return Original(transform, SimpleTokenizerOriginal(), encoders, name, scale)
+
+
+def _model_config(architecture: ClipArchitecture) -> dict[str, Any]:
+    """open_clip's `model_cfg` of weights that OpenAI published."""
+    vision, text = architecture.vision, architecture.text
+    if vision is None or text is None:
+        raise ValueError("a single tower is no model of open_clip's")
+    sizes: dict[str, Any] = {"image_size": vision.image_size, "width": vision.width}
+    if isinstance(vision, ResNetSizes):
+        sizes |= {"layers": list(vision.stages), "head_width": vision.width * 32 // vision.heads}
+    else:
+        sizes |= {"layers": vision.layers, "patch_size": vision.patch_size, "head_width": vision.width // vision.heads}
+        sizes["mlp_ratio"] = vision.hidden / vision.width
+    return {
+        "embed_dim": architecture.embed_dim,
+        "quick_gelu": architecture.activation == "quick_gelu",
+        "vision_cfg": sizes,
+        "text_cfg": {
+            "context_length": text.context_length,
+            "vocab_size": text.vocab_size,
+            "width": text.width,
+            "heads": text.heads,
+            "layers": text.layers,
+            "mlp_ratio": text.hidden / text.width,
+        },
+    }
+
+
+def _encoder(checkpoint: Checkpoint, config: Mapping[str, Any], part: Part, store: WeightStore) -> Reference:
+    """open_clip's `encode_image` or `encode_text`, with the weights of that encoder alone."""
+    from open_clip.model import CLIP
+
+    known = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_bias", "nonscalar_logit_scale")
+    with torch.device("meta"):
+        model = CLIP(**{key: config[key] for key in known if key in config}).eval()
+    is_vision = part.name == "vision"
+    wanted = [key for key in model.state_dict() if key.startswith(_VISION) is is_vision and key not in _NUMBERS]
+    weights = {key: _float32(checkpoint.read(key), store) for key in wanted if key in checkpoint.tensors}
+    model.load_state_dict(weights, strict=False, assign=True)
+    _check_loaded(model, is_vision)
+    context = int(model.context_length)
+    model.attn_mask = torch.full((context, context), float("-inf")).triu_(1)
+
+    def run(inputs: Arrays) -> dict[str, Any]:
+        (array,) = (inputs[name] for name in part.signature.input_names)
+        with torch.inference_mode():
+            if is_vision:
+                features = model.encode_image(torch.from_numpy(np.ascontiguousarray(array)))
+            else:
+                # As open_clip's tokenizer does: zeros up to the context.
+                padded = np.pad(array, ((0, 0), (0, context - array.shape[1])))
+                features = model.encode_text(torch.from_numpy(padded))
+        return {part.signature.output_names[0]: features.numpy()}
+
+    return run
+
+
+def _float32(tensor: Tensor, store: WeightStore) -> Tensor:
+    """The tensor as it is mapped, or converted into the store: a copy in memory would be as large as the model."""
+    if not tensor.is_floating_point() or tensor.dtype == torch.float32:
+        return tensor
+    converted = store.new(tuple(tensor.shape))
+    converted.copy_(tensor)
+    return converted
+
+
+def _check_loaded(model: nn.Module, is_vision: bool) -> None:
+    missing = [
+        name
+        for name, tensor in model.named_parameters()
+        if tensor.is_meta and name.startswith(_VISION) is is_vision and not name.startswith("logit")
+    ]
+    if missing:
+        raise ValueError(f"open_clip's model has weights that the checkpoint lacks: {', '.join(missing[:5])}")
