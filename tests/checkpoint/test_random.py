@@ -41,7 +41,7 @@ _RESAMPLER = {"queries": 16, "width": 128, "heads": 1}
 POST_NORM: dict[str, Any] = {
     "version": "omnilmm",
     "vision": {
-        "width": 128, "layers": 64, "heads": 4, "hidden": 512, "patch_size": 14, "grid": 4,
+        "kind": "vit", "width": 128, "layers": 64, "heads": 4, "hidden": 512, "patch_size": 14, "grid": 4,
         "post_norm": True, "antialias": True,
     },
     "resampler": {**_RESAMPLER, "states_width": 128, "positions": "stored", "query_positions": True},
@@ -50,7 +50,7 @@ POST_NORM: dict[str, Any] = {
 PRE_NORM: dict[str, Any] = {
     "version": "2.0",
     "vision": {
-        "width": 144, "layers": 32, "heads": 2, "hidden": 576, "patch_size": 14, "grid": 4,
+        "kind": "vit", "width": 144, "layers": 32, "heads": 2, "hidden": 576, "patch_size": 14, "grid": 4,
         "has_class_token": False, "antialias": True,
     },
     "resampler": {**_RESAMPLER, "states_width": 144, "positions": "grid", "query_positions": True},

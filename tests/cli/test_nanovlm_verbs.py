@@ -92,8 +92,8 @@ def test_embed_match_and_search(cli: Cli, nanovlm_bundle: Bundle, tmp_path: Path
         text: pytest.approx(float(cosine), abs=1e-5) for text, cosine in zip(("a cat", "what"), cosines[0], strict=True)
     }
     cli("match", bundle, PICTURE, "a", "--first-token", "enc").refused(2, "--first-token", "task match")
-    cli("search", bundle, output, "a", "--rerank").refused(3, "decoder-only")
-    cli("classify", bundle, PICTURE, "cat", "dog").refused(3, "not trained to compare", "ask it a question")
+    cli("search", bundle, output, "a", "--rerank").refused(3, "cannot match texts with images", "embed images or texts")
+    cli("classify", bundle, PICTURE, "cat", "dog").refused(3, "not trained to score")
 
 
 def test_inspect_shows_the_tiles(cli: Cli, nanovlm_bundle: Bundle, tmp_path: Path) -> None:
@@ -140,9 +140,10 @@ def test_blip_names_what_it_has_no_use_for(cli: Cli, blip_bundle: Bundle) -> Non
     for options in (["--stream"], ["--sample"], ["--sample", "--seed", "1"], ["--max-new-tokens", "3"]):
         cli("ask", bundle, picture, "what", *options).refused(2, "this bundle has no use for " + options[0])
     cli("ask", bundle, picture, picture, "what").refused(2, "one image at a time", "2 images")
+    captions = blip_bundle("caption")
     for options in (["--temperature", "1"], ["--top-k", "3"]):
-        cli("caption", bundle, picture, "--sample", *options).refused(2, "no use for " + options[0])
-    cli("caption", bundle, picture, "--max-new-tokens", "3").refused(2, "no use for --max-new-tokens")
+        cli("caption", captions, picture, "--sample", *options).refused(2, "no use for " + options[0])
+    cli("caption", captions, picture, "--max-new-tokens", "3").refused(2, "no use for --max-new-tokens")
 
 
 def test_streaming_needs_no_torch(spawn: Callable[..., Any], nanovlm_bundle: Bundle) -> None:

@@ -108,6 +108,8 @@ class PartRecord(Spec):
 
     def check(self) -> None:
         _check_unique(self, "variants", [variant.precision for variant in self.variants])
+        if not self.signature.inputs or not self.signature.outputs:
+            raise self.refusal("signature", "at least one input and one output")
 
     def variant(self, precision: str) -> VariantRecord:
         """The variant of that precision; UsageError when the bundle has none."""

@@ -49,13 +49,10 @@ def run(args: argparse.Namespace) -> int:
     is_picture = _is_picture(args)
     embeddings = read_embeddings(args.embeddings)
     model = opened_model(args)
+    task = model.embedding
     embeddings.require_model(model.identity, model.manifest.name)
-    vector = (
-        model.encode_image([args.query])[0]
-        if is_picture
-        else model.encode_text([args.query], truncate=args.truncate)[0]
-    )
-    matches = search_embeddings(embeddings, vector, args.k)
+    vectors = task.encode_image(args.query) if is_picture else task.encode_text(args.query, truncate=args.truncate)
+    matches = search_embeddings(embeddings, vectors[0], args.k)
     if args.json:
         found = [{"item": match.item, "cosine": match.score} for match in matches]
         print_json({"query": args.query, "query_kind": _kind(is_picture), "matches": found})
@@ -71,6 +68,7 @@ def _run_reranked(args: argparse.Namespace) -> int:
     is_picture = _is_picture(args)
     embeddings = read_embeddings(args.embeddings)
     model = opened_model(args)
+    _ = model.matching  # Which says what the bundle can do instead.
     embeddings.require_model(model.identity, model.manifest.name)
     candidates = max(CANDIDATES, args.k) if args.candidates is None else args.candidates
     results = search_reranked(
