@@ -137,16 +137,16 @@ def test_scores_to_draw_from_equal_transformers(case: dict[str, Any]) -> None:
     assert np.allclose(moved, reference, atol=1e-5)
 
 
-def test_nanovlm_s_rule_leaves_the_crossing_token_out_and_cools_last() -> None:
+def test_temperature_last_also_leaves_the_crossing_token_out() -> None:
     logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32))
     kept = {
-        rule: np.isfinite(narrowed_scores(logits, options_of(sample=True, top_p=0.9, sampling_rule=rule))).tolist()
-        for rule in ("transformers", "nanovlm")
+        order: np.isfinite(narrowed_scores(logits, options_of(sample=True, top_p=0.9, sampling_order=order))).tolist()
+        for order in ("temperature_first", "temperature_last")
     }
-    assert kept == {"transformers": [[True, True, True, False]], "nanovlm": [[True, True, False, False]]}
-    hot = options_of(sample=True, top_p=0.9, temperature=4.0, sampling_rule="nanovlm")
+    assert kept == {"temperature_first": [[True, True, True, False]], "temperature_last": [[True, True, False, False]]}
+    hot = options_of(sample=True, top_p=0.9, temperature=4.0, sampling_order="temperature_last")
     scores = narrowed_scores(logits, hot)
-    assert np.isfinite(scores).tolist() == kept["nanovlm"]
+    assert np.isfinite(scores).tolist() == kept["temperature_last"]
     assert scores[0, 1] - scores[0, 0] == pytest.approx(np.log(0.3 / 0.5) / 4)
 
 
@@ -166,10 +166,10 @@ def test_narrowing_keeps_the_fewest_best_tokens(seed: int, k: int, p: float) -> 
 @pytest.mark.parametrize(
     "kind", [{"top_p": 1e-9}, {"top_k": 1}, {"temperature": 1e-6}, {"temperature": 1e-300}, {"top_k": 1, "top_p": 0.5}]
 )
-@pytest.mark.parametrize("rule", ["transformers", "nanovlm"])
-def test_the_narrowest_sampling_is_greedy(kind: dict[str, Any], rule: Any) -> None:
+@pytest.mark.parametrize("order", ["temperature_first", "temperature_last"])
+def test_the_narrowest_sampling_is_greedy(kind: dict[str, Any], order: Any) -> None:
     greedy = generate(ToyDecoder(4), prompt_of(4), options_of())
-    assert generate(ToyDecoder(4), prompt_of(4), options_of(sample=True, sampling_rule=rule, **kind)) == greedy
+    assert generate(ToyDecoder(4), prompt_of(4), options_of(sample=True, sampling_order=order, **kind)) == greedy
 
 
 def test_the_widest_sampling_is_unbounded() -> None:
@@ -283,7 +283,7 @@ def test_no_rows_are_no_work(beams: int) -> None:
         ("pad_token_id", -1),
         ("eos_token_ids", (5, -1)),
         ("eos_token_ids", [5]),
-        ("sampling_rule", "other"),
+        ("sampling_order", "other"),
     ],
 )
 def test_options_out_of_range_are_named(field: str, value: Any) -> None:
