@@ -109,9 +109,7 @@ def test_inspect_shows_the_tiles(cli: Cli, nanovlm_bundle: Bundle, tmp_path: Pat
     lines = cli("inspect", PICTURE, "--bundle", bundle).out
     assert "120 x 90 pixels, resized to 64 x 64" in lines
     assert "2 x 2, and the whole picture as one more" in lines
-    cli("inspect", PICTURE, "--bundle", nanovlm_bundle("450m")).refused(
-        3, "cuts no images", "takes whole images"
-    )
+    cli("inspect", PICTURE, "--bundle", nanovlm_bundle("450m")).refused(3, "cuts no images", "takes whole images")
     cli("inspect", PICTURE, "--bundle", bundle, "-o", tmp_path / "x.png").refused(2, "not drawn")
     cli("inspect", "nowhere.png", "--bundle", bundle).refused(3, "nowhere.png")
 

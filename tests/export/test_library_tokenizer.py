@@ -113,7 +113,7 @@ def bert_with_other_special_tokens(folder: Path, clip: Any) -> tuple[str, TextSp
     named = {"unk_token": "<unk>", "cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>"}
     vocab = {word: i for i, word in enumerate(words)}
     BertTokenizer(vocab=vocab, mask_token="<mask>", model_max_length=64, **named).save_pretrained(folder)
-    return "blip", replace(BERT_SPEC, vocab_size=len(words), end_token_id=102, pad_token_id=0)
+    return "blip", replace(BERT_SPEC, vocab_size=len(words), end_token_id=8, pad_token_id=0)
 
 
 def write_clip_files(folder: Path, clip: Any) -> None:
