@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, BertTokenizer, CLIPTokenizer, PreTrainedTokenizerFast
+from vlm_export.export.clip_bpe import vocab_from_bpe_merges
 
 from vlm_export.errors import InputError
 from vlm_export.export.tokenizers.files import ResolvedTokenizer, find_open_clip_merges, resolve_tokenizer
-from vlm_export.export.tokenizers.openai_bpe import vocab_from_bpe_merges
 from vlm_export.family import Checkpoint
 from vlm_export.runtime.inputs.texts import Tokenizer
 from vlm_export.specs import TextSpec
@@ -113,7 +113,7 @@ def bert_with_other_special_tokens(folder: Path, clip: Any) -> tuple[str, TextSp
     named = {"unk_token": "<unk>", "cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>"}
     vocab = {word: i for i, word in enumerate(words)}
     BertTokenizer(vocab=vocab, mask_token="<mask>", model_max_length=64, **named).save_pretrained(folder)
-    return "blip", replace(BERT_SPEC, vocab_size=len(words), end_token_id=0, pad_token_id=0)
+    return "blip", replace(BERT_SPEC, vocab_size=len(words), end_token_id=8, pad_token_id=0)
 
 
 def write_clip_files(folder: Path, clip: Any) -> None:

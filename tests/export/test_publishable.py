@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vlm_export.errors import InputError, UsageError
+from vlm_export.export import pipeline
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.pipeline import ExportResult, export_bundle
 from vlm_export.export.stages import Stages
@@ -51,10 +53,12 @@ def test_a_family_that_states_what_json_cannot_hold(
 ) -> None:
     export_fast(checkpoint, tmp_path / "bundle", parts=("text",))
     before = snapshot(tmp_path)
-    monkeypatch.setattr("vlm_export.export.bundle_manifest.fp32_operators", lambda _: (float("inf"),))
-    with pytest.raises(InputError, match="'keep_fp32'") as caught:
+    build = pipeline.build_model
+    odd = {"eps": float("inf")}
+    monkeypatch.setattr(pipeline, "build_model", lambda *given: replace(build(*given), architecture=odd))
+    with pytest.raises(InputError, match="could not be opened again") as caught:
         export_fast(checkpoint, tmp_path / "bundle", parts=("text",), overwrite=True)
-    assert "inf" in caught.value.got
+    assert "JSON" in caught.value.got
     assert snapshot(tmp_path) == before
 
 
