@@ -26,8 +26,8 @@ from vlm_export.family import (
     WeightStore,
     reference_from_module,
 )
+from vlm_export.models.blip import weights as blip_weights
 from vlm_export.models.blip.architecture import BlipArchitecture, architecture_from_checkpoint
-from vlm_export.models.blip.family import weights as blip_weights
 from vlm_export.models.blip.nlvr import FIRST_MERGING_LAYER
 from vlm_export.models.blip.parts import build_modules, build_parts
 from vlm_export.models.reading.image_processor import (

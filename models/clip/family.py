@@ -32,6 +32,10 @@ from vlm_export.family import (
     WeightStore,
     reference_from_module,
 )
+from vlm_export.models.clip import architecture as clip_architecture
+from vlm_export.models.clip import open_clip as clip_open
+from vlm_export.models.clip import original as clip_original
+from vlm_export.models.clip import weights as clip_weights
 from vlm_export.models.clip.architecture import (
     ClipArchitecture,
     ResNetSizes,
@@ -42,10 +46,6 @@ from vlm_export.models.clip.architecture import (
     stated_vision,
 )
 from vlm_export.models.clip.encoders import ClipEncoders, build_encoders
-from vlm_export.models.clip.family import architecture as clip_architecture
-from vlm_export.models.clip.family import open_clip as clip_open
-from vlm_export.models.clip.family import original as clip_original
-from vlm_export.models.clip.family import weights as clip_weights
 from vlm_export.models.reading.image_processor import (
     image_size_origin,
     processor_files,

@@ -26,12 +26,12 @@ from vlm_export.family import (
 )
 from vlm_export.models.layers.vit import VitForm
 from vlm_export.models.layers.vit_weights import eva_table
+from vlm_export.models.minicpmv import weights as minicpmv_weights
 from vlm_export.models.minicpmv.architecture import (
     VisionArchitecture,
     minicpmv_architecture,
     stated_slicing,
 )
-from vlm_export.models.minicpmv.family import weights as minicpmv_weights
 from vlm_export.models.minicpmv.modules import VisionModules, build_modules
 from vlm_export.models.minicpmv.parts import build_parts
 from vlm_export.models.minicpmv.slicing import slice_spec_from_version

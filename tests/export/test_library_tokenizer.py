@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, BertTokenizer, CLIPTokenizer, PreTrainedTokenizerFast
-from vlm_export.export.clip_bpe import vocab_from_bpe_merges
 
 from vlm_export.errors import InputError
 from vlm_export.export.tokenizers.files import ResolvedTokenizer, find_open_clip_merges, resolve_tokenizer
+from vlm_export.export.tokenizers.openai_bpe import vocab_from_bpe_merges
 from vlm_export.family import Checkpoint
 from vlm_export.runtime.inputs.texts import Tokenizer
 from vlm_export.specs import TextSpec

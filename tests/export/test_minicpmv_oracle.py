@@ -26,9 +26,9 @@ from vlm_export.export.lowerings import resample_graph_weights
 from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.writer import write_graph
 from vlm_export.family import Model, Part, reference_from_module
-from vlm_export.models.layers.blocks import navit, resampler, vit
+from vlm_export.models.layers import navit, resampler, vit
 from vlm_export.models.layers.positions import resample_position_embedding
-from vlm_export.models.minicpmv.family import modules as minicpmv_modules
+from vlm_export.models.minicpmv import modules as minicpmv_modules
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
 from vlm_export.specs.signature import Axis
 from vlm_export.verify.gates import GATES, judge

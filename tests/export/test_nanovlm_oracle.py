@@ -25,7 +25,7 @@ from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.writer import write_graph
 from vlm_export.family import Model, Part, reference_from_module
 from vlm_export.models.layers.blocks import HIDDEN, rotary_decoder
-from vlm_export.models.nanovlm.family import parts as nanovlm_parts
+from vlm_export.models.nanovlm import parts as nanovlm_parts
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
 from vlm_export.specs.signature import Axis
 from vlm_export.verify.gates import GATES, judge

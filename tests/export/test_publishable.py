@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from vlm_export.errors import InputError, UsageError
-from vlm_export.export import pipeline
+from vlm_export.export import source
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.pipeline import ExportResult, export_bundle
 from vlm_export.export.stages import Stages
@@ -53,9 +53,11 @@ def test_a_family_that_states_what_json_cannot_hold(
 ) -> None:
     export_fast(checkpoint, tmp_path / "bundle", parts=("text",))
     before = snapshot(tmp_path)
-    build = pipeline.build_model
+    build = source.build_model
     odd = {"eps": float("inf")}
-    monkeypatch.setattr(pipeline, "build_model", lambda *given: replace(build(*given), architecture=odd))
+    monkeypatch.setattr(
+        "vlm_export.export.pipeline.build_model", lambda *given: replace(build(*given), architecture=odd)
+    )
     with pytest.raises(InputError, match="could not be opened again") as caught:
         export_fast(checkpoint, tmp_path / "bundle", parts=("text",), overwrite=True)
     assert "JSON" in caught.value.got

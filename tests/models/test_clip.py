@@ -19,11 +19,11 @@ from vlm_export.checkpoint.sources.known import load_known
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint, Model, Part, StoredTensorInfo
+from vlm_export.models.clip import family as clip
+from vlm_export.models.clip import weights as clip_weights
 from vlm_export.models.clip.architecture import architecture_from_huggingface, architecture_from_openai
 from vlm_export.models.clip.encoders import build_encoders
 from vlm_export.models.clip.family import ClipFamily
-from vlm_export.models.clip.family import family as clip
-from vlm_export.models.clip.family import weights as clip_weights
 from vlm_export.models.layers.vit_weights import HUGGINGFACE_BLOCK
 from vlm_export.models.reading.weights import Rows, WeightTable
 from vlm_export.models.registry import recognise

@@ -18,7 +18,7 @@ from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.sources.known import known_names, load_known
 from vlm_export.errors import InputError, UsageError
 from vlm_export.family import BuildOptions, Checkpoint, Model, StoredTensorInfo
-from vlm_export.models.layers.blocks import navit
+from vlm_export.models.layers import navit
 from vlm_export.models.layers.navit import LARGEST_SIDE, bucket_starts, bucketed_positions, one_row
 from vlm_export.models.layers.resampler import sine_positions
 from vlm_export.models.minicpmv.architecture import VisionArchitecture

@@ -21,9 +21,9 @@ from vlm_export.bundle.manifest import Manifest, PartRecord, SourceRecord, Varia
 from vlm_export.bundle.oldest_engine import oldest_onnxruntime
 from vlm_export.bundle.publish import publication
 from vlm_export.export.tokenizers.openai_bpe import END_TOKEN, START_TOKEN, tokenizer_json_from_vocab
+from vlm_export.models.clip import encoders as clip_encoders
+from vlm_export.models.clip import family as clip
 from vlm_export.models.clip.architecture import ClipArchitecture, TextSizes, VitSizes
-from vlm_export.models.clip.family import encoders as clip_encoders
-from vlm_export.models.clip.family import family as clip
 from vlm_export.models.layers.blocks import build_causal_mask
 from vlm_export.models.reading import images as pictures
 from vlm_export.specs import ImageSpec, TextSpec, torchvision_image_spec
