@@ -24,7 +24,8 @@ from vlm_export.export.backends import Exporter, export_part
 from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.writer import write_graph
 from vlm_export.family import Model, Part, reference_from_module
-from vlm_export.models.layers.blocks import HIDDEN, rotary_decoder
+from vlm_export.models.layers import rotary_decoder
+from vlm_export.models.layers.blocks import HIDDEN
 from vlm_export.models.nanovlm import parts as nanovlm_parts
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
 from vlm_export.specs.signature import Axis
