@@ -92,7 +92,7 @@ def test_embed_match_and_search(cli: Cli, nanovlm_bundle: Bundle, tmp_path: Path
         text: pytest.approx(float(cosine), abs=1e-5) for text, cosine in zip(("a cat", "what"), cosines[0], strict=True)
     }
     cli("match", bundle, PICTURE, "a", "--first-token", "enc").refused(2, "--first-token", "task match")
-    cli("search", bundle, output, "a", "--rerank").refused(3, "decoder-only")
+    cli("search", bundle, output, "a", "--rerank").refused(3, "cannot match texts with images")
     cli("classify", bundle, PICTURE, "cat", "dog").refused(3, "not trained to compare", "ask it a question")
 
 
@@ -140,6 +140,7 @@ def test_blip_names_what_it_has_no_use_for(cli: Cli, blip_bundle: Bundle) -> Non
     for options in (["--stream"], ["--sample"], ["--sample", "--seed", "1"], ["--max-new-tokens", "3"]):
         cli("ask", bundle, picture, "what", *options).refused(2, "this bundle has no use for " + options[0])
     cli("ask", bundle, picture, picture, "what").refused(2, "one image at a time", "2 images")
+    bundle = blip_bundle("caption")
     for options in (["--temperature", "1"], ["--top-k", "3"]):
         cli("caption", bundle, picture, "--sample", *options).refused(2, "no use for " + options[0])
     cli("caption", bundle, picture, "--max-new-tokens", "3").refused(2, "no use for --max-new-tokens")

@@ -14,7 +14,7 @@ from vlm_export.errors import EnvironmentFailure
 
 Cli = Callable[..., Any]
 # What the manifest of an export without such options states.
-BUILD = {"image_size": None, "dynamic_image_size": False, "family_options": {}}
+BUILD: dict[str, Any] = {"image_size": None, "dynamic_image_size": False, "family_options": {}}
 Change = Callable[[dict[str, Any]], object]
 
 

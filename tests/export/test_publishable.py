@@ -14,6 +14,7 @@ from vlm_export.errors import InputError, UsageError
 from vlm_export.export import pipeline
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.pipeline import ExportResult, export_bundle
+from vlm_export.export.source import build_model
 from vlm_export.export.stages import Stages
 from vlm_export.family import BuildOptions
 
@@ -53,9 +54,8 @@ def test_a_family_that_states_what_json_cannot_hold(
 ) -> None:
     export_fast(checkpoint, tmp_path / "bundle", parts=("text",))
     before = snapshot(tmp_path)
-    build = pipeline.build_model
     odd = {"eps": float("inf")}
-    monkeypatch.setattr(pipeline, "build_model", lambda *given: replace(build(*given), architecture=odd))
+    monkeypatch.setattr(pipeline, "build_model", lambda *given: replace(build_model(*given), architecture=odd))
     with pytest.raises(InputError, match="could not be opened again") as caught:
         export_fast(checkpoint, tmp_path / "bundle", parts=("text",), overwrite=True)
     assert "JSON" in caught.value.got

@@ -49,11 +49,11 @@ def run(args: argparse.Namespace) -> int:
     is_picture = _is_picture(args)
     embeddings = read_embeddings(args.embeddings)
     model = opened_model(args)
+    # First whether the bundle can search at all: embedding again with one that cannot is no advice.
+    task = model.embedding
     embeddings.require_model(model.identity, model.manifest.name)
     vector = (
-        model.encode_image([args.query])[0]
-        if is_picture
-        else model.encode_text([args.query], truncate=args.truncate)[0]
+        task.encode_image([args.query])[0] if is_picture else task.encode_text([args.query], truncate=args.truncate)[0]
     )
     matches = search_embeddings(embeddings, vector, args.k)
     if args.json:
@@ -71,6 +71,7 @@ def _run_reranked(args: argparse.Namespace) -> int:
     is_picture = _is_picture(args)
     embeddings = read_embeddings(args.embeddings)
     model = opened_model(args)
+    _ = model.matching
     embeddings.require_model(model.identity, model.manifest.name)
     candidates = max(CANDIDATES, args.k) if args.candidates is None else args.candidates
     results = search_reranked(
