@@ -21,7 +21,7 @@ from vlm_export.family import (
     Model,
     NoOptions,
     PartOutline,
-    TensorInfo,
+    StoredTensorInfo,
     TokenizerIds,
     WeightStore,
     reference_from_module,
@@ -117,7 +117,7 @@ class BlipFamily:
             with_tokenizer=_with_tokenizer,
         )
 
-    def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, StoredTensorInfo]:
         parsed = BlipArchitecture.from_config(architecture)
         return published_tensors(build_modules(parsed), _table(parsed, ()), dtype="float32")
 

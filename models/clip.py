@@ -28,7 +28,7 @@ from vlm_export.family import (
     Part,
     PartOutline,
     Reference,
-    TensorInfo,
+    StoredTensorInfo,
     WeightStore,
     reference_from_module,
 )
@@ -143,7 +143,7 @@ class ClipFamily:
             origins=origins | _text_origins(architecture, checkpoint),
         )
 
-    def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, StoredTensorInfo]:
         parsed = ClipArchitecture.from_config(architecture)
         return published_tensors(build_encoders(parsed), _table(parsed), dtype="float16")
 

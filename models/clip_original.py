@@ -49,7 +49,7 @@ def original(
         scale["logit_scale"] = float(checkpoint.read("logit_scale").float().reshape(-1)[0])
     if architecture.key_names == "huggingface":
         classes = TransformersOriginal("clip", "CLIPImageProcessor")
-        return Original(classes, classes, facts=scale)
+        return Original(classes, classes, score=scale)
     config = checkpoint.open_clip_config
     model = None if config is None else config.get("model_cfg")
     # Other sizes are computed by this project alone: open_clip resamples positions only while it loads a file.

@@ -20,7 +20,7 @@ from vlm_export.family import (
     Model,
     NoOptions,
     PartOutline,
-    TensorInfo,
+    StoredTensorInfo,
     WeightStore,
     reference_from_module,
 )
@@ -71,7 +71,7 @@ class MiniCpmVFamily:
         refuse_sizes(options)
         return build_vision(self, minicpmv_architecture(checkpoint), checkpoint, store)
 
-    def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, StoredTensorInfo]:
         return vision_tensors(VisionArchitecture.from_config(architecture))
 
     def published_config(self, architecture: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -130,7 +130,7 @@ def build_vision(
     )
 
 
-def vision_tensors(architecture: VisionArchitecture) -> dict[str, TensorInfo]:
+def vision_tensors(architecture: VisionArchitecture) -> dict[str, StoredTensorInfo]:
     """`Family.published_tensors` of both families, without the language model's."""
     dtype = "float16" if architecture.version == "2.5" else "bfloat16"
     return published_tensors(_modules(architecture), _table(architecture), dtype)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from vlm_export.errors import UsageError
+from vlm_export.errors import InputError, UsageError
 from vlm_export.family import (
     DEFAULT_BUILD,
     BuildOptions,
@@ -20,7 +20,7 @@ from vlm_export.family import (
     Model,
     NoOptions,
     PartOutline,
-    TensorInfo,
+    StoredTensorInfo,
     WeightStore,
     reference_from_module,
 )
@@ -103,7 +103,7 @@ class NanoVlmFamily:
             origins=_origins(architecture),
         )
 
-    def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, StoredTensorInfo]:
         parsed = NanoVlmArchitecture.from_config(architecture)
         return published_tensors(build_modules(parsed), weight_table(parsed.vision.layers, parsed.decoder), "float32")
 
@@ -130,7 +130,15 @@ def _image_spec(architecture: NanoVlmArchitecture) -> AnyImageSpec:
     chat = architecture.chat
     if chat.layout == "tiles":
         global_tile = GLOBAL_IMAGE_TOKEN in chat.extra_tokens
-        return TileSpec(architecture.image_size, chat.max_side_pixels, chat.resize_to_max_side, global_tile)
+        try:
+            return TileSpec(architecture.image_size, chat.max_side_pixels, chat.resize_to_max_side, global_tile)
+        except InputError as error:
+            raise InputError(
+                "config.json asks for tiles that cannot be cut",
+                where="config.json: max_img_size",
+                expected=error.expected,
+                got=error.got,
+            ) from error
     none, one = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     return torchvision_image_spec(architecture.image_size, "bilinear", "before_resize", none, one, "stretch")
 

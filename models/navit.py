@@ -40,6 +40,7 @@ class NavitSizes(Spec):
     patch_size: int
     grid: int
     positions: PatchPositions = "grid"
+    kind: Literal["navit"] = "navit"
 
 
 class NavitEncoder(nn.Module):

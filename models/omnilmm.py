@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlm_export.family import DEFAULT_BUILD, BuildOptions, Checkpoint, Description, Model, TensorInfo, WeightStore
+from vlm_export.family import DEFAULT_BUILD, BuildOptions, Checkpoint, Description, Model, StoredTensorInfo, WeightStore
 from vlm_export.models.minicpmv import (
     build_vision,
     config_from_architecture,
@@ -41,7 +41,7 @@ class OmniLmmFamily:
         architecture = omnilmm_architecture(checkpoint, HeadWidth.from_config(options.family_options).head_width)
         return build_vision(self, architecture, checkpoint, store, assumed_heads(checkpoint, options))
 
-    def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, StoredTensorInfo]:
         return vision_tensors(VisionArchitecture.from_config(architecture))
 
     def published_config(self, architecture: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from importlib import import_module
 
 from torch import Tensor
 
-from vlm_export.family import Checkpoint, Family, TensorInfo
+from vlm_export.family import Checkpoint, Family, StoredTensorInfo
 from vlm_export.models.recognition import claimed_by, error_from_unknown, refuse_other_models, seen_by
 
 FAMILIES = {
@@ -54,7 +54,7 @@ def read_prefixes(keys: Collection[str]) -> tuple[str, ...]:
 
     The families tell by names alone, so that an index is enough.
     """
-    unread = TensorInfo((), "float32")
+    unread = StoredTensorInfo((), "float32")
     claim = claimed_by(_families(), Checkpoint("", "safetensors", (), dict.fromkeys(keys, unread), _refuse))
     return tuple(claim.prefix + name for name in claim.family.reads) if claim else ()
 

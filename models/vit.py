@@ -7,6 +7,7 @@ as BLIP has it, timm's SigLIP (no class token), timm's EVA-02 enormous (norms af
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ class VitForm(Spec):
     norm_first: bool = False
     post_norm: bool = False
     antialias: bool = False
+    kind: Literal["vit"] = "vit"
 
 
 class VisionTransformer(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_export.errors import InputError
-from vlm_export.family import Checkpoint, TensorInfo, WeightStore
+from vlm_export.family import Checkpoint, StoredTensorInfo, WeightStore
 from vlm_export.text_display import Lines, shown
 
 # The attribute of a parameter that holds `origins_of` it.
@@ -105,10 +105,14 @@ def module_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     }
 
 
-def published_tensors(module: nn.Module, table: WeightTable, dtype: str) -> dict[str, TensorInfo]:
+def published_tensors(module: nn.Module, table: WeightTable, dtype: str) -> dict[str, StoredTensorInfo]:
     """Keys, shapes and dtype of a checkpoint that `table` would load into `module`; dropped keys are left out."""
     shapes = module_shapes(module)
-    return {key: TensorInfo(stored_shape(target, shapes), dtype) for key, target in table.items() if target is not None}
+    return {
+        key: StoredTensorInfo(stored_shape(target, shapes), dtype)
+        for key, target in table.items()
+        if target is not None
+    }
 
 
 def load_weights(module: nn.Module, checkpoint: Checkpoint, table: WeightTable, store: WeightStore) -> tuple[str, ...]:

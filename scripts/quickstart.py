@@ -36,13 +36,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_job(export_python: Path, runtime_python: Path, output: Path) -> int:
     """Exports the demo, then classifies and searches its pictures; stops at the first failure."""
-    bundle, embeddings = output / "clip-demo", output / "pictures.npy"
+    bundle = output / "clip-demo"
     (ROOT / output).mkdir(parents=True, exist_ok=True)
-    picture = next(iter(sorted((ROOT / PICTURES).iterdir()))).relative_to(ROOT)
     print("\n1. The demo checkpoint becomes a verified bundle (needs PyTorch):")
     status = _vlm_export(export_python, "export", "clip-demo", "-o", bundle, "--overwrite")
-    if status:
-        return status
+    return status or use_bundle(runtime_python, bundle, output / "pictures.npy")
+
+
+def use_bundle(runtime_python: Path, bundle: Path, embeddings: Path) -> int:
+    """Verifies the bundle, classifies a picture with it and searches the demo's pictures, without PyTorch."""
+    picture = next(iter(sorted((ROOT / PICTURES).iterdir()))).relative_to(ROOT)
     print("\n2. The bundle is used where there is no PyTorch:")
     steps = (
         ("verify", bundle),

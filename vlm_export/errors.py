@@ -87,3 +87,9 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, choices, n=1)
     listed = f"known: {', '.join(choices)}" if choices else ""
     return f"did you mean {near[0]!r}?" if near else listed
+
+
+class GraphError(InputError):
+    """A model, or a change of it, that cannot be: an unknown name, a cycle, a clash of dtypes or shapes."""
+
+    kind = "graph"

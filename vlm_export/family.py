@@ -24,7 +24,7 @@ CheckpointFormat = Literal["torchscript", "state_dict", "safetensors", "hf_direc
 
 
 @dataclass(frozen=True)
-class TensorInfo:
+class StoredTensorInfo:
     """Shape and torch dtype name ("float16", "int64", …) of a stored tensor."""
 
     shape: tuple[int, ...]
@@ -64,7 +64,7 @@ class Checkpoint:
     source: str
     format: CheckpointFormat
     files: tuple[CheckpointFile, ...]
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, StoredTensorInfo]
     read: Callable[[str], Tensor]
     config: Mapping[str, Any] | None = None
     side_files: Mapping[str, Path] = field(default_factory=dict)
@@ -213,7 +213,8 @@ class BuildOptions(Spec):
     def refusal(self, field: str, expected: str) -> VlmExportError:
         """The user chose it: UsageError that names the option."""
         option = f"--{field.replace('_', '-')}"
-        return UsageError(f"{option} is out of range", expected=expected, got=repr(getattr(self, field)))
+        allowed = expected.removesuffix(" or nothing (null)")
+        return UsageError(f"{option} is out of range", expected=allowed, got=repr(getattr(self, field))[:80])
 
 
 class WeightStore(Protocol):
@@ -259,7 +260,7 @@ class Family(Protocol):
         """Parts with weights; InputError when keys, shapes or dtypes do not fit, UsageError for what it cannot do."""
         ...
 
-    def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, StoredTensorInfo]:
         """Keys, shapes and dtypes of a checkpoint of that architecture, as its authors publish it."""
         ...
 

@@ -72,11 +72,11 @@ class Original:
     Attributes:
         encoders: part name → loads what the original's own model class computes, where that is not the Reference.
         encoders_name: who that is.
-        facts: numbers of the manifest's facts → the original's own.
+        score: name of a number of the manifest's score (`logit_scale`) → the original's own.
     """
 
     images: TransformersOriginal | OpenClipOriginal | TorchvisionPipeline | None = None
     texts: TransformersOriginal | SimpleTokenizerOriginal | None = None
     encoders: Mapping[str, Callable[[], Encode]] = field(default_factory=dict)
     encoders_name: str = ""
-    facts: Mapping[str, float] = field(default_factory=dict)
+    score: Mapping[str, float] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from torch import nn
 
 from demo.checkpoint import load_model, pixel_values
 from vlm_export.family import Model, Part
-from vlm_export.runtime.engines.onnxruntime import Array, Port
+from vlm_export.runtime.engines.onnxruntime import Array, TensorInfo
 from vlm_export.runtime.generation.embedding_decoder import EMBEDS, IDS, EmbeddedDecoderState, left_padded
 from vlm_export.runtime.generation.loop import generate
 from vlm_export.runtime.generation.options import GenerationOptions
@@ -59,8 +59,8 @@ class TorchEngine:
     def __init__(self, part: Part) -> None:
         self._part = part
         specs = part.signature
-        self.inputs = tuple(Port(spec.name, spec.dtype, spec.shape) for spec in specs.inputs)
-        self.outputs = tuple(Port(spec.name, spec.dtype, spec.shape) for spec in specs.outputs)
+        self.inputs = tuple(TensorInfo(spec.name, spec.dtype, spec.shape) for spec in specs.inputs)
+        self.outputs = tuple(TensorInfo(spec.name, spec.dtype, spec.shape) for spec in specs.outputs)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         with torch.inference_mode():

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from vlm_export.bundle import onnx_wire
+from vlm_export.bundle import onnx_protobuf
 from vlm_export.bundle.onnx_locations import KNOWN_DOMAINS, check_graph, external_locations
-from vlm_export.bundle.onnx_wire import read_onnx
+from vlm_export.bundle.onnx_protobuf import read_onnx
 from vlm_export.errors import InputError
 
 
@@ -68,15 +68,15 @@ def test_field_numbers_are_those_of_onnx() -> None:
         fields = cls.DESCRIPTOR.fields
         children = {f.number: names[f.message_type.full_name] for f in fields if f.message_type is not None
                     and f.message_type.full_name in names}  # fmt: skip
-        assert children == onnx_wire._CHILDREN.get(kind, {}), kind
+        assert children == onnx_protobuf._CHILDREN.get(kind, {}), kind
     tensor = {field.name: field.number for field in onnx.TensorProto.DESCRIPTOR.fields}
     assert (tensor["external_data"], tensor["data_location"], tensor["raw_data"]) == (13, 14, 9)
     typed = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
-    assert [tensor[name] for name in typed] == list(onnx_wire._TYPED_DATA)
+    assert [tensor[name] for name in typed] == list(onnx_protobuf._TYPED_DATA)
     node = {field.name: field.number for field in onnx.NodeProto.DESCRIPTOR.fields}
     function = {field.name: field.number for field in onnx.FunctionProto.DESCRIPTOR.fields}
-    assert onnx_wire._NAMES["node"] == (node["domain"], node["op_type"])
-    assert onnx_wire._NAMES["function"] == (function["domain"], function["name"])
+    assert onnx_protobuf._NAMES["node"] == (node["domain"], node["op_type"])
+    assert onnx_protobuf._NAMES["function"] == (function["domain"], function["name"])
 
 
 def test_locations_are_found_wherever_a_tensor_can_stand(tmp_path: Path) -> None:

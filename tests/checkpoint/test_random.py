@@ -19,22 +19,22 @@ from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.random import random_checkpoint
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import EnvironmentFailure
-from vlm_export.family import Family, Part, TensorInfo
+from vlm_export.family import Family, Part, StoredTensorInfo
 from vlm_export.models.clip import ClipFamily
 from vlm_export.models.minicpmv import MiniCpmVFamily
 from vlm_export.models.omnilmm import OmniLmmFamily
 
 TENSORS = {
-    "token_embedding.weight": TensorInfo((200, 64), "float16"),
-    "block.mlp.weight": TensorInfo((256, 64), "float32"),
-    "text_projection": TensorInfo((64, 256), "bfloat16"),
-    "conv.weight": TensorInfo((32, 16, 3, 3), "float32"),
-    "norm.weight": TensorInfo((512,), "float32"),
-    "norm.bias": TensorInfo((512,), "float32"),
-    "bn.running_var": TensorInfo((512,), "float32"),
-    "class_embedding": TensorInfo((256,), "float32"),
-    "logit_scale": TensorInfo((), "float32"),
-    "bn.num_batches_tracked": TensorInfo((), "int64"),
+    "token_embedding.weight": StoredTensorInfo((200, 64), "float16"),
+    "block.mlp.weight": StoredTensorInfo((256, 64), "float32"),
+    "text_projection": StoredTensorInfo((64, 256), "bfloat16"),
+    "conv.weight": StoredTensorInfo((32, 16, 3, 3), "float32"),
+    "norm.weight": StoredTensorInfo((512,), "float32"),
+    "norm.bias": StoredTensorInfo((512,), "float32"),
+    "bn.running_var": StoredTensorInfo((512,), "float32"),
+    "class_embedding": StoredTensorInfo((256,), "float32"),
+    "logit_scale": StoredTensorInfo((), "float32"),
+    "bn.num_batches_tracked": StoredTensorInfo((), "int64"),
 }
 _RESAMPLER = {"queries": 16, "width": 128, "heads": 1}
 # Small in all but the depth: EVA-02's blocks add norms of their branches, SigLIP's branches of norms.

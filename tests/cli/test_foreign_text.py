@@ -157,7 +157,6 @@ def test_graph_verbs(harmless: Cli, tmp_path: Path) -> None:
     assert harmless("graph", "find", model, "Relu -> *").status == 0
     for verb in (
         ("graph", "check", model),
-        ("graph", "draw", model, "--from", HOSTILE, "--distance", "2", "-o", tmp_path / f"{HOSTILE}.svg"),
         ("graph", "find", model, HOSTILE),
         ("graph", "verify", model, model),
         ("graph", "store", model, "-o", out, "--verify"),

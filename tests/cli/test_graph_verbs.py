@@ -14,8 +14,8 @@ import numpy as np
 import onnx
 import pytest
 
-from vlm_export.graph import checks
-from vlm_export.graph.errors import GraphError
+from vlm_export.errors import GraphError
+from vlm_export.graph.core import inference
 from vlm_export.graph.verbs import VERBS
 
 TEXT = """<ir_version: 10, opset_import: ["" : 18]>
@@ -204,7 +204,7 @@ def test_split_into_two_directories_says_what_is_in_place_where_the_second_refus
 def test_split_refuses_what_is_not_valid(
     cli: Callable[..., Any], weighted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, seen = checks.validate, list[str]()
+    real, seen = inference.validate, list[str]()
 
     def validate(model: Any) -> None:
         names = [str(value.name) for value in model.graph.outputs]
@@ -213,7 +213,7 @@ def test_split_refuses_what_is_not_valid(
             raise GraphError("the second is not valid")
         real(model)
 
-    monkeypatch.setattr(checks, "validate", validate)
+    monkeypatch.setattr(inference, "validate", validate)
     split = ["graph", "split", weighted, "--at", "h", "-o", weighted.with_name("1.onnx"), "--second"]
     cli(*split, weighted.with_name("2.onnx")).refused(3, "the second is not valid")
     assert seen == ["h", "y", "y"]
@@ -227,11 +227,6 @@ def test_looking(cli: Callable[..., Any], model: Path) -> None:
     assert cli("graph", "show", model, "--json").data["inputs"][0]["shape"] == ["batch", 4, 6]
     assert cli("graph", "find", model, "Transpose -> Relu").out == "Transpose t0 -> Relu r\n1 found\n"
     assert cli("graph", "find", model, "Relu", "--json").data["matches"][0][0]["inputs"] == ["t0"]
-    picture = model.with_name("part.svg")
-    assert cli("graph", "draw", model, "--from", "x", "--to", "s", "-o", picture).status == 0
-    assert picture.read_text(encoding="utf-8").startswith("<svg")
-    cli("graph", "draw", model, "-o", picture).refused(2, "the output exists", "--overwrite")
-    cli("graph", "draw", model, "-o", "part.png").refused(2, "an .svg file")
 
 
 def test_given_inputs(cli: Callable[..., Any], model: Path) -> None:
@@ -358,7 +353,7 @@ def test_help_of_graph_imports_nothing_heavy(spawn: Callable[..., Any]) -> None:
     assert "vlm_export.graph.verbs" in sys.modules
 
 
-@pytest.mark.parametrize("verb", ["show", "find", "draw", "check", "verify", "apply", "store", "split", "compose"])
+@pytest.mark.parametrize("verb", ["show", "find", "check", "verify", "apply", "store", "split", "compose"])
 def test_every_verb_describes_itself(cli: Callable[..., Any], verb: str) -> None:
     result = cli("graph", verb, "--help")
     assert result.status == 0

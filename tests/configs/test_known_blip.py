@@ -12,7 +12,7 @@ import pytest
 from torch import Tensor
 
 from vlm_export.checkpoint.known import known_names, load_known
-from vlm_export.family import Checkpoint, TensorInfo
+from vlm_export.family import Checkpoint, StoredTensorInfo
 from vlm_export.models.blip import BlipFamily
 from vlm_export.models.blip_architecture import BlipArchitecture, architecture_from_checkpoint
 from vlm_export.models.pictures import IMAGE_MEAN, IMAGE_STD
@@ -58,7 +58,7 @@ def config_name(file: str) -> str:
 
 
 def architecture_of(manifest: str) -> dict[str, Any]:
-    infos = {key: TensorInfo(shape, "float32") for key, shape in MANIFESTS[manifest].items()}
+    infos = {key: StoredTensorInfo(shape, "float32") for key, shape in MANIFESTS[manifest].items()}
     return architecture_from_checkpoint(Checkpoint(manifest, "state_dict", (), infos, _unread)).to_json()
 
 

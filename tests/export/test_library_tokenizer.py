@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, BertTokenizer, CLIPTokenizer, PreTrainedTokenizerFast
 
 from vlm_export.errors import InputError
-from vlm_export.export.clip_bpe import vocab_from_bpe_merges
+from vlm_export.export.openai_bpe import vocab_from_bpe_merges
 from vlm_export.export.tokenizer_files import ResolvedTokenizer, find_open_clip_merges, resolve_tokenizer
 from vlm_export.family import Checkpoint
 from vlm_export.runtime.inputs.texts import Tokenizer

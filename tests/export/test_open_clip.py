@@ -20,7 +20,7 @@ from vlm_export.errors import InputError, UsageError
 from vlm_export.export.backends import export_part
 from vlm_export.export.simplify import finish_graph
 from vlm_export.export.writer import write_graph
-from vlm_export.family import DEFAULT_BUILD, BuildOptions, Checkpoint, Model, TensorInfo
+from vlm_export.family import DEFAULT_BUILD, BuildOptions, Checkpoint, Model, StoredTensorInfo
 from vlm_export.models.clip import ClipFamily
 from vlm_export.models.registry import recognise
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
@@ -212,7 +212,7 @@ def described(stated: Config, like: Config | None = None) -> Mapping[str, Any]:
 
     with torch.device("meta"):
         shapes = CLIP(**(like or stated)["model_cfg"]).state_dict()
-    infos = {key: TensorInfo(tuple(tensor.shape), "float32") for key, tensor in shapes.items()}
+    infos = {key: StoredTensorInfo(tuple(tensor.shape), "float32") for key, tensor in shapes.items()}
     unread = Checkpoint("model", "safetensors", (), infos, lambda key: shapes[key], open_clip_config=stated)
     return ClipFamily().describe(unread).architecture
 

@@ -17,7 +17,7 @@ from vlm_export.export.backends import OPSETS, Exporter, export_part
 from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.writer import write_graph
 from vlm_export.family import Model, Part, reference_from_module
-from vlm_export.graph.interface import GRAPH_AXES
+from vlm_export.graph.core.interface import GRAPH_AXES
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
 
 Array = npt.NDArray[Any]

@@ -34,7 +34,7 @@ from transformers import (
 )
 
 import vlm_export
-from vlm_export.export.clip_bpe import vocab_from_bpe_merges
+from vlm_export.export.openai_bpe import vocab_from_bpe_merges
 from vlm_export.export.options import ExportOptions
 from vlm_export.export.pipeline import export_bundle
 from vlm_export.export.tokenizer_files import find_open_clip_merges

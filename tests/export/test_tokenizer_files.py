@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from vlm_export.errors import InputError, UsageError
 from vlm_export.export import tokenizer_files
-from vlm_export.export.clip_bpe import MAX_FILE_BYTES
+from vlm_export.export.openai_bpe import MAX_FILE_BYTES
 from vlm_export.export.tokenizer_files import (
     find_open_clip_merges,
     tokenizer_json_from_bpe_merges,

@@ -21,7 +21,7 @@ from vlm_export.family import (
     NoOptions,
     Part,
     PartOutline,
-    TensorInfo,
+    StoredTensorInfo,
     WeightStore,
     reference_from_module,
 )
@@ -61,7 +61,8 @@ class Text(nn.Module):
         self.tokens = nn.Embedding(VOCABULARY, architecture.width)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.tokens(input_ids).mean(dim=1)
+        embeds: Tensor = self.tokens(input_ids).mean(dim=1)
+        return embeds
 
 
 class ToyFamily:
@@ -104,7 +105,7 @@ class ToyFamily:
             reference_name="the toy's own module",
         )
 
-    def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, StoredTensorInfo]:
         sizes = ToyArchitecture.from_config(architecture)
         shapes = {
             "toy_pixels.weight": (sizes.width, 3 * sizes.image_size**2),
@@ -113,7 +114,7 @@ class ToyFamily:
             "toy_scale": (),
             "toy_bias": (),
         }
-        return {key: TensorInfo(shape, "float32") for key, shape in shapes.items()}
+        return {key: StoredTensorInfo(shape, "float32") for key, shape in shapes.items()}
 
     def published_config(self, architecture: Mapping[str, Any]) -> dict[str, Any] | None:
         return {"model_type": "toy"}

@@ -15,7 +15,7 @@ from onnx import numpy_helper
 from onnx.backend.test import runner
 from onnx.backend.test.case import node as node_cases
 
-from vlm_export.graph.onnxruntime_session import start_session
+from vlm_export.graph.core.onnxruntime_session import start_session
 
 DATA = Path(runner.__file__).parents[1] / "data"
 # The two that take several seconds and half a gigabyte each.

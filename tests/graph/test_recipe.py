@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from vlm_export.errors import UsageError
-from vlm_export.graph.prove import prove
+from vlm_export.graph.prove.prove import prove
 from vlm_export.graph.recipe import apply_steps, read_recipe
 from vlm_export.graph.verb_arguments import Argument, Kind, read_size, value_from_words
 from vlm_export.graph.verbs import VERBS, Verb
@@ -121,7 +121,7 @@ def test_the_table_fits_the_functions(verb: Verb) -> None:
     known = {argument.target: argument for argument in verb.arguments}
     assert required <= known.keys()
     # Extraction from the model's own inputs is what no --from means.
-    assert all(known[name].required for name in required - {"inputs"})
+    assert all(known[name].must_be_given for name in required - {"inputs"})
 
 
 def _read(kind: Kind, *words: str) -> Any:

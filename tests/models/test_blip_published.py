@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlm_export.family import Checkpoint, TensorInfo
+from vlm_export.family import Checkpoint, StoredTensorInfo
 from vlm_export.models.blip import BlipFamily
 from vlm_export.models.blip_architecture import BlipArchitecture
 from vlm_export.models.blip_parts import build_modules
@@ -49,7 +49,7 @@ class MetaStore:
 
 def published(name: str) -> Checkpoint:
     infos = {
-        key: TensorInfo(shape, "int64" if key.endswith(("position_ids", "idx_queue", "ptr_queue")) else "float32")
+        key: StoredTensorInfo(shape, "int64" if key.endswith(("position_ids", "idx_queue", "ptr_queue")) else "float32")
         for key, shape in MANIFESTS[name].items()
     }
     # One zero, seen at every place of the tensor.

@@ -18,7 +18,7 @@ from vlm_export.checkpoint.known import load_known
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import InputError
-from vlm_export.family import Checkpoint, Model, Part, TensorInfo
+from vlm_export.family import Checkpoint, Model, Part, StoredTensorInfo
 from vlm_export.models import clip, clip_weights
 from vlm_export.models.clip import ClipFamily
 from vlm_export.models.clip_architecture import architecture_from_huggingface, architecture_from_openai
@@ -192,7 +192,7 @@ def _unread(key: str) -> Tensor:
 def test_published_manifests_load_by_shape(name: str, manifests: dict[str, dict[str, list[int]]]) -> None:
     config, total, vision, text = PUBLISHED[name]
     shapes = {key: tuple(shape) for key, shape in manifests[name].items()}
-    infos = {key: TensorInfo(shape, "float16") for key, shape in shapes.items()}
+    infos = {key: StoredTensorInfo(shape, "float16") for key, shape in shapes.items()}
     checkpoint = Checkpoint(name, "torchscript", (), infos, _unread)
     assert isinstance(recognise(checkpoint), ClipFamily)
     architecture = architecture_from_openai(checkpoint)

@@ -13,7 +13,7 @@ import torch
 
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.errors import InputError
-from vlm_export.family import Checkpoint, Model, TensorInfo
+from vlm_export.family import Checkpoint, Model, StoredTensorInfo
 from vlm_export.models.clip import ClipFamily
 from vlm_export.models.clip_architecture import architecture_from_huggingface, architecture_from_openai
 
@@ -151,7 +151,7 @@ def test_defaults_are_those_of_transformers(checkpoint: Checkpoint) -> None:
     theirs = CLIPConfig()
     changed = _of_size(replace(checkpoint, config={}), 49408)
     wide = {"vision_model.embeddings.patch_embedding.weight": (96, 3, 8, 8)}
-    infos = {**changed.tensors, **{key: TensorInfo(shape, "float32") for key, shape in wide.items()}}
+    infos = {**changed.tensors, **{key: StoredTensorInfo(shape, "float32") for key, shape in wide.items()}}
     ours = architecture_from_huggingface(replace(changed, tensors=infos))
     assert (ours.towers[0].heads, ours.towers[1].heads) == (
         theirs.vision_config.num_attention_heads,
@@ -163,13 +163,13 @@ def test_defaults_are_those_of_transformers(checkpoint: Checkpoint) -> None:
 
 def _of_size(checkpoint: Checkpoint, vocab_size: int) -> Checkpoint:
     key = "text_model.embeddings.token_embedding.weight"
-    return replace(checkpoint, tensors={**checkpoint.tensors, key: TensorInfo((vocab_size, 32), "float32")})
+    return replace(checkpoint, tensors={**checkpoint.tensors, key: StoredTensorInfo((vocab_size, 32), "float32")})
 
 
 @pytest.mark.parametrize(("key", "rows", "what"), [("text", 4097, "too long"), ("vision", 1, "no row for a patch")])
 def test_position_tables_that_no_graph_fits_are_refused(checkpoint: Checkpoint, key: str, rows: int, what: str) -> None:
     name, width = f"{key}_model.embeddings.position_embedding.weight", {"text": 32, "vision": 64}[key]
-    infos = {**checkpoint.tensors, name: TensorInfo((rows, width), "float32")}
+    infos = {**checkpoint.tensors, name: StoredTensorInfo((rows, width), "float32")}
     config = stating(checkpoint, "text_config.max_position_embeddings", rows if key == "text" else 20).config
     with pytest.raises(InputError, match=what):
         architecture_from_huggingface(replace(checkpoint, tensors=infos, config=config))
@@ -179,7 +179,7 @@ def test_openais_files_need_a_patch_too() -> None:
     shapes = {"visual.proj": (64, 8), "token_embedding.weight": (9, 64), "ln_final.weight": (64,)}
     shapes |= {"visual.conv1.weight": (64, 3, 8, 8), "visual.positional_embedding": (1, 64)}
     shapes |= {"visual.transformer.resblocks.0.mlp.c_fc.weight": (8, 64)}
-    infos = {key: TensorInfo(shape, "float32") for key, shape in shapes.items()}
+    infos = {key: StoredTensorInfo(shape, "float32") for key, shape in shapes.items()}
     with pytest.raises(InputError, match="no row for a patch") as caught:
         architecture_from_openai(Checkpoint("x", "state_dict", (), infos, lambda key: torch.empty(0)))
     assert "visual.positional_embedding" in caught.value.where

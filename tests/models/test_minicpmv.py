@@ -17,7 +17,7 @@ import torch
 from vlm_export.checkpoint.known import known_names, load_known
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.errors import InputError, UsageError
-from vlm_export.family import BuildOptions, Checkpoint, Model, TensorInfo
+from vlm_export.family import BuildOptions, Checkpoint, Model, StoredTensorInfo
 from vlm_export.models import navit, weights
 from vlm_export.models.minicpmv import MiniCpmVFamily
 from vlm_export.models.minicpmv_architecture import VisionArchitecture
@@ -221,7 +221,7 @@ def test_missing_keys_are_named(removed: str) -> None:
 
 def test_unexpected_keys_of_the_vision_modules_are_named() -> None:
     checkpoint = opened("v2_6")
-    tensors = {**checkpoint.tensors, "vpm.head.probe": TensorInfo((1, 1, 96), "bfloat16")}
+    tensors = {**checkpoint.tensors, "vpm.head.probe": StoredTensorInfo((1, 1, 96), "bfloat16")}
     with pytest.raises(InputError, match=r"unexpected: vpm.head.probe"):
         MiniCpmVFamily().build(replace(checkpoint, tensors=tensors), oracle.MetaStore())
 
@@ -236,8 +236,10 @@ def published(name: str) -> Checkpoint:
     """The vision modules' keys and shapes as published, with a key of the language model, and without weights."""
     known = load_known(name)
     family = load_family(known.family)
-    infos = {key: TensorInfo(shape, "bfloat16") for key, shape in oracle.read_manifests()[name].items()}
-    infos["model.norm.weight" if known.family == "omnilmm" else "llm.lm_head.weight"] = TensorInfo((8, 8), "bfloat16")
+    infos = {key: StoredTensorInfo(shape, "bfloat16") for key, shape in oracle.read_manifests()[name].items()}
+    infos["model.norm.weight" if known.family == "omnilmm" else "llm.lm_head.weight"] = StoredTensorInfo(
+        (8, 8), "bfloat16"
+    )
     config = family.published_config(known.architecture)
     return Checkpoint(name, "hf_directory", (), infos, lambda key: oracle.MetaStore().new(infos[key].shape), config)
 
@@ -286,8 +288,10 @@ def test_parts_hold_what_the_original_counts(name: str) -> None:
     ("change", "cause"),
     [
         ({"version": 2.0}, "text only in quotes"),
-        ({"version": "3.0"}, "field 'version' has another"),
-        ({"vision": {"width": 1152}}, "architecture: vision\n.*\n.*no layers, heads"),
+        ({"version": "3.0"}, r"field 'version'[\s\S]*'2.0'"),
+        ({"vision": {"kind": "vit", "width": 1152}}, r"missing fields[\s\S]*no layers, heads"),
+        ({"vision": {"width": 1152}}, r"field 'kind'[\s\S]*'vit', 'navit'"),
+        ({"version": "2.6"}, "the sizes of the vision transformer of version 2.6"),
         ({"resampler": {"querys": 64}}, "did you mean 'queries'"),
         ({"layers": 3}, "unknown field 'layers'"),
     ],

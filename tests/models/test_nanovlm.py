@@ -21,7 +21,7 @@ from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import InputError, UsageError
 from vlm_export.export.fp32_operators import fp32_operators
-from vlm_export.family import BuildOptions, Checkpoint, Model, TensorInfo
+from vlm_export.family import BuildOptions, Checkpoint, Model, StoredTensorInfo
 from vlm_export.models.nanovlm import NanoVlmFamily
 from vlm_export.models.nanovlm_architecture import CHAT_TEMPLATE, NanoVlmArchitecture
 from vlm_export.models.nanovlm_parts import build_modules, build_parts, shuffled
@@ -196,7 +196,7 @@ def test_published_files_load_by_shape(name: str, build: Build) -> None:
     if has_tiles:
         # The oracle's own is of its tiny tiles.
         config["max_img_size"] = load_known("nanovlm-460m-8k").architecture["chat"]["max_side_pixels"]
-    infos = {key: TensorInfo(shape, "float32") for key, shape in tied.items()}
+    infos = {key: StoredTensorInfo(shape, "float32") for key, shape in tied.items()}
     described = NanoVlmFamily().describe(Checkpoint(name, "safetensors", (), infos, _unread, config))
     counted = {part.name: part.parameter_count for part in described.parts}
     vision, projector, decoder = (
@@ -207,6 +207,13 @@ def test_published_files_load_by_shape(name: str, build: Build) -> None:
     assert counted["decoder"] == decoder
     published = NanoVlmFamily().published_tensors(described.architecture)
     assert {key: info.shape for key, info in published.items()} == tied
+
+
+def test_tiles_that_cannot_be_cut_are_refused_by_the_name_in_config_json(edit: Edit, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="tiles that cannot be cut") as caught:
+        load(edit("split", {"max_img_size": 33}), tmp_path)
+    assert caught.value.where == "config.json: max_img_size"
+    assert "a multiple of tile_size_pixels, 32" in caught.value.expected
 
 
 def _unread(key: str) -> torch.Tensor:

@@ -15,7 +15,7 @@ import transformers
 from vlm_export.checkpoint.known import known_names, load_known
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.errors import InputError
-from vlm_export.family import Checkpoint, TensorInfo
+from vlm_export.family import Checkpoint, StoredTensorInfo
 from vlm_export.models.foreign import distinct_model, other_model
 from vlm_export.models.registry import identify, load_family, recognise
 
@@ -121,7 +121,7 @@ def test_other_models_of_transformers(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_key_names_without_a_config(keys: tuple[str, ...], name: str) -> None:
-    checkpoint = Checkpoint("x.pt", "state_dict", (), dict.fromkeys(keys, TensorInfo((1,), "float32")), unread)
+    checkpoint = Checkpoint("x.pt", "state_dict", (), dict.fromkeys(keys, StoredTensorInfo((1,), "float32")), unread)
     with pytest.raises(InputError, match=name):
         recognise(checkpoint)
 

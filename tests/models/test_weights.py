@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import InputError
-from vlm_export.family import Checkpoint, TensorInfo
+from vlm_export.family import Checkpoint, StoredTensorInfo
 from vlm_export.models.registry import recognise
 from vlm_export.models.weights import Rows, Transposed, WeightTable, load_weights, prefixed, repeat
 
@@ -38,7 +38,7 @@ def stored_tensors() -> dict[str, Tensor]:
 
 
 def as_checkpoint(tensors: Mapping[str, Tensor]) -> Checkpoint:
-    infos = {key: TensorInfo(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for key, t in tensors.items()}
+    infos = {key: StoredTensorInfo(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for key, t in tensors.items()}
     return Checkpoint("weights.pt", "state_dict", (), infos, tensors.__getitem__)
 
 

@@ -20,7 +20,7 @@ from torchvision import transforms
 from vlm_export.bundle.manifest import Manifest, PartRecord, SourceRecord, VariantRecord
 from vlm_export.bundle.oldest_engine import oldest_onnxruntime
 from vlm_export.bundle.publish import publication
-from vlm_export.export.clip_bpe import END_TOKEN, START_TOKEN, tokenizer_json_from_vocab
+from vlm_export.export.openai_bpe import END_TOKEN, START_TOKEN, tokenizer_json_from_vocab
 from vlm_export.models import clip, clip_encoders, pictures
 from vlm_export.models.clip_architecture import ClipArchitecture, TextSizes, VitSizes
 from vlm_export.models.layers import build_causal_mask
@@ -126,7 +126,7 @@ def record_pictures() -> None:
 
 def tiny_tokenizer() -> tuple[str, int]:
     """tokenizer.json with CLIP's byte symbols and a few merges, and its vocabulary size."""
-    from vlm_export.export.clip_bpe import _byte_symbols
+    from vlm_export.export.openai_bpe import _byte_symbols
 
     merges = [(left, right) for left, right in (line.split() for line in MERGES)]
     symbols = _byte_symbols()

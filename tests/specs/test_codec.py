@@ -189,6 +189,8 @@ def test_a_config_may_leave_out_what_has_a_default_and_nothing_else() -> None:
     names = ("name", "count", "share", "visible", "filter", "size", "shapes", "place")
     data = {name: value for name, value in data_of().items() if name in names}
     assert Drawing.from_config(data).names == ("one",)
+    with pytest.raises(InputError, match="'kind'"):
+        Drawing.from_config({**data, "shapes": [{"side": 1}]})
     assert Drawing.from_config({**data, "place": {"x": 1, "y": 2}}).place == Point(1, 2)
     with pytest.raises(InputError, match="missing fields") as caught:
         Drawing.from_config({name: value for name, value in data.items() if name != "size"})
@@ -222,6 +224,7 @@ def test_errors_say_the_demand_in_words() -> None:
 
 def test_a_long_value_is_cut() -> None:
     assert len(refused(count="x" * 10_000).got) < 300
+    assert len(refused(points={"a": "x" * 10_000}).got) < 300
 
 
 def test_a_whole_number_is_a_float() -> None:
@@ -251,6 +254,26 @@ def test_without_a_kind_the_keys_decide() -> None:
     assert Drawing.from_json(data_of(place={"first": 1, "last": 2}), "x").place == Span(1, 2)
     error = refused(place={"first": 1, "y": 2, "last": 2})
     assert error.what == "unknown field 'y'"
+
+
+@dataclass(frozen=True)
+class Wide(Spec):
+    x: int
+    y: int
+    z: int = 0
+
+
+@dataclass(frozen=True)
+class Places(Spec):
+    wide_first: Wide | Point
+    point_first: Point | Wide
+
+
+def test_where_the_keys_fit_several_the_one_without_other_fields_is_meant() -> None:
+    written = {"x": 1, "y": 2}
+    assert Places.from_config({"wide_first": written, "point_first": written}) == Places(Point(1, 2), Point(1, 2))
+    full = {**written, "z": 3}
+    assert Places.from_config({"wide_first": full, "point_first": full}) == Places(Wide(1, 2, 3), Wide(1, 2, 3))
 
 
 def test_a_number_of_a_union_keeps_its_type() -> None:

@@ -8,8 +8,8 @@ from typing import Any, get_args
 import pytest
 
 from vlm_export.errors import InputError
+from vlm_export.models.minicpmv_slicing import SliceVersion, slice_spec_from_version
 from vlm_export.specs import ImageSpec, SliceSpec, TileSpec, torchvision_image_spec
-from vlm_export.specs.slices import SliceVersion, slice_spec_from_version
 
 STRETCHED = ImageSpec(
     size_pixels=384,
@@ -22,7 +22,7 @@ STRETCHED = ImageSpec(
     crop="none",
     transparency="white",
 )
-TILES = TileSpec(512, 2048, resize_to_max_side=True)
+TILES = TileSpec(512, 2048, resize_to_max_side=True, global_tile=True)
 
 
 def data_of(spec: ImageSpec | TileSpec | SliceSpec, **changes: Any) -> dict[str, Any]:
@@ -119,9 +119,9 @@ def test_tiles_that_cannot_be_cut_are_refused(field: str, value: object) -> None
 
 
 def test_the_number_of_tiles_is_bounded() -> None:
-    assert TileSpec(64, 2048, resize_to_max_side=False).max_side_pixels == 2048
+    assert TileSpec(64, 2048, resize_to_max_side=False, global_tile=True).max_side_pixels == 2048
     with pytest.raises(InputError, match="max_side_pixels") as caught:
-        TileSpec(32, 2048, resize_to_max_side=False)
+        TileSpec(32, 2048, resize_to_max_side=False, global_tile=True)
     assert "1024 tiles" in caught.value.expected
 
 

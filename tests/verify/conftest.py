@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlm_export.family import Checkpoint, Model, Part, TensorInfo
+from vlm_export.family import Checkpoint, Model, Part, StoredTensorInfo
 from vlm_export.models.clip import ClipFamily
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "clip" / "vit_p14" / "state_dict_fp32.pt"
@@ -29,7 +29,7 @@ def _one_thread() -> None:
 def model() -> Model:
     """The tiny CLIP of the oracle: 42 pixels, 20 tokens, 200 ids."""
     weights: dict[str, Tensor] = torch.load(CHECKPOINT, weights_only=True)
-    infos = {key: TensorInfo(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for key, t in weights.items()}
+    infos = {key: StoredTensorInfo(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for key, t in weights.items()}
     checkpoint = Checkpoint(str(CHECKPOINT), "state_dict", (), infos, weights.__getitem__)
     return ClipFamily().build(checkpoint, MemoryStore())
 

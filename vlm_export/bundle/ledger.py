@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from vlm_export.bundle.manifest import Count, Sha256
-from vlm_export.bundle.onnx_wire import StoredTensor, read_onnx
+from vlm_export.bundle.onnx_protobuf import StoredTensor, read_onnx
 from vlm_export.bundle.safe_files import opened_real_file, record_of_file
 from vlm_export.bundle.strict_json import json_object_from_bytes
 from vlm_export.errors import InputError

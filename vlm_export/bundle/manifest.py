@@ -225,6 +225,12 @@ class Manifest(Spec):
         if not isinstance(self.image, kind):
             raise self.refusal("image", f"the preparation of images for a chat of the layout {chat.layout!r}")
         if isinstance(self.image, TileSpec):
+            has_token = chat.global_image_token is not None
+            if self.image.global_tile != has_token:
+                expected = (
+                    f"global_tile {str(has_token).lower()}, as the chat has {'a' if has_token else 'no'} token for it"
+                )
+                raise self.refusal("image", expected)
             side = self.image.max_side_pixels // self.image.tile_size_pixels
             places = (f"r{row}c{column}" for row in range(1, side + 1) for column in range(1, side + 1))
             missing = [name for name in places if name not in chat.tile_tokens]

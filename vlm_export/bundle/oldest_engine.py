@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-from vlm_export.bundle.onnx_wire import BYTES, VARINT, Buffer, WireField, wire_fields
+from vlm_export.bundle.onnx_protobuf import BYTES, VARINT, Buffer, WireField, wire_fields
 
 Release: TypeAlias = tuple[int, int, int]
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vlm_export.bundle.manifest import Manifest, VariantRecord, checked_relative_name
-from vlm_export.bundle.onnx_wire import Buffer, OnnxContents, StoredTensor, read_onnx
+from vlm_export.bundle.onnx_protobuf import Buffer, OnnxContents, StoredTensor, read_onnx
 from vlm_export.bundle.safe_files import opened_real_file
 from vlm_export.errors import InputError
 

@@ -1,15 +1,14 @@
-"""JSON from an untrusted file: bounded in size and depth, no duplicate keys, and fields read by type."""
+"""JSON from an untrusted file: bounded in size and depth, and no duplicate keys."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-from vlm_export.errors import InputError, suggestion
+from vlm_export.errors import InputError
 
 MAX_JSON_BYTES = 16 << 20
 MAX_JSON_DEPTH = 200
@@ -89,102 +88,3 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text} is not a finite number")
     return value
-
-
-@dataclass(frozen=True)
-class Fields:
-    """An object whose fields are read by type; each reader raises InputError that names the field.
-
-    `where` is the file and the path of the object in it, such as `vlm_export.json: parts[0]`.
-    """
-
-    data: Mapping[str, Any]
-    where: str
-
-    def only(self, known: Sequence[str]) -> Fields:
-        """This object, after checking that it has exactly the fields in `known`."""
-        for key in self.data:
-            if key not in known:
-                raise InputError(f"unknown field {key!r}", where=self.where, fix=suggestion(key, known))
-        missing = [key for key in known if key not in self.data]
-        if missing:
-            raise InputError(
-                "missing fields", where=self.where, expected=", ".join(known), got=f"no {missing}", fix=_DAMAGED
-            )
-        return self
-
-    def fail(self, key: str, expected: str) -> InputError:
-        got = repr(self.data.get(key))
-        return InputError(
-            f"field {key!r} has another type or value",
-            where=self.where,
-            expected=expected,
-            got=got if len(got) <= 200 else got[:200] + "…",
-            fix=_DAMAGED,
-        )
-
-    def text(self, key: str) -> str:
-        value = self.data[key]
-        if not isinstance(value, str):
-            raise self.fail(key, "a string")
-        return value
-
-    def text_or_none(self, key: str) -> str | None:
-        return None if self.data[key] is None else self.text(key)
-
-    def choice(self, key: str, choices: Sequence[str]) -> str:
-        if self.data[key] not in choices:
-            raise self.fail(key, f"one of {', '.join(choices)}")
-        return self.text(key)
-
-    def integer(self, key: str, minimum: int = 0, maximum: int = MAX_INTEGER) -> int:
-        value = self.data[key]
-        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
-            raise self.fail(key, f"an integer from {minimum} to {maximum}")
-        return value
-
-    def integer_or_none(self, key: str, minimum: int = 0) -> int | None:
-        return None if self.data[key] is None else self.integer(key, minimum)
-
-    def boolean(self, key: str) -> bool:
-        value = self.data[key]
-        if not isinstance(value, bool):
-            raise self.fail(key, "true or false")
-        return value
-
-    def mapping(self, key: str) -> dict[str, Any]:
-        value = self.data[key]
-        if not isinstance(value, dict):
-            raise self.fail(key, "an object")
-        return value
-
-    def fields(self, key: str) -> Fields:
-        return Fields(self.mapping(key), f"{self.where}.{key}")
-
-    def sequence(self, key: str) -> list[Any]:
-        value = self.data[key]
-        if not isinstance(value, list):
-            raise self.fail(key, "a list")
-        return value
-
-    def texts(self, key: str) -> tuple[str, ...]:
-        values = self.sequence(key)
-        if not all(isinstance(value, str) for value in values):
-            raise self.fail(key, "a list of strings")
-        return tuple(values)
-
-    def each(self, key: str, read: Callable[[Fields], Item]) -> tuple[Item, ...]:
-        """What `read` makes of each object in the list."""
-        items = []
-        for i, value in enumerate(self.sequence(key)):
-            if not isinstance(value, dict):
-                raise self.fail(key, "a list of objects")
-            items.append(read(Fields(value, f"{self.where}.{key}[{i}]")))
-        return tuple(items)
-
-    def some(self, key: str, read: Callable[[Fields], Item]) -> tuple[Item, ...]:
-        """As `each`, of a list that is not empty."""
-        items = self.each(key, read)
-        if not items:
-            raise self.fail(key, "a list of at least one object")
-        return items

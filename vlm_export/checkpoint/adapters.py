@@ -28,7 +28,7 @@ from vlm_export.checkpoint.seen_file import SeenFile, see_file
 from vlm_export.checkpoint.tensors import StoredTensors
 from vlm_export.checkpoint.weights_file import read_weights_file
 from vlm_export.errors import InputError, UsageError
-from vlm_export.family import Checkpoint, TensorInfo
+from vlm_export.family import Checkpoint, StoredTensorInfo
 
 _PREFIX = "base_model.model."
 # Ends of keys; what is left of them is a module's name. An embedding's matrices have no `.weight` behind them.
@@ -183,7 +183,7 @@ def merge_adapter(source: str, adapter: Adapter, base: Checkpoint, progress: Pro
         tensors[key] = adapter.stored.tensors[stored]
     if problems:
         raise _does_not_fit(source, base, problems)
-    tensors |= {key: TensorInfo(tensors[key].shape, "float32") for key in merged}
+    tensors |= {key: StoredTensorInfo(tensors[key].shape, "float32") for key in merged}
 
     def read(key: str) -> Tensor:
         if key in merged:
@@ -304,7 +304,7 @@ def _prefix_in(base: Checkpoint, module: str) -> str:
     return next((key.removesuffix(name) for key in base.tensors if key == name or key.endswith(f".{name}")), "")
 
 
-def _weight_key(module: str, tensors: Mapping[str, TensorInfo]) -> str | None:
+def _weight_key(module: str, tensors: Mapping[str, StoredTensorInfo]) -> str | None:
     """The weight of a layer; of an attention that stores query, key and value in one matrix, that matrix."""
     candidates = (f"{module}.weight", f"{module}.in_proj_weight")
     return next((key for key in candidates if key in tensors), None)

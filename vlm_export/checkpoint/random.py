@@ -18,7 +18,7 @@ import torch
 from vlm_export.checkpoint.disk import check_free, failure_from_write
 from vlm_export.checkpoint.safetensors_file import read_safetensors
 from vlm_export.checkpoint.seen_file import see_file
-from vlm_export.family import Checkpoint, CheckpointFile, TensorInfo
+from vlm_export.family import Checkpoint, CheckpointFile, StoredTensorInfo
 
 _DTYPES = {
     "float64": "F64",
@@ -45,7 +45,7 @@ Floats = npt.NDArray[np.float32]
 
 def random_checkpoint(
     source_name: str,
-    tensors: Mapping[str, TensorInfo],
+    tensors: Mapping[str, StoredTensorInfo],
     seed: int,
     path: Path,
     config: Mapping[str, Any] | None = None,
@@ -80,17 +80,17 @@ def random_checkpoint(
     return Checkpoint(source_name, "random", files, stored.tensors, stored.read, config)
 
 
-def tensor_bytes(info: TensorInfo) -> int:
+def tensor_bytes(info: StoredTensorInfo) -> int:
     """Room that a tensor takes as it is stored."""
     return math.prod(info.shape) * _torch_dtype(info).itemsize
 
 
-def _torch_dtype(info: TensorInfo) -> torch.dtype:
+def _torch_dtype(info: StoredTensorInfo) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, info.dtype)
     return dtype
 
 
-def _header(tensors: Mapping[str, TensorInfo]) -> bytes:
+def _header(tensors: Mapping[str, StoredTensorInfo]) -> bytes:
     entries: dict[str, Any] = {}
     position = 0
     for key, info in tensors.items():
@@ -102,7 +102,7 @@ def _header(tensors: Mapping[str, TensorInfo]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _pieces(key: str, info: TensorInfo, seed: int) -> Iterator[bytes]:
+def _pieces(key: str, info: StoredTensorInfo, seed: int) -> Iterator[bytes]:
     """The tensor's bytes, a few MiB at a time."""
     dtype = _torch_dtype(info)
     key_seed = int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "little")

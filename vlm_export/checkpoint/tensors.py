@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlm_export.checkpoint.seen_file import SeenFile
 from vlm_export.errors import InputError
-from vlm_export.family import CheckpointFormat, TensorInfo
+from vlm_export.family import CheckpointFormat, StoredTensorInfo
 
 MAX_TENSORS = 200_000
 MAX_RANK = 16
@@ -26,7 +26,7 @@ class StoredTensors:
     """Tensors as they are stored in one file or one set of shards; `notes` say which of several state dicts."""
 
     format: CheckpointFormat
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, StoredTensorInfo]
     read: Callable[[str], Tensor]
     notes: tuple[str, ...] = ()
 
@@ -64,7 +64,7 @@ def stored_views(format: CheckpointFormat, file: SeenFile, views: Mapping[str, V
             got=f"{tensor_bytes} bytes",
             fix="get the checkpoint from its publisher",
         )
-    infos = {key: TensorInfo(view.size, str(view.dtype).removeprefix("torch.")) for key, view in views.items()}
+    infos = {key: StoredTensorInfo(view.size, str(view.dtype).removeprefix("torch.")) for key, view in views.items()}
     return StoredTensors(format, infos, _MappedViews(file, views))
 
 

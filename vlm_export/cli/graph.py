@@ -19,7 +19,7 @@ _EPILOG = """verbs that change a model write OUT in one step, or nothing; they s
 def add_parser(verbs: Any) -> None:
     parser: argparse.ArgumentParser = verbs.add_parser(
         "graph",
-        help="change, compare and draw ONNX models",
+        help="look at, change and compare ONNX models",
         description="Surgery on ONNX models of any size: subgraphs, functions and external data included.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

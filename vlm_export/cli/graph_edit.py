@@ -15,9 +15,9 @@ from vlm_export.errors import UsageError, VerificationError
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from vlm_export.graph.files import Storage
-    from vlm_export.graph.program import Program
-    from vlm_export.graph.prove import Proof
+    from vlm_export.graph.core.files import Storage
+    from vlm_export.graph.prove.program import Program
+    from vlm_export.graph.prove.prove import Proof
     from vlm_export.graph.recipe import Applied, Step
     from vlm_export.graph.verb_arguments import Argument
 
@@ -99,8 +99,8 @@ def run_store(args: argparse.Namespace) -> int:
 
 
 def _run_steps(args: argparse.Namespace, steps: Sequence[Step]) -> int:
-    from vlm_export.graph.files import open_model, save_model
-    from vlm_export.graph.outputs import check_output
+    from vlm_export.graph.core.files import open_model, save_model
+    from vlm_export.graph.core.transaction_files import check_output
     from vlm_export.graph.recipe import apply_steps
 
     storage = _storage(args)
@@ -118,7 +118,7 @@ def _run_steps(args: argparse.Namespace, steps: Sequence[Step]) -> int:
 
 
 def _prove(args: argparse.Namespace, original: ir.Model, applied: Applied, steps: Sequence[Step]) -> Proof:
-    from vlm_export.graph.program import Chain, ModelProgram
+    from vlm_export.graph.prove.program import Chain, ModelProgram
 
     first = ModelProgram(original)
     before: Program = first
@@ -152,7 +152,7 @@ def _proof(
     may_drop_outputs: bool = False,
     may_change_dtypes: bool = False,
 ) -> Proof:
-    from vlm_export.graph.prove import prove
+    from vlm_export.graph.prove.prove import prove
 
     try:
         return prove(
@@ -170,10 +170,10 @@ def _proof(
 
 
 def run_split(args: argparse.Namespace) -> int:
-    from vlm_export.graph.extract import split
-    from vlm_export.graph.files import open_model, save_models
-    from vlm_export.graph.outputs import check_output
-    from vlm_export.graph.program import Chain, ModelProgram
+    from vlm_export.graph.core.files import open_model, save_models
+    from vlm_export.graph.core.transaction_files import check_output
+    from vlm_export.graph.edits.extract import split
+    from vlm_export.graph.prove.program import Chain, ModelProgram
 
     storage = _storage(args)
     _check_proof_options(args)
@@ -202,7 +202,7 @@ def _check_proof_options(args: argparse.Namespace) -> None:
 
 
 def _storage(args: argparse.Namespace) -> Storage:
-    from vlm_export.graph.files import Storage
+    from vlm_export.graph.core.files import Storage
     from vlm_export.graph.verb_arguments import read_size
 
     sizes: dict[str, int] = {}
@@ -220,8 +220,8 @@ def _storage(args: argparse.Namespace) -> Storage:
 
 def _validate(model: ir.Model, original: ir.Model) -> None:
     """Refuses a result that is not valid; of an original that was not valid either, only a warning says so."""
-    from vlm_export.graph.checks import validate
-    from vlm_export.graph.errors import GraphError
+    from vlm_export.errors import GraphError
+    from vlm_export.graph.core.inference import validate
 
     try:
         validate(model)

@@ -1,4 +1,4 @@
-"""The verbs of `vlm-export graph` that read: show, find, draw, check, verify."""
+"""The verbs of `vlm-export graph` that read: show, find, check, verify."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from vlm_export.cli.output import print_json, print_line, print_table, size_text
-from vlm_export.errors import UsageError
 
 
 def add_parsers(verbs: Any) -> Iterator[argparse.ArgumentParser]:
@@ -17,26 +16,19 @@ def add_parsers(verbs: Any) -> Iterator[argparse.ArgumentParser]:
     show.set_defaults(run=run_show)
     find = verbs.add_parser("find", help="nodes that match a pattern: 'MatMul -> Add -> *Gelu'")
     find.set_defaults(run=run_find)
-    draw = verbs.add_parser("draw", help="an SVG of what lies between tensors")
-    draw.set_defaults(run=run_draw)
     check = verbs.add_parser("check", help="ONNX's checks, and dtypes and shapes, at any size")
     check.set_defaults(run=run_check)
-    for parser in (show, find, draw, check):
+    for parser in (show, find, check):
         parser.add_argument("model", metavar="IN", help="an .onnx file")
     find.add_argument("pattern", metavar="PATTERN", help="OPERATOR[TERM, …] -> OPERATOR …; see below")
-    draw.add_argument("--from", dest="start", nargs="+", default=[], metavar="TENSOR", help="where the picture begins")
-    draw.add_argument("--to", dest="end", nargs="+", default=[], metavar="TENSOR", help="where it ends")
-    draw.add_argument("--distance", type=int, metavar="N", help="at most N nodes from these tensors")
-    draw.add_argument("-o", "--output", required=True, metavar="FILE.svg", help="where to write the picture")
-    draw.add_argument("--overwrite", action="store_true", help="replace it")
     verify = verbs.add_parser("verify", help="run two models in onnxruntime and compare every output")
     verify.set_defaults(run=run_verify)
     verify.add_argument("original", metavar="A", help="the original")
     verify.add_argument("changed", metavar="B", help="the changed model")
     add_proof_options(verify)
-    find.formatter_class = draw.formatter_class = argparse.RawDescriptionHelpFormatter
+    find.formatter_class = argparse.RawDescriptionHelpFormatter
     find.epilog = _SYNTAX
-    return iter((show, find, draw, check, verify))
+    return iter((show, find, check, verify))
 
 
 _SYNTAX = """A pattern is a chain of steps: `->` leads to a direct reader, `->>` to any node further down. A step is an
@@ -67,8 +59,8 @@ def _tolerance(text: str) -> float:
 
 
 def run_show(args: argparse.Namespace) -> int:
-    from vlm_export.graph.files import open_model
-    from vlm_export.graph.show import describe_model
+    from vlm_export.graph.core.files import open_model
+    from vlm_export.graph.look.show import describe_model
 
     data = describe_model(open_model(args.model))
     if args.json:
@@ -114,9 +106,9 @@ def _shape_text(shape: list[int | str | None] | None) -> str:
 
 
 def run_find(args: argparse.Namespace) -> int:
-    from vlm_export.graph.files import open_model
-    from vlm_export.graph.find import find_nodes
-    from vlm_export.graph.show import operator_name, type_text
+    from vlm_export.graph.core.files import open_model
+    from vlm_export.graph.look.find import find_nodes
+    from vlm_export.graph.look.show import operator_name, type_text
 
     chains = find_nodes(open_model(args.model), args.pattern)
     found = [
@@ -140,26 +132,9 @@ def run_find(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_draw(args: argparse.Namespace) -> int:
-    from vlm_export.graph.draw import draw_graph
-    from vlm_export.graph.files import open_model
-    from vlm_export.graph.outputs import write_text
-
-    path = Path(args.output)
-    if path.suffix != ".svg":
-        raise UsageError("a picture is an .svg file", got=args.output, fix="choose a name that ends with .svg")
-    svg = draw_graph(open_model(args.model), args.start, args.end, distance=args.distance)
-    write_text(path, svg, overwrite=args.overwrite)
-    if args.json:
-        print_json({"file": str(path)})
-    elif not args.quiet:
-        print_line(path)
-    return 0
-
-
 def run_check(args: argparse.Namespace) -> int:
-    from vlm_export.graph.checks import validate
-    from vlm_export.graph.files import open_model
+    from vlm_export.graph.core.files import open_model
+    from vlm_export.graph.core.inference import validate
 
     validate(open_model(args.model))
     if args.json:
@@ -170,8 +145,8 @@ def run_check(args: argparse.Namespace) -> int:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    from vlm_export.graph.files import open_model
-    from vlm_export.graph.prove import prove
+    from vlm_export.graph.core.files import open_model
+    from vlm_export.graph.prove.prove import prove
 
     original, changed = open_model(args.original), open_model(args.changed)
     proof = prove(original, changed, inputs=list(map(Path, args.inputs)), tolerance=args.tolerance)

@@ -6,6 +6,7 @@ import argparse
 import re
 from collections import Counter
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from vlm_export.errors import UsageError
 
 if TYPE_CHECKING:
     from vlm_export.bundle.manifest import Manifest
+    from vlm_export.checkpoint.known import KnownCheckpoint
     from vlm_export.family import Checkpoint, Description
     from vlm_export.specs import Origins, TextSpec
 
@@ -81,11 +83,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _data_from_source(source: str, revision: str | None, base: str | None) -> dict[str, Any]:
     from vlm_export.checkpoint.known import known_names, load_known
+
+    named = source in known_names() and not Path(source).exists()
+    if named and find_spec("torch") is None:
+        return _data_from_config(load_known(source))
     from vlm_export.checkpoint.local import open_local
     from vlm_export.checkpoint.open import open_checkpoint
     from vlm_export.models.registry import read_prefixes
 
-    if source not in known_names() or Path(source).exists():
+    if not named:
         checkpoint = open_checkpoint(source, base=base, revision=revision, reads=read_prefixes)
         return {**_data_from_checkpoint(checkpoint), "known": None}
     known = load_known(source)
@@ -99,6 +105,35 @@ def _data_from_source(source: str, revision: str | None, base: str | None) -> di
     else:
         data = _data_from_checkpoint(local)
     return {**data, "known": known_data(known)}
+
+
+def _data_from_config(known: KnownCheckpoint) -> dict[str, Any]:
+    """What our config alone says of a known checkpoint, for a machine that has no PyTorch to plan an export with."""
+    from vlm_export.specs import Origins
+
+    fields = {"image": known.image, "text": known.text}
+    stated = {
+        f"{kind}.{field}": f"configs/{known.name}.yaml"
+        for kind, spec in fields.items()
+        if spec is not None
+        for field in spec.to_json()
+    }
+    note = "how it would be split is told where vlm-export[export] is installed"
+    return {
+        "what": "checkpoint",
+        "source": known.name,
+        "format": None,
+        "family": known.family,
+        "tensors": None,
+        "files": [],
+        "revision": known.revision,
+        "architecture": dict(known.architecture),
+        "parts": [],
+        "preparation": preparation_data(known.image, known.text, Origins(stated)),
+        "notes": [note],
+        "warnings": [],
+        "known": known_data(known),
+    }
 
 
 def _data_from_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -203,7 +238,7 @@ def _print(data: Mapping[str, Any]) -> None:
         print_known(data["known"])
     if data.get("licence"):
         print_line(f"  licence: {data['licence']}")
-    if data["format"] is None:
+    if data["format"] is None and data["tensors"] is not None:
         tensors = data["tensors"]
         print_line(f"  as published: {tensors['count']} tensors, {size_text(tensors['size_bytes'])}")
     for file in data["files"]:
@@ -211,9 +246,11 @@ def _print(data: Mapping[str, Any]) -> None:
     print_line("architecture:")
     architecture = [(f"  {key}", str(value)) for key, value in data["architecture"].items()]
     print_table(("  field", "value"), architecture, width=terminal_width())
-    print_line("parts:")
+    if data["parts"]:
+        print_line("parts:")
     rows = [(f"  {part['name']}", _signature_text(part["signature"]), _detail(part)) for part in data["parts"]]
-    print_table(("  part", "inputs → outputs", ""), rows, width=terminal_width())
+    if rows:
+        print_table(("  part", "inputs → outputs", ""), rows, width=terminal_width())
     print_preparation(data["preparation"])
     for name, words in data.get("options", {}).items():
         print_line(f"option: --set {name}=…: {words}")

@@ -22,7 +22,7 @@ from vlm_export.export.lowerings.gelu import GELU_OPSET, lower_tanh_gelu
 from vlm_export.export.lowerings.resample import Interpolation, InterpolationLowering, lower_interpolation
 from vlm_export.export.lowerings.resample_resize import RESIZE_OPSET
 from vlm_export.family import Part
-from vlm_export.graph.skeleton import SKELETON_THRESHOLD_BYTES, attach_weights
+from vlm_export.graph.core.skeleton import SKELETON_THRESHOLD_BYTES, attach_weights
 from vlm_export.specs.signature import Axis
 
 Exporter = Literal["dynamo", "torchscript"]

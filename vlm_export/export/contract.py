@@ -249,7 +249,7 @@ def original_side(model: Model, sides: Sides) -> OriginalSide:
         texts=tuple(TextRecord(text, tuple(ids)) for text, ids in rows.items()),
         pad_token_id=None if texts is None else texts.pad_token_id,
         vectors=vectors,
-        facts={} if embed is None or embed.score is None else dict(model.original.facts),
+        score={} if embed is None or embed.score is None else dict(model.original.score),
         not_run=tuple(not_run),
     )
     return OriginalSide(record, contents, images, texts)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vlm_export.bundle.ledger import CheckpointTensor, GraphLedger, LedgerEntry, found_ledger
 from vlm_export.errors import VerificationError
 from vlm_export.family import Part
-from vlm_export.graph.constant_fold import made_of
+from vlm_export.graph.passes.constant_fold import made_of
 from vlm_export.models.weights import origins_of
 from vlm_export.precision.unrounded import Original
 

@@ -5,7 +5,7 @@ builds CLIPTokenizer and BertTokenizer anew from the vocabulary and ignores the 
 tokens of added_tokens.json, and reads special_tokens_map.json only where tokenizer_config.json has no
 added_tokens_decoder. So the library's own class decides. It is taken by name from an allow-list and built in a
 directory of its own from checked copies of the files: no field that names code, a template or a path is copied, and the
-result is bounded by `rust_tokenizer` as any other.
+result is bounded by `runtime.inputs.tokenizer` as any other.
 
 Source: transformers 5.23, `AutoTokenizer.from_pretrained` (models/auto/tokenization_auto.py), `_from_pretrained`
 (tokenization_utils_base.py), `TokenizersBackend` (tokenization_utils_tokenizers.py).
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_export.errors import EnvironmentFailure, InputError
-from vlm_export.export.clip_bpe import VOCAB_SIZE, vocab_from_bpe_merges
+from vlm_export.export.openai_bpe import VOCAB_SIZE, vocab_from_bpe_merges
 from vlm_export.export.tokenizer_parts import (
     ADDED_TOKENS,
     CONFIG,

@@ -24,7 +24,7 @@ from PIL import Image
 
 from vlm_export.bundle.strict_json import json_object_from_bytes
 from vlm_export.errors import InputError
-from vlm_export.export.clip_bpe import read_bounded
+from vlm_export.export.openai_bpe import read_bounded
 from vlm_export.family import Array
 from vlm_export.models.transformers_classes import IMAGE_CLASSES, TOKENIZER_CLASSES
 from vlm_export.original import (
@@ -288,7 +288,7 @@ def _simple_tokenizer(
     """
     named = original.special_tokens
     has_own = named is not None and "tokenizer.json" in files
-    if has_own and not _is_clip_bpe(files["tokenizer.json"]):
+    if has_own and not _is_openai_bpe(files["tokenizer.json"]):
         return _cleaned_fast_tokenizer(files["tokenizer.json"], context_length)
     tokenizer = _open_clip("tokenizer").SimpleTokenizer(context_length=context_length)
     ids = tuple(tokenizer.all_special_ids[:2])
@@ -307,7 +307,7 @@ def _simple_tokenizer(
     return TextPreparation(name, run, 0, own=False)
 
 
-def _is_clip_bpe(path: Path) -> bool:
+def _is_openai_bpe(path: Path) -> bool:
     model = json_object_from_bytes(read_bounded(path), str(path)).get("model")
     return isinstance(model, dict) and model.get("type") == "BPE" and model.get("end_of_word_suffix") == "</w>"
 

@@ -54,7 +54,7 @@ def verify_against_source(
         InputError: a file of the bundle is not the one that was exported, the source's files are not those that the
             manifest records, or it states odd options.
         UsageError: a part has no variant of that precision.
-        VerificationError: the manifest states another family, architecture, preprocessing, fact or signature.
+        VerificationError: the manifest states another family, architecture, preprocessing, task or signature.
     """
     manifest = bundle.manifest
     bundle.verify(manifest.files)
@@ -76,25 +76,21 @@ def verify_against_source(
                 model = _rebuilt(bundle, lambda: build_model(family, checkpoint, known, store, options.build))
                 if PART_NAME in {part.name for part in manifest.parts}:
                     model = add_preprocessing(model)
-                model = select_parts(model, [part.name for part in manifest.parts])
-                model, tokenizer = source_tokenizer(bundle, model, checkpoint)
+                selected = select_parts(model, [part.name for part in manifest.parts])
+                model, tokenizer = source_tokenizer(bundle, selected, checkpoint)
                 check_stated(bundle, planned_manifest(manifest.name, checkpoint, model, known, options))
+            start, reports = partial(_start, bundle, providers, threads), list[PartReport]()
             with stages.stage("prove contract"):
-                start = partial(_start, bundle, providers, threads)
                 contract = repeat_contract(bundle, model, checkpoint, tokenizer, start, precision)
-            reports = []
             for part in model.parts:
-                samples = part_samples(part, model, _tokenizer(bundle))
-                verification = PartVerification(part, model, known, samples)
+                verification = PartVerification(part, model, known, part_samples(part, model, _tokenizer(bundle)))
                 reference = verification.load_reference()
                 for variant in manifest.part(part.name).chosen_variants(precision):
                     with stages.stage(f"verify {variant_label(part, variant.precision)}") as progress:
                         account_for(part, bundle.root, variant.file)
                         check_ledger(bundle, variant)
-                        engine = _engine(bundle, variant, providers, threads)
-                        report = _report(verification, reference, variant, engine, providers, progress)
+                        report = _report(bundle, verification, reference, variant, providers, threads, progress)
                         if variant.precision == FP16:
-                            del engine  # The weights of one engine at a time.
                             found = _unrounded(bundle, variant, verification, reference, threads, Path(folder))
                             report = report.with_unrounded(found)
                         reports.append(report)
@@ -116,13 +112,16 @@ def _rebuilt(bundle: OpenBundle, build: Callable[[], Model]) -> Model:
 
 
 def _report(
+    bundle: OpenBundle,
     verification: PartVerification,
     reference: Reference,
     variant: VariantRecord,
-    engine: OrtEngine,
     providers: Sequence[str],
+    threads: int | None,
     progress: StepProgress,
 ) -> PartReport:
+    """The variant's own engine against the Reference; closed at the end, for one holds weights at a time."""
+    engine = _engine(bundle, variant, providers, threads)
     floor = verification.floor(reference, variant.precision)
     if floor is not None and list(providers) != [CPU]:
         floor.floor = replace(floor.floor, allowance=ELSEWHERE)

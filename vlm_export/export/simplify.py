@@ -8,13 +8,14 @@ import onnxsim
 from onnx import ModelProto
 
 from vlm_export import __version__
-from vlm_export.graph.batch_norm import fold_batch_norms
-from vlm_export.graph.cast_like import replace_cast_likes
-from vlm_export.graph.constant_fold import fold_constants
-from vlm_export.graph.interface import apply_signature
-from vlm_export.graph.onnxruntime_session import run_in_onnxruntime
-from vlm_export.graph.skeleton import attach_weights, detach_weights
-from vlm_export.graph.transposes import fold_weight_transposes
+from vlm_export.graph.core.interface import apply_signature
+from vlm_export.graph.core.onnxruntime_session import run_in_onnxruntime
+from vlm_export.graph.core.skeleton import attach_weights, detach_weights
+from vlm_export.graph.passes import GraphPass
+from vlm_export.graph.passes.batch_norm import fold_batch_norms
+from vlm_export.graph.passes.cast_like import replace_cast_likes
+from vlm_export.graph.passes.constant_fold import fold_constants
+from vlm_export.graph.passes.weight_transposes import fold_weight_transposes
 from vlm_export.specs.signature import Signature
 
 # They turn MatMul and Add on (B, T, C) into Reshape, Gemm, Reshape: more nodes and no gain in any runtime.
@@ -27,9 +28,11 @@ def finish_graph(model: ir.Model, signature: Signature) -> ir.Model:
     No traces of this machine, no products of weights alone, the Signature's interface.
     """
     _clear_traces(model)
-    fold_constants(model, run_in_onnxruntime)
-    passes.RemoveUnusedNodesPass()(model)
-    passes.RemoveUnusedOpsetsPass()(model)
+    ir.passes.Sequential(
+        GraphPass(fold_constants, evaluate=run_in_onnxruntime),
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedOpsetsPass(),
+    )(model)
     apply_signature(model, signature)
     model.producer_name, model.producer_version = "vlm-export", __version__
     model.graph.name = "main_graph"
@@ -56,8 +59,10 @@ def simplify_graph(model: ir.Model) -> ir.Model:
     simplified, _ = onnxsim.simplify(proto, skipped_optimizers=_SKIPPED_OPTIMIZERS)
     result: ir.Model = ir.from_proto(simplified)
     attach_weights(result, weights)
-    passes.LiftConstantsToInitializersPass()(result)
-    fold_weight_transposes(result)
-    fold_batch_norms(result)
-    passes.RemoveUnusedNodesPass()(result)
+    ir.passes.Sequential(
+        passes.LiftConstantsToInitializersPass(),
+        GraphPass(fold_weight_transposes),
+        GraphPass(fold_batch_norms),
+        passes.RemoveUnusedNodesPass(),
+    )(result)
     return result

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_export.errors import InputError, UsageError
 from vlm_export.export.chat_tokens import chat_config, chat_fitted
-from vlm_export.export.clip_bpe import (
+from vlm_export.export.openai_bpe import (
     VOCAB_SIZE,
     read_bounded,
     tokenizer_json_from_bpe_merges,
@@ -154,7 +154,7 @@ def _openai_tokenizer(
     text, path = found
     tokenizer = tokenizer_from_json(text, spec, str(path))
     warning = check_rows(tokenizer, spec, str(path), is_whole=of_open_clip)
-    named = _clip_tokens(tokenizer, spec)
+    named = _special_token_names(tokenizer, spec)
     given = _config_fields(sources)
     config = {
         # A tokenizer.json that somebody else wrote may be none that transformers' CLIPTokenizer would make.
@@ -182,7 +182,9 @@ def _transformers_tokenizer(
     if not _is_complete(sources) and option is None and spec.vocab_size == VOCAB_SIZE:
         merges = find_open_clip_merges()
         sources = {OPEN_CLIP_MERGES: merges} if merges is not None else {}
-        fallback = ("the checkpoint has no tokenizer's files: CLIP's own vocabulary is used, with transformers' rules",)
+        fallback = (
+            "the checkpoint has no tokenizer: the vocabulary of an installed package is used, with transformers' rules",
+        )
     if not _is_complete(sources):
         raise _no_tokenizer(option or checkpoint.source, spec)
     path = next(sources[name] for name in (JSON, VOCAB, VOCAB_TEXT, OPEN_CLIP_MERGES) if name in sources)
@@ -345,7 +347,7 @@ def _bpe_json(sources: Mapping[str, Path], spec: TextSpec) -> tuple[str, Path] |
     return None
 
 
-def _clip_tokens(tokenizer: Any, spec: TextSpec) -> dict[str, Any]:
+def _special_token_names(tokenizer: Any, spec: TextSpec) -> dict[str, Any]:
     first, *rest = tokenizer.encode("").ids
     end = tokenizer.id_to_token(spec.end_token_id)
     # The causal mask hides padding, so the ecosystem's padding token serves models that were trained with id 0, too.

@@ -12,7 +12,7 @@ from typing import Any
 
 from vlm_export.bundle.strict_json import json_object_from_bytes
 from vlm_export.errors import InputError
-from vlm_export.export.clip_bpe import read_bounded
+from vlm_export.export.openai_bpe import read_bounded
 from vlm_export.runtime.inputs.texts import check_unicode
 
 JSON = "tokenizer.json"

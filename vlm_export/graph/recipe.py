@@ -26,7 +26,7 @@ class Step:
 
     @property
     def models(self) -> list[ir.Model]:
-        """Those among the arguments."""
+        """Returns the models among the arguments."""
         names = [entry.name for entry in self.verb.arguments if entry.kind == "model"]
         return [self.values[name] for name in names if name in self.values]
 
@@ -59,7 +59,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_recipe(path: Path) -> list[Step]:
-    """The steps of a file; each entry is a verb's name, or that name with a mapping of its arguments.
+    """Reads the steps of a file; each entry is a verb's name, or that name with a mapping of its arguments.
 
     Raises:
         UsageError: no such file, no YAML, or an unknown verb or argument (with the nearest known one).
@@ -92,17 +92,14 @@ def _step(entry: Any, where: str) -> Step:
         raise UsageError(f"{name} takes a mapping of arguments", where=where, got=repr(given)[:200])
     verb = BY_NAME[name]
     known = {argument.name: argument for argument in verb.arguments}
-    values: dict[str, Any] = {}
-    for key, value in (given or {}).items():
+    for key in given or {}:
         if key not in known:
             raise UsageError(f"{name} has no argument {key!r}", where=where, fix=suggestion(str(key), known))
-        try:
-            values[key] = value_from_yaml(known[key], value)
-        except UsageError as error:
-            raise UsageError(error.what, where=where, expected=error.expected, got=error.got) from error
-    missing = [argument.name for argument in verb.arguments if argument.required and argument.name not in values]
-    if missing:
-        raise UsageError(f"{name} lacks arguments", where=where, expected=", ".join(missing))
+    try:
+        values = {key: value_from_yaml(known[key], value) for key, value in (given or {}).items()}
+        verb.check_complete(values)
+    except UsageError as error:
+        raise UsageError(error.what, where=where, expected=error.expected, got=error.got) from error
     return Step(verb, values)
 
 

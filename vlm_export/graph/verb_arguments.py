@@ -40,6 +40,10 @@ class Argument:
     none_if_absent: bool = False
 
     @property
+    def must_be_given(self) -> bool:
+        return self.required or self.positional
+
+    @property
     def target(self) -> str:
         return self.keyword or self.name
 
@@ -49,7 +53,7 @@ class Argument:
 
 
 def value_from_words(argument: Argument, words: Any) -> Any:
-    """The function's value from the words of a command line.
+    """Returns the function's value from the words of a command line.
 
     Raises:
         UsageError: they are of another form.
@@ -66,7 +70,7 @@ def value_from_words(argument: Argument, words: Any) -> Any:
 
 
 def value_from_yaml(argument: Argument, value: Any) -> Any:
-    """The function's value from a recipe, where numbers, lists and mappings may stand for their texts.
+    """Returns the function's value from a recipe, where numbers, lists and mappings may stand for their texts.
 
     Raises:
         UsageError: it is of another form.
@@ -96,7 +100,7 @@ def _pair(argument: Argument, word: str) -> tuple[str, str]:
 
 
 def read_size(text: str | int) -> int:
-    """Bytes from `2GB`, `64MiB`, `1000`."""
+    """Reads a number of bytes: `2GB`, `64MiB`, `1000`."""
     found = re.fullmatch(r"\s*(\d+)\s*([A-Za-z]*)\s*", str(text))
     if found is None or found[2].upper() not in _UNITS:
         raise ValueError("a size is a number with B, KB, MB, GB, KiB, MiB or GiB")
@@ -179,10 +183,6 @@ def _each(read: Callable[[Any], Any]) -> Callable[[Mapping[str, Any]], dict[str,
     return lambda value: {_text(name): read(entry) for name, entry in value.items()}
 
 
-def _operands(value: Any) -> list[Any]:
-    return [_operand(entry) for entry in value]
-
-
 def _operand(value: Any) -> Any:
     """A tensor's name, "" for an input that is left out, or a constant: `int64:[0, 1]`."""
     if value is None or value == "":
@@ -211,7 +211,7 @@ def _constant(value: Any, dtype: str) -> Any:
 
 
 def _model(value: Any) -> Any:
-    from vlm_export.graph.files import open_model
+    from vlm_export.graph.core.files import open_model
 
     return open_model(_text(value))
 
@@ -238,7 +238,7 @@ _READERS: Mapping[Kind, Callable[[Any], Any]] = {
     "shapes": _each(_shape),
     "versions": _versions,
     "values": _each(_literal),
-    "operands": _operands,
+    "operands": lambda value: [_operand(entry) for entry in value],
     "connections": _connections,
     "model": _model,
 }

@@ -35,16 +35,20 @@ class Verb:
     drops_outputs: bool = False
     changes_dtypes: bool = False
 
+    def check_complete(self, values: Mapping[str, Any]) -> None:
+        """UsageError where an argument that the verb needs is missing."""
+        missing = [entry.name for entry in self.arguments if entry.must_be_given and entry.name not in values]
+        if missing:
+            raise UsageError(f"{self.name} lacks arguments", expected=", ".join(missing))
+
     def run(self, model: ir.Model, values: Mapping[str, Any]) -> tuple[ir.Model, Any]:
-        """The changed model, and what the function says it did; `values` by the names of the arguments.
+        """Returns the changed model, and what the function says it did; `values` by the names of the arguments.
 
         Raises:
             UsageError: an argument is missing.
             GraphError: what the function refuses; the model is then as it was.
         """
-        missing = [argument.name for argument in self.arguments if argument.required and argument.name not in values]
-        if missing:
-            raise UsageError(f"{self.name} lacks arguments", expected=", ".join(missing))
+        self.check_complete(values)
         module, _, name = self.function.partition(":")
         function = getattr(import_module(f"vlm_export.graph.{module}"), name)
         given = {entry.target: values[entry.name] for entry in self.arguments if entry.name in values}
@@ -54,23 +58,23 @@ class Verb:
 
 
 def verb_named(name: str) -> Verb:
-    """The verb; UsageError with the nearest name otherwise."""
+    """Returns the verb; UsageError with the nearest name otherwise."""
     if name not in BY_NAME:
         raise UsageError(f"there is no verb {name!r}", fix=suggestion(name, BY_NAME))
     return BY_NAME[name]
 
 
 _FUNCTION = Argument("function", "text", "inside this function's body: NAME or DOMAIN:NAME", metavar="NAME")
-_NODE = Argument("node", "text", "a node's name, or that of a tensor that it makes", positional=True, required=True)
+_NODE = Argument("node", "text", "a node's name, or that of a tensor that it makes", positional=True)
 _ATTRIBUTES = Argument("attributes", "values", "KEY=VALUE: attributes; lists as [1, 2]", metavar="KEY=VALUE")
 _DOMAIN = Argument("domain", "text", "the operator's domain, if not ONNX's", metavar="DOMAIN")
-_OP_TYPE = Argument("op_type", "text", "operator", positional=True, required=True, metavar="OPERATOR")
+_OP_TYPE = Argument("op_type", "text", "operator", positional=True, metavar="OPERATOR")
 _OPERANDS = "tensors' names, constants as int64:[0, 1], '' for an input that is left out"
 
 NODE_VERBS = (
     Verb(
         "remove-node",
-        "node_edits:remove_node",
+        "edits.node_edits:remove_node",
         "remove a node; what read it reads its input instead",
         (
             _NODE,
@@ -80,7 +84,7 @@ NODE_VERBS = (
     ),
     Verb(
         "insert-node",
-        "node_edits:insert_node",
+        "edits.node_edits:insert_node",
         "put a node behind a tensor, or on one input of a node",
         (
             _OP_TYPE,
@@ -97,7 +101,7 @@ NODE_VERBS = (
     ),
     Verb(
         "replace-node",
-        "node_edits:replace_node",
+        "edits.node_edits:replace_node",
         "put another operator in a node's place",
         (
             _NODE,
@@ -111,76 +115,69 @@ NODE_VERBS = (
     ),
     Verb(
         "set-attribute",
-        "attributes:set_attribute",
+        "edits.attributes:set_attribute",
         "set an attribute of a node",
         (
             _NODE,
-            Argument("name", "text", "attribute", positional=True, required=True),
-            Argument("value", "value", "number, text, or list as [1, 2]", positional=True, required=True),
+            Argument("name", "text", "attribute", positional=True),
+            Argument("value", "value", "number, text, or list as [1, 2]", positional=True),
             _FUNCTION,
         ),
     ),
     Verb(
         "delete-attribute",
-        "attributes:delete_attribute",
+        "edits.attributes:delete_attribute",
         "remove an attribute, so that its default holds",
-        (_NODE, Argument("name", "text", "attribute", positional=True, required=True), _FUNCTION),
+        (_NODE, Argument("name", "text", "attribute", positional=True), _FUNCTION),
     ),
 )
 
 INTERFACE_VERBS = (
     Verb(
         "rename-tensor",
-        "io_edits:rename_tensors",
+        "edits.io_edits:rename_tensors",
         "give tensors other names, wherever they are used",
-        (
-            Argument("names", "pairs", "OLD=NEW", positional=True, required=True, metavar="OLD=NEW"),
-            _FUNCTION,
-        ),
+        (Argument("names", "pairs", "OLD=NEW", positional=True, metavar="OLD=NEW"), _FUNCTION),
         renames="names",
     ),
     Verb(
         "set-shape",
-        "shapes:set_shape",
+        "edits.shapes:set_shape",
         "state shapes of inputs and outputs; those between are inferred anew",
-        (
-            Argument(
-                "shapes", "shapes", "NAME=AXES: sizes, names or ?", positional=True, required=True, metavar="NAME=1,3,h"
-            ),
-        ),
+        (Argument("shapes", "shapes", "NAME=AXES: sizes, names or ?", positional=True, metavar="NAME=1,3,h"),),
     ),
     Verb(
         "set-axis",
-        "shapes:set_axis",
+        "edits.shapes:set_axis",
         "fix a named axis of the inputs to a size, or rename it",
         (
-            Argument("axis", "text", "name of the axis", positional=True, required=True),
-            Argument("size", "axis", "size, or new name", positional=True, required=True),
+            Argument("axis", "text", "name of the axis", positional=True),
+            Argument("size", "axis", "size, or new name", positional=True),
         ),
     ),
     Verb(
         "set-dtype",
-        "dtypes:set_dtype",
+        "edits.dtypes:set_dtype",
         "change dtypes of inputs and outputs, with casts",
-        (Argument("dtypes", "pairs", "NAME=DTYPE", positional=True, required=True, metavar="NAME=float16"),),
+        (Argument("dtypes", "pairs", "NAME=DTYPE", positional=True, metavar="NAME=float16"),),
         changes_dtypes=True,
     ),
     Verb(
         "add-output",
-        "io_edits:add_output",
+        "edits.io_edits:add_output",
         "make tensors outputs",
-        (Argument("tensors", "texts", "tensors", positional=True, required=True, metavar="TENSOR"),),
+        (Argument("tensors", "texts", "tensors", positional=True, metavar="TENSOR"),),
     ),
     Verb(
         "drop-output",
-        "io_edits:drop_output",
+        "edits.io_edits:drop_output",
         "remove outputs, and what only they needed",
-        (Argument("names", "texts", "outputs", positional=True, required=True, metavar="OUTPUT"),),
+        (Argument("names", "texts", "outputs", positional=True, metavar="OUTPUT"),),
         drops_outputs=True,
     ),
     Verb(
         "reorder",
-        "io_edits:reorder_interface",
+        "edits.io_edits:reorder_interface",
         "put inputs or outputs into another order",
         (
             Argument("input_order", "texts", "all inputs in the new order", keyword="inputs", metavar="INPUT"),
@@ -192,7 +189,7 @@ INTERFACE_VERBS = (
 MODEL_VERBS = (
     Verb(
         "extract",
-        "extract:extract",
+        "edits.extract:extract",
         "keep only what lies between tensors",
         (
             Argument("from", "texts", "new inputs (default: those of the model)", keyword="inputs", metavar="TENSOR",
@@ -204,10 +201,10 @@ MODEL_VERBS = (
     ),
     Verb(
         "compose",
-        "compose:compose",
+        "edits.compose:compose",
         "run a second model on the outputs of this one",
         (
-            Argument("second", "model", "the second model", positional=True, required=True, metavar="SECOND"),
+            Argument("second", "model", "the second model", positional=True, metavar="SECOND"),
             Argument(
                 "connect", "connections", "OUT=IN: output of the first, input of the second", keyword="connections",
                 required=True, metavar="OUT=IN",
@@ -241,7 +238,7 @@ PASS_VERBS = (
     ),
     Verb(
         "fold-constants",
-        "passes.fold_constants:fold_all_constants",
+        "passes.constant_fold:fold_all_constants",
         "compute once what follows from constants alone",
         (
             Argument(
@@ -260,7 +257,7 @@ PASS_VERBS = (
         "convert-opset",
         "passes.convert_opset:convert_opset",
         "convert to another version of ONNX's operators",
-        (Argument("version", "integer", "opset", positional=True, required=True),),
+        (Argument("version", "integer", "opset", positional=True),),
     ),
     Verb(
         "add-opset-imports",
@@ -270,7 +267,7 @@ PASS_VERBS = (
     ),
     Verb(
         "share-storage",
-        "storage:share_stored_weights",
+        "passes.share_initializers:share_stored_weights",
         "store equal weights once, under all their names",
     ),
 )  # fmt: skip

@@ -87,12 +87,11 @@ class Spec:
 
     def refusal(self, field: str, expected: str) -> VlmExportError:
         """The error for the value that a field has."""
-        got = repr(_encoded(getattr(self, field)))
         return InputError(
             f"field {field!r} has another type or value",
             where=type(self).__name__,
             expected=expected,
-            got=got if len(got) <= _MAX_SHOWN else got[:_MAX_SHOWN] + "…",
+            got=_shown(getattr(self, field)),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -171,6 +170,11 @@ def _required(kind: type[Any]) -> tuple[str, ...]:
     return tuple(field.name for field in fields if field.default is missing and field.default_factory is missing)
 
 
+def _shown(value: Any) -> str:
+    text = repr(_encoded(value))
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…"
+
+
 def _encoded(value: Any) -> Any:
     if isinstance(value, Spec):
         return value.to_json()
@@ -182,7 +186,7 @@ def _encoded(value: Any) -> Any:
 def _read_spec(kind: type[Kind], data: object, place: _Place) -> Kind:
     where, fix = place.where, place.fix
     if not isinstance(data, Mapping):
-        raise InputError(f"{kind.__name__} is no object", where=where, expected="an object", got=repr(data), fix=fix)
+        raise InputError(f"{kind.__name__} is no object", where=where, expected="an object", got=_shown(data), fix=fix)
     fields = _fields(kind)
     for key in data:
         if key not in fields:
@@ -258,12 +262,12 @@ def _union_type(members: Sequence[_Type]) -> _Type:
 
 
 def _meant(specs: Sequence[type[Spec]], data: Mapping[str, Any], place: _Place) -> type[Spec]:
-    """The Spec that the data means: that of its `kind`, or else the one with the most of its keys and fewest others."""
+    """The Spec that the data means: that of its `kind`, or else the one with most of its keys and fewest others."""
     kinds = {_fields(spec)["kind"].words.removeprefix("one of "): spec for spec in specs if "kind" in _fields(spec)}
-    stated = repr(data.get("kind"))
+    stated = _shown(data.get("kind"))
     if stated in kinds:
         return kinds[stated]
-    if len(kinds) == len(specs) and ("kind" in data or place.complete):
+    if len(kinds) == len(specs) > 1:
         expected, got = f"one of {', '.join(kinds)}", stated if "kind" in data else "no kind"
         raise InputError(
             "field 'kind' has another type or value", where=place.where, expected=expected, got=got, fix=place.fix

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
-from vlm_export.specs.codec import Spec, above, between
+from vlm_export.specs.codec import Spec, between
 
 MAX_IMAGE_SIZE_PIXELS = 8192
 
@@ -15,8 +15,10 @@ Resample = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"
 Crop = Literal["down", "nearest_even", "none"]
 Transparency = Literal["white", "drop"]
 Edge: TypeAlias = Annotated[int, between(1, MAX_IMAGE_SIZE_PIXELS)]
-Rgb: TypeAlias = tuple[float, float, float]
-Positive: TypeAlias = Annotated[float, above(0)]
+MAX_NORMALISER = 1e6
+"""Of a mean, a deviation and a factor of pixels; and one over it the least of the last two. float32 holds them all."""
+Mean: TypeAlias = Annotated[float, between(-MAX_NORMALISER, MAX_NORMALISER)]
+Positive: TypeAlias = Annotated[float, between(1 / MAX_NORMALISER, MAX_NORMALISER)]
 _RESIZE_EDGES = {"shortest_edge": 1, "stretch": 2, "none": 0}
 
 
@@ -46,7 +48,7 @@ class ImageSpec(Spec):
     size_pixels: Edge
     resample: Resample
     rgb_stage: RgbStage
-    mean: Rgb
+    mean: tuple[Mean, Mean, Mean]
     std: tuple[Positive, Positive, Positive]
     resize: Resize
     resize_pixels: tuple[Edge, ...]

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
-from vlm_export.specs.codec import Spec, between
+from vlm_export.specs.codec import Spec, between, not_empty
 
 DType = Literal["float32", "float16", "int64", "int32", "uint8", "bool"]
-Size: TypeAlias = Annotated[int, between(0)]
+Size: TypeAlias = Annotated[int, between(0, (1 << 31) - 1)]
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,15 @@ class TensorSpec(Spec):
         return tuple(sizes[entry] if isinstance(entry, str) else entry for entry in self.shape)
 
 
+Tensors: TypeAlias = Annotated[tuple[TensorSpec, ...], not_empty("at least one tensor")]
+
+
 @dataclass(frozen=True)
 class Signature(Spec):
     """The ordered inputs and outputs of a Part and the axes that they name."""
 
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
+    inputs: Tensors
+    outputs: Tensors
     axes: tuple[Axis, ...]
 
     def check(self) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
-from vlm_export.specs.codec import Spec, above, between
+from vlm_export.specs.codec import Spec, between
+from vlm_export.specs.image import Mean, Positive
 
 SliceMode = Literal["square", "adaptive"]
 PixelLayout = Literal["image", "patches"]
@@ -14,9 +15,6 @@ Pair: TypeAlias = tuple[str, str]
 MAX_SIZE_PIXELS = 8192
 MAX_SLICES = 256
 MAX_QUERIES = 65536
-MAX_NORMALISER = 1e6
-Mean: TypeAlias = Annotated[float, between(-MAX_NORMALISER, MAX_NORMALISER)]
-Std: TypeAlias = Annotated[float, above(0), between(0, MAX_NORMALISER)]
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class SliceSpec(Spec):
     max_slices: Annotated[int, between(1, MAX_SLICES)]
     pixel_layout: PixelLayout
     mean: tuple[Mean, Mean, Mean]
-    std: tuple[Std, Std, Std]
+    std: tuple[Positive, Positive, Positive]
     placeholder: PlaceholderSpec
 
     def check(self) -> None:

@@ -53,6 +53,11 @@ class TextSpec(Spec):
     truncation_side: Side = "right"
     padding: TextPadding = "longest"
 
+    @property
+    def least_tokens(self) -> int:
+        """The shortest row of a batch."""
+        return self.context_length if self.padding == "context" else 1
+
     def check(self) -> None:
         for name in ("end_token_id", "pad_token_id"):
             if getattr(self, name) >= self.vocab_size:

@@ -157,7 +157,7 @@ def replay(
     if record.texts:
         check, feeds = _check_texts(bundle, record)
         checks.append(check)
-    checks += _check_facts(bundle, record)
+    checks += _check_score(bundle, record)
     checks += _check_vectors(bundle, record, start_engine, pixels, feeds, precision)
     checks.append(_as_check(*check_sealed(bundle, record.files)))
     return ContractReport(tuple(checks), record.made_by, record.not_run)
@@ -226,10 +226,10 @@ def _check_texts(bundle: OpenBundle, record: ContractRecord) -> tuple[ContractCh
     return ContractCheck(TEXT_STAGE, TOKENIZER_NAME, len(rows), tuple(failures)), {_IDS: ids, _MASK: mask}
 
 
-def _check_facts(bundle: OpenBundle, record: ContractRecord) -> Iterator[ContractCheck]:
+def _check_score(bundle: OpenBundle, record: ContractRecord) -> Iterator[ContractCheck]:
     task = bundle.manifest.task(EmbedSpec)
     score = {} if task is None or task.score is None else task.score.to_json()
-    for name, expected in record.facts.items():
+    for name, expected in record.score.items():
         got = score.get(name)
         right = isinstance(got, int | float) and abs(got - expected) <= _RELATIVE * max(1.0, abs(expected))
         failures = () if right else (f"{name}: expected {expected!r}, got {got!r:.80}",)
@@ -281,9 +281,9 @@ def _check_vectors(
 
 def compare_records(own: ContractRecord, again: ContractRecord) -> Iterator[ContractCheck]:
     """A bundle's record against what the original gives now; of what both have."""
-    recorded, fresh = own.to_json(), again.to_json()
-    for key in ("images", "black", "white", "texts", "pad_token_id", "facts"):
-        if recorded[key] and fresh[key] and recorded[key] != fresh[key]:
+    for key in ("images", "black", "white", "texts", "pad_token_id", "score"):
+        recorded, fresh = getattr(own, key), getattr(again, key)
+        if recorded and fresh and recorded != fresh:
             failure = f"{key}: the record is not what the original gives"
             yield ContractCheck(RECORD_STAGE, RECORD_NAME, 1, (failure,))
     for name, outputs in again.vectors.items():

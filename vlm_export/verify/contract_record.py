@@ -11,32 +11,36 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal, TypeAlias
 
 import numpy as np
 
 from vlm_export.bundle.layout import CONTRACT_DIRECTORY
+from vlm_export.bundle.manifest import Sha256
 from vlm_export.bundle.opened import OpenBundle
-from vlm_export.bundle.strict_json import MAX_JSON_BYTES, Fields, json_object_from_bytes
+from vlm_export.bundle.strict_json import MAX_JSON_BYTES, json_object_from_bytes
 from vlm_export.errors import InputError
+from vlm_export.specs.codec import Check, Spec, between
+from vlm_export.specs.text import TokenId
 from vlm_export.verify.metrics import Array
 from vlm_export.verify.points import Arrays
 from vlm_export.verify.tensor_proto import bytes_from_tensor, tensor_from_bytes
 
 RECORD_NAME = f"{CONTRACT_DIRECTORY}/record.json"
-_SCHEMA_VERSION = 1
 _MAX_FILE_BYTES = 64 << 20
 _MAX_ITEMS = 1000
-_FIELDS = (
-    *("schema_version", "made_by", "images", "black", "white", "texts", "pad_token_id", "vectors", "facts", "files"),
-    "not_run",
-)
+_FEW = Check(f"at most {_MAX_ITEMS} entries", lambda items: len(items) <= _MAX_ITEMS)
+Edge: TypeAlias = Annotated[int, between(1, 1 << 16)]
+Channels: TypeAlias = Annotated[
+    tuple[float, ...], Check("three numbers, or none", lambda values: len(values) in (0, 3))
+]
+_SHARED = ("made_by", "images", "black", "white", "texts", "pad_token_id", "score", "files", "not_run")
 # Of a part's output as large as token states, so many values of each row are recorded.
 _RECORDED_VALUES = 2048
 
 
 @dataclass(frozen=True)
-class ImageRecord:
+class ImageRecord(Spec):
     """An image file and the pixels that the original makes of it.
 
     Attributes:
@@ -47,23 +51,17 @@ class ImageRecord:
     """
 
     file: str
-    size: tuple[int, int]
-    sha256: str
-    means: tuple[float, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"file": self.file, "size": list(self.size), "sha256": self.sha256, "means": list(self.means)}
+    size: tuple[Edge, Edge]
+    sha256: Sha256
+    means: Channels
 
 
 @dataclass(frozen=True)
-class TextRecord:
+class TextRecord(Spec):
     """A text and its token ids, without padding."""
 
     text: str
-    ids: tuple[int, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"text": self.text, "ids": list(self.ids)}
+    ids: tuple[TokenId, ...]
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class ContractRecord:
         texts: empty where texts are not compared.
         pad_token_id: with which the original fills a batch on the right, None where it has none.
         vectors: part → output → float32 (B, …), one row for each image or text.
-        facts: numbers of the original that the manifest's facts repeat (`logit_scale`).
+        score: numbers of the original that the manifest's score repeats (`logit_scale`).
         files: side files of the bundle that were proved → their sha256.
         not_run: what was left out, one sentence each.
     """
@@ -90,25 +88,26 @@ class ContractRecord:
     texts: tuple[TextRecord, ...]
     pad_token_id: int | None
     vectors: Mapping[str, Arrays]
-    facts: Mapping[str, float] = field(default_factory=dict)
+    score: Mapping[str, float] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     not_run: tuple[str, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
-        """All but the vectors, which are files of their own."""
-        return {
-            "schema_version": _SCHEMA_VERSION,
-            "made_by": dict(self.made_by),
-            "images": [image.to_json() for image in self.images],
-            "black": list(self.black),
-            "white": list(self.white),
-            "texts": [text.to_json() for text in self.texts],
-            "pad_token_id": self.pad_token_id,
-            "vectors": {part: list(outputs) for part, outputs in self.vectors.items()},
-            "facts": dict(self.facts),
-            "files": dict(self.files),
-            "not_run": list(self.not_run),
-        }
+
+@dataclass(frozen=True)
+class _StoredRecord(Spec):
+    """The record as a file: of the vectors, which are files of their own, the names alone."""
+
+    schema_version: Literal[1]
+    made_by: Mapping[str, str]
+    images: Annotated[tuple[ImageRecord, ...], _FEW]
+    black: Channels
+    white: Channels
+    texts: Annotated[tuple[TextRecord, ...], _FEW]
+    pad_token_id: TokenId | None
+    vectors: Mapping[str, tuple[str, ...]]
+    score: Mapping[str, float]
+    files: Mapping[str, str]
+    not_run: tuple[str, ...]
 
 
 def levels(pixels: Array, black: Sequence[float], white: Sequence[float]) -> tuple[Array, float]:
@@ -150,7 +149,12 @@ def write_record(root: Path, record: ContractRecord, images: Mapping[str, bytes]
     for part, outputs in record.vectors.items():
         for name, array in outputs.items():
             (root / _vectors_path(part, name)).write_bytes(bytes_from_tensor(array.astype(np.float32), name))
-    text = json.dumps(record.to_json(), indent=1) + "\n"
+    stored = _StoredRecord(
+        1,
+        **{name: getattr(record, name) for name in _SHARED},
+        vectors={part: tuple(outputs) for part, outputs in record.vectors.items()},
+    )
+    text = json.dumps(stored.to_json(), indent=1) + "\n"
     (root / RECORD_NAME).write_text(text, encoding="ascii")
 
 
@@ -163,25 +167,9 @@ def read_record(bundle: OpenBundle) -> ContractRecord | None:
     if RECORD_NAME not in bundle.manifest.files:
         return None
     raw = _content(bundle, RECORD_NAME, MAX_JSON_BYTES)
-    fields = Fields(json_object_from_bytes(raw, RECORD_NAME), RECORD_NAME)
-    fields.only(_FIELDS)
-    fields.integer("schema_version", minimum=_SCHEMA_VERSION, maximum=_SCHEMA_VERSION)
-    images = fields.each("images", _image_from_fields)
-    texts = fields.each("texts", _text_from_fields)
-    stated = fields.fields("vectors")
-    made_by, files = fields.fields("made_by"), fields.fields("files")
-    return ContractRecord(
-        made_by={key: made_by.text(key) for key in made_by.data},
-        images=_few(images),
-        black=_channels(fields, "black"),
-        white=_channels(fields, "white"),
-        texts=_few(texts),
-        pad_token_id=fields.integer_or_none("pad_token_id"),
-        vectors={part: dict(_vectors(bundle, part, stated.texts(part))) for part in stated.data},
-        facts={key: _number(fields.fields("facts"), key) for key in fields.mapping("facts")},
-        files={name: files.text(name) for name in files.data},
-        not_run=fields.texts("not_run"),
-    )
+    stored = _StoredRecord.from_json(json_object_from_bytes(raw, RECORD_NAME), RECORD_NAME)
+    vectors = {part: dict(_vectors(bundle, part, outputs)) for part, outputs in stored.vectors.items()}
+    return ContractRecord(**{name: getattr(stored, name) for name in _SHARED}, vectors=vectors)
 
 
 def image_content(bundle: OpenBundle, image: ImageRecord) -> bytes:
@@ -210,39 +198,3 @@ def _content(bundle: OpenBundle, name: str, limit: int) -> bytes:
             fix="the bundle was changed; export the model again",
         )
     return bundle.file(name).read_bytes()
-
-
-def _image_from_fields(fields: Fields) -> ImageRecord:
-    fields.only(("file", "size", "sha256", "means"))
-    size = fields.sequence("size")
-    if len(size) != 2 or not all(type(edge) is int and 0 < edge <= 1 << 16 for edge in size):
-        raise fields.fail("size", "height and width in pixels")
-    return ImageRecord(fields.text("file"), (size[0], size[1]), fields.text("sha256"), _channels(fields, "means"))
-
-
-def _text_from_fields(fields: Fields) -> TextRecord:
-    fields.only(("text", "ids"))
-    ids = fields.sequence("ids")
-    if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
-        raise fields.fail("ids", "token ids")
-    return TextRecord(fields.text("text"), tuple(ids))
-
-
-def _channels(fields: Fields, key: str) -> tuple[float, ...]:
-    values = fields.sequence(key)
-    if len(values) not in (0, 3) or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-        raise fields.fail(key, "three numbers, or none")
-    return tuple(map(float, values))
-
-
-def _number(fields: Fields, key: str) -> float:
-    value = fields.data[key]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise fields.fail(key, "a number")
-    return float(value)
-
-
-def _few(items: tuple[Any, ...]) -> tuple[Any, ...]:
-    if len(items) > _MAX_ITEMS:
-        raise InputError("the record of the contract is too long", where=RECORD_NAME, expected=f"at most {_MAX_ITEMS}")
-    return items

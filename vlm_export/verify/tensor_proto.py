@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from vlm_export.bundle.onnx_wire import BYTES, VARINT, WireField, wire_fields
+from vlm_export.bundle.onnx_protobuf import BYTES, VARINT, WireField, wire_fields
 from vlm_export.errors import InputError
 from vlm_export.verify.metrics import Array
 

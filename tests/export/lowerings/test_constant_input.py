@@ -17,7 +17,7 @@ from vlm_export.export.backends import Exporter, Lowerings, export_part
 from vlm_export.export.simplify import finish_graph, simplify_graph
 from vlm_export.export.writer import write_graph
 from vlm_export.family import Part
-from vlm_export.graph.skeleton import SKELETON_THRESHOLD_BYTES
+from vlm_export.graph.core.skeleton import SKELETON_THRESHOLD_BYTES
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
 from vlm_export.specs.signature import Axis, Signature, TensorSpec
 

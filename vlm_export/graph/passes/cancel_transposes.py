@@ -9,18 +9,25 @@ layout and what is bound to the other.
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Hashable, Iterable
 from typing import TypeAlias
 
 import onnx_ir as ir
 
-from vlm_export.graph.ir_version import allow_plain_initializers
-from vlm_export.graph.names import nested_graphs, root_graphs
+from vlm_export.graph.core.names import names_used, nested_graphs, root_graphs
+from vlm_export.graph.core.replace_uses import bypass, remove_node
+from vlm_export.graph.core.skeleton import allow_plain_initializers
 from vlm_export.graph.passes.dead_code import remove_unused_initializers
-from vlm_export.graph.passes.elementwise import axis_inputs
-from vlm_export.graph.passes.layout_roles import Perm, Roles, has_no_layout, is_identity, perm_of, possible_roles
-from vlm_export.graph.passes.min_cut import SINK, SOURCE, UNBOUNDED, Network
-from vlm_export.graph.passes.rewiring import bypass, names_used, remove_node
+from vlm_export.graph.passes.layout_roles import (
+    Perm,
+    Roles,
+    axis_inputs,
+    has_no_layout,
+    is_identity,
+    perm_of,
+    possible_roles,
+)
 from vlm_export.graph.passes.transposed_layout import Rewrite, Scope, make_identity
 
 
@@ -39,8 +46,11 @@ def cancel_transposes(model: ir.Model) -> int:
         for graph in list(nested_graphs(root)):
             scope = Scope(root, graph, opset, returned, in_function=root is not model.graph)
             before = _count(graph)
-            while _merge(graph, returned) or any(_move(scope, perm) for perm in _perms(graph)):
-                pass
+            moved = True
+            while moved:
+                moved = _merge(graph, returned)
+                perms = {perm for _, perm in _transposes(graph) if not is_identity(perm)}
+                moved = moved or any(_move(scope, perm) for perm in sorted(perms))
             count += before - _count(graph)
     if count:
         remove_unused_initializers(model)
@@ -57,10 +67,6 @@ def _transposes(graph: ir.Graph) -> Iterable[tuple[ir.Node, Perm]]:
 
 def _count(graph: ir.Graph) -> int:
     return sum(node.op_type == "Transpose" and node.domain == "" for node in graph)
-
-
-def _perms(graph: ir.Graph) -> list[Perm]:
-    return sorted({perm for _, perm in _transposes(graph) if not is_identity(perm)})
 
 
 def _merge(graph: ir.Graph, returned: set[str]) -> bool:
@@ -154,3 +160,53 @@ def _network(readings: Iterable[_Reading]) -> Network:
             network.add(("leaves", number), reader, UNBOUNDED)
             network.add(reader, ("enters", number), UNBOUNDED)
     return network
+
+
+SOURCE, SINK = "source", "sink"
+UNBOUNDED = 1 << 30
+
+
+class Network:
+    """Directed edges with whole capacities between any hashable points."""
+
+    def __init__(self) -> None:
+        self._capacity: defaultdict[Hashable, dict[Hashable, int]] = defaultdict(dict)
+
+    def add(self, start: Hashable, end: Hashable, capacity: int) -> None:
+        """Adds to the capacity from `start` to `end`."""
+        self._capacity[start][end] = self._capacity[start].get(end, 0) + capacity
+        self._capacity[end].setdefault(start, 0)
+
+    def cut(self) -> tuple[int, set[Hashable]]:
+        """Returns the least total capacity that separates source and sink, and the points on the source's side.
+
+        Of several cheapest divisions, the one with the fewest points on that side. Uses the network up.
+        """
+        total = 0
+        while True:
+            before = self._reach()
+            if SINK not in before:
+                return total, set(before)
+            total += self._augment(before)
+
+    def _reach(self) -> dict[Hashable, Hashable]:
+        """Points that spare capacity reaches, breadth first, each with the one before it."""
+        before: dict[Hashable, Hashable] = {SOURCE: SOURCE}
+        queue: deque[Hashable] = deque([SOURCE])
+        while queue and SINK not in before:
+            point = queue.popleft()
+            for following, capacity in self._capacity[point].items():
+                if capacity and following not in before:
+                    before[following] = point
+                    queue.append(following)
+        return before
+
+    def _augment(self, before: dict[Hashable, Hashable]) -> int:
+        path: list[tuple[Hashable, Hashable]] = [(before[SINK], SINK)]
+        while path[-1][0] != SOURCE:
+            path.append((before[path[-1][0]], path[-1][0]))
+        flow = min(self._capacity[start][end] for start, end in path)
+        for start, end in path:
+            self._capacity[start][end] -= flow
+            self._capacity[end][start] += flow
+        return flow

@@ -1,7 +1,8 @@
 """Another version of ONNX's operators, node by node with the library's converter.
 
-The library converts whole models, and then drops or renames what it does not know (functions, value names, metadata)
-and takes 2 GB at most. Here it sees one node at a time; everything else stays as it is.
+ONNX's converter takes whole models of 2 GB at most, and drops or renames what it does not know. Here it sees one node
+at a time; everything else stays as it is. onnxscript's converter calls it too, for versions below 18 and downwards: it
+inlines all functions, and a Clip of float64 gets float32 bounds.
 """
 
 from __future__ import annotations
@@ -14,19 +15,27 @@ import onnx
 import onnx_ir as ir
 from onnx import helper, version_converter
 
-from vlm_export.graph.errors import GraphError
-from vlm_export.graph.inference import check, copy_of, infer
-from vlm_export.graph.ir_version import raise_ir_version
-from vlm_export.graph.names import fresh_name, nested_graphs, root_graphs, subgraphs_of, taken_names
-from vlm_export.graph.operators import opset_imports_of
+from vlm_export.errors import GraphError
+from vlm_export.graph.core.inference import Copy, check, copy_of, infer
+from vlm_export.graph.core.names import (
+    fresh_name,
+    nested_graphs,
+    opset_imports_of,
+    root_graphs,
+    root_of,
+    subgraphs_of,
+    taken_names,
+)
+from vlm_export.graph.core.replace_uses import add_constant_node, remove_node
+from vlm_export.graph.core.skeleton import raise_ir_version
+from vlm_export.graph.core.tensors import constant_tensor
 from vlm_export.graph.passes.converted_node import recast_constants, type_fault, value_fault
 from vlm_export.graph.passes.infer_shapes import infer_shapes
 from vlm_export.graph.passes.opset_meanings import MeaningError, attributes_that_keep_meaning, set_attributes
-from vlm_export.graph.passes.rewiring import constant_tensor, remove_node
 
 _MAX_CONSTANT_BYTES = 1 << 16
-# Position of a node among all nodes of the model → the graph that takes its place, with inputs iN and outputs oN.
-_Plan: TypeAlias = "dict[int, ir.Graph]"
+# Node → the graph that takes its place, with inputs iN and outputs oN.
+_Plan: TypeAlias = "dict[ir.Node, ir.Graph]"
 
 
 def convert_opset(model: ir.Model, version: int) -> int:
@@ -42,11 +51,11 @@ def convert_opset(model: ir.Model, version: int) -> int:
     if not 7 <= version <= newest:
         raise GraphError("there is no such opset", expected=f"7 to {newest}", got=str(version))
     plan = _plan(model, version)
-    trial = copy_of(model).model
+    trial = copy_of(model)
     _apply(trial, plan, version)
-    check(copy_of(trial).model)
-    _check_types(model, trial)
-    _apply(model, plan, version)
+    check(copy_of(trial.model).model)
+    _check_types(model, trial.model)
+    _apply(Copy(model), plan, version)
     return len(plan)
 
 
@@ -61,19 +70,18 @@ def _check_types(model: ir.Model, trial: ir.Model) -> None:
 
 def _plan(model: ir.Model, version: int) -> _Plan:
     # Some forms depend on dtypes and ranks.
-    typed = copy_of(model).model
-    raise_ir_version(typed, _ir_version_of(version))
-    infer_shapes(typed)
+    typed = copy_of(model)
+    raise_ir_version(typed.model, _ir_version_of(version))
+    infer_shapes(typed.model)
     plan: _Plan = {}
-    position = 0
-    for root in root_graphs(typed):
-        source = opset_imports_of(typed, root).get("", version)
-        for graph in nested_graphs(root):
-            for node in graph:
-                converted = _converted(node, source, version) if node.domain == "" and source != version else None
-                if converted is not None:
-                    plan[position] = converted
-                position += 1
+    for root in root_graphs(model):
+        source = opset_imports_of(model, root).get("", version)
+        for node in (
+            node for graph in nested_graphs(root) for node in graph if node.domain == "" and source != version
+        ):
+            converted = _converted(typed.of(node), source, version)
+            if converted is not None:
+                plan[node] = converted
     return plan
 
 
@@ -173,12 +181,9 @@ def _differ_in_dtypes_only(op_type: str, source: int, version: int) -> bool:
             (name, entry.type, entry.required, entry.default_value.SerializeToString())
             for name, entry in schema.attributes.items()
         }
-        forms.append((attributes, [_formal(entry) for entry in (*schema.inputs, *schema.outputs)]))
+        ends = [(end.name, end.option, end.is_homogeneous, end.min_arity) for end in (*schema.inputs, *schema.outputs)]
+        forms.append((attributes, ends))
     return forms[0] == forms[1]
-
-
-def _formal(parameter: onnx.defs.OpSchema.FormalParameter) -> tuple[object, ...]:
-    return parameter.name, parameter.option, parameter.is_homogeneous, parameter.min_arity
 
 
 def _refusal(node: ir.Node, source: int, version: int, reason: str) -> GraphError:
@@ -236,10 +241,10 @@ def _is_unchanged(node: ir.Node, before: onnx.GraphProto, after: ir.Graph, names
     return same and sorted(map(str, old.attribute)) == sorted(map(str, new.attribute))
 
 
-def _apply(model: ir.Model, plan: _Plan, version: int) -> None:
-    nodes = [(root, node) for root in root_graphs(model) for graph in nested_graphs(root) for node in graph]
-    for position, replacement in plan.items():
-        _replace(*nodes[position], replacement)
+def _apply(copy: Copy, plan: _Plan, version: int) -> None:
+    model = copy.model
+    for node, replacement in plan.items():
+        _replace(model, copy.of(node), replacement)
     for root in root_graphs(model):
         imports = opset_imports_of(model, root)
         if "" in imports:
@@ -252,14 +257,15 @@ def _ir_version_of(opset: int) -> int:
     return int(helper.find_min_ir_version_for([helper.make_opsetid("", opset)], ignore_unknown=True))
 
 
-def _replace(root: ir.Graph, node: ir.Node, replacement: ir.Graph) -> None:
+def _replace(model: ir.Model, node: ir.Node, replacement: ir.Graph) -> None:
     graph = node.graph
     assert graph is not None
-    taken = taken_names(root, graph)
+    taken = taken_names(root_of(model, graph), graph)
     values: dict[str, ir.Value | None] = {f"i{index}": value for index, value in enumerate(node.inputs)}
     for name, constant in replacement.initializers.items():
-        if name not in values:
-            values[name] = _constant(constant, node, fresh_name(f"{node.outputs[0].name}.{name}", taken))
+        if name not in values and constant.const_value is not None:
+            name_here = fresh_name(f"{node.outputs[0].name}.{name}", taken)
+            values[name] = add_constant_node(node, constant.const_value, name_here)
     for entry in replacement:
         inputs = [None if value is None else values[str(value.name)] for value in entry.inputs]
         new = ir.Node("", entry.op_type, inputs, list(entry.attributes.values()), num_outputs=len(entry.outputs))
@@ -269,27 +275,12 @@ def _replace(root: ir.Graph, node: ir.Node, replacement: ir.Graph) -> None:
             output.type, output.shape = made.type, made.shape
             if not made.name:
                 output.name = ""
-            elif not _is_output(made, replacement):
+            elif not any(made is output for output in replacement.outputs):
                 output.name = fresh_name(f"{node.outputs[0].name}.{made.name}", taken)
     for index, old in enumerate(node.outputs):
         if old.name:
             _take_over(old, values[f"o{index}"])
     remove_node(node)
-
-
-def _constant(initializer: ir.Value, reader: ir.Node, name: str) -> ir.Value:
-    """A Constant node, which a function may hold too."""
-    tensor = initializer.const_value
-    assert tensor is not None
-    node = ir.node("Constant", [], {"value": tensor})
-    value = node.outputs[0]
-    value.name, value.type, value.shape = name, ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
-    reader.prepend(node)
-    return value
-
-
-def _is_output(value: ir.Value, graph: ir.Graph) -> bool:
-    return any(value is output for output in graph.outputs)
 
 
 def _take_over(old: ir.Value, new: ir.Value | None) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from vlm_export.graph.constant_fold import RANDOM
-from vlm_export.graph.onnxruntime_session import Array, run_in_onnxruntime
-from vlm_export.graph.random_inputs import draw_feeds
+from vlm_export.graph.core.onnxruntime_session import Array, run_in_onnxruntime
+from vlm_export.graph.core.operators import RANDOM
+from vlm_export.graph.prove.random_inputs import draw_feeds
 
 # Larger tensors are cut down where their axes are open, and otherwise not tried.
 _MAX_ELEMENTS = 1 << 18
@@ -20,7 +20,7 @@ _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16,
 
 
 def type_fault(model: onnx.ModelProto) -> str:
-    """What ONNX's inference says against the types of a model; "" where it says nothing."""
+    """Returns what ONNX's inference says against the types of a model; "" where it says nothing."""
     try:
         onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     # Inference raises exceptions of several unrelated classes.
@@ -57,7 +57,8 @@ def _recast(tensor: ir.TensorProtocol, dtype: ir.DataType, name: str | None) -> 
 
 
 def value_fault(before: onnx.ModelProto, after: onnx.ModelProto) -> str:
-    """How the values of two models of one node differ on random inputs; "" where they do not, or cannot be compared."""
+    """Returns how the values of two models of one node differ on random inputs; "" where they do not, or cannot be
+    compared."""
     return _value_fault(before.SerializeToString(deterministic=True), after.SerializeToString(deterministic=True))
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from vlm_export.graph.names import all_graphs, nested_graphs, root_graphs
-from vlm_export.graph.passes.rewiring import names_used, remove_node
+from vlm_export.graph.core.names import all_graphs, names_used, nested_graphs, root_graphs
+from vlm_export.graph.core.replace_uses import remove_node, remove_unused_functions
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class DeadCode:
 def remove_dead_code(model: ir.Model) -> DeadCode:
     """Removes, in place, what no output depends on; inputs stay, used or not.
 
-    The library's own pass leaves what only a removed If or Loop read, and initializers of subgraphs.
+    onnx_ir's `RemoveUnusedNodesPass` leaves what only a removed If or Loop read and unused initializers of subgraphs,
+    and removes scales and zero points that a quantization annotation names. Its pass for functions is used.
     """
     nodes = 0
     while True:
@@ -35,7 +36,7 @@ def remove_dead_code(model: ir.Model) -> DeadCode:
         # What only a removed value's annotation named is used no more.
         if not removed or names_used(model) == used:
             break
-    return DeadCode(nodes, remove_unused_initializers(model), _remove_functions(model))
+    return DeadCode(nodes, remove_unused_initializers(model), remove_unused_functions(model))
 
 
 def _remove_nodes(root: ir.Graph, used: set[str]) -> int:
@@ -48,20 +49,6 @@ def _remove_nodes(root: ir.Graph, used: set[str]) -> int:
             remove_node(node)
             count += 1
     return count
-
-
-def _remove_functions(model: ir.Model) -> int:
-    used: set[ir.OperatorIdentifier] = set()
-    graphs = [model.graph]
-    while graphs:
-        called = {node.op_identifier() for node in ir.traversal.RecursiveGraphIterator(graphs.pop())}
-        new = [name for name in called - used if name in model.functions]
-        used.update(new)
-        graphs += [model.functions[name].graph for name in new]
-    unused = [name for name in model.functions if name not in used]
-    for name in unused:
-        del model.functions[name]
-    return len(unused)
 
 
 def remove_unused_initializers(model: ir.Model) -> int:

@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import onnx
 import onnx_ir as ir
 
-from vlm_export.graph.inference import copy_of, skeleton_proto
-from vlm_export.graph.names import defined_values, nested_graphs
-
-# Operators outside ONNX whose first output has the dtype and shape of their first input (onnxruntime 1.31,
-# docs/ContribOperators.md).
-LIKE_FIRST_INPUT = {
-    ("com.microsoft", op_type)
-    for op_type in (
-        "BiasAdd", "BiasGelu", "BiasSoftmax", "FastGelu", "Gelu", "GroupNorm", "Inverse", "QuickGelu",
-        "RotaryEmbedding", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization",
-    )
-}  # fmt: skip
+from vlm_export.errors import GraphError
+from vlm_export.graph.core.inference import Info, copy_of, infer
+from vlm_export.graph.core.names import defined_values, nested_graphs
+from vlm_export.graph.core.operators import LIKE_FIRST_INPUT
 
 
 @dataclass(frozen=True)
@@ -39,11 +30,17 @@ def infer_shapes(model: ir.Model) -> Inferred:
     Weights stay where they are: ONNX sees the graph without them, so size does not matter. A dtype, rank, fixed size or
     named axis that the model states is kept where inference cannot tell it. Where inference that follows the values of
     shapes fails, it runs without; behind operators that ONNX does not know, a short table of onnxruntime's own helps.
+    onnx_ir's `ShapeInferencePass` knows nothing behind onnxruntime's own operators, and does not say why it failed.
     """
-    before = _known(model)
+    before, failure = _known(model), None
     while True:
-        inferred, failure = _inferred(model)
-        _merge(model, inferred)
+        copy, infos = copy_of(model), dict[ir.Value, Info]()
+        try:
+            infos = infer(copy.model, strict=False)
+        except GraphError as error:
+            failure = error.got
+        for value in before:
+            _learn(value, infos.get(copy.of(value), Info(None, None)))
         if not _fill_like_first_input(model):
             break
     after = _known(model)
@@ -63,30 +60,7 @@ def _known(model: ir.Model) -> dict[ir.Value, tuple[object, object]]:
     }
 
 
-def _inferred(model: ir.Model) -> tuple[ir.Model, str | None]:
-    proto, failure = skeleton_proto(copy_of(model).model), None
-    try:
-        inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-    # Inference raises exceptions of several classes, also for graphs that are right.
-    # (Values of shapes that it cannot follow.)
-    except Exception:
-        try:
-            inferred = onnx.shape_inference.infer_shapes(proto)
-        except Exception as error:
-            inferred, failure = proto, " ".join(str(error).split())
-    found: ir.Model = ir.from_proto(inferred)
-    return found, failure
-
-
-def _merge(model: ir.Model, inferred: ir.Model) -> None:
-    for graph, found in zip(nested_graphs(model.graph), nested_graphs(inferred.graph), strict=True):
-        by_name = {value.name: value for value in defined_values(found)}
-        for value in defined_values(graph):
-            if value.name in by_name:
-                _learn(value, by_name[value.name])
-
-
-def _learn(value: ir.Value, found: ir.Value) -> None:
+def _learn(value: ir.Value, found: Info) -> None:
     if value.type is None:
         value.type = found.type
     if found.shape is None:

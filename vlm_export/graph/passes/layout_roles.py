@@ -8,8 +8,39 @@ from typing import TypeAlias
 
 import onnx_ir as ir
 
-from vlm_export.graph.passes.elementwise import axis_inputs, is_elementwise
-from vlm_export.graph.passes.rewiring import constant_tensor, rank_of
+from vlm_export.graph.core.tensors import constant_tensor, rank_of
+
+# One tensor in, one out; further inputs (bounds of Clip, the model of CastLike's dtype) have no axes of their own.
+UNARY = frozenset(
+    {
+        "Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BitwiseNot", "Cast", "CastLike", "Ceil", "Celu",
+        "Clip", "Cos", "Cosh", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "IsInf",
+        "IsNaN", "LeakyRelu", "Log", "Mish", "Neg", "Not", "Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid",
+        "Sign", "Sin", "Sinh", "Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu",
+    }
+)  # fmt: skip
+# All inputs are broadcast against one another, from the last axis on.
+BROADCASTING = frozenset(
+    {
+        "Add", "And", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Div", "Equal", "Greater", "GreaterOrEqual",
+        "Less", "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "PRelu", "Pow", "Sub", "Sum", "Where", "Xor",
+    }
+)  # fmt: skip
+
+
+def is_elementwise(node: ir.Node, opset: int) -> bool:
+    """Tells whether the axes of the node's tensors may be permuted together. Before opset 7 broadcasting had other
+    rules."""
+    if node.domain != "" or len(node.outputs) != 1:
+        return False
+    return node.op_type in UNARY or (node.op_type in BROADCASTING and opset >= 7)
+
+
+def axis_inputs(node: ir.Node) -> list[int]:
+    """Returns which inputs of an elementwise node have the axes of its output."""
+    indices = range(min(1, len(node.inputs))) if node.op_type in UNARY else range(len(node.inputs))
+    return [index for index in indices if node.inputs[index] is not None]
+
 
 Perm: TypeAlias = "tuple[int, ...]"
 
@@ -39,7 +70,7 @@ def inverse_of(perm: Perm) -> Perm:
 
 
 def perm_of(node: ir.Node | None) -> Perm | None:
-    """The permutation of a Transpose; None for other nodes and where it is not known."""
+    """Returns the permutation of a Transpose, or None for other nodes and where it is not known."""
     if node is None or node.domain != "" or node.op_type != "Transpose" or not node.inputs or node.inputs[0] is None:
         return None
     attribute = node.attributes.get("perm")
@@ -60,7 +91,8 @@ def has_one_element(value: ir.Value | None) -> bool:
 
 
 def possible_roles(graph: ir.Graph, perm: Perm, opset: int) -> Iterator[Roles]:
-    """One division of roles; two for a permutation that is its own inverse, whose Transposes may be either end."""
+    """Yields one division of roles; two for a permutation that is its own inverse, whose Transposes may be either
+    end."""
     roles = Roles(perm, free=_free_nodes(graph, len(perm), opset))
     inverse = inverse_of(perm)
     ends = [(node, found) for node in graph if (found := perm_of(node)) in (perm, inverse)]

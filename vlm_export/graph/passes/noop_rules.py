@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from vlm_export.graph.passes.rewiring import constant_argument, constant_integers, input_at, rank_of, sizes_of
+from vlm_export.graph.core.tensors import constant_argument, constant_integers, input_at, rank_of, sizes_of
 
 # Node and version of ONNX's operators → the input that the first output equals, None where that is not proven.
 Rule = Callable[[ir.Node, int], "ir.Value | None"]
@@ -105,7 +105,7 @@ def _unsqueeze(node: ir.Node, opset: int) -> ir.Value | None:
 
 
 def squeeze_axes(node: ir.Node, opset: int) -> list[int] | None:
-    """The axes of a Squeeze or Unsqueeze: an input since opset 13, an attribute before."""
+    """Returns the axes of a Squeeze or Unsqueeze: an input since opset 13, an attribute before."""
     if opset >= 13:
         return constant_integers(input_at(node, 1))
     attribute = node.attributes.get("axes")

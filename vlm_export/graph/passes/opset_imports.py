@@ -7,9 +7,8 @@ from collections.abc import Mapping
 import onnx
 import onnx_ir as ir
 
-from vlm_export.graph.errors import GraphError
-from vlm_export.graph.names import nested_graphs, root_graphs
-from vlm_export.graph.operators import opset_imports_of
+from vlm_export.errors import GraphError
+from vlm_export.graph.core.names import nested_graphs, opset_imports_of, root_graphs
 
 
 def add_opset_imports(model: ir.Model, versions: Mapping[str, int] | None = None) -> dict[str, int]:

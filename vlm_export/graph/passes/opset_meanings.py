@@ -11,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 import onnx_ir as ir
 
-from vlm_export.graph.passes.rewiring import constant_argument, input_at, rank_of, sizes_of
+from vlm_export.graph.core.tensors import constant_argument, input_at, rank_of, sizes_of
 
 Attributes: TypeAlias = "dict[str, int | str]"
 
@@ -21,7 +21,7 @@ class MeaningError(Exception):
 
 
 def attributes_that_keep_meaning(node: ir.Node, source: int, version: int) -> Attributes:
-    """What must be set on the converted node for it to compute the same.
+    """Returns what must be set on the converted node for it to compute the same.
 
     Raises:
         MeaningError: no attributes can do that.

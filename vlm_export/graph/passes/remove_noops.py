@@ -7,9 +7,10 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from vlm_export.graph.core.names import names_used, scopes
+from vlm_export.graph.core.replace_uses import bypass, remove_node
 from vlm_export.graph.passes.dead_code import remove_unused_initializers
 from vlm_export.graph.passes.noop_rules import RULES
-from vlm_export.graph.passes.rewiring import bypass, names_used, remove_node, scopes
 
 
 def remove_noops(model: ir.Model) -> Mapping[str, int]:
@@ -17,7 +18,8 @@ def remove_noops(model: ir.Model) -> Mapping[str, int]:
 
     A Cast or Reshape goes only where its dtype or shape is proven equal from the graph's constants and stated shapes;
     symbolic axes count as equal only where the shape says "as it was" (0) or leaves one axis open (-1). Inputs and
-    outputs of the graph keep their names; a no-op that leads from an input straight to an output stays.
+    outputs of the graph keep their names; a no-op that leads from an input straight to an output stays. onnx_ir's
+    `IdentityEliminationPass` renames one of two outputs that are Identities of one tensor, and knows Identity alone.
 
     Returns:
         Operator → how many were removed.

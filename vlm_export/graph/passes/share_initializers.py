@@ -2,64 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Hashable
 
-import numpy as np
 import onnx_ir as ir
 
-from vlm_export.graph.names import defined_values, root_graphs, subgraphs_of
-from vlm_export.graph.passes.rewiring import names_used
-
-_CHUNK_BYTES = 1 << 24
+from vlm_export.graph.core.names import defined_values, names_used, nested_graphs, root_graphs, subgraphs_of
+from vlm_export.graph.core.tensors import TensorSlot, tensor_hash, tensor_slots
 
 
 def share_initializers(model: ir.Model) -> int:
     """Makes the readers of equal initializers (dtype, shape, every bit) read one of them, in place.
 
     The one of an outer graph serves the graphs inside it too. Initializers that are inputs or outputs stay, and so do
-    those whose reader sees another value of that name. The bytes are compared by SHA-256.
+    those whose reader sees another value of that name. The bytes are compared by SHA-256. onnx_ir's
+    `DeduplicateHashedInitializersPass` leaves an initializer of an inner graph that equals one of the outer graph.
 
     Returns:
         How many initializers were removed.
     """
-    shapes = Counter(_form(tensor) for value in _initializers(model.graph) if (tensor := value.const_value) is not None)
+    values = (value for graph in nested_graphs(model.graph) for value in graph.initializers.values())
+    shapes = Counter(_form(tensor) for value in values if (tensor := value.const_value) is not None)
     repeated = {form for form, count in shapes.items() if count > 1}
     sharing = _Sharing(repeated, names_used(model))
     return sum(sharing.visit(root, {}, frozenset()) for root in root_graphs(model))
 
 
-def tensor_hash(tensor: ir.TensorProtocol) -> str:
-    """SHA-256 of the content; of mapped tensors page by page."""
-    digest = hashlib.sha256()
-    if isinstance(tensor, ir.StringTensor) or tensor.dtype == ir.DataType.STRING:
-        for text in np.asarray(tensor.numpy()).reshape(-1).tolist():
-            content = text if isinstance(text, bytes) else str(text).encode()
-            digest.update(len(content).to_bytes(8, "little") + content)
-        return digest.hexdigest()
-    array = np.asarray(tensor.numpy())
-    if not array.flags.c_contiguous:
-        array = np.ascontiguousarray(array)
-    flat = array.reshape(-1).view(np.uint8)
-    for start in range(0, flat.size, _CHUNK_BYTES):
-        digest.update(flat[start : start + _CHUNK_BYTES].data)
-    if isinstance(tensor, ir.ExternalTensor):
-        # The mapping, or the copy that was made where mapping is not possible.
-        del array, flat
-        tensor.release()
-    return digest.hexdigest()
-
-
 def _form(tensor: ir.TensorProtocol) -> Hashable:
     return tensor.dtype, tuple(tensor.shape.numpy())
-
-
-def _initializers(graph: ir.Graph) -> Iterable[ir.Value]:
-    yield from graph.initializers.values()
-    for node in graph:
-        for inner in subgraphs_of(node):
-            yield from _initializers(inner)
 
 
 class _Sharing:
@@ -85,3 +55,30 @@ class _Sharing:
                 names = frozenset(str(defined.name) for defined in defined_values(inner))
                 count += self.visit(inner, known, names)
         return count
+
+
+# Below this, a tensor stays in the graph file by default, where sharing saves nothing.
+_LEAST_BYTES = 1024
+
+
+def share_stored_weights(model: ir.Model) -> int:
+    """Makes initializers with equal content refer to one tensor, in place: `save_model` then writes it once.
+
+    The graph stays as it is, each initializer under its name (`share_initializers` removes the others instead).
+
+    Returns:
+        How many bytes need not be written.
+    """
+    groups: defaultdict[Hashable, list[TensorSlot]] = defaultdict(list)
+    for slot in tensor_slots(model):
+        if slot.can_be_external and slot.nbytes > _LEAST_BYTES:
+            groups[_form(slot.tensor)].append(slot)
+    saved = 0
+    for group in groups.values():
+        first: dict[str, TensorSlot] = {}
+        for slot in group if len({slot.identity for slot in group}) > 1 else ():
+            kept = first.setdefault(tensor_hash(slot.tensor), slot)
+            if kept.identity != slot.identity:
+                saved += slot.nbytes
+                slot.tensor = kept.tensor
+    return saved

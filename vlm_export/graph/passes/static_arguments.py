@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from vlm_export.graph.ir_version import allow_plain_initializers
-from vlm_export.graph.names import fresh_name, nested_graphs, root_graphs, taken_names
+from vlm_export.graph.core.names import fresh_name, nested_graphs, root_graphs, taken_names
+from vlm_export.graph.core.replace_uses import add_constant_node, add_initializer
+from vlm_export.graph.core.skeleton import allow_plain_initializers
+from vlm_export.graph.core.tensors import constant_tensor, input_at
 from vlm_export.graph.passes.dead_code import remove_dead_code
 from vlm_export.graph.passes.known_integers import AxisSize, KnownIntegers
-from vlm_export.graph.passes.rewiring import constant_tensor, input_at
 
 # Operator → inputs that are arguments: integers that decide shapes or axes.
 ARGUMENTS: Mapping[str, Sequence[int]] = {
@@ -65,7 +66,7 @@ class _GraphArguments:
     def __init__(self, root: ir.Graph, graph: ir.Graph, in_function: bool) -> None:
         self._graph, self._in_function = graph, in_function
         self._taken = taken_names(root, graph)
-        self._known = KnownIntegers()
+        self._known = KnownIntegers(root.opset_imports.get("", 0))
         self._made: dict[tuple[tuple[int, ...], tuple[int, ...], ir.DataType], ir.Value] = {}
 
     def replace(self) -> int:
@@ -99,20 +100,11 @@ class _GraphArguments:
         key = (tuple(array.shape), tuple(array.reshape(-1).tolist()), tensor.dtype)
         if not self._in_function and key in self._made:
             return self._made[key]
-        name = fresh_name(f"{base}.static", self._taken)
-        tensor.name = name
+        tensor.name = fresh_name(f"{base}.static", self._taken)
         if self._in_function:
-            node = ir.node("Constant", [], {"value": tensor})
-            self._graph.insert_before(reader, node)
-            value = node.outputs[0]
-            value.name = name
-        else:
-            value = ir.Value(name=name, const_value=tensor)
-            self._made[key] = value
-        value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)
-        if not self._in_function:
-            self._graph.register_initializer(value)
-        return value
+            return add_constant_node(reader, tensor, tensor.name)
+        self._made[key] = add_initializer(self._graph, tensor, tensor.name)
+        return self._made[key]
 
 
 def _copied_axes(node: ir.Node, entries: list[int | AxisSize]) -> list[int] | None:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from vlm_export.graph.names import fresh_name, taken_names
-from vlm_export.graph.passes.elementwise import axis_inputs
-from vlm_export.graph.passes.layout_roles import Perm, Roles, has_one_element, inverse_of
-from vlm_export.graph.passes.rewiring import bypass, constant_tensor, remove_node
-from vlm_export.graph.transposes import transposed_tensor
+from vlm_export.graph.core.names import fresh_name, taken_names
+from vlm_export.graph.core.replace_uses import add_constant_node, add_initializer, bypass, remove_node
+from vlm_export.graph.core.tensors import constant_tensor, transposed_tensor
+from vlm_export.graph.passes.layout_roles import Perm, Roles, axis_inputs, has_one_element, inverse_of
 
 
 @dataclass(frozen=True)
@@ -101,15 +100,8 @@ class Rewrite:
         name = fresh_name(f"{value.name}.transposed", self._taken)
         permuted = transposed_tensor(tensor, self._inverse, name)
         if self._in_function:
-            # Functions hold no initializers.
-            constant = ir.node("Constant", [], {"value": permuted})
-            constant.outputs[0].name = name
-            constant.outputs[0].type, constant.outputs[0].shape = ir.TensorType(tensor.dtype), permuted.shape
-            self._graph.insert_before(reader, constant)
-            return constant.outputs[0]
-        new = ir.Value(name=name, shape=permuted.shape, type=ir.TensorType(tensor.dtype), const_value=permuted)
-        self._graph.register_initializer(new)
-        return new
+            return add_constant_node(reader, permuted, name)
+        return add_initializer(self._graph, permuted, name)
 
     def _turned(self, value: ir.Value, reader: ir.Node) -> ir.Value:
         """The other form of a value that stays as it is: from a Transpose that is there already, or a new one."""

@@ -99,16 +99,16 @@ def _check_graph_sizes(engine: Engine, part: PartRecord, path: Path) -> None:
     Axes without a fixed size in the graph, or in the signature, are left to the run.
     """
     stated = {tensor.name: tensor.shape for tensor in (*part.signature.inputs, *part.signature.outputs)}
-    for port in (*engine.inputs, *engine.outputs):
-        expected = stated.get(port.name, port.shape)
-        pairs = zip(expected, port.shape, strict=False)
+    for info in (*engine.inputs, *engine.outputs):
+        expected = stated.get(info.name, info.shape)
+        pairs = zip(expected, info.shape, strict=False)
         differs = any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs)
-        if differs or len(expected) != len(port.shape):
+        if differs or len(expected) != len(info.shape):
             raise InputError(
                 f"the graph of part {part.name!r} has other sizes than the manifest states",
-                where=f"{path}: {port.name}",
+                where=f"{path}: {info.name}",
                 expected=_shape_text(expected),
-                got=_shape_text(port.shape),
+                got=_shape_text(info.shape),
                 fix="copy the bundle again, or export it again with --overwrite",
             )
 

@@ -45,7 +45,7 @@ MAX_THREADS = 1024
 
 
 @dataclass(frozen=True)
-class Port:
+class TensorInfo:
     """An input or output of a graph: dtype name, and its axes as sizes, names or None for unnamed dynamic ones."""
 
     name: str
@@ -56,8 +56,8 @@ class Port:
 class Engine(Protocol):
     """Runs one graph."""
 
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Every output by name; InputError when the feeds do not fit the inputs."""
@@ -130,11 +130,11 @@ class OrtEngine:
                 fix="export it again",
             ) from error
         _check_started(wanted, self._session.get_providers())
-        self.inputs = tuple(_port(entry) for entry in self._session.get_inputs())
-        self.outputs = tuple(_port(entry) for entry in self._session.get_outputs())
+        self.inputs = tuple(_tensor_info(entry) for entry in self._session.get_inputs())
+        self.outputs = tuple(_tensor_info(entry) for entry in self._session.get_outputs())
         # Prepared once: a decoder with 60 caches is fed for every token.
-        self._names = frozenset(port.name for port in self.inputs)
-        self._forms = tuple((port, *_form(port)) for port in self.inputs)
+        self._names = frozenset(info.name for info in self.inputs)
+        self._forms = tuple((info, *_form(info)) for info in self.inputs)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Every output by name.
@@ -150,7 +150,7 @@ class OrtEngine:
             raise machine_fault(error, str(self.path)) or InputError(
                 "a graph failed while running", where=str(self.path), got=f"{_cause(error)} (inputs: {shapes})"
             ) from error
-        return {port.name: np.asarray(value) for port, value in zip(self.outputs, values, strict=True)}
+        return {info.name: np.asarray(value) for info, value in zip(self.outputs, values, strict=True)}
 
     def _check(self, feeds: Mapping[str, Array]) -> None:
         if feeds.keys() != self._names:
@@ -160,16 +160,16 @@ class OrtEngine:
                 expected=", ".join(sorted(self._names)),
                 got=", ".join(sorted(feeds)) or "none",
             )
-        for port, dtype, rank, fixed in self._forms:
-            array = feeds[port.name]
+        for info, dtype, rank, fixed in self._forms:
+            array = feeds[info.name]
             fits = array.dtype == dtype and array.ndim == rank
             for axis, size in fixed if fits else ():
                 fits &= array.shape[axis] == size
             if not fits:
                 raise InputError(
-                    f"input {port.name!r} does not fit the graph",
+                    f"input {info.name!r} does not fit the graph",
                     where=str(self.path),
-                    expected=f"{port.dtype} {_shape_text(port.shape)}",
+                    expected=f"{info.dtype} {_shape_text(info.shape)}",
                     got=f"{array.dtype} {_shape_text(array.shape)}",
                 )
 
@@ -230,15 +230,15 @@ def _too_old(path: Path, installed: str, error: Exception) -> EnvironmentFailure
     )
 
 
-def _port(entry: Any) -> Port:
-    return Port(entry.name, _DTYPES.get(entry.type, entry.type), tuple(entry.shape))
+def _tensor_info(entry: Any) -> TensorInfo:
+    return TensorInfo(entry.name, _DTYPES.get(entry.type, entry.type), tuple(entry.shape))
 
 
-def _form(port: Port) -> tuple[np.dtype[Any], int, tuple[tuple[int, int], ...]]:
-    """What an array for a port must have: dtype (void where numpy has none), rank, and (axis, size) of fixed sizes."""
-    dtype = np.dtype(port.dtype if port.dtype in _DTYPES.values() else np.void)
-    fixed = tuple((axis, size) for axis, size in enumerate(port.shape) if isinstance(size, int))
-    return dtype, len(port.shape), fixed
+def _form(info: TensorInfo) -> tuple[np.dtype[Any], int, tuple[tuple[int, int], ...]]:
+    """What an array for a info must have: dtype (void where numpy has none), rank, and (axis, size) of fixed sizes."""
+    dtype = np.dtype(info.dtype if info.dtype in _DTYPES.values() else np.void)
+    fixed = tuple((axis, size) for axis, size in enumerate(info.shape) if isinstance(size, int))
+    return dtype, len(info.shape), fixed
 
 
 def _shape_text(shape: Sequence[int | str | None]) -> str:

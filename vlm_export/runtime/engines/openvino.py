@@ -12,7 +12,7 @@ import numpy as np
 from vlm_export.errors import EnvironmentFailure, InputError
 from vlm_export.interrupts import run_interruptibly
 from vlm_export.machine_faults import machine_fault
-from vlm_export.runtime.engines.onnxruntime import Array, Port, checked_threads
+from vlm_export.runtime.engines.onnxruntime import Array, TensorInfo, checked_threads
 
 _DTYPES = {"f32": "float32", "f16": "float16", "f64": "float64", "i64": "int64", "i32": "int32", "u8": "uint8"}
 
@@ -49,8 +49,8 @@ class OpenVinoEngine:
                 "a graph cannot be loaded", where=str(self.path), expected="a graph for OpenVINO", got=_last_line(error)
             ) from error
         self._request, self._busy = compiled.create_infer_request(), Lock()
-        self.inputs = tuple(_port(entry) for entry in compiled.inputs)
-        self.outputs = tuple(_port(entry) for entry in compiled.outputs)
+        self.inputs = tuple(_tensor_info(entry) for entry in compiled.inputs)
+        self.outputs = tuple(_tensor_info(entry) for entry in compiled.outputs)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Every output by name.
@@ -58,7 +58,7 @@ class OpenVinoEngine:
         Raises:
             InputError: the feeds do not fit the inputs, or the graph fails on these values.
         """
-        names = {port.name for port in self.inputs}
+        names = {info.name for info in self.inputs}
         if set(feeds) != names:
             # OpenVINO would run with whatever an input held before.
             raise InputError(
@@ -75,13 +75,13 @@ class OpenVinoEngine:
                 raise machine_fault(error, str(self.path)) or InputError(
                     "a graph failed while running", where=str(self.path), got=_last_line(error)
                 ) from error
-            return {port.name: np.array(values[port.name]) for port in self.outputs}
+            return {info.name: np.array(values[info.name]) for info in self.outputs}
 
 
-def _port(entry: Any) -> Port:
+def _tensor_info(entry: Any) -> TensorInfo:
     dtype = entry.element_type.get_type_name()
     shape = tuple(None if axis.is_dynamic else axis.get_length() for axis in entry.partial_shape)
-    return Port(entry.any_name, _DTYPES.get(dtype, dtype), shape)
+    return TensorInfo(entry.any_name, _DTYPES.get(dtype, dtype), shape)
 
 
 def _last_line(error: Exception) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from vlm_export.errors import InputError
-from vlm_export.runtime.engines.onnxruntime import Array, Port
+from vlm_export.runtime.engines.onnxruntime import Array, TensorInfo
 from vlm_export.runtime.generation.options import IdArray
 
 PAST, PRESENT = "past_key_values.", "present."
@@ -16,12 +16,12 @@ def present_name(past: str) -> str:
     return PRESENT + past.removeprefix(PAST)
 
 
-def no_tokens(port: Port, rows: int) -> Array:
+def no_tokens(info: TensorInfo, rows: int) -> Array:
     """An empty cache (rows, H, 0, d); InputError when the graph's heads have no fixed number or width."""
-    heads, width = (port.shape[1], port.shape[3]) if len(port.shape) == 4 else (None, None)
+    heads, width = (info.shape[1], info.shape[3]) if len(info.shape) == 4 else (None, None)
     if not isinstance(heads, int) or not isinstance(width, int):
-        raise InputError(f"the cache {port.name!r} has no fixed heads", got=str(port.shape), fix="export again")
-    return np.zeros((rows, heads, 0, width), port.dtype)
+        raise InputError(f"the cache {info.name!r} has no fixed heads", got=str(info.shape), fix="export again")
+    return np.zeros((rows, heads, 0, width), info.dtype)
 
 
 def taken_rows(array: Array, rows: IdArray) -> Array:

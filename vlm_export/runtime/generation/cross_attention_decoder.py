@@ -35,10 +35,10 @@ class CrossAttentionState:
 
     def __init__(self, decoder: Engine, keys_values: Mapping[str, Array], source_mask: IdArray) -> None:
         self._decoder = decoder
-        self._ports = {port.name: port for port in decoder.inputs}
+        self._infos = {info.name: info for info in decoder.inputs}
         given = {PAST + name.removeprefix(PRESENT): array for name, array in keys_values.items()}
-        wanted = {name for name in self._ports if name.startswith(PAST) and _SOURCE in name}
-        tokens = [port for name, port in self._ports.items() if name.startswith(PAST) and _OWN in name]
+        wanted = {name for name in self._infos if name.startswith(PAST) and _SOURCE in name}
+        tokens = [info for name, info in self._infos.items() if name.startswith(PAST) and _OWN in name]
         if not tokens or wanted != set(given):
             raise InputError(
                 "the decoder's graph takes other keys and values",
@@ -50,7 +50,7 @@ class CrossAttentionState:
         self._sources: IdArray = np.arange(rows, dtype=np.int64)
         self._attended = {name: self._fitted(name, given[name]) for name in sorted(given)}
         self._source_mask = source_mask
-        self._past = {port.name: no_tokens(port, rows) for port in tokens}
+        self._past = {info.name: no_tokens(info, rows) for info in tokens}
         self._tokens = 0
 
     @property
@@ -106,4 +106,4 @@ class CrossAttentionState:
 
     def _fitted(self, name: str, array: Array) -> Array:
         """In the input's own precision, for graphs whose cache is float16."""
-        return array.astype(self._ports[name].dtype, copy=False)
+        return array.astype(self._infos[name].dtype, copy=False)

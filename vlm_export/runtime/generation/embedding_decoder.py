@@ -50,28 +50,28 @@ class EmbeddedDecoderState:
     """
 
     def __init__(self, decoder: Engine, embed_tokens: Engine, prompts: EmbeddedRows, *, cached: bool = True) -> None:
-        ports = {port.name: port for port in decoder.inputs}
-        past = [port for port in decoder.inputs if port.name.startswith(PAST)]
-        outputs = {port.name for port in decoder.outputs}
-        if not past or KEPT_LOGITS not in ports or not {present_name(p.name) for p in past} | {LOGITS} <= outputs:
+        infos = {info.name: info for info in decoder.inputs}
+        past = [info for info in decoder.inputs if info.name.startswith(PAST)]
+        outputs = {info.name for info in decoder.outputs}
+        if not past or KEPT_LOGITS not in infos or not {present_name(p.name) for p in past} | {LOGITS} <= outputs:
             raise InputError(
                 "the decoder's graph has no cache, or no choice of logits",
                 expected=f"inputs {PAST}N.key and .value, the outputs that follow them, and {KEPT_LOGITS}",
-                got=", ".join(sorted(ports)),
+                got=", ".join(sorted(infos)),
                 fix="export the bundle again",
             )
         if not len(prompts.attention_mask) or not prompts.attention_mask[:, -1].all():
             raise UsageError("a prompt needs a token in its last place, and a batch needs a prompt")
         self._decoder = decoder
         self._embed_tokens = embed_tokens
-        self._embeds_dtype = ports[EMBEDS].dtype
-        self._caches = [(port.name, present_name(port.name), np.dtype(port.dtype)) for port in past]
+        self._embeds_dtype = infos[EMBEDS].dtype
+        self._caches = [(info.name, present_name(info.name), np.dtype(info.dtype)) for info in past]
         self._cached = cached
         self._waiting: FloatArray | None = prompts.inputs_embeds
         self._fed: Array | None = None
         self._mask = prompts.attention_mask
         self._lengths: IdArray = prompts.attention_mask.sum(axis=1)
-        self._past = {port.name: no_tokens(port, len(self._mask)) for port in past}
+        self._past = {info.name: no_tokens(info, len(self._mask)) for info in past}
 
     @property
     def rows(self) -> int:

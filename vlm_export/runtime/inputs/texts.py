@@ -28,7 +28,7 @@ Ids: TypeAlias = npt.NDArray[np.int64]
 
 MAX_CHARACTERS = 10_000
 """Longest text that is tokenized: far above any context, and the cost of one text stays in milliseconds, or below
-seconds with the worst tokenizer that `rust_tokenizer` lets pass."""
+seconds with the worst tokenizer that `tokenizer` lets pass."""
 
 _PREVIEW_CHARACTERS = 60
 _DIGITS = re.compile(r"&#([0-9]{8,})")
@@ -68,7 +68,7 @@ class Tokenizer:
             truncate: cut texts that are too long, with end-of-text as the last token; of a text above
                 `max_characters` only its beginning is read (its end, where the spec cuts on the left). Otherwise both
                 are errors.
-            pad_to: width to fill at least, up to the context length; None for the batch's longest row.
+            pad_to: width to fill at least, up to the context length; None for what the spec's padding says.
 
         Returns:
             int64 (B, T), rows filled with `pad_token_id` after end-of-text.
@@ -106,7 +106,7 @@ class Tokenizer:
             raise UsageError(
                 "pad_to is out of range", expected=f"1 to {self.spec.context_length} tokens", got=str(pad_to)
             )
-        width = max([pad_to or 1, *map(len, rows)])
+        width = max([pad_to or self.spec.least_tokens, *map(len, rows)])
         ids = np.full((len(rows), width), self.spec.pad_token_id, dtype=np.int64)
         mask = np.zeros((len(rows), width), dtype=np.int64)
         for i, row in enumerate(rows):
@@ -242,7 +242,7 @@ def _split_at_specials(text: str, specials: dict[str, int]) -> list[str | int]:
 
 
 def _is_symbol(character: str) -> bool:
-    # U+0345 counts as nothing at all: see WORD_PATTERN in vlm_export.export.clip_bpe.
+    # U+0345 counts as nothing at all: see WORD_PATTERN in vlm_export.export.openai_bpe.
     return not character.isspace() and character != "\u0345" and unicodedata.category(character)[0] not in "LN"
 
 

@@ -84,14 +84,11 @@ def plan_tiles(
     return TilePlan(size, (width, height), (height // edge, width // edge))
 
 
-def cut_tiles(
-    image: Image.Image, spec: TileSpec, *, with_global: bool = True, name: str = "picture"
-) -> tuple[TilePlan, FloatArray]:
-    """The plan of one picture, and its tiles.
+def cut_tiles(image: Image.Image, spec: TileSpec, *, name: str = "picture") -> tuple[TilePlan, FloatArray]:
+    """The plan of one picture, and its tiles; where there are several and the spec says so, the whole picture first.
 
     Args:
         image: opened by `open_image`, which bounds its pixels.
-        with_global: the whole picture goes first where there is more than one tile.
 
     Returns:
         float32 (N, 3, S, S) in [0, 1], S = `spec.tile_size_pixels`.
@@ -105,7 +102,7 @@ def cut_tiles(
     (rows, columns), edge = plan.grid, spec.tile_size_pixels
     split = pixels.reshape(3, rows, edge, columns, edge).transpose(1, 3, 0, 2, 4).reshape(-1, 3, edge, edge)
     tiles: FloatArray = np.ascontiguousarray(split)
-    if with_global and len(tiles) > 1:
+    if spec.global_tile and len(tiles) > 1:
         tiles = np.concatenate([_shrunk(pixels, edge)[None], tiles])
     return plan, tiles
 

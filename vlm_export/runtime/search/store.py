@@ -42,7 +42,7 @@ class EmbeddingsMeta(Spec):
     Attributes:
         kind: what the items are: paths of pictures, or texts.
         model: the bundle's name, for people.
-        identity: `EncoderPair.identity`; only embeddings of equal identity may be compared.
+        identity: `Manifest.identity()`; only embeddings of equal identity may be compared.
         precision: the variant that computed them.
     """
 

@@ -122,7 +122,7 @@ class EmbedTask:
                 if encoder.pooling == "mean":
                     embeddings[list(batch)] = self._mean_of_tokens(encoder, chosen, batch)
                 else:
-                    ids, mask = tokenizer.pad_masked(chosen, pad_to=self._fixed_tokens(encoder))
+                    ids, mask = tokenizer.pad_masked(chosen, pad_to=self._least_tokens(encoder))
                     embeddings[list(batch)] = self._text_rows(encoder, ids, mask)
                 bar.update(len(batch))
         return unit_rows(embeddings)
@@ -131,7 +131,8 @@ class EmbedTask:
         """Embeddings of token ids, for bundles without a tokenizer.
 
         Args:
-            input_ids: integers (N, T) with start and end tokens, 1 ≤ T ≤ context length.
+            input_ids: integers (N, T) with start and end tokens, 1 ≤ T ≤ context length; filled up with the padding
+                token where the model was trained so, or its graph has one length.
             attention_mask: 1 for tokens and 0 for padding, (N, T), where the text part takes one; None for all ones.
 
         Returns:
@@ -156,7 +157,9 @@ class EmbedTask:
         if encoder.pooling == "mean":
             rows = [row[kept.astype(bool)].tolist() for row, kept in zip(ids, mask, strict=True)]
             return unit_rows(self._mean_of_tokens(encoder, rows, range(len(rows))))
-        return unit_rows(self._text_rows(encoder, ids, mask))
+        missing = ((0, 0), (0, max(self._least_tokens(encoder) - ids.shape[1], 0)))
+        ids = np.pad(ids, missing, constant_values=self.session.text_spec.pad_token_id)
+        return unit_rows(self._text_rows(encoder, ids, np.pad(mask, missing)))
 
     def classify(
         self, images: Pictures, labels: Sequence[str], *, template: str = "a photo of a {}", truncate: bool = False
@@ -235,17 +238,18 @@ class EmbedTask:
     def _input_names(self, encoder: EncoderSpec) -> tuple[str, ...]:
         return tuple(tensor.name for tensor in self.session.engine(encoder.part).inputs)
 
-    def _fixed_tokens(self, encoder: EncoderSpec) -> int | None:
+    def _least_tokens(self, encoder: EncoderSpec) -> int:
+        """The shortest row that the part takes."""
         axis = self.session.engine(encoder.part).inputs[0].shape[1]
-        if isinstance(axis, int):
-            return axis
-        return self.session.text_spec.context_length if self.session.text_spec.padding == "context" else None
+        return axis if isinstance(axis, int) else self.session.text_spec.least_tokens
 
     def _width(self, encoder: EncoderSpec) -> int:
         outputs = {tensor.name: tensor for tensor in self.session.manifest.part(encoder.part).signature.outputs}
-        size = outputs[encoder.output].shape[-1] if encoder.output in outputs else encoder.output
+        shape = outputs[encoder.output].shape if encoder.output in outputs else ()
+        size = shape[-1] if shape else None
         if not isinstance(size, int):
-            raise InputError("the embeddings have no fixed size", where=self.session.manifest.name, got=str(size))
+            where = f"{self.session.manifest.name}: part {encoder.part}: {encoder.output}"
+            raise InputError("the embeddings have no fixed size", where=where, expected="(batch, D)", got=str(shape))
         return size
 
     def _no_rows(self, count: int = 0) -> FloatArray:

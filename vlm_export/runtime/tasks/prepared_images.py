@@ -38,7 +38,7 @@ def prepare_image(image: Image.Image, spec: AnyImageSpec, name: str) -> Prepared
     if isinstance(spec, ImageSpec):
         return PreparedImage((1, 1), preprocess_image(image, spec, name=name)[None])
     if isinstance(spec, TileSpec):
-        plan, tiles = cut_tiles(image, spec, with_global=spec.global_tile, name=name)
+        plan, tiles = cut_tiles(image, spec, name=name)
         return PreparedImage(plan.grid, tiles)
     raise InputError(
         "this bundle cuts images into slices of several sizes",

@@ -1,0 +1,1 @@
+"""What every room uses, and the exporter too: files, names, inference, and changes that leave no half."""

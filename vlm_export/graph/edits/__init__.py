@@ -1,0 +1,1 @@
+"""Changes of single nodes, tensors, shapes and interfaces; models cut and joined."""

@@ -1,0 +1,199 @@
+"""Inputs to try a graph with: random values in the shapes that its inputs state, or those of files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx import numpy_helper
+
+from vlm_export.errors import GraphError, UsageError, suggestion
+from vlm_export.graph.core.onnxruntime_session import Array
+from vlm_export.graph.core.tensors import is_plain_number
+
+_WORDS = ("a", "cat", "on", "two", "mats", "")
+# Bounds above this are meant to reach every value that the graph takes.
+_SMALL_BOUND = 16
+
+
+def draw_feeds(
+    inputs: Mapping[str, ir.Value],
+    sizes: Mapping[str, int],
+    choices: Sequence[int],
+    bounds: Mapping[str, int],
+    number: int,
+) -> dict[str, Array]:
+    """Draws random values for the inputs; equally named axes are of one size.
+
+    Args:
+        sizes: named axis → size, where the caller knows it.
+        choices: sizes that the other open axes get, one after the other.
+        bounds: of integers, by the name of the input: they are at least 0 and smaller. Where numbers of eight bits may
+            be large, they take all of their values.
+        number: of the draw, which decides the values.
+
+    Raises:
+        GraphError: an input is no tensor, or of a dtype that cannot be drawn.
+    """
+    rng = np.random.default_rng([0, number])
+    known = dict(sizes)
+    feeds = {
+        name: _random_array(name, value, _shape(name, value, known, choices), rng, bounds.get(name, _SMALL_BOUND))
+        for name, value in inputs.items()
+    }
+    # Flags that choose a branch take turns, so that each branch is seen.
+    flags = [name for name, array in feeds.items() if array.dtype == bool and array.size == 1]
+    for place, name in enumerate(flags):
+        feeds[name] = np.full(feeds[name].shape, (number + place) % 2 == 0)
+    return feeds
+
+
+def draw_near(default: Array, rng: np.random.Generator) -> Array:
+    """Draws other values in place of an input's default, of its sign and magnitude, so that variances stay positive."""
+    if default.dtype.kind == "f":
+        spread = float(np.abs(default.astype(np.float64)).mean()) if default.size else 0.0
+        base = np.where(default == 0, (spread or 1.0) / 2, default)
+        return np.asarray((base * rng.uniform(0.5, 1.5, default.shape)).astype(default.dtype))
+    if default.dtype.kind == "b":
+        return ~default
+    return np.asarray(rng.integers(0, _SMALL_BOUND, default.shape).astype(default.dtype))
+
+
+def _shape(name: str, value: ir.Value, known: dict[str, int], choices: Sequence[int]) -> list[int]:
+    shape: list[int] = []
+    for axis, size in enumerate(value.shape or ()):
+        if isinstance(size, int):
+            shape.append(size)
+            continue
+        key = str(size) if size.value is not None else f"{name}.{axis}"
+        if key not in known:
+            known[key] = choices[len(known) % len(choices)]
+        shape.append(known[key])
+    return shape
+
+
+def _random_array(name: str, value: ir.Value, shape: list[int], rng: np.random.Generator, bound: int) -> Array:
+    if not isinstance(value.type, ir.TensorType):
+        raise GraphError(
+            f"input {name!r} is no tensor: random values cannot be made for it", fix="give inputs with --inputs"
+        )
+    dtype = value.type.dtype
+    if dtype == ir.DataType.STRING:
+        return rng.choice(np.array(_WORDS, dtype=object), shape)
+    kind = dtype.numpy()
+    if kind.kind == "b":
+        return np.asarray(rng.integers(0, 2, shape).astype(bool))
+    if kind.kind in "iu" and is_plain_number(kind):
+        return _random_integers(kind, shape, rng, bound)
+    if kind.kind == "c":
+        raise GraphError(f"input {name!r} is {dtype.name}: random values cannot be made for it", fix="give --inputs")
+    # Values that float16 holds too, so that the same inputs serve a graph of another precision. Of floats that numpy
+    # lacks, as float32.
+    wanted = kind if is_plain_number(kind) else np.dtype(np.float32)
+    return np.asarray(rng.standard_normal(shape).astype(np.float16).astype(wanted))
+
+
+def _random_integers(kind: np.dtype[Any], shape: list[int], rng: np.random.Generator, bound: int) -> Array:
+    info = np.iinfo(kind)
+    low, high = 0, min(bound, int(info.max) + 1)
+    if bound > _SMALL_BOUND and kind.itemsize == 1:
+        low, high = int(info.min), int(info.max) + 1
+    array = np.asarray(rng.integers(low, high, shape).astype(kind))
+    if array.size > 1 and bound > 2:
+        # The ends of the range are always seen.
+        array.flat[0], array.flat[-1] = high - 1, low
+    return array
+
+
+def load_feeds(paths: Sequence[Path], inputs: Mapping[str, ir.Value]) -> dict[str, Array]:
+    """Reads feeds from one .npz with arrays by input name, or from .pb files (ONNX TensorProto) in the order of the
+    inputs.
+
+    Inputs with a default may be left out, and are not counted in the order.
+
+    Raises:
+        UsageError: a file that is neither, or names and numbers that are not the inputs'.
+    """
+    names = [name for name, value in inputs.items() if not value.is_initializer()]
+    if len(paths) == 1 and paths[0].suffix == ".npz":
+        feeds = _load_npz(paths[0])
+    elif paths and all(path.suffix == ".pb" for path in paths):
+        tensors = [_load_tensor(path) for path in paths]
+        if len(tensors) > len(names):
+            raise UsageError("there are more files than inputs", expected=str(names), got=f"{len(tensors)} files")
+        feeds = dict(zip(names, tensors, strict=False))
+    else:
+        raise UsageError("inputs are one .npz file or several .pb files", got=", ".join(map(str, paths)))
+    for name in feeds:
+        if name not in inputs:
+            raise UsageError(f"the model has no input {name!r}", where=str(paths[0]), fix=suggestion(name, inputs))
+    missing = [name for name in names if name not in feeds]
+    if missing:
+        raise UsageError("inputs are missing", where=str(paths[0]), expected=str(names), got=f"without {missing}")
+    return feeds
+
+
+def _load_npz(path: Path) -> dict[str, Array]:
+    try:
+        with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as data:
+            feeds = {name: data[name] for name in data.files}
+    # zipfile, zlib and numpy raise classes of their own.
+    except Exception as error:
+        got = f"{type(error).__name__}: {error}"
+        raise UsageError("the file is no .npz of plain arrays", where=str(path), got=got[:200]) from error
+    # What is no array in the archive comes as bytes.
+    strange = [name for name, array in feeds.items() if not isinstance(array, np.ndarray)]
+    if strange:
+        raise UsageError("the file is no .npz of plain arrays", where=str(path), got=", ".join(strange))
+    return feeds
+
+
+def _load_tensor(path: Path) -> Array:
+    tensor = onnx.TensorProto()
+    try:
+        tensor.ParseFromString(path.read_bytes())
+        return np.asarray(numpy_helper.to_array(tensor))
+    # protobuf's parser and onnx raise classes of their own.
+    except Exception as error:
+        raise UsageError("the file is no ONNX tensor", where=str(path), got=str(error)[:200]) from error
+
+
+def as_dtype(array: Array, value: ir.Value | None) -> Array:
+    """Converts values to that tensor's dtype; programs take and give as float32 what numpy lacks."""
+    if value is None or value.dtype is None or not isinstance(array, np.ndarray) or not is_plain_number(array.dtype):
+        return array
+    wanted = value.dtype.numpy()
+    if array.dtype == wanted:
+        return array
+    with np.errstate(invalid="ignore", over="ignore"):
+        held = array.astype(wanted)
+    return np.asarray(held if is_plain_number(wanted) else held.astype(np.float32))
+
+
+def bounds_of(dtype: ir.DataType) -> tuple[float, float]:
+    """Returns the smallest and the largest finite number of an integer or floating point dtype."""
+    return float(dtype.min), float(dtype.max)
+
+
+def held_by_both(array: Array, old: ir.Value, new: ir.Value | None) -> Array:
+    """Values of the old dtype that the new one holds exactly: clipped to its range, and rounded as it rounds.
+
+    Args:
+        array: of the old dtype or of the new one.
+        old: a tensor of the dtype to return.
+        new: a tensor of the other dtype; None where dtypes do not differ.
+    """
+    if new is None or new.dtype is None or old.dtype is None or new.dtype == old.dtype:
+        return array
+    if not isinstance(array, np.ndarray) or not is_plain_number(array.dtype):
+        return array
+    if new.dtype.is_integer() or new.dtype.is_floating_point():
+        low, high = bounds_of(new.dtype)
+        if array.dtype.kind == "f" or array.astype(np.float64).max(initial=0.0) > high:
+            array = np.clip(array.astype(np.float64), low, high)
+    rounded = as_dtype(array, new)
+    return as_dtype(rounded, old)
