@@ -92,8 +92,8 @@ def test_embed_match_and_search(cli: Cli, nanovlm_bundle: Bundle, tmp_path: Path
         text: pytest.approx(float(cosine), abs=1e-5) for text, cosine in zip(("a cat", "what"), cosines[0], strict=True)
     }
     cli("match", bundle, PICTURE, "a", "--first-token", "enc").refused(2, "--first-token", "task match")
-    cli("search", bundle, output, "a", "--rerank").refused(3, "cannot match texts with images", "embed images or texts")
-    cli("classify", bundle, PICTURE, "cat", "dog").refused(3, "not trained to score")
+    cli("search", bundle, output, "a", "--rerank").refused(3, "cannot match texts with images")
+    cli("classify", bundle, PICTURE, "cat", "dog").refused(3, "not trained to compare", "ask it a question")
 
 
 def test_inspect_shows_the_tiles(cli: Cli, nanovlm_bundle: Bundle, tmp_path: Path) -> None:
