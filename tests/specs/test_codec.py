@@ -219,7 +219,7 @@ def test_errors_say_the_demand_in_words() -> None:
     assert refused(name="A").expected == "a string: lower-case letters"
     assert refused(filter="area").expected == "one of 'box', 'bicubic'"
     assert refused(names=[]).expected.endswith("at least one name")
-    assert refused(depth=0).expected == f"an integer from 1 to {MAX_INTEGER} or nothing (null)"
+    assert refused(depth=0).expected == "an integer at least 1 or nothing (null)"
 
 
 def test_a_long_value_is_cut() -> None:

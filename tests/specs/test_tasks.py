@@ -174,9 +174,10 @@ def test_a_wrong_field_is_named_with_its_path(task: TaskSpec, path: str, value: 
 
 
 def test_no_narrowing_is_null() -> None:
-    task = read(PLACEHOLDERS, data_of(PLACEHOLDERS, "sampling", {"top_k": None, "top_p": None, "temperature": 1}))
+    sampling = {"top_k": None, "top_p": None, "temperature": 1, "order": "temperature_last"}
+    task = read(PLACEHOLDERS, data_of(PLACEHOLDERS, "sampling", sampling))
     assert isinstance(task, ChatSpec)
-    assert task.sampling == SamplingSpec(None, None, 1.0)
+    assert task.sampling == SamplingSpec(None, None, 1.0, "temperature_last")
 
 
 def test_a_layout_and_its_markers_agree() -> None:

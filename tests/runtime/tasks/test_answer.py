@@ -30,7 +30,7 @@ def test_padding_is_attended_to_only_when_asked(
     recorded: Callable[[str], Any], assert_same: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     it = recorded("vqa")
-    engine = it.model.engine("text_decoder")
+    engine = it.model.session.engine("text_decoder")
     for attend, name in ((True, "ones"), (False, "pad"), (None, "ones")):
         logits: list[Any] = []
 
@@ -43,7 +43,7 @@ def test_padding_is_attended_to_only_when_asked(
         it.model.answer(it.pictures, it.strings["questions"], attend_padding=attend, beams=1)
         monkeypatch.undo()
         it = recorded("vqa")
-        engine = it.model.engine("text_decoder")
+        engine = it.model.session.engine("text_decoder")
         assert_same(logits[0], it.record[f"output.first_answer_logits_mask_{name}"])
 
 

@@ -133,7 +133,8 @@ class EmbedTask:
         Args:
             input_ids: integers (N, T) with start and end tokens, 1 ≤ T ≤ context length; filled up with the padding
                 token where the model was trained so, or its graph has one length.
-            attention_mask: 1 for tokens and 0 for padding, (N, T), where the text part takes one; None for all ones.
+            attention_mask: 1 for tokens and 0 for padding, (N, T), where the text part takes one
+                or the embedding is a mean; None for all ones.
 
         Returns:
             float32 (N, D), rows of unit length.
@@ -145,7 +146,7 @@ class EmbedTask:
         encoder, ids = self._encoder("text"), checked_ids(input_ids, self.session.text_spec)
         mask = np.ones_like(ids)
         if attention_mask is not None:
-            if _MASK not in self._input_names(encoder):
+            if encoder.pooling != "mean" and _MASK not in self._input_names(encoder):
                 raise UsageError(
                     "this model takes no attention_mask",
                     where=self.session.manifest.name,
