@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -267,6 +267,13 @@ class Family(Protocol):
     def published_config(self, architecture: Mapping[str, Any]) -> dict[str, Any] | None:
         """The `config.json` of such a checkpoint, or None where its authors publish none."""
         ...
+
+
+def outlines(parts: Iterable[Part]) -> tuple[PartOutline, ...]:
+    """What a description tells of parts, which may be on the meta device."""
+    return tuple(
+        PartOutline(part.name, part.signature, sum(p.numel() for p in part.module.parameters())) for part in parts
+    )
 
 
 def reference_from_module(part: Part) -> Reference:

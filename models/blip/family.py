@@ -20,10 +20,10 @@ from vlm_export.family import (
     Description,
     Model,
     NoOptions,
-    PartOutline,
     StoredTensorInfo,
     TokenizerIds,
     WeightStore,
+    outlines,
     reference_from_module,
 )
 from vlm_export.models.blip import weights as blip_weights
@@ -72,10 +72,7 @@ class BlipFamily:
 
     def describe(self, checkpoint: Checkpoint) -> Description:
         architecture = architecture_from_checkpoint(checkpoint)
-        parts = tuple(
-            PartOutline(part.name, part.signature, sum(p.numel() for p in part.module.parameters()))
-            for part in build_parts(architecture, build_modules(architecture))
-        )
+        parts = outlines(build_parts(architecture, build_modules(architecture)))
         image, origins = _image(architecture, architecture.vision.image_size, checkpoint)
         return Description(
             architecture.to_json(),

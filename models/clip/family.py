@@ -26,10 +26,10 @@ from vlm_export.family import (
     Description,
     Model,
     Part,
-    PartOutline,
     Reference,
     StoredTensorInfo,
     WeightStore,
+    outlines,
     reference_from_module,
 )
 from vlm_export.models.clip import architecture as clip_architecture
@@ -99,10 +99,7 @@ class ClipFamily:
         clip_open.refuse_sigmoid(checkpoint)
         is_huggingface = _is_huggingface(checkpoint)
         architecture = _architecture(checkpoint) if is_huggingface else clip_open.described_architecture(checkpoint)
-        parts = tuple(
-            PartOutline(part.name, part.signature, sum(p.numel() for p in part.module.parameters()))
-            for part in _parts(architecture, build_encoders(architecture))
-        )
+        parts = outlines(_parts(architecture, build_encoders(architecture)))
         warnings = clip_open.assumptions(checkpoint, architecture)
         image, origins = _image(architecture, architecture, checkpoint)
         return Description(

@@ -19,9 +19,9 @@ from vlm_export.family import (
     Family,
     Model,
     NoOptions,
-    PartOutline,
     StoredTensorInfo,
     WeightStore,
+    outlines,
     reference_from_module,
 )
 from vlm_export.models.layers.vit import VitForm
@@ -88,10 +88,7 @@ def describe_vision(
     architecture: VisionArchitecture, checkpoint: Checkpoint, warnings: tuple[str, ...] = ()
 ) -> Description:
     """`Family.describe` of both families."""
-    parts = tuple(
-        PartOutline(part.name, part.signature, sum(p.numel() for p in part.module.parameters()))
-        for part in build_parts(architecture, _modules(architecture))
-    )
+    parts = outlines(build_parts(architecture, _modules(architecture)))
     return Description(
         architecture.to_json(),
         parts,

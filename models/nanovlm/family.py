@@ -19,9 +19,9 @@ from vlm_export.family import (
     Description,
     Model,
     NoOptions,
-    PartOutline,
     StoredTensorInfo,
     WeightStore,
+    outlines,
     reference_from_module,
 )
 from vlm_export.models.nanovlm.architecture import (
@@ -65,10 +65,7 @@ class NanoVlmFamily:
 
     def describe(self, checkpoint: Checkpoint) -> Description:
         architecture = architecture_from_checkpoint(checkpoint)
-        parts = tuple(
-            PartOutline(part.name, part.signature, sum(p.numel() for p in part.module.parameters()))
-            for part in build_parts(architecture, build_modules(architecture))
-        )
+        parts = outlines(build_parts(architecture, build_modules(architecture)))
         return Description(
             architecture.to_json(),
             parts,

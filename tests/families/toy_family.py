@@ -20,9 +20,9 @@ from vlm_export.family import (
     Model,
     NoOptions,
     Part,
-    PartOutline,
     StoredTensorInfo,
     WeightStore,
+    outlines,
     reference_from_module,
 )
 from vlm_export.specs import TextSpec, torchvision_image_spec
@@ -78,10 +78,7 @@ class ToyFamily:
 
     def describe(self, checkpoint: Checkpoint) -> Description:
         architecture = _architecture(checkpoint)
-        parts = tuple(
-            PartOutline(part.name, part.signature, sum(p.numel() for p in part.module.parameters()))
-            for part in _parts(architecture, Vision(architecture), Text(architecture))
-        )
+        parts = outlines(_parts(architecture, Vision(architecture), Text(architecture)))
         return Description(architecture.to_json(), parts, (), image=_image(architecture), text=_text())
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
