@@ -93,7 +93,7 @@ def test_embed_match_and_search(cli: Cli, nanovlm_bundle: Bundle, tmp_path: Path
     }
     cli("match", bundle, PICTURE, "a", "--first-token", "enc").refused(2, "--first-token", "task match")
     cli("search", bundle, output, "a", "--rerank").refused(3, "cannot match texts with images")
-    cli("classify", bundle, PICTURE, "cat", "dog").refused(3, "not trained to score")
+    cli("classify", bundle, PICTURE, "cat", "dog").refused(3, "not trained to score", "use match")
 
 
 def test_inspect_shows_the_tiles(cli: Cli, nanovlm_bundle: Bundle, tmp_path: Path) -> None:

@@ -28,11 +28,13 @@ from vlm_export.verify.grid import (
     runtime_points,
 )
 
+# Every part has an output; of which size, does not matter here.
+OUTPUT = (TensorSpec("y", "float32", (1,)),)
 SEQUENCE = Axis("sequence", 1, 77)
 
 
 def signature(*axes: Axis) -> Signature:
-    return Signature((TensorSpec("x", "float32", tuple(axis.name for axis in axes)),), (), axes)
+    return Signature((TensorSpec("x", "float32", tuple(axis.name for axis in axes)),), OUTPUT, axes)
 
 
 BATCH_ONLY = signature(Axis("batch"))
@@ -89,7 +91,7 @@ def test_a_budget_bounds_the_rows_but_not_the_coverage(case: Signature) -> None:
 
 
 def test_a_static_signature_is_tried_with_every_seed() -> None:
-    fixed = Signature((TensorSpec("x", "float32", (1, 3)),), (), ())
+    fixed = Signature((TensorSpec("x", "float32", (1, 3)),), OUTPUT, ())
     assert [(dict(point.sizes), point.seed) for point in grid_for(fixed)] == [({}, seed) for seed in SEEDS]
 
 
@@ -123,7 +125,7 @@ def test_a_budget_of_bytes_cuts_the_longest_axis_first() -> None:
     logits = TensorSpec("logits", "float32", ("batch", "sequence", 50_000))
     cache = TensorSpec("cache", "float32", ("batch", "total", 10_000))
     axes = (Axis("batch"), Axis("sequence", 1, 8192), Axis("past", 0, 8192), total)
-    case = Signature((), (logits, cache), axes)
+    case = Signature((cache,), (logits,), axes)
     budget = 64 << 20
     grid = grid_for(case, budget_bytes=budget)
     for point in grid:
@@ -155,7 +157,7 @@ def test_a_budget_bounds_the_scores_of_cached_attention() -> None:
 
 def test_a_budget_of_bytes_keeps_steps_and_ends_where_nothing_fits() -> None:
     steps = Signature(
-        (), (TensorSpec("x", "float32", ("batch", "width")),), (Axis("batch"), Axis("width", 14, 1400, 14))
+        (TensorSpec("x", "float32", ("batch", "width")),), OUTPUT, (Axis("batch"), Axis("width", 14, 1400, 14))
     )
     assert all(point.sizes["width"] % 14 == 0 for point in grid_for(steps, budget_bytes=4000))
     assert {(point.rows, point.sizes["width"]) for point in grid_for(steps, budget_bytes=1)} == {(1, 14)}
@@ -265,7 +267,7 @@ def test_a_batch_that_does_not_fit_is_left_out() -> None:
 def test_the_scores_of_attention_between_patches_are_bounded() -> None:
     """Pixels take little, and the scores of every pair of patches in each head gigabytes."""
     pixels = TensorSpec("pixel_values", "float32", ("batch", 3, "height", "width"))
-    case = Signature((pixels,), (), (Axis("batch"), Axis("height", 16, 1024, 16), Axis("width", 16, 1024, 16)))
+    case = Signature((pixels,), OUTPUT, (Axis("batch"), Axis("height", 16, 1024, 16), Axis("width", 16, 1024, 16)))
 
     def scores(point: GridPoint) -> int:
         return 4 * 8 * point.rows * (point.sizes["height"] * point.sizes["width"] // 256) ** 2

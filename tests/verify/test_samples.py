@@ -86,7 +86,7 @@ def test_sentences_come_with_their_mask_where_the_part_takes_it(
 ) -> None:
     shape = ("batch", "sequence")
     inputs = tuple(TensorSpec(name, "int64", shape) for name in ("input_ids", "attention_mask"))
-    masked = Signature(inputs, (), (Axis("batch"), Axis("sequence", 1, 20)))
+    masked = Signature(inputs, OUTPUT, (Axis("batch"), Axis("sequence", 1, 20)))
     plain = sample_inputs(parts["text"].signature, None, model.text, tokenizer_path)
     samples = sample_inputs(masked, None, model.text, tokenizer_path)
     assert len(samples) == len(plain)
@@ -105,7 +105,7 @@ def test_parts_with_other_inputs_have_no_samples(model: Model, parts: dict[str, 
     ids, mask = (TensorSpec(name, "int64", ("batch",)) for name in ("input_ids", "attention_mask"))
     states = TensorSpec("encoder_hidden_states", "float32", ("batch", 9, 16))
     for inputs in ((ids, mask, states), (states,), (mask, ids)):
-        attending = Signature(inputs, (), (Axis("batch"),))
+        attending = Signature(inputs, OUTPUT, (Axis("batch"),))
         assert sample_inputs(attending, model.image, model.text, tokenizer_path) == []
     assert sample_inputs(parts["text"].signature, model.image, model.text, None) == []
     assert sample_inputs(parts["vision"].signature, None, model.text, tokenizer_path) == []
@@ -114,15 +114,19 @@ def test_parts_with_other_inputs_have_no_samples(model: Model, parts: dict[str, 
 SIZES = TensorSpec("tgt_sizes", "int64", ("batch", 2))
 
 
+# Every part has an output; of which size, does not matter here.
+OUTPUT = (TensorSpec("y", "float32", (1,)),)
+
+
 def pixels(*shape: int | str) -> Signature:
     axes = tuple(Axis(name) for name in ("batch", *shape) if isinstance(name, str))
     values = TensorSpec("pixel_values", "float32", ("batch", *shape))
-    return Signature((values,), (), tuple(dict.fromkeys(axes)))
+    return Signature((values,), OUTPUT, tuple(dict.fromkeys(axes)))
 
 
 def packed() -> Signature:
     values = TensorSpec("pixel_values", "float32", ("batch", 3, 14, "packed_width"))
-    return Signature((values, SIZES), (), (Axis("batch"), Axis("packed_width")))
+    return Signature((values, SIZES), OUTPUT, (Axis("batch"), Axis("packed_width")))
 
 
 TILES = TileSpec(64, 192, resize_to_max_side=True, global_tile=True)
