@@ -233,3 +233,20 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     tiny_blip().save_pretrained(tmp_path / "other")
     error = refused(tmp_path / "adapter", base=str(tmp_path / "other"))
     assert "the base has no layer" in str(error.got)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"use_dora": True}, "no magnitude vector"),
+        ({"target_modules": ["no_such_module"]}, "the settings put no adapter there"),
+        ({"exclude_modules": ["v_proj"]}, "the settings put no adapter there"),
+        ({"layers_to_transform": [50]}, "the settings put no adapter there"),
+    ],
+)
+def test_settings_and_tensors_that_contradict_each_other(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    """peft leaves such tensors aside, or computes another method than the one that they were trained with."""
+    save_adapter(tmp_path, tiny_clip(), r=2, target_modules=["q_proj", "v_proj"])
+    edit_config(tmp_path, **change)
+    error = refused(tmp_path / "adapter", base=str(tmp_path / "base"))
+    assert said in str(error)

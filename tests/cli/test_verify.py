@@ -205,3 +205,19 @@ def test_a_hub_source_is_fetched_at_the_commit_that_was_exported(
     bundle = changed(_set("source", "revision", value="a" * 40))
     cli("verify", bundle, "--source", "owner/name", "--quiet").refused(4, "no network")
     assert asked == [("owner/name", "a" * 40)]
+
+
+@pytest.mark.parametrize(
+    ("edit", "status", "said"),
+    [
+        (_set("tasks", 0, "score", "activation", value="sigmoid"), 1, "activation: expected 'softmax', got 'sigmoid'"),
+        (_set("tasks", 0, "score", "logit_bias", value=-3.0), 1, "logit_bias: expected 0.0, got -3.0"),
+        (_set("parts", 0, "variants", 0, "precision", value="fp16"), 3, "precision is not that of its file"),
+        (_set("parts", 0, "variants", 0, "precision", value="fp64"), 3, "precision is not that of its file"),
+    ],
+    ids=["activation", "bias", "another precision", "no precision"],
+)
+def test_verify_alone_sees_what_decides_scores_and_gates(
+    cli: Cli, changed: Callable[[Change], Path], edit: Change, status: int, said: str
+) -> None:
+    cli("verify", changed(edit), "--quiet").refused(status, said)

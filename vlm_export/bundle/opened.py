@@ -11,6 +11,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from vlm_export.bundle.layout import PRECISION_SUFFIXES, graph_path
 from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest, PartRecord, VariantRecord, manifest_from_bytes
 from vlm_export.bundle.onnx_locations import check_variant_files, check_variant_graph
 from vlm_export.bundle.replacement import aside_path, recover
@@ -142,8 +143,21 @@ def open_bundle(path: Path | str) -> OpenBundle:
     for part in manifest.parts:
         for variant in part.variants:
             check_variant_files(manifest, variant, str(root / MANIFEST_NAME))
+            _check_variant_name(part, variant, str(root / MANIFEST_NAME))
     _check_stated_sizes(manifest, str(root / MANIFEST_NAME))
     return OpenBundle(root, manifest, raw)
+
+
+def _check_variant_name(part: PartRecord, variant: VariantRecord, where: str) -> None:
+    """InputError where a variant's file is that of another precision, whose gates are other ones."""
+    if variant.precision not in PRECISION_SUFFIXES or variant.file != graph_path(part.name, variant.precision):
+        raise InputError(
+            "a variant's precision is not that of its file",
+            where=f"{where}: part {part.name!r}",
+            expected=f"one of {', '.join(PRECISION_SUFFIXES)}, in the file of that name",
+            got=f"{variant.precision!r:.60} in {variant.file!r:.100}",
+            fix="do not use this bundle; export the model again",
+        )
 
 
 def _open_again(root: str, manifest_sha256: str) -> OpenBundle:

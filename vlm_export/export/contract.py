@@ -34,8 +34,9 @@ from vlm_export.export.tokenizers.files import (
     tokenizer_sources,
 )
 from vlm_export.family import Checkpoint, Model, Part
+from vlm_export.original import Original
 from vlm_export.specs import ImageSpec
-from vlm_export.specs.tasks import EmbedSpec
+from vlm_export.specs.tasks import EmbedSpec, ScoreSpec
 from vlm_export.verify.contract import (
     NO_RECORD,
     ContractReport,
@@ -249,10 +250,16 @@ def original_side(model: Model, sides: Sides) -> OriginalSide:
         texts=tuple(TextRecord(text, tuple(ids)) for text, ids in rows.items()),
         pad_token_id=None if texts is None else texts.pad_token_id,
         vectors=vectors,
-        score={} if embed is None or embed.score is None else dict(model.original.score),
+        score={} if embed is None or embed.score is None else _score(embed.score, model.original),
         not_run=tuple(not_run),
     )
     return OriginalSide(record, contents, images, texts)
+
+
+def _score(score: ScoreSpec, original: Original) -> dict[str, float | str]:
+    """What turns cosines into probabilities; the original's own numbers where it states them."""
+    stated = score.to_json()
+    return {name: value for name, value in {**stated, **original.score}.items() if name in stated}
 
 
 def staged_bundle(root: Path, manifest: Manifest) -> OpenBundle:

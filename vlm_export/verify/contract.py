@@ -229,11 +229,19 @@ def _check_texts(bundle: OpenBundle, record: ContractRecord) -> tuple[ContractCh
 def _check_score(bundle: OpenBundle, record: ContractRecord) -> Iterator[ContractCheck]:
     task = bundle.manifest.task(EmbedSpec)
     score = {} if task is None or task.score is None else task.score.to_json()
-    for name, expected in record.score.items():
-        got = score.get(name)
-        right = isinstance(got, int | float) and abs(got - expected) <= _RELATIVE * max(1.0, abs(expected))
-        failures = () if right else (f"{name}: expected {expected!r}, got {got!r:.80}",)
-        yield ContractCheck(name, f"{MANIFEST_NAME}: tasks.embed.score.{name}", 1, failures)
+    failures = [
+        f"{name}: expected {expected!r}, got {score.get(name)!r:.80}"
+        for name, expected in record.score.items()
+        if not _agree(expected, score.get(name))
+    ]
+    if record.score:
+        yield ContractCheck("score", f"{MANIFEST_NAME}: tasks.embed.score", len(record.score), tuple(failures))
+
+
+def _agree(expected: float | str, got: object) -> bool:
+    if isinstance(expected, str):
+        return got == expected
+    return isinstance(got, int | float) and abs(got - expected) <= _RELATIVE * max(1.0, abs(expected))
 
 
 def _check_vectors(
@@ -258,6 +266,11 @@ def _check_vectors(
                 continue
             count = min(len(rows) for rows in expected.values())
             given = {_PIXELS: np.stack(pixels)} if takes_images else feeds
+            missing = [key for key in part.signature.input_names if key not in given]
+            if missing:
+                failure = (f"the manifest names inputs that the record does not have: {', '.join(missing)}",)
+                yield ContractCheck(stage, variant.file, 0, failure, variant.precision)
+                continue
             inputs = {key: given[key][:count] for key in part.signature.input_names}
             try:
                 got = condensed(encode(start_engine(name, variant.precision), inputs))
@@ -300,6 +313,9 @@ def encode(run: Callable[[Arrays], Mapping[str, Array]], inputs: Arrays) -> dict
     parts = [
         run({name: array[list(rows)] for name, array in inputs.items()}) for rows in batches(range(count), _TOGETHER)
     ]
+    for name, array in parts[0].items():
+        if not array.ndim:
+            raise InputError("a graph returned a value that has no rows", where=name, expected="(batch, …)", got="()")
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 

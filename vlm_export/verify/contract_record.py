@@ -76,7 +76,7 @@ class ContractRecord:
         texts: empty where texts are not compared.
         pad_token_id: with which the original fills a batch on the right, None where it has none.
         vectors: part → output → float32 (B, …), one row for each image or text.
-        score: numbers of the original that the manifest's score repeats (`logit_scale`).
+        score: the manifest's score, with the original's own number for what it states itself (`logit_scale`).
         files: side files of the bundle that were proved → their sha256.
         not_run: what was left out, one sentence each.
     """
@@ -88,7 +88,7 @@ class ContractRecord:
     texts: tuple[TextRecord, ...]
     pad_token_id: int | None
     vectors: Mapping[str, Arrays]
-    score: Mapping[str, float] = field(default_factory=dict)
+    score: Mapping[str, float | str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     not_run: tuple[str, ...] = ()
 
@@ -105,7 +105,7 @@ class _StoredRecord(Spec):
     texts: Annotated[tuple[TextRecord, ...], _FEW]
     pad_token_id: TokenId | None
     vectors: Mapping[str, tuple[str, ...]]
-    score: Mapping[str, float]
+    score: Mapping[str, float | str]
     files: Mapping[str, str]
     not_run: tuple[str, ...]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,8 @@ class Adapter:
         base: what its settings name as the base, or None.
         rank, alpha: of every layer that `rank_pattern` and `alpha_pattern` do not name otherwise.
         rank_stabilised: the scaling is alpha / sqrt(rank).
+        has_magnitudes: every layer has a magnitude vector (DoRA).
+        targets: says of a module's name whether the settings put an adapter there.
         stored: its tensors.
         files: the files that were read.
     """
@@ -79,6 +81,8 @@ class Adapter:
     rank_pattern: Mapping[str, Any]
     alpha_pattern: Mapping[str, Any]
     rank_stabilised: bool
+    has_magnitudes: bool
+    targets: Callable[[str], bool]
     stored: StoredTensors
     files: tuple[SeenFile, ...]
 
@@ -128,6 +132,8 @@ def read_adapter(path: Path) -> Adapter:
         rank_pattern=_patterns(config, "rank_pattern", where),
         alpha_pattern=_patterns(config, "alpha_pattern", where),
         rank_stabilised=bool(config.get("use_rslora", False)),
+        has_magnitudes=bool(config.get("use_dora", False)),
+        targets=_targets(config, where),
         stored=read_weights_file(seen),
         files=(config_file, seen),
     )
@@ -165,6 +171,10 @@ def merge_adapter(source: str, adapter: Adapter, base: Checkpoint, progress: Pro
     tensors = dict(base.tensors)
     problems: list[str] = []
     for module, layer in layers.items():
+        if not adapter.targets(module):
+            problems.append(f"{module}: the settings put no adapter there")
+        if adapter.has_magnitudes and "magnitude" not in layer:
+            problems.append(f"{module}: the settings say use_dora, and there is no magnitude vector")
         key = _weight_key(module, tensors)
         if key is None:
             problems.append(f"the base has no layer {module}")
@@ -254,6 +264,37 @@ def _number(config: Mapping[str, Any], key: str, default: float, where: str) -> 
             got=f"{value!r:.80}",
         )
     return float(value)
+
+
+def _targets(config: Mapping[str, Any], where: str) -> Callable[[str], bool]:
+    """Which modules the settings put an adapter on; peft leaves tensors of others aside (tuners_utils.py, 0.18).
+
+    A list names ends of module names, and so is what is excluded. A string is a regular expression, or "all-linear":
+    it is not run here, where a hostile one could take forever, and what the file holds is what was trained.
+    """
+    wanted, excluded, layers = (config.get(key) for key in ("target_modules", "exclude_modules", "layers_to_transform"))
+    for key, value in (("target_modules", wanted), ("exclude_modules", excluded)):
+        names = [value] if isinstance(value, str) else value
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise InputError(
+                "the adapter's settings are malformed",
+                where=f"{where}: {key}",
+                expected="names of modules",
+                got=f"{value!r:.80}",
+            )
+    numbers = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
+
+    def named(names: Any, module: str) -> bool:
+        return any(module == name or module.endswith(f".{name}") for name in names)
+
+    def is_target(module: str) -> bool:
+        if numbers is not None and not numbers & {int(part) for part in module.split(".") if part.isdecimal()}:
+            return False
+        if isinstance(wanted, list) and not named(wanted, module):
+            return False
+        return not (isinstance(excluded, list) and named(excluded, module))
+
+    return is_target
 
 
 def _patterns(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
