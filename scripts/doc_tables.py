@@ -76,7 +76,7 @@ def _options(parser: argparse.ArgumentParser, without: Iterable[str]) -> list[ar
 def _option_row(action: argparse.Action) -> tuple[str, str]:
     names = action.option_strings or [""]
     shown = ", ".join(f"`{f'{name} {_values(action)}'.strip()}`" for name in names)
-    return shown, _cell(action.help or "")
+    return shown, _cell((action.help or "").replace("%(default)s", str(action.default)))
 
 
 def _values(action: argparse.Action) -> str:

@@ -122,7 +122,7 @@ def _data_from_config(known: KnownCheckpoint) -> dict[str, Any]:
     return {
         "what": "checkpoint",
         "source": known.name,
-        "format": None,
+        "format": None if known.source.file is None else "part of this project",
         "family": known.family,
         "tensors": None,
         "files": [],
