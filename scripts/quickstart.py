@@ -22,7 +22,9 @@ _NO_TORCH = "import importlib.util as u; print('PyTorch here:', 'yes' if u.find_
 def main(arguments: list[str] | None = None) -> int:
     """Sets up both environments and runs the job; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--output", default="out/quickstart", help="folder for the bundle and the embeddings (default: %(default)s)")
+    parser.add_argument(
+        "--output", default="out/quickstart", help="folder for the bundle and the embeddings (default: %(default)s)"
+    )
     parser.add_argument("--installer", choices=("auto", "uv", "pip"), default="auto", help="what makes environments")
     args = parser.parse_args(arguments)
     try:

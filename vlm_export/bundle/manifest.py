@@ -199,11 +199,23 @@ class Manifest(Spec):
     def _check_encoders(self, task: EmbedSpec) -> None:
         """The parts of an embedding have the outputs that the task reads."""
         for encoder in (task.image, task.text):
-            if encoder is not None and encoder.output not in self.part(encoder.part).signature.output_names:
+            if encoder is None:
+                continue
+            outputs = {tensor.name: tensor for tensor in self.part(encoder.part).signature.outputs}
+            if encoder.output not in outputs:
                 raise InputError(
                     f"the part {encoder.part!r} has no output {encoder.output!r}",
                     where="tasks.embed",
-                    expected=", ".join(self.part(encoder.part).signature.output_names),
+                    expected=", ".join(outputs),
+                    fix="export the model again",
+                )
+            axes = len(outputs[encoder.output].shape)
+            if (axes == 3) != (encoder.pooling == "mean"):
+                raise InputError(
+                    f"the embedding of part {encoder.part!r} is pooled in another way than its output allows",
+                    where="tasks.embed",
+                    expected="'mean' of three axes, 'in_graph' of two",
+                    got=f"{encoder.pooling!r} of {axes}",
                     fix="export the model again",
                 )
 

@@ -147,6 +147,9 @@ def replay(
     record = record or read_record(bundle)
     checks = [_as_check(*check) for check in (check_preprocessor(bundle), check_config(bundle)) if check is not None]
     if record is None:
+        if bundle.manifest.export.contract is not None:
+            gone = f"the manifest says that the contract was proved, and {RECORD_NAME} is not listed"
+            checks.append(_as_check(MANIFEST_NAME, 1, [gone]))
         return ContractReport(tuple(checks), {}, (NO_RECORD,))
     pixels: list[Array] = []
     if record.images:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from vlm_export.bundle.manifest import PartRecord, VariantRecord
 from vlm_export.bundle.opened import OpenBundle
-from vlm_export.errors import InputError, suggestion
+from vlm_export.errors import InputError
 from vlm_export.verify.floor import ELSEWHERE, Floor, FloorJudge, floor_from_json
 from vlm_export.verify.gates import GATES, Gate, gate_name
 from vlm_export.verify.golden import iterate_golden
@@ -36,13 +36,13 @@ def verify_bundle(
         progress: called after each variant.
 
     Raises:
-        InputError: a part has no golden records, or a variant a precision without a gate.
+        InputError: a part has no golden records.
         UsageError: a part has no variant of that precision.
     """
     todo = [(part, variant) for part in bundle.manifest.parts for variant in part.chosen_variants(precision)]
     reports = []
     for part, variant in todo:
-        gate = _gate(gates, part, variant)
+        gate = gates[gate_name(part.name, variant.precision)]
         unchecked = check_ledger(bundle, variant)
         engine = engine_factory(part.name, variant.precision)
         report = _verify_variant(bundle, part, variant, engine, gate, engine_name)
@@ -89,14 +89,3 @@ def _not_run(variant: VariantRecord) -> tuple[str, ...]:
     """What the verification of the export left out, as the manifest says."""
     stated = (variant.verification or {}).get("not_run")
     return tuple(f"at the export: {text}" for text in stated) if isinstance(stated, list) else ()
-
-
-def _gate(gates: Mapping[str, Gate], part: PartRecord, variant: VariantRecord) -> Gate:
-    name = gate_name(part.name, variant.precision)
-    if name not in gates:
-        raise InputError(
-            f"there is no verification gate for precision {name!r}",
-            where=f"part {part.name}",
-            fix=suggestion(name, gates),
-        )
-    return gates[name]

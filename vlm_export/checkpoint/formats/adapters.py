@@ -171,22 +171,14 @@ def merge_adapter(source: str, adapter: Adapter, base: Checkpoint, progress: Pro
     tensors = dict(base.tensors)
     problems: list[str] = []
     for module, layer in layers.items():
-        if not adapter.targets(module):
-            problems.append(f"{module}: the settings put no adapter there")
-        if adapter.has_magnitudes and "magnitude" not in layer:
-            problems.append(f"{module}: the settings say use_dora, and there is no magnitude vector")
         key = _weight_key(module, tensors)
         if key is None:
             problems.append(f"the base has no layer {module}")
             continue
-        if problem := _shape_problem(adapter, module, layer, tensors[key].shape):
-            problems.append(f"{module}: {problem}")
+        problems += _layer_problems(adapter, module, layer, tensors, key)
         merged[key] = layer
-        bias = f"{module}.bias"
-        if "b_bias" in layer and bias not in tensors:
-            problems.append(f"the base has no {bias}")
-        elif "b_bias" in layer:
-            merged[bias] = layer
+        if "b_bias" in layer:
+            merged[f"{module}.bias"] = layer
     for key, stored in whole.items():
         if key not in tensors:
             problems.append(f"the base has no tensor {key}")
@@ -343,6 +335,22 @@ def _prefix_in(base: Checkpoint, module: str) -> str:
     """What stands before the module's name in a base whose keys a trainer prefixed (`module.`, …); mostly nothing."""
     name = f"{module}.weight"
     return next((key.removesuffix(name) for key in base.tensors if key == name or key.endswith(f".{name}")), "")
+
+
+def _layer_problems(
+    adapter: Adapter, module: str, layer: Layer, tensors: Mapping[str, StoredTensorInfo], key: str
+) -> list[str]:
+    """What keeps a layer's adapter from the base's weight `key`: the settings, a shape, a bias that is not there."""
+    problems = []
+    if not adapter.targets(module):
+        problems.append(f"{module}: the settings put no adapter there")
+    if adapter.has_magnitudes and "magnitude" not in layer:
+        problems.append(f"{module}: the settings say use_dora, and there is no magnitude vector")
+    if problem := _shape_problem(adapter, module, layer, tensors[key].shape):
+        problems.append(f"{module}: {problem}")
+    if "b_bias" in layer and f"{module}.bias" not in tensors:
+        problems.append(f"the base has no {module}.bias")
+    return problems
 
 
 def _weight_key(module: str, tensors: Mapping[str, StoredTensorInfo]) -> str | None:
