@@ -25,16 +25,16 @@ from vlm_export.bundle.opened import OpenBundle, open_bundle
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import VerificationError, VlmExportError
-from vlm_export.export.contract import OriginalSide, original_side, repeat_contract, sides_of, source_tokenizer
-from vlm_export.export.options import ExportOptions
-from vlm_export.export.pipeline import export_bundle
-from vlm_export.export.tokenizers.files import ResolvedTokenizer
+from vlm_export.exporting.contract import OriginalSide, original_side, repeat_contract, sides_of, source_tokenizer
+from vlm_export.exporting.options import ExportOptions
+from vlm_export.exporting.pipeline import export_bundle
+from vlm_export.exporting.tokenizers.files import ResolvedTokenizer
 from vlm_export.family import Checkpoint, Model
 from vlm_export.models.registry import recognise
+from vlm_export.proof import contract
+from vlm_export.proof.contract import ContractReport, StartEngine
+from vlm_export.proof.points import EngineRun
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
-from vlm_export.verify import contract
-from vlm_export.verify.contract import ContractReport, StartEngine
-from vlm_export.verify.points import EngineRun
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "planted-faults.md"
 _HEAD = """# Planted faults

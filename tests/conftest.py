@@ -233,8 +233,8 @@ def blip_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     bundles: dict[str, Path] = {}
 
     def export(variant: str) -> Path:
-        from vlm_export.export.options import ExportOptions
-        from vlm_export.export.pipeline import export_bundle
+        from vlm_export.exporting.options import ExportOptions
+        from vlm_export.exporting.pipeline import export_bundle
 
         if variant not in bundles:
             (checkpoint,) = (BLIP_DATA / variant).glob("*.pth")
@@ -267,9 +267,9 @@ def slice_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     bundles: dict[str, Path] = {}
 
     def export(variant: str) -> Path:
-        from vlm_export.export import verification
-        from vlm_export.export.options import ExportOptions
-        from vlm_export.export.pipeline import export_bundle
+        from vlm_export.exporting import verification
+        from vlm_export.exporting.options import ExportOptions
+        from vlm_export.exporting.pipeline import export_bundle
 
         if variant not in bundles:
             folder = tmp_path_factory.mktemp("minicpmv")
@@ -302,9 +302,9 @@ def nanovlm_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
     bundles: dict[str, Path] = {}
 
     def export(variant: str) -> Path:
-        from vlm_export.export import verification
-        from vlm_export.export.options import ExportOptions
-        from vlm_export.export.pipeline import export_bundle
+        from vlm_export.exporting import verification
+        from vlm_export.exporting.options import ExportOptions
+        from vlm_export.exporting.pipeline import export_bundle
 
         if variant not in bundles:
             source, target = NANOVLM_DATA / variant, tmp_path_factory.mktemp("nanovlm") / variant

@@ -21,7 +21,7 @@ from vlm_export.checkpoint.hashing import hash_file
 from vlm_export.checkpoint.seen_file import see_file
 from vlm_export.cli.common import existing_path
 from vlm_export.errors import EnvironmentFailure, InputError
-from vlm_export.export.tokenizers.openai_bpe import read_bounded
+from vlm_export.exporting.tokenizers.openai_bpe import read_bounded
 from vlm_export.graph.recipe import read_recipe
 from vlm_export.machine_faults import CAUSES, machine_fault
 from vlm_export.runtime.inputs.images import named_decoding, open_image, read_stream

@@ -8,11 +8,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from vlm_export.api import VerificationResult, export, verify
+    from vlm_export.exporting.pipeline import ExportResult
     from vlm_export.runtime.load import load
     from vlm_export.runtime.model import Model
 
-_HOMES = {"Model": "vlm_export.runtime.model", "load": "vlm_export.runtime.load"}
-__all__ = ["Model", "__version__", "load"]
+_HOMES = {
+    "ExportResult": "vlm_export.exporting.pipeline",
+    "Model": "vlm_export.runtime.model",
+    "VerificationResult": "vlm_export.api",
+    "export": "vlm_export.api",
+    "load": "vlm_export.runtime.load",
+    "verify": "vlm_export.api",
+}
+__all__ = ["ExportResult", "Model", "VerificationResult", "__version__", "export", "load", "verify"]
 
 
 def __getattr__(name: str) -> Any:

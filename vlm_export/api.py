@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_export.bundle.opened import open_bundle
 from vlm_export.errors import UsageError, VerificationError, suggestion
-from vlm_export.export.stages import SilentListener, StageListener, StageRecord, Stages
-from vlm_export.verify.contract import ContractReport, replay
-from vlm_export.verify.engine import verifying_start
-from vlm_export.verify.recheck import verify_bundle
-from vlm_export.verify.report import PartReport
+from vlm_export.exporting.stages import SilentListener, StageListener, StageRecord, Stages
+from vlm_export.proof.contract import ContractReport, replay
+from vlm_export.proof.engine import verifying_start
+from vlm_export.proof.recheck import verify_bundle
+from vlm_export.proof.report import PartReport
 
 if TYPE_CHECKING:
     # It imports torch, which verifying a bundle by itself does not need.
-    from vlm_export.export.pipeline import ExportResult
+    from vlm_export.exporting.pipeline import ExportResult
 
 Progress = Callable[[StageRecord], None] | StageListener
 """Called with each stage that has ended, or told of each stage as it happens."""
@@ -77,8 +77,8 @@ def export(source: str | Path, bundle: str | Path, *, progress: Progress | None 
         InputError: the source is bad or unsafe, or no family computes it.
         EnvironmentFailure: disk, memory, a missing package or the network.
     """
-    from vlm_export.export.options import ExportOptions
-    from vlm_export.export.pipeline import export_bundle
+    from vlm_export.exporting.options import ExportOptions
+    from vlm_export.exporting.pipeline import export_bundle
     from vlm_export.family import BuildOptions
 
     built = {field.name for field in fields(BuildOptions)}
@@ -130,7 +130,7 @@ def verify(
         name = ", ".join(providers)
         reports = verify_bundle(opened, engine_factory=start, engine_name=name, precision=precision)
     else:
-        from vlm_export.export.reverify import verify_against_source
+        from vlm_export.exporting.reverify import verify_against_source
 
         stages = Stages(_listener(progress))
         reports, contract = verify_against_source(opened, str(source), providers, threads, stages, precision, base)

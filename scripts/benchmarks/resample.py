@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.report import Bars, Report, Table
-from vlm_export.export.backends import Lowerings, export_part
-from vlm_export.export.lowerings.resample import Interpolation
-from vlm_export.export.writer import write_graph
+from vlm_export.exporting.backends import Lowerings, export_part
+from vlm_export.exporting.lowerings.resample import Interpolation
+from vlm_export.exporting.writer import write_graph
 from vlm_export.family import Part
 from vlm_export.models.layers.from_uint8 import PreprocessedVision
 from vlm_export.runtime.engines.onnxruntime import OrtEngine

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from demo.questions import every_word
-from vlm_export.export.tokenizers.wordpiece import DECODER_TOKEN, ENCODER_TOKEN, tokenizer_json_from_wordpiece_vocab
+from vlm_export.exporting.tokenizers.wordpiece import DECODER_TOKEN, ENCODER_TOKEN, tokenizer_json_from_wordpiece_vocab
 
 PAD_ID, UNKNOWN_ID, CLS_ID, SEP_ID, MASK_ID = 0, 100, 101, 102, 103
 _SPECIAL = {PAD_ID: "[PAD]", UNKNOWN_ID: "[UNK]", CLS_ID: "[CLS]", SEP_ID: "[SEP]", MASK_ID: "[MASK]"}

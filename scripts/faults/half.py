@@ -15,18 +15,18 @@ from faults.graph import GRAPH_FAULTS, GraphFault
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import VerificationError
-from vlm_export.export.backends import export_part
-from vlm_export.export.fp16_proof import rounded_points, unrounded_report
-from vlm_export.export.ledger import account_for
-from vlm_export.export.simplify import finish_graph, simplify_graph
-from vlm_export.export.verification import PartVerification, part_samples
-from vlm_export.export.writer import write_graph
+from vlm_export.exporting.backends import export_part
+from vlm_export.exporting.fp16_proof import rounded_points, unrounded_report
+from vlm_export.exporting.ledger import account_for
+from vlm_export.exporting.simplify import finish_graph, simplify_graph
+from vlm_export.exporting.verification import PartVerification, part_samples
+from vlm_export.exporting.writer import write_graph
 from vlm_export.family import DEFAULT_BUILD, Model, Reference
 from vlm_export.models.registry import identify
 from vlm_export.precision.fp16 import convert_to_fp16, rounded_from
+from vlm_export.proof.remembered import RememberedReference
+from vlm_export.proof.report import PartReport
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
-from vlm_export.verify.remembered import RememberedReference
-from vlm_export.verify.report import PartReport
 
 LAYERS = {"first": 0, "middle": 1, "last": 2}
 _GRAPH = "graph.onnx"

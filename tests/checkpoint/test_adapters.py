@@ -16,8 +16,8 @@ from transformers import BlipConfig, BlipForImageTextRetrieval, CLIPConfig, CLIP
 
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.errors import InputError, UsageError, VlmExportError
-from vlm_export.export.options import ExportOptions
-from vlm_export.export.pipeline import export_bundle
+from vlm_export.exporting.options import ExportOptions
+from vlm_export.exporting.pipeline import export_bundle
 from vlm_export.models.registry import identify
 
 TOLERANCE = 1e-5

@@ -18,8 +18,8 @@ from vlm_export.checkpoint.sources.hub import fetch_snapshot
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.cli.main import main
 from vlm_export.errors import InputError, UsageError
-from vlm_export.export.options import ExportOptions
-from vlm_export.export.source import open_source, source_record
+from vlm_export.exporting.options import ExportOptions
+from vlm_export.exporting.source import open_source, source_record
 from vlm_export.family import Checkpoint
 from vlm_export.models.registry import recognise
 

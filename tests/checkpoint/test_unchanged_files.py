@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.seen_file import see_file
 from vlm_export.errors import InputError
-from vlm_export.export.options import ExportOptions
-from vlm_export.export.pipeline import export_bundle
-from vlm_export.export.stages import SilentListener, Stages
+from vlm_export.exporting.options import ExportOptions
+from vlm_export.exporting.pipeline import export_bundle
+from vlm_export.exporting.stages import SilentListener, Stages
 
 Refusal = Callable[..., str]
 Weights = dict[str, torch.Tensor]

@@ -14,8 +14,8 @@ from types import ModuleType
 import torch
 
 from vlm_export.bundle.opened import open_bundle
-from vlm_export.export import pipeline
-from vlm_export.export.options import ExportOptions
+from vlm_export.exporting import pipeline
+from vlm_export.exporting.options import ExportOptions
 
 # Of some 600 file operations. Each of publication's own is killed in the bundle's tests.
 EVERY = 25

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from vlm_export.bundle.environment import environment_errors
 from vlm_export.bundle.target_lock import locked
 from vlm_export.checkpoint.open import open_checkpoint
-from vlm_export.export import pipeline
+from vlm_export.exporting import pipeline
 
 Cli = Callable[..., Any]
 Spawn = Callable[..., Any]
@@ -126,7 +126,7 @@ def test_c5_fault_in_each_stage(
     def faulty(name: str) -> Any:
         return _Raising(environment_errors(name), kind) if name == stage else environment_errors(name)
 
-    monkeypatch.setattr("vlm_export.export.stages.environment_errors", faulty)
+    monkeypatch.setattr("vlm_export.exporting.stages.environment_errors", faulty)
     result = cli("export", checkpoint, "-o", old, "--overwrite", "--quiet", *fast)
     assert result.status == (130 if kind is KeyboardInterrupt else 4)
     assert stage in result.err

@@ -162,7 +162,7 @@ def test_options_of_the_export_are_no_difference(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Verified at few sizes, as large parts are: this is about what the manifest states.
-    monkeypatch.setattr("vlm_export.export.verification._LARGE_PART_BYTES", 0)
+    monkeypatch.setattr("vlm_export.exporting.verification._LARGE_PART_BYTES", 0)
     bundle = tmp_path / "bundle"
     assert cli("export", checkpoint, "-o", bundle, "--quiet", *fast, *options).status == 0
     result = cli("verify", bundle, "--source", checkpoint, "--quiet", "--threads", "1")

@@ -17,8 +17,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
-from vlm_export import load
-from vlm_export.api import export, verify
+from vlm_export import export, load, verify
 from vlm_export.models import registry
 
 WORDS = ("[PAD]", "[END]", "a", "red", "blue", "ring", "square", "of", "photo")

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from vlm_export.models.layers.from_uint8 import PreprocessedVision, unsupported_steps
+from vlm_export.proof.samples import synthetic_photographs
 from vlm_export.runtime.inputs.images import preprocess_image
 from vlm_export.specs import ImageSpec, torchvision_image_spec
-from vlm_export.verify.samples import synthetic_photographs
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 

@@ -47,12 +47,12 @@ ROOMS: dict[str, set[str]] = {
     "precision": set(),
     "checkpoint": {"specs", "bundle", "family"},
     "models": {"specs", "bundle.strict_json", "family", "original"},
-    "verify": {"specs", "bundle", "family", "original", "runtime.engines", "runtime.inputs"},
-    "export": {
+    "proof": {"specs", "bundle", "family", "original", "runtime.engines", "runtime.inputs"},
+    "exporting": {
         *("specs", "bundle", "family", "original", "runtime.engines", "runtime.inputs", "graph", "graph.core"),
-        *("graph.passes", "precision", "checkpoint", "models", "verify"),
+        *("graph.passes", "precision", "checkpoint", "models", "proof"),
     },
-    "api": {"bundle", "family", "verify", "export"},
+    "api": {"bundle", "family", "proof", "exporting"},
 }
 # These see everything below them; nothing sees them but the package's own door.
 TOP = {"cli", "__main__", "__init__"}
@@ -63,12 +63,12 @@ OUTSIDE = {
     "runtime": BASE,
     "graph": {"numpy", "onnx_ir", "onnx", "google", "onnxruntime", "yaml"},  # google: protobuf
     "precision": {"numpy", "onnx_ir", "onnx"},
-    "verify": BASE - {"onnxruntime", "openvino", "pyarrow", "tqdm"},
+    "proof": BASE - {"onnxruntime", "openvino", "pyarrow", "tqdm"},
     "cli": set[str](),
     "api.py": set[str](),
     "__main__.py": set[str](),
 }
-WITH_TORCH = {"checkpoint", "export", "models", "family.py"}
+WITH_TORCH = {"checkpoint", "exporting", "models", "family.py"}
 
 
 def area_of(path: Path) -> str:
@@ -177,7 +177,7 @@ def test_every_area_is_judged() -> None:
 def test_the_reader_of_imports_sees_lazy_ones() -> None:
     assert "pyarrow" in _outside(imports_of(PACKAGE / "runtime" / "search" / "store.py"))
     assert "torch" in _outside(imports_of(PACKAGE / "family.py"))
-    assert "vlm_export.bundle.layout" in imports_of(PACKAGE / "export" / "pipeline.py")
+    assert "vlm_export.bundle.layout" in imports_of(PACKAGE / "exporting" / "pipeline.py")
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "cli").glob("*.py")), ids=lambda path: path.name)

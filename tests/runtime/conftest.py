@@ -12,7 +12,7 @@ import pytest
 from vlm_export import Model, load
 from vlm_export.bundle.manifest import Manifest
 from vlm_export.bundle.opened import OpenBundle, open_bundle
-from vlm_export.export.tokenizers.files import find_open_clip_merges, tokenizer_json_from_bpe_merges
+from vlm_export.exporting.tokenizers.files import find_open_clip_merges, tokenizer_json_from_bpe_merges
 from vlm_export.runtime.inputs.texts import Tokenizer
 from vlm_export.runtime.session import Session
 from vlm_export.specs import TextSpec

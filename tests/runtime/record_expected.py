@@ -20,7 +20,7 @@ from torchvision import transforms
 from vlm_export.bundle.manifest import Manifest, PartRecord, SourceRecord, VariantRecord
 from vlm_export.bundle.oldest_engine import oldest_onnxruntime
 from vlm_export.bundle.publish import publication
-from vlm_export.export.tokenizers.openai_bpe import END_TOKEN, START_TOKEN, tokenizer_json_from_vocab
+from vlm_export.exporting.tokenizers.openai_bpe import END_TOKEN, START_TOKEN, tokenizer_json_from_vocab
 from vlm_export.models.clip import encoders as clip_encoders
 from vlm_export.models.clip import family as clip
 from vlm_export.models.clip.architecture import ClipArchitecture, TextSizes, VitSizes
@@ -128,7 +128,7 @@ def record_pictures() -> None:
 
 def tiny_tokenizer() -> tuple[str, int]:
     """tokenizer.json with CLIP's byte symbols and a few merges, and its vocabulary size."""
-    from vlm_export.export.tokenizers.openai_bpe import _byte_symbols
+    from vlm_export.exporting.tokenizers.openai_bpe import _byte_symbols
 
     merges = [(left, right) for left, right in (line.split() for line in MERGES)]
     symbols = _byte_symbols()

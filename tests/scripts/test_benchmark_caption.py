@@ -15,8 +15,8 @@ from vlm_export import load
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.random import random_checkpoint
 from vlm_export.checkpoint.sources.known import load_known
-from vlm_export.export.options import ExportOptions
-from vlm_export.export.pipeline import export_bundle
+from vlm_export.exporting.options import ExportOptions
+from vlm_export.exporting.pipeline import export_bundle
 from vlm_export.models.blip.architecture import BlipArchitecture
 from vlm_export.models.blip.family import BlipFamily
 

@@ -23,8 +23,8 @@ from PIL import Image
 from vlm_export import Model, load
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.sources.known import load_known
-from vlm_export.export.options import ExportOptions
-from vlm_export.export.pipeline import export_bundle
+from vlm_export.exporting.options import ExportOptions
+from vlm_export.exporting.pipeline import export_bundle
 from vlm_export.models.blip.family import BlipFamily
 from vlm_export.models.registry import recognise
 

@@ -25,8 +25,8 @@ from safetensors import safe_open
 from vlm_export import Model, load
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.sources.known import load_known
-from vlm_export.export.options import ExportOptions
-from vlm_export.export.pipeline import export_bundle
+from vlm_export.exporting.options import ExportOptions
+from vlm_export.exporting.pipeline import export_bundle
 from vlm_export.models.nanovlm.family import NanoVlmFamily
 from vlm_export.models.nanovlm.weights import EMBEDDING_KEY, HEAD_KEY
 from vlm_export.models.registry import recognise

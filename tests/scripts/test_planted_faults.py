@@ -14,7 +14,7 @@ from planted_faults import PAGE, Proved, Verdict, check, half_row, proved, row, 
 
 import vlm_export
 from vlm_export.bundle.opened import open_bundle
-from vlm_export.verify.contract_record import read_record
+from vlm_export.proof.contract_record import read_record
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from vlm_export.cli.common import add_common_options, checked_depth, natural_num
 from vlm_export.cli.output import print_json, print_line, print_text, print_warnings, size_text
 
 if TYPE_CHECKING:
-    from vlm_export.export.pipeline import ExportResult
+    from vlm_export.exporting.pipeline import ExportResult
 
 
 def add_parser(verbs: Any) -> None:
@@ -136,7 +136,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print_result(output: str, result: ExportResult) -> None:
-    from vlm_export.verify.table import format_table
+    from vlm_export.proof.table import format_table
 
     manifest = result.manifest
     print_text(format_table(result.reports, result.contract))

@@ -184,7 +184,7 @@ def _text_of_tokenizer(
 ) -> tuple[TextSpec | None, Origins, tuple[str, ...]]:
     """The TextSpec with what the checkpoint's tokenizer says, its origins, and warnings."""
     from vlm_export.errors import UsageError, VlmExportError
-    from vlm_export.export.tokenizers.files import resolve_tokenizer
+    from vlm_export.exporting.tokenizers.files import resolve_tokenizer
 
     text, origins = description.text, description.origins
     if text is None or not checkpoint.files:

@@ -9,7 +9,7 @@ from vlm_export.cli.output import size_text
 from vlm_export.text_display import shown
 
 if TYPE_CHECKING:
-    from vlm_export.export.stages import StageRecord
+    from vlm_export.exporting.stages import StageRecord
 
 
 class StagePrinter:

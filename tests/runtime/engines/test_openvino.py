@@ -1,4 +1,4 @@
-"""The second engine; that it computes what the first does is shown by the full sweeps of tests/export/lowerings."""
+"""The second engine; that it computes what the first does is shown by the full sweeps of tests/exporting/lowerings."""
 
 from __future__ import annotations
 

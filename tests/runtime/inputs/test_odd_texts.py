@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from vlm_export.errors import InputError
-from vlm_export.export.tokenizers.files import find_open_clip_merges, tokenizer_json_from_bpe_merges
+from vlm_export.exporting.tokenizers.files import find_open_clip_merges, tokenizer_json_from_bpe_merges
 from vlm_export.runtime.inputs.panic_text import own_process
 from vlm_export.runtime.inputs.texts import Tokenizer, clean_text
 from vlm_export.specs import TextSpec

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from vlm_export.errors import InputError, UsageError
-from vlm_export.export.tokenizers.wordpiece import tokenizer_json_from_wordpiece_vocab
+from vlm_export.exporting.tokenizers.wordpiece import tokenizer_json_from_wordpiece_vocab
 from vlm_export.runtime.inputs import texts as text_module
 from vlm_export.runtime.inputs.texts import Tokenizer, clean_text
 from vlm_export.specs import TextSpec

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer as RustTokenizer
 
 from vlm_export.errors import InputError
-from vlm_export.export.tokenizers.wordpiece import tokenizer_json_from_wordpiece_vocab
+from vlm_export.exporting.tokenizers.wordpiece import tokenizer_json_from_wordpiece_vocab
 from vlm_export.runtime.inputs.texts import Tokenizer
 from vlm_export.runtime.inputs.tokenizer import MAX_GROWTH, named_failures, tokenizer_from_json
 from vlm_export.specs import TextSpec

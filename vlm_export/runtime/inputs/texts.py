@@ -242,7 +242,7 @@ def _split_at_specials(text: str, specials: dict[str, int]) -> list[str | int]:
 
 
 def _is_symbol(character: str) -> bool:
-    # U+0345 counts as nothing at all: see WORD_PATTERN in vlm_export.export.tokenizers.openai_bpe.
+    # U+0345 counts as nothing at all: see WORD_PATTERN in vlm_export.exporting.tokenizers.openai_bpe.
     return not character.isspace() and character != "\u0345" and unicodedata.category(character)[0] not in "LN"
 
 

@@ -1,0 +1,135 @@
+"""What the user names as SOURCE, made a Checkpoint: read from disk, or random weights of a known architecture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from vlm_export.bundle.manifest import SourceFile, SourceRecord
+from vlm_export.checkpoint.names import hidden_name
+from vlm_export.checkpoint.open import open_checkpoint
+from vlm_export.checkpoint.random import random_checkpoint
+from vlm_export.checkpoint.sources.known import KnownCheckpoint, is_pinned, known_names, load_known, packaged_path
+from vlm_export.errors import InputError, UsageError, suggestion
+from vlm_export.exporting.options import ExportOptions
+from vlm_export.exporting.stages import StepProgress
+from vlm_export.family import BuildOptions, Checkpoint, Family, Model, WeightStore
+from vlm_export.models.reading.image_processor import IMAGE_SIZE_OPTION, with_image_size
+from vlm_export.models.recognition.claims import left_out_warnings
+from vlm_export.models.registry import load_family, read_prefixes
+from vlm_export.specs import ImageSpec, Origins
+from vlm_export.specs.codec import field_words
+
+
+def known_checkpoint(source: str) -> KnownCheckpoint | None:
+    """The config of that name, unless a file or directory has it."""
+    return load_known(source) if source in known_names() and not Path(source).exists() else None
+
+
+def open_source(source: str, options: ExportOptions, scratch: Path, progress: StepProgress) -> Checkpoint:
+    """Opens SOURCE; with `random_weights_seed`, writes random weights of a known architecture into `scratch`."""
+    if options.random_weights_seed is None:
+        return open_checkpoint(
+            source,
+            base=options.base,
+            expected_sha256=options.sha256,
+            revision=options.revision,
+            progress=lambda _, done, total: progress(done, total),
+            reads=read_prefixes,
+        )
+    known = known_checkpoint(source)
+    if known is None:
+        raise UsageError(
+            "random weights need a known architecture",
+            where=source,
+            expected="a name from configs/",
+            fix=hidden_name(source) or suggestion(source, known_names()),
+        )
+    family = load_family(known.family)
+    checkpoint = random_checkpoint(
+        source,
+        family.published_tensors(known.architecture),
+        options.random_weights_seed,
+        scratch / "random.safetensors",
+        family.published_config(known.architecture),
+    )
+    side_files = {"tokenizer.json": packaged_path(known.tokenizer)} if known.tokenizer else {}
+    return replace(checkpoint, side_files=side_files)
+
+
+def build_model(
+    family: Family, checkpoint: Checkpoint, known: KnownCheckpoint | None, store: WeightStore, build: BuildOptions
+) -> Model:
+    """What the family builds, with what our configs state: how inputs are prepared, and that nothing is assumed.
+
+    Raises:
+        UsageError: the options say what the checkpoint says itself.
+    """
+    _check_family_options(family, checkpoint, build)
+    model = adapt_model(family.build(checkpoint, store, build), checkpoint, known, build)
+    assumed = () if is_pinned(checkpoint.files) else model.warnings
+    return replace(
+        model,
+        warnings=(*assumed, *left_out_warnings(checkpoint)),
+        notes=checkpoint.notes,
+        dropped_keys=(*model.dropped_keys, *checkpoint.left_out),
+    )
+
+
+def adapt_model(model: Model, checkpoint: Checkpoint, known: KnownCheckpoint | None, build: BuildOptions) -> Model:
+    """The model with what our config states about preparing inputs, unless the checkpoint brings a config itself."""
+    if known is None or checkpoint.config is not None:
+        return model
+    image = known.image or model.image
+    if isinstance(image, ImageSpec) and build.image_size is not None:
+        image = with_image_size(image, build.image_size)
+    where = f"configs/{known.name}.yaml"
+    stated = {"image": known.image, "text": known.text}
+    origins = {
+        f"{kind}.{field}": f"{where}: {kind}.{field}"
+        for kind, spec in stated.items()
+        if spec is not None
+        for field in spec.to_json()
+    }
+    if build.image_size is not None:
+        origins |= dict.fromkeys(("image.size_pixels", "image.resize_pixels"), IMAGE_SIZE_OPTION)
+    return replace(model, image=image, text=known.text or model.text, origins=model.origins | Origins(origins))
+
+
+def source_record(checkpoint: Checkpoint, options: ExportOptions) -> SourceRecord:
+    """Where the weights come from; of a path only the last component, since the rest tells of this machine."""
+    path = Path(checkpoint.source)
+    return SourceRecord(
+        name=path.resolve().name if path.exists() else checkpoint.source,
+        format=checkpoint.format,
+        revision=checkpoint.revision,
+        random_weights_seed=options.random_weights_seed,
+        files=tuple(SourceFile(file.name, file.size_bytes, file.sha256) for file in checkpoint.files),
+        shards_left_aside=checkpoint.shards_left_aside,
+    )
+
+
+def _check_family_options(family: Family, checkpoint: Checkpoint, build: BuildOptions) -> None:
+    """UsageError for options that the family does not have, or that a known checkpoint answers itself."""
+    if not build.family_options:
+        return
+    given = ", ".join(f"{name}={value}" for name, value in build.family_options.items())
+    words = " and ".join(f"{name} ({allowed})" for name, allowed in field_words(family.options).items())
+    if is_pinned(checkpoint.files) or not words:
+        raise UsageError(
+            "--set is for weights that nothing else describes",
+            where=checkpoint.source,
+            expected="no such option",
+            got=f"{given} for {'the family ' + family.name if not words else 'a known checkpoint'}",
+            fix="leave these options out",
+        )
+    try:
+        family.options.from_config(build.family_options, "--set")
+    except InputError as error:
+        raise UsageError(
+            f"the family {family.name!r} has no such option or value",
+            where="--set",
+            expected=words,
+            got=given,
+            fix=error.fix or "leave these options out",
+        ) from error

@@ -1,0 +1,77 @@
+"""ONNX Runtime as verification wants it, also for graphs that are larger than the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from vlm_export.bundle.manifest import Manifest, VariantRecord
+from vlm_export.bundle.opened import OpenBundle
+from vlm_export.errors import EnvironmentFailure
+from vlm_export.proof.points import EngineRun
+from vlm_export.runtime.engines.memory import available_bytes, keeps_weights_mapped
+from vlm_export.runtime.engines.onnxruntime import CPU, OrtEngine
+
+MAPPED_NOTE = "the engine's own graph optimisations: off, so that the weights stay in their file"
+_GIB = 1 << 30
+# With mapped weights the process took 2.8 GiB more than before to verify EVA-02 enormous in float16, its Reference
+# included, at its largest pictures (docs/benchmarks/export-omnilmm).
+_ROOM_BYTES = 3 * _GIB
+# What smaller graphs compute with fits wherever their weights do.
+_CHECKED_ABOVE_BYTES = _GIB
+
+
+def verifying_engine(
+    path: Path, *, weights_bytes: int, threads: int | None = None, providers: Sequence[str] = (CPU,)
+) -> OrtEngine:
+    """An exact engine, with mapped weights if they would fill the memory of the CPU that runs them.
+
+    Args:
+        weights_bytes: of the graph's weights.
+
+    Raises:
+        EnvironmentFailure: too little memory even so.
+    """
+    on_cpu = all(name.lower().removesuffix("executionprovider") == "cpu" for name in providers)
+    if on_cpu:
+        _check_memory(path, weights_bytes)
+    mapped = on_cpu and keeps_weights_mapped(weights_bytes)
+    return OrtEngine(path, providers=providers, threads=threads, exact=True, mapped=mapped)
+
+
+def verifying_start(
+    bundle: OpenBundle, providers: Sequence[str], threads: int | None
+) -> Callable[[str, str], EngineRun]:
+    """What starts the engine of a part's variant, once its files are found to be the manifest's."""
+
+    def start(part: str, precision: str) -> EngineRun:
+        variant = bundle.manifest.part(part).variant(precision)
+        path, size_bytes = bundle.model_files(variant), variant_bytes(bundle.manifest, variant)
+        return verifying_engine(path, weights_bytes=size_bytes, threads=threads, providers=providers).run
+
+    return start
+
+
+def variant_bytes(manifest: Manifest, variant: VariantRecord) -> int:
+    """What a published variant's weights take in the engine, which converts float16 on most CPUs."""
+    stored = sum(manifest.files[name].size_bytes for name in (variant.file, *variant.external_data))
+    return 2 * stored if variant.precision == "fp16" else stored
+
+
+def engine_label(providers: Sequence[str], *, mapped: bool = False) -> str:
+    """The engine's name, version, providers and mode, for the report."""
+    mode = "; weights mapped, not optimised" if mapped else ""
+    return f"onnxruntime {version('onnxruntime')} ({', '.join(providers)}{mode})"
+
+
+def _check_memory(path: Path, weights_bytes: int) -> None:
+    available = available_bytes()
+    if weights_bytes > _CHECKED_ABOVE_BYTES and available is not None and available < _ROOM_BYTES:
+        raise EnvironmentFailure(
+            "not enough memory to verify a graph",
+            where=path.name,
+            expected=f"{_ROOM_BYTES / _GIB:.1f} GiB available, with {weights_bytes / _GIB:.1f} GiB of weights on disk",
+            got=f"{available / _GIB:.1f} GiB available",
+            fix="close other programs, or use a machine with more memory; nothing is published unverified",
+        )
