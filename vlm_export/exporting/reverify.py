@@ -22,7 +22,7 @@ from vlm_export.exporting.parts import select_parts
 from vlm_export.exporting.preprocessing_part import PART_NAME, add_preprocessing
 from vlm_export.exporting.source import build_model, known_checkpoint, open_source
 from vlm_export.exporting.stages import Stages, StepProgress
-from vlm_export.exporting.stated import check_stated
+from vlm_export.proof.stated import check_stated
 from vlm_export.exporting.verification import PartVerification, part_samples, variant_label
 from vlm_export.family import BuildOptions, Checkpoint, Model, Reference
 from vlm_export.models.registry import identify

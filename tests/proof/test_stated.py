@@ -13,7 +13,7 @@ from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.exporting.bundle_manifest import planned_manifest
 from vlm_export.exporting.options import ExportOptions
-from vlm_export.exporting.stated import check_stated
+from vlm_export.proof.stated import check_stated
 from vlm_export.models.registry import recognise
 
 DATA = Path(__file__).parents[1] / "data"
