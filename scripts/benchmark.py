@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     chatting.add_argument("--bundle", type=Path, help="measure this bundle of it, exported with --random-weights 0")
     chatting.add_argument("--rounds", type=int, default=9, help="default: 9")
     chatting.add_argument("--threads", type=int, default=2, help="of torch and of the engine (default: 2)")
-    chatting.add_argument("--prompt-tokens", type=int, default=12, help="of text, besides the picture's (default: 12)")
+    chatting.add_argument("--prompt-tokens", type=int, default=12, help="of text, besides the image's (default: 12)")
     chatting.add_argument("--new-tokens", type=int, default=32, help="default: 32")
     chatting.add_argument("--report", default="chat", metavar="NAME", help="of the files (default: chat)")
     args = parser.parse_args(arguments)

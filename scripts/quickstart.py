@@ -13,7 +13,7 @@ from bootstrap import ROOT, SetupError, ensure_environment, run
 
 EXPORT_ENVIRONMENT = ROOT / ".venv"
 RUNTIME_ENVIRONMENT = ROOT / ".venv-runtime"
-PICTURES = Path("configs", "demo", "pictures")
+IMAGES = Path("configs", "demo", "images")
 LABELS = ("a red circle", "a blue circle", "a red square", "a blue square")
 QUERY = "two green triangles"
 _NO_TORCH = "import importlib.util as u; print('PyTorch here:', 'yes' if u.find_spec('torch') else 'no')"
@@ -37,22 +37,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_job(export_python: Path, runtime_python: Path, output: Path) -> int:
-    """Exports the demo, then classifies and searches its pictures; stops at the first failure."""
+    """Exports the demo, then classifies and searches its images; stops at the first failure."""
     bundle = output / "clip-demo"
     (ROOT / output).mkdir(parents=True, exist_ok=True)
     print("\n1. The demo checkpoint becomes a verified bundle (needs PyTorch):")
     status = _vlm_export(export_python, "export", "clip-demo", "-o", bundle, "--overwrite")
-    return status or use_bundle(runtime_python, bundle, output / "pictures.npy")
+    return status or use_bundle(runtime_python, bundle, output / "images.npy")
 
 
 def use_bundle(runtime_python: Path, bundle: Path, embeddings: Path) -> int:
-    """Verifies the bundle, classifies a picture with it and searches the demo's pictures, without PyTorch."""
-    picture = next(iter(sorted((ROOT / PICTURES).iterdir()))).relative_to(ROOT)
+    """Verifies the bundle, classifies an image with it and searches the demo's images, without PyTorch."""
+    image = next(iter(sorted((ROOT / IMAGES).iterdir()))).relative_to(ROOT)
     print("\n2. The bundle is used where there is no PyTorch:")
     steps = (
         ("verify", bundle),
-        ("classify", bundle, picture, *LABELS),
-        ("embed", bundle, PICTURES, "-o", embeddings, "--overwrite"),
+        ("classify", bundle, image, *LABELS),
+        ("embed", bundle, IMAGES, "-o", embeddings, "--overwrite"),
         ("search", bundle, embeddings, QUERY, "-k", "3"),
     )
     status = run([runtime_python, "-c", _NO_TORCH], show='python -c "import importlib.util …  # is PyTorch here?"')

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo.blip_accuracy import Exactness, answer_exactness, caption_exactness, held_out_pictures
+from demo.blip_accuracy import Exactness, answer_exactness, caption_exactness, held_out_images
 from demo.blip_checkpoint import published_checkpoint, torch_parts
 from demo.blip_files import CAPTION, NAMES, VQA, BlipDemoFiles, write_config
 from demo.blip_model import BlipDemoSizes, DemoPair, build_pair, initialise, warm_start
@@ -42,15 +42,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=BlipSchedule.batch)
     parser.add_argument("--seed", type=int, default=BlipSchedule.seed)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--pictures", type=int, default=4 * len(HELD_OUT), help="how many held-out pictures to measure on"
-    )
+    parser.add_argument("--images", type=int, default=4 * len(HELD_OUT), help="how many held-out images to measure on")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     files = BlipDemoFiles(args.output)
     schedule = BlipSchedule(steps=args.steps, batch=args.batch, seed=args.seed)
     cost = None if args.evaluate_only else train_checkpoints(files, schedule)
-    measured = {name: measure(files, name, args.pictures) for name in NAMES}
+    measured = {name: measure(files, name, args.images) for name in NAMES}
     for name, exactness in measured.items():
         print_exactness(name, exactness)
         if cost is not None:
@@ -70,8 +68,8 @@ def train_checkpoints(files: BlipDemoFiles, schedule: BlipSchedule) -> dict[str,
     tokenizer = load_tokenizer(files.tokenizer)
     pair = build_pair(tokenizer.get_vocab_size(), BlipDemoSizes())
     initialise(pair, schedule.seed)
-    pictures = [draw(composition, (schedule.seed, i)).picture for i, composition in enumerate(TRAINED[::20])]
-    warm_start(pair.captioner.vision, DemoFiles(CONFIGS).checkpoint, pictures)
+    images = [draw(composition, (schedule.seed, i)).image for i, composition in enumerate(TRAINED[::20])]
+    warm_start(pair.captioner.vision, DemoFiles(CONFIGS).checkpoint, images)
     train(pair, tokenizer, schedule, _log)
     _save(files, pair)
     return {
@@ -92,10 +90,10 @@ def _save(files: BlipDemoFiles, pair: DemoPair) -> None:
         os.replace(temporary, files.checkpoint(name))
 
 
-def measure(files: BlipDemoFiles, name: str, pictures: int) -> dict[str, Exactness]:
+def measure(files: BlipDemoFiles, name: str, images: int) -> dict[str, Exactness]:
     """The exactness of a checkpoint file in PyTorch, greedily and with beams."""
     parts = torch_parts(load_model(files.checkpoint(name)), load_tokenizer(files.tokenizer))
-    exactness, drawings = caption_exactness if name == CAPTION else answer_exactness, held_out_pictures(pictures)
+    exactness, drawings = caption_exactness if name == CAPTION else answer_exactness, held_out_images(images)
     return {"greedy": exactness(parts, drawings), f"beams_{_BEAMS}": exactness(parts, drawings, _BEAMS)}
 
 

@@ -1,6 +1,6 @@
 """Trains the demo checkpoint on the CPU in minutes, offline, and measures it: `python scripts/train_demo.py`.
 
-The demo is a tiny CLIP that knows generated pictures of coloured shapes. What is measured is the file that is
+The demo is a tiny CLIP that knows generated images of coloured shapes. What is measured is the file that is
 written, read back as every other checkpoint is.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from demo.accuracy import Accuracy, evaluate
 from demo.checkpoint import load_model, openai_state_dict, torch_encoders
-from demo.files import DemoFiles, sha256_of, write_config, write_pictures, write_report
+from demo.files import DemoFiles, sha256_of, write_config, write_images, write_report
 from demo.tokens import load_tokenizer, train_tokenizer
 from demo.training import DemoSizes, Schedule, demo_architecture, initialise, train
 from demo.world import HELD_OUT, TRAINED
@@ -46,20 +46,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=Schedule.batch)
     parser.add_argument("--seed", type=int, default=Schedule.seed)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--pictures-each", type=int, default=4, help="held-out pictures of each composition")
+    parser.add_argument("--images-each", type=int, default=4, help="held-out images of each composition")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     files = DemoFiles(args.output)
     if args.evaluate_only:
-        print_accuracy(measure(files, args.pictures_each))
+        print_accuracy(measure(files, args.images_each))
         return 0
     schedule = Schedule(
         steps=args.steps, batch=args.batch, seed=args.seed, warmup_steps=min(Schedule.warmup_steps, args.steps // 2)
     )
     cost = train_checkpoint(files, schedule, DemoSizes())
-    accuracy = measure(files, args.pictures_each)
+    accuracy = measure(files, args.images_each)
     write_config(files, load_model(files.checkpoint))
-    write_pictures(files)
+    write_images(files)
     write_report(files.report, build_report(files, schedule, accuracy, cost))
     print_accuracy(accuracy)
     return 0 if accuracy.top1 >= REQUIRED_TOP1 and files.checkpoint.stat().st_size <= MAX_SIZE_BYTES else 1
@@ -81,9 +81,9 @@ def train_checkpoint(files: DemoFiles, schedule: Schedule, sizes: DemoSizes) -> 
     return Cost(round(time.monotonic() - started, 1), round(time.process_time() - cpu_started, 1))
 
 
-def measure(files: DemoFiles, pictures_each: int) -> Accuracy:
+def measure(files: DemoFiles, images_each: int) -> Accuracy:
     """The accuracy of the checkpoint file in PyTorch."""
-    return evaluate(*torch_encoders(load_model(files.checkpoint), files.tokenizer), each=pictures_each)
+    return evaluate(*torch_encoders(load_model(files.checkpoint), files.tokenizer), each=images_each)
 
 
 def build_report(files: DemoFiles, schedule: Schedule, accuracy: Accuracy, cost: Cost) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def build_report(files: DemoFiles, schedule: Schedule, accuracy: Accuracy, cost:
 
 def print_accuracy(accuracy: Accuracy) -> None:
     """On stdout, for people."""
-    print(f"held-out pictures {accuracy.pictures}, candidate captions {accuracy.candidates:,}")
+    print(f"held-out images {accuracy.images}, candidate captions {accuracy.candidates:,}")
     print(f"all five attributes right  {accuracy.top1:.2%}")
     for name, share in accuracy.by_attribute.items():
         print(f"  {name:<25}{share:.2%}")

@@ -1,6 +1,6 @@
 """Trains the nanoVLM demo checkpoint on the CPU in minutes, offline: `python scripts/train_nanovlm_demo.py`.
 
-It answers questions about pictures of the demo's world, and captions them. Its vision encoder starts from the CLIP
+It answers questions about images of the demo's world, and captions them. Its vision encoder starts from the CLIP
 demo's, so `scripts/train_demo.py` comes first. What is measured are the files that are written, read back as every
 other checkpoint is.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo.blip_accuracy import Exactness, held_out_pictures
+from demo.blip_accuracy import Exactness, held_out_images
 from demo.checkpoint import load_model
 from demo.files import DemoFiles, sha256_of, write_report
 from demo.nanovlm_accuracy import answer_exactness
@@ -44,15 +44,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=NanoVlmSchedule.batch)
     parser.add_argument("--seed", type=int, default=NanoVlmSchedule.seed)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--pictures", type=int, default=2 * len(HELD_OUT), help="how many held-out pictures to measure on"
-    )
+    parser.add_argument("--images", type=int, default=2 * len(HELD_OUT), help="how many held-out images to measure on")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     files = NanoVlmDemoFiles(args.output)
     schedule = NanoVlmSchedule(steps=args.steps, batch=args.batch, seed=args.seed)
     cost = None if args.evaluate_only else train_checkpoint(files, schedule)
-    exactness = answer_exactness(TorchChat(files.checkpoint).answer, held_out_pictures(args.pictures))
+    exactness = answer_exactness(TorchChat(files.checkpoint).answer, held_out_images(args.images))
     print_exactness(exactness)
     if cost is not None:
         write_config(files, load_model(files.checkpoint))
@@ -68,8 +66,8 @@ def train_checkpoint(files: NanoVlmDemoFiles, schedule: NanoVlmSchedule) -> dict
     architecture = demo_architecture(Tokenizer.from_str(tokenizer_json()).get_vocab_size(), sizes)
     modules = NanoVlmModules(architecture)
     initialise(modules, schedule.seed)
-    pictures = [draw(composition, (schedule.seed, i)).picture for i, composition in enumerate(TRAINED[::20])]
-    warm_start(modules.vision, DemoFiles(CONFIGS).checkpoint, pictures)
+    images = [draw(composition, (schedule.seed, i)).image for i, composition in enumerate(TRAINED[::20])]
+    warm_start(modules.vision, DemoFiles(CONFIGS).checkpoint, images)
     with tempfile.TemporaryDirectory() as folder:
         # Prompts and preprocessing are what the project derives from the files, so files come first.
         untrained = Path(folder)

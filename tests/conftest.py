@@ -263,7 +263,7 @@ def blip_record() -> Callable[[str], dict[str, Any]]:
 @pytest.fixture(scope="session")
 def slice_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The bundle of a variant of MiniCPM-V's oracle ("v1_0" … "v4_5", "omnilmm"), exported once; tests must not change
-    it. Slices are as small as those of the recorded pictures, and it is verified at few sizes."""
+    it. Slices are as small as those of the recorded images, and it is verified at few sizes."""
     bundles: dict[str, Path] = {}
 
     def export(variant: str) -> Path:

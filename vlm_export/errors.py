@@ -61,7 +61,7 @@ class UsageError(VlmExportError):
 
 
 class InputError(VlmExportError):
-    """A checkpoint, bundle, picture or text is bad or unsafe."""
+    """A checkpoint, bundle, image or text is bad or unsafe."""
 
     exit_status = 3
     kind = "input"

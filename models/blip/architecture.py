@@ -48,7 +48,7 @@ class BlipArchitecture(Spec):
         projection_dim: D of the contrastive space, 0 without projections.
         has_matching_head: image-text matching.
         encoder, decoder: the text transformers, None where the checkpoint has none.
-        compares_pictures: the encoder attends to two pictures at once (NLVR).
+        compares_images: the encoder attends to two images at once (NLVR).
     """
 
     key_names: KeyNames
@@ -58,7 +58,7 @@ class BlipArchitecture(Spec):
     projection_dim: int
     has_matching_head: bool
     tokens: SpecialTokens
-    compares_pictures: bool = False
+    compares_images: bool = False
 
     @property
     def answers_questions(self) -> bool:
@@ -91,7 +91,7 @@ def architecture_from_checkpoint(checkpoint: Checkpoint) -> BlipArchitecture:
         decoder=decoder,
         projection_dim=shapes.of("vision_proj.weight", 2)[0] if has("vision_proj.weight") else 0,
         has_matching_head=has("itm_head.weight"),
-        compares_pictures=has("cls_head.0.weight"),
+        compares_images=has("cls_head.0.weight"),
         tokens=_tokens(text_config, vocab_size, decodes=decoder is not None),
     )
     return _checked(architecture, checkpoint)
@@ -123,7 +123,7 @@ def _text_sizes(shapes: Shapes, prefix: str, config: Mapping[str, Any] | None) -
     if words not in keys and tied in shapes.checkpoint.tensors:
         words = tied
     has_cross = any(".crossattention." in key for key in keys)
-    # Pairs of pictures have two of each projection.
+    # Pairs of images have two of each projection.
     twins = f"{first}crossattention.self0.key.weight"
     attended = twins if twins in keys else f"{first}crossattention.self.key.weight"
     return BertSizes(

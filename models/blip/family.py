@@ -86,7 +86,7 @@ class BlipFamily:
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
         if options.dynamic_image_size:
-            raise UsageError("BLIP takes one picture size", got="--dynamic-image-size", fix="use --image-size")
+            raise UsageError("BLIP takes one image size", got="--dynamic-image-size", fix="use --image-size")
         architecture = architecture_from_checkpoint(checkpoint)
         if architecture.key_names == "huggingface":
             blip_weights.check_tied(checkpoint)
@@ -127,7 +127,7 @@ def _table(architecture: BlipArchitecture, keys: Mapping[str, Any] | tuple[()]) 
     huggingface = architecture.key_names == "huggingface"
     table = blip_weights.vision_table(architecture.vision.layers, huggingface=huggingface)
     encoder, decoder = architecture.encoder, architecture.decoder
-    if encoder is not None and architecture.compares_pictures:
+    if encoder is not None and architecture.compares_images:
         table |= blip_weights.pair_table(encoder.layers, FIRST_MERGING_LAYER)
     elif encoder is not None:
         table |= blip_weights.encoder_table(encoder.layers, has_cross_attention=bool(encoder.states_width))
@@ -145,7 +145,7 @@ def _notes(architecture: BlipArchitecture, checkpoint: Checkpoint) -> Iterator[s
     yield f"images are stretched to {size} x {size} pixels; --image-size resamples the positions, as the original does"
     yield "the original's modes are Parts of their own; [ENC] and [DEC] are put by the runtime, not inside the graph"
     if architecture.decoder is not None:
-        yield "cross_key_values runs once for a picture; text_decoder is one graph for the prompt and for every token"
+        yield "cross_key_values runs once for an image; text_decoder is one graph for the prompt and for every token"
     leftovers = blip_weights.training_leftovers(checkpoint.tensors)
     if leftovers:
         yield f"{len(leftovers)} tensors of training (momentum copies, queues) are left aside"

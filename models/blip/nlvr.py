@@ -1,4 +1,4 @@
-"""BLIP for pairs of pictures (NLVR): whether a sentence is true of two pictures.
+"""BLIP for pairs of images (NLVR): whether a sentence is true of two images.
 
 Port of salesforce/BLIP models/nlvr_encoder.py and blip_nlvr.py (7662411).
 """
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from vlm_export.models.layers.bert import Bert, BertLayer, BertSizes
 from vlm_export.models.layers.blocks import CrossAttention, KeyValueProjection, padding_mask
 
-# From this layer on the two pictures' results are merged by a learned matrix; before, they are averaged.
+# From this layer on the two images' results are merged by a learned matrix; before, they are averaged.
 FIRST_MERGING_LAYER = 6
 
 
 class TwinCrossAttention(nn.Module):
-    """norm(x + what x finds in two pictures), each with projections of its own."""
+    """norm(x + what x finds in two images), each with projections of its own."""
 
     def __init__(self, sizes: BertSizes, merges: bool) -> None:
         super().__init__()
@@ -39,8 +39,8 @@ class TwinCrossAttention(nn.Module):
         return y
 
 
-class PairOfPicturesText(nn.Module):
-    """Text that attends to two pictures → logits float32 (B, 2), 1 is "true".
+class PairOfImagesText(nn.Module):
+    """Text that attends to two images → logits float32 (B, 2), 1 is "true".
 
     forward(input_ids, attention_mask int64 (B, T), encoder_hidden_states_0 and _1 float32 (B, S, states_width)).
     """

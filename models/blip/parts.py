@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vlm_export.family import Array, Part
 from vlm_export.models.blip.architecture import BlipArchitecture
-from vlm_export.models.blip.nlvr import PairOfPicturesText
+from vlm_export.models.blip.nlvr import PairOfImagesText
 from vlm_export.models.layers.bert import (
     Bert,
     BertHead,
@@ -23,7 +23,7 @@ from vlm_export.models.layers.bert import (
 )
 from vlm_export.models.layers.blocks import meta_modules
 from vlm_export.models.layers.vit import VisionTransformer, VitForm
-from vlm_export.models.reading.images import PictureExamples, picture_shape
+from vlm_export.models.reading.images import ImageExamples, image_shape
 from vlm_export.models.reading.token_ids import EDGES, random_ids
 from vlm_export.specs.signature import Axis, Signature, TensorSpec
 
@@ -48,8 +48,8 @@ class BlipModules(nn.Module):
                 eps=vision.eps,
             )
         )
-        if encoder is not None and architecture.compares_pictures:
-            self.pair = PairOfPicturesText(encoder)
+        if encoder is not None and architecture.compares_images:
+            self.pair = PairOfImagesText(encoder)
         elif encoder is not None:
             self.encoder = Bert(encoder)
             if architecture.projection_dim:
@@ -84,7 +84,7 @@ class TextPart(nn.Module):
 
 
 class MultimodalPart(nn.Module):
-    """Text that attends to a picture → [itm_logits (B, 2), 1 is a match,] last_hidden_state (B, T, width)."""
+    """Text that attends to an image → [itm_logits (B, 2), 1 is a match,] last_hidden_state (B, T, width)."""
 
     def __init__(self, bert: Bert, matching: nn.Module | None) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def build_parts(architecture: BlipArchitecture, modules: BlipModules) -> Iterato
     has_projection, encoder, decoder = bool(architecture.projection_dim), architecture.encoder, architecture.decoder
     vision = VisionPart(modules.vision, modules.vision_projection if has_projection else None)
     signature = _vision_signature(architecture)
-    yield Part("vision", vision.eval(), signature, PictureExamples(signature))
+    yield Part("vision", vision.eval(), signature, ImageExamples(signature))
     if encoder is not None:
         yield from _encoder_parts(architecture, encoder, modules)
     if decoder is not None:
@@ -125,7 +125,7 @@ def build_parts(architecture: BlipArchitecture, modules: BlipModules) -> Iterato
 
 def _encoder_parts(architecture: BlipArchitecture, sizes: BertSizes, modules: BlipModules) -> Iterator[Part]:
     states = Axis(ENCODER_SEQUENCE, 1, architecture.image_tokens)
-    if architecture.compares_pictures:
+    if architecture.compares_images:
         signature = _pair_signature(sizes, states)
         yield Part("pair_text", modules.pair.eval(), signature, ArrayExamples(signature, sizes.vocab_size))
         return
@@ -157,7 +157,7 @@ def _embeds(name: str, projection_dim: int) -> tuple[TensorSpec, ...]:
 
 def _vision_signature(architecture: BlipArchitecture) -> Signature:
     vision = architecture.vision
-    shape, axes = picture_shape(vision.image_size, vision.patch_size, dynamic_image_size=False)
+    shape, axes = image_shape(vision.image_size, vision.patch_size, dynamic_image_size=False)
     tokens = TensorSpec("last_hidden_state", "float32", ("batch", architecture.image_tokens, vision.width))
     return Signature(
         inputs=(TensorSpec("pixel_values", "float32", shape),),
@@ -185,11 +185,11 @@ def _multimodal_signature(sizes: BertSizes, states: Axis, *, has_matching_head: 
 
 
 def _pair_signature(sizes: BertSizes, states: Axis) -> Signature:
-    pictures = tuple(
+    images = tuple(
         TensorSpec(f"encoder_hidden_states_{i}", "float32", ("batch", states.name, sizes.states_width)) for i in (0, 1)
     )
     return Signature(
-        inputs=(_ids("input_ids", "sequence"), _ids("attention_mask", "sequence"), *pictures),
+        inputs=(_ids("input_ids", "sequence"), _ids("attention_mask", "sequence"), *images),
         outputs=(TensorSpec("logits", "float32", ("batch", 2)),),
         axes=(BATCH, Axis("sequence", 1, sizes.positions), states),
     )

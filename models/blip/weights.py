@@ -143,7 +143,7 @@ def encoder_table(layers: int, *, has_cross_attention: bool) -> dict[str, Target
 
 
 def pair_table(layers: int, first_merging_layer: int) -> dict[str, Target]:
-    """`text_encoder` and `cls_head` of checkpoints for pairs of pictures (NLVR)."""
+    """`text_encoder` and `cls_head` of checkpoints for pairs of images (NLVR)."""
     twins = repeat(_TWIN, 2, "{t}") | dict(_TWIN_NORM)
     table: dict[str, Target] = dict(_WORDS) | _bert(layers, False)
     for i in range(layers):

@@ -56,10 +56,10 @@ from vlm_export.models.reading.image_processor import (
 from vlm_export.models.reading.images import (
     IMAGE_MEAN,
     IMAGE_STD,
-    PictureExamples,
+    ImageExamples,
     apply_image_size,
     config_of_size,
-    picture_shape,
+    image_shape,
 )
 from vlm_export.models.reading.token_ids import EDGES, random_ids
 from vlm_export.models.reading.weights import Target, load_weights, published_tensors
@@ -174,7 +174,7 @@ def _parts(
     """The towers that are there, in the order in which they are exported."""
     if architecture.vision is not None:
         vision = _vision_signature(architecture, architecture.vision, dynamic_image_size)
-        yield Part("vision", encoders.vision, vision, PictureExamples(vision))
+        yield Part("vision", encoders.vision, vision, ImageExamples(vision))
     if architecture.text is not None:
         text = _text_signature(architecture, architecture.text)
         yield Part("text", encoders.text, text, _TextExamples(architecture.text))
@@ -219,7 +219,7 @@ def _notes(architecture: ClipArchitecture) -> Iterator[str]:
         yield "ModifiedResNet with attention pooling: no transformers model has it"
     if architecture.vision is not None:
         size = architecture.vision.image_size
-        yield f"pictures are {size} pixels square; a ViT takes --image-size and --dynamic-image-size"
+        yield f"images are {size} pixels square; a ViT takes --image-size and --dynamic-image-size"
     if architecture.vision is None or architecture.text is None:
         other = "image" if architecture.vision is None else "text"
         yield f"this is one tower of a CLIP: the checkpoint has no {other} encoder"
@@ -243,7 +243,7 @@ def _vision_signature(
     architecture: ClipArchitecture, vision: VitSizes | ResNetSizes, dynamic_image_size: bool
 ) -> Signature:
     patch_size = vision.patch_size if isinstance(vision, VitSizes) else 1
-    shape, axes = picture_shape(vision.image_size, patch_size, dynamic_image_size)
+    shape, axes = image_shape(vision.image_size, patch_size, dynamic_image_size)
     return Signature(
         inputs=(TensorSpec("pixel_values", "float32", shape),),
         outputs=(TensorSpec("image_embeds", "float32", ("batch", architecture.embed_dim)),),

@@ -31,7 +31,7 @@ from vlm_export.specs import Origins, Resample, torchvision_image_spec
 
 FILE = "open_clip_config.json"
 TEXT_MARK = "text.token_embedding.weight"
-# OpenAI's archives, and state dicts taken out of them, carry the picture size as a tensor; open_clip's never do.
+# OpenAI's archives, and state dicts taken out of them, carry the image size as a tensor; open_clip's never do.
 _OPENAI_MARK = "input_resolution"
 _ABSENT = (None, "")
 _PLAIN_BLOCKS: Mapping[str, tuple[Any, ...]] = {
@@ -189,7 +189,7 @@ def assumptions(
     head_width = _vision_width(architecture) // vision.heads
     texts = {
         "activation": "QuickGELU (else --set activation=gelu)",
-        "head_width": f"attention heads of the picture encoder {head_width} wide (else --set head_width=N)",
+        "head_width": f"attention heads of the image encoder {head_width} wide (else --set head_width=N)",
         "text_heads": f"{text.heads} attention heads of the text encoder (else --set text_heads=N)",
     }
     assumed = [what for name, what in texts.items() if name not in options.family_options]

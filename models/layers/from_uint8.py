@@ -1,10 +1,10 @@
-"""Preprocessing inside the graph: uint8 pictures of any size to a vision part's `pixel_values`.
+"""Preprocessing inside the graph: uint8 images of any size to a vision part's `pixel_values`.
 
 Reproduces Pillow's 8-bit antialiased resize (libImaging/Resample.c): a horizontal, then a vertical pass, each rounded
 to whole numbers from 0 to 255. Only columns, then rows that the centre crop keeps are computed.
 
 Pillow 13 takes the vertical pass first where H - h > 0 and H - h > 2 (W - w), for H × W pixels that become h × w
-(python-pillow/Pillow#9549): pictures more than twice as tall as wide when the crop keeps the aspect ratio, others too
+(python-pillow/Pillow#9549): images more than twice as tall as wide when the crop keeps the aspect ratio, others too
 when they are stretched. Up to Pillow 12, and here, the horizontal pass is always first. There the results differ from
 Pillow 13's: at 224 pixels, 16 to 32 % of the values by one of 256 levels. That is all with the bilinear filter.
 With the bicubic one, up to 2.2 % of the values (noise; photographs: below 1 %) differ by more, at most by 22 levels at
@@ -43,7 +43,7 @@ def unsupported_steps(spec: ImageSpec) -> list[str]:
 
 
 class PreprocessedVision(nn.Module):
-    """pixels uint8 (B, H, W, 3), RGB, 1 ≤ H, W → what the vision part gives for the preprocessed pictures.
+    """pixels uint8 (B, H, W, 3), RGB, 1 ≤ H, W → what the vision part gives for the preprocessed images.
 
     Resize of the shortest edge or of both, centre crop, rescale, normalise. Sizes are rounded as torchvision's
     `Resize` and transformers do, offsets of the crop as the spec says. `unsupported_steps` says which specs it takes.
@@ -104,12 +104,12 @@ class PreprocessedVision(nn.Module):
         groups = -(-self.size // _GROUP)
         kept = torch.arange(groups * _GROUP).clamp(max=self.size - 1).reshape(groups, _GROUP)
         # A kept pixel's centre in the source is (2 i + 1) length / (2 resized): whole part and rest are kept apart, so
-        # that float32 is exact enough for any picture.
+        # that float32 is exact enough for any image.
         doubled = (2 * (kept + offset) + 1) * length
         whole, rest = doubled // (2 * resized), doubled % (2 * resized)
         fraction = rest.to(torch.float32) / (2 * resized).to(torch.float32)
         scale = torch.clamp(length.to(torch.float32) / resized.to(torch.float32), min=1.0)
-        # A window that would end outside of the picture is moved inside.
+        # A window that would end outside of the image is moved inside.
         first = torch.minimum((whole[:, :1] - reach).clamp(min=0), length - _tensor(window))
         sources = first + torch.arange(cast(int, window))
         distance = (sources[:, None, :] - whole[:, :, None]).to(torch.float32) + (0.5 - fraction)[:, :, None]

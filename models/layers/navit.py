@@ -1,4 +1,4 @@
-"""SigLIP for pictures of any shape, packed as rows of patches: the image encoder of MiniCPM-V 2.5 to 4.5.
+"""SigLIP for images of any shape, packed as rows of patches: the image encoder of MiniCPM-V 2.5 to 4.5.
 
 Ports of openbmb/MiniCPM-Llama3-V-2_5 (Idefics2's encoder) and MiniCPM-V-2_6 modeling_navit_siglip.py.
 """
@@ -29,7 +29,7 @@ class NavitSizes(Spec):
 
     Attributes:
         grid: the position table's number of places per side.
-        positions: "grid" places patches by row and column (2.6 and later); "row" lays all patches of a picture side by
+        positions: "grid" places patches by row and column (2.6 and later); "row" lays all patches of an image side by
             side, in the table's first row, as 2.5 does, whose code does not pass the grid to the encoder.
     """
 
@@ -79,7 +79,7 @@ def one_row(tgt_sizes: Tensor) -> Tensor:
 
 
 def patch_mask(tgt_sizes: Tensor, tokens: int) -> Tensor:
-    """int64 (B, L): 1 for the first rows · columns tokens of each picture, 0 for padding."""
+    """int64 (B, L): 1 for the first rows · columns tokens of each image, 0 for padding."""
     count = tgt_sizes[:, 0:1] * tgt_sizes[:, 1:2]
     return (torch.arange(tokens)[None, :] < count).to(torch.int64)
 

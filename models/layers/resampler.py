@@ -26,7 +26,7 @@ class ResamplerSizes(Spec):
     """Sizes and choices.
 
     Attributes:
-        queries: Q, tokens per picture for the language model.
+        queries: Q, tokens per image for the language model.
         width: D of the language model.
         heads: of the attention; 128 wide each in the published files.
         states_width: C of the image tokens.
@@ -79,7 +79,7 @@ class Resampler(nn.Module):
         return x.reshape(-1, x.shape[1], self.sizes.heads, self.sizes.width // self.sizes.heads).transpose(1, 2)
 
     def grid_positions(self, rows: int, columns: int) -> Tensor:
-        """float32 (rows · columns, D) of the keys of one grid, which all pictures of the batch share."""
+        """float32 (rows · columns, D) of the keys of one grid, which all images of the batch share."""
         if self.sizes.positions == "grid":
             row = torch.arange(rows).unsqueeze(1).expand(rows, columns).reshape(-1)
             column = torch.arange(columns).unsqueeze(0).expand(rows, columns).reshape(-1)

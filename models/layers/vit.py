@@ -85,7 +85,7 @@ class VisionTransformer(nn.Module):
         return x
 
     def resize(self, image_size: int) -> None:
-        """Takes square pictures of another size from now on: resamples the position embedding, once."""
+        """Takes square images of another size from now on: resamples the position embedding, once."""
         grid = image_size // self.form.patch_size
         with torch.no_grad():
             resampled = self._resampled(grid, grid)

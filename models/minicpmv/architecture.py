@@ -77,7 +77,7 @@ def minicpmv_architecture(checkpoint: Checkpoint) -> VisionArchitecture:
 
 
 def stated_slicing(version: Version, checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str, str]:
-    """The object of config.json that says how pictures are cut, what its keys begin with, and the key of their size."""
+    """The object of config.json that says how images are cut, what its keys begin with, and the key of their size."""
     if version in ("1.0", "2.0", "omnilmm"):
         return checkpoint.config or {}, "", "scale_resolution" if version == "2.0" else "image_size"
     return config_section(checkpoint, "slice_config"), "slice_config.", "scale_resolution"

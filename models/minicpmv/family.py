@@ -1,4 +1,4 @@
-"""MiniCPM-V 1.0 to 4.5: the vision modules, from pictures' slices to what the language model reads.
+"""MiniCPM-V 1.0 to 4.5: the vision modules, from images' slices to what the language model reads.
 
 Ports, each proven by the outputs of its original: MiniCPM-V-2 (84ce9b0 of HwwwwwwwH's copy), MiniCPM-Llama3-V-2_5,
 MiniCPM-V-2_6, MiniCPM-V-4_5's resampler. The language model is left aside. `omnilmm` shares what stands here.
@@ -45,7 +45,7 @@ from vlm_export.specs.tasks import FeatureSpec
 _MAX_SLICES = 9
 _UNCUT = ("1.0", "omnilmm")
 _PACKED_NOTE = (
-    "pictures of different shapes share a batch: each is a row of patches, and tgt_sizes tells its rows and columns"
+    "images of different shapes share a batch: each is a row of patches, and tgt_sizes tells its rows and columns"
 )
 
 
@@ -154,7 +154,7 @@ def _modules(architecture: VisionArchitecture) -> VisionModules:
 
 
 def _slicing(architecture: VisionArchitecture, checkpoint: Checkpoint) -> SliceSpec:
-    """How pictures are cut: config.json's numbers, or the defaults of the version's own code."""
+    """How images are cut: config.json's numbers, or the defaults of the version's own code."""
     section, _, _ = stated_slicing(architecture.version, checkpoint)
     return slice_spec_from_version(
         architecture.version,

@@ -101,7 +101,7 @@ class PackedVision(nn.Module):
 
 
 class VideoResampler(nn.Module):
-    """Frames of a video in groups, each of which becomes one picture's worth of features (MiniCPM-V 4.5).
+    """Frames of a video in groups, each of which becomes one image's worth of features (MiniCPM-V 4.5).
 
     image_tokens float32 (G, F, L, C), tgt_sizes int64 (G, F, 2), temporal_ids int64 (G, F) → image_features float32
     (G, Q, D). An id says when a frame was taken; -1 is a frame without a time. A group with fewer frames than F is

@@ -24,8 +24,8 @@ from vlm_export.specs.signature import Axis, Signature, TensorSpec
 
 BATCH = Axis("batch")
 # What is verified, in patches; graphs compute larger slices all the same. A square slice has 32 · 32. Sides: those of
-# pictures up to twice as wide as high (47); verification takes a middle side and the largest together, 25 · 48. All:
-# pictures up to a hundred times as wide as high give 1168.
+# images up to twice as wide as high (47); verification takes a middle side and the largest together, 25 · 48. All:
+# images up to a hundred times as wide as high give 1168.
 _LARGEST_SIDE, _LARGEST_COUNT = 48, 1200
 # What 4.5's preparation of videos packs into one group.
 _LARGEST_GROUP = 6
@@ -139,7 +139,7 @@ class NoiseExamples:
 
 
 def _grids(rng: np.random.Generator, shape: tuple[int, ...], patches: int) -> Array:
-    """int64 (..., 2): rows and columns of at most `patches` patches; the first picture nearly fills them."""
+    """int64 (..., 2): rows and columns of at most `patches` patches; the first image nearly fills them."""
     rows = rng.integers(1, max(int(patches**0.5), 1) + 1, shape[:-1])
     columns = np.maximum(rng.integers(1, patches + 1, shape[:-1]) // rows, 1)
     columns.flat[0] = patches // rows.flat[0]

@@ -53,7 +53,7 @@ def _placeholder(version: str, queries: int) -> PlaceholderSpec:
         marks = ("<im_start>", "<im_end>")
         return PlaceholderSpec(queries, "<im_patch>", marks, marks, nothing, "\n", None, "\n")
     if version in ("1.0", "2.0", "2.5"):
-        # The line break of the older versions belongs to `chat`, which puts it between the picture and the question.
+        # The line break of the older versions belongs to `chat`, which puts it between the image and the question.
         return PlaceholderSpec(queries, "<unk>", image, image, cut, "\n", None, "" if version == "2.5" else "\n")
     return PlaceholderSpec(queries, "<unk>", image, cut, nothing, "\n", ("<image_id>", "</image_id>"), "")
 

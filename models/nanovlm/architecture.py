@@ -48,7 +48,7 @@ class ChatForm(Spec):
     Attributes:
         extra_tokens: name ("image_token", "r1c1", …) → what the original appends to its tokenizer, in order of ids.
         max_prompt_tokens: the longest sequence of training.
-        max_side_pixels: longest side of a picture that is cut into tiles; 0 without tiles.
+        max_side_pixels: longest side of an image that is cut into tiles; 0 without tiles.
         resize_to_max_side: that side always becomes as long.
         has_template: prompts are messages in ChatML, as the config's template writes them.
     """
@@ -92,7 +92,7 @@ class NanoVlmArchitecture(Spec):
 
 
 def architecture_from_checkpoint(checkpoint: Checkpoint) -> NanoVlmArchitecture:
-    """Sizes from shapes; heads of the picture encoder, epsilons and the prompt's form from config.json.
+    """Sizes from shapes; heads of the image encoder, epsilons and the prompt's form from config.json.
 
     Raises:
         InputError: there is no config.json, or it and the tensors contradict each other.
@@ -227,9 +227,9 @@ def _chat(checkpoint: Checkpoint, config: Mapping[str, Any]) -> ChatForm:
     side = config_integer(config, "max_img_size", 0)
     if not side:
         raise InputError(
-            "config.json does not say how pictures are cut",
+            "config.json does not say how images are cut",
             where=f"{checkpoint.source}: config.json: max_img_size",
-            expected="the longest side of a picture in pixels, since vlm_extra_tokens names places of tiles",
+            expected="the longest side of an image in pixels, since vlm_extra_tokens names places of tiles",
             got="nothing",
         )
     resize = config.get("resize_to_max_side_len") is True

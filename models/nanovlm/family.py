@@ -1,6 +1,6 @@
-"""nanoVLM: the whole model, from a picture and a prompt to the logits of the next token.
+"""nanoVLM: the whole model, from an image and a prompt to the logits of the next token.
 
-Port of huggingface/nanoVLM v0.1 (6ba9082: nanoVLM-222M), v0.2 (731d8c6: nanoVLM-450M) and 4e0c096 (pictures in tiles).
+Port of huggingface/nanoVLM v0.1 (6ba9082: nanoVLM-222M), v0.2 (731d8c6: nanoVLM-450M) and 4e0c096 (images in tiles).
 Its key names never changed, its prompts did: `ChatForm.layout`. What stands between the Parts is the host's: features
 take the places of placeholders, or stand before the text.
 """
@@ -77,7 +77,7 @@ class NanoVlmFamily:
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
         if options != DEFAULT_BUILD:
-            raise UsageError("nanoVLM takes one picture size", fix="leave the size options out")
+            raise UsageError("nanoVLM takes one image size", fix="leave the size options out")
         architecture = architecture_from_checkpoint(checkpoint)
         if architecture.decoder.tied:
             check_tied(checkpoint)
@@ -111,11 +111,11 @@ class NanoVlmFamily:
 def _notes(architecture: NanoVlmArchitecture) -> Iterator[str]:
     chat, tokens = architecture.chat, architecture.tokens_per_tile
     if chat.layout == "prepended":
-        yield f"a picture is {tokens} features, which stand before the text (v0.1)"
+        yield f"an image is {tokens} features, which stand before the text (v0.1)"
     elif chat.layout == "placeholders":
-        yield f"a picture is {tokens} features, which take the places of {chat.extra_tokens[IMAGE_TOKEN]} (v0.2)"
+        yield f"an image is {tokens} features, which take the places of {chat.extra_tokens[IMAGE_TOKEN]} (v0.2)"
     else:
-        yield f"pictures are cut into tiles of {architecture.image_size} pixels, {tokens} features each"
+        yield f"images are cut into tiles of {architecture.image_size} pixels, {tokens} features each"
     yield "values of pixels stay in [0, 1]: no version normalises them"
     yield "decoder is one graph for the prompt and for every token; grouped keys and values are never repeated"
     if architecture.decoder.tied:

@@ -1,4 +1,4 @@
-"""nanoVLM's Parts: what a host runs once for a picture, for a prompt, and at every step; Signatures and examples."""
+"""nanoVLM's Parts: what a host runs once for an image, for a prompt, and at every step; Signatures and examples."""
 
 from __future__ import annotations
 

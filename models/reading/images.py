@@ -1,4 +1,4 @@
-"""What the families share about pictures: the normalisation of CLIP and its successors, examples, other sizes."""
+"""What the families share about images: the normalisation of CLIP and its successors, examples, other sizes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ LARGEST_FIXED_GRID = 256
 Channels = tuple[float, float, float]
 
 
-class PictureExamples:
-    """Normalised noise: every pixel independent, about the range of real normalised pictures."""
+class ImageExamples:
+    """Normalised noise: every pixel independent, about the range of real normalised images."""
 
     def __init__(self, signature: Signature) -> None:
         self.spec = signature.inputs[0]
@@ -34,7 +34,7 @@ class PictureExamples:
         return {self.spec.name: rng.standard_normal(self.spec.concrete_shape(sizes), dtype=np.float32)}
 
 
-def picture_shape(
+def image_shape(
     image_size: int, patch_size: int, dynamic_image_size: bool
 ) -> tuple[tuple[int | str, ...], tuple[Axis, ...]]:
     """Shape of `pixel_values`, and its axes besides the batch."""

@@ -23,7 +23,7 @@ SIDES = {OURS: "bundle", "PyTorch": "original", "PyTorch without a cache": "orig
 
 
 class Prompt(NamedTuple):
-    """Tokens of text that go in besides the picture's, and tokens that come out."""
+    """Tokens of text that go in besides the image's, and tokens that come out."""
 
     tokens: int = 12
     new_tokens: int = 32
@@ -123,7 +123,7 @@ def report_from_results(
     ]
     return Report(
         name=report_name,
-        title=f"nanoVLM: picture and {prompt.tokens} tokens of text to words",
+        title=f"nanoVLM: image and {prompt.tokens} tokens of text to words",
         goal=f"first token and tokens per second at least {GOAL_RATIO:g} times better than eager PyTorch in fp32, with "
         "the same ids, and less memory.",
         reached=min(slowest_first, slowest_rate) >= GOAL_RATIO and equal and smaller,
@@ -133,7 +133,7 @@ def report_from_results(
         f"--prompt-tokens {prompt.tokens} --new-tokens {prompt.new_tokens} --report {report_name}",
         tables=(
             Table(
-                f"{name}, random weights, {threads} threads, one picture, {prompt.tokens} tokens of text, "
+                f"{name}, random weights, {threads} threads, one image, {prompt.tokens} tokens of text, "
                 f"{prompt.new_tokens} new tokens, greedy; {rounds} "
                 "interleaved rounds, each side in its own process; medians; ratio: median of the rounds'; memory: "
                 "VmHWM and RssAnon, mapped files count in the first",

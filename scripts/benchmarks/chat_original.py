@@ -34,7 +34,7 @@ _DECODER_NAMES = {
 
 
 class OriginalNanoVlm(nn.Module):
-    """Picture and prompt to token ids, as nanoVLM's `generate`: greedy, a picture's tokens before the prompt's.
+    """Image and prompt to token ids, as nanoVLM's `generate`: greedy, an image's tokens before the prompt's.
 
     Args:
         checkpoint: in nanoVLM's published format, with its `config.json`.
@@ -63,7 +63,7 @@ class OriginalNanoVlm(nn.Module):
         return projected
 
     def first_logits(self, pixel_values: Tensor, ids: Tensor) -> tuple[Tensor, Any, Tensor]:
-        """The logits after the prompt, the cache, and what was fed: a picture's tokens, then the prompt's."""
+        """The logits after the prompt, the cache, and what was fed: an image's tokens, then the prompt's."""
         embeds = torch.cat([self.features(pixel_values), self.language.get_input_embeddings()(ids)], dim=1)
         out = self.language(inputs_embeds=embeds, use_cache=self.cached, logits_to_keep=1)
         return out.logits[:, -1], out.past_key_values, embeds

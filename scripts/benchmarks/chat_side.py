@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 Form = tuple[int, int]
-"""Pixels of a picture's side, and the size of the vocabulary."""
+"""Pixels of an image's side, and the size of the vocabulary."""
 
 Generate = Callable[[npt.NDArray[np.float32], list[int]], Iterator[int]]
 

@@ -148,7 +148,7 @@ def _export(module: nn.Module, signature: Signature, form: Interpolation, path: 
 
 
 def _measure_preprocessing(rounds: int, threads: int) -> list[dict[str, Any]]:
-    """A decoded picture to normalised pixels, the preprocessing of CLIP, on the host with Pillow and in a graph."""
+    """A decoded image to normalised pixels, the preprocessing of CLIP, on the host with Pillow and in a graph."""
     module = PreprocessedVision(_CLIP, nn.Identity()).eval()
     pixels = TensorSpec("pixels", "uint8", ("batch", "height", "width", 3))
     values = TensorSpec("pixel_values", "float32", ("batch", 3, _CLIP.size_pixels, _CLIP.size_pixels))
@@ -158,10 +158,10 @@ def _measure_preprocessing(rounds: int, threads: int) -> list[dict[str, Any]]:
         engine = _export(module, signature, "matmul", Path(folder) / "graph.onnx", threads)
         for height, width in PHOTOGRAPHS:
             print(f"preprocessing of {height}×{width}: {rounds} rounds", file=sys.stderr)
-            picture = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
+            image = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
             runs: dict[str, Callable[[], Any]] = {
-                "Pillow": partial(preprocess_image, Image.fromarray(picture[0]), _CLIP),
-                "graph": partial(engine.run, {"pixels": picture}),
+                "Pillow": partial(preprocess_image, Image.fromarray(image[0]), _CLIP),
+                "graph": partial(engine.run, {"pixels": image}),
             }
             times = _times(runs, rounds)
             ms = {name: 1e3 * median(seconds) for name, seconds in times.items()}
@@ -186,7 +186,7 @@ def _times(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list
 
 
 def _table(results: list[dict[str, Any]], rounds: int, threads: int) -> Table:
-    header = ("picture", "torch, ms", *(f"{form}, {what}" for form in FORMS for what in ("ms", "ratio", "difference")))
+    header = ("image", "torch, ms", *(f"{form}, {what}" for form in FORMS for what in ("ms", "ratio", "difference")))
     rows = []
     for result in results:
         cells = [f"{_label(result)}", f"{result['ms']['torch']:.2f}"]
@@ -202,13 +202,13 @@ def _table(results: list[dict[str, Any]], rounds: int, threads: int) -> Table:
 
 
 def _preprocessing_table(results: list[dict[str, Any]]) -> Table:
-    header = ("picture", "Pillow and numpy, ms", "graph, ms", "ratio")
+    header = ("image", "Pillow and numpy, ms", "graph, ms", "ratio")
     rows = [
         (f"{height}×{width}", f"{result['ms']['Pillow']:.2f}", f"{result['ms']['graph']:.2f}", f"{result['ratio']:.2f}")
         for result in results
         for height, width in (result["size"],)
     ]
-    return Table(f"Decoded pictures of any size to {_CLIP.size_pixels} normalised pixels, cropped", header, rows)
+    return Table(f"Decoded images of any size to {_CLIP.size_pixels} normalised pixels, cropped", header, rows)
 
 
 def _label(result: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """The demo's task metric: zero-shot accuracy on held-out compositions, for any pair of encoders. Torch-free.
 
-Each held-out composition is rendered a few times. A picture is classified among the canonical captions of all 1,920
+Each held-out composition is rendered a few times. An image is classified among the canonical captions of all 1,920
 compositions, so the candidates hold every caption that differs from the truth in one attribute alone; it counts when
 the nearest caption is its own, all five attributes right. Chance is 0.05 %.
 """
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from demo.sentences import caption, short_caption
-from demo.world import ATTRIBUTES, COLOURS, COMPOSITIONS, HELD_OUT, PICTURE_PIXELS, SHAPES, Composition, Drawing, draw
+from demo.world import ATTRIBUTES, COLOURS, COMPOSITIONS, HELD_OUT, IMAGE_PIXELS, SHAPES, Composition, Drawing, draw
 
 Embeddings = npt.NDArray[Any]
 EncodeImage = Callable[[Sequence[Image.Image]], Embeddings]
@@ -30,15 +30,15 @@ class Accuracy:
     """Shares in [0, 1].
 
     Attributes:
-        pictures: how many held-out pictures were classified.
+        images: how many held-out images were classified.
         candidates: how many captions each was classified among.
-        top1: the nearest caption is the picture's own.
-        by_attribute: the nearest caption has the picture's value of that attribute.
-        colour_and_shape: the nearest of the 48 short captions in the picture's number ("a red circle" for one object,
+        top1: the nearest caption is the image's own.
+        by_attribute: the nearest caption has the image's value of that attribute.
+        colour_and_shape: the nearest of the 48 short captions in the image's number ("a red circle" for one object,
             "red circles" for several) names its colour and shape.
     """
 
-    pictures: int
+    images: int
     candidates: int
     top1: float
     by_attribute: dict[str, float]
@@ -48,8 +48,8 @@ class Accuracy:
         return asdict(self)
 
 
-def held_out_drawings(each: int, size_pixels: int = PICTURE_PIXELS) -> list[Drawing]:
-    """`each` pictures of every held-out composition; the same ones on every machine."""
+def held_out_drawings(each: int, size_pixels: int = IMAGE_PIXELS) -> list[Drawing]:
+    """`each` images of every held-out composition; the same ones on every machine."""
     return [
         draw(composition, (_EVALUATION_SEED, i, k), size_pixels)
         for i, composition in enumerate(HELD_OUT)
@@ -58,14 +58,14 @@ def held_out_drawings(each: int, size_pixels: int = PICTURE_PIXELS) -> list[Draw
 
 
 def evaluate(encode_image: EncodeImage, encode_text: EncodeText, each: int = 4) -> Accuracy:
-    """The metric; the encoders take pictures or sentences and return (N, D), normalised or not."""
+    """The metric; the encoders take images or sentences and return (N, D), normalised or not."""
     drawings = held_out_drawings(each)
-    images = _unit(encode_image([drawing.picture for drawing in drawings]))
+    images = _unit(encode_image([drawing.image for drawing in drawings]))
     truths = [drawing.composition for drawing in drawings]
     nearest = _nearest(images, encode_text([caption(composition) for composition in COMPOSITIONS]))
     guesses = [COMPOSITIONS[i] for i in nearest]
     return Accuracy(
-        pictures=len(drawings),
+        images=len(drawings),
         candidates=len(COMPOSITIONS),
         top1=_share([guess == truth for guess, truth in zip(guesses, truths, strict=True)]),
         by_attribute={

@@ -1,6 +1,6 @@
-"""What speeds the demo's training up and is thrown away after it: heads that are told what the pictures show.
+"""What speeds the demo's training up and is thrown away after it: heads that are told what the images show.
 
-Contrast alone needs several times as many pictures before the image encoder tells shapes and counts apart.
+Contrast alone needs several times as many images before the image encoder tells shapes and counts apart.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The BLIP demo's metric: captions and answers that are exactly right, on held-out pictures. Torch-free."""
+"""The BLIP demo's metric: captions and answers that are exactly right, on held-out images. Torch-free."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Parts:
     tokens: Mapping[str, int]
 
     def captions(self, drawings: Sequence[Drawing], beams: int = 1) -> list[str]:
-        """One for each picture, without the prompt."""
+        """One for each image, without the prompt."""
         options = self._options(_MAX_CAPTION, _MIN_CAPTION, beams)
         texts: list[str] = []
         for batch in _batches(drawings):
@@ -96,7 +96,7 @@ class Parts:
         return texts
 
     def _vision(self, drawings: Sequence[Drawing]) -> Array:
-        pixels = np.stack([preprocess_image(drawing.picture, self.image) for drawing in drawings])
+        pixels = np.stack([preprocess_image(drawing.image, self.image) for drawing in drawings])
         return self.run["vision"]([pixels])[-1]
 
     def _generate(self, states: Array, mask: Ids, prompt: Ids, options: GenerationOptions) -> list[str]:
@@ -113,26 +113,26 @@ def _batches(items: Sequence[Any]) -> list[Sequence[Any]]:
     return [items[i : i + _BATCH] for i in range(0, len(items), _BATCH)]
 
 
-def held_out_pictures(count: int) -> list[Drawing]:
+def held_out_images(count: int) -> list[Drawing]:
     """Spread over the held-out compositions; the same ones on every machine."""
     drawings = held_out_drawings(-(-count // len(HELD_OUT)))
     return [drawings[i * len(drawings) // count] for i in range(count)]
 
 
 def held_out_questions(drawings: Sequence[Drawing]) -> list[tuple[Drawing, Question]]:
-    """A question of each kind about every picture; the same ones on every machine."""
+    """A question of each kind about every image; the same ones on every machine."""
     rng = np.random.default_rng(_EVALUATION_SEED)
     return [(drawing, ask(drawing.composition, kind, rng)) for drawing in drawings for kind in KINDS]
 
 
 def caption_exactness(parts: Parts, drawings: Sequence[Drawing], beams: int = 1) -> Exactness:
-    """Of the pictures' canonical captions."""
+    """Of the images' canonical captions."""
     truths = [caption(drawing.composition).removeprefix(PROMPT) for drawing in drawings]
     return exactness(parts.captions(drawings, beams), truths, ["caption"] * len(truths))
 
 
 def answer_exactness(parts: Parts, drawings: Sequence[Drawing], beams: int = 1) -> Exactness:
-    """Of the answers to a question of each kind about every picture."""
+    """Of the answers to a question of each kind about every image."""
     asked = held_out_questions(drawings)
     said = parts.answers(asked, beams)
     return exactness(said, [question.answer for _, question in asked], [question.kind for _, question in asked])

@@ -11,8 +11,8 @@ from vlm_export.family import Model
 CAPTION, VQA = "blip-demo-caption", "blip-demo-vqa"
 NAMES = (CAPTION, VQA)
 _TITLES = {
-    CAPTION: "BLIP demo: says what pictures of coloured shapes show",
-    VQA: "BLIP demo: answers questions about pictures of coloured shapes",
+    CAPTION: "BLIP demo: says what images of coloured shapes show",
+    VQA: "BLIP demo: answers questions about images of coloured shapes",
 }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from demo.blip_vocab import CLS_ID, PAD_ID, SEP_ID
 from demo.checkpoint import load_model, pixel_values
-from demo.world import PICTURE_PIXELS
+from demo.world import IMAGE_PIXELS
 from vlm_export.models.blip.architecture import (
     HEAD_WIDTH,
     TEXT_EPS,
@@ -28,7 +28,7 @@ from vlm_export.models.reading.images import IMAGE_MEAN, IMAGE_STD
 from vlm_export.specs import torchvision_image_spec
 from vlm_export.specs.tasks import SpecialTokens
 
-IMAGE = torchvision_image_spec(PICTURE_PIXELS, "bicubic", "before_resize", IMAGE_MEAN, IMAGE_STD, resize="stretch")
+IMAGE = torchvision_image_spec(IMAGE_PIXELS, "bicubic", "before_resize", IMAGE_MEAN, IMAGE_STD, resize="stretch")
 # As many as the original's greatest caption length, and as many as a question may have.
 _CAPTION_POSITIONS, _QUESTION_POSITIONS, _ANSWER_POSITIONS = 20, 35, 20
 
@@ -67,7 +67,7 @@ def build_pair(vocab_size: int, sizes: BlipDemoSizes) -> DemoPair:
         heads=sizes.vision_width // HEAD_WIDTH,
         hidden=4 * sizes.vision_width,
         patch_size=sizes.patch_size,
-        image_size=PICTURE_PIXELS,
+        image_size=IMAGE_PIXELS,
         eps=VISION_EPS,
     )
     tokens = SpecialTokens(CLS_ID, SEP_ID, PAD_ID, decoder_start=vocab_size - 2, encoder_start=vocab_size - 1)
@@ -110,11 +110,11 @@ def initialise(pair: DemoPair, seed: int) -> None:
                     parameter.normal_(0.0, deviation, generator=generator)
 
 
-def warm_start(vision: VisionTransformer, clip_checkpoint: Path, pictures: Sequence[Image.Image]) -> None:
+def warm_start(vision: VisionTransformer, clip_checkpoint: Path, images: Sequence[Image.Image]) -> None:
     """Fills the vision encoder with the first blocks of the CLIP demo's."""
     clip = clip_vision(clip_checkpoint)
     with torch.no_grad():
-        weight, positions = entry_without_norm(clip, pictures)
+        weight, positions = entry_without_norm(clip, images)
         vision.patches.conv.weight.copy_(weight)
         vision.position_embedding.copy_(positions)
         first = clip.class_embedding + clip.position_embedding[0]
@@ -130,13 +130,13 @@ def clip_vision(checkpoint: Path) -> ClipVisionTransformer:
     return clip
 
 
-def entry_without_norm(clip: ClipVisionTransformer, pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+def entry_without_norm(clip: ClipVisionTransformer, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
     """Patch weights float32 (C, 3, P, P) and positions float32 (1 + N, C) that need no norm before the blocks.
 
-    CLIP normalises its tokens there, BLIP and SigLIP do not. A norm with the scale that the pictures' tokens have on
+    CLIP normalises its tokens there, BLIP and SigLIP do not. A norm with the scale that the images' tokens have on
     average is a linear map, which patches and positions take in.
     """
-    patches = clip.patches(pixel_values(pictures, IMAGE)) + clip.position_embedding[1:]
+    patches = clip.patches(pixel_values(images, IMAGE)) + clip.position_embedding[1:]
     scale = clip.norm_pre.weight / patches.std(dim=-1, unbiased=False).mean()
     weight = _centred(clip.patches.conv.weight, 0) * scale[:, None, None, None]
     return weight, _centred(clip.position_embedding, -1) * scale + clip.norm_pre.bias

@@ -19,12 +19,12 @@ from demo.checkpoint import pixel_values
 from demo.questions import KINDS, Question, ask
 from demo.sentences import caption
 from demo.training import REPORT_STEPS
-from demo.world import PICTURE_PIXELS, TRAINED, Composition, draw
+from demo.world import IMAGE_PIXELS, TRAINED, Composition, draw
 from vlm_export.models.blip.parts import BlipModules
 from vlm_export.models.layers.bert import CrossKeyValues, MultimodalEncoder, TextDecoder
 from vlm_export.specs.tasks import SpecialTokens
 
-# Of the pictures, some are drawn larger and shrunk by the preprocessing, as a user's are.
+# Of the images, some are drawn larger and shrunk by the preprocessing, as a user's are.
 _LARGER_SHARE, _LARGER_PIXELS = 0.25, 96
 _IGNORED = -100
 # How often a kind is asked: comparing what is said with what is seen is learnt last.
@@ -37,7 +37,7 @@ class BlipSchedule:
 
     Attributes:
         rate: of the text transformers. vision_rate: of the vision encoder, which has been trained before.
-        questions_each: about every picture.
+        questions_each: about every image.
     """
 
     steps: int = 1400
@@ -94,8 +94,8 @@ def _build_optimizer(
 
 def _batch_losses(pair: DemoPair, tokenizer: Tokenizer, schedule: BlipSchedule, rng: np.random.Generator) -> Losses:
     compositions = [TRAINED[int(i)] for i in rng.integers(len(TRAINED), size=schedule.batch)]
-    pictures = [draw(composition, int(rng.integers(1 << 62)), _pixels(rng)).picture for composition in compositions]
-    states = pair.captioner.vision(pixel_values(pictures, IMAGE))
+    images = [draw(composition, int(rng.integers(1 << 62)), _pixels(rng)).image for composition in compositions]
+    states = pair.captioner.vision(pixel_values(images, IMAGE))
     tokens = pair.captioner_architecture.tokens
     texts = [caption(composition) for composition in compositions]
     captions = decoder_loss(pair.captioner, tokenizer, texts, tokens, states, None)
@@ -105,7 +105,7 @@ def _batch_losses(pair: DemoPair, tokenizer: Tokenizer, schedule: BlipSchedule, 
 
 
 def _pixels(rng: np.random.Generator) -> int:
-    return _LARGER_PIXELS if rng.random() < _LARGER_SHARE else PICTURE_PIXELS
+    return _LARGER_PIXELS if rng.random() < _LARGER_SHARE else IMAGE_PIXELS
 
 
 def _questions(composition: Composition, schedule: BlipSchedule, rng: np.random.Generator) -> list[Question]:
@@ -122,7 +122,7 @@ def answer_loss(
     image_states: Tensor,
     rng: np.random.Generator,
 ) -> Tensor:
-    """image_states: float32 (B, N, W), of each question's picture.
+    """image_states: float32 (B, N, W), of each question's image.
 
     The original hides a question's padding from the decoder in training and shows it in generation; half of the
     batches here show it, so that an answer does not depend on what else is in the batch.

@@ -67,8 +67,8 @@ def torch_encoders(model: Model, tokenizer_path: Path) -> tuple[EncodeImage, Enc
     tokenizer = Tokenizer(tokenizer_path, text_spec)
     modules = {part.name: part.module for part in model.parts}
 
-    def encode_image(pictures: Sequence[Image.Image]) -> Embeddings:
-        return _encode(modules["vision"], pictures, lambda batch: pixel_values(batch, image_spec))
+    def encode_image(images: Sequence[Image.Image]) -> Embeddings:
+        return _encode(modules["vision"], images, lambda batch: pixel_values(batch, image_spec))
 
     def encode_text(texts: Sequence[str]) -> Embeddings:
         return _encode(modules["text"], texts, lambda batch: torch.from_numpy(tokenizer.encode(batch)))
@@ -76,9 +76,9 @@ def torch_encoders(model: Model, tokenizer_path: Path) -> tuple[EncodeImage, Enc
     return encode_image, encode_text
 
 
-def pixel_values(pictures: Sequence[Image.Image], spec: ImageSpec) -> Tensor:
+def pixel_values(images: Sequence[Image.Image], spec: ImageSpec) -> Tensor:
     """float32 (B, 3, S, S), prepared as the runtime does."""
-    return torch.from_numpy(np.stack([preprocess_image(picture, spec) for picture in pictures]))
+    return torch.from_numpy(np.stack([preprocess_image(image, spec) for image in images]))
 
 
 def _encode(module: nn.Module, items: Sequence[Item], prepare: Callable[[Sequence[Item]], Tensor]) -> Embeddings:

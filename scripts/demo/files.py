@@ -1,4 +1,4 @@
-"""The demo's files beside its checkpoint: the config, the report, and a few held-out pictures with their captions."""
+"""The demo's files beside its checkpoint: the config, the report, and a few held-out images with their captions."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from demo.world import Composition, draw
 from vlm_export.family import Model
 
 NAME = "clip-demo"
-_PICTURE_PIXELS = 96
-_PICTURE_SEED = 2027
+_IMAGE_PIXELS = 96
+_IMAGE_SEED = 2027
 # All held out; "blue circle" comes first in the folder, since that is what the quickstart classifies.
-PICTURED = (
+IMAGED = (
     Composition("circle", "blue", "large", "bottom", "one"),
     Composition("circle", "red", "large", "bottom", "one"),
     Composition("square", "red", "large", "top", "one"),
@@ -56,8 +56,8 @@ class DemoFiles:
         return self.folder / "demo" / f"{NAME}.json"
 
     @property
-    def pictures(self) -> Path:
-        return self.folder / "demo" / "pictures"
+    def images(self) -> Path:
+        return self.folder / "demo" / "images"
 
     @property
     def captions(self) -> Path:
@@ -69,18 +69,18 @@ def sha256_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def write_pictures(files: DemoFiles) -> None:
-    """The pictures, larger than the model's input so that preprocessing has work, and one caption a line in order."""
-    files.pictures.mkdir(parents=True, exist_ok=True)
-    named = sorted((picture_name(composition), i) for i, composition in enumerate(PICTURED))
+def write_images(files: DemoFiles) -> None:
+    """The images, larger than the model's input so that preprocessing has work, and one caption a line in order."""
+    files.images.mkdir(parents=True, exist_ok=True)
+    named = sorted((image_name(composition), i) for i, composition in enumerate(IMAGED))
     for name, i in named:
-        draw(PICTURED[i], (_PICTURE_SEED, i), _PICTURE_PIXELS).picture.save(files.pictures / name, optimize=True)
-    captions = "".join(f"{caption(PICTURED[i])}\n" for _, i in named)
+        draw(IMAGED[i], (_IMAGE_SEED, i), _IMAGE_PIXELS).image.save(files.images / name, optimize=True)
+    captions = "".join(f"{caption(IMAGED[i])}\n" for _, i in named)
     files.captions.write_text(captions, encoding="utf-8")
 
 
-def picture_name(composition: Composition) -> str:
-    """Says what the picture shows."""
+def image_name(composition: Composition) -> str:
+    """Says what the image shows."""
     words = (composition.colour, composition.shape, composition.size, composition.count, composition.position)
     return f"{'-'.join(words)}.png"
 
@@ -89,7 +89,7 @@ def write_config(files: DemoFiles, model: Model) -> None:
     """The YAML that makes the demo a known checkpoint."""
     assert model.text is not None
     text = {"text": model.text.to_json()}
-    title = "CLIP demo, trained on generated pictures of coloured shapes"
+    title = "CLIP demo, trained on generated images of coloured shapes"
     tokenizer = {"tokenizer": "demo/tokenizer.json"}
     # PyYAML writes 1e-05, which YAML 1.1 reads as text.
     written = known_yaml(model, title, files.checkpoint, sha256_of(files.checkpoint), "train_demo.py", tokenizer, text)

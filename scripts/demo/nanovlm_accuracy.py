@@ -1,4 +1,4 @@
-"""The nanoVLM demo's metric: captions and answers that are exactly right, on held-out pictures. Torch-free."""
+"""The nanoVLM demo's metric: captions and answers that are exactly right, on held-out images. Torch-free."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _EVALUATION_SEED = 7933
 
 
 def held_out_questions(drawings: Sequence[Drawing]) -> list[tuple[Drawing, Question]]:
-    """The caption's question and one of each kind about every picture; the same ones on every machine."""
+    """The caption's question and one of each kind about every image; the same ones on every machine."""
     rng = np.random.default_rng(_EVALUATION_SEED)
     return [
         (drawing, question)
@@ -32,5 +32,5 @@ def held_out_questions(drawings: Sequence[Drawing]) -> list[tuple[Drawing, Quest
 def answer_exactness(answer: Answer, drawings: Sequence[Drawing]) -> Exactness:
     """Of captions and answers, by kind."""
     asked = held_out_questions(drawings)
-    said = answer([drawing.picture for drawing, _ in asked], [question.text for _, question in asked])
+    said = answer([drawing.image for drawing, _ in asked], [question.text for _, question in asked])
     return exactness(said, [question.answer for _, question in asked], [question.kind for _, question in asked])

@@ -36,7 +36,7 @@ class ChatTexts:
     image: ImageSpec
 
     def prompt(self, question: str) -> list[int]:
-        """Ids of a prompt about one picture, placeholders included."""
+        """Ids of a prompt about one image, placeholders included."""
         return self.writer.ids(question, [(1, 1)])
 
     def answer(self, text: str) -> list[int]:
@@ -81,17 +81,17 @@ class TorchChat:
         """The part of that name, which answers run."""
         return next(part.module for part in self.model.parts if part.name == name)
 
-    def answer(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
+    def answer(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
         """One answer for each question."""
         said: list[str] = []
         for first in range(0, len(questions), _BATCH):
             rows = slice(first, first + _BATCH)
-            said += self._answers(pictures[rows], [self.texts.prompt(question) for question in questions[rows]])
+            said += self._answers(images[rows], [self.texts.prompt(question) for question in questions[rows]])
         return said
 
-    def _answers(self, pictures: Sequence[Image.Image], prompts: Sequence[list[int]]) -> list[str]:
+    def _answers(self, images: Sequence[Image.Image], prompts: Sequence[list[int]]) -> list[str]:
         settings = self.texts.settings
-        pixels = pixel_values(pictures, self.texts.image).numpy()
+        pixels = pixel_values(images, self.texts.image).numpy()
         (features,) = self._vision.run({self._vision.inputs[0].name: pixels}).values()
         prepared = left_padded([self._embedded(ids, own) for ids, own in zip(prompts, features, strict=True)])
         length = prepared.attention_mask.shape[1]

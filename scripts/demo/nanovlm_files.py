@@ -72,6 +72,6 @@ def published_tensors(modules: NanoVlmModules, architecture: NanoVlmArchitecture
 
 def write_config(files: NanoVlmDemoFiles, model: Model) -> None:
     """The YAML that makes the checkpoint a known one; the directory holds the tokenizer."""
-    title = "nanoVLM demo: answers questions about pictures of coloured shapes, and captions them"
+    title = "nanoVLM demo: answers questions about images of coloured shapes, and captions them"
     sha256, script = sha256_of(files.weights), "train_nanovlm_demo.py"
     files.config.write_text(known_yaml(model, title, files.checkpoint, sha256, script, {}, {}), encoding="utf-8")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from demo.blip_model import clip_vision, entry_without_norm
 from demo.nanovlm_vocab import IMAGE_PLACEHOLDER
-from demo.world import PICTURE_PIXELS
+from demo.world import IMAGE_PIXELS
 from vlm_export.models.layers.rotary_decoder import RotaryDecoderSizes
 from vlm_export.models.layers.vit import VisionTransformer, VitForm
 from vlm_export.models.nanovlm.architecture import IMAGE_TOKEN, ChatForm, NanoVlmArchitecture
@@ -48,7 +48,7 @@ def demo_architecture(vocab_size: int, sizes: NanoVlmDemoSizes) -> NanoVlmArchit
         heads=sizes.vision_width // _CLIP_HEAD_WIDTH,
         hidden=4 * sizes.vision_width,
         patch_size=sizes.patch_size,
-        grid=PICTURE_PIXELS // sizes.patch_size,
+        grid=IMAGE_PIXELS // sizes.patch_size,
         activation="gelu_tanh",
         has_class_token=False,
     )
@@ -89,7 +89,7 @@ def _deviation(name: str, parameter: Tensor) -> float:
     return float(parameter[0].numel() ** -0.5) * (0.35 if residual else 1.0)
 
 
-def warm_start(vision: VisionTransformer, clip_checkpoint: Path, pictures: Sequence[Image.Image]) -> None:
+def warm_start(vision: VisionTransformer, clip_checkpoint: Path, images: Sequence[Image.Image]) -> None:
     """Fills the vision encoder with the first blocks of the CLIP demo's.
 
     CLIP normalises the values of pixels and nanoVLM does not: weights and biases of the patches take that in. What
@@ -97,7 +97,7 @@ def warm_start(vision: VisionTransformer, clip_checkpoint: Path, pictures: Seque
     """
     clip = clip_vision(clip_checkpoint)
     with torch.no_grad():
-        weight, positions = entry_without_norm(clip, pictures)
+        weight, positions = entry_without_norm(clip, images)
         mean, std = (torch.tensor(values)[None, :, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
         vision.patches.conv.weight.copy_(weight / std)
         assert vision.patches.conv.bias is not None

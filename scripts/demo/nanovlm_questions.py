@@ -1,4 +1,4 @@
-"""What the nanoVLM demo is asked about a picture, and what it says: questions, and one that asks for a caption."""
+"""What the nanoVLM demo is asked about an image, and what it says: questions, and one that asks for a caption."""
 
 from __future__ import annotations
 

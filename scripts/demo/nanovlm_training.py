@@ -1,4 +1,4 @@
-"""Trains the nanoVLM demo on the CPU: every picture with its caption and a few questions, loss on the answers."""
+"""Trains the nanoVLM demo on the CPU: every image with its caption and a few questions, loss on the answers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from demo.nanovlm_chat import ChatTexts
 from demo.nanovlm_questions import training_questions
 from demo.questions import Question
 from demo.training import REPORT_STEPS, rate_factor
-from demo.world import PICTURE_PIXELS, TRAINED, draw
+from demo.world import IMAGE_PIXELS, TRAINED, draw
 from vlm_export.models.layers.rotary_decoder import CachedDecoder
 from vlm_export.models.nanovlm.parts import NanoVlmModules, VisionEncoder
 
-# Of the pictures, some are drawn larger and shrunk by the preprocessing, as a user's are.
+# Of the images, some are drawn larger and shrunk by the preprocessing, as a user's are.
 _LARGER_SHARE, _LARGER_PIXELS = 0.25, 96
 _IGNORED = -100
 _ALL_LOGITS = torch.tensor(0)
@@ -32,7 +32,7 @@ class NanoVlmSchedule:
     """How long and how fast to train; rates rise linearly over a tenth of the steps, then fall along a cosine to zero.
 
     Attributes:
-        questions_each: about every picture, besides the caption's.
+        questions_each: about every image, besides the caption's.
         matrix_rate: of Muon, which moves the decoder's matrices. rate: of AdamW, which moves its other weights.
         vision_rate: of AdamW for the vision encoder, which has been trained before.
     """
@@ -55,7 +55,7 @@ class Losses(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Rows of prompt and answer, padded on the right: each picture's caption and questions are neighbours.
+    """Rows of prompt and answer, padded on the right: each image's caption and questions are neighbours.
 
     pixels: float32 (P, 3, S, S). ids, mask, targets: int64 (P · Q, T); targets are the next tokens of answers.
     """
@@ -114,17 +114,17 @@ def _build_optimizers(modules: NanoVlmModules, schedule: NanoVlmSchedule) -> lis
 def draw_batch(texts: ChatTexts, schedule: NanoVlmSchedule, rng: np.random.Generator) -> Batch:
     """Trained compositions alone."""
     compositions = [TRAINED[int(i)] for i in rng.integers(len(TRAINED), size=schedule.batch)]
-    pictures = [draw(composition, int(rng.integers(1 << 62)), _pixels(rng)).picture for composition in compositions]
+    images = [draw(composition, int(rng.integers(1 << 62)), _pixels(rng)).image for composition in compositions]
     questions = [
         question
         for composition in compositions
         for question in training_questions(composition, schedule.questions_each, rng)
     ]
-    return Batch(pixel_values(pictures, texts.image), *token_rows(texts, questions))
+    return Batch(pixel_values(images, texts.image), *token_rows(texts, questions))
 
 
 def _pixels(rng: np.random.Generator) -> int:
-    return _LARGER_PIXELS if rng.random() < _LARGER_SHARE else PICTURE_PIXELS
+    return _LARGER_PIXELS if rng.random() < _LARGER_SHARE else IMAGE_PIXELS
 
 
 def token_rows(texts: ChatTexts, questions: Sequence[Question]) -> tuple[Tensor, Tensor, Tensor]:

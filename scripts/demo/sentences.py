@@ -79,7 +79,7 @@ def sentence(composition: Composition, rng: np.random.Generator) -> Sentence:
 
 
 def agreement(sentences: Sequence[Sentence], compositions: Sequence[Composition]) -> npt.NDArray[np.bool_]:
-    """bool (pictures, sentences): whether the sentence is true of the picture."""
+    """bool (images, sentences): whether the sentence is true of the image."""
     scenes = np.array([composition_bits(composition) for composition in compositions], dtype=np.int64)
     allowed = np.array([entry.allowed_bits for entry in sentences], dtype=np.int64)
     true: npt.NDArray[np.bool_] = (scenes[:, None] & ~allowed[None, :]) == 0

@@ -17,7 +17,7 @@ from demo.aids import TrainingAids
 from demo.checkpoint import pixel_values
 from demo.sentences import agreement, sentence
 from demo.tokens import CONTEXT_LENGTH, end_id, token_rows
-from demo.world import ATTRIBUTES, PICTURE_PIXELS, TRAINED, Composition, draw
+from demo.world import ATTRIBUTES, IMAGE_PIXELS, TRAINED, Composition, draw
 from vlm_export.models.clip.architecture import HEAD_WIDTH, LAYER_NORM_EPS, ClipArchitecture, TextSizes, VitSizes
 from vlm_export.models.clip.encoders import ClipEncoders, ClipVisionTransformer
 from vlm_export.models.reading.images import IMAGE_MEAN, IMAGE_STD
@@ -27,7 +27,7 @@ REPORT_STEPS = 50
 _FIRST_LOGIT_SCALE = math.log(1 / 0.07)
 _LAST_LOGIT_SCALE = math.log(100)
 _GROUP = 4
-_IMAGE = torchvision_image_spec(PICTURE_PIXELS, "bicubic", "after_crop", IMAGE_MEAN, IMAGE_STD)
+_IMAGE = torchvision_image_spec(IMAGE_PIXELS, "bicubic", "after_crop", IMAGE_MEAN, IMAGE_STD)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def demo_architecture(tokenizer: Tokenizer, sizes: DemoSizes) -> ClipArchitectur
         heads=sizes.vision_width // HEAD_WIDTH,
         hidden=4 * sizes.vision_width,
         patch_size=sizes.patch_size,
-        image_size=PICTURE_PIXELS,
+        image_size=IMAGE_PIXELS,
     )
     text = TextSizes(
         width=sizes.text_width,
@@ -132,7 +132,7 @@ def _neighbour(base: Composition, rng: np.random.Generator) -> Composition:
 def contrastive_loss(logits: Tensor, agrees: Tensor) -> Tensor:
     """Symmetric cross-entropy of each pair against the others of its batch.
 
-    logits: float32 (B, B), pictures by sentences. agrees: bool (B, B); a sentence that is true of another picture too
+    logits: float32 (B, B), images by sentences. agrees: bool (B, B); a sentence that is true of another image too
     is neither its match nor a negative, and is left out.
     """
     others = agrees & ~torch.eye(len(agrees), dtype=torch.bool)
@@ -173,7 +173,7 @@ def _step(
     drawings = [draw(composition, int(rng.integers(1 << 62))) for composition in compositions]
     sentences = [sentence(composition, rng) for composition in compositions]
     ids = torch.from_numpy(token_rows(tokenizer, [entry.text for entry in sentences]))
-    images = encoders.vision(pixel_values([drawing.picture for drawing in drawings], _IMAGE))
+    images = encoders.vision(pixel_values([drawing.image for drawing in drawings], _IMAGE))
     texts = encoders.text(ids)
     logits = encoders.logit_scale.exp() * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
     loss = contrastive_loss(logits, torch.from_numpy(agreement(sentences, compositions)))
@@ -184,7 +184,7 @@ def _step(
 def _build_optimizers(
     encoders: ClipEncoders, aids: TrainingAids, schedule: Schedule
 ) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Each with its rate. Muon needs about half of AdamW's pictures here."""
+    """Each with its rate. Muon needs about half of AdamW's images here."""
     named = dict(encoders.named_parameters())
     matrices = [name for name, parameter in named.items() if ".blocks." in name and parameter.ndim == 2]
     others = [parameter for name, parameter in named.items() if name not in matrices] + list(aids.parameters())

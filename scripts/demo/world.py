@@ -1,7 +1,7 @@
-"""The demo's world: scenes of drawn shapes, their pictures and their sentences. Deterministic by seed, torch-free.
+"""The demo's world: scenes of drawn shapes, their images and their sentences. Deterministic by seed, torch-free.
 
 A composition is one choice of shape, colour, size, position and count: 1,920 in all. About an eighth of them are held
-out by a hash of their names: no training picture shows one and no training sentence is written for one.
+out by a hash of their names: no training image shows one and no training sentence is written for one.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "position": POSITIONS,
     "count": COUNTS,
 }
-PICTURE_PIXELS = 64
+IMAGE_PIXELS = 64
 HELD_OUT_SHARE = 0.125
 
-# Lengths are in units of the picture's edge.
+# Lengths are in units of the image's edge.
 _RADIUS = {"small": 0.08, "large": 0.12}
 _ANCHOR = {"left": (0.27, 0.5), "right": (0.73, 0.5), "top": (0.5, 0.27), "bottom": (0.5, 0.73), "middle": (0.5, 0.5)}
 _RGB = {
@@ -80,12 +80,12 @@ class Drawing:
     """A picture of a composition and where its objects are: centres in [0, 1], x to the right, y down."""
 
     composition: Composition
-    picture: Image.Image
+    image: Image.Image
     centres: tuple[tuple[float, float], ...]
 
 
-def draw(composition: Composition, seed: Sequence[int] | int, size_pixels: int = PICTURE_PIXELS) -> Drawing:
-    """Same seed, same RGB picture; the seed moves, turns and tints everything."""
+def draw(composition: Composition, seed: Sequence[int] | int, size_pixels: int = IMAGE_PIXELS) -> Drawing:
+    """Same seed, same RGB image; the seed moves, turns and tints everything."""
     rng = np.random.default_rng(seed)
     radius = _RADIUS[composition.size] * rng.uniform(0.94, 1.06)
     centres = _place_objects(composition, radius, rng)

@@ -365,7 +365,7 @@ def test_a_task_of_an_unknown_kind_is_refused(manifest: Manifest) -> None:
 
 def test_a_task_runs_parts_of_the_bundle(manifest: Manifest) -> None:
     with pytest.raises(InputError, match="'tasks'") as caught:
-        replace(manifest, tasks=(EmbedSpec(EncoderSpec("picture", "image_embeds"), None),))
+        replace(manifest, tasks=(EmbedSpec(EncoderSpec("image", "image_embeds"), None),))
     assert caught.value.expected == "embed to run parts of the bundle: vision"
     with pytest.raises(InputError, match="no output 'pooled'"):
         replace(manifest, tasks=(EmbedSpec(EncoderSpec("vision", "pooled"), None),))

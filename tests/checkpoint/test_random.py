@@ -123,7 +123,7 @@ def test_a_model_of_random_weights_tells_inputs_apart(tmp_path: Path, clip_data:
 
 @contextmanager
 def deep_vision(folder: Path, family: Family, architecture: dict[str, Any]) -> Iterator[tuple[Part, torch.Tensor]]:
-    """The vision part with random weights, and pictures for it."""
+    """The vision part with random weights, and images for it."""
     torch.set_num_threads(1)
     tensors, config = family.published_tensors(architecture), family.published_config(architecture)
     checkpoint = random_checkpoint("deep", tensors, 0, folder / "w", config)

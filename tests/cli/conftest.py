@@ -108,7 +108,7 @@ def checkpoint() -> Path:
 
 
 @pytest.fixture(scope="session")
-def picture() -> Path:
+def image_path() -> Path:
     return DATA / "clip" / "vit_p14" / "image.png"
 
 

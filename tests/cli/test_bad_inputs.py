@@ -91,32 +91,32 @@ def test_verify_with_another_checkpoint(cli: Cli, exported: Path, checkpoint: Pa
         (["export", "{checkpoint}", "-o", "{checkpoint}", "--no-tokenizer"], ["is a file"]),
         (["inspect", "nowhere/at/all"], ["no such file"]),
         (["embed", "{pair}", "{pair}/none.png", "-o", "{out}.npy"], ["no such file"]),
-        (["embed", "{pair}", "{picture}", "-o", "{out}.csv"], [".npy"]),
-        (["classify", "{pair}", "{picture}", "cat", "--template", "no place"], ["{{}}"]),
+        (["embed", "{pair}", "{image}", "-o", "{out}.csv"], [".npy"]),
+        (["classify", "{pair}", "{image}", "cat", "--template", "no place"], ["{{}}"]),
     ],
 )
 def test_status_2(
-    cli: Cli, tmp_path: Path, pair: Path, checkpoint: Path, picture: Path, arguments: list[str], texts: list[str]
+    cli: Cli, tmp_path: Path, pair: Path, checkpoint: Path, image_path: Path, arguments: list[str], texts: list[str]
 ) -> None:
-    names = {"out": tmp_path / "out", "pair": pair, "checkpoint": checkpoint, "picture": picture}
+    names = {"out": tmp_path / "out", "pair": pair, "checkpoint": checkpoint, "image": image_path}
     result = cli(*(argument.format(**names) for argument in arguments))
     result.refused(2, *(text.format(**names) for text in texts))
     assert result.out == ""
     assert not (tmp_path / "out").exists()
 
 
-def test_errors_as_json(refused_json: RefusedJson, pair: Path, tmp_path: Path, picture: Path) -> None:
+def test_errors_as_json(refused_json: RefusedJson, pair: Path, tmp_path: Path, image_path: Path) -> None:
     assert refused_json(2, "inspect", "nowhere at all")["where"] == "nowhere at all"
     error = refused_json(3, "classify", pair, pair / "tokenizer.json", "cat")
     assert error["where"].endswith("tokenizer.json")
-    error = refused_json(4, "classify", pair, picture, "cat", "--provider", "abacus")
+    error = refused_json(4, "classify", pair, image_path, "cat", "--provider", "abacus")
     assert "CPUExecutionProvider" in error["expected"]
 
 
 # Section B: what lies in a bundle is what was exported.
 @pytest.mark.parametrize("name", ["onnx/vision_model.onnx", "onnx/text_model.onnx", "tokenizer.json"])
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "link"])
-def test_b_changed_bundle(cli: Cli, pair: Path, picture: Path, name: str, damage: str) -> None:
+def test_b_changed_bundle(cli: Cli, pair: Path, image_path: Path, name: str, damage: str) -> None:
     path = pair / name
     raw = path.read_bytes()
     path.unlink()
@@ -127,12 +127,12 @@ def test_b_changed_bundle(cli: Cli, pair: Path, picture: Path, name: str, damage
     elif damage == "link":
         (pair / "elsewhere").write_bytes(raw)
         path.symlink_to(pair / "elsewhere")
-    for verb in (("classify", pair, picture, "cat", "--template", "{}"), ("verify", pair)):
+    for verb in (("classify", pair, image_path, "cat", "--template", "{}"), ("verify", pair)):
         cli(*verb).refused(3, Path(name).name)
 
 
 @pytest.mark.parametrize("kind", ["nothing", "empty directory", "graph", "checkpoint"])
-def test_b_no_bundle(cli: Cli, tmp_path: Path, pair: Path, checkpoint: Path, picture: Path, kind: str) -> None:
+def test_b_no_bundle(cli: Cli, tmp_path: Path, pair: Path, checkpoint: Path, image_path: Path, kind: str) -> None:
     (tmp_path / "empty").mkdir()
     path = {
         "nothing": tmp_path / "none",
@@ -140,19 +140,19 @@ def test_b_no_bundle(cli: Cli, tmp_path: Path, pair: Path, checkpoint: Path, pic
         "graph": pair / "onnx" / "vision_model.onnx",
         "checkpoint": checkpoint,
     }[kind]
-    cli("classify", path, picture, "cat").refused(3, str(path))
+    cli("classify", path, image_path, "cat").refused(3, str(path))
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b'{"schema_version": 99}', b"\xff"])
-def test_b_broken_manifest(cli: Cli, pair: Path, raw: bytes, picture: Path) -> None:
+def test_b_broken_manifest(cli: Cli, pair: Path, raw: bytes, image_path: Path) -> None:
     (pair / "vlm_export.json").write_bytes(raw)
-    for verb in (("inspect", pair), ("classify", pair, picture, "cat"), ("verify", pair)):
+    for verb in (("inspect", pair), ("classify", pair, image_path, "cat"), ("verify", pair)):
         cli(*verb).refused(3, "vlm_export.json")
 
 
-# Section D: pictures and texts.
+# Section D: images and texts.
 def _png_of_zeros(width: int, height: int) -> bytes:
-    """A grey picture, compressed without ever being in memory."""
+    """A grey image, compressed without ever being in memory."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -178,24 +178,24 @@ def test_d2_too_long_and_thin(cli: Cli, pair: Path, tmp_path: Path) -> None:
     cli("classify", pair, path, "cat", "--template", "{}").refused(3, "too long and thin", str(path), "fix: ")
 
 
-def test_d3_unusual_pictures_have_an_embedding(cli: Cli, pair: Path, tmp_path: Path) -> None:
+def test_d3_unusual_images_have_an_embedding(cli: Cli, pair: Path, tmp_path: Path) -> None:
     ramp = np.arange(48 * 36, dtype=np.uint16).reshape(36, 48) * 37
-    pictures = {
+    images = {
         "deep.png": Image.fromarray(ramp),
         "clear.png": Image.fromarray(np.dstack([ramp % 256] * 4).astype(np.uint8), "RGBA"),
         "ink.jpg": Image.fromarray(np.dstack([ramp % 256] * 4).astype(np.uint8), "CMYK"),
         "float.tiff": Image.fromarray(ramp.astype(np.float32)),
         "palette.gif": Image.effect_noise((48, 36), 90).convert("P"),
     }
-    for name, image in pictures.items():
+    for name, image in images.items():
         image.save(tmp_path / name)
-    paths = [tmp_path / name for name in pictures]
+    paths = [tmp_path / name for name in images]
     assert cli("embed", pair, *paths, "-o", tmp_path / "x.npy", "--quiet").status == 0
     assert np.isfinite(np.load(tmp_path / "x.npy")).all()
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "truncated", "directory"])
-def test_d4_no_picture(cli: Cli, pair: Path, tmp_path: Path, kind: str) -> None:
+def test_d4_no_image(cli: Cli, pair: Path, tmp_path: Path, kind: str) -> None:
     path, buffer = tmp_path / "x.png", io.BytesIO()
     Image.effect_noise((64, 64), 50).save(buffer, "PNG")
     if kind == "directory":
@@ -205,11 +205,11 @@ def test_d4_no_picture(cli: Cli, pair: Path, tmp_path: Path, kind: str) -> None:
     cli("classify", pair, path, "cat", "--template", "{}").refused(3, str(path))
 
 
-def test_d5_endless_word(cli: Cli, pair: Path, tmp_path: Path, picture: Path) -> None:
+def test_d5_endless_word(cli: Cli, pair: Path, tmp_path: Path, image_path: Path) -> None:
     path = tmp_path / "word.txt"
     path.write_text("a" * 64_000)
     cli("embed", pair, path, "-o", tmp_path / "x.npy", "--quiet").refused(3, "too many characters", "64,000")
-    cli("classify", pair, picture, "a" * 64_000).refused(3, "too many characters")
+    cli("classify", pair, image_path, "a" * 64_000).refused(3, "too many characters")
     assert not (tmp_path / "x.npy").exists()
     assert cli("embed", pair, path, "-o", tmp_path / "x.npy", "--quiet", "--truncate").status == 0
 
@@ -224,23 +224,23 @@ def test_d_texts(cli: Cli, pair: Path, tmp_path: Path, raw: bytes, text: str) ->
     assert not (tmp_path / "x.npy").exists()
 
 
-def test_folder_without_pictures(cli: Cli, pair: Path, tmp_path: Path) -> None:
+def test_folder_without_images(cli: Cli, pair: Path, tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
-    cli("embed", pair, tmp_path / "none", "-o", tmp_path / "x.npy").refused(3, "no pictures", ".png")
+    cli("embed", pair, tmp_path / "none", "-o", tmp_path / "x.npy").refused(3, "no images", ".png")
 
 
-def test_pictures_and_texts_do_not_mix(cli: Cli, pair: Path, tmp_path: Path, picture: Path) -> None:
+def test_images_and_texts_do_not_mix(cli: Cli, pair: Path, tmp_path: Path, image_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
-    arguments = ("embed", pair, picture, tmp_path / "a.txt", "-o", tmp_path / "x.npy")
+    arguments = ("embed", pair, image_path, tmp_path / "a.txt", "-o", tmp_path / "x.npy")
     cli(*arguments).refused(2, "files of their own")
 
 
-def test_bundle_without_a_tokenizer(cli: Cli, exported: Path, picture: Path) -> None:
-    cli("classify", exported, picture, "cat").refused(3, "no tokenizer", "--tokenizer")
+def test_bundle_without_a_tokenizer(cli: Cli, exported: Path, image_path: Path) -> None:
+    cli("classify", exported, image_path, "cat").refused(3, "no tokenizer", "--tokenizer")
 
 
-def test_embeddings_of_another_model(cli: Cli, pair: Path, exported: Path, picture: Path, tmp_path: Path) -> None:
-    assert cli("embed", exported, picture, "-o", tmp_path / "x.npy", "--quiet").status == 0
+def test_embeddings_of_another_model(cli: Cli, pair: Path, exported: Path, image_path: Path, tmp_path: Path) -> None:
+    assert cli("embed", exported, image_path, "-o", tmp_path / "x.npy", "--quiet").status == 0
     cli("search", pair, tmp_path / "x.npy", "cat").refused(3, "another model", "expected: ", "got: ")
 
 
@@ -255,17 +255,17 @@ def test_embeddings_that_are_none(cli: Cli, pair: Path, tmp_path: Path, kind: st
 
 
 def test_disk_that_refuses_embeddings(
-    cli: Cli, pair: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, pair: Path, image_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    cli("embed", pair, picture, "-o", tmp_path / "x.npy", "--quiet").refused(4, "fix: ")
+    cli("embed", pair, image_path, "-o", tmp_path / "x.npy", "--quiet").refused(4, "fix: ")
     assert not list(tmp_path.glob("*x.npy*"))
 
 
-def test_embeddings_into_a_directory_that_is_not_there(cli: Cli, pair: Path, picture: Path, tmp_path: Path) -> None:
-    result = cli("embed", pair, picture, "-o", tmp_path / "none" / "x.npy", "--quiet")
+def test_embeddings_into_a_directory_that_is_not_there(cli: Cli, pair: Path, image_path: Path, tmp_path: Path) -> None:
+    result = cli("embed", pair, image_path, "-o", tmp_path / "none" / "x.npy", "--quiet")
     assert result.status in (2, 4)
     result.refused(result.status, "none")

@@ -1,4 +1,4 @@
-"""The verbs of pictures and sentences: what they print, what they pass on, and what they refuse."""
+"""The verbs of images and sentences: what they print, what they pass on, and what they refuse."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ pytestmark = pytest.mark.needs_torch
 
 Cli = Callable[..., Any]
 Bundle = Callable[[str], Path]
-PICTURES = [Path(__file__).parents[1] / "data" / "blip" / variant / "image.png" for variant in ("caption", "vqa")]
+IMAGES = [Path(__file__).parents[1] / "data" / "blip" / variant / "image.png" for variant in ("caption", "vqa")]
 ONE = ("--threads", "1")
 
 
 def test_caption(cli: Cli, blip_bundle: Bundle) -> None:
     bundle = blip_bundle("caption")
     model = load(bundle, threads=1)
-    expected = model.caption(PICTURES)
-    alone = cli("caption", bundle, PICTURES[0], *ONE)
+    expected = model.caption(IMAGES)
+    alone = cli("caption", bundle, IMAGES[0], *ONE)
     assert (alone.status, alone.out.strip(), alone.err) == (0, expected[0], "")
-    table = cli("caption", bundle, *PICTURES, "--quiet", *ONE)
+    table = cli("caption", bundle, *IMAGES, "--quiet", *ONE)
     assert (table.status, table.err) == (0, "")
-    for line, picture, caption in zip(table.out.splitlines()[1:], PICTURES, expected, strict=True):
-        assert line.split(maxsplit=1) == [str(picture), caption]
-    found = cli("caption", bundle, *PICTURES, "--json", *ONE)
+    for line, image_path, caption in zip(table.out.splitlines()[1:], IMAGES, expected, strict=True):
+        assert line.split(maxsplit=1) == [str(image_path), caption]
+    found = cli("caption", bundle, *IMAGES, "--json", *ONE)
     assert found.data["captions"] == [
-        {"image": str(picture), "caption": caption} for picture, caption in zip(PICTURES, expected, strict=True)
+        {"image": str(image_path), "caption": caption} for image_path, caption in zip(IMAGES, expected, strict=True)
     ]
     assert "image/s" in found.err
 
@@ -47,68 +47,68 @@ def test_caption(cli: Cli, blip_bundle: Bundle) -> None:
 )
 def test_caption_options(cli: Cli, blip_bundle: Bundle, options: list[str], arguments: dict[str, Any]) -> None:
     bundle = blip_bundle("caption")
-    expected = load(bundle, threads=1).caption(PICTURES[1], **arguments)
-    assert cli("caption", bundle, PICTURES[1], *options, *ONE).out.strip() == expected[0]
+    expected = load(bundle, threads=1).caption(IMAGES[1], **arguments)
+    assert cli("caption", bundle, IMAGES[1], *options, *ONE).out.strip() == expected[0]
 
 
 def test_caption_refuses(cli: Cli, blip_bundle: Bundle, refused_json: Callable[..., dict[str, Any]]) -> None:
     bundle = blip_bundle("caption")
-    cli("caption", bundle, PICTURES[0], "--seed", "1").refused(2, "--sample")
-    cli("caption", bundle, PICTURES[0], "--sample", "--top-p", "2").refused(2, "top_p")
-    cli("caption", bundle, PICTURES[0], "--max-length", "3").refused(2, "no room after the prompt")
+    cli("caption", bundle, IMAGES[0], "--seed", "1").refused(2, "--sample")
+    cli("caption", bundle, IMAGES[0], "--sample", "--top-p", "2").refused(2, "top_p")
+    cli("caption", bundle, IMAGES[0], "--max-length", "3").refused(2, "no room after the prompt")
     cli("caption", bundle, "nowhere.png").refused(3, "nowhere.png")
-    cli("caption", blip_bundle("vqa"), PICTURES[0]).refused(3, "cannot caption", "trained for captions")
-    assert "captions" in refused_json(3, "caption", blip_bundle("retrieval"), PICTURES[0])["fix"]
-    assert cli("caption", bundle, PICTURES[0], "--greedy", "--sample").status == 2
+    cli("caption", blip_bundle("vqa"), IMAGES[0]).refused(3, "cannot caption", "trained for captions")
+    assert "captions" in refused_json(3, "caption", blip_bundle("retrieval"), IMAGES[0])["fix"]
+    assert cli("caption", bundle, IMAGES[0], "--greedy", "--sample").status == 2
 
 
 def test_verbs_on_a_bundle_of_clip(cli: Cli, pair: Path) -> None:
     for arguments in (
-        ["caption", pair, PICTURES[0]],
-        ["ask", pair, PICTURES[0], "what"],
+        ["caption", pair, IMAGES[0]],
+        ["ask", pair, IMAGES[0], "what"],
     ):
         cli(*arguments).refused(3, "this bundle cannot", "it can embed images or texts")
-    cli("match", pair, PICTURES[0], "a", "--first-token", "enc").refused(2, "no use for --first-token", "task match")
+    cli("match", pair, IMAGES[0], "a", "--first-token", "enc").refused(2, "no use for --first-token", "task match")
     texts = ["a", "a cat"]
-    cosines = load(pair).encode_text(texts) @ load(pair).encode_image(PICTURES[0])[0]
-    data = cli("match", pair, PICTURES[0], *texts, "--json", *ONE).data
+    cosines = load(pair).encode_text(texts) @ load(pair).encode_image(IMAGES[0])[0]
+    data = cli("match", pair, IMAGES[0], *texts, "--json", *ONE).data
     assert {entry["text"]: entry["cosine"] for entry in data["matches"]} == {
         text: pytest.approx(float(cosine), abs=1e-5) for text, cosine in zip(texts, cosines, strict=True)
     }
-    assert len(cli("match", pair, PICTURES[0], *texts, *ONE).out.splitlines()) == 3
+    assert len(cli("match", pair, IMAGES[0], *texts, *ONE).out.splitlines()) == 3
 
 
 def test_ask(cli: Cli, blip_bundle: Bundle) -> None:
     bundle, question = blip_bundle("vqa"), "what color is the cat?"
     model = load(bundle, threads=1)
-    (expected,) = model.answer(PICTURES[1], question)
-    assert cli("ask", bundle, PICTURES[1], question, *ONE).out.strip() == expected
-    data = cli("ask", bundle, PICTURES[1], question, "--json", *ONE).data
-    assert data == {"image": str(PICTURES[1]), "question": question, "answer": expected}
-    (short,) = model.answer(PICTURES[1], question, beams=1, max_length=4, min_length=3)
+    (expected,) = model.answer(IMAGES[1], question)
+    assert cli("ask", bundle, IMAGES[1], question, *ONE).out.strip() == expected
+    data = cli("ask", bundle, IMAGES[1], question, "--json", *ONE).data
+    assert data == {"image": str(IMAGES[1]), "question": question, "answer": expected}
+    (short,) = model.answer(IMAGES[1], question, beams=1, max_length=4, min_length=3)
     options = ("--beams", "1", "--max-length", "4", "--min-length", "3")
-    assert cli("ask", bundle, PICTURES[1], question, *options, *ONE).out.strip() == short
+    assert cli("ask", bundle, IMAGES[1], question, *options, *ONE).out.strip() == short
 
 
 def test_ask_with_candidates(cli: Cli, blip_bundle: Bundle) -> None:
     bundle, question, candidates = blip_bundle("vqa"), "what color is the cat?", ["red", "blue dog", "no"]
-    (expected,) = load(bundle, threads=1).rank_answers(PICTURES[1], question, candidates)
-    data = cli("ask", bundle, PICTURES[1], question, "--candidates", *candidates, "--json", *ONE).data
+    (expected,) = load(bundle, threads=1).rank_answers(IMAGES[1], question, candidates)
+    data = cli("ask", bundle, IMAGES[1], question, "--candidates", *candidates, "--json", *ONE).data
     assert data["answer"] == expected[0].text
     assert [(entry["answer"], entry["score"]) for entry in data["candidates"]] == [
         (answer.text, pytest.approx(answer.score, abs=1e-5)) for answer in expected
     ]
-    table = cli("ask", bundle, PICTURES[1], question, "--candidates", *candidates, "--rank-k", "2", *ONE)
+    table = cli("ask", bundle, IMAGES[1], question, "--candidates", *candidates, "--rank-k", "2", *ONE)
     assert len(table.out.splitlines()) == 3
 
 
 def test_ask_refuses(cli: Cli, blip_bundle: Bundle) -> None:
     bundle = blip_bundle("vqa")
-    cli("ask", bundle, PICTURES[0], "cat " * 40).refused(3, "too long for the model", "at most 35 tokens")
-    assert cli("ask", bundle, PICTURES[0], "cat " * 40, "--truncate", *ONE).status == 0
-    cli("ask", bundle, PICTURES[0], "what", "--rank-k", "3").refused(2, "--candidates")
-    cli("ask", bundle, PICTURES[0], "what", "--candidates", "a", "--beams", "2").refused(2, "ranked, not written")
-    cli("ask", blip_bundle("caption"), PICTURES[0], "what").refused(3, "cannot answer", "trained for questions")
+    cli("ask", bundle, IMAGES[0], "cat " * 40).refused(3, "too long for the model", "at most 35 tokens")
+    assert cli("ask", bundle, IMAGES[0], "cat " * 40, "--truncate", *ONE).status == 0
+    cli("ask", bundle, IMAGES[0], "what", "--rank-k", "3").refused(2, "--candidates")
+    cli("ask", bundle, IMAGES[0], "what", "--candidates", "a", "--beams", "2").refused(2, "ranked, not written")
+    cli("ask", blip_bundle("caption"), IMAGES[0], "what").refused(3, "cannot answer", "trained for questions")
 
 
 def test_match(cli: Cli, blip_bundle: Bundle) -> None:
@@ -116,8 +116,8 @@ def test_match(cli: Cli, blip_bundle: Bundle) -> None:
     model = load(bundle, threads=1)
     conventions: tuple[tuple[tuple[str, ...], Any], ...] = (((), "enc"), (("--first-token", "cls"), "cls"))
     for options, convention in conventions:
-        expected: Any = dict(zip(texts, model.match(PICTURES[0], texts, first_token=convention), strict=True))
-        data = cli("match", bundle, PICTURES[0], *texts, *options, "--json", *ONE).data
+        expected: Any = dict(zip(texts, model.match(IMAGES[0], texts, first_token=convention), strict=True))
+        data = cli("match", bundle, IMAGES[0], *texts, *options, "--json", *ONE).data
         assert data["first_token"] == convention
         shares = [entry["probability"] for entry in data["matches"]]
         assert shares == sorted(shares, reverse=True)
@@ -126,17 +126,17 @@ def test_match(cli: Cli, blip_bundle: Bundle) -> None:
             assert entry["probability"] == pytest.approx(match.probability, abs=1e-5)
             assert entry["match_logit"] == pytest.approx(match.match_logit, abs=1e-5)
             assert entry["cosine"] == pytest.approx(match.cosine, abs=1e-5)
-    assert len(cli("match", bundle, PICTURES[0], *texts, *ONE).out.splitlines()) == 4
-    cli("match", bundle, PICTURES[0], "cat " * 40).refused(3, "too long for the model")
-    assert cli("match", bundle, PICTURES[0], "cat " * 40, "--truncate", *ONE).status == 0
-    cli("match", blip_bundle("caption"), PICTURES[0], "red").refused(3, "cannot match", "a checkpoint for retrieval")
+    assert len(cli("match", bundle, IMAGES[0], *texts, *ONE).out.splitlines()) == 4
+    cli("match", bundle, IMAGES[0], "cat " * 40).refused(3, "too long for the model")
+    assert cli("match", bundle, IMAGES[0], "cat " * 40, "--truncate", *ONE).status == 0
+    cli("match", blip_bundle("caption"), IMAGES[0], "red").refused(3, "cannot match", "a checkpoint for retrieval")
 
 
 def test_search_in_two_stages(cli: Cli, blip_bundle: Bundle, tmp_path: Path) -> None:
-    bundle, output = blip_bundle("retrieval"), tmp_path / "pictures.npy"
-    assert cli("embed", bundle, *PICTURES, "-o", output, "--quiet", *ONE).status == 0
+    bundle, output = blip_bundle("retrieval"), tmp_path / "images.npy"
+    assert cli("embed", bundle, *IMAGES, "-o", output, "--quiet", *ONE).status == 0
     model = load(bundle, threads=1)
-    matches = dict(zip(map(str, PICTURES), model.match(PICTURES, "the cat"), strict=True))
+    matches = dict(zip(map(str, IMAGES), model.match(IMAGES, "the cat"), strict=True))
     data = cli("search", bundle, output, "The cat.", "--rerank", "--json", *ONE).data
     assert data["query_kind"] == "text"
     scores = [entry["score"] for entry in data["matches"]]
@@ -146,12 +146,12 @@ def test_search_in_two_stages(cli: Cli, blip_bundle: Bundle, tmp_path: Path) -> 
         assert entry["score"] == pytest.approx(matches[entry["item"]].retrieval_score, abs=1e-5)
         assert entry["probability"] == pytest.approx(matches[entry["item"]].probability, abs=1e-5)
     assert len(cli("search", bundle, output, "the cat", "--rerank", "-k", "1", *ONE).out.splitlines()) == 2
-    cli("search", bundle, output, PICTURES[0], "--rerank").refused(2, "a picture and a text")
+    cli("search", bundle, output, IMAGES[0], "--rerank").refused(2, "an image and a text")
     cli("search", bundle, output, "the cat", "--candidates", "3").refused(2, "--rerank")
     cli("search", bundle, output, "the cat", "--rerank", "-k", "3", "--candidates", "2").refused(2, "fewer candidates")
 
 
 def test_search_in_two_stages_needs_a_model_that_matches(cli: Cli, pair: Path, tmp_path: Path) -> None:
-    output = tmp_path / "pictures.npy"
-    assert cli("embed", pair, *PICTURES, "-o", output, "--quiet", *ONE).status == 0
+    output = tmp_path / "images.npy"
+    assert cli("embed", pair, *IMAGES, "-o", output, "--quiet", *ONE).status == 0
     cli("search", pair, output, "red", "--rerank").refused(3, "this bundle cannot match")

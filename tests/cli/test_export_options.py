@@ -13,9 +13,11 @@ TILED = DATA / "nanovlm" / "split"
 Cli = Callable[..., Any]
 
 
-def test_a_picture_that_is_cut_is_verified(cli: Cli, tmp_path: Path, picture: Path, fast: tuple[str, ...]) -> None:
+def test_an_image_that_is_cut_is_verified(cli: Cli, tmp_path: Path, image_path: Path, fast: tuple[str, ...]) -> None:
     """In pairs of tiles: four of each of the project's three, and all of the user's."""
-    result = cli("export", TILED, "-o", tmp_path / "b", "--part", "vision_encoder", "--json", *fast, "--image", picture)
+    result = cli(
+        "export", TILED, "-o", tmp_path / "b", "--part", "vision_encoder", "--json", *fast, "--image", image_path
+    )
     assert result.status == 0, result.err
     (report,) = result.data["verification"]
     assert report["points"]["sample"] > 3 * 2
@@ -24,10 +26,10 @@ def test_a_picture_that_is_cut_is_verified(cli: Cli, tmp_path: Path, picture: Pa
 @pytest.mark.parametrize(
     ("arguments", "status", "texts"),
     [
-        (["{clip}", "--part", "text", "--image", "{picture}"], 2, ["takes a picture", "got: text"]),
+        (["{clip}", "--part", "text", "--image", "{image}"], 2, ["takes an image", "got: text"]),
         (["{clip}", "--part", "text", "--image", "{out}/none.png"], 3, ["none.png", "no such file"]),
         (["{clip}", "--image", "{thin}"], 3, ["thin.png", "long and thin"]),
-        (["{sliced}", "--part", "resampler", "--image", "{picture}"], 2, ["takes a picture"]),
+        (["{sliced}", "--part", "resampler", "--image", "{image}"], 2, ["takes an image"]),
         (["{clip}", "--part", "vision", "--with-preprocessing"], 2, ["vision_from_uint8", "--part"]),
         (["{tiled}", "--with-preprocessing"], 2, ["cut into slices or tiles"]),
         (["{clip}", "--opset", "24"], 2, ["no back end writes opset 24", "expected: 11 to 23"]),
@@ -35,11 +37,11 @@ def test_a_picture_that_is_cut_is_verified(cli: Cli, tmp_path: Path, picture: Pa
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_exported(
-    cli: Cli, tmp_path: Path, checkpoint: Path, picture: Path, arguments: list[str], status: int, texts: list[str]
+    cli: Cli, tmp_path: Path, checkpoint: Path, image_path: Path, arguments: list[str], status: int, texts: list[str]
 ) -> None:
     from PIL import Image
 
-    names = {"clip": checkpoint, "sliced": DATA / "minicpmv" / "v2_6", "tiled": TILED, "picture": picture}
+    names = {"clip": checkpoint, "sliced": DATA / "minicpmv" / "v2_6", "tiled": TILED, "image": image_path}
     names |= {"out": tmp_path / "out", "thin": tmp_path / "thin.png"}
     Image.new("L", (1, 100_000)).save(names["thin"])
     result = cli("export", *(argument.format(**names) for argument in arguments), "--no-tokenizer", "-o", names["out"])
@@ -58,7 +60,7 @@ def test_a_chat_model_asks_for_its_own_tokenizer(cli: Cli, tmp_path: Path) -> No
         assert useless not in error
 
 
-def test_preprocessing_stands_before_any_familys_pictures(cli: Cli, tmp_path: Path, fast: tuple[str, ...]) -> None:
+def test_preprocessing_stands_before_any_familys_images(cli: Cli, tmp_path: Path, fast: tuple[str, ...]) -> None:
     arguments = ("--with-preprocessing", "--part", "vision_from_uint8", "--quiet")
     result = cli("export", DATA / "nanovlm" / "222m", "-o", tmp_path / "bundle", *arguments, *fast)
     assert result.status == 0, result.err

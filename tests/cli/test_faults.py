@@ -255,8 +255,8 @@ def test_c6_path_that_is_not_utf8(cli: Cli, tmp_path: Path, checkpoint: Path, fa
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
-def test_pictures_whose_names_are_not_utf8(spawn: Spawn, tmp_path: Path, pair: Path, picture: Path) -> None:
-    path = Path(shutil.copy(picture, tmp_path / os.fsdecode(b"caf\xe9.png")))
+def test_images_whose_names_are_not_utf8(spawn: Spawn, tmp_path: Path, pair: Path, image_path: Path) -> None:
+    path = Path(shutil.copy(image_path, tmp_path / os.fsdecode(b"caf\xe9.png")))
     result = spawn("classify", pair, path, "cat", "--template", "{}", "--json")
     assert (result.status, result.err) == (0, "")
     assert result.data["image"] == str(path)
@@ -282,13 +282,13 @@ def test_c6_other_working_directory(
 BLOCK = "for name in ('torch', 'onnx', 'onnx_ir', 'transformers'): sys.modules[name] = None"
 
 
-def test_missing_extra(spawn: Spawn, tmp_path: Path, checkpoint: Path, pair: Path, picture: Path) -> None:
+def test_missing_extra(spawn: Spawn, tmp_path: Path, checkpoint: Path, pair: Path, image_path: Path) -> None:
     result = spawn("export", checkpoint, "-o", tmp_path / "bundle", "--json", code=BLOCK)
     result.refused(4, "pip install 'vlm-export[export]'")
     assert result.data["exit_status"] == 4
     assert not (tmp_path / "bundle").exists()
     spawn("inspect", checkpoint, code=BLOCK).refused(4, "vlm-export[export]")
-    for verb in (("classify", pair, picture, "cat", "--template", "{}"), ("inspect", pair)):
+    for verb in (("classify", pair, image_path, "cat", "--template", "{}"), ("inspect", pair)):
         assert spawn(*verb, code=BLOCK).status == 0
 
 

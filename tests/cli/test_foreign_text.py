@@ -108,10 +108,10 @@ def test_config_of_a_directory(harmless: Cli, tmp_path: Path) -> None:
         assert harmless("inspect", tmp_path).status in (2, 3)
 
 
-def test_arguments_and_names_of_images(harmless: Cli, pair: Path, picture: Path, tmp_path: Path) -> None:
+def test_arguments_and_names_of_images(harmless: Cli, pair: Path, image_path: Path, tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
-    image = Path(shutil.copy(picture, folder / f"{HOSTILE}.png"))
+    image = Path(shutil.copy(image_path, folder / f"{HOSTILE}.png"))
     vectors = tmp_path / "x.npy"
     assert harmless("classify", pair, image, HOSTILE, "cat", "--truncate").status == 0
     data = harmless("classify", pair, image, HOSTILE, "cat", "--truncate", "--json").data

@@ -115,7 +115,7 @@ def test_the_list_needs_neither_torch_nor_onnx(spawn: Callable[..., Any]) -> Non
 
 
 def test_options_that_need_a_source(cli: Cli, pair: Path) -> None:
-    cli("inspect", "--bundle", pair).refused(2, "picture")
+    cli("inspect", "--bundle", pair).refused(2, "image")
     cli("inspect", "--revision", "main").refused(2, "--revision")
     cli("inspect", "-o", "a.png").refused(2, "-o")
 

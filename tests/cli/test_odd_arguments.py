@@ -57,20 +57,20 @@ ODD = (
 COMMANDS = (
     "inspect F/bundle --revision main",
     "inspect F/checkpoint.pt --base F/checkpoint.pt",
-    "inspect F/picture.png --bundle F/bundle -o O.png",
+    "inspect F/image.png --bundle F/bundle -o O.png",
     "export F/checkpoint.pt -o O.bundle --opset 17 --exporter dynamo --image-size 28 --part vision --precision fp32 "
     "--target web --external-data-threshold 64 --tokenizer F/texts.txt --sha256 0 --base F/checkpoint.pt "
-    "--revision main --random-weights 1 --activation gelu --head-width 64 --text-heads 1 --image F/picture.png "
+    "--revision main --random-weights 1 --activation gelu --head-width 64 --text-heads 1 --image F/image.png "
     "--threads 1",
     "verify F/exported --provider cpu --threads 1 --precision fp32",
     "verify F/exported --source F/nothing.bin --base F/checkpoint.pt",
-    "classify F/bundle F/picture.png cat --template {} --truncate --threads 1 --provider cpu --precision fp32",
-    "caption F/bundle F/picture.png --prompt a --beams 1 --max-new-tokens 1 --repetition-penalty 1 --max-length 9 "
+    "classify F/bundle F/image.png cat --template {} --truncate --threads 1 --provider cpu --precision fp32",
+    "caption F/bundle F/image.png --prompt a --beams 1 --max-new-tokens 1 --repetition-penalty 1 --max-length 9 "
     "--min-length 1 --batch-size 1",
-    "ask F/bundle F/picture.png what --sample --seed 1 --temperature 1 --top-k 1 --top-p 1 --max-length 9",
-    "ask F/bundle F/picture.png what --candidates a --rank-k 2",
-    "match F/bundle F/picture.png cat --first-token cls --threads 1",
-    "embed F/bundle F/picture.png -o O.npy --batch-size 1 --threads 1 --provider cpu",
+    "ask F/bundle F/image.png what --sample --seed 1 --temperature 1 --top-k 1 --top-p 1 --max-length 9",
+    "ask F/bundle F/image.png what --candidates a --rank-k 2",
+    "match F/bundle F/image.png cat --first-token cls --threads 1",
+    "embed F/bundle F/image.png -o O.npy --batch-size 1 --threads 1 --provider cpu",
     "embed F/bundle F/folder --strict -o O.parquet --precision fp32",
     "embed F/bundle F/texts.txt --truncate -o O.npy",
     "search F/bundle F/vectors.npy cat -k 1 --threads 1",
@@ -137,7 +137,7 @@ class Files:
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory, exported: Path, checkpoint: Path, picture: Path) -> Files:
+def files(tmp_path_factory: pytest.TempPathFactory, exported: Path, checkpoint: Path, image_path: Path) -> Files:
     root = tmp_path_factory.mktemp("odd")
     shutil.copytree(Path(__file__).parents[1] / "data" / "runtime" / "tiny_bundle", root / "bundle")
     for name in ("exported", "kept.bundle"):
@@ -145,8 +145,8 @@ def files(tmp_path_factory: pytest.TempPathFactory, exported: Path, checkpoint: 
     shutil.copy(checkpoint, root / "checkpoint.pt")
     (root / "folder").mkdir()
     (root / "empty").mkdir()
-    for name in ("picture.png", "folder/picture.png", "kept.png"):
-        shutil.copy(picture, root / name)
+    for name in ("image.png", "folder/image.png", "kept.png"):
+        shutil.copy(image_path, root / name)
     (root / "texts.txt").write_text("a cat\na dog\n", encoding="utf-8")
     for name in ("kept.npy", "kept.svg", "kept.parquet", "nothing.bin"):
         (root / name).write_bytes(b"")
@@ -264,11 +264,11 @@ def mutated(manifest: str, path: tuple[Any, ...], draw: random.Random) -> Iterat
 @pytest.mark.parametrize("name", ["bundle", "exported"])
 def test_odd_values_in_a_manifest(cli: Cli, files: Files, name: str, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(files.root / name, tmp_path / "bundle"))
-    picture, output = files.root / "picture.png", tmp_path / "x.npy"
+    image_path, output = files.root / "image.png", tmp_path / "x.npy"
     commands: dict[str, tuple[Sequence[object], Sequence[int]]] = {
         "inspect": (("inspect", bundle), (0, 3)),
-        "embed": (("embed", bundle, picture, "-o", output, "--quiet", "--threads", "1"), (0, 2, 3)),
-        "classify": (("classify", bundle, picture, "cat", "dog", "--template", "{}", "--threads", "1"), (0, 2, 3)),
+        "embed": (("embed", bundle, image_path, "-o", output, "--quiet", "--threads", "1"), (0, 2, 3)),
+        "classify": (("classify", bundle, image_path, "cat", "dog", "--template", "{}", "--threads", "1"), (0, 2, 3)),
     }
     if name == "exported":
         # It alone has a record, whose replay takes longest.

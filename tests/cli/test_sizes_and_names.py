@@ -73,9 +73,9 @@ def little_memory() -> Iterator[None]:
     ],
 )
 def test_sizes_are_compared_before_anything_is_computed(
-    cli: Cli, edited: Edit, picture: Path, claim: Callable[[dict[str, Any]], None], words: tuple[str, ...]
+    cli: Cli, edited: Edit, image_path: Path, claim: Callable[[dict[str, Any]], None], words: tuple[str, ...]
 ) -> None:
-    cli("classify", edited(claim), picture, "cat", "dog").refused(3, *words, "fix: ")
+    cli("classify", edited(claim), image_path, "cat", "dog").refused(3, *words, "fix: ")
 
 
 def test_a_graph_that_returns_another_width(

@@ -1,4 +1,4 @@
-"""The verbs of bundles that cut pictures into slices: what they print, write and draw, and what they refuse."""
+"""The verbs of bundles that cut images into slices: what they print, write and draw, and what they refuse."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def test_embed_npy(cli: Cli, slice_bundle: Bundle, tmp_path: Path) -> None:
     bundle, output = slice_bundle("v2_6"), tmp_path / "f.npy"
     result = cli("embed", bundle, FOLDER, "-o", output, *ONE)
     assert result.status == 0
-    assert result.out.startswith(f"2 pictures, 4 slices of 5 x 256 numbers in {output}")
-    assert "picture" in result.err
+    assert result.out.startswith(f"2 images, 4 slices of 5 x 256 numbers in {output}")
+    assert "image" in result.err
     # In the folder's order.
     expected = load(bundle, threads=1).features([SMALL, WIDE])
     assert np.array_equal(np.load(output), np.concatenate([entry.image_features for entry in expected]))
@@ -42,26 +42,26 @@ def test_embed_npy(cli: Cli, slice_bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_embed_skips_what_cannot_be_cut_in_a_folder(cli: Cli, slice_bundle: Bundle, tmp_path: Path) -> None:
-    bundle, folder, output = slice_bundle("v2_6"), tmp_path / "pictures", tmp_path / "f.npy"
+    bundle, folder, output = slice_bundle("v2_6"), tmp_path / "images", tmp_path / "f.npy"
     folder.mkdir()
     for name in ("a", "b", "d"):
-        (folder / f"{name}.png").write_bytes(b"no picture")
+        (folder / f"{name}.png").write_bytes(b"no image")
     for name in ("c", "e"):
         (folder / f"{name}.png").write_bytes(SMALL.read_bytes())
     done = cli("embed", bundle, folder, "-o", output, "--quiet", "--json", "--batch-size", "2", *ONE)
     assert (done.status, done.data["count"]) == (0, 2)
-    assert done.err.startswith("warning: 3 pictures of folders skipped, which cannot be read: ")
+    assert done.err.startswith("warning: 3 images of folders skipped, which cannot be read: ")
     assert [row["item"] for row in npy_metadata(output)["rows"]] == [str(folder / "c.png"), str(folder / "e.png")]
     first, second = np.load(output)
     assert np.array_equal(first, second)
     (folder / "c.png").unlink()
     (folder / "e.png").unlink()
-    cli("embed", bundle, folder, "-o", output, "--quiet", "--overwrite", *ONE).refused(3, "none of the 3 pictures")
+    cli("embed", bundle, folder, "-o", output, "--quiet", "--overwrite", *ONE).refused(3, "none of the 3 images")
     assert len(np.load(output)) == 2
 
 
 @pytest.mark.parametrize("variant", ["v2_6", "omnilmm"])
-def test_inspect_tells_how_pictures_are_cut(cli: Cli, slice_bundle: Bundle, variant: str) -> None:
+def test_inspect_tells_how_images_are_cut(cli: Cli, slice_bundle: Bundle, variant: str) -> None:
     bundle = cli("inspect", slice_bundle(variant), "--json").data["preparation"]["image"]
     spec = load(slice_bundle(variant)).slices.spec
     assert bundle["mode"]["value"] == spec.mode
@@ -139,7 +139,7 @@ def test_inspect_json(cli: Cli, slice_bundle: Bundle) -> None:
         "what": "slices",
         "image": str(WIDE),
         "model": bundle.name,
-        "picture": [100, 50],
+        "size": [100, 50],
         "grid": {"columns": 2, "rows": 1},
         "slices": [{"size": [84, 42], "patches": [3, 6]}, *[{"size": [56, 56], "patches": [4, 4]}] * 2],
         "tokens_per_slice": 5,
@@ -173,7 +173,7 @@ def test_inspect_refuses(cli: Cli, slice_bundle: Bundle, pair: Path, tmp_path: P
     cli("inspect", WIDE, "--bundle", bundle, "--revision", "main").refused(2, "--revision")
     cli("inspect", WIDE, "--bundle", bundle, "-o", "a.jpg").refused(2, "a .png")
     cli("inspect", WIDE, "--bundle", bundle, "-o", tmp_path / "no" / "a.png").refused(4, "cannot be written")
-    cli("inspect", copy, "--bundle", bundle, "-o", copy).refused(2, "would replace the picture")
+    cli("inspect", copy, "--bundle", bundle, "-o", copy).refused(2, "would replace the image")
     assert copy.read_bytes() == WIDE.read_bytes()
 
 

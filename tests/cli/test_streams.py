@@ -50,8 +50,8 @@ def test_export_behind_a_closed_stderr_publishes(checkpoint: Path, fast: Sequenc
     assert (tmp_path / "bundle" / "vlm_export.json").is_file()
 
 
-def test_embed_behind_a_closed_stderr_writes(pair: Path, picture: Path, tmp_path: Path) -> None:
-    ended = with_closed_stderr("embed", pair, picture, picture, "-o", tmp_path / "x.npy")
+def test_embed_behind_a_closed_stderr_writes(pair: Path, image_path: Path, tmp_path: Path) -> None:
+    ended = with_closed_stderr("embed", pair, image_path, image_path, "-o", tmp_path / "x.npy")
     assert (ended.status, (tmp_path / "x.npy").is_file()) == (0, True)
 
 
@@ -78,16 +78,16 @@ def test_streams_that_are_closed(pair: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_json_holds_every_letter(pair: Path, picture: Path, encoding: str) -> None:
+def test_json_holds_every_letter(pair: Path, image_path: Path, encoding: str) -> None:
     labels = ("caf\u00e9", "\U0001f600")
-    ended = shell("classify", pair, picture, *labels, "--json", streams="", PYTHONIOENCODING=encoding)
+    ended = shell("classify", pair, image_path, *labels, "--json", streams="", PYTHONIOENCODING=encoding)
     data: dict[str, Any] = json.loads(ended.out)
     assert {entry["label"] for entry in data["labels"]} == set(labels)
 
 
-def test_wrong_usage_as_json(refused_json: Any, pair: Path, picture: Path) -> None:
+def test_wrong_usage_as_json(refused_json: Any, pair: Path, image_path: Path) -> None:
     for options in (("--threads", "0"), ("--threads", "99999999999"), ("--nonsense",)):
-        error = refused_json(2, "classify", pair, picture, "cat", *options)
+        error = refused_json(2, "classify", pair, image_path, "cat", *options)
         assert options[0] in error["what"]
         assert error["where"].startswith("vlm-export")
         assert "usage:" not in error["where"]
@@ -101,25 +101,25 @@ def test_paths_that_the_system_refuses(cli: Any, pair: Path, tmp_path: Path) -> 
 
 
 def test_embed_looks_at_its_output_first(
-    cli: Any, pair: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Any, pair: Path, image_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vlm_export.cli.embed.opened_model", lambda *_, **__: pytest.fail("work began"))
     (tmp_path / "folder.npy").mkdir()
-    for output in (tmp_path / "none" / "x.npy", tmp_path / "folder.npy", picture / "x.npy"):
-        cli("embed", pair, picture, "-o", output).refused(4, "the output cannot be written")
+    for output in (tmp_path / "none" / "x.npy", tmp_path / "folder.npy", image_path / "x.npy"):
+        cli("embed", pair, image_path, "-o", output).refused(4, "the output cannot be written")
     (tmp_path / "old.npy").write_bytes(b"old")
-    cli("embed", pair, picture, "-o", tmp_path / "old.npy").refused(2, "the output exists", "--overwrite")
+    cli("embed", pair, image_path, "-o", tmp_path / "old.npy").refused(2, "the output exists", "--overwrite")
     assert (tmp_path / "old.npy").read_bytes() == b"old"
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    cli("embed", pair, picture, "-o", tmp_path / "x.parquet").refused(4, "parquet")
+    cli("embed", pair, image_path, "-o", tmp_path / "x.parquet").refused(4, "parquet")
 
 
 def test_embed_names_a_folder_that_it_may_not_read(
     cli: Any, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    below = tmp_path / "pictures" / "below"
+    below = tmp_path / "images" / "below"
     below.mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "a.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.png")
     listing = os.scandir
 
     def scandir(path: Any) -> Any:
@@ -128,7 +128,7 @@ def test_embed_names_a_folder_that_it_may_not_read(
         return listing(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    cli("embed", pair, tmp_path / "pictures", "-o", tmp_path / "x.npy").refused(4, str(below), "Permission denied")
+    cli("embed", pair, tmp_path / "images", "-o", tmp_path / "x.npy").refused(4, str(below), "Permission denied")
 
 
 def test_lines_of_a_text_file(cli: Any, pair: Path, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_lines_of_a_text_file(cli: Any, pair: Path, tmp_path: Path) -> None:
     assert npy_metadata(tmp_path / "x.npy")["items"] == ["a\u2028b\fc", "d"]
 
 
-def test_classify_cuts_long_labels_when_asked(cli: Any, pair: Path, picture: Path) -> None:
+def test_classify_cuts_long_labels_when_asked(cli: Any, pair: Path, image_path: Path) -> None:
     long = "cat " * 100
-    cli("classify", pair, picture, long, "dog").refused(3, "too long")
-    assert cli("classify", pair, picture, long, "dog", "--truncate").status == 0
+    cli("classify", pair, image_path, long, "dog").refused(3, "too long")
+    assert cli("classify", pair, image_path, long, "dog", "--truncate").status == 0

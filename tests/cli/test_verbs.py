@@ -64,10 +64,20 @@ def test_export_as_json(cli: Cli, checkpoint: Path, tmp_path: Path, fast: tuple[
     assert {"read", "publish"} <= {stage["name"] for stage in data["stages"]}
 
 
-def test_export_options_reach_the_bundle(cli: Cli, checkpoint: Path, tmp_path: Path, picture: Path) -> None:
+def test_export_options_reach_the_bundle(cli: Cli, checkpoint: Path, tmp_path: Path, image_path: Path) -> None:
     target = tmp_path / "bundle"
-    options = ["--opset", "14", "--no-simplify", "--external-data-threshold", "0", "--image", picture, "--threads", "1"]
-    tokenizer = ["--no-tokenizer", "--sha256", hashlib.sha256(checkpoint.read_bytes()).hexdigest()]
+    options = [
+        "--opset",
+        "14",
+        "--no-simplify",
+        "--external-data-threshold",
+        "0",
+        "--image",
+        image_path,
+        "--threads",
+        "1",
+    ]
+    tokenizer = ["--threads", "1", "--no-tokenizer", "--sha256", hashlib.sha256(checkpoint.read_bytes()).hexdigest()]
     data = cli("export", checkpoint, "-o", target, "--json", "--quiet", *options, *tokenizer).data
     (variant,) = data["manifest"]["parts"][0]["variants"]
     assert (variant["opset"], variant["exporter"], variant["simplified"]) == (14, "torchscript", False)
@@ -92,48 +102,48 @@ def test_verify_against_the_source(cli: Cli, exported: Path, checkpoint: Path) -
     assert all(report["points"]["grid"] >= 4 for report in result.data["verification"])
 
 
-def test_classify(cli: Cli, pair: Path, picture: Path) -> None:
+def test_classify(cli: Cli, pair: Path, image_path: Path) -> None:
     labels = ["red", "blue", "a square"]
-    result = cli("classify", pair, picture, *labels, "--template", "a {}", "--json", "--threads", "1")
+    result = cli("classify", pair, image_path, *labels, "--template", "a {}", "--json", "--threads", "1")
     found = result.data["labels"]
     assert sorted(entry["label"] for entry in found) == sorted(labels)
     shares = [entry["probability"] for entry in found]
     assert sum(shares) == pytest.approx(1, abs=1e-5)
     assert shares == sorted(shares, reverse=True)
-    table = cli("classify", pair, picture, *labels, "--template", "a {}")
+    table = cli("classify", pair, image_path, *labels, "--template", "a {}")
     assert table.status == 0
     assert table.out.splitlines()[1].endswith(found[0]["label"])
 
 
-def test_embed_and_search_pictures(cli: Cli, pair: Path, picture: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "pictures" / "deeper"
+def test_embed_and_search_images(cli: Cli, pair: Path, image_path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images" / "deeper"
     folder.mkdir(parents=True)
-    (folder / "notes.md").write_text("no picture")
-    (folder / "copy.png").write_bytes(picture.read_bytes())
+    (folder / "notes.md").write_text("no image")
+    (folder / "copy.png").write_bytes(image_path.read_bytes())
     for name, colour in (("red.png", "red"), ("blue.JPG", "blue")):
-        Image.new("RGB", (30, 40), colour).save(tmp_path / "pictures" / name)
-    output = tmp_path / "pictures.npy"
-    done = cli("embed", pair, tmp_path / "pictures", "-o", output, "--json", "--quiet", "--threads", "1")
+        Image.new("RGB", (30, 40), colour).save(tmp_path / "images" / name)
+    output = tmp_path / "images.npy"
+    done = cli("embed", pair, tmp_path / "images", "-o", output, "--json", "--quiet", "--threads", "1")
     assert done.status == 0
     assert done.err == "warning: 1 file skipped, not named as an image that is read: notes.md\n"
     assert (done.data["kind"], done.data["count"]) == ("image", 3)
     assert done.data["skipped"] == [str(folder / "notes.md")]
     vectors = np.load(output)
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    matches = cli("search", pair, output, picture, "-k", "2", "--json").data["matches"]
+    matches = cli("search", pair, output, image_path, "-k", "2", "--json").data["matches"]
     assert len(matches) == 2
     assert matches[0]["item"].endswith("copy.png")
     assert matches[0]["cosine"] == pytest.approx(1, abs=1e-4)
     assert cli("search", pair, output, "something red").status == 0
 
 
-def test_embed_skips_what_cannot_be_read_in_a_folder(cli: Cli, pair: Path, picture: Path, tmp_path: Path) -> None:
-    folder, output = tmp_path / "pictures", tmp_path / "x.npy"
+def test_embed_skips_what_cannot_be_read_in_a_folder(cli: Cli, pair: Path, image_path: Path, tmp_path: Path) -> None:
+    folder, output = tmp_path / "images", tmp_path / "x.npy"
     folder.mkdir()
     for name in ("b.png", "d.png"):
-        (folder / name).write_bytes(picture.read_bytes())
-    (folder / "a.png").write_bytes(b"no picture")
-    (folder / "c.png").write_bytes(picture.read_bytes()[:100])
+        (folder / name).write_bytes(image_path.read_bytes())
+    (folder / "a.png").write_bytes(b"no image")
+    (folder / "c.png").write_bytes(image_path.read_bytes()[:100])
     embed = ("embed", "-o", output, "--quiet", "--batch-size", "1", "--threads", "1", pair, folder)
     for more in ("--strict", folder / "a.png"):
         cli(*embed, more).refused(3, str(folder / "a.png"))
@@ -142,30 +152,30 @@ def test_embed_skips_what_cannot_be_read_in_a_folder(cli: Cli, pair: Path, pictu
     bad = [str(folder / "a.png"), str(folder / "c.png")]
     assert (done.status, done.data["count"], done.data["skipped"]) == (0, 2, bad)
     assert list(done.data["unreadable"]) == bad
-    assert done.err.startswith("warning: 2 pictures of folders skipped, which cannot be read: ")
+    assert done.err.startswith("warning: 2 images of folders skipped, which cannot be read: ")
     assert all(path in done.err for path in bad)
     assert len(np.load(output)) == 2
     items = {match["item"] for match in cli("search", pair, output, "a cat", "--json").data["matches"]}
     assert items == {str(folder / "b.png"), str(folder / "d.png")}
     for name in ("b.png", "d.png"):
         (folder / name).write_bytes(b"")
-    cli(*embed, "--overwrite").refused(3, "none of the 4 pictures")
+    cli(*embed, "--overwrite").refused(3, "none of the 4 images")
     assert len(np.load(output)) == 2
 
 
-def test_search_refuses_paths_that_lead_nowhere(cli: Cli, pair: Path, picture: Path, tmp_path: Path) -> None:
+def test_search_refuses_paths_that_lead_nowhere(cli: Cli, pair: Path, image_path: Path, tmp_path: Path) -> None:
     vectors = tmp_path / "v.npy"
-    assert cli("embed", pair, picture, "-o", vectors, "--quiet").status == 0
-    for query in ("/nonexistent/pic.png", "pic.JPG", "my pictures/a cat.png", "/nonexistent/pic", "../pic"):
+    assert cli("embed", pair, image_path, "-o", vectors, "--quiet").status == 0
+    for query in ("/nonexistent/pic.png", "pic.JPG", "my images/a cat.png", "/nonexistent/pic", "../pic"):
         cli("search", pair, vectors, query).refused(3, "no such file", "--text", query)
         assert cli("search", pair, vectors, query, "--text", "--truncate", "--json").data["query_kind"] == "text"
     for query in ("a b.png", "black/white", "a cat.", "x" * 300):
         assert cli("search", pair, vectors, query, "--truncate", "--json").data["query_kind"] == "text"
 
 
-def test_search_cuts_long_texts_if_asked(cli: Cli, pair: Path, picture: Path, tmp_path: Path) -> None:
+def test_search_cuts_long_texts_if_asked(cli: Cli, pair: Path, image_path: Path, tmp_path: Path) -> None:
     vectors, words = tmp_path / "v.npy", "cat " * 500
-    assert cli("embed", pair, picture, "-o", vectors, "--quiet").status == 0
+    assert cli("embed", pair, image_path, "-o", vectors, "--quiet").status == 0
     cli("search", pair, vectors, words).refused(3)
     assert cli("search", pair, vectors, words, "--truncate").status == 0
 

@@ -173,7 +173,7 @@ def test_options_of_the_export_are_no_difference(
 def test_known_names_are_no_difference(
     cli: Cli, tmp_path: Path, fast: tuple[str, ...], options: tuple[str, ...]
 ) -> None:
-    """Of a checkpoint without a config: our own states how pictures and texts are prepared."""
+    """Of a checkpoint without a config: our own states how images and texts are prepared."""
     bundle = tmp_path / "bundle"
     assert cli("export", "clip-demo", "-o", bundle, "--quiet", *fast, "--part", "text", *options).status == 0
     assert cli("verify", bundle, "--source", "clip-demo", "--quiet", "--threads", "1").status == 0

@@ -13,7 +13,7 @@ from vlm_export.models.nanovlm.architecture import NanoVlmArchitecture
 from vlm_export.models.nanovlm.family import NanoVlmFamily
 
 oracle = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "models" / "nanovlm_oracle.py")))
-# Hub id's last part → parameters, as the original counts them, and features of a picture or tile.
+# Hub id's last part → parameters, as the original counts them, and features of an image or tile.
 PUBLISHED = {
     "nanoVLM-222M": (222_081_600, 49),
     "nanoVLM-450M": (450_614_400, 64),

@@ -50,7 +50,7 @@ def test_quickstart_uses_the_bundle(
 ) -> None:
     quickstart = load_script("quickstart")
     bundle = replayed_readme.folder / "out" / "clip-demo"
-    assert quickstart.use_bundle(Path(sys.executable), bundle, tmp_path / "pictures.npy") == 0
+    assert quickstart.use_bundle(Path(sys.executable), bundle, tmp_path / "images.npy") == 0
     assert "$ vlm-export search" in capfd.readouterr().out
 
 

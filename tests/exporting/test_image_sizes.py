@@ -102,16 +102,16 @@ def test_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("exporter", "opset"), [("dynamo", 18), ("torchscript", 11)])
-def test_uint8_pictures_of_any_size_give_the_host_paths_embeddings(
+def test_uint8_images_of_any_size_give_the_host_paths_embeddings(
     exporter: Exporter, opset: int, tmp_path: Path
 ) -> None:
     model = add_preprocessing(build(DATA / "vit_w128" / "jit_archive.pt", tmp_path, BuildOptions()))
     part = model.parts[-1]
     engine = engine_for(part, opset, exporter, tmp_path / "graph.onnx")
     reference = model.references[part.name]()
-    picture = Image.open(DATA / "vit_w128" / "image.png").convert("RGB")
+    image = Image.open(DATA / "vit_w128" / "image.png").convert("RGB")
     for size in [(61, 47), (400, 300), (90, 200)]:
-        pixels = np.asarray(picture.resize(size))[None]
+        pixels = np.asarray(image.resize(size))[None]
         found, expected = engine.run({"pixels": pixels})["image_embeds"], reference({"pixels": pixels})["image_embeds"]
         cosine = (found * expected).sum() / np.linalg.norm(found) / np.linalg.norm(expected)
         assert cosine >= 0.9999

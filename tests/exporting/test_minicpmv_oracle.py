@@ -44,7 +44,7 @@ Build = Callable[[str], Model]
 Export = Callable[..., OrtEngine]
 VARIANTS = (*oracle.GRID, *oracle.PACKED)
 FORMS: list[tuple[Exporter, int]] = [("torchscript", 11), ("torchscript", 17)]
-# Largest sizes in patches, of axes that count all of a picture.
+# Largest sizes in patches, of axes that count all of an image.
 _PATCHES = {"packed_width": 40, "patches": 40}
 RESIZE = Lowerings(interpolation="resize-op")
 
@@ -123,7 +123,7 @@ def test_dynamo(variant: str, build: Build, export: Export) -> None:
     check(part, engine, variant)
     report = verify(part, engine.run)
     assert report.passed, report.first_failure()
-    # Beyond the range that is verified: longer than any slice of ordinary pictures.
+    # Beyond the range that is verified: longer than any slice of ordinary images.
     long = {"batch": 1, "height": 14, "width": 14 * 75, "side": 14 * 50, "packed_width": 14 * 1500}
     inputs = part.examples(long, 0)
     found, expected = engine.run(inputs)["image_features"], oracle.run_module(part, inputs)

@@ -261,7 +261,7 @@ def test_a_fault_is_noticed(fault: str, build: Build, tmp_path: Path) -> None:
     with make(part) as faulty:
         engine = write(faulty, tmp_path, "torchscript", 17)
     assert failures(model, {name: engine.run}, "split", [name])
-    # In two layers the GELUs differ by about as much as the gate allows, and noise by less than the recorded picture.
+    # In two layers the GELUs differ by about as much as the gate allows, and noise by less than the recorded image.
     assert fault == "exact GELU" or not verify(part, engine.run).passed
 
 

@@ -146,7 +146,7 @@ def told(**choices: int | str) -> BuildOptions:
         told(activation="gelu", text_heads=4),
         told(activation="gelu", head_width=32),
     ],
-    ids=["activation", "picture heads", "text heads"],
+    ids=["activation", "image heads", "text heads"],
 )
 def test_a_wrong_choice_is_seen(
     options: BuildOptions, save: Callable[[Path, Config], nn.Module], tmp_path: Path, assert_same: Same
@@ -304,7 +304,7 @@ def test_defaults_may_be_written_out() -> None:
     ],
     ids=["defaults", "squash", "numbers"],
 )
-def test_pictures_are_prepared_as_by_open_clip(
+def test_images_are_prepared_as_by_open_clip(
     open_clip: Any, stated: Config, save: Callable[[Path, Config], nn.Module], tmp_path: Path
 ) -> None:
     save(tmp_path / "model", {**config(), "preprocess_cfg": stated})
@@ -313,8 +313,8 @@ def test_pictures_are_prepared_as_by_open_clip(
     _, original = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'model'}")
     noise = np.random.default_rng(2).integers(0, 256, (37, 61, 4), dtype=np.uint8)
     for mode in ("RGB", "RGBA", "L"):
-        picture = Image.fromarray(noise).convert(mode)
-        np.testing.assert_allclose(preprocess_image(picture, image), original(picture).numpy(), atol=1e-6)
+        source = Image.fromarray(noise).convert(mode)
+        np.testing.assert_allclose(preprocess_image(source, image), original(source).numpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize(

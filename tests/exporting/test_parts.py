@@ -8,7 +8,7 @@ import pytest
 
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.errors import UsageError
-from vlm_export.exporting.parts import check_pictures, needed_bytes, planned_parts
+from vlm_export.exporting.parts import check_images, needed_bytes, planned_parts
 from vlm_export.family import Checkpoint, Model
 from vlm_export.models.registry import recognise
 
@@ -30,7 +30,7 @@ def test_the_disk_check_counts_what_is_read_and_every_graph() -> None:
     assert disk_bytes(checkpoint, (), True) == 4 * (read + sum(counts.values()) + counts["vision"])
 
 
-def test_the_picture_encoder_is_found_by_what_it_takes() -> None:
+def test_the_image_encoder_is_found_by_what_it_takes() -> None:
     checkpoint = open_checkpoint(str(DATA / "nanovlm" / "222m"))
     family = recognise(checkpoint)
     (vision,) = (part for part in family.describe(checkpoint).parts if part.name == "vision_encoder")
@@ -45,7 +45,7 @@ def test_the_picture_encoder_is_found_by_what_it_takes() -> None:
         ("clip/vit_p14/state_dict_fp32.pt", ("vision",), True, "adds the part vision_from_uint8"),
         ("nanovlm/222m", ("vision_encoder",), True, "adds the part vision_from_uint8"),
         ("nanovlm/222m", ("vision_from_uint8",), False, "--with-preprocessing"),
-        ("minicpmv/v2_6", (), True, "no vision part that takes pictures alone"),
+        ("minicpmv/v2_6", (), True, "no vision part that takes images alone"),
     ],
 )
 def test_preprocessing_that_nobody_would_get_is_refused(
@@ -57,15 +57,15 @@ def test_preprocessing_that_nobody_would_get_is_refused(
     assert message in str(caught.value)
 
 
-def test_pictures_need_a_part_that_takes_them() -> None:
+def test_images_need_a_part_that_takes_them() -> None:
     checkpoint = open_checkpoint(str(DATA / "minicpmv" / "v2_6"))
-    family, picture = recognise(checkpoint), [Path("a.png")]
+    family, image = recognise(checkpoint), [Path("a.png")]
     for names in ((), ("vision",), ("vision_tokens", "resampler")):
-        check_pictures(planned_parts(family, checkpoint, names, False), picture)
+        check_images(planned_parts(family, checkpoint, names, False), image)
     resampler = planned_parts(family, checkpoint, ("resampler",), False)
-    check_pictures(resampler, [])
-    with pytest.raises(UsageError, match="no part of this export takes a picture"):
-        check_pictures(resampler, picture)
+    check_images(resampler, [])
+    with pytest.raises(UsageError, match="no part of this export takes an image"):
+        check_images(resampler, image)
 
 
 def test_the_language_model_is_not_counted() -> None:

@@ -103,13 +103,13 @@ def test_transformers_reads_a_bundle(
     assert config.text_config.eos_token_id == original.config.text_config.eos_token_id
     assert config.text_config.layer_norm_eps == original.config.text_config.layer_norm_eps
     pair = load(bundle)
-    picture = Image.effect_noise((31, 47), 80).convert("RGB")
-    pixels = AutoImageProcessor.from_pretrained(bundle)(images=picture, return_tensors="pt")
+    source = Image.effect_noise((31, 47), 80).convert("RGB")
+    pixels = AutoImageProcessor.from_pretrained(bundle)(images=source, return_tensors="pt")
     ids = AutoTokenizer.from_pretrained(bundle)(["a red cat"], return_tensors="pt")
     image = original.get_image_features(**pixels).pooler_output.detach().numpy()
     text = original.get_text_features(input_ids=ids["input_ids"]).pooler_output.detach().numpy()
     # transformers resizes with torchvision, which rounds pixels differently from Pillow.
-    assert np.abs(pair.encode_image([picture]) - image / np.linalg.norm(image)).max() < 0.02
+    assert np.abs(pair.encode_image([source]) - image / np.linalg.norm(image)).max() < 0.02
     assert np.abs(pair.encode_text(["a red cat"]) - text / np.linalg.norm(text)).max() < 1e-5
 
 
@@ -310,9 +310,9 @@ def test_exported_bundle_equals_the_record(
     record = oracle_record("vit_p14/state_dict_fp16.pt")
     pair = load(default_bundle)
     assert_same(pair.encode_ids(record["input.text"]), record["output.text_features_norm"])
-    picture = Image.open(DATA / "clip" / "vit_p14" / "image.png")
+    source = Image.open(DATA / "clip" / "vit_p14" / "image.png")
     features = record["preprocess.image_features"]
-    assert_same(pair.encode_image([picture]), features / np.linalg.norm(features, axis=1, keepdims=True))
+    assert_same(pair.encode_image([source]), features / np.linalg.norm(features, axis=1, keepdims=True))
     score = pair.embedding.spec.score
     assert score is not None
     image, text = record["output.image_features_norm"], pair.encode_ids(record["input.text"])

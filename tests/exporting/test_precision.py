@@ -206,10 +206,10 @@ def test_the_golden_records_judge_every_variant(both: Path) -> None:
 
 
 def test_the_runtime_takes_the_variant_that_is_asked_for_or_there(both: Path, only_half: Path) -> None:
-    pictures = [DATA / "clip" / "vit_p14" / "image.png"]
+    images = [DATA / "clip" / "vit_p14" / "image.png"]
     full, half, alone = load(both), load(both, precision="fp16"), load(only_half)
     assert (full.precision, half.precision, alone.precision) == ("fp32", "fp16", "fp16")
-    vectors = [pair.encode_image([str(path) for path in pictures]) for pair in (full, half, alone)]
+    vectors = [pair.encode_image([str(path) for path in images]) for pair in (full, half, alone)]
     np.testing.assert_array_equal(vectors[1], vectors[2])
     cosine = float((vectors[0] * vectors[1]).sum())
     assert cosine >= 0.999
@@ -229,10 +229,10 @@ def test_half_alone_writes_no_float32_graph(only_half: Path) -> None:
 
 def test_captions_are_written_in_half_precision(tmp_path: Path, export_fast: Export) -> None:
     export_fast("blip-demo-caption", tmp_path / "bundle", precisions=("fp16",), with_tokenizer=True)
-    pictures = [str(ROOT / "configs" / "demo" / "pictures" / "green-triangle-small-two-left.png")]
+    images = [str(ROOT / "configs" / "demo" / "images" / "green-triangle-small-two-left.png")]
     model = load(tmp_path / "bundle", threads=1)
     assert model.precision == "fp16"
-    assert model.caption(pictures) == ["two small green triangles on the left"]
+    assert model.caption(images) == ["two small green triangles on the left"]
 
 
 # What must not be published

@@ -250,7 +250,7 @@ def test_transformers_reads_the_files_and_agrees(opened: Open, tmp_path: Path) -
     assert (loaded.bos_token_id, loaded.convert_tokens_to_ids("[ENC]"), len(loaded)) == (155, 156, 157)
     assert (loaded.cls_token_id, loaded.sep_token_id, loaded.pad_token_id) == (101, 102, 0)
     assert (loaded.model_max_length, loaded.model_input_names) == (64, ["input_ids", "attention_mask"])
-    texts = ["A picture, is it? [DEC]", "two dogs running 猫", ""]
+    texts = ["An image, is it? [DEC]", "two dogs running 猫", ""]
     ours = opened(TINY, VOCAB)
     ids, mask = ours.encode_masked(texts)
     theirs = loaded(texts, padding=True)

@@ -68,7 +68,7 @@ def _numbered(pattern: str) -> list[str]:
 
 
 def outputs(variant: str, record: Arrays, run: Run) -> Compared:
-    """Every recorded output of a variant at its own picture size, as the Parts compute it."""
+    """Every recorded output of a variant at its own image size, as the Parts compute it."""
     tokens = run("vision", {"pixel_values": record["input.image"]})["last_hidden_state"]
     yield "output.image_embeds", tokens
     png = run("vision", {"pixel_values": record["preprocess.image_png"][None]})

@@ -60,10 +60,10 @@ def padded(pixels: Array) -> Array:
     return np.pad(pixels, ((0, 0), (0, 0), (0, -height % PATCH), (0, -width % PATCH)))
 
 
-def packed(picture: Array) -> Array:
+def packed(image: Array) -> Array:
     """(3, H, W) → (3, p, p · L), patches row by row."""
-    channels, height, width = picture.shape
-    blocks = picture.reshape(channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    channels, height, width = image.shape
+    blocks = image.reshape(channels, height // PATCH, PATCH, width // PATCH, PATCH)
     row: Array = blocks.transpose(0, 2, 1, 3, 4).reshape(channels, PATCH, -1)
     return row
 
@@ -99,7 +99,7 @@ def _packed_cases(variant: str) -> Iterator[Case]:
     longest = max(row.shape[3] for row in rows)
     batch = np.concatenate([np.pad(row, ((0, 0), (0, 0), (0, 0), (0, longest - row.shape[3]))) for row in rows])
     tokens, features = records["output.vpm_batch"], records["output.resampler_batch"]
-    # 2.5 lays out positions over the longest picture's patches, and hides no padding: as if all were of its length.
+    # 2.5 lays out positions over the longest image's patches, and hides no padding: as if all were of its length.
     seen = np.tile(np.array([[1, longest // PATCH]]), (len(rows), 1)) if variant == "v2_5" else sizes
     yield Case("output.vpm_batch", "vision_tokens", {"pixel_values": batch, "tgt_sizes": seen}, tokens)
     yield Case("output.resampler_batch", "resampler", {"image_tokens": tokens, "tgt_sizes": sizes}, features)

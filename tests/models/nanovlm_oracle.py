@@ -38,7 +38,7 @@ class Case(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """One row: token ids, and the features of its picture or tiles, in order."""
+    """One row: token ids, and the features of its image or tiles, in order."""
 
     ids: Array
     features: Array

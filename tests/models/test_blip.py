@@ -79,7 +79,7 @@ def test_another_image_size_resamples_the_positions_as_the_original_does(variant
     assert_same(tokens, record["output_resized.image_embeds"], "tokens")
     assert isinstance(model.image, ImageSpec)
     assert (model.image.size_pixels, model.architecture["vision"]["image_size"]) == (size, size)
-    # Cross-attention's longest input follows the picture.
+    # Cross-attention's longest input follows the image.
     longest = {"vqa": model.architecture["encoder"] and 64}.get(variant, tokens.shape[1])
     axes = [axis for part in model.parts for axis in part.signature.axes if axis.name == "encoder_sequence"]
     assert axes[-1].maximum == longest
@@ -276,11 +276,11 @@ def test_what_must_read_states_needs_cross_attention(variant: str, prefix: str, 
     assert "no cross-attention" in error_of(left, tmp_path)
 
 
-def test_not_finite_weights_and_pictures_of_any_size_are_refused(tmp_path: Path) -> None:
+def test_not_finite_weights_and_images_of_any_size_are_refused(tmp_path: Path) -> None:
     weights = original_weights("caption")
     weights["text_decoder.bert.encoder.layer.0.crossattention.self.query.bias"][3] = float("nan")
     assert "crossattention.self.query.bias" in error_of(weights, tmp_path)
-    with pytest.raises(UsageError, match="one picture size"):
+    with pytest.raises(UsageError, match="one image size"):
         built(original_weights("caption"), tmp_path, BuildOptions(dynamic_image_size=True))
 
 

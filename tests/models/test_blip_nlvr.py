@@ -1,4 +1,4 @@
-"""The text that attends to two pictures against the original's formulas, written out with the published keys."""
+"""The text that attends to two images against the original's formulas, written out with the published keys."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def build(tmp_path: Path, weights: dict[str, Tensor]) -> Model:
         return BlipFamily().build(checkpoint, store)
 
 
-def test_pairs_of_pictures(tmp_path: Path) -> None:
+def test_pairs_of_images(tmp_path: Path) -> None:
     weights = published_weights()
     model = build(tmp_path, weights)
     assert [part.name for part in model.parts] == ["vision", "pair_text"]

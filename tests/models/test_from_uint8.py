@@ -54,7 +54,7 @@ def test_photographs_are_within_one_level_of_pillow(
         assert (apart > 0.5).mean() < share
 
 
-# Not more than twice as tall as wide: see `test_tall_pictures`.
+# Not more than twice as tall as wide: see `test_tall_images`.
 SIZES = [(1, 1), (1, 5), (2, 1), (224, 224), (225, 224), (223, 300), (37, 51), (640, 481), (333, 999), (481, 960)]
 
 
@@ -65,7 +65,7 @@ def test_noise_of_any_size_is_within_one_level_of_pillow(height: int, width: int
 
 # None of them takes two passes in Pillow 13's other order.
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (40, 100), (300, 900), (300, 224), (500, 400)])
-def test_stretched_pictures_are_within_one_level_of_pillow(height: int, width: int) -> None:
+def test_stretched_images_are_within_one_level_of_pillow(height: int, width: int) -> None:
     assert (
         levels_apart(
             noise(height, width), torchvision_image_spec(224, "bicubic", "after_crop", MEAN, STD, "stretch")
@@ -79,7 +79,7 @@ def test_every_rounding_of_the_crop_and_other_steps_are_within_one_level_of_pill
     specs = [
         rounded_down,
         replace(rounded_down, resize_pixels=(41,), rescale_factor=1.0),
-        # Higher than the images: the horizontal pass comes first in Pillow 13 too, see `test_tall_pictures`.
+        # Higher than the images: the horizontal pass comes first in Pillow 13 too, see `test_tall_images`.
         replace(rounded_down, resize="stretch", resize_pixels=(47, 35)),
     ]
     for size in ((40, 40), (40, 41), (40, 42), (40, 43), (43, 40), (32, 35), (35, 32)):
@@ -110,27 +110,27 @@ def test_few_kept_pixels_are_within_one_level_of_pillow(size: int) -> None:
 
 
 @pytest.mark.parametrize(("resample", "levels", "share"), [("bilinear", 1.01, 0.28), ("bicubic", 22.01, 0.32)])
-def test_tall_pictures(resample: Literal["bicubic", "bilinear"], levels: float, share: float) -> None:
+def test_tall_images(resample: Literal["bicubic", "bilinear"], levels: float, share: float) -> None:
     """Pillow 13 takes the vertical pass first when more than twice as many rows as columns vanish.
 
-    In the order of the installed Pillow, ours or that of the transposed picture, they are as near as all others. Else
+    In the order of the installed Pillow, ours or that of the transposed image, they are as near as all others. Else
     bicubic passes that overshoot are cut to 0 to 255 at other places; the bounds are just above what was measured.
     """
     photograph = synthetic_photographs()[1]
-    pictures = [photograph.resize((300, 700)), photograph.resize((230, 500)), noise(1000, 250), noise(700, 300)]
-    for picture in pictures:
-        apart = levels_apart(picture, spec(224, resample))
+    images = [photograph.resize((300, 700)), photograph.resize((230, 500)), noise(1000, 250), noise(700, 300)]
+    for image in images:
+        apart = levels_apart(image, spec(224, resample))
         assert apart.max() < levels
         assert (apart > 0.5).mean() < share
-        other_order = levels_apart(picture, spec(224, resample), vertical_first=True)
+        other_order = levels_apart(image, spec(224, resample), vertical_first=True)
         assert min(apart.max(), other_order.max()) < 1.01
 
 
 def test_rows_of_a_batch_are_independent() -> None:
     module = PreprocessedVision(spec(32), torch.nn.Identity()).eval()
-    pictures = torch.from_numpy(np.stack([np.asarray(noise(40, 50)), np.asarray(noise(40, 50).rotate(180))]))
-    together = module(pictures)
-    assert torch.equal(together[1], module(pictures[1:])[0])
+    images = torch.from_numpy(np.stack([np.asarray(noise(40, 50)), np.asarray(noise(40, 50).rotate(180))]))
+    together = module(images)
+    assert torch.equal(together[1], module(images[1:])[0])
 
 
 def test_a_wrong_filter_is_far_off() -> None:

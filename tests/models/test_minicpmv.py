@@ -128,8 +128,8 @@ def test_the_halves_are_the_whole(variant: str, build: Build) -> None:
 
 
 @pytest.mark.parametrize("variant", oracle.PACKED)
-def test_pictures_of_a_batch_do_not_change_one_another(variant: str, build: Build) -> None:
-    """Also in 2.5, where in the original they do: as each picture alone is the original's own result."""
+def test_images_of_a_batch_do_not_change_one_another(variant: str, build: Build) -> None:
+    """Also in 2.5, where in the original they do: as each image alone is the original's own result."""
     records = oracle.golden(variant)
     whole = oracle.part_of(build(variant), "vision")
     batch = next(case for case in oracle.cases(variant) if case.record == "output.vpm_batch").inputs

@@ -352,7 +352,7 @@ def test_weights_without_their_config_are_refused(tmp_path: Path) -> None:
 
 def test_other_sizes_are_refused(build: Build, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(oracle.DATA / "222m"))
-    with ScratchStore(tmp_path / "store.bin") as store, pytest.raises(UsageError, match="one picture size"):
+    with ScratchStore(tmp_path / "store.bin") as store, pytest.raises(UsageError, match="one image size"):
         NanoVlmFamily().build(checkpoint, store, BuildOptions(image_size=96))
 
 

@@ -75,7 +75,7 @@ def test_generation_stops_at_the_tokenizers_end(nanovlm_bundle: Bundle, variant:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_places_of_pictures_are_named(nanovlm_bundle: Bundle, variant: str) -> None:
+def test_places_of_images_are_named(nanovlm_bundle: Bundle, variant: str) -> None:
     bundle = nanovlm_bundle(variant)
     config = config_of(bundle)
     if variant == "222m":
@@ -118,7 +118,7 @@ def test_cache_starts_empty_with_the_prompts_rows(nanovlm_bundle: Bundle, varian
 
 
 @pytest.mark.parametrize("variant", ["222m", "450m"])
-def test_pictures_have_a_processor(nanovlm_bundle: Bundle, variant: str) -> None:
+def test_images_have_a_processor(nanovlm_bundle: Bundle, variant: str) -> None:
     path = nanovlm_bundle(variant) / "preprocessor_config.json"
     # `models/image_processors.js` lists no BLIP one, and `AutoProcessor` refuses a name that is not listed.
     assert json.loads(path.read_text(encoding="utf-8"))["image_processor_type"] == "SiglipImageProcessor"

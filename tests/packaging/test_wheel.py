@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent.parent
 TINY_BUNDLE = ROOT / "tests" / "data" / "runtime" / "tiny_bundle"
-PICTURE = ROOT / "tests" / "data" / "runtime" / "pictures" / "landscape.png"
+IMAGE = ROOT / "tests" / "data" / "runtime" / "images" / "landscape.png"
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_runs_without_torch(installed: Environment) -> None:
     done = installed.run("vlm-export", "--help")
     assert done.returncode == 0
     assert "classify" in done.stdout
-    done = installed.run("vlm-export", "classify", TINY_BUNDLE, PICTURE, "a dog", "a cat", "--json")
+    done = installed.run("vlm-export", "classify", TINY_BUNDLE, IMAGE, "a dog", "a cat", "--json")
     assert done.returncode == 0, done.stderr
     assert '"probability"' in done.stdout
 

@@ -28,7 +28,7 @@ def test_only_large_weights_stay_mapped(available: pytest.MonkeyPatch) -> None:
     large = verifying_engine(GRAPH, weights_bytes=5 * GIB, threads=1, providers=("cpu",))
     assert (small.mapped, large.mapped) == (False, True)
     (port,) = small.inputs
-    feeds = {port.name: np.random.default_rng(0).standard_normal((2, *port.shape[1:]), np.float32)}  # type: ignore[arg-type]  # the picture's sizes are numbers here
+    feeds = {port.name: np.random.default_rng(0).standard_normal((2, *port.shape[1:]), np.float32)}  # type: ignore[arg-type]  # the image's sizes are numbers here
     for name, expected in small.run(feeds).items():
         np.testing.assert_allclose(large.run(feeds)[name], expected, rtol=0, atol=1e-5)
 

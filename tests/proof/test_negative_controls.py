@@ -12,7 +12,7 @@ from torch import nn
 
 from vlm_export.errors import VerificationError
 from vlm_export.family import Model, Part, reference_from_module
-from vlm_export.proof import picture_samples
+from vlm_export.proof import image_samples
 from vlm_export.proof.gates import GATES
 from vlm_export.proof.grid import grid_for
 from vlm_export.proof.metrics import Array
@@ -226,7 +226,7 @@ def test_preprocessing_without_antialias_fails(
     run = reference_from_module(part)
     right = sample_inputs(part.signature, model.image, model.text, None)
     assert verify_part(part, run, run, GATES[gate], (), right).passed
-    monkeypatch.setattr(picture_samples, "preprocess_image", resize_without_antialias)
+    monkeypatch.setattr(image_samples, "preprocess_image", resize_without_antialias)
     wrong = sample_inputs(part.signature, model.image, model.text, None)
     report = verify_part(part, run, run, GATES[gate], (), wrong)
     assert len(report.failures) >= len(wrong)

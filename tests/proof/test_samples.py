@@ -54,7 +54,7 @@ def test_the_photographs_have_the_spectrum_of_natural_scenes() -> None:
     assert -3 < slope < -1
 
 
-def test_a_picture_is_prepared_for_both_sides(model: Model, parts: dict[str, Part]) -> None:
+def test_an_image_is_prepared_for_both_sides(model: Model, parts: dict[str, Part]) -> None:
     samples = sample_inputs(parts["vision"].signature, model.image, model.text, None)
     assert len(samples) == len(synthetic_photographs())
     for sample in samples:
@@ -64,7 +64,7 @@ def test_a_picture_is_prepared_for_both_sides(model: Model, parts: dict[str, Par
         assert float(np.abs(ours - theirs).max()) <= 1e-6
 
 
-def test_the_user_s_pictures_take_the_place_of_the_synthetic_ones(model: Model, parts: dict[str, Part]) -> None:
+def test_the_user_s_images_take_the_place_of_the_synthetic_ones(model: Model, parts: dict[str, Part]) -> None:
     samples = sample_inputs(parts["vision"].signature, model.image, None, None, images=[Image.new("L", (60, 50), 200)])
     assert len(samples) == 1
     assert len({float(value) for value in samples[0].inputs["pixel_values"][0, 0].ravel()}) == 1
@@ -152,7 +152,7 @@ CUT: list[tuple[AnyImageSpec, Signature, list[tuple[int, ...]]]] = [
 
 
 @pytest.mark.parametrize(("spec", "signature", "shapes"), CUT, ids=["omnilmm", "1.0", "2.0", "2.6", "tiles"])
-def test_a_picture_that_is_cut_is_prepared_for_both_sides(
+def test_an_image_that_is_cut_is_prepared_for_both_sides(
     spec: AnyImageSpec, signature: Signature, shapes: list[tuple[int, ...]]
 ) -> None:
     photograph = synthetic_photographs()[0].resize((320, 150))

@@ -1,4 +1,4 @@
-"""Makes tests/data/runtime: pictures in every mode with the pixels that torchvision gives, and a tiny bundle.
+"""Makes tests/data/runtime: images in every mode with the pixels that torchvision gives, and a tiny bundle.
 
 Run with the `export` extra installed: python tests/runtime/record_expected.py
 """
@@ -25,7 +25,7 @@ from vlm_export.models.clip import encoders as clip_encoders
 from vlm_export.models.clip import family as clip
 from vlm_export.models.clip.architecture import ClipArchitecture, TextSizes, VitSizes
 from vlm_export.models.layers.blocks import build_causal_mask
-from vlm_export.models.reading import images as pictures
+from vlm_export.models.reading import images as images
 from vlm_export.specs import ImageSpec, TextSpec, torchvision_image_spec
 from vlm_export.specs.tasks import EmbedSpec, EncoderSpec, ScoreSpec
 
@@ -42,50 +42,50 @@ def noise(width: int, height: int, channels: int, seed: int) -> npt.NDArray[np.u
     return np.kron(coarse, np.ones((3, 3, 1), dtype=np.uint8))[:height, :width]
 
 
-def picture(mode: str, width: int, height: int, seed: int) -> Image.Image:
+def drawn_image(mode: str, width: int, height: int, seed: int) -> Image.Image:
     channels = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4}[mode]
     raw = noise(width, height, channels, seed)
     return Image.frombytes(mode, (width, height), raw.tobytes())
 
 
-def encoded_pictures() -> dict[str, bytes]:
+def encoded_images() -> dict[str, bytes]:
     """File name → content; lossless formats only, so that every decoder gives the same pixels."""
     wide = noise(53, 37, 1, 9)[..., 0]
     rotated = Image.Exif()
     rotated[0x0112] = 6
-    second = picture("RGB", 40, 30, 12)
+    second = drawn_image("RGB", 40, 30, 12)
     files: dict[str, tuple[Image.Image, dict[str, Any]]] = {
-        "portrait.png": (picture("RGB", 37, 90, 0), {}),
-        "landscape.png": (picture("RGB", 97, 41, 1), {}),
-        "half_pixel_down.png": (picture("RGB", 24, 25, 2), {}),
-        "half_pixel_up.png": (picture("RGB", 27, 24, 3), {}),
-        "large.png": (picture("RGB", 150, 111, 4), {}),
-        "one_pixel.png": (picture("RGB", 1, 1, 5), {}),
-        "smaller_than_crop.png": (picture("RGB", 9, 14, 6), {}),
-        "exact.png": (picture("RGB", 24, 24, 7), {}),
-        "grey.png": (picture("L", 53, 37, 8), {}),
-        "grey_alpha.png": (picture("LA", 53, 37, 9), {}),
-        "transparent.png": (picture("RGBA", 53, 37, 10), {}),
-        "transparent.webp": (picture("RGBA", 53, 37, 10), {"lossless": True, "exact": True}),
-        "cmyk.tiff": (picture("CMYK", 53, 37, 11), {}),
-        "palette.png": (picture("RGB", 53, 37, 12).quantize(17), {}),
-        "palette_transparent.png": (picture("RGB", 53, 37, 13).quantize(9), {"transparency": 3}),
-        "palette.gif": (picture("RGB", 37, 53, 14).quantize(33), {}),
+        "portrait.png": (drawn_image("RGB", 37, 90, 0), {}),
+        "landscape.png": (drawn_image("RGB", 97, 41, 1), {}),
+        "half_pixel_down.png": (drawn_image("RGB", 24, 25, 2), {}),
+        "half_pixel_up.png": (drawn_image("RGB", 27, 24, 3), {}),
+        "large.png": (drawn_image("RGB", 150, 111, 4), {}),
+        "one_pixel.png": (drawn_image("RGB", 1, 1, 5), {}),
+        "smaller_than_crop.png": (drawn_image("RGB", 9, 14, 6), {}),
+        "exact.png": (drawn_image("RGB", 24, 24, 7), {}),
+        "grey.png": (drawn_image("L", 53, 37, 8), {}),
+        "grey_alpha.png": (drawn_image("LA", 53, 37, 9), {}),
+        "transparent.png": (drawn_image("RGBA", 53, 37, 10), {}),
+        "transparent.webp": (drawn_image("RGBA", 53, 37, 10), {"lossless": True, "exact": True}),
+        "cmyk.tiff": (drawn_image("CMYK", 53, 37, 11), {}),
+        "palette.png": (drawn_image("RGB", 53, 37, 12).quantize(17), {}),
+        "palette_transparent.png": (drawn_image("RGB", 53, 37, 13).quantize(9), {"transparency": 3}),
+        "palette.gif": (drawn_image("RGB", 37, 53, 14).quantize(33), {}),
         "animated.gif": (
-            picture("RGB", 40, 30, 15).quantize(8),
+            drawn_image("RGB", 40, 30, 15).quantize(8),
             {"save_all": True, "append_images": [second.quantize(8)]},
         ),
         "animated.webp": (
-            picture("RGB", 40, 30, 15),
+            drawn_image("RGB", 40, 30, 15),
             {"save_all": True, "append_images": [second], "lossless": True},
         ),
-        "bitmap.png": (picture("L", 53, 37, 16).convert("1"), {}),
+        "bitmap.png": (drawn_image("L", 53, 37, 16).convert("1"), {}),
         "sixteen_bit.png": (Image.fromarray(wide.astype(np.uint16) * 5), {}),
         "integer.tiff": (Image.fromarray(wide.astype(np.int32) * 3 - 100), {}),
         "float.tiff": (Image.fromarray(wide.astype(np.float32) * 1.5 - 20), {}),
-        "rotated.png": (picture("RGB", 53, 37, 17), {"exif": rotated}),
-        "plain.bmp": (picture("RGB", 30, 40, 18), {}),
-        "plain.ppm": (picture("RGB", 30, 40, 19), {}),
+        "rotated.png": (drawn_image("RGB", 53, 37, 17), {"exif": rotated}),
+        "plain.bmp": (drawn_image("RGB", 30, 40, 18), {}),
+        "plain.ppm": (drawn_image("RGB", 30, 40, 19), {}),
     }
     return {name: _encoded(name, image, options) for name, (image, options) in files.items()}
 
@@ -109,21 +109,21 @@ def original_transform(spec: ImageSpec) -> transforms.Compose:
     )
 
 
-def record_pictures() -> None:
-    folder = DATA / "pictures"
+def record_images() -> None:
+    folder = DATA / "images"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     after = original_transform(
-        torchvision_image_spec(SIZE_PIXELS, "bicubic", "after_crop", pictures.IMAGE_MEAN, pictures.IMAGE_STD)
+        torchvision_image_spec(SIZE_PIXELS, "bicubic", "after_crop", images.IMAGE_MEAN, images.IMAGE_STD)
     )
     expected: dict[str, Any] = {}
-    for name, content in encoded_pictures().items():
+    for name, content in encoded_images().items():
         (folder / name).write_bytes(content)
         with Image.open(folder / name) as image:
             image.load()
             expected[f"after_crop/{name}"] = after(image).numpy()
             expected[f"before_resize/{name}"] = after(image.convert("RGB")).numpy()
-    np.savez_compressed(DATA / "pictures.npz", **expected)
+    np.savez_compressed(DATA / "images.npz", **expected)
 
 
 def tiny_tokenizer() -> tuple[str, int]:
@@ -162,7 +162,7 @@ def tiny_model(vocab_size: int) -> tuple[clip_encoders.ClipEncoders, ClipArchite
 def record_bundle() -> None:
     tokenizer_json, vocab_size = tiny_tokenizer()
     encoders, architecture = tiny_model(vocab_size)
-    image_spec = torchvision_image_spec(SIZE_PIXELS, "bicubic", "after_crop", pictures.IMAGE_MEAN, pictures.IMAGE_STD)
+    image_spec = torchvision_image_spec(SIZE_PIXELS, "bicubic", "after_crop", images.IMAGE_MEAN, images.IMAGE_STD)
     text_spec = TextSpec(architecture.towers[1].context_length, vocab_size, vocab_size - 1, 0, "openai")
     vision_sizes, text_sizes = architecture.towers
     vision_signature = clip._vision_signature(architecture, vision_sizes, dynamic_image_size=False)
@@ -222,23 +222,23 @@ def record_bundle() -> None:
 
 
 def record_embeddings(encoders: clip_encoders.ClipEncoders, image_spec: ImageSpec, tokenizer_json: Path) -> None:
-    """What the modules give in torch for the recorded pictures and for ids of TEXTS from the tokenizers library."""
+    """What the modules give in torch for the recorded images and for ids of TEXTS from the tokenizers library."""
     from tokenizers import Tokenizer
 
     rust = Tokenizer.from_file(str(tokenizer_json))
-    names = sorted(path.name for path in (DATA / "pictures").iterdir())
+    names = sorted(path.name for path in (DATA / "images").iterdir())
     transform = original_transform(image_spec)
     with torch.inference_mode():
-        pixels = torch.stack([transform(Image.open(DATA / "pictures" / name)) for name in names])
+        pixels = torch.stack([transform(Image.open(DATA / "images" / name)) for name in names])
         images = encoders.vision(pixels)
         # One row at a time, at its own length: padding is the runtime's affair.
         rows = [torch.tensor([rust.encode(text).ids]) for text in TEXTS]
         texts = torch.cat([encoders.text(row) for row in rows])
     np.savez_compressed(DATA / "tiny_embeddings.npz", images=images.numpy(), texts=texts.numpy())
-    listing = {"pictures": names, "texts": TEXTS, "ids": [row[0].tolist() for row in rows]}
+    listing = {"images": names, "texts": TEXTS, "ids": [row[0].tolist() for row in rows]}
     (DATA / "tiny_embeddings.json").write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    record_pictures()
+    record_images()
     record_bundle()

@@ -17,20 +17,20 @@ import vlm_export
 from vlm_export import Model, load
 from vlm_export.errors import InputError
 
-PICTURE = Image.new("RGB", (30, 20), "red")
+IMAGE = Image.new("RGB", (30, 20), "red")
 TEXTS = ["a cat", "a photo of a dog"]
 CALLS: dict[str, Callable[[Model], object]] = {
-    "encode_image": lambda model: model.encode_image(PICTURE),
+    "encode_image": lambda model: model.encode_image(IMAGE),
     "encode_text": lambda model: model.encode_text("red"),
     "encode_ids": lambda model: model.encode_ids([[1, 2]]),
-    "classify": lambda model: model.classify(PICTURE, ["red"]),
+    "classify": lambda model: model.classify(IMAGE, ["red"]),
     "embed_dim": lambda model: model.embed_dim,
-    "match": lambda model: model.match(PICTURE, "red"),
-    "caption": lambda model: model.caption(PICTURE),
-    "answer": lambda model: model.answer(PICTURE, "what"),
-    "rank_answers": lambda model: model.rank_answers(PICTURE, "what", ["yes"]),
-    "stream": lambda model: model.stream(PICTURE, "what"),
-    "features": lambda model: model.features(PICTURE),
+    "match": lambda model: model.match(IMAGE, "red"),
+    "caption": lambda model: model.caption(IMAGE),
+    "answer": lambda model: model.answer(IMAGE, "what"),
+    "rank_answers": lambda model: model.rank_answers(IMAGE, "what", ["yes"]),
+    "stream": lambda model: model.stream(IMAGE, "what"),
+    "features": lambda model: model.features(IMAGE),
 }
 EMBEDDING = {"encode_image", "encode_text", "encode_ids", "classify", "embed_dim"}
 TALKING = {"caption", "answer", "stream"}
@@ -131,13 +131,13 @@ def test_tasks_of_slices(slice_bundle: Callable[[str], Path]) -> None:
 def test_it_travels_to_workers(tiny_bundle: Path, used: bool) -> None:
     model = load(tiny_bundle, threads=1)
     if used:
-        model.encode_image(PICTURE)
+        model.encode_image(IMAGE)
         model.encode_text(TEXTS)
     for again in (pickle.loads(pickle.dumps(model)), copy.copy(model), copy.deepcopy(model)):
         assert type(again) is Model
         assert again.identity == model.identity
         assert (again.encode_text(TEXTS) == model.encode_text(TEXTS)).all()
-        assert (again.encode_image(PICTURE) == model.encode_image(PICTURE)).all()
+        assert (again.encode_image(IMAGE) == model.encode_image(IMAGE)).all()
 
 
 @pytest.mark.needs_torch
@@ -145,11 +145,11 @@ def test_every_kind_travels_after_use(
     blip_bundle: Callable[[str], Path], nanovlm_bundle: Callable[[str], Path], slice_bundle: Callable[[str], Path]
 ) -> None:
     calls: list[tuple[Path, Callable[[Model], Any]]] = [
-        (blip_bundle("caption"), lambda model: model.caption(PICTURE, beams=1)),
-        (blip_bundle("vqa"), lambda model: model.answer(PICTURE, "what", beams=1)),
-        (blip_bundle("retrieval"), lambda model: model.match(PICTURE, "red")),
-        (nanovlm_bundle("222m"), lambda model: model.answer(PICTURE, "what", max_new_tokens=2)),
-        (slice_bundle("v1_0"), lambda model: model.features(PICTURE)[0].image_features.tolist()),
+        (blip_bundle("caption"), lambda model: model.caption(IMAGE, beams=1)),
+        (blip_bundle("vqa"), lambda model: model.answer(IMAGE, "what", beams=1)),
+        (blip_bundle("retrieval"), lambda model: model.match(IMAGE, "red")),
+        (nanovlm_bundle("222m"), lambda model: model.answer(IMAGE, "what", max_new_tokens=2)),
+        (slice_bundle("v1_0"), lambda model: model.features(IMAGE)[0].image_features.tolist()),
     ]
     for path, call in calls:
         model = load(path, threads=1)
@@ -160,9 +160,9 @@ def test_every_kind_travels_after_use(
 
 
 def test_threads_share_it(tiny_bundle: Path, tiny_model: Model) -> None:
-    expected = tiny_model.encode_text(TEXTS), tiny_model.encode_image(PICTURE)
+    expected = tiny_model.encode_text(TEXTS), tiny_model.encode_image(IMAGE)
     model = load(tiny_bundle, threads=1)
-    calls = [lambda: model.encode_text(TEXTS), lambda: model.encode_image(PICTURE)] * 8
+    calls = [lambda: model.encode_text(TEXTS), lambda: model.encode_image(IMAGE)] * 8
     with ThreadPoolExecutor(8) as pool:
         found = [future.result() for future in [pool.submit(call) for call in calls]]
     for got, wanted in zip(found, expected * 8, strict=True):

@@ -1,4 +1,4 @@
-"""The committed BLIP demo: published in the original's form, right on held-out pictures, the same in both engines."""
+"""The committed BLIP demo: published in the original's form, right on held-out images, the same in both engines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from demo.blip_accuracy import Parts, answer_exactness, caption_exactness, held_out_pictures, held_out_questions
+from demo.blip_accuracy import Parts, answer_exactness, caption_exactness, held_out_images, held_out_questions
 from demo.blip_checkpoint import torch_parts
 from demo.blip_files import CAPTION, NAMES, VQA, BlipDemoFiles
 from demo.blip_vocab import load_tokenizer
@@ -36,7 +36,7 @@ LoadParts = Callable[[str], Parts]
 
 @pytest.fixture(scope="module")
 def drawings() -> list[Drawing]:
-    """60 pictures that neither training nor the script's own measurement has seen."""
+    """60 images that neither training nor the script's own measurement has seen."""
     return [draw(HELD_OUT[(7 * i) % len(HELD_OUT)], (4099, i)) for i in range(60)]
 
 
@@ -71,23 +71,23 @@ def test_captions_are_right_and_the_same_in_onnx(
 ) -> None:
     truths = [caption(drawing.composition).removeprefix(PROMPT) for drawing in drawings]
     in_torch = parts(CAPTION).captions(drawings)
-    pictures = [drawing.picture for drawing in drawings]
+    images = [drawing.image for drawing in drawings]
     assert share(in_torch, truths) >= 0.9
-    assert bundles(CAPTION).caption(pictures, beams=1) == in_torch
+    assert bundles(CAPTION).caption(images, beams=1) == in_torch
     # What `caption` does when nothing is asked for.
-    assert bundles(CAPTION).caption(pictures[:16]) == parts(CAPTION).captions(drawings[:16], beams=3)
+    assert bundles(CAPTION).caption(images[:16]) == parts(CAPTION).captions(drawings[:16], beams=3)
 
 
 def test_answers_are_right_and_the_same_in_onnx(
     drawings: list[Drawing], parts: LoadParts, bundles: Callable[[str], Model]
 ) -> None:
     asked = held_out_questions(drawings)
-    pictures, texts = [drawing.picture for drawing, _ in asked], [question.text for _, question in asked]
+    images, texts = [drawing.image for drawing, _ in asked], [question.text for _, question in asked]
     in_torch = parts(VQA).answers(asked)
     assert share(in_torch, [question.answer for _, question in asked]) >= 0.9
     # Questions see the padding of their batch, so the batches have to be the same.
-    assert bundles(VQA).answer(pictures, texts, beams=1, batch_size=64) == in_torch
-    alone = bundles(VQA).answer(pictures, texts, beams=1, batch_size=64, attend_padding=False)
+    assert bundles(VQA).answer(images, texts, beams=1, batch_size=64) == in_torch
+    alone = bundles(VQA).answer(images, texts, beams=1, batch_size=64, attend_padding=False)
     assert share(alone, in_torch) >= 0.98
 
 
@@ -98,15 +98,15 @@ def test_yes_and_no_are_told_apart(drawings: list[Drawing], parts: LoadParts) ->
     assert share(answers, [question.answer for _, question in asked]) >= 0.85
 
 
-def test_demo_pictures_get_their_captions(bundles: Callable[[str], Model]) -> None:
+def test_demo_images_get_their_captions(bundles: Callable[[str], Model]) -> None:
     shown = DemoFiles(ROOT / "configs")
-    pictures = sorted(shown.pictures.iterdir())
-    said = [PROMPT + text for text in bundles(CAPTION).caption(pictures)]
+    images = sorted(shown.images.iterdir())
+    said = [PROMPT + text for text in bundles(CAPTION).caption(images)]
     assert said == shown.captions.read_text(encoding="utf-8").splitlines()
 
 
-def test_a_picture_answers_for_itself(bundles: Callable[[str], Model]) -> None:
-    picture = DemoFiles(ROOT / "configs").pictures / "green-triangle-small-two-left.png"
+def test_an_image_answers_for_itself(bundles: Callable[[str], Model]) -> None:
+    image = DemoFiles(ROOT / "configs").images / "green-triangle-small-two-left.png"
     truths = {
         "What colour are the triangles?": "green",
         "what shape are they": "triangle",
@@ -116,14 +116,14 @@ def test_a_picture_answers_for_itself(bundles: Callable[[str], Model]) -> None:
         "Is there a red triangle?": "no",
         "what do you see?": "two small green triangles",
     }
-    assert bundles(VQA).answer([picture] * len(truths), list(truths)) == list(truths.values())
+    assert bundles(VQA).answer([image] * len(truths), list(truths)) == list(truths.values())
 
 
-def test_another_picture_gets_another_caption_and_a_black_one_is_no_error(
+def test_another_image_gets_another_caption_and_a_black_one_is_no_error(
     bundles: Callable[[str], Model],
 ) -> None:
     black = Image.new("RGB", (30, 200))
-    assert bundles(CAPTION).caption([black]) != bundles(CAPTION).caption([draw(HELD_OUT[0], 1).picture])
+    assert bundles(CAPTION).caption([black]) != bundles(CAPTION).caption([draw(HELD_OUT[0], 1).image])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -134,8 +134,8 @@ def test_report_is_about_this_file(name: str, parts: LoadParts) -> None:
     greedy = written["exact_match"]["greedy"]
     assert greedy["exact"] >= 0.9
     measure = caption_exactness if name == CAPTION else answer_exactness
-    # The report was measured on four times as many pictures.
-    assert measure(parts(name), held_out_pictures(len(HELD_OUT))).exact == pytest.approx(greedy["exact"], abs=0.04)
+    # The report was measured on four times as many images.
+    assert measure(parts(name), held_out_images(len(HELD_OUT))).exact == pytest.approx(greedy["exact"], abs=0.04)
     assert list(greedy["by_kind"]) == (["caption"] if name == CAPTION else list(KINDS))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import train_blip_demo
-from demo.blip_accuracy import answer_exactness, caption_exactness, held_out_pictures
+from demo.blip_accuracy import answer_exactness, caption_exactness, held_out_images
 from demo.blip_checkpoint import published_checkpoint, torch_parts
 from demo.blip_files import CAPTION, NAMES, BlipDemoFiles
 from demo.blip_model import IMAGE, BlipDemoSizes, build_pair, initialise, warm_start
@@ -56,7 +56,7 @@ def test_questions_agree_in_number_and_spell() -> None:
     assert phrase(TWO_CROSSES) == "two small orange crosses"
 
 
-def test_yes_is_true_and_no_is_false_of_the_picture() -> None:
+def test_yes_is_true_and_no_is_false_of_the_image() -> None:
     rng = np.random.default_rng(1)
     answers: Counter[str] = Counter()
     for composition in COMPOSITIONS[::3]:
@@ -67,7 +67,7 @@ def test_yes_is_true_and_no_is_false_of_the_picture() -> None:
 
 
 def holds(text: str, composition: Composition) -> bool:
-    """Whether each word that names a value names the picture's."""
+    """Whether each word that names a value names the image's."""
     words = [word.removesuffix("es") if word == "crosses" else word for word in text.split()]
     place = [word for word in words if word in PLACES]
     values = {composition.shape, f"{composition.shape}s", composition.colour, composition.size, composition.position}
@@ -134,7 +134,7 @@ def test_written_checkpoint_is_read_back_as_the_model_that_was_written(tmp_path:
 
 def test_vision_starts_with_the_clip_demos_tokens() -> None:
     """Before the first block: exactly for the class token, up to a scale for each patch."""
-    drawn = [draw(composition, i).picture for i, composition in enumerate(TRAINED[::100])]
+    drawn = [draw(composition, i).image for i, composition in enumerate(TRAINED[::100])]
     pair = build_pair(len(vocabulary()), BlipDemoSizes())
     initialise(pair, 0)
     ours = pair.captioner.vision
@@ -169,7 +169,7 @@ def test_loss_is_the_mean_over_tokens_and_blind_to_padding(tokenizer: Tokenizer)
     assert loss(slice(0, 2)) == pytest.approx((2 * loss(slice(0, 1)) + 5 * loss(slice(1, 2))) / 7, abs=1e-5)
 
 
-def test_training_draws_no_held_out_picture_and_moves_every_weight(
+def test_training_draws_no_held_out_image_and_moves_every_weight(
     monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer
 ) -> None:
     drawn: list[Composition] = []
@@ -190,9 +190,9 @@ def test_training_draws_no_held_out_picture_and_moves_every_weight(
 
 
 def test_script_runs_and_admits_that_two_steps_are_too_few(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--output", str(tmp_path), "--threads", "1", "--pictures", "20", "--steps", "2", "--batch", "4"]
+    options = ["--output", str(tmp_path), "--threads", "1", "--images", "20", "--steps", "2", "--batch", "4"]
     assert train_blip_demo.main(options) == 1
-    files, drawings = BlipDemoFiles(tmp_path), held_out_pictures(20)
+    files, drawings = BlipDemoFiles(tmp_path), held_out_images(20)
     for name in NAMES:
         assert files.config(name).is_file()
         exact = json.loads(files.report(name).read_text(encoding="utf-8"))["exact_match"]

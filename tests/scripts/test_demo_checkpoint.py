@@ -12,7 +12,7 @@ import torch
 import train_demo
 from demo.accuracy import Accuracy, Embeddings, EncodeImage, EncodeText, evaluate
 from demo.checkpoint import load_model, torch_encoders
-from demo.files import PICTURED, DemoFiles, picture_name, sha256_of
+from demo.files import IMAGED, DemoFiles, image_name, sha256_of
 from demo.sentences import caption
 from demo.tokens import load_tokenizer, token_rows, train_tokenizer
 from demo.world import COMPOSITIONS
@@ -67,7 +67,7 @@ def test_report_is_about_this_file(report: dict[str, Any], measured: Accuracy) -
     assert report["sha256"] == sha256_of(FILES.checkpoint)
     assert report["size_bytes"] == FILES.checkpoint.stat().st_size <= 8_000_000
     assert report["accuracy"]["top1"] >= 0.95
-    # The report was measured on twice as many pictures.
+    # The report was measured on twice as many images.
     assert report["accuracy"]["top1"] == pytest.approx(measured.top1, abs=0.02)
 
 
@@ -125,19 +125,19 @@ def test_tokenizer_training_is_deterministic(tokenizer: RustTokenizer) -> None:
     assert train_tokenizer(0).get_vocab() == tokenizer.get_vocab()
 
 
-def test_pictures_are_held_out_and_recognised(encoders: tuple[EncodeImage, EncodeText]) -> None:
-    paths = sorted(FILES.pictures.iterdir())
+def test_images_are_held_out_and_recognised(encoders: tuple[EncodeImage, EncodeText]) -> None:
+    paths = sorted(FILES.images.iterdir())
     captions = FILES.captions.read_text(encoding="utf-8").splitlines()
-    assert [path.name for path in paths] == sorted(map(picture_name, PICTURED))
-    assert sorted(captions) == sorted(map(caption, PICTURED))
-    assert all(composition.held_out for composition in PICTURED)
-    pictures = [Image.open(path) for path in paths]
-    images, texts = encoders[0](pictures), encoders[1](captions)
+    assert [path.name for path in paths] == sorted(map(image_name, IMAGED))
+    assert sorted(captions) == sorted(map(caption, IMAGED))
+    assert all(composition.held_out for composition in IMAGED)
+    sources = [Image.open(path) for path in paths]
+    images, texts = encoders[0](sources), encoders[1](captions)
     assert nearest(images, texts) == list(range(len(paths)))
 
 
-def test_quickstart_labels_name_the_first_picture(encoders: tuple[EncodeImage, EncodeText]) -> None:
-    first = sorted(FILES.pictures.iterdir())[0]
+def test_quickstart_labels_name_the_first_image(encoders: tuple[EncodeImage, EncodeText]) -> None:
+    first = sorted(FILES.images.iterdir())[0]
     labels = ["a red circle", "a blue circle", "a red square", "a blue square"]
     assert nearest(encoders[0]([Image.open(first)]), encoders[1](labels)) == [1]
 
@@ -150,7 +150,7 @@ def test_training_script_runs_and_admits_that_three_steps_are_too_few(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     threads = torch.get_num_threads()
-    options = ["--output", str(tmp_path), "--threads", "1", "--pictures-each", "1"]
+    options = ["--output", str(tmp_path), "--threads", "1", "--images-each", "1"]
     try:
         assert train_demo.main([*options, "--steps", "3", "--batch", "8"]) == 1
         assert train_demo.main([*options, "--evaluate-only"]) == 0
@@ -158,10 +158,10 @@ def test_training_script_runs_and_admits_that_three_steps_are_too_few(
         torch.set_num_threads(threads)
     written = DemoFiles(tmp_path)
     assert written.config.is_file()
-    assert len(list(written.pictures.iterdir())) == len(PICTURED)
+    assert len(list(written.images.iterdir())) == len(IMAGED)
     report = json.loads(written.report.read_text(encoding="utf-8"))
     assert report["sha256"] == sha256_of(written.checkpoint)
     assert report["accuracy"]["top1"] < 0.05
     # The same file measured twice gives the same lines.
-    first, second = (part for part in capsys.readouterr().out.split("held-out pictures")[1:])
+    first, second = (part for part in capsys.readouterr().out.split("held-out images")[1:])
     assert first == second

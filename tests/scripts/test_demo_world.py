@@ -31,19 +31,19 @@ PALETTE = {
 SAMPLE = COMPOSITIONS[::19]
 
 
-def test_same_seed_same_picture_and_other_seed_other_picture() -> None:
+def test_same_seed_same_image_and_other_seed_other_image() -> None:
     composition = COMPOSITIONS[700]
     first, again, other = draw(composition, 5), draw(composition, 5), draw(composition, 6)
-    assert first.picture.tobytes() == again.picture.tobytes()
+    assert first.image.tobytes() == again.image.tobytes()
     assert first.centres == again.centres
-    assert first.picture.tobytes() != other.picture.tobytes()
-    assert draw(composition, 5, 96).picture.size == (96, 96)
+    assert first.image.tobytes() != other.image.tobytes()
+    assert draw(composition, 5, 96).image.size == (96, 96)
 
 
 @pytest.mark.parametrize("composition", SAMPLE[::4], ids=caption)
 def test_objects_have_the_colour_that_is_said(composition: Composition) -> None:
     drawing = draw(composition, 1, 128)
-    pixels = np.asarray(drawing.picture, dtype=np.float64)
+    pixels = np.asarray(drawing.image, dtype=np.float64)
     radius = {"small": 0.08, "large": 0.12}[composition.size]
     # A ring's centre is background; a point of its band is not.
     offset = 0.78 * radius if composition.shape == "ring" else 0.0
@@ -89,7 +89,7 @@ def test_split_is_an_eighth_and_training_knows_every_pair_of_values() -> None:
 
 
 def test_split_is_the_same_on_every_machine() -> None:
-    # Pinned: another split would make the committed checkpoint's held-out pictures trained ones.
+    # Pinned: another split would make the committed checkpoint's held-out images trained ones.
     assert len(HELD_OUT) == 215
     assert Composition("circle", "blue", "large", "bottom", "one").held_out
     assert not Composition("circle", "red", "small", "left", "one").held_out
@@ -151,7 +151,7 @@ def test_canonical_captions_read_as_expected() -> None:
     )
 
 
-def test_loss_leaves_out_sentences_that_are_true_of_another_picture() -> None:
+def test_loss_leaves_out_sentences_that_are_true_of_another_image() -> None:
     logits = torch.tensor([[9.0, 9.0, -9.0], [9.0, 9.0, -9.0], [-9.0, -9.0, 9.0]])
     twins = torch.tensor([[True, True, False], [True, True, False], [False, False, True]])
     assert contrastive_loss(logits, twins).item() < 1e-6
@@ -171,19 +171,19 @@ def test_patch_labels_mark_the_patch_of_each_centre() -> None:
 def test_metric_is_at_chance_for_blind_encoders() -> None:
     rng = np.random.default_rng(0)
     blind = evaluate(
-        lambda pictures: rng.normal(size=(len(pictures), 8)), lambda texts: rng.normal(size=(len(texts), 8)), 1
+        lambda images: rng.normal(size=(len(images), 8)), lambda texts: rng.normal(size=(len(texts), 8)), 1
     )
-    assert blind.pictures == len(HELD_OUT)
+    assert blind.images == len(HELD_OUT)
     assert blind.top1 < 0.02
     assert blind.by_attribute["colour"] < 0.3
 
 
 def test_metric_is_one_for_an_encoder_that_knows() -> None:
-    known = {drawing.picture.tobytes(): drawing.composition for drawing in held_out_drawings(1)}
+    known = {drawing.image.tobytes(): drawing.composition for drawing in held_out_drawings(1)}
     one_hot = np.eye(len(COMPOSITIONS))
     captions = {caption(composition): i for i, composition in enumerate(COMPOSITIONS)}
     all_seeing = evaluate(
-        lambda pictures: one_hot[[COMPOSITIONS.index(known[picture.tobytes()]) for picture in pictures]],
+        lambda images: one_hot[[COMPOSITIONS.index(known[image.tobytes()]) for image in images]],
         lambda texts: one_hot[[captions.get(text, 0) for text in texts]],
         1,
     )

@@ -1,4 +1,4 @@
-"""The committed nanoVLM demo: in the published form, right on held-out pictures, the same in both engines."""
+"""The committed nanoVLM demo: in the published form, right on held-out images, the same in both engines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import train_nanovlm_demo
-from demo.blip_accuracy import held_out_pictures
+from demo.blip_accuracy import held_out_images
 from demo.checkpoint import load_model
 from demo.files import sha256_of
 from demo.nanovlm_accuracy import answer_exactness, held_out_questions
@@ -40,7 +40,7 @@ PUBLISHED_FORM = ROOT / "tests" / "data" / "nanovlm" / "450m"
 
 @pytest.fixture(scope="module")
 def drawings() -> list[Drawing]:
-    """40 pictures that neither training nor the script's own measurement has seen."""
+    """40 images that neither training nor the script's own measurement has seen."""
     return [draw(HELD_OUT[(11 * i) % len(HELD_OUT)], (4111, i)) for i in range(40)]
 
 
@@ -74,8 +74,8 @@ def share(said: list[str], truths: list[str]) -> float:
 
 def test_answers_are_right_and_the_same_in_onnx(drawings: list[Drawing], in_torch: TorchChat, chat: Model) -> None:
     asked = held_out_questions(drawings)
-    pictures, questions = [drawing.picture for drawing, _ in asked], [question.text for _, question in asked]
-    said, truths = in_torch.answer(pictures, questions), [question.answer for _, question in asked]
+    images, questions = [drawing.image for drawing, _ in asked], [question.text for _, question in asked]
+    said, truths = in_torch.answer(images, questions), [question.answer for _, question in asked]
     assert share(said, truths) >= 0.9
     captions = [i for i, (_, question) in enumerate(asked) if question.kind == CAPTION]
     assert share([said[i] for i in captions], [truths[i] for i in captions]) >= 0.9
@@ -83,20 +83,20 @@ def test_answers_are_right_and_the_same_in_onnx(drawings: list[Drawing], in_torc
     assert {truths[i] for i in yes_or_no} == {"yes", "no"}
     assert share([said[i] for i in yes_or_no], [truths[i] for i in yes_or_no]) >= 0.85
     few = slice(0, 10 * (1 + len(KINDS)))
-    assert chat.answer(pictures[few], questions[few]) == said[few]
+    assert chat.answer(images[few], questions[few]) == said[few]
 
 
-def test_demo_pictures_get_their_captions(chat: Model) -> None:
-    pictures = sorted((FILES.folder / "demo" / "pictures").iterdir())
+def test_demo_images_get_their_captions(chat: Model) -> None:
+    images = sorted((FILES.folder / "demo" / "images").iterdir())
     truths = (FILES.folder / "demo" / "captions.txt").read_text(encoding="utf-8").splitlines()
-    said = [f"a picture of {text}" for text in chat.caption(pictures)]
+    said = [f"a picture of {text}" for text in chat.caption(images)]
     # Of the four small rings it counts three.
     assert share(said, truths) >= 0.9
-    assert len(set(said)) == len(pictures)
+    assert len(set(said)) == len(images)
 
 
-def test_a_picture_answers_for_itself_and_streams_the_same(chat: Model) -> None:
-    picture = FILES.folder / "demo" / "pictures" / "green-triangle-small-two-left.png"
+def test_an_image_answers_for_itself_and_streams_the_same(chat: Model) -> None:
+    image = FILES.folder / "demo" / "images" / "green-triangle-small-two-left.png"
     truths = {
         "What colour are the triangles?": "green",
         "what shape are they": "triangle",
@@ -106,13 +106,13 @@ def test_a_picture_answers_for_itself_and_streams_the_same(chat: Model) -> None:
         "Is there a red triangle?": "no",
         CAPTION_QUESTION: "two small green triangles on the left",
     }
-    assert chat.answer(picture, list(truths)) == list(truths.values())
-    pieces = [list(chat.stream(picture, question)) for question in truths]
+    assert chat.answer(image, list(truths)) == list(truths.values())
+    pieces = [list(chat.stream(image, question)) for question in truths]
     assert ["".join(own) for own in pieces] == list(truths.values())
     assert len(pieces[-1]) == 7
 
 
-def test_words_beyond_the_world_and_a_black_picture_are_no_error(chat: Model) -> None:
+def test_words_beyond_the_world_and_a_black_image_are_no_error(chat: Model) -> None:
     assert isinstance(chat.answer(Image.new("RGB", (30, 200)), "Is there a giraffe? 🦒")[0], str)
 
 
@@ -120,7 +120,7 @@ def test_one_zeroed_matrix_ruins_the_captions(drawings: list[Drawing]) -> None:
     broken = TorchChat(FILES.checkpoint)
     broken.module("vision_encoder").get_parameter("projection.weight").zero_()
     truths = [caption_question(drawing.composition).answer for drawing in drawings]
-    said = broken.answer([drawing.picture for drawing in drawings], [CAPTION_QUESTION] * len(drawings))
+    said = broken.answer([drawing.image for drawing in drawings], [CAPTION_QUESTION] * len(drawings))
     assert share(said, truths) < 0.2
 
 
@@ -131,8 +131,8 @@ def test_report_is_about_this_file(in_torch: TorchChat) -> None:
     greedy = written["exact_match"]["greedy"]
     assert min(greedy["exact"], greedy["by_kind"][CAPTION]) >= 0.9
     assert list(greedy["by_kind"]) == [CAPTION, *KINDS]
-    # The report was measured on more pictures.
-    assert answer_exactness(in_torch.answer, held_out_pictures(60)).exact == pytest.approx(greedy["exact"], abs=0.04)
+    # The report was measured on more images.
+    assert answer_exactness(in_torch.answer, held_out_images(60)).exact == pytest.approx(greedy["exact"], abs=0.04)
 
 
 def test_config_pins_this_file_and_its_architecture() -> None:

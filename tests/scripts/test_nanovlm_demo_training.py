@@ -86,7 +86,7 @@ def test_loss_is_of_answers_alone(chat: TorchChat) -> None:
     assert losses.answer.item() == pytest.approx(np.log(len(modules.decoder.embedding.weight)), abs=0.5)
 
 
-def test_trained_weights_have_little_loss_on_new_pictures(chat: TorchChat) -> None:
+def test_trained_weights_have_little_loss_on_new_images(chat: TorchChat) -> None:
     """What training computes is what the published weights were trained for: the table of keys leads back to it."""
     modules = built(chat)
     vision, decoder = chat.module("vision_encoder").state_dict(), chat.module("decoder").state_dict()
@@ -98,14 +98,14 @@ def test_trained_weights_have_little_loss_on_new_pictures(chat: TorchChat) -> No
 
 def test_vision_encoder_starts_from_the_clip_demo(chat: TorchChat) -> None:
     """Patches enter the blocks nearly as CLIP's do after its norm, from pixels that nothing normalises."""
-    pictures = [draw(composition, (8, i)).picture for i, composition in enumerate(TRAINED[::100])]
+    images = [draw(composition, (8, i)).image for i, composition in enumerate(TRAINED[::100])]
     modules, checkpoint = built(chat), DemoFiles(CONFIGS).checkpoint
-    warm_start(modules.vision, checkpoint, pictures)
+    warm_start(modules.vision, checkpoint, images)
     clip = clip_vision(checkpoint)
     assert modules.vision.patches.conv.bias is not None
     with torch.no_grad():
-        theirs = clip.norm_pre(clip.patches(pixel_values(pictures, IMAGE)) + clip.position_embedding[1:])
-        pixels = pixel_values(pictures, chat.texts.image)
+        theirs = clip.norm_pre(clip.patches(pixel_values(images, IMAGE)) + clip.position_embedding[1:])
+        pixels = pixel_values(images, chat.texts.image)
         ours = modules.vision.patches(pixels) + modules.vision.position_embedding
     bias = clip.norm_pre.bias
     assert torch.cosine_similarity(ours - bias, theirs - bias, dim=-1).min() > 0.999
@@ -127,7 +127,7 @@ def test_no_question_has_two_answers() -> None:
 
 
 def test_script_writes_a_checkpoint_that_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = ["--steps", "2", "--batch", "4", "--pictures", "3", "--threads", "1"]
+    settings = ["--steps", "2", "--batch", "4", "--images", "3", "--threads", "1"]
     # Two steps teach nothing, and the status says so.
     assert train_nanovlm_demo.main(["--output", str(tmp_path), *settings]) == 1
     files = NanoVlmDemoFiles(tmp_path)

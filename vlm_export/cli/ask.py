@@ -1,4 +1,4 @@
-"""`vlm-export ask`: an answer to a question about a picture, or about several."""
+"""`vlm-export ask`: an answer to a question about an image, or about several."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OF_CHAT = ("stream", "sample", *SAMPLING, "max_new_tokens")
 def add_parser(verbs: Any) -> None:
     parser: argparse.ArgumentParser = verbs.add_parser(
         "ask",
-        help="an answer to a question about pictures",
+        help="an answer to a question about images",
         description="Writes an answer, or ranks candidate answers. A bundle of the task answer writes the original's "
         "answer; one of the task chat the most probable words, or with --sample drawn ones.",
     )

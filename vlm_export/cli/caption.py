@@ -1,4 +1,4 @@
-"""`vlm-export caption`: a sentence about each picture."""
+"""`vlm-export caption`: a sentence about each image."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _OF_CHAT = ("temperature", "top_k", "max_new_tokens")
 def add_parser(verbs: Any) -> None:
     parser: argparse.ArgumentParser = verbs.add_parser(
         "caption",
-        help="a sentence about a picture",
+        help="a sentence about an image",
         description="Captions of images. Without options they are written as the original writes them; a bundle of the "
         "task chat answers --prompt, greedily unless --sample is given.",
     )
     parser.add_argument("bundle", metavar="DIR", help="directory of the bundle")
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="pictures")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="images")
     parser.add_argument(
         "--prompt",
         metavar="TEXT",

@@ -1,4 +1,4 @@
-"""`vlm-export classify`: zero-shot classification of a picture."""
+"""`vlm-export classify`: zero-shot classification of an image."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from vlm_export.cli.output import print_json, print_table
 def add_parser(verbs: Any) -> None:
     parser: argparse.ArgumentParser = verbs.add_parser(
         "classify",
-        help="which label fits a picture",
-        description="Zero-shot classification: the probability of each label for a picture.",
+        help="which label fits an image",
+        description="Zero-shot classification: the probability of each label for an image.",
     )
     parser.add_argument("bundle", metavar="DIR", help="directory of the bundle")
-    parser.add_argument("image", metavar="IMAGE", help="a picture")
+    parser.add_argument("image", metavar="IMAGE", help="an image")
     parser.add_argument("labels", metavar="LABEL", nargs="+", help="what it could show")
     parser.add_argument(
         "--template", default="a photo of a {}", metavar="TEXT", help="sentence around a label (default: '%(default)s')"

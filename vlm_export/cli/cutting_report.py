@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from vlm_export.runtime.model import Model
     from vlm_export.specs import SliceSpec, TileSpec
 
-PICTURE_SUFFIX = ".png"
+IMAGE_SUFFIX = ".png"
 
 
-def report_cutting(picture: str, bundle: str, output: str | None, *, overwrite: bool, as_json: bool) -> None:
+def report_cutting(image: str, bundle: str, output: str | None, *, overwrite: bool, as_json: bool) -> None:
     """Prints how a bundle cuts an image, and draws slices to `output`; no graph is run.
 
     Raises:
@@ -34,11 +34,11 @@ def report_cutting(picture: str, bundle: str, output: str | None, *, overwrite: 
     model = load(bundle)
     spec = model.manifest.image
     if isinstance(spec, SliceSpec):
-        _report_slices(picture, model.manifest.name, spec, output, overwrite=overwrite, as_json=as_json)
+        _report_slices(image, model.manifest.name, spec, output, overwrite=overwrite, as_json=as_json)
     elif isinstance(spec, TileSpec):
         if output is not None or overwrite:
             raise UsageError("tiles are not drawn", where=output or "", fix="leave out -o and --overwrite")
-        data = _tiles(picture, model, spec)
+        data = _tiles(image, model, spec)
         print_json(data) if as_json else _print_tiles(data)
     else:
         raise InputError(
@@ -50,36 +50,36 @@ def report_cutting(picture: str, bundle: str, output: str | None, *, overwrite: 
 
 
 def _report_slices(
-    picture: str, model: str, spec: SliceSpec, output: str | None, *, overwrite: bool, as_json: bool
+    source: str, model: str, spec: SliceSpec, output: str | None, *, overwrite: bool, as_json: bool
 ) -> None:
     from vlm_export.runtime.inputs.images import open_image
     from vlm_export.runtime.inputs.slice_plan import plan_slices
 
     if output is not None:
-        _check_drawing(Path(output), Path(picture))
+        _check_drawing(Path(output), Path(source))
         check_output(Path(output), overwrite=overwrite)
-    image = open_image(picture)
-    plan = plan_slices(image.size, spec, name=picture)
-    data = _data(picture, model, plan, spec)
+    image = open_image(source)
+    plan = plan_slices(image.size, spec, name=source)
+    data = _data(source, model, plan, spec)
     if output is not None:
         _draw(image, plan, Path(output), overwrite)
         data["output"] = output
     print_json(data) if as_json else _print(data)
 
 
-def _tiles(picture: str, model: Model, spec: TileSpec) -> dict[str, Any]:
+def _tiles(image: str, model: Model, spec: TileSpec) -> dict[str, Any]:
     from vlm_export.runtime.inputs.images import open_image
     from vlm_export.runtime.inputs.tiles import plan_tiles
 
     chat = model.chatting
-    plan = plan_tiles(open_image(picture).size, spec, name=picture)
+    plan = plan_tiles(open_image(image).size, spec, name=image)
     writer, asked = chat.rows.writer, chat.spec
     text, tiles = writer.text("", [plan.grid]), writer.tiles(plan.grid)
     placeholder = text.removeprefix(asked.prompt.before).removesuffix(asked.prompt.after)
     features = (asked.image_token or "") * asked.tokens_per_tile
     return {
         "what": "tiles",
-        "image": picture,
+        "image": image,
         "model": model.manifest.name,
         **plan.to_json(),
         "tile": spec.tile_size_pixels,
@@ -90,13 +90,13 @@ def _tiles(picture: str, model: Model, spec: TileSpec) -> dict[str, Any]:
     }
 
 
-def _data(picture: str, model: str, plan: SlicePlan, spec: SliceSpec) -> dict[str, Any]:
+def _data(image: str, model: str, plan: SlicePlan, spec: SliceSpec) -> dict[str, Any]:
     from vlm_export.runtime.inputs.slice_placeholder import placeholder_parts
 
     sizes, queries = plan.to_json(), spec.placeholder.queries
     return {
         "what": "slices",
-        "image": picture,
+        "image": image,
         "model": model,
         **sizes,
         "tokens_per_slice": queries,
@@ -107,7 +107,7 @@ def _data(picture: str, model: str, plan: SlicePlan, spec: SliceSpec) -> dict[st
 
 
 def _print(data: Mapping[str, Any]) -> None:
-    width, height = data["picture"]
+    width, height = data["size"]
     grid, slices = data["grid"], data["slices"]
     cut = "not cut" if grid is None else f"and {grid['columns']} x {grid['rows']} slices of it"
     print_line(f"{data['image']}: {width} x {height} pixels, seen whole, {cut}")
@@ -130,11 +130,11 @@ def _place(index: int, columns: int) -> str:
     return f"row {index // columns + 1}, column {index % columns + 1}"
 
 
-def _check_drawing(output: Path, picture: Path) -> None:
-    if output.suffix.lower() != PICTURE_SUFFIX:
+def _check_drawing(output: Path, image: Path) -> None:
+    if output.suffix.lower() != IMAGE_SUFFIX:
         raise UsageError("the drawing is a .png", where=str(output), got=output.suffix or "no suffix")
-    if output.exists() and picture.exists() and output.samefile(picture):
-        raise UsageError("the drawing would replace the picture", where=str(output), fix="choose another name")
+    if output.exists() and image.exists() and output.samefile(image):
+        raise UsageError("the drawing would replace the image", where=str(output), fix="choose another name")
 
 
 def _draw(image: Image.Image, plan: SlicePlan, output: Path, overwrite: bool) -> None:
@@ -147,10 +147,10 @@ def _draw(image: Image.Image, plan: SlicePlan, output: Path, overwrite: bool) ->
 
 
 def _print_tiles(data: Mapping[str, Any]) -> None:
-    (width, height), (wide, high), grid = data["picture"], data["resized"], data["grid"]
+    (width, height), (wide, high), grid = data["size"], data["resized"], data["grid"]
     print_line(f"{data['image']}: {width} x {height} pixels, resized to {wide} x {high}")
     whole = data["tiles"] - grid["rows"] * grid["columns"]
-    seen = "and the whole picture as one more" if whole else "no other"
+    seen = "and the whole image as one more" if whole else "no other"
     print_line(f"tiles of {data['tile']} pixels: {grid['columns']} x {grid['rows']}, {seen}")
     print_line(f"tokens for the language model: {data['tokens']}, {data['tokens_per_tile']} features for each tile")
     print_line(f"in the prompt, [N] for N features: {data['placeholder']}")

@@ -1,4 +1,4 @@
-"""`vlm-export embed`: pictures of a folder, or lines of a text file, to a file of embeddings or of slices' features."""
+"""`vlm-export embed`: images of a folder, or lines of a text file, to a file of embeddings or of slices' features."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ _SKIPPED_SHOWN = 5
 def add_parser(verbs: Any) -> None:
     parser: argparse.ArgumentParser = verbs.add_parser(
         "embed",
-        help="embeddings of pictures or texts",
-        description="Unit-length embeddings of pictures (also of all in a folder), or of the lines of text files. "
+        help="embeddings of images or texts",
+        description="Unit-length embeddings of images (also of all in a folder), or of the lines of text files. "
         "An image of a folder that cannot be read is skipped, counted and named; an image named itself is an error. "
         "Of a bundle that cuts images into slices: the features of each slice, for a language "
-        "model: .npy float32 (slices, features, width), then as a second array the JSON that names picture, slice, "
+        "model: .npy float32 (slices, features, width), then as a second array the JSON that names image, slice, "
         "rows and columns of patches of each row; .parquet with these as columns.",
     )
     parser.add_argument("bundle", metavar="DIR", help="directory of the bundle")
-    parser.add_argument("paths", metavar="PATH", nargs="+", help="pictures, folders of pictures, or .txt files")
+    parser.add_argument("paths", metavar="PATH", nargs="+", help="images, folders of images, or .txt files")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help=".npy or .parquet")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE")
-    parser.add_argument("--strict", action="store_true", help="skip no picture of a folder: one is an error too")
+    parser.add_argument("--strict", action="store_true", help="skip no image of a folder: one is an error too")
     parser.add_argument("--batch-size", type=positive_integer, metavar="N", help="default: 32; of slices: 4")
     parser.add_argument("--truncate", action="store_true", help="cut texts that are too long instead of refusing them")
     add_engine_options(parser)
@@ -59,39 +59,39 @@ class Inputs:
     """What the paths name.
 
     Attributes:
-        pictures, texts: one of them is empty.
-        in_folders: numbers of the pictures that a folder holds, which are skipped where they cannot be read.
+        images, texts: one of them is empty.
+        in_folders: numbers of the images that a folder holds, which are skipped where they cannot be read.
         other_files: files of folders that are not named as images.
-        unreadable: number of a picture that was skipped → why; filled while pictures are read.
+        unreadable: number of an image that was skipped → why; filled while images are read.
     """
 
-    pictures: list[Path]
+    images: list[Path]
     texts: list[str]
     in_folders: frozenset[int]
     other_files: list[Path]
     unreadable: dict[int, InputError] = field(default_factory=dict)
 
     def skip(self, number: int, error: InputError) -> None:
-        """Takes note of a picture that cannot be read.
+        """Takes note of an image that cannot be read.
 
         Raises:
             InputError: it is named itself, or none can be read.
         """
-        count = len(self.pictures)
+        count = len(self.images)
         if number not in self.in_folders or count == 1:
             raise error
         self.unreadable[number] = error
         if len(self.unreadable) == count:
             got = f"of the last one: {_reason(error)}"
-            raise InputError(f"none of the {count} pictures can be read", where=error.where, got=got, fix=error.fix)
+            raise InputError(f"none of the {count} images can be read", where=error.where, got=got, fix=error.fix)
 
     def read(self) -> list[str]:
-        """The pictures without those that were skipped."""
-        return [str(path) for number, path in enumerate(self.pictures) if number not in self.unreadable]
+        """The images without those that were skipped."""
+        return [str(path) for number, path in enumerate(self.images) if number not in self.unreadable]
 
     def skipped_data(self) -> dict[str, Any]:
         """For --json: every file of a folder that has no embedding, and of those that cannot be read why."""
-        reasons = {str(self.pictures[number]): error.to_json() for number, error in self.unreadable.items()}
+        reasons = {str(self.images[number]): error.to_json() for number, error in self.unreadable.items()}
         return {"skipped": [*map(str, self.other_files), *reasons], "unreadable": reasons}
 
     def print_skipped(self) -> None:
@@ -100,8 +100,8 @@ class Inputs:
             return
         count, named = len(self.unreadable), list(self.unreadable.items())[:_SKIPPED_SHOWN]
         more = f"; and {count - len(named)} more (--json names all)" if count > len(named) else ""
-        reasons = "; ".join(f"{self.pictures[number]}: {_reason(error)}" for number, error in named)
-        files = "1 picture of a folder" if count == 1 else f"{count} pictures of folders"
+        reasons = "; ".join(f"{self.images[number]}: {_reason(error)}" for number, error in named)
+        files = "1 image of a folder" if count == 1 else f"{count} images of folders"
         print_warnings([f"{files} skipped, which cannot be read: {reasons}{more}"])
 
 
@@ -131,15 +131,15 @@ def _write_embeddings(model: Model, args: argparse.Namespace, inputs: Inputs) ->
 
     start = time.perf_counter()
     batch_size, progress = args.batch_size or _BATCH_SIZE, not args.quiet
-    if inputs.pictures:
-        pictures = list(inputs.pictures)
-        vectors = model.encode_image(pictures, batch_size=batch_size, progress=progress, unreadable=inputs.skip)
+    if inputs.images:
+        images = list(inputs.images)
+        vectors = model.encode_image(images, batch_size=batch_size, progress=progress, unreadable=inputs.skip)
         items = inputs.read()
     else:
         items = inputs.texts
         vectors = model.encode_text(items, truncate=args.truncate, batch_size=batch_size, progress=progress)
     seconds = time.perf_counter() - start
-    kind: Literal["image", "text"] = "image" if inputs.pictures else "text"
+    kind: Literal["image", "text"] = "image" if inputs.images else "text"
     meta = EmbeddingsMeta(kind, model.manifest.name, model.identity, model.precision)
     write_embeddings(args.output, items, vectors, meta, overwrite=args.overwrite)
     result = {"output": args.output, "kind": kind, "count": len(items), "dimension": vectors.shape[1]}
@@ -154,13 +154,13 @@ def _write_features(model: Model, args: argparse.Namespace, inputs: Inputs) -> t
     from vlm_export.runtime.tasks.features import SLICE_BATCH_SIZE
 
     task = model.slices
-    if not inputs.pictures:
+    if not inputs.images:
         raise InputError("this bundle takes no texts", where=model.manifest.name, fix="name images or folders")
     start = time.perf_counter()
     meta = SliceFileMeta(model.manifest.name, model.identity, task.feature_shape, model.precision)
     batch_size = args.batch_size or SLICE_BATCH_SIZE
     features = task.stream_slices(
-        list(inputs.pictures), batch_size=batch_size, progress=not args.quiet, unreadable=inputs.skip
+        list(inputs.images), batch_size=batch_size, progress=not args.quiet, unreadable=inputs.skip
     )
     count, slices = write_slice_features(args.output, _named(inputs, features), meta, overwrite=args.overwrite)
     seconds = time.perf_counter() - start
@@ -168,16 +168,16 @@ def _write_features(model: Model, args: argparse.Namespace, inputs: Inputs) -> t
     queries, width = meta.feature_shape
     rate = slices / seconds if seconds else float("inf")
     features_text = f"{slices} slices of {queries} x {width} numbers"
-    sentence = f"{count} pictures, {features_text} in {args.output} ({rate:.1f} slices/s)"
+    sentence = f"{count} images, {features_text} in {args.output} ({rate:.1f} slices/s)"
     return {**result, "shape": list(meta.feature_shape), "seconds": round(seconds, 4)}, sentence
 
 
 def _named(inputs: Inputs, features: Iterable[SliceFeatures]) -> Iterator[tuple[str, SliceFeatures]]:
-    """Each picture's name with its features, which come for those alone that can be read."""
-    numbers = iter(range(len(inputs.pictures)))
+    """Each image's name with its features, which come for those alone that can be read."""
+    numbers = iter(range(len(inputs.images)))
     for found in features:
         number = next(number for number in numbers if number not in inputs.unreadable)
-        yield str(inputs.pictures[number]), found
+        yield str(inputs.images[number]), found
 
 
 def _reason(error: InputError) -> str:
@@ -192,10 +192,10 @@ def _skipped_text(skipped: list[Path]) -> str:
 
 
 def _collect(paths: list[Path], *, strict: bool) -> Inputs:
-    """Images, or lines of text, never both; with `strict` no picture may be skipped."""
+    """Images, or lines of text, never both; with `strict` no image may be skipped."""
     skipped: list[Path] = []
     in_folders: set[int] = set()
-    pictures: list[Path] = []
+    images: list[Path] = []
     texts: list[str] = []
     for path in paths:
         if path.is_dir():
@@ -203,17 +203,17 @@ def _collect(paths: list[Path], *, strict: bool) -> Inputs:
             skipped += others
             if not found:
                 raise InputError(
-                    "the folder holds no pictures", where=str(path), expected=", ".join(sorted(IMAGE_SUFFIXES))
+                    "the folder holds no images", where=str(path), expected=", ".join(sorted(IMAGE_SUFFIXES))
                 )
-            in_folders |= set(range(len(pictures), len(pictures) + len(found)))
-            pictures += found
+            in_folders |= set(range(len(images), len(images) + len(found)))
+            images += found
         elif path.suffix.lower() == TEXT_SUFFIX:
             texts += _lines(path)
         else:
-            pictures.append(path)
-    if pictures and texts:
-        raise UsageError("pictures and texts go to files of their own", fix="run embed twice")
-    return Inputs(pictures, texts, frozenset() if strict else frozenset(in_folders), skipped)
+            images.append(path)
+    if images and texts:
+        raise UsageError("images and texts go to files of their own", fix="run embed twice")
+    return Inputs(images, texts, frozenset() if strict else frozenset(in_folders), skipped)
 
 
 def _files_below(folder: Path) -> tuple[list[Path], list[Path]]:

@@ -25,10 +25,10 @@ def add_parser(verbs: Any) -> None:
     graph = parser.add_argument_group("graphs")
     graph.add_argument("--opset", type=positive_integer, default=18, metavar="N", help="11 to 23 (default: 18)")
     graph.add_argument("--exporter", choices=("dynamo", "torchscript"), help="back end (default: what the opset needs)")
-    graph.add_argument("--image-size", type=positive_integer, metavar="PIXELS", help="another picture size (ViT)")
+    graph.add_argument("--image-size", type=positive_integer, metavar="PIXELS", help="another image size (ViT)")
     graph.add_argument("--dynamic-image-size", action="store_true", help="height and width become axes (ViT)")
     graph.add_argument(
-        "--with-preprocessing", action="store_true", help="add a graph that takes uint8 pictures of any size"
+        "--with-preprocessing", action="store_true", help="add a graph that takes uint8 images of any size"
     )
     graph.add_argument(
         "--part", action="append", default=[], metavar="NAME", help="export only this part, repeatable (default: all)"
@@ -52,7 +52,7 @@ def add_parser(verbs: Any) -> None:
     _add_source_options(parser)
     checks = parser.add_argument_group("verification")
     checks.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="also verify with this picture, repeatable"
+        "--image", action="append", default=[], metavar="FILE", help="also verify with this image, repeatable"
     )
     checks.add_argument("--threads", type=positive_integer, metavar="N", help="threads of one operator")
     add_common_options(parser)

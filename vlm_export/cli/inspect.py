@@ -1,4 +1,4 @@
-"""`vlm-export inspect`: what a checkpoint or a bundle is, and how a bundle cuts a picture."""
+"""`vlm-export inspect`: what a checkpoint or a bundle is, and how a bundle cuts an image."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ _LAYER_NUMBER = re.compile(r"\.\d+\.")
 def add_parser(verbs: Any) -> None:
     parser: argparse.ArgumentParser = verbs.add_parser(
         "inspect",
-        help="what a checkpoint or a bundle is, or how a bundle cuts a picture; the known names",
+        help="what a checkpoint or a bundle is, or how a bundle cuts an image; the known names",
         description="What SOURCE is, how it would be split, and what is hard about it. Reads no weights, and of a "
-        "known name downloads none. Without SOURCE: the known names. With --bundle, SOURCE is a picture: how it is cut "
+        "known name downloads none. Without SOURCE: the known names. With --bundle, SOURCE is an image: how it is cut "
         "into slices or tiles.",
     )
     parser.add_argument(
         "source",
         nargs="?",
         metavar="SOURCE",
-        help="a checkpoint (as for export), a bundle's directory, or a picture; none: list the known names",
+        help="a checkpoint (as for export), a bundle's directory, or an image; none: list the known names",
     )
     parser.add_argument("--base", metavar="SOURCE", help="the model that a LoRA adapter was trained on")
     parser.add_argument("--revision", metavar="REV", help="commit, branch or tag of a Hub id")
-    parser.add_argument("--bundle", metavar="DIR", help="the bundle that would cut the picture")
+    parser.add_argument("--bundle", metavar="DIR", help="the bundle that would cut the image")
     parser.add_argument("-o", "--output", metavar="FILE", help="of --bundle: draw the slices to this .png")
     parser.add_argument("--overwrite", action="store_true", help="of -o: replace FILE")
     add_common_options(parser)
@@ -52,13 +52,13 @@ def add_parser(verbs: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.bundle is not None:
         if args.source is None:
-            raise UsageError("--bundle cuts a picture, and none is named", fix="name a picture, or leave --bundle out")
+            raise UsageError("--bundle cuts an image, and none is named", fix="name an image, or leave --bundle out")
         if args.revision is not None:
             raise UsageError("--revision is for checkpoints", fix="leave it out, or --bundle")
         report_cutting(args.source, args.bundle, args.output, overwrite=args.overwrite, as_json=args.json)
         return 0
     if args.output is not None or args.overwrite:
-        raise UsageError("-o and --overwrite are for the slices of a picture", fix="add --bundle DIR")
+        raise UsageError("-o and --overwrite are for the slices of an image", fix="add --bundle DIR")
     if args.source is None:
         if args.revision is not None:
             raise UsageError("--revision is for checkpoints, and none is named", fix="name a Hub id, or leave it out")

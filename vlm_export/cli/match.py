@@ -1,4 +1,4 @@
-"""`vlm-export match`: whether texts fit a picture."""
+"""`vlm-export match`: whether texts fit an image."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 def add_parser(verbs: Any) -> None:
     parser: argparse.ArgumentParser = verbs.add_parser(
         "match",
-        help="whether texts fit a picture",
+        help="whether texts fit an image",
         description="For each text the cosine of its embedding and the image's, and, where the bundle has the task "
         "match, the probability that it describes the image. A bundle of the task chat has untrained cosines, of the "
         "means of what its decoder reads.",
     )
     parser.add_argument("bundle", metavar="DIR", help="directory of the bundle")
-    parser.add_argument("image", metavar="IMAGE", help="a picture")
+    parser.add_argument("image", metavar="IMAGE", help="an image")
     parser.add_argument("texts", metavar="TEXT", nargs="+", help="what it may show")
     parser.add_argument(
         "--first-token",

@@ -1,4 +1,4 @@
-"""`vlm-export search`: the nearest embeddings to a text or a picture."""
+"""`vlm-export search`: the nearest embeddings to a text or an image."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _PATH_BEGINNINGS = ("/", "./", "../", "~/")
 def add_parser(verbs: Any) -> None:
     parser: argparse.ArgumentParser = verbs.add_parser(
         "search",
-        help="find the nearest pictures or texts",
-        description="The k nearest of a file of embeddings, to a text or to a picture.",
+        help="find the nearest images or texts",
+        description="The k nearest of a file of embeddings, to a text or to an image.",
     )
     parser.add_argument("bundle", metavar="DIR", help="the bundle that made the embeddings")
     parser.add_argument("embeddings", metavar="EMBEDDINGS", help="a file that embed wrote")
-    parser.add_argument("query", metavar="QUERY", help="what to look for: a text, or the path of a picture")
+    parser.add_argument("query", metavar="QUERY", help="what to look for: a text, or the path of an image")
     parser.add_argument("--text", action="store_true", help="QUERY is a text, also where it looks like a path")
     parser.add_argument("--truncate", action="store_true", help="cut texts that are too long instead of refusing them")
     parser.add_argument("-k", type=positive_integer, default=5, metavar="N", help="how many (default: 5)")
@@ -46,16 +46,16 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--candidates is for a second stage", fix="add --rerank")
     from vlm_export.runtime.search.store import read_embeddings, search_embeddings
 
-    is_picture = _is_picture(args)
+    is_image = _is_image(args)
     embeddings = read_embeddings(args.embeddings)
     model = opened_model(args)
     task = model.embedding
     embeddings.require_model(model.identity, model.manifest.name)
-    vectors = task.encode_image(args.query) if is_picture else task.encode_text(args.query, truncate=args.truncate)
+    vectors = task.encode_image(args.query) if is_image else task.encode_text(args.query, truncate=args.truncate)
     matches = search_embeddings(embeddings, vectors[0], args.k)
     if args.json:
         found = [{"item": match.item, "cosine": match.score} for match in matches]
-        print_json({"query": args.query, "query_kind": _kind(is_picture), "matches": found})
+        print_json({"query": args.query, "query_kind": _kind(is_image), "matches": found})
     else:
         print_table(("cosine", embeddings.meta.kind), [(f"{match.score:.4f}", match.item) for match in matches])
     return 0
@@ -65,7 +65,7 @@ def _run_reranked(args: argparse.Namespace) -> int:
     from vlm_export.runtime.search.rerank import CANDIDATES, search_reranked
     from vlm_export.runtime.search.store import read_embeddings
 
-    is_picture = _is_picture(args)
+    is_image = _is_image(args)
     embeddings = read_embeddings(args.embeddings)
     model = opened_model(args)
     _ = model.matching  # Which says what the bundle can do instead.
@@ -76,7 +76,7 @@ def _run_reranked(args: argparse.Namespace) -> int:
         embeddings,
         args.query,
         args.k,
-        is_picture=is_picture,
+        is_image=is_image,
         candidates=candidates,
         truncate=args.truncate,
     )
@@ -90,7 +90,7 @@ def _run_reranked(args: argparse.Namespace) -> int:
             }
             for result in results
         ]
-        print_json({"query": args.query, "query_kind": _kind(is_picture), "matches": found})
+        print_json({"query": args.query, "query_kind": _kind(is_image), "matches": found})
     else:
         rows = [
             (f"{100 * result.match.probability:6.2f} %", f"{result.match.cosine:.4f}", result.item)
@@ -100,28 +100,28 @@ def _run_reranked(args: argparse.Namespace) -> int:
     return 0
 
 
-def _kind(is_picture: bool) -> str:
-    return "image" if is_picture else "text"
+def _kind(is_image: bool) -> str:
+    return "image" if is_image else "text"
 
 
-def _is_picture(args: argparse.Namespace) -> bool:
-    """Whether the query is a picture's path; InputError when it looks like one and there is no such file."""
+def _is_image(args: argparse.Namespace) -> bool:
+    """Whether the query is an image's path; InputError when it looks like one and there is no such file."""
     query = args.query
     if args.text:
         return False
     try:
-        named_as_picture, exists = Path(query).suffix.lower() in IMAGE_SUFFIXES, Path(query).is_file()
+        named_as_image, exists = Path(query).suffix.lower() in IMAGE_SUFFIXES, Path(query).is_file()
     except (OSError, ValueError):
         # A long text is no file name.
         return False
     if exists:
-        return named_as_picture
+        return named_as_image
     one_word = len(query.split()) == 1
-    if (named_as_picture and (one_word or "/" in query)) or (one_word and query.startswith(_PATH_BEGINNINGS)):
+    if (named_as_image and (one_word or "/" in query)) or (one_word and query.startswith(_PATH_BEGINNINGS)):
         raise InputError(
-            "the query looks like the path of a picture, and there is no such file",
+            "the query looks like the path of an image, and there is no such file",
             where=query,
-            expected="a picture's path, or a text",
+            expected="an image's path, or a text",
             fix="check the path; to search for these words themselves, add --text",
         )
     return False

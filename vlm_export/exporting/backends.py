@@ -103,7 +103,7 @@ def export_part(part: Part, opset: int, exporter: Exporter, lowerings: Lowerings
 
 def _interpolation(part: Part, opset: int, lowerings: Lowerings) -> InterpolationLowering:
     form = lowerings.interpolation if opset >= RESIZE_OPSET else "matmul"
-    # The first axis is the batch, which is no size of a picture.
+    # The first axis is the batch, which is no size of an image.
     static_sizes = not any(isinstance(axis, str) for entry in part.signature.inputs for axis in entry.shape[1:])
     return InterpolationLowering(form, static_sizes)
 

@@ -37,10 +37,10 @@ class ExportOptions:
         random_weights_seed: build the named architecture with seeded random weights instead of reading a checkpoint;
             0 to 2**63 - 1.
         build: choices about the modules: image size (at most 8192), dynamic or not.
-        with_preprocessing: add a part that takes uint8 pictures of any size.
+        with_preprocessing: add a part that takes uint8 images of any size.
         parts: names of the parts to export, none for all.
         precisions: the variants of each part, each written and verified.
-        images: pictures for the verification in addition to the synthetic ones.
+        images: images for the verification in addition to the synthetic ones.
         threads: of the engine while verifying, None: its default.
     """
 

@@ -12,7 +12,7 @@ from vlm_export.exporting.options import FP16
 from vlm_export.exporting.preprocessing_part import PART_NAME, find_vision
 from vlm_export.exporting.verification import HUGE_PART_BYTES
 from vlm_export.family import Checkpoint, Family, Model, PartOutline
-from vlm_export.proof.picture_samples import takes_pictures
+from vlm_export.proof.image_samples import takes_images
 from vlm_export.specs.tasks import limited_tasks
 
 _FLOAT32_BYTES = 4
@@ -50,7 +50,7 @@ def planned_parts(
     """
     parts = family.describe(checkpoint).parts
     if with_preprocessing:
-        # The part with preprocessing holds the picture encoder once more.
+        # The part with preprocessing holds the image encoder once more.
         parts = (*parts, replace(find_vision(parts), name=PART_NAME))
         if names and PART_NAME not in names:
             raise UsageError(
@@ -62,13 +62,13 @@ def planned_parts(
     return tuple(part for part in parts if not names or part.name in names)
 
 
-def check_pictures(parts: Sequence[PartOutline], pictures: Sequence[Path]) -> None:
-    """UsageError where pictures are named and none of the parts starts from one."""
-    if pictures and not any(takes_pictures(part.signature) for part in parts):
+def check_images(parts: Sequence[PartOutline], images: Sequence[Path]) -> None:
+    """UsageError where images are named and none of the parts starts from one."""
+    if images and not any(takes_images(part.signature) for part in parts):
         raise UsageError(
-            "no part of this export takes a picture to verify with",
+            "no part of this export takes an image to verify with",
             got=", ".join(part.name for part in parts),
-            fix="leave --image out, or export a part that takes pictures (--part)",
+            fix="leave --image out, or export a part that takes images (--part)",
         )
 
 

@@ -26,7 +26,7 @@ from vlm_export.exporting.contract import prove_contract, sides_of
 from vlm_export.exporting.fp16_proof import rounded_points, unrounded_report
 from vlm_export.exporting.ledger import account_for, folded_sources
 from vlm_export.exporting.options import FP32, ExportOptions, Precision
-from vlm_export.exporting.parts import check_pictures, needed_bytes, planned_parts, select_parts
+from vlm_export.exporting.parts import check_images, needed_bytes, planned_parts, select_parts
 from vlm_export.exporting.preprocessing_part import add_preprocessing
 from vlm_export.exporting.published_files import json_bytes
 from vlm_export.exporting.simplify import finish_graph, simplify_graph
@@ -47,7 +47,7 @@ from vlm_export.models.registry import identify
 from vlm_export.precision.fp16 import convert_to_fp16, rounded_from
 from vlm_export.proof.contract import ContractReport
 from vlm_export.proof.golden import golden_from_reference, write_golden
-from vlm_export.proof.picture_samples import takes_pictures
+from vlm_export.proof.image_samples import takes_images
 from vlm_export.proof.points import EngineRun
 from vlm_export.proof.report import PartReport
 from vlm_export.runtime.engines.onnxruntime import CPU, OrtEngine
@@ -145,7 +145,7 @@ class _Job:
             checkpoint = open_source(self.source, self.options, scratch, progress)
             family, checkpoint = identify(checkpoint)
             parts = planned_parts(family, checkpoint, self.options.parts, self.options.with_preprocessing)
-            check_pictures(parts, self.options.images)
+            check_images(parts, self.options.images)
             check_free_space(staging.path, needed_bytes(family, checkpoint, parts, self.options.precisions))
         with ScratchStore(scratch / "weights.bin") as store:
             with self.stages.stage("load weights"):
@@ -155,7 +155,7 @@ class _Job:
                 model = select_parts(model, self.options.parts)
                 check_publishable(name, checkpoint, model, known, self.options)
                 model, tokenizer = self._write_tokenizer(checkpoint, model, staging)
-                self._check_pictures(model)
+                self._check_images(model)
             # All graphs before any verification: a back end's failure shows early, and engines leave memory behind.
             exported = [self._export(part, staging) for part in model.parts]
             results = [self._verify(graph, model, known, staging, tokenizer) for graph in exported]
@@ -292,15 +292,15 @@ class _Job:
             verification=report.to_json(),
         )
 
-    def _check_pictures(self, model: Model) -> None:
-        """InputError where the model's preparation refuses one of the user's pictures, before minutes are spent."""
+    def _check_images(self, model: Model) -> None:
+        """InputError where the model's preparation refuses one of the user's images, before minutes are spent."""
         if self.options.images:
-            part = next(part for part in model.parts if takes_pictures(part.signature))
+            part = next(part for part in model.parts if takes_images(part.signature))
             part_samples(part, model, None, self.options.images)
 
     def _write_tokenizer(self, checkpoint: Checkpoint, model: Model, staging: Staging) -> tuple[Model, Path | None]:
         """The model with what its tokenizer says, and the bundle's tokenizer.json, where there is one."""
-        only_images = all(takes_pictures(part.signature) for part in model.parts) and self.options.tokenizer is None
+        only_images = all(takes_images(part.signature) for part in model.parts) and self.options.tokenizer is None
         if model.text is None or not self.options.with_tokenizer or only_images:
             return model, None
         found = resolve_tokenizer(checkpoint, self.options.tokenizer, model.text, reserved_rows=model.reserved_rows)

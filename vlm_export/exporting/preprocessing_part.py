@@ -25,13 +25,13 @@ def add_preprocessing(model: Model) -> Model:
     """The model with the extra Part; its Reference is the original host pipeline and the vision part's Reference.
 
     Raises:
-        UsageError: the model has no vision part that takes pictures alone, pictures are cut before it, or the graph
+        UsageError: the model has no vision part that takes images alone, images are cut before it, or the graph
             lacks a step of their preparation.
     """
     vision = find_vision(model.parts)
     if not isinstance(model.image, ImageSpec):
         raise UsageError(
-            "this model's pictures are cut into slices or tiles, which no graph does",
+            "this model's images are cut into slices or tiles, which no graph does",
             got=f"family {model.family}",
             fix="leave --with-preprocessing out",
         )
@@ -48,11 +48,11 @@ def add_preprocessing(model: Model) -> Model:
 
 
 def find_vision(parts: Sequence[AnyPart]) -> AnyPart:
-    """The part that preprocessing can stand before; UsageError when none takes pictures alone."""
+    """The part that preprocessing can stand before; UsageError when none takes images alone."""
     vision = next((part for part in parts if part.signature.input_names == ("pixel_values",)), None)
     if vision is None:
         raise UsageError(
-            "this model has no vision part that takes pictures alone",
+            "this model has no vision part that takes images alone",
             got=", ".join(f"{part.name} ({', '.join(part.signature.input_names)})" for part in parts),
             fix="leave --with-preprocessing out",
         )
@@ -78,8 +78,8 @@ def _reference_loader(load_vision: Callable[[], Reference], spec: ImageSpec) -> 
         encode = load_vision()
 
         def run(inputs: Arrays) -> dict[str, Array]:
-            pictures = [Image.fromarray(picture) for picture in inputs[INPUT_NAME]]
-            return encode({"pixel_values": np.stack([original_pixel_values(picture, spec) for picture in pictures])})
+            images = [Image.fromarray(image) for image in inputs[INPUT_NAME]]
+            return encode({"pixel_values": np.stack([original_pixel_values(image, spec) for image in images])})
 
         return run
 

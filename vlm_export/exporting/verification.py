@@ -27,7 +27,7 @@ from vlm_export.proof.grid import (
     left_out,
     runtime_points,
 )
-from vlm_export.proof.picture_samples import takes_pictures
+from vlm_export.proof.image_samples import takes_images
 from vlm_export.proof.points import EngineRun
 from vlm_export.proof.remembered import RememberedReference
 from vlm_export.proof.report import PartReport
@@ -126,7 +126,7 @@ class PartVerification:
             least_grid(signature)[:1] if self.is_huge else floor_points(signature, self.weights_bytes, self._attention)
         )
         inputs = [self.part.examples(point.sizes, point.seed) for point in points]
-        # A trained model's noise on pictures and sentences is not that on random numbers.
+        # A trained model's noise on images and sentences is not that on random numbers.
         samples = [sample.inputs for sample in self.samples if sample.same_for_both]
         return measure_floor(reference, precision, [*inputs, *samples[: len(inputs)]])
 
@@ -164,7 +164,7 @@ class PartVerification:
         """The batches, and the longest text that is drawn."""
         if self._is_small:
             return RUNTIME_BATCHES, LONGEST_DRAWN
-        images = takes_pictures(self.part.signature)
+        images = takes_images(self.part.signature)
         if self.weights_bytes <= _LARGE_PART_BYTES:
             return (_IMAGE_BATCHES if images else _TEXT_BATCHES), LONGEST_DRAWN
         return (_LARGE_IMAGE_BATCHES if images else _LARGE_TEXT_BATCHES), _LARGE_PART_LENGTH
@@ -174,7 +174,7 @@ class PartVerification:
         return self.weights_bytes <= _SMALL_PART_BYTES
 
     def _left_out(self, grid: Sequence[GridPoint], more: Sequence[GridPoint]) -> Iterator[str]:
-        if self.is_huge and takes_pictures(self.part.signature):
+        if self.is_huge and takes_images(self.part.signature):
             yield "synthetic photographs but for the first: every run takes minutes"
         room = f"a point's inputs and outputs at most {_MAX_POINT_BYTES >> 20} MiB"
         scores = f"the scores of its attention at most {self._attention.budget_bytes >> 20} MiB"
@@ -204,19 +204,19 @@ class PartVerification:
         return replace(GATES[name], max_abs_relative=stated.max_abs, cosine=stated.cosine)
 
 
-def part_samples(part: Part, model: Model, tokenizer: Path | None, pictures: Sequence[Path] = ()) -> list[Sample]:
-    """Pictures or sentences for a part: the project's own, of a huge part one picture, and those that the user names.
+def part_samples(part: Part, model: Model, tokenizer: Path | None, images: Sequence[Path] = ()) -> list[Sample]:
+    """Images or sentences for a part: the project's own, of a huge part one image, and those that the user names.
 
     Args:
         tokenizer: the bundle's `tokenizer.json`, None for no sentences.
 
     Raises:
-        InputError: a picture cannot be read, or the model's preparation refuses it; the message names it.
+        InputError: an image cannot be read, or the model's preparation refuses it; the message names it.
     """
-    spec, starts_with_pixels = model.image, takes_pictures(part.signature)
+    spec, starts_with_pixels = model.image, takes_images(part.signature)
     own = synthetic_photographs()[:1] if starts_with_pixels and _is_huge(part) else None
     samples = sample_inputs(part.signature, spec, model.text, tokenizer, images=own)
-    for path in pictures if starts_with_pixels else ():
+    for path in images if starts_with_pixels else ():
         try:
             samples += sample_inputs(part.signature, spec, None, None, images=[open_image(path)])
         except InputError as error:

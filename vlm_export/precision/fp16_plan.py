@@ -28,7 +28,7 @@ class Origin(Enum):
     Attributes:
         WEIGHT: an initializer, or one that was only moved: rows of a table.
         COUNT: integers, shapes and weights: positions, masks, matrices that resample a position table.
-        ACTIVATION: pictures, states, and what is computed from weights alone.
+        ACTIVATION: images, states, and what is computed from weights alone.
     """
 
     WEIGHT = "weight"

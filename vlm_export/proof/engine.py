@@ -16,7 +16,7 @@ from vlm_export.runtime.engines.onnxruntime import CPU, OrtEngine
 MAPPED_NOTE = "the engine's own graph optimisations: off, so that the weights stay in their file"
 _GIB = 1 << 30
 # With mapped weights the process took 2.8 GiB more than before to verify EVA-02 enormous in float16, its Reference
-# included, at its largest pictures (docs/benchmarks/export-omnilmm).
+# included, at its largest images (docs/benchmarks/export-omnilmm).
 _ROOM_BYTES = 3 * _GIB
 # What smaller graphs compute with fits wherever their weights do.
 _CHECKED_ABOVE_BYTES = _GIB

@@ -31,8 +31,8 @@ def original_pixel_values(image: Image.Image, spec: ImageSpec) -> Array:
         return _transformers_pixel_values(image, spec)
     transforms = import_module("torchvision.transforms")  # carries no types
 
-    def convert(picture: Any) -> Any:
-        return picture.convert("RGB")
+    def convert(source: Any) -> Any:
+        return source.convert("RGB")
 
     filter_ = transforms.InterpolationMode(spec.resample)
     size: Any = spec.resize_pixels[0] if spec.resize == "shortest_edge" else spec.resize_pixels
@@ -59,20 +59,20 @@ def original_slices(image: Image.Image, spec: SliceSpec, plan: SlicePlan) -> lis
     Source: `slice_image` and the transform of MiniCPM-V 2.0's modeling file, `reshape_by_patch` of 2.5's and 2.6's.
     """
     transforms = import_module("torchvision.transforms")
-    picture = image.convert("RGB")
-    pictures = [_resized(picture, plan.source_size)]
+    source = image.convert("RGB")
+    images = [_resized(source, plan.source_size)]
     if plan.refined_size is not None:
-        refined = _resized(picture, plan.refined_size)
-        pictures += [refined.crop(box) for box in plan.boxes]
+        refined = _resized(source, plan.refined_size)
+        images += [refined.crop(box) for box in plan.boxes]
     normalise = transforms.Compose([transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)])
-    tensors, edge = [normalise(picture) for picture in pictures], spec.patch_size
+    tensors, edge = [normalise(source) for source in images], spec.patch_size
     if spec.pixel_layout == "patches":
         tensors = [_squares(tensor, edge).permute(0, 3, 1, 2, 4).reshape(3, edge, -1) for tensor in tensors]
     return [tensor.numpy() for tensor in tensors]
 
 
 def original_tiles(image: Image.Image, spec: TileSpec, plan: TilePlan) -> Array:
-    """float32 (N, 3, S, S) in [0, 1]: of more than one tile, the whole picture first; by torchvision.
+    """float32 (N, 3, S, S) in [0, 1]: of more than one tile, the whole image first; by torchvision.
 
     Source: `DynamicResize` and `GlobalAndSplitImages` in huggingface/nanoVLM data/custom_transforms.py (4e0c096).
     """

@@ -1,6 +1,6 @@
-"""Pictures and sentences that go through the runtime's own preprocessing, so that the deployed path is compared.
+"""Images and sentences that go through the runtime's own preprocessing, so that the deployed path is compared.
 
-The pictures are synthetic photographs: generated, with the 1/f spectrum of natural scenes, shading, hard edges and
+The images are synthetic photographs: generated, with the 1/f spectrum of natural scenes, shading, hard edges and
 fine text. The user may name real ones instead.
 """
 
@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vlm_export.proof.image_samples import prepared_twice, takes_images
 from vlm_export.proof.metrics import Array
-from vlm_export.proof.picture_samples import prepared_twice, takes_pictures
 from vlm_export.proof.points import Arrays
 from vlm_export.runtime.inputs.texts import Tokenizer
 from vlm_export.specs import AnyImageSpec, TextSpec
@@ -53,17 +53,17 @@ SENTENCES: tuple[str, ...] = (
 
 @cache
 def synthetic_photographs() -> tuple[Image.Image, ...]:
-    """Three RGB pictures, landscape, portrait and square; drawn once, not to be changed."""
+    """Three RGB images, landscape, portrait and square; drawn once, not to be changed."""
     return tuple(_synthetic_photograph(width, height, seed) for seed, (width, height) in enumerate(_PHOTOGRAPH_SIZES))
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture or batch of sentences, prepared for both sides.
+    """One image or batch of sentences, prepared for both sides.
 
     Attributes:
         inputs: for the engine, by the runtime's preprocessing.
-        reference_inputs: for the Reference; pictures by the original's preprocessing, so that a fault of the
+        reference_inputs: for the Reference; images by the original's preprocessing, so that a fault of the
             runtime's shows, token ids as for the engine.
     """
 
@@ -85,20 +85,20 @@ def sample_inputs(
     images: Sequence[Image.Image] | None = None,
     sentences: Sequence[str] = SENTENCES,
 ) -> list[Sample]:
-    """Samples for a part that takes pictures, or token ids alone or with their mask.
+    """Samples for a part that takes sources, or token ids alone or with their mask.
 
     There are none for any other part.
 
     Args:
-        image_spec: from `picture_spec`.
+        image_spec: from `image_spec`.
         tokenizer_path: the bundle's `tokenizer.json`; without it there are no text samples.
         images: take the place of the synthetic photographs. Of those, a few slices or tiles are seen.
     """
-    if takes_pictures(signature):
+    if takes_images(signature):
         # One at a time: the grid has the batches.
         limit = _SEEN_OF_EACH if images is None else None
-        pictures = synthetic_photographs() if images is None else images
-        return [Sample(*both) for picture in pictures for both in prepared_twice(picture, signature, image_spec, limit)]
+        sources = synthetic_photographs() if images is None else images
+        return [Sample(*both) for image in sources for both in prepared_twice(image, signature, image_spec, limit)]
     if signature.input_names in _TEXT_INPUTS and text_spec is not None and tokenizer_path is not None:
         tokenizer = Tokenizer(tokenizer_path, text_spec)
         starts = range(0, len(sentences), _SENTENCES_PER_BATCH)
@@ -118,9 +118,9 @@ def _synthetic_photograph(width: int, height: int, seed: int) -> Image.Image:
     colour = np.stack([_pink_noise(rng, height, width) for _ in range(3)], axis=-1)
     shade = np.linspace(-0.5, 0.5, height)[:, None, None] + np.linspace(0.2, -0.2, width)[None, :, None]
     scene = 0.5 + 0.16 * luminance[:, :, None] + 0.06 * colour + 0.3 * shade
-    picture = Image.fromarray((scene.clip(0, 1) * 255).round().astype(np.uint8))
-    _draw_details(ImageDraw.Draw(picture), rng, width, height)
-    return picture
+    image = Image.fromarray((scene.clip(0, 1) * 255).round().astype(np.uint8))
+    _draw_details(ImageDraw.Draw(image), rng, width, height)
+    return image
 
 
 def _pink_noise(rng: np.random.Generator, height: int, width: int) -> Array:

@@ -53,7 +53,7 @@ def verify_part(
     """Compares the engine with the Reference at every grid point and sample, and the engine with itself.
 
     Args:
-        samples: pictures or sentences, from `sample_inputs`.
+        samples: images or sentences, from `sample_inputs`.
         more: further grid points, which play no part where the engine is compared with itself.
         variant: name in the report; the gate's by default.
         pad_token_id: states that tokens after end-of-text, masked where the part takes a mask, cannot change the

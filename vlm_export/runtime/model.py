@@ -11,13 +11,13 @@ import numpy.typing as npt
 from vlm_export.bundle.manifest import Manifest
 from vlm_export.errors import InputError
 from vlm_export.runtime.inputs.images import FloatArray
-from vlm_export.runtime.inputs.sources import Pictures, Unreadable
+from vlm_export.runtime.inputs.sources import Images, Unreadable
 from vlm_export.runtime.session import Session
 from vlm_export.runtime.tasks.answer import AnswerTask
 from vlm_export.runtime.tasks.answer_ranking import RankedAnswer
 from vlm_export.runtime.tasks.caption import CaptionTask
 from vlm_export.runtime.tasks.chat import ChatTask
-from vlm_export.runtime.tasks.chat_rows import RowPictures
+from vlm_export.runtime.tasks.chat_rows import RowImages
 from vlm_export.runtime.tasks.embed import IMAGE_BATCH_SIZE, TEXT_BATCH_SIZE, EmbedTask
 from vlm_export.runtime.tasks.features import SLICE_BATCH_SIZE, FeatureTask, SliceFeatures
 from vlm_export.runtime.tasks.match import ImageTextMatch, MatchTask
@@ -129,7 +129,7 @@ class Model:
 
     def encode_image(
         self,
-        images: Pictures,
+        images: Images,
         *,
         batch_size: int = IMAGE_BATCH_SIZE,
         progress: bool = False,
@@ -154,16 +154,16 @@ class Model:
         return self.embedding.encode_ids(input_ids, attention_mask)
 
     def classify(
-        self, images: Pictures, labels: Sequence[str], *, template: str = "a photo of a {}", truncate: bool = False
+        self, images: Images, labels: Sequence[str], *, template: str = "a photo of a {}", truncate: bool = False
     ) -> FloatArray:
         """Zero-shot probabilities of labels, float32 (N, L); see `EmbedTask.classify`."""
         return self.embedding.classify(images, labels, template=template, truncate=truncate)
 
-    def match(self, images: Pictures, texts: str | Sequence[str], **options: Any) -> list[ImageTextMatch]:
+    def match(self, images: Images, texts: str | Sequence[str], **options: Any) -> list[ImageTextMatch]:
         """How well each text fits its image; options of `MatchTask.match`."""
         return self.matching.match(images, texts, **options)
 
-    def caption(self, images: Pictures, **options: Any) -> list[str]:
+    def caption(self, images: Images, **options: Any) -> list[str]:
         """A sentence about each image; options of `CaptionTask.caption`, or of `ChatTask.caption`."""
         return self.captioning.caption(images, **options)
 
@@ -172,7 +172,7 @@ class Model:
         return self.answering.answer(images, questions, **options)
 
     def rank_answers(
-        self, images: Pictures, questions: str | Sequence[str], candidates: Sequence[str], **options: Any
+        self, images: Images, questions: str | Sequence[str], candidates: Sequence[str], **options: Any
     ) -> list[list[RankedAnswer]]:
         """Candidate answers to each question, best first; options of `AnswerTask.rank_answers`.
 
@@ -184,12 +184,12 @@ class Model:
             return self._cannot("answer")
         return task.rank_answers(images, questions, candidates, **options)
 
-    def stream(self, images: RowPictures, question: str, **options: Any) -> Iterator[str]:
+    def stream(self, images: RowImages, question: str, **options: Any) -> Iterator[str]:
         """The answer to one question in pieces, as they come; options of `ChatTask.stream_answer`."""
         return self.chatting.stream_answer(images, question, **options)
 
     def features(
-        self, images: Pictures, *, batch_size: int = SLICE_BATCH_SIZE, progress: bool = False
+        self, images: Images, *, batch_size: int = SLICE_BATCH_SIZE, progress: bool = False
     ) -> list[SliceFeatures]:
         """Features of each image's slices, and the text around them; see `FeatureTask.encode_slices`."""
         return self.slices.encode_slices(images, batch_size=batch_size, progress=progress)

@@ -55,7 +55,7 @@ def by_torch(pixels: Tensor, **options: Any) -> Tensor:
     """torch's own result.
 
     With antialiasing and an output one pixel wide, torch 2.15 repeats the first row of its result on contiguous
-    pictures; it is right about the same picture when rows and columns change places.
+    images; it is right about the same image when rows and columns change places.
     """
     y = ORIGINAL(pixels, **options)
     if not options["antialias"] or y.shape[3] > 1:

@@ -36,7 +36,7 @@ def test_equal_to_torch(
     noise: Callable[..., Any],
     reference: Callable[..., Tensor],
 ) -> None:
-    """Constant matrices, and those that graphs of unknown sizes build, on the same pictures."""
+    """Constant matrices, and those that graphs of unknown sizes build, on the same images."""
     rng = np.random.default_rng(1)
     for i in range(CASES):
         form, case = filters[i % len(filters)], draw_case(rng)

@@ -1,4 +1,4 @@
-"""Pictures whose size is known only when the graph runs: rows in windows of the source, not whole matrices."""
+"""Images whose size is known only when the graph runs: rows in windows of the source, not whole matrices."""
 
 from __future__ import annotations
 

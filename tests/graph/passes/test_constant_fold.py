@@ -84,8 +84,8 @@ def test_resampled_position_embedding(parse: Parse, run: Run, operators: Operato
         ("MatMul(rows, table)", {}),
         ("Gemm<transA=1, transB=1, alpha=2.0>(tall, wide, bias)", {"bias": TABLE[0]}),
         ('Einsum<equation="ij,jk->ik">(rows, table)', {}),
-        ("Conv(pictures, kernel)", {}),
-        ("ConvTranspose(pictures, kernel)", {}),
+        ("Conv(images, kernel)", {}),
+        ("ConvTranspose(images, kernel)", {}),
         ('Resize<mode="linear">(wide, , , size)', {"size": np.array([4, 6])}),
     ],
     ids=lambda value: value.partition("(")[0].partition("<")[0] if isinstance(value, str) else "",
@@ -102,11 +102,11 @@ def test_every_node_that_computes(
         "table": TABLE,
         "tall": ROWS.T.copy(),
         "wide": TABLE.T.copy(),
-        "pictures": RNG.standard_normal((1, 2, 5, 5)).astype(np.float32),
+        "images": RNG.standard_normal((1, 2, 5, 5)).astype(np.float32),
         "kernel": RNG.standard_normal((2, 2, 3, 3)).astype(np.float32),
         **weights,
     }
-    model = parse(text.replace("[...]", "[" + ", ".join("abcd"[: 4 if "pictures" in node else 2]) + "]"), weights)
+    model = parse(text.replace("[...]", "[" + ", ".join("abcd"[: 4 if "images" in node else 2]) + "]"), weights)
     _same_after(model, run, {"x": np.ones(1, np.float32)}, 1)
     assert operators(model) == ["Mul"]
     assert list(model.graph.initializers) == ["p"]

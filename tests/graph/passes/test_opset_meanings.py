@@ -24,7 +24,7 @@ def _floats(*shape: int) -> Array:
     return RNG.standard_normal(shape).astype(np.float32)
 
 
-PICTURE, CUBE = _floats(1, 2, 8, 8), _floats(2, 3, 4)
+IMAGE, CUBE = _floats(1, 2, 8, 8), _floats(2, 3, 4)
 LARGER, SMALLER, HALF = (np.array([1, 1, *scales], np.float32) for scales in ((2, 1.6), (0.6, 0.7), (0.5, 2)))
 NONE = np.array([], np.float32)
 INDEX = np.array([[0, 0]], np.int64)
@@ -45,12 +45,12 @@ def _resizes() -> list[Any]:
     cases: list[Any] = []
     for mode in ("linear", "nearest"):
         for new in (11, 13, 18, 19):
-            cases += [("Resize", 10, new, {"mode": mode}, [PICTURE, scales]) for scales in (LARGER, SMALLER, HALF)]
-            cases += [("Upsample", 9, new, {"mode": mode}, [PICTURE, LARGER])]
-            cases += [("Upsample", 7, new, {"mode": mode, "scales": [1.0, 1.0, 2.0, 2.0]}, [PICTURE])]
-        cases += [("Resize", 11, new, {"mode": mode}, [PICTURE, NONE, LARGER]) for new in (10, 13, 18, 19)]
+            cases += [("Resize", 10, new, {"mode": mode}, [IMAGE, scales]) for scales in (LARGER, SMALLER, HALF)]
+            cases += [("Upsample", 9, new, {"mode": mode}, [IMAGE, LARGER])]
+            cases += [("Upsample", 7, new, {"mode": mode, "scales": [1.0, 1.0, 2.0, 2.0]}, [IMAGE])]
+        cases += [("Resize", 11, new, {"mode": mode}, [IMAGE, NONE, LARGER]) for new in (10, 13, 18, 19)]
     symmetric = {"mode": "linear", "coordinate_transformation_mode": "half_pixel_symmetric"}
-    return [*cases, ("Resize", 19, 18, symmetric, [PICTURE, None, LARGER])]
+    return [*cases, ("Resize", 19, 18, symmetric, [IMAGE, None, LARGER])]
 
 
 OTHERS: list[Any] = [
@@ -61,13 +61,13 @@ OTHERS: list[Any] = [
     ("Pad", 19, 18, {"mode": "reflect"}, [_floats(4), np.array([1, 1])]),
     *(("ScatterND", 18, 16, {"reduction": kind}, [_floats(2, 2), INDEX, _floats(1)]) for kind in ("max", "add")),
     *(("ScatterElements", 18, 16, {"reduction": kind}, [CUBE[0], INDEX, _floats(1, 2)]) for kind in ("min", "add")),
-    *(("GridSample", 16, new, {}, [PICTURE, _floats(1, 3, 3, 2)]) for new in (20, 22)),
-    ("RoiAlign", 10, 16, {"output_height": 2, "output_width": 2}, [PICTURE, _floats(1, 4) + 3, np.array([0])]),
+    *(("GridSample", 16, new, {}, [IMAGE, _floats(1, 3, 3, 2)]) for new in (20, 22)),
+    ("RoiAlign", 10, 16, {"output_height": 2, "output_width": 2}, [IMAGE, _floats(1, 4) + 3, np.array([0])]),
     ("DFT", 17, 20, {"axis": 2}, [_floats(1, 4, 4, 1)]),
     ("BatchNormalization", 8, 15, {"spatial": 0}, [_floats(1, 2, 3), *(np.abs(_floats(2, 3)) for _ in range(4))]),
-    ("AveragePool", 18, 19, {"kernel_shape": [3, 3], "ceil_mode": 1, "strides": [2, 2]}, [PICTURE]),
+    ("AveragePool", 18, 19, {"kernel_shape": [3, 3], "ceil_mode": 1, "strides": [2, 2]}, [IMAGE]),
     ("Clip", 10, 11, {"min": 0.1}, [CUBE]),
-    ("Split", 11, 18, {"axis": 1, "split": [1, 1]}, [PICTURE]),
+    ("Split", 11, 18, {"axis": 1, "split": [1, 1]}, [IMAGE]),
 ]  # fmt: skip
 
 
@@ -98,9 +98,9 @@ def test_a_node_computes_the_same_or_is_refused(
         ("Softmax", 13, 11, {}, [CUBE]),
         ("LogSoftmax", 13, 9, {"axis": 2}, [CUBE]),
         ("Hardmax", 11, 13, {"axis": 2}, [CUBE]),
-        ("Resize", 10, 18, {"mode": "linear"}, [PICTURE, SMALLER]),
-        ("Resize", 10, 11, {}, [PICTURE, HALF]),
-        ("Upsample", 9, 18, {"mode": "nearest"}, [PICTURE, LARGER]),
+        ("Resize", 10, 18, {"mode": "linear"}, [IMAGE, SMALLER]),
+        ("Resize", 10, 11, {}, [IMAGE, HALF]),
+        ("Upsample", 9, 18, {"mode": "nearest"}, [IMAGE, LARGER]),
         ("GroupNormalization", 18, 21, {"num_groups": 2}, [_floats(1, 2, 3), _floats(2), _floats(2)]),
     ],
     ids=lambda value: str(value) if not isinstance(value, list) else "",

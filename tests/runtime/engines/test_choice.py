@@ -27,8 +27,8 @@ def bundle(data: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def picture(data: Path) -> Path:
-    return data / "runtime" / "pictures" / "large.png"
+def image(data: Path) -> Path:
+    return data / "runtime" / "images" / "large.png"
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True, MAX_THREADS + 1, 99_999_999_999])
@@ -39,8 +39,8 @@ def test_threads_out_of_range_are_named(bundle: Path, threads: Any) -> None:
         OrtEngine(bundle / "onnx" / "text_model.onnx", threads=threads)
 
 
-def test_numbers_of_numpy_are_numbers(bundle: Path, picture: Path) -> None:
-    assert load(bundle, threads=np.int64(1)).encode_image(picture).shape == (1, 12)
+def test_numbers_of_numpy_are_numbers(bundle: Path, image: Path) -> None:
+    assert load(bundle, threads=np.int64(1)).encode_image(image).shape == (1, 12)
 
 
 @pytest.mark.parametrize("precision", ["bogus", "fp33", "", 5])
@@ -50,12 +50,12 @@ def test_an_unknown_variant_is_named_at_once(bundle: Path, precision: Any) -> No
     assert "fp32" in caught.value.fix
 
 
-def test_providers_may_be_one_name(bundle: Path, picture: Path) -> None:
+def test_providers_may_be_one_name(bundle: Path, image: Path) -> None:
     pair = load(bundle, providers="cpu", threads=1)
     assert pair.session.providers == ("cpu",)
-    assert pair.encode_image(picture).shape == (1, 12)
+    assert pair.encode_image(image).shape == (1, 12)
     with pytest.raises(EnvironmentFailure, match="'tpu' is not available"):
-        load(bundle, providers="tpu").encode_image(picture)
+        load(bundle, providers="tpu").encode_image(image)
     with pytest.raises(UsageError, match="providers are names"):
         load(bundle, providers=[None])  # type: ignore[list-item]
 
@@ -75,10 +75,10 @@ def test_a_path_with_a_zero_byte_is_no_bundle() -> None:
 
 
 @OPENVINO
-def test_openvino_computes_what_onnxruntime_does(bundle: Path, picture: Path, assert_same: Callable[..., None]) -> None:
+def test_openvino_computes_what_onnxruntime_does(bundle: Path, image: Path, assert_same: Callable[..., None]) -> None:
     first, second = load(bundle, threads=1), load(bundle, engine="openvino", threads=1)
     assert isinstance(second.session.engine("vision"), OpenVinoEngine)
-    assert_same(second.encode_image([picture] * 3), first.encode_image([picture] * 3))
+    assert_same(second.encode_image([image] * 3), first.encode_image([image] * 3))
     texts = ["a cat", "a photo of two dogs on the left", ""]
     assert_same(second.encode_text(texts), first.encode_text(texts))
 
@@ -127,7 +127,7 @@ def test_openvino_runs_decoders(
 def test_openvino_encodes_slices(
     slice_bundle: Callable[[str], Path], data: Path, assert_same: Callable[..., None]
 ) -> None:
-    path, image = slice_bundle("v2_0"), data / "runtime" / "pictures" / "large.png"
+    path, image = slice_bundle("v2_0"), data / "runtime" / "images" / "large.png"
     ((first,), (second,)) = (
         load(path, engine=engine, threads=1).features(image) for engine in ("onnxruntime", "openvino")
     )

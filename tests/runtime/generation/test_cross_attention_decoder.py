@@ -94,7 +94,7 @@ def test_keys_and_values_of_sources_move_only_when_a_row_changes_its_source() ->
     state.step(rows(3, 4, 5, 6)[:, None])
     state.select(rows(1, 0, 3, 3))
     state.step(rows(7, 8, 9, 9)[:, None])
-    # Beams changed places within their pictures: the same arrays, not copies of them.
+    # Beams changed places within their images: the same arrays, not copies of them.
     assert decoder.fed[2][KEY] is decoder.fed[1][KEY]
     assert decoder.fed[2]["past_key_values.0.decoder.key"][:, 0, :, 0].tolist() == [[1, 4], [1, 3], [2, 6], [2, 6]]
     state.select(rows(2, 3))
@@ -150,7 +150,7 @@ class Uncached:
 
 @dataclass(frozen=True)
 class Oracle:
-    """A recorded generation: how a state starts for pictures `first` to `last`, from what prompt, and what came."""
+    """A recorded generation: how a state starts for images `first` to `last`, from what prompt, and what came."""
 
     start: Callable[[int, int], CrossAttentionState]
     prompt: Ids

@@ -41,7 +41,7 @@ CHATS: dict[str, ChatSpec] = {
 
 
 def tokenizer_json(variant: str) -> str:
-    """The checkpoint's tokenizer with the tokens that stand for pictures."""
+    """The checkpoint's tokenizer with the tokens that stand for images."""
     rust = Tokenizer.from_file(str(DATA / variant / "tokenizer" / "tokenizer.json"))
     names = {"222m": [], "450m": ["<|image|>"], "split": ["<|image|>", "<|global_image|>", *MARKS.values()]}[variant]
     rust.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])

@@ -1,4 +1,4 @@
-"""Prompts of the three layouts: the oracle's token ids, several pictures, and what is cut or refused."""
+"""Prompts of the three layouts: the oracle's token ids, several images, and what is cut or refused."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_ids_are_the_recorded_ones(variant: str, tmp_path: Path) -> None:
     assert writer.prepended(GRIDS[variant]) == (4 if variant == "222m" else 0)
 
 
-def test_a_single_tile_is_the_whole_picture(tmp_path: Path) -> None:
+def test_a_single_tile_is_the_whole_image(tmp_path: Path) -> None:
     writer, features = writer_of("split", tmp_path), "<|image|>" * 4
     assert writer.text("Q", [(1, 1)]) == (
         f"<|im_start|>user\n<|global_image|>{features}Q<|im_end|>\n<|im_start|>assistant\n"
@@ -57,7 +57,7 @@ def test_a_single_tile_is_the_whole_picture(tmp_path: Path) -> None:
     assert (writer.tiles((1, 1)), writer.tiles((1, 2)), writer.tiles((3, 2))) == (1, 3, 7)
 
 
-def test_checkpoints_from_before_the_whole_picture_was_added(tmp_path: Path) -> None:
+def test_checkpoints_from_before_the_whole_image_was_added(tmp_path: Path) -> None:
     writer, features = writer_of("split", tmp_path, global_image_token=None), "<|image|>" * 4
     assert writer.text("Q", [(1, 1)]).startswith(f"<|im_start|>user\n<row_1_col_1>{features}Q")
     cut = "".join(f"<row_{row}_col_{column}>{features}" for row, column in ((1, 1), (1, 2), (2, 1), (2, 2)))
@@ -65,7 +65,7 @@ def test_checkpoints_from_before_the_whole_picture_was_added(tmp_path: Path) -> 
     assert (writer.tiles((1, 1)), writer.tiles((2, 2))) == (1, 4)
 
 
-def test_several_pictures_are_numbered_where_the_original_does(tmp_path: Path) -> None:
+def test_several_images_are_numbered_where_the_original_does(tmp_path: Path) -> None:
     features = "<|image|>" * 4
     two = writer_of("split", tmp_path).text("Q", [(1, 1), (1, 2)])
     assert two == (
@@ -97,11 +97,11 @@ def test_half_a_surrogate_pair_is_named_by_its_question(tmp_path: Path) -> None:
     assert "character 6" in caught.value.got
 
 
-def test_text_alone_works_where_pictures_have_places(tmp_path: Path) -> None:
+def test_text_alone_works_where_images_have_places(tmp_path: Path) -> None:
     assert writer_of("450m", tmp_path).ids(ASKED, []) == QUESTION
     assert writer_of("split", tmp_path).text("Q", []) == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
     for grids in ([], [(1, 1), (1, 1)]):
-        with pytest.raises(UsageError, match="exactly one picture") as caught:
+        with pytest.raises(UsageError, match="exactly one image") as caught:
             writer_of("222m", tmp_path).ids(ASKED, grids)
         assert caught.value.got == str(len(grids))
 
@@ -170,7 +170,7 @@ def test_odd_questions_are_refused(tmp_path: Path) -> None:
     assert len(writer.ids("a " * MAX_CHARACTERS, [(1, 1)], truncate=True)) == 512
 
 
-def test_a_tokenizer_without_the_pictures_tokens_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_without_the_images_tokens_is_refused(tmp_path: Path) -> None:
     (tmp_path / "plain.json").write_text(tokenizer_json("222m"), encoding="utf-8")
     spec = TextSpec(512, 386, 2, 2, "none", adds_eos=False)
     tokenizer = Tokenizer(tmp_path / "plain.json", spec)

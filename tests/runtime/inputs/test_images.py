@@ -1,4 +1,4 @@
-"""Preprocessing equals the original's pixels, and hostile pictures end in a clear error."""
+"""Preprocessing equals the original's pixels, and hostile images end in a clear error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vlm_export.specs import ImageSpec, RgbStage, torchvision_image_spec
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-PICTURES = sorted(path.name for path in (Path(__file__).parents[2] / "data" / "runtime" / "pictures").iterdir())
+IMAGES = sorted(path.name for path in (Path(__file__).parents[2] / "data" / "runtime" / "images").iterdir())
 VARIANTS = ("rn_tiny", "vit_p14", "vit_w128")
 
 
@@ -56,18 +56,16 @@ def assert_close(got: npt.NDArray[Any], expected: npt.NDArray[Any]) -> None:
 
 
 @pytest.mark.parametrize("stage", ["after_crop", "before_resize"])
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", IMAGES)
 def test_pixels_equal_torchvision(data: Path, name: str, stage: RgbStage) -> None:
-    image = open_image(data / "runtime" / "pictures" / name)
-    expected = np.load(data / "runtime" / "pictures.npz")[f"{stage}/{name}"]
+    image = open_image(data / "runtime" / "images" / name)
+    expected = np.load(data / "runtime" / "images.npz")[f"{stage}/{name}"]
     assert_close(preprocess_image(image, image_spec(rgb_stage=stage)), expected)
 
 
-def test_recorded_pictures_tell_the_two_stages_apart(data: Path) -> None:
-    expected = np.load(data / "runtime" / "pictures.npz")
-    differing = {
-        n for n in PICTURES if np.abs(expected[f"after_crop/{n}"] - expected[f"before_resize/{n}"]).max() > 0.1
-    }
+def test_recorded_images_tell_the_two_stages_apart(data: Path) -> None:
+    expected = np.load(data / "runtime" / "images.npz")
+    differing = {n for n in IMAGES if np.abs(expected[f"after_crop/{n}"] - expected[f"before_resize/{n}"]).max() > 0.1}
     assert {"palette.png", "transparent.png", "bitmap.png"} <= differing
     assert "portrait.png" not in differing
 
@@ -99,13 +97,13 @@ def test_one_pixel_stretches_to_one_colour() -> None:
         assert_close(channel, np.full((24, 24), (value / 255 - mean) / std))
 
 
-def test_bytes_and_path_give_the_same_picture(data: Path) -> None:
-    path = data / "runtime" / "pictures" / "large.png"
+def test_bytes_and_path_give_the_same_image(data: Path) -> None:
+    path = data / "runtime" / "images" / "large.png"
     assert open_image(path).tobytes() == open_image(path.read_bytes()).tobytes()
 
 
 def test_animations_give_their_first_frame_and_close_the_file(data: Path) -> None:
-    path = data / "runtime" / "pictures" / "animated.gif"
+    path = data / "runtime" / "images" / "animated.gif"
     with Image.open(path) as first:
         expected = first.convert("RGB").tobytes()
     image = open_image(path)
@@ -113,7 +111,7 @@ def test_animations_give_their_first_frame_and_close_the_file(data: Path) -> Non
 
 
 def test_rotation_in_exif_is_ignored_as_in_the_original(data: Path) -> None:
-    image = open_image(data / "runtime" / "pictures" / "rotated.png")
+    image = open_image(data / "runtime" / "images" / "rotated.png")
     assert image.getexif()[0x0112] == 6
     assert image.size == (53, 37)
 
@@ -147,7 +145,7 @@ def test_too_many_pixels_are_refused_by_the_header(width: int, height: int, tmp_
 
 
 def test_own_bound_is_inclusive(tmp_path: Path) -> None:
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     Image.new("L", (10, 10)).save(path)
     assert open_image(path, max_pixels=100).size == (10, 10)
     with pytest.raises(InputError, match="too many pixels"):
@@ -155,7 +153,7 @@ def test_own_bound_is_inclusive(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1)])
-def test_long_thin_picture_is_refused_before_resizing(size: tuple[int, int]) -> None:
+def test_long_thin_image_is_refused_before_resizing(size: tuple[int, int]) -> None:
     with pytest.raises(InputError, match="too long and thin") as caught:
         preprocess_image(Image.new("RGB", size), image_spec(224), name="ribbon.png")
     assert "ribbon.png" in str(caught.value)
@@ -163,7 +161,7 @@ def test_long_thin_picture_is_refused_before_resizing(size: tuple[int, int]) -> 
 
 
 @pytest.mark.parametrize("size", [(1, 500_000), (500_000, 1), (300, 400_000)])
-def test_long_thin_picture_is_refused_before_stretching(size: tuple[int, int]) -> None:
+def test_long_thin_image_is_refused_before_stretching(size: tuple[int, int]) -> None:
     """Pillow's first pass would make 224 x 500,000 pixels of the first."""
     with pytest.raises(InputError, match="too long and thin") as caught:
         preprocess_image(Image.new("L", size), image_spec(224, resize="stretch"), name="ribbon.png")
@@ -176,10 +174,10 @@ def test_what_a_crop_refuses_may_be_stretched(size: tuple[int, int]) -> None:
 
 
 def damaged(kind: str, data: Path) -> bytes:
-    png = (data / "runtime" / "pictures" / "large.png").read_bytes()
+    png = (data / "runtime" / "images" / "large.png").read_bytes()
     return {
         "empty": b"",
-        "text": b"this is no picture, but a sentence",
+        "text": b"this is no image, but a sentence",
         "html": b"<!doctype html><html></html>",
         "truncated": png[: len(png) // 2],
         "header only": png[:20],
@@ -213,7 +211,7 @@ def test_missing_file_and_directory_are_named(tmp_path: Path) -> None:
 
 
 def test_a_pipe_is_read_to_its_end(data: Path, tmp_path: Path) -> None:
-    path, content = tmp_path / "pipe.png", (data / "runtime" / "pictures" / "large.png").read_bytes()
+    path, content = tmp_path / "pipe.png", (data / "runtime" / "images" / "large.png").read_bytes()
     os.mkfifo(path)
     for sent in (content, content[:100], b""):
         writer = Thread(target=path.write_bytes, args=(sent,))
@@ -241,7 +239,7 @@ def test_names_that_no_system_takes_are_refused(name: str, tmp_path: Path) -> No
         open_image(tmp_path / name)
 
 
-def test_picture_without_pixels_is_refused() -> None:
+def test_image_without_pixels_is_refused() -> None:
     with pytest.raises(InputError, match="no pixels"):
         preprocess_image(Image.new("RGB", (0, 5)), image_spec())
 

@@ -20,7 +20,7 @@ SPEC = torchvision_image_spec(
 MODES = ("RGB", "L", "LA", "RGBA", "CMYK", "YCbCr", "P", "1", "I", "F", "I;16")
 
 
-def picture(mode: str, width: int, height: int, seed: int) -> Image.Image:
+def drawn_image(mode: str, width: int, height: int, seed: int) -> Image.Image:
     rng = np.random.default_rng(seed)
     if mode in ("I", "F", "I;16"):
         values = rng.integers(0, 700, (height, width))
@@ -50,7 +50,7 @@ def test_every_mode_equals_torchvision_on_random_sizes(mode: str) -> None:
     rng = np.random.default_rng(len(mode))
     for seed in range(12):
         width, height = (int(edge) for edge in rng.integers(1, 120, 2))
-        image = picture(mode, width, height, seed)
+        image = drawn_image(mode, width, height, seed)
         assert image.mode == mode
         assert np.abs(preprocess_image(image, SPEC) - original(image).numpy()).max() <= 1e-6, (mode, width, height)
 
@@ -66,7 +66,7 @@ def test_every_mode_stretches_as_torchvision_does(mode: str, size: int) -> None:
     rng = np.random.default_rng(size + len(mode))
     sizes = [(1, 1), (1, 97), (97, 1), (size, size), (size, 7), *rng.integers(1, 120, (6, 2)).tolist()]
     for seed, (width, height) in enumerate(sizes):
-        image = picture(mode, width, height, seed)
+        image = drawn_image(mode, width, height, seed)
         before = torchvision_image_spec(size, "bicubic", "before_resize", SPEC.mean, SPEC.std, "stretch")
         after = dataclasses.replace(before, rgb_stage="after_crop")
         for spec, expected in (

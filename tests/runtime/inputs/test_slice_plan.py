@@ -99,7 +99,7 @@ def test_square_versions_have_one_place(version: str, expected: str) -> None:
 )
 @example(width=12_000, height=1, size_pixels=448, max_slices=9)
 @settings(max_examples=300, deadline=None)
-def test_every_plan_covers_the_picture_within_its_bounds(
+def test_every_plan_covers_the_image_within_its_bounds(
     width: int, height: int, size_pixels: int, max_slices: int
 ) -> None:
     spec = spec_of("2.6", size_pixels, max_slices)
@@ -169,7 +169,7 @@ def test_sides_are_made_divisible_by_the_grid_before_slices_are_sized(
         ((10_000_000, 1), (14, 14)),
     ],
 )
-def test_thin_pictures_are_as_in_the_original(size: tuple[int, int], source: tuple[int, int]) -> None:
+def test_thin_images_are_as_in_the_original(size: tuple[int, int], source: tuple[int, int]) -> None:
     assert plan_of(*size).source_size == source
 
 
@@ -189,14 +189,14 @@ def test_the_bound_of_patches_is_an_argument() -> None:
 
 
 @pytest.mark.parametrize("version", ["1.0", "2.6"])
-def test_pictures_without_pixels_are_refused(version: str) -> None:
+def test_images_without_pixels_are_refused(version: str) -> None:
     with pytest.raises(InputError, match="no pixels"):
         plan_of(0, 10, spec_of(version))
 
 
 def test_a_plan_prints_as_json() -> None:
     assert json.loads(json.dumps(plan_of(640, 480).to_json())) == {
-        "picture": [640, 480],
+        "image": [640, 480],
         "grid": {"columns": 2, "rows": 1},
         "slices": [
             {"size": [518, 392], "patches": [28, 37]},

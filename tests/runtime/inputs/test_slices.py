@@ -48,18 +48,18 @@ def assert_close(got: npt.NDArray[Any], expected: npt.NDArray[Any]) -> None:
     assert np.abs(got - expected).max() <= 1e-6
 
 
-@pytest.mark.parametrize("picture", ["wide", "small"])
+@pytest.mark.parametrize("stem", ["wide", "small"])
 @pytest.mark.parametrize("version", sorted(MAX_SLICES))
-def test_slices_equal_the_record(version: str, picture: str) -> None:
+def test_slices_equal_the_record(version: str, stem: str) -> None:
     expected = recorded("preprocess")
-    image = open_image(FOLDER / "preprocess" / f"{picture}.png")
+    image = open_image(FOLDER / "preprocess" / f"{stem}.png")
     slices = slice_image(image, spec_of(version, 56, MAX_SLICES[version]))
-    names = sorted(name for name in expected if name.startswith(f"{version}.{picture}.slice"))
+    names = sorted(name for name in expected if name.startswith(f"{version}.{stem}.slice"))
     assert len(slices.pixel_values) == len(names) > 0
     for got, name in zip(slices.pixel_values, names, strict=True):
         assert_close(got, expected[name])
     assert slices.tgt_sizes.dtype == np.int64
-    assert np.array_equal(slices.tgt_sizes, expected[f"{version}.{picture}.tgt_sizes"])
+    assert np.array_equal(slices.tgt_sizes, expected[f"{version}.{stem}.tgt_sizes"])
 
 
 @pytest.mark.parametrize(("folder", "version"), [("v1_0", "1.0"), ("omnilmm", "omnilmm")])
@@ -99,8 +99,8 @@ def test_batches_are_padded_with_zeros() -> None:
         stack_patches([])
 
 
-def test_pictures_become_rgb_before_they_are_resized(data: Path) -> None:
-    palette = open_image(data / "runtime" / "pictures" / "palette.png")
+def test_images_become_rgb_before_they_are_resized(data: Path) -> None:
+    palette = open_image(data / "runtime" / "images" / "palette.png")
     assert palette.mode == "P"
     got, expected = (slice_image(image, spec_of("2.6")) for image in (palette, palette.convert("RGB")))
     assert all(np.array_equal(a, b) for a, b in zip(got.pixel_values, expected.pixel_values, strict=True))
@@ -108,7 +108,7 @@ def test_pictures_become_rgb_before_they_are_resized(data: Path) -> None:
 
 @pytest.mark.parametrize("version", ["1.0", "omnilmm", "2.0", "2.6"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1)])
-def test_tiny_and_thin_pictures_stay_one_colour(version: str, size: tuple[int, int]) -> None:
+def test_tiny_and_thin_images_stay_one_colour(version: str, size: tuple[int, int]) -> None:
     spec = spec_of(version, 448)
     slices = slice_image(Image.new("RGB", size, (255, 0, 128)), spec)
     colour = (np.array([255, 0, 128]) / 255 - spec.mean) / spec.std
@@ -116,13 +116,13 @@ def test_tiny_and_thin_pictures_stay_one_colour(version: str, size: tuple[int, i
         assert np.abs(pixels - colour[:, None, None]).max() <= 1e-6
 
 
-def test_a_picture_of_ten_thousand_pixels_in_one_column() -> None:
+def test_an_image_of_ten_thousand_pixels_in_one_column() -> None:
     slices = slice_image(Image.new("L", (1, 10_000), 7), spec_of("2.6", 448))
     assert slices.tgt_sizes.tolist() == [[3200, 1]]
     assert slices.pixel_values[0].shape == (3, 14, 44_800)
 
 
-def test_pictures_that_pillow_cannot_convert_are_refused() -> None:
+def test_images_that_pillow_cannot_convert_are_refused() -> None:
     class Odd(Image.Image):
         def convert(self, *args: Any, **options: Any) -> Image.Image:
             raise ValueError("conversion not supported")

@@ -15,14 +15,14 @@ from vlm_export.errors import InputError
 from vlm_export.runtime.inputs.tiles import cut_tiles, plan_tiles
 from vlm_export.specs.tiles import TileSpec
 
-PICTURE = Path(__file__).parents[2] / "data" / "nanovlm" / "split" / "image.png"
+IMAGE = Path(__file__).parents[2] / "data" / "nanovlm" / "split" / "image.png"
 SMALL = TileSpec(16, 64, resize_to_max_side=False, global_tile=True)
 
 
 @pytest.mark.needs_torch  # its reader of safetensors comes with torch's environment
 def test_the_pixels_are_the_recorded_ones(nanovlm_record: Callable[[str], dict[str, Any]]) -> None:
     record = nanovlm_record("split")
-    plan, tiles = cut_tiles(Image.open(PICTURE), TileSpec(32, 64, resize_to_max_side=True, global_tile=True))
+    plan, tiles = cut_tiles(Image.open(IMAGE), TileSpec(32, 64, resize_to_max_side=True, global_tile=True))
     assert plan.grid == tuple(record["preprocess.grid"])
     assert tiles.dtype == np.float32
     assert tiles.shape == record["input.pixel_values"].shape
@@ -50,13 +50,13 @@ def test_sizes(size: tuple[int, int], whole: bool, resized: tuple[int, int], gri
     plan = plan_tiles(size, TileSpec(512, 1536, resize_to_max_side=whole, global_tile=True))
     assert (plan.resized_size, plan.grid) == (resized, grid)
     assert plan.to_json() == {
-        "picture": list(size),
+        "image": list(size),
         "resized": list(resized),
         "grid": {"rows": grid[0], "columns": grid[1]},
     }
 
 
-def test_tiles_stand_row_by_row_after_the_whole_picture() -> None:
+def test_tiles_stand_row_by_row_after_the_whole_image() -> None:
     values = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
     image = Image.fromarray(values.repeat(16, axis=0).repeat(16, axis=1))
     plan, tiles = cut_tiles(image, SMALL)
@@ -68,7 +68,7 @@ def test_tiles_stand_row_by_row_after_the_whole_picture() -> None:
     assert tiles.flags.c_contiguous
 
 
-def test_the_whole_picture_is_left_out_where_nothing_asks_for_it() -> None:
+def test_the_whole_image_is_left_out_where_nothing_asks_for_it() -> None:
     image = Image.effect_noise((40, 30), 90).convert("RGB")
     plan, with_global = cut_tiles(image, SMALL)
     assert np.array_equal(cut_tiles(image, replace(SMALL, global_tile=False))[1], with_global[1:])
@@ -78,7 +78,7 @@ def test_the_whole_picture_is_left_out_where_nothing_asks_for_it() -> None:
 
 @pytest.mark.needs_torch
 @pytest.mark.parametrize("size", [(64, 48), (64, 16), (16, 64), (32, 64)])
-def test_the_whole_picture_is_shrunk_as_torchs_antialiased_resize_does(size: tuple[int, int]) -> None:
+def test_the_whole_image_is_shrunk_as_torchs_antialiased_resize_does(size: tuple[int, int]) -> None:
     import torch
     from torch.nn.functional import interpolate
 
@@ -100,7 +100,7 @@ def test_other_modes_become_rgb_first(mode: str) -> None:
     assert np.array_equal(cut_tiles(image, SMALL)[1], cut_tiles(image.convert("RGB"), SMALL)[1])
 
 
-def test_pictures_that_cannot_be_cut_are_refused() -> None:
+def test_images_that_cannot_be_cut_are_refused() -> None:
     with pytest.raises(InputError, match="no pixels"):
         plan_tiles((0, 5), SMALL)
     with pytest.raises(InputError, match="too long and thin") as caught:

@@ -17,7 +17,7 @@ from vlm_export.runtime.tasks.features import SliceFeatures
 
 pytestmark = pytest.mark.needs_torch
 
-PICTURES = Path(__file__).parents[2] / "data" / "minicpmv" / "preprocess"
+IMAGES = Path(__file__).parents[2] / "data" / "minicpmv" / "preprocess"
 Written = tuple[list[tuple[str, SliceFeatures]], SliceFileMeta]
 
 
@@ -25,7 +25,7 @@ Written = tuple[list[tuple[str, SliceFeatures]], SliceFileMeta]
 def written(slice_bundle: Callable[[str], Path]) -> Written:
     model = load(slice_bundle("v2_6"), threads=1)
     names = ["wide", "small"]
-    features = model.features([PICTURES / f"{name}.png" for name in names])
+    features = model.features([IMAGES / f"{name}.png" for name in names])
     meta = SliceFileMeta("tiny", model.identity, model.slices.feature_shape)
     return list(zip(names, features, strict=True)), meta
 
@@ -34,13 +34,13 @@ ROWS = [("wide", 0, 3, 6), ("wide", 1, 4, 4), ("wide", 2, 4, 4), ("small", 0, 4,
 
 
 def test_npy_files(written: Written, tmp_path: Path) -> None:
-    pictures, meta = written
+    images, meta = written
     path = tmp_path / "f.npy"
-    assert write_slice_features(path, pictures * 300, meta) == (600, 1200)
+    assert write_slice_features(path, images * 300, meta) == (600, 1200)
     assert np.load(path).shape == (1200, 5, 256)
-    assert write_slice_features(path, iter(pictures), meta, overwrite=True) == (2, 4)
+    assert write_slice_features(path, iter(images), meta, overwrite=True) == (2, 4)
     found = np.load(path, mmap_mode="r")
-    assert np.array_equal(found, np.concatenate([features.image_features for _, features in pictures]))
+    assert np.array_equal(found, np.concatenate([features.image_features for _, features in images]))
     data = npy_metadata(tmp_path / "f.npy")
     assert [tuple(row.values()) for row in data["rows"]] == ROWS
     assert (data["kind"], data["model"], data["shape"]) == ("slices", "tiny", [5, 256])
@@ -50,12 +50,12 @@ def test_npy_files(written: Written, tmp_path: Path) -> None:
 def test_parquet_files(written: Written, tmp_path: Path) -> None:
     import pyarrow.parquet
 
-    pictures, meta = written
+    images, meta = written
     path = tmp_path / "f.parquet"
-    assert write_slice_features(path, iter(pictures), meta) == (2, 4)
+    assert write_slice_features(path, iter(images), meta) == (2, 4)
     table = pyarrow.parquet.read_table(path)
     found = table["features"].combine_chunks().to_numpy_ndarray()
-    assert np.array_equal(found, np.concatenate([features.image_features for _, features in pictures]))
+    assert np.array_equal(found, np.concatenate([features.image_features for _, features in images]))
     assert [tuple(row.values()) for row in table.select(["item", "slice", "rows", "columns"]).to_pylist()] == ROWS
     assert json.loads(table.schema.metadata[b"vlm_export"])["kind"] == "slices"
 
@@ -68,29 +68,29 @@ def test_files_of_slices_are_not_searched(name: str, written: Written, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["f.npy", "f.parquet"])
-def test_a_picture_that_fails_leaves_the_old_file(name: str, written: Written, tmp_path: Path) -> None:
-    pictures, meta = written
+def test_an_image_that_fails_leaves_the_old_file(name: str, written: Written, tmp_path: Path) -> None:
+    images, meta = written
     path = tmp_path / name
-    write_slice_features(path, pictures, meta)
+    write_slice_features(path, images, meta)
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
 
     def failing() -> Iterator[tuple[str, SliceFeatures]]:
-        yield pictures[0]
-        raise InputError("a picture cannot be read")
+        yield images[0]
+        raise InputError("an image cannot be read")
 
     with pytest.raises(InputError, match="cannot be read"):
         write_slice_features(path, failing(), meta, overwrite=True)
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
     with pytest.raises(EnvironmentFailure, match="cannot be written"):
-        write_slice_features(tmp_path / "nowhere" / name, pictures, meta)
+        write_slice_features(tmp_path / "nowhere" / name, images, meta)
     with pytest.raises(UsageError, match="another shape"):
-        write_slice_features(path, pictures, SliceFileMeta("tiny", "", (5, 255)), overwrite=True)
+        write_slice_features(path, images, SliceFileMeta("tiny", "", (5, 255)), overwrite=True)
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_a_name_that_is_no_unicode(written: Written, tmp_path: Path) -> None:
-    pictures, meta = written
-    odd = [("a\udcff.png", features) for _, features in pictures]
+    images, meta = written
+    odd = [("a\udcff.png", features) for _, features in images]
     assert write_slice_features(tmp_path / "f.npy", odd, meta) == (2, 4)
     with pytest.raises(InputError, match="not Unicode"):
         write_slice_features(tmp_path / "f.parquet", odd, meta)

@@ -17,7 +17,7 @@ from vlm_export.runtime.search.store import Embeddings, EmbeddingsMeta
 
 pytestmark = pytest.mark.needs_torch
 
-TEXTS = ["the cat", "a man in the street", "two dogs are running", "red", "the table with a picture"]
+TEXTS = ["the cat", "a man in the street", "two dogs are running", "red", "the table with an image"]
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +26,8 @@ def model(blip_bundle: Callable[[str], Path]) -> Model:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     paths = []
     for number in range(6):
         path = folder / f"{number}.png"
@@ -41,52 +41,52 @@ def embedded(model: Model, kind: Any, items: list[str]) -> Embeddings:
     return Embeddings(tuple(items), vectors, EmbeddingsMeta(kind, "tiny", model.identity))
 
 
-def test_pictures_for_a_text(model: Model, pictures: list[str]) -> None:
-    embeddings, query = embedded(model, "image", pictures), "The cat is on the table."
-    matches = model.match([Path(item) for item in pictures], "the cat is on the table", first_token="enc")
+def test_images_for_a_text(model: Model, images: list[str]) -> None:
+    embeddings, query = embedded(model, "image", images), "The cat is on the table."
+    matches = model.match([Path(item) for item in images], "the cat is on the table", first_token="enc")
     nearest = sorted(range(6), key=lambda i: -matches[i].cosine)[:4]
     expected = sorted(nearest, key=lambda i: -(matches[i].match_logit + matches[i].cosine))[:3]
-    found = search_reranked(model, embeddings, query, 3, is_picture=False, candidates=4)
-    assert [result.item for result in found] == [pictures[i] for i in expected]
+    found = search_reranked(model, embeddings, query, 3, is_image=False, candidates=4)
+    assert [result.item for result in found] == [images[i] for i in expected]
     scores = [matches[i].match_logit + matches[i].cosine for i in expected]
     assert [result.score for result in found] == pytest.approx(scores, abs=1e-5)
     # The second stage changes the order, otherwise this shows nothing.
     assert expected != nearest[:3]
 
 
-def test_the_first_stage_sees_the_query_as_the_second_does(model: Model, pictures: list[str]) -> None:
-    embeddings = embedded(model, "image", pictures)
+def test_the_first_stage_sees_the_query_as_the_second_does(model: Model, images: list[str]) -> None:
+    embeddings = embedded(model, "image", images)
     raw, cleaned = (embeddings.vectors @ model.encode_text([text])[0] for text in ("Two dogs!!!", "two dogs"))
     assert raw.argmax() != cleaned.argmax()
-    (found,) = search_reranked(model, embeddings, "Two dogs!!!", 1, is_picture=False, candidates=1)
-    assert found.item == pictures[int(cleaned.argmax())]
+    (found,) = search_reranked(model, embeddings, "Two dogs!!!", 1, is_image=False, candidates=1)
+    assert found.item == images[int(cleaned.argmax())]
 
 
-def test_texts_for_a_picture(model: Model, pictures: list[str]) -> None:
-    matches = model.match(Path(pictures[0]), TEXTS, first_token="enc")
+def test_texts_for_a_image(model: Model, images: list[str]) -> None:
+    matches = model.match(Path(images[0]), TEXTS, first_token="enc")
     expected = sorted(range(5), key=lambda i: -matches[i].retrieval_score)
-    found = search_reranked(model, embedded(model, "text", TEXTS), pictures[0], 5, is_picture=True)
+    found = search_reranked(model, embedded(model, "text", TEXTS), images[0], 5, is_image=True)
     assert [result.item for result in found] == [TEXTS[i] for i in expected]
     assert [result.match.text for result in found] == [TEXTS[i] for i in expected]
 
 
 def test_no_items_give_no_results(model: Model) -> None:
     empty = Embeddings((), np.zeros((0, 32), np.float32), EmbeddingsMeta("image", "tiny", model.identity))
-    assert search_reranked(model, empty, "red", 5, is_picture=False) == []
+    assert search_reranked(model, empty, "red", 5, is_image=False) == []
 
 
-def test_a_match_needs_a_picture_and_a_text(model: Model, pictures: list[str]) -> None:
-    with pytest.raises(UsageError, match="a picture and a text"):
-        search_reranked(model, embedded(model, "image", pictures), pictures[0], 2, is_picture=True)
-    with pytest.raises(UsageError, match="a picture and a text"):
-        search_reranked(model, embedded(model, "text", TEXTS), "red", 2, is_picture=False)
+def test_a_match_needs_a_image_and_a_text(model: Model, images: list[str]) -> None:
+    with pytest.raises(UsageError, match="an image and a text"):
+        search_reranked(model, embedded(model, "image", images), images[0], 2, is_image=True)
+    with pytest.raises(UsageError, match="an image and a text"):
+        search_reranked(model, embedded(model, "text", TEXTS), "red", 2, is_image=False)
     with pytest.raises(UsageError, match="fewer candidates"):
-        search_reranked(model, embedded(model, "text", TEXTS), pictures[0], 3, is_picture=True, candidates=2)
+        search_reranked(model, embedded(model, "text", TEXTS), images[0], 3, is_image=True, candidates=2)
 
 
-def test_an_item_that_is_gone_is_named(model: Model, pictures: list[str], tmp_path: Path) -> None:
-    embeddings = embedded(model, "image", pictures)
-    gone = Embeddings((*pictures[:5], str(tmp_path / "gone.png")), embeddings.vectors, embeddings.meta)
+def test_an_item_that_is_gone_is_named(model: Model, images: list[str], tmp_path: Path) -> None:
+    embeddings = embedded(model, "image", images)
+    gone = Embeddings((*images[:5], str(tmp_path / "gone.png")), embeddings.vectors, embeddings.meta)
     with pytest.raises(InputError, match="cannot be read") as caught:
-        search_reranked(model, gone, "red", 1, is_picture=False)
+        search_reranked(model, gone, "red", 1, is_image=False)
     assert "gone.png" in caught.value.where

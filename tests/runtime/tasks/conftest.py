@@ -1,4 +1,4 @@
-"""BLIP's oracle as models: with pictures that stand for the recorded pixels, and as exported."""
+"""BLIP's oracle as models: with images that stand for the recorded pixels, and as exported."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from vlm_export.runtime.tasks import prepared_images
 
 
 class Recorded:
-    """A variant's model whose pictures are the recorded pixels: picture i is one pixel with red = i."""
+    """A variant's model whose images are the recorded pixels: image i is one pixel with red = i."""
 
     def __init__(self, model: Model, record: dict[str, Any]) -> None:
         self.model, self.record = model, record
-        self.pictures = [Image.new("RGB", (1, 1), (i, 0, 0)) for i in range(3)]
+        self.images = [Image.new("RGB", (1, 1), (i, 0, 0)) for i in range(3)]
         self.strings = record["strings"]
 
 
@@ -56,7 +56,7 @@ def blip_model(blip_bundle: Callable[[str], Path]) -> Callable[[str], Model]:
 
 
 @pytest.fixture
-def picture(data: Path) -> Image.Image:
+def image(data: Path) -> Image.Image:
     image = Image.open(data / "blip" / "caption" / "image.png")
     image.load()  # Closes the file.
     return image

@@ -16,9 +16,9 @@ from PIL import Image
 from vlm_export import Model, load
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.generation import embedding_decoder
-from vlm_export.runtime.inputs.images import PictureSource
+from vlm_export.runtime.inputs.images import ImageSource
 from vlm_export.runtime.tasks.chat import CAPTION_QUESTION, ChatTask
-from vlm_export.runtime.tasks.chat_rows import picture_tuple
+from vlm_export.runtime.tasks.chat_rows import image_tuple
 
 pytestmark = pytest.mark.needs_torch
 
@@ -29,11 +29,11 @@ OTHERS = [ASKED, "Where?", "What is the colour of the thing on the left, and is 
 Opened = Callable[[str], ChatTask]
 
 
-def picture(variant: str) -> Path:
+def image_path(variant: str) -> Path:
     return DATA / "nanovlm" / variant / "image.png"
 
 
-def other_pictures() -> list[Image.Image]:
+def other_images() -> list[Image.Image]:
     rng = np.random.default_rng(0)
     sizes = ((90, 120), (64, 20), (30, 30))
     return [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
@@ -66,26 +66,26 @@ def changed(opened: Opened) -> Callable[..., ChatTask]:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_original_is_repeated(variant: str, opened: Opened, nanovlm_record: Callable[[str], Any]) -> None:
     model, record = opened(variant), nanovlm_record(variant)
-    ((_, features),) = model.rows.features([picture(variant)])
+    ((_, features),) = model.rows.features([image_path(variant)])
     assert np.abs(features - record["output.mp_image"].reshape(features.shape)).max() <= 1e-4
-    (row,) = model.rows.question_rows([(picture(variant),)], [ASKED])
+    (row,) = model.rows.question_rows([(image_path(variant),)], [ASKED])
     assert row.ids == record["input.input_ids"][0].tolist()
     prompts = model.rows.prompts([row])
     assert np.abs(prompts.inputs_embeds - record["output.combined_embeds"]).max() <= 1e-4
     assert prompts.attention_mask.all()
     expected = record["output.generated_ids_greedy"][0].tolist()
     for cached in (True, False):
-        (got,) = model.generate_ids([picture(variant)], [row.ids], max_new_tokens=12, cached=cached)
+        (got,) = model.generate_ids([image_path(variant)], [row.ids], max_new_tokens=12, cached=cached)
         assert got == expected
-    (answer,) = model.answer(picture(variant), ASKED, max_new_tokens=12)
+    (answer,) = model.answer(image_path(variant), ASKED, max_new_tokens=12)
     assert answer == model.session.tokenizer.decode(expected).strip()
-    assert "".join(model.stream_answer(picture(variant), ASKED, max_new_tokens=12)) == answer
+    assert "".join(model.stream_answer(image_path(variant), ASKED, max_new_tokens=12)) == answer
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_batches_answer_like_single_questions(variant: str, opened: Opened) -> None:
     model = opened(variant)
-    images: list[PictureSource] = [picture(variant), *other_pictures(), picture(variant).read_bytes()]
+    images: list[ImageSource] = [image_path(variant), *other_images(), image_path(variant).read_bytes()]
     alone = [model.answer(image, question)[0] for image, question in zip(images, OTHERS, strict=True)]
     assert len(set(alone)) > 2
     for size in (1, 2, 5):
@@ -100,27 +100,27 @@ def test_prompts_in_pieces_answer_like_whole_ones(
     variant: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = opened(variant)
-    images: list[PictureSource] = [picture(variant), *other_pictures(), picture(variant).read_bytes()]
+    images: list[ImageSource] = [image_path(variant), *other_images(), image_path(variant).read_bytes()]
     whole = model.answer(images, OTHERS)
     monkeypatch.setattr(embedding_decoder, "_PIECE_TOKENS", 5)
     assert model.answer(images, OTHERS) == whole
 
 
 @pytest.mark.parametrize("variant", ["450m", "split"])
-def test_several_pictures_and_none(variant: str, opened: Opened) -> None:
-    model, (first, second, third) = opened(variant), other_pictures()
+def test_several_images_and_none(variant: str, opened: Opened) -> None:
+    model, (first, second, third) = opened(variant), other_images()
     entries: list[Any] = [[first, second], third, None, [first, second, third], []]
     rows = [model.answer([entry], question)[0] for entry, question in zip(entries, OTHERS, strict=True)]
     assert model.answer(entries, OTHERS) == rows
     assert rows[0] != model.answer([[second, first]], OTHERS[0])[0]
-    prompts = [row.ids for row in model.rows.question_rows([picture_tuple(entry) for entry in entries], OTHERS)]
+    prompts = [row.ids for row in model.rows.question_rows([image_tuple(entry) for entry in entries], OTHERS)]
     assert len({len(ids) for ids in prompts}) > 2
     assert model.generate_ids(entries, prompts) == model.generate_ids(entries, prompts, cached=False)
     assert "".join(model.stream_answer([first, second], OTHERS[0])) == rows[0]
     assert "".join(model.stream_answer(None, OTHERS[2])) == rows[2]
 
 
-def test_one_picture_is_encoded_once_for_all_questions(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_image_is_encoded_once_for_all_questions(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     model = opened("split")
     runs: list[int] = []
     vision = model.session.engine("vision_encoder")
@@ -131,35 +131,35 @@ def test_one_picture_is_encoded_once_for_all_questions(opened: Opened, monkeypat
         return run(feeds)
 
     monkeypatch.setattr(vision, "run", counted)
-    model.answer(picture("split"), OTHERS, batch_size=2, max_new_tokens=1)
+    model.answer(image_path("split"), OTHERS, batch_size=2, max_new_tokens=1)
     assert runs == [4, 1]
 
 
 def test_the_end_token_ends_an_answer(opened: Opened, changed: Callable[..., ChatTask]) -> None:
     model = opened("split")
-    (row,) = model.rows.question_rows([(picture("split"),)], [ASKED])
-    (ids,) = model.generate_ids([picture("split")], [row.ids], max_new_tokens=12)
+    (row,) = model.rows.question_rows([(image_path("split"),)], [ASKED])
+    (ids,) = model.generate_ids([image_path("split")], [row.ids], max_new_tokens=12)
     ending = changed("split", eos_token_ids=(ids[4],))
-    assert ending.generate_ids([picture("split")], [row.ids], max_new_tokens=12) == [ids[:5]]
-    assert ending.generate_ids([picture("split")], [row.ids], max_new_tokens=12, stop_at_end=False) == [ids]
-    assert ending.answer(picture("split"), ASKED, stop_at_end=False, max_new_tokens=12) == model.answer(
-        picture("split"), ASKED, max_new_tokens=12
+    assert ending.generate_ids([image_path("split")], [row.ids], max_new_tokens=12) == [ids[:5]]
+    assert ending.generate_ids([image_path("split")], [row.ids], max_new_tokens=12, stop_at_end=False) == [ids]
+    assert ending.answer(image_path("split"), ASKED, stop_at_end=False, max_new_tokens=12) == model.answer(
+        image_path("split"), ASKED, max_new_tokens=12
     )
 
 
 def test_lengths_and_defaults(opened: Opened, changed: Callable[..., ChatTask]) -> None:
     model = opened("450m")
-    (row,) = model.rows.question_rows([(picture("450m"),)], [ASKED])
-    (ids,) = model.generate_ids([picture("450m")], [row.ids], stop_at_end=False)
+    (row,) = model.rows.question_rows([(image_path("450m"),)], [ASKED])
+    (ids,) = model.generate_ids([image_path("450m")], [row.ids], stop_at_end=False)
     assert len(ids) == model.spec.max_new_tokens
-    assert model.generate_ids([picture("450m")], [row.ids], max_new_tokens=3) == [ids[:3]]
-    assert model.caption(picture("450m")) == model.answer(picture("450m"), CAPTION_QUESTION)
-    assert model.caption([picture("450m")] * 2, prompt="Where?") == model.answer(picture("450m"), ["Where?"] * 2)
+    assert model.generate_ids([image_path("450m")], [row.ids], max_new_tokens=3) == [ids[:3]]
+    assert model.caption(image_path("450m")) == model.answer(image_path("450m"), CAPTION_QUESTION)
+    assert model.caption([image_path("450m")] * 2, prompt="Where?") == model.answer(image_path("450m"), ["Where?"] * 2)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_context_ends_an_answer(variant: str, opened: Opened, changed: Callable[..., ChatTask]) -> None:
-    model, image = opened(variant), picture(variant)
+    model, image = opened(variant), image_path(variant)
     rows = model.rows.question_rows([(image,)] * 2, [ASKED, "Where?"])
     prompts, longest = [row.ids for row in rows], max(row.length for row in rows)
     expected = model.generate_ids([image] * 2, prompts, max_new_tokens=9, stop_at_end=False)
@@ -176,16 +176,16 @@ def test_truncation(changed: Callable[..., ChatTask]) -> None:
     model = changed("split", context_length=60)
     long = "what is this thing " * 30
     with pytest.raises(InputError, match="longer than the model's context") as caught:
-        model.answer(picture("split"), [ASKED, long])
+        model.answer(image_path("split"), [ASKED, long])
     assert caught.value.where == "question 1"
-    assert len(model.answer(picture("split"), [ASKED, long], truncate=True)) == 2
-    (row,) = model.rows.question_rows([(picture("split"),)], [long], truncate=True)
+    assert len(model.answer(image_path("split"), [ASKED, long], truncate=True)) == 2
+    (row,) = model.rows.question_rows([(image_path("split"),)], [long], truncate=True)
     assert row.length <= 60
     assert sum(token == model.spec.image_token_id for token in row.ids) == 20
 
 
 def test_sampling(opened: Opened) -> None:
-    model, image = opened("450m"), picture("450m")
+    model, image = opened("450m"), image_path("450m")
     (row,) = model.rows.question_rows([(image,)], [ASKED])
 
     def drawn(prompts: int = 1, **options: Any) -> list[list[int]]:
@@ -209,7 +209,7 @@ def test_sampling(opened: Opened) -> None:
 
 
 def test_options_are_checked(opened: Opened) -> None:
-    model, image = opened("450m"), picture("450m")
+    model, image = opened("450m"), image_path("450m")
     for options in ({"temperature": 0.5}, {"top_k": 5}, {"top_p": 0.5}):
         with pytest.raises(UsageError, match=next(iter(options))):
             model.answer(image, ASKED, **options)
@@ -222,31 +222,31 @@ def test_options_are_checked(opened: Opened) -> None:
 
 
 def test_ids_need_no_tokenizer(opened: Opened, nanovlm_bundle: Callable[[str], Path], tmp_path: Path) -> None:
-    (row,) = opened("450m").rows.question_rows([(picture("450m"),)], [ASKED])
+    (row,) = opened("450m").rows.question_rows([(image_path("450m"),)], [ASKED])
     folder = changed_bundle(nanovlm_bundle("450m"), tmp_path, lambda m: m["files"].pop("tokenizer.json"))
     bare = load(folder, threads=1)
-    expected = opened("450m").generate_ids([picture("450m")], [row.ids])
-    assert bare.chatting.generate_ids([picture("450m")], [row.ids]) == expected
+    expected = opened("450m").generate_ids([image_path("450m")], [row.ids])
+    assert bare.chatting.generate_ids([image_path("450m")], [row.ids]) == expected
     with pytest.raises(InputError, match="no tokenizer") as caught:
         bare.encode_text("a")
     assert "generate_ids" in caught.value.fix
 
 
 def test_numbers_have_to_pair_up(opened: Opened) -> None:
-    model, image = opened("450m"), picture("450m")
+    model, image = opened("450m"), image_path("450m")
     with pytest.raises(UsageError, match="do not pair up") as caught:
         model.answer([image, image], [ASKED] * 3)
-    assert caught.value.got == "2 entries of pictures and 3 questions"
+    assert caught.value.got == "2 entries of images and 3 questions"
     with pytest.raises(UsageError, match="do not pair up"):
         model.generate_ids([image], [[1], [2]])
     assert model.answer([], []) == []
     assert model.caption([]) == []
 
 
-def test_pictures_and_places_have_to_match(opened: Opened) -> None:
-    image = picture("450m")
+def test_images_and_places_have_to_match(opened: Opened) -> None:
+    image = image_path("450m")
     for images in ([[image, image]], [None]):
-        with pytest.raises(UsageError, match="exactly one picture"):
+        with pytest.raises(UsageError, match="exactly one image"):
             opened("222m").answer(images, ASKED)
     model = opened("450m")
     with pytest.raises(InputError, match="placeholders do not match"):
@@ -261,34 +261,34 @@ def test_pictures_and_places_have_to_match(opened: Opened) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_bad_pictures_are_named(variant: str, opened: Opened, tmp_path: Path) -> None:
+def test_bad_images_are_named(variant: str, opened: Opened, tmp_path: Path) -> None:
     model, broken = opened(variant), tmp_path / "broken.png"
-    broken.write_bytes(picture(variant).read_bytes()[:500])
+    broken.write_bytes(image_path(variant).read_bytes()[:500])
     with pytest.raises(InputError) as caught:
-        model.answer([picture(variant), broken], ASKED)
+        model.answer([image_path(variant), broken], ASKED)
     assert caught.value.where == str(broken)
     with pytest.raises(InputError, match="cannot be read"):
         model.stream_answer(tmp_path / "missing.png", ASKED)
     with pytest.raises(InputError) as caught:
-        model.answer([picture(variant), b"no picture"], ASKED)
-    assert caught.value.where == "picture 1"
+        model.answer([image_path(variant), b"no image"], ASKED)
+    assert caught.value.where == "image 1"
     with pytest.raises(InputError, match="too long and thin"):
         model.answer(Image.new("L", (1, 4_000_000)), ASKED)
 
 
 def test_streams_check_before_they_run(opened: Opened) -> None:
-    words = opened("450m").stream_answer(picture("450m"), ASKED, max_new_tokens=12)
+    words = opened("450m").stream_answer(image_path("450m"), ASKED, max_new_tokens=12)
     first = next(words)
     assert first
     assert "\ufffd" not in first
-    assert first + "".join(words) == opened("450m").answer(picture("450m"), ASKED, max_new_tokens=12)[0]
+    assert first + "".join(words) == opened("450m").answer(image_path("450m"), ASKED, max_new_tokens=12)[0]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_cosines(variant: str, opened: Opened) -> None:
     chat = opened(variant)
     model = Model(chat.session)
-    images: list[PictureSource] = [picture(variant), *other_pictures()]
+    images: list[ImageSource] = [image_path(variant), *other_images()]
     ((_, features),) = chat.rows.features([images[0]])
     mean = features.reshape(-1, features.shape[-1]).mean(axis=0)
     rows = model.encode_image(images, batch_size=3)
@@ -331,23 +331,23 @@ def test_embeddings_of_texts_do_not_depend_on_the_batch(opened: Opened) -> None:
 
 
 def test_errors_count_over_all_batches(opened: Opened) -> None:
-    model, good = opened("split"), picture("split").read_bytes()
+    model, good = opened("split"), image_path("split").read_bytes()
     with pytest.raises(InputError, match="cannot be decoded") as caught:
         model.answer([good] * 5 + [b"bad"], ASKED, max_new_tokens=1)
-    assert caught.value.where == "picture 5"
+    assert caught.value.where == "image 5"
     with pytest.raises(InputError, match="cannot be decoded") as caught:
         model.answer([None, [good, good], good, None, [good, b"bad"]], ASKED, max_new_tokens=1)
-    assert caught.value.where == "picture 4"
+    assert caught.value.where == "image 4"
     with pytest.raises(InputError, match="surrogate") as caught:
         model.answer(good, [ASKED] * 5 + ["\ud800"], max_new_tokens=1)
     assert caught.value.where.startswith("question 5")
 
 
-def test_a_picture_that_pillow_has_only_opened_serves_several_rows(opened: Opened) -> None:
+def test_an_image_that_pillow_has_only_opened_serves_several_rows(opened: Opened) -> None:
     # In two threads, of which one decodes.
     model = load(opened("split").session.bundle.root, threads=2).chatting
-    expected = model.answer([picture("split")] * 3, OTHERS[:3], max_new_tokens=2)
-    with Image.open(picture("split")) as image:
+    expected = model.answer([image_path("split")] * 3, OTHERS[:3], max_new_tokens=2)
+    with Image.open(image_path("split")) as image:
         assert model.answer([image] * 3, OTHERS[:3], max_new_tokens=2) == expected
 
 
@@ -357,7 +357,7 @@ def test_numbers_of_numpy_are_options(opened: Opened) -> None:
         name: np.int64(value) if isinstance(value, int) else np.float32(value) for name, value in options.items()
     }
     plain: dict[str, Any] = dict(options)
-    image = picture("split")
+    image = image_path("split")
     assert model.answer(image, ASKED, sample=True, **numbers) == model.answer(image, ASKED, sample=True, **plain)
 
 
@@ -392,7 +392,7 @@ def test_manifests_that_contradict_themselves(
 ) -> None:
     folder = changed_bundle(nanovlm_bundle(variant), tmp_path, change)
     with pytest.raises(InputError, match=message):
-        load(folder, threads=1).answer(picture(variant), ASKED)
+        load(folder, threads=1).answer(image_path(variant), ASKED)
 
 
 def test_the_identity_knows_the_tiles(nanovlm_bundle: Callable[[str], Path], tmp_path: Path) -> None:
@@ -407,4 +407,4 @@ def test_a_decoder_that_breaks_is_named(opened: Opened, monkeypatch: pytest.Monk
     outputs = {port.name: np.zeros((1, 2, 13, 12), np.float32) for port in decoder.outputs}
     monkeypatch.setattr(decoder, "run", lambda feeds: {**outputs, "logits": np.full((1, 13, 320), np.nan)})
     with pytest.raises(InputError, match="not finite"):
-        model.answer(picture("222m"), ASKED)
+        model.answer(image_path("222m"), ASKED)

@@ -68,14 +68,14 @@ def assert_same_rows(got: Array, expected: Array) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_pictures_equal_torch(pair: Model, folder: Path, record: dict[str, Any], batch_size: int) -> None:
-    paths = [folder / "pictures" / name for name in record["pictures"]]
+def test_images_equal_torch(pair: Model, folder: Path, record: dict[str, Any], batch_size: int) -> None:
+    paths = [folder / "images" / name for name in record["images"]]
     assert_same_rows(pair.encode_image(paths, batch_size=batch_size), record["images"])
 
 
-def test_pictures_may_be_paths_bytes_or_pillow(pair: Model, folder: Path, record: dict[str, Any]) -> None:
-    path = folder / "pictures" / "large.png"
-    expected = record["images"][[record["pictures"].index("large.png")]]
+def test_images_may_be_paths_bytes_or_pillow(pair: Model, folder: Path, record: dict[str, Any]) -> None:
+    path = folder / "images" / "large.png"
+    expected = record["images"][[record["images"].index("large.png")]]
     with Image.open(path) as image:
         for source in (path, str(path), path.read_bytes(), image):
             assert_same_rows(pair.encode_image(source), expected)
@@ -202,11 +202,11 @@ def test_graphs_are_opened_on_first_use(folder: Path, tmp_path: Path) -> None:
     pair = load(bundle, threads=1)
     assert pair.encode_text(["a cat"]).shape == (1, 12)
     with pytest.raises(InputError, match="vision_model"):
-        pair.encode_image(folder / "pictures" / "large.png")
+        pair.encode_image(folder / "images" / "large.png")
 
 
 def test_probabilities_are_the_softmax_of_scaled_cosines(pair: Model, folder: Path, record: dict[str, Any]) -> None:
-    paths = [folder / "pictures" / name for name in record["pictures"][:3]]
+    paths = [folder / "images" / name for name in record["images"][:3]]
     labels = ["cat", "dog", "{thing}"]
     shares = pair.classify(paths, labels)
     cosines = record["images"][:3] @ pair.encode_text([f"a photo of a {label}" for label in labels]).T
@@ -222,7 +222,7 @@ def test_probabilities_are_the_softmax_of_scaled_cosines(pair: Model, folder: Pa
 def test_each_label_stands_by_itself_where_the_score_is_a_sigmoid(
     changed: Callable[..., Model], folder: Path, record: dict[str, Any]
 ) -> None:
-    labels, paths = ["cat", "dog"], [folder / "pictures" / name for name in record["pictures"][:3]]
+    labels, paths = ["cat", "dog"], [folder / "images" / name for name in record["images"][:3]]
     pair = changed(tasks=(replace(embed_spec(changed()), score=ScoreSpec("sigmoid", math.log(10), -3.5)),))
     shares = pair.classify(paths, labels, template="{}")
     cosines = record["images"][:3] @ pair.encode_text(labels).T
@@ -238,23 +238,23 @@ def test_a_sigmoid_of_extreme_scores_is_no_overflow() -> None:
 
 
 def test_wrong_labels_and_templates(pair: Model, folder: Path) -> None:
-    picture = folder / "pictures" / "large.png"
+    image = folder / "images" / "large.png"
     wrong: tuple[Sequence[str], ...] = ([], "cat")
     for labels in wrong:
         with pytest.raises(UsageError, match="labels"):
-            pair.classify(picture, labels)
+            pair.classify(image, labels)
     with pytest.raises(UsageError, match="template"):
-        pair.classify(picture, ["cat"], template="a photo")
+        pair.classify(image, ["cat"], template="a photo")
 
 
-def test_bad_picture_in_a_batch_is_named(pair: Model, folder: Path, tmp_path: Path) -> None:
+def test_bad_image_in_a_batch_is_named(pair: Model, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"broken\.png"):
-        pair.encode_image([folder / "pictures" / "large.png", tmp_path / "broken.png"])
-    with pytest.raises(InputError, match="picture 1"):
+        pair.encode_image([folder / "images" / "large.png", tmp_path / "broken.png"])
+    with pytest.raises(InputError, match="image 1"):
         pair.encode_image([Image.new("RGB", (3, 3)), Image.new("RGB", (1, 4_000_000))])
     with pytest.raises(InputError, match="too many pixels"):
-        load(folder / "tiny_bundle", max_pixels=100).encode_image(folder / "pictures" / "large.png")
+        load(folder / "tiny_bundle", max_pixels=100).encode_image(folder / "images" / "large.png")
 
 
 def test_without_a_tokenizer_ids_still_work(changed: Callable[..., Model]) -> None:
@@ -279,12 +279,12 @@ def test_a_model_without_a_score_gives_no_probabilities(changed: Callable[..., M
 
 
 def test_a_tower_alone_says_what_it_lacks(changed: Callable[..., Model]) -> None:
-    spec, picture = embed_spec(changed()), Image.new("RGB", (30, 30))
+    spec, image = embed_spec(changed()), Image.new("RGB", (30, 30))
     texts, images = (changed(tasks=(spec.limited_to([part]),)) for part in ("text", "vision"))
-    assert texts.encode_text("a cat").shape == images.encode_image(picture).shape == (1, 12)
+    assert texts.encode_text("a cat").shape == images.encode_image(image).shape == (1, 12)
     assert texts.embed_dim == images.embed_dim == 12
     refused: list[tuple[Callable[[], object], str]] = [
-        (lambda: texts.encode_image(picture), "encodes no images"),
+        (lambda: texts.encode_image(image), "encodes no images"),
         (lambda: images.encode_text("a cat"), "encodes no texts"),
         (lambda: images.encode_ids([[523, 524]]), "encodes no texts"),
     ]
@@ -329,14 +329,14 @@ def test_zero_embedding_stays_zero() -> None:
 
 @pytest.mark.parametrize("labels", [np.array(["a cat", "a dog"]), ("a cat", "a dog"), iter(["a cat", "a dog"])])
 def test_labels_may_be_any_sequence(pair: Model, folder: Path, labels: Sequence[str]) -> None:
-    assert pair.classify(folder / "pictures" / "large.png", labels).shape == (1, 2)
+    assert pair.classify(folder / "images" / "large.png", labels).shape == (1, 2)
 
 
 def test_labels_that_are_none_are_refused(pair: Model, folder: Path) -> None:
     wrong: list[Any] = ["a cat", [], np.array([]), [1], [None]]
     for labels in wrong:
         with pytest.raises(UsageError, match="needs a list of labels"):
-            pair.classify(folder / "pictures" / "large.png", labels)
+            pair.classify(folder / "images" / "large.png", labels)
 
 
 @pytest.mark.parametrize("ids", [[[1, 2], [3]], [[2**70]], "text", None])
@@ -348,5 +348,5 @@ def test_ids_that_make_no_matrix_are_refused(pair: Model, ids: Any) -> None:
 @pytest.mark.parametrize("size", [0, -1, 1.5, "4", True, None])
 def test_batch_sizes_are_whole_numbers(pair: Model, folder: Path, size: Any) -> None:
     with pytest.raises(UsageError, match="batch_size"):
-        pair.encode_image(folder / "pictures" / "large.png", batch_size=size)
-    assert pair.encode_image(folder / "pictures" / "large.png", batch_size=np.int64(2)).shape == (1, 12)
+        pair.encode_image(folder / "images" / "large.png", batch_size=size)
+    assert pair.encode_image(folder / "images" / "large.png", batch_size=np.int64(2)).shape == (1, 12)

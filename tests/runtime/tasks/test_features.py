@@ -25,7 +25,7 @@ from vlm_export.runtime.tasks.features import FeatureTask
 pytestmark = pytest.mark.needs_torch
 
 DATA = Path(__file__).parents[2] / "data"
-PICTURES = DATA / "minicpmv" / "preprocess"
+IMAGES = DATA / "minicpmv" / "preprocess"
 Array = npt.NDArray[Any]
 Bundle = Callable[[str], Path]
 Encoder = Callable[[str], FeatureTask]
@@ -45,7 +45,7 @@ def encoder(slice_bundle: Bundle) -> Callable[[str], FeatureTask]:
 
 @pytest.mark.parametrize("variant", ["v1_0", "omnilmm"])
 def test_a_square_is_the_record(variant: str, encoder: Encoder, oracle: Any, assert_same: Same) -> None:
-    """From the picture's file to the language model."""
+    """From the image's file to the language model."""
     (found,) = encoder(variant).encode_slices(DATA / "minicpmv" / variant / "image.png")
     assert found.image_features.dtype == np.float32
     assert_same(found.image_features, oracle.golden(variant)["preprocess.resampler"])
@@ -54,10 +54,10 @@ def test_a_square_is_the_record(variant: str, encoder: Encoder, oracle: Any, ass
 
 @pytest.mark.parametrize(("variant", "version"), [("v2_0", "2.0"), ("v2_5", "2.5"), ("v2_6", "2.6")])
 @pytest.mark.parametrize("name", ["wide", "small"])
-def test_pictures_are_those_of_the_original(
+def test_images_are_those_of_the_original(
     variant: str, version: str, name: str, encoder: Encoder, oracle: Any, assert_same: Same, build_model: Any
 ) -> None:
-    """The recorded slices of the recorded picture, through the eager module one by one."""
+    """The recorded slices of the recorded image, through the eager module one by one."""
     record = oracle.golden("preprocess")
     part = oracle.part_of(build_model(oracle.DATA / variant), "vision")
     sizes = record[f"{version}.{name}.tgt_sizes"]
@@ -65,7 +65,7 @@ def test_pictures_are_those_of_the_original(
     if version != "2.0":
         inputs = [{**entry, "tgt_sizes": sizes[i : i + 1]} for i, entry in enumerate(inputs)]
     expected = np.concatenate([oracle.run_module(part, entry) for entry in inputs])
-    (found,) = encoder(variant).encode_slices([PICTURES / f"{name}.png"])
+    (found,) = encoder(variant).encode_slices([IMAGES / f"{name}.png"])
     assert_same(found.image_features, expected)
     assert np.array_equal(found.tgt_sizes, sizes)
 
@@ -75,7 +75,7 @@ def test_pictures_are_those_of_the_original(
 def test_shapes_share_a_batch(
     variant: str, batch_size: int, encoder: Encoder, oracle: Any, assert_same: Same, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A picture of four slices of four shapes: each as the original computes it alone, also for 2.5."""
+    """An image of four slices of four shapes: each as the original computes it alone, also for 2.5."""
     record = oracle.golden(variant)
     pixels = tuple(oracle.packed(record[f"input.image_{i}"]) for i in range(4))
     slices = Slices(SlicePlan((1, 1), (1, 1), None, 14), pixels, record["input.tgt_sizes"].astype(np.int64))
@@ -102,7 +102,7 @@ def test_batches_are_one_by_one(variant: str, encoder: Encoder, assert_same: Sam
 
 
 def test_sources_of_all_kinds(encoder: Encoder) -> None:
-    path, model = PICTURES / "wide.png", encoder("v2_0")
+    path, model = IMAGES / "wide.png", encoder("v2_0")
     with Image.open(path) as image:
         found = model.encode_slices([path, str(path), path.read_bytes(), image])
     for entry in found[1:]:
@@ -111,7 +111,7 @@ def test_sources_of_all_kinds(encoder: Encoder) -> None:
 
 
 def test_what_stands_around_the_features(encoder: Encoder) -> None:
-    (found,) = encoder("v2_6").encode_slices(PICTURES / "wide.png")
+    (found,) = encoder("v2_6").encode_slices(IMAGES / "wide.png")
     assert found.parts(image_index=3) == ("<image_id>3</image_id><image>", 0, "</image><slice>", 1, *_SECOND)
     assert found.text() == _TEXT.replace("?", "<unk>" * 5)
     assert len(found.image_features) == 3
@@ -171,20 +171,20 @@ def test_groups_of_frames_are_the_record(
     assert_same(model.slices.encode_video(frames, ids, batch_size=2), golden[f"output.resampler_{record}"])
 
 
-def test_frames_without_a_time_are_pictures(encoder: Encoder, assert_same: Same) -> None:
+def test_frames_without_a_time_are_images(encoder: Encoder, assert_same: Same) -> None:
     """Of a size that is not cut; larger ones are not cut either."""
-    model, picture = encoder("v4_5"), PICTURES / "small.png"
-    (expected,) = model.encode_slices(picture)
+    model, image = encoder("v4_5"), IMAGES / "small.png"
+    (expected,) = model.encode_slices(image)
     assert len(expected.image_features) == 1
-    assert_same(model.encode_video([picture, picture], [[-1], [-1]]), np.repeat(expected.image_features, 2, axis=0))
-    (wide,) = model.encode_slices(PICTURES / "wide.png")
+    assert_same(model.encode_video([image, image], [[-1], [-1]]), np.repeat(expected.image_features, 2, axis=0))
+    (wide,) = model.encode_slices(IMAGES / "wide.png")
     assert len(wide.image_features) == 3
-    found = model.encode_video([PICTURES / "wide.png"], [[-1]])
+    found = model.encode_video([IMAGES / "wide.png"], [[-1]])
     assert_same(found, wide.image_features[:1])
 
 
 def test_videos_that_are_refused(encoder: Encoder) -> None:
-    frames: list[Any] = [PICTURES / "small.png"] * 2
+    frames: list[Any] = [IMAGES / "small.png"] * 2
     with pytest.raises(InputError, match="knows no videos"):
         encoder("v2_6").encode_video(frames, [[0, 1]])
     for ids in ([[0]], [[0, 1], []], [[0, 1, 2]]):
@@ -195,16 +195,16 @@ def test_videos_that_are_refused(encoder: Encoder) -> None:
 # What is refused
 
 
-def test_pictures_that_are_refused(encoder: Encoder, tmp_path: Path) -> None:
+def test_images_that_are_refused(encoder: Encoder, tmp_path: Path) -> None:
     model = encoder("v2_6")
     with pytest.raises(InputError, match="cannot be read") as caught:
-        model.encode_slices([PICTURES / "small.png", tmp_path / "nowhere.png"])
+        model.encode_slices([IMAGES / "small.png", tmp_path / "nowhere.png"])
     assert "nowhere.png" in caught.value.where
     with pytest.raises(InputError, match="too long and thin") as caught:
         model.encode_slices([Image.new("RGB", (1, 20000))])
-    assert caught.value.where == "picture 0"
+    assert caught.value.where == "image 0"
     with pytest.raises(UsageError, match="batch_size"):
-        model.encode_slices(PICTURES / "small.png", batch_size=0)
+        model.encode_slices(IMAGES / "small.png", batch_size=0)
 
 
 def test_features_that_are_not_finite_are_refused(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +213,7 @@ def test_features_that_are_not_finite_are_refused(encoder: Encoder, monkeypatch:
     nan = {"image_features": np.full((1, 5, 256), np.nan, np.float32)}
     monkeypatch.setattr(engine, "run", lambda feeds: nan)
     with pytest.raises(InputError, match="not finite"):
-        model.encode_slices(PICTURES / "small.png")
+        model.encode_slices(IMAGES / "small.png")
 
 
 def test_identity(encoder: Encoder) -> None:

@@ -29,20 +29,20 @@ def rules(red: npt.NDArray[np.bool_]) -> int:
 
 
 @pytest.mark.parametrize(("width", "height"), [(1920, 1080), (640, 480), (1000, 333), (100, 60)])
-def test_wide_pictures_have_panels_above_one_another(width: int, height: int) -> None:
+def test_wide_images_have_panels_above_one_another(width: int, height: int) -> None:
     plan, pixels = drawn(width, height)
     rows = 0 if plan.grid is None else plan.grid.rows + 1
     assert rules((pixels == RULE).all(axis=2)) == 2 + rows
 
 
 @pytest.mark.parametrize(("width", "height"), [(1080, 1920), (480, 640), (333, 1000), (896, 896)])
-def test_tall_pictures_have_panels_side_by_side(width: int, height: int) -> None:
+def test_tall_images_have_panels_side_by_side(width: int, height: int) -> None:
     plan, pixels = drawn(width, height)
     assert plan.grid is not None
     assert rules((pixels == RULE).all(axis=2).T) == 2 + plan.grid.columns + 1
 
 
-def test_each_slice_is_numbered_on_the_picture() -> None:
+def test_each_slice_is_numbered_on_the_image() -> None:
     """Slices of one size differ in their numbers alone: without those all cells were equal."""
     _, pixels = drawn(1344, 1344)
     red = (pixels == RULE).all(axis=2)
@@ -58,7 +58,7 @@ def test_each_slice_is_numbered_on_the_picture() -> None:
     assert all(np.frombuffer(cell, np.uint8).reshape(-1, 3).tolist().count(list(RULE)) > 300 for cell in inner)
 
 
-def test_the_picture_itself_is_shown() -> None:
+def test_the_image_itself_is_shown() -> None:
     image = Image.new("RGB", (640, 480), BLUE)
     image.paste((0, 200, 0), (320, 0, 640, 480))
     drawing = draw_plan(image, plan_slices(image.size, slice_spec_from_version("2.0", queries=64)))

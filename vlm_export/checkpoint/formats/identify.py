@@ -19,7 +19,7 @@ _OTHER_FORMATS = {
     b"\x89HDF": "an HDF5 file (TensorFlow or Keras weights)",
     b"GGUF": "a GGUF file (llama.cpp weights)",
     b"%PDF": "a PDF document",
-    b"\x89PNG": "a PNG picture",
+    b"\x89PNG": "a PNG image",
 }
 
 

@@ -44,7 +44,7 @@ class InterpolationLowering:
         recompute_scale_factor: bool | None = None,
         antialias: bool = False,
     ) -> Tensor:
-        """torch's `interpolate`; other modes and ranks than bilinear and bicubic of pictures go to the original."""
+        """torch's `interpolate`; other modes and ranks than bilinear and bicubic of images go to the original."""
         if mode not in MODES or input.ndim != 4 or (size is None) == (scale_factor is None):
             return _original(input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
         form = Filter(mode, antialias, bool(align_corners))

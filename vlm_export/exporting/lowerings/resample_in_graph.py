@@ -25,20 +25,20 @@ from vlm_export.exporting.lowerings.resample_weights import SUPPORT, Filter
 
 # Rows that are computed together, from one window of the source.
 _GROUP = 16
-_PICTURE_CHANNELS = 4
+_IMAGE_CHANNELS = 4
 
 
 def interpolate_in_graph(x: Tensor, sources: Sequence[Size], targets: tuple[Target, Target], form: Filter) -> Tensor:
     """`interpolate` of x: float (B, C, H, W), first the rows, then the columns.
 
-    Tables of positions and features are small and have many channels: they meet whole matrices. Of pictures, a row
+    Tables of positions and features are small and have many channels: they meet whole matrices. Of images, a row
     takes the samples that count; with antialiasing these are many, and neighbours share a window of them.
     """
     rows, columns = describe_axes(sources, targets, form, x.dtype)
     # A trace has a tensor for the number of channels; it decides nothing but the form.
-    is_picture = not isinstance(x.shape[1], torch.SymInt) and int(x.shape[1]) <= _PICTURE_CHANNELS
-    x = _resample_rows(x, rows) if is_picture and _is_banded(rows) else build_matrix(rows) @ x
-    if is_picture and _is_banded(columns):
+    is_image = not isinstance(x.shape[1], torch.SymInt) and int(x.shape[1]) <= _IMAGE_CHANNELS
+    x = _resample_rows(x, rows) if is_image and _is_banded(rows) else build_matrix(rows) @ x
+    if is_image and _is_banded(columns):
         return _resample_rows(x.transpose(2, 3), columns).transpose(2, 3)
     return x @ build_matrix(columns).transpose(0, 1)
 

@@ -38,7 +38,7 @@ class RandomRuns:
     """Runs of a graph on random inputs: three, of other sizes where axes are open.
 
     Where inputs are integers, there is one more, in which each is as large as the graph takes, and so they are in those
-    that follow if possible: an embedding reads rows far from its first, a picture is not almost black.
+    that follow if possible: an embedding reads rows far from its first, an image is not almost black.
     """
 
     def __init__(

@@ -101,7 +101,7 @@ class OrtEngine:
         options.log_severity_level = _LOG_FATAL_ONLY
         if checked_threads(threads) is not None:
             options.intra_op_num_threads = threads
-        # Engines run in turn: picture, prompt, token. Idle threads would spin on and take cores from the next one.
+        # Engines run in turn: image, prompt, token. Idle threads would spin on and take cores from the next one.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if exact or mapped:
             # An arena keeps what the largest point took, and more; a proof runs many sizes beside the Reference.

@@ -1,7 +1,7 @@
 """A decoder with cross-attention as a DecoderState: one graph for the prompt and every token, and its caches.
 
 Two kinds of keys and values go into the graph: those of the tokens so far, which grow with every step, and those of
-what a row attends to (a picture, a question), which are computed once and never change.
+what a row attends to (an image, a question), which are computed once and never change.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class CrossAttentionState:
         """As in DecoderState.
 
         Keys and values of sources are large, 43 MB for a picture of 384 pixels in BLIP base. They are moved only
-        when a row's source changes, which beams of one picture never do.
+        when a row's source changes, which beams of one image never do.
         """
         sources = self._sources[rows]
         if not np.array_equal(sources, self._sources):

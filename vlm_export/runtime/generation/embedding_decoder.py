@@ -1,4 +1,4 @@
-"""A decoder that reads embeddings as a DecoderState: pictures' features and words in one row, and one cache.
+"""A decoder that reads embeddings as a DecoderState: images' features and words in one row, and one cache.
 
 The prompt comes as embeddings, later tokens as ids, which a second graph embeds. Rows of several lengths are padded on
 the left; positions count a row's own tokens, so a row decodes the same with and without padding.

@@ -2,7 +2,7 @@
 
 Greedy search, sampling and beam search choose what `generate` of transformers 4.25.1 chooses, which BLIP was published
 with (`generation/utils.py`, `generation/beam_search.py`), and leave aside what that computes in vain: a row that
-has ended is dropped from the decoder. The loop knows token ids alone; masks, positions, left padding and pictures are
+has ended is dropped from the decoder. The loop knows token ids alone; masks, positions, left padding and images are
 the DecoderState's.
 """
 

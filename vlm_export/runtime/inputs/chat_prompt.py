@@ -1,4 +1,4 @@
-"""Questions and pictures to the token ids of a prompt, with a placeholder for each feature of a picture.
+"""Questions and images to the token ids of a prompt, with a placeholder for each feature of an image.
 
 Sources: huggingface/nanoVLM, `generate.py` and `get_image_string` (data/processors.py) of v0.1 (6ba9082), v0.2
 (731d8c6) and 4e0c096. Special tokens count wherever they stand, in a question too, as in the original.
@@ -24,16 +24,16 @@ class PromptForm:
         self.settings = settings
 
     def text(self, question: str, grids: Sequence[Grid]) -> str:
-        """The prompt as text; `grids` holds the rows and columns of tiles of each picture, (1, 1) without tiles.
+        """The prompt as text; `grids` holds the rows and columns of tiles of each image, (1, 1) without tiles.
 
         Raises:
-            UsageError: the layout takes another number of pictures.
+            UsageError: the layout takes another number of images.
             InputError: a tile has no marker.
         """
-        settings, pictures = self.settings, self._image_text(grids)
+        settings, images = self.settings, self._image_text(grids)
         if settings.layout == "tiles":
-            return f"{settings.prompt.before}{pictures}{question}{settings.prompt.after}"
-        return f"{pictures}{settings.prompt.before}{question}{settings.prompt.after}"
+            return f"{settings.prompt.before}{images}{question}{settings.prompt.after}"
+        return f"{images}{settings.prompt.before}{question}{settings.prompt.after}"
 
     def tiles(self, grid: Grid) -> int:
         """How many tiles are looked at, the global one included."""
@@ -45,20 +45,20 @@ class PromptForm:
         return self.settings.tokens_per_tile * len(grids) if self.settings.layout == "prepended" else 0
 
     def check(self, ids: Sequence[int], grids: Sequence[Grid], name: str) -> None:
-        """That ids have a placeholder for each feature of their pictures, and fit into the context with them.
+        """That ids have a placeholder for each feature of their images, and fit into the context with them.
 
         Raises:
             InputError: they do not.
-            UsageError: the layout takes another number of pictures.
+            UsageError: the layout takes another number of images.
         """
-        self._check_pictures(len(grids))
+        self._check_images(len(grids))
         settings, wanted = self.settings, sum(map(self.tiles, grids)) * self.settings.tokens_per_tile
         places = sum(token == settings.image_token_id for token in ids)
         if settings.layout != "prepended" and places != wanted:
             raise InputError(
-                "a prompt's placeholders do not match its pictures",
+                "a prompt's placeholders do not match its images",
                 where=name,
-                expected=f"{wanted} times {settings.image_token}: {len(grids)} pictures with "
+                expected=f"{wanted} times {settings.image_token}: {len(grids)} images with "
                 f"{settings.tokens_per_tile} features for each of {sum(map(self.tiles, grids))} tiles",
                 got=f"{places} times",
                 fix=f"leave {settings.image_token} out of the question: it is written for you",
@@ -69,23 +69,23 @@ class PromptForm:
                 "a prompt is longer than the model's context",
                 where=name,
                 expected=f"at most {settings.context_length} tokens",
-                got=f"{length} tokens, {wanted} of them features of {len(grids)} pictures",
-                fix="shorten the question, take fewer pictures, or allow truncation of the question",
+                got=f"{length} tokens, {wanted} of them features of {len(grids)} images",
+                fix="shorten the question, take fewer images, or allow truncation of the question",
             )
 
-    def _check_pictures(self, count: int) -> None:
+    def _check_images(self, count: int) -> None:
         if self.settings.layout == "prepended" and count != 1:
             raise UsageError(
-                "this model answers about exactly one picture",
+                "this model answers about exactly one image",
                 where="the layout 'prepended'",
-                expected="1 picture for each question",
+                expected="1 image for each question",
                 got=str(count),
-                fix="ask about one picture at a time",
+                fix="ask about one image at a time",
             )
 
     def _image_text(self, grids: Sequence[Grid]) -> str:
-        """What stands for the pictures: numbered where there are several tiled ones, as in the original."""
-        self._check_pictures(len(grids))
+        """What stands for the images: numbered where there are several tiled ones, as in the original."""
+        self._check_images(len(grids))
         settings = self.settings
         features = (settings.image_token or "") * settings.tokens_per_tile
         if settings.layout != "tiles":
@@ -94,7 +94,7 @@ class PromptForm:
         return "".join(number + self._tiles_text(grid, features) for number, grid in zip(numbers, grids, strict=True))
 
     def _tiles_text(self, grid: Grid, features: str) -> str:
-        """What stands for one picture; InputError when a tile has no marker.
+        """What stands for one image; InputError when a tile has no marker.
 
         Rounding cuts a few sizes one row or column further than `max_side_pixels`: see `plan_tiles`.
         """
@@ -107,11 +107,11 @@ class PromptForm:
             return whole + "".join(settings.tile_tokens[name] + features for name in names)
         except KeyError as error:
             raise InputError(
-                "a picture is cut into more tiles than the model has markers for",
-                where=f"a picture of {grid[0]} x {grid[1]} tiles",
+                "an image is cut into more tiles than the model has markers for",
+                where=f"an image of {grid[0]} x {grid[1]} tiles",
                 expected="a marker for each row and column",
                 got=f"none for {error.args[0]}",
-                fix="resize the picture by a pixel: its size is rounded up to one more row or column of tiles",
+                fix="resize the image by a pixel: its size is rounded up to one more row or column of tiles",
             ) from error
 
 
@@ -132,7 +132,7 @@ class PromptWriter(PromptForm):
             lost = [] if found == settings.image_token_id else [f"{settings.image_token} is {found}"]
         if lost:
             raise InputError(
-                "the tokenizer lacks tokens that stand for pictures",
+                "the tokenizer lacks tokens that stand for images",
                 where=where,
                 expected=f"{settings.image_token} = {settings.image_token_id}, and one token for each marker",
                 got=f"not so: {', '.join(lost[:4])}" + ("…" if len(lost) > 4 else ""),
@@ -143,13 +143,13 @@ class PromptWriter(PromptForm):
         """Token ids of a prompt, without the features that are prepended.
 
         Args:
-            truncate: cut the question's end where the prompt is too long; what stands for pictures stays.
+            truncate: cut the question's end where the prompt is too long; what stands for images stays.
             name: what errors call the question.
 
         Raises:
             InputError: the prompt is longer than the context, a tile has no marker, or the question holds placeholders
                 of its own, is no Unicode string or has too many characters.
-            UsageError: the layout takes another number of pictures.
+            UsageError: the layout takes another number of images.
         """
         if not isinstance(question, str):
             raise InputError("a question is not a string", where=name, got=type(question).__name__)

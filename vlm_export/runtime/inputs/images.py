@@ -1,4 +1,4 @@
-"""Pictures to `pixel_values`, as the originals' own pipelines make them, with bounds on what a hostile file can cost.
+"""Images to `pixel_values`, as the originals' own pipelines make them, with bounds on what a hostile file can cost.
 
 An ImageSpec states what the original does, and each is reproduced to the last pixel. Of torchvision 0.29 on Pillow
 images: Resize, CenterCrop, ToTensor, Normalize, as in `_transform` of openai/CLIP clip.py (d05afc4), open_clip 3.3.0
@@ -32,13 +32,13 @@ from vlm_export.machine_faults import machine_fault
 from vlm_export.specs import Crop, ImageSpec
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
-PictureSource: TypeAlias = "Image.Image | str | os.PathLike[str] | bytes | bytearray | BinaryIO | npt.NDArray[np.uint8]"
-"""A Pillow picture, a path, the content of a file, an open file, or uint8 (H, W), (H, W, 3) or (H, W, 4)."""
+ImageSource: TypeAlias = "Image.Image | str | os.PathLike[str] | bytes | bytearray | BinaryIO | npt.NDArray[np.uint8]"
+"""A Pillow image, a path, the content of a file, an open file, or uint8 (H, W), (H, W, 3) or (H, W, 4)."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
 """Pillow's decoders that untrusted files may reach: what cameras, browsers and drawing programs write.
 
-JPEG includes the multi-picture files of phones. AVIF (libavif; in Pillow's wheels from 11.3) and JPEG 2000 (OpenJPEG)
+JPEG includes the multi-image files of phones. AVIF (libavif; in Pillow's wheels from 11.3) and JPEG 2000 (OpenJPEG)
 are fuzzed libraries, as those of WEBP and TIFF. ICO holds PNG and BMP; TGA is decoded by Pillow itself, and comes last,
 since it has no signature. Formats that run other programs (EPS), draw (WMF) or that hardly anyone has stay outside.
 """
@@ -61,33 +61,33 @@ _SIGNATURES = (
 )
 
 MAX_PIXELS = 128_000_000
-"""Pictures above are refused before they are decoded; the largest cameras make 102 million pixels."""
+"""Images above are refused before they are decoded; the largest cameras make 102 million pixels."""
 
 MAX_RESIZED_PIXELS = 64_000_000
-"""Bound while resizing. To the shorter edge, a 1x10000 picture would become 224x2240000. To a square, Pillow's first
+"""Bound while resizing. To the shorter edge, a 1x10000 image would become 224x2240000. To a square, Pillow's first
 pass would make 224x100000000 of 1x100000000, and weights for every pixel of its mirror image."""
 
 MAX_STREAM_BYTES = 256 << 20
-"""Read at most from what is no regular file, such as a pipe; the largest pictures within MAX_PIXELS are smaller."""
+"""Read at most from what is no regular file, such as a pipe; the largest images within MAX_PIXELS are smaller."""
 
 _OPENING = Lock()
 
 
 def open_image(source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_PIXELS, name: str = "") -> Image.Image:
-    """Decode the first frame of a picture.
+    """Decode the first frame of an image.
 
     Args:
         source: a path, also that of a pipe, or the bytes of a file.
         max_pixels: checked against the header, before memory for pixels is taken. Pillow itself refuses more than
             about 179 million.
-        name: what errors call the picture; the path by default.
+        name: what errors call the image; the path by default.
 
     Raises:
-        InputError: missing, not a picture of FORMATS, truncated or too large.
+        InputError: missing, not an image of FORMATS, truncated or too large.
         EnvironmentFailure: there is no memory to decode it, or the machine stands in the way otherwise.
     """
     if isinstance(source, bytes):
-        return _decode(io.BytesIO(source), max_pixels, name or "picture from memory")
+        return _decode(io.BytesIO(source), max_pixels, name or "image from memory")
     path, name = Path(source), name or str(source)
     try:
         with path.open("rb") as stream:
@@ -122,17 +122,17 @@ def named_decoding(name: str, expected: str, describe: Callable[[Exception], str
 
     Raises:
         InputError: any of it, with what `describe` makes of it.
-        EnvironmentFailure: there is no memory to decode the picture.
+        EnvironmentFailure: there is no memory to decode the image.
     """
     try:
         yield
     except VlmExportError:
         raise
     except MemoryError as error:
-        raise EnvironmentFailure("not enough memory to decode a picture", where=name) from error
+        raise EnvironmentFailure("not enough memory to decode an image", where=name) from error
     except Exception as error:
         raise machine_fault(error, name) or InputError(
-            "a picture cannot be decoded",
+            "an image cannot be decoded",
             where=name,
             expected=expected,
             got=describe(error),
@@ -145,7 +145,7 @@ def preprocess_image(
     spec: ImageSpec,
     *,
     max_resized_pixels: int = MAX_RESIZED_PIXELS,
-    name: str = "picture",
+    name: str = "image",
 ) -> FloatArray:
     """Resize, crop, convert, rescale and normalise one image, as its spec says.
 
@@ -173,9 +173,9 @@ def preprocess_image(
             square = _converted(square, spec)
     except (OSError, ValueError) as error:
         raise machine_fault(error, name) or InputError(
-            "a picture cannot be converted to RGB",
+            "an image cannot be converted to RGB",
             where=name,
-            expected="a picture that Pillow resizes and converts",
+            expected="an image that Pillow resizes and converts",
             got=f"mode {image.mode}: {error}",
         ) from error
     # As transformers rescales; for 1/255 the same float32 values as a division by 255, which torchvision does.
@@ -237,7 +237,7 @@ def _check_pixels(size: tuple[int, int], max_pixels: int, name: str) -> None:
     width, height = size
     if width * height > max_pixels:
         raise InputError(
-            "a picture has too many pixels",
+            "an image has too many pixels",
             where=name,
             expected=f"at most {max_pixels:,} pixels",
             got=f"{width} x {height} = {width * height:,}",
@@ -247,7 +247,7 @@ def _check_pixels(size: tuple[int, int], max_pixels: int, name: str) -> None:
 
 def _check_resized(size: tuple[int, int], spec: ImageSpec, max_pixels: int, name: str) -> None:
     if min(size) < 1:
-        raise InputError("a picture has no pixels", where=name, got=f"{size[0]} x {size[1]}")
+        raise InputError("an image has no pixels", where=name, got=f"{size[0]} x {size[1]}")
     width, height = target = _target_size(size, spec)
     if spec.resize == "stretch":
         # Between Pillow's two passes, either edge may still have its own length.
@@ -256,7 +256,7 @@ def _check_resized(size: tuple[int, int], spec: ImageSpec, max_pixels: int, name
         return
     if width * height > max_pixels:
         raise InputError(
-            "a picture is too long and thin to resize",
+            "an image is too long and thin to resize",
             where=name,
             expected=f"at most {max_pixels:,} pixels while and after resizing",
             got=f"{size[0]} x {size[1]} would take {width} x {height}",
@@ -313,7 +313,7 @@ def crop_offset(margin: int, crop: Crop) -> int:
 
 
 def _unreadable(name: str, got: str) -> InputError:
-    return InputError("a picture cannot be read", where=name, expected="a picture file", got=got)
+    return InputError("an image cannot be read", where=name, expected="an image file", got=got)
 
 
 def _describe_failure(stream: BinaryIO, error: Exception) -> str:

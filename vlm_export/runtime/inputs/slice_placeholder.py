@@ -1,4 +1,4 @@
-"""The text that stands for a sliced picture in a prompt, as data: where a host puts which slice's features."""
+"""The text that stands for a sliced image in a prompt, as data: where a host puts which slice's features."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def placeholder_parts(plan: SlicePlan, spec: PlaceholderSpec, *, image_index: in
     """Text and slice numbers in the prompt's order; neighbouring texts are joined.
 
     Args:
-        image_index: the picture's place among those of the prompt, for versions that number them.
+        image_index: the image's place among those of the prompt, for versions that number them.
     """
     parts: list[PlaceholderPart] = []
     for piece in _pieces(plan, spec, image_index):

@@ -1,8 +1,8 @@
-"""Where a picture is cut, as MiniCPM-V and OmniLMM decide it: sizes alone, no pixels.
+"""Where an image is cut, as MiniCPM-V and OmniLMM decide it: sizes alone, no pixels.
 
 The arithmetic is that of `slice_image` in MiniCPM-V 2.0's modeling file and of the image processors of 2.5 and 2.6,
-including Python's rounding of halves to even and its truncation. Very thin pictures: the originals let a slice grow
-without bound (1 x 10000 becomes 14 x 44800, 3200 patches), and a picture more than size_pixels² times as wide as high
+including Python's rounding of halves to even and its truncation. Very thin images: the originals let a slice grow
+without bound (1 x 10000 becomes 14 x 44800, 3200 patches), and an image more than size_pixels² times as wide as high
 collapses to one patch. Both are kept; slices beyond MAX_STRETCH are refused.
 """
 
@@ -19,13 +19,13 @@ from vlm_export.specs.slices import SliceSpec
 Size: TypeAlias = tuple[int, int]
 
 MAX_STRETCH = 4
-"""Patches of a slice, over those of a square one: attention's memory grows with the square. Thin pictures reach 4 when
+"""Patches of a slice, over those of a square one: attention's memory grows with the square. Thin images reach 4 when
 one side is about 16,384 times the other."""
 
 
 @dataclass(frozen=True)
 class SliceGrid:
-    """Equal slices of the resized picture.
+    """Equal slices of the resized image.
 
     Attributes:
         columns, rows: at least two slices together.
@@ -39,16 +39,16 @@ class SliceGrid:
 
 @dataclass(frozen=True)
 class SlicePlan:
-    """How one picture is sliced; sizes are (width, height) in pixels.
+    """How one image is sliced; sizes are (width, height) in pixels.
 
     Attributes:
-        picture_size: of the picture itself.
-        source_size: what the whole picture, slice 0, is resized to.
-        grid: the slices after it, row by row; None when the picture is not cut.
+        image_size: of the image itself.
+        source_size: what the whole image, slice 0, is resized to.
+        grid: the slices after it, row by row; None when the image is not cut.
         patch_size: edge of a patch.
     """
 
-    picture_size: Size
+    image_size: Size
     source_size: Size
     grid: SliceGrid | None
     patch_size: int
@@ -61,7 +61,7 @@ class SlicePlan:
 
     @property
     def refined_size(self) -> Size | None:
-        """What the picture is resized to before it is cut."""
+        """What the image is resized to before it is cut."""
         if self.grid is None:
             return None
         width, height = self.grid.slice_size
@@ -69,7 +69,7 @@ class SlicePlan:
 
     @property
     def boxes(self) -> tuple[tuple[int, int, int, int], ...]:
-        """(left, top, right, bottom) of the slices in the picture of `refined_size`, row by row."""
+        """(left, top, right, bottom) of the slices in the image of `refined_size`, row by row."""
         return tuple(self._grid_boxes())
 
     @property
@@ -82,7 +82,7 @@ class SlicePlan:
         """What `inspect` prints: sizes as [width, height], patches as [rows, columns]."""
         grid = self.grid
         return {
-            "picture": list(self.picture_size),
+            "size": list(self.image_size),
             "grid": None if grid is None else {"columns": grid.columns, "rows": grid.rows},
             "slices": [
                 {"size": list(size), "patches": list(patches)}
@@ -99,17 +99,17 @@ class SlicePlan:
                 yield (left, top, left + width, top + height)
 
 
-def plan_slices(size: Size, spec: SliceSpec, *, max_patches: int | None = None, name: str = "picture") -> SlicePlan:
-    """Decide how a picture of `size` (width, height) is sliced.
+def plan_slices(size: Size, spec: SliceSpec, *, max_patches: int | None = None, name: str = "image") -> SlicePlan:
+    """Decide how a image of `size` (width, height) is sliced.
 
     Args:
         max_patches: most patches of a slice; MAX_STRETCH times those of a square slice by default.
 
     Raises:
-        InputError: the picture has no pixels, or is so long and thin that a slice exceeds `max_patches`.
+        InputError: the image has no pixels, or is so long and thin that a slice exceeds `max_patches`.
     """
     if min(size) < 1:
-        raise InputError("a picture has no pixels", where=name, got=f"{size[0]} x {size[1]}")
+        raise InputError("an image has no pixels", where=name, got=f"{size[0]} x {size[1]}")
     edge = spec.size_pixels
     if spec.mode == "square":
         return SlicePlan(size, (edge, edge), None, spec.patch_size)
@@ -134,7 +134,7 @@ def _nearest_multiple(length: float, step: int) -> int:
 
 
 def _choose_grid(size: Size, wanted: int, max_slices: int) -> Size:
-    """(columns, rows) of about `wanted` slices whose aspect is nearest to the picture's; the first of equals."""
+    """(columns, rows) of about `wanted` slices whose aspect is nearest to the image's; the first of equals."""
     aspect = math.log(size[0] / size[1])
     counts = (n for n in (wanted - 1, wanted, wanted + 1) if 1 < n <= max_slices)
     grids = ((columns, n // columns) for n in counts for columns in range(1, n + 1) if n % columns == 0)
@@ -151,9 +151,9 @@ def _check_patches(plan: SlicePlan, max_patches: int, name: str) -> None:
         (rows * columns, size) for (rows, columns), size in zip(plan.patch_grids, plan.sizes, strict=True)
     )
     if patches > max_patches:
-        width, height = plan.picture_size
+        width, height = plan.image_size
         raise InputError(
-            "a picture is too long and thin to slice",
+            "an image is too long and thin to slice",
             where=name,
             expected=f"at most {max_patches:,} patches in a slice",
             got=f"{width} x {height} would have a slice of {size[0]} x {size[1]}: {patches:,} patches",

@@ -1,4 +1,4 @@
-"""Pictures to slices, as MiniCPM-V and OmniLMM cut, resize and normalise them; `slice_plan` decides where."""
+"""Images to slices, as MiniCPM-V and OmniLMM cut, resize and normalise them; `slice_plan` decides where."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IntArray: TypeAlias = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Slices:
-    """One picture's inputs of the vision part.
+    """One image's inputs of the vision part.
 
     Attributes:
         plan: where they come from.
@@ -34,35 +34,33 @@ class Slices:
     tgt_sizes: IntArray
 
 
-def slice_image(
-    image: Image.Image, spec: SliceSpec, *, max_patches: int | None = None, name: str = "picture"
-) -> Slices:
-    """Convert, resize, cut and normalise one picture.
+def slice_image(image: Image.Image, spec: SliceSpec, *, max_patches: int | None = None, name: str = "image") -> Slices:
+    """Convert, resize, cut and normalise one source.
 
     Args:
         image: opened by `open_image`, which bounds its pixels.
         max_patches: see `plan_slices`.
 
     Raises:
-        InputError: `plan_slices` refuses the picture, or Pillow cannot convert it to RGB.
+        InputError: `plan_slices` refuses the source, or Pillow cannot convert it to RGB.
     """
     plan = plan_slices(image.size, spec, max_patches=max_patches, name=name)
-    pictures = _cut(rgb_picture(image, name=name), plan)
-    arrays = (_normalise(picture, spec) for picture in pictures)
+    images = _cut(rgb_image(image, name=name), plan)
+    arrays = (_normalise(source, spec) for source in images)
     if spec.pixel_layout == "patches":
         arrays = (patchify(array, spec.patch_size) for array in arrays)
     return Slices(plan, tuple(arrays), np.asarray(plan.patch_grids, dtype=np.int64))
 
 
-def rgb_picture(image: Image.Image, *, name: str = "picture") -> Image.Image:
-    """The picture in mode RGB; InputError when Pillow cannot convert it."""
+def rgb_image(image: Image.Image, *, name: str = "image") -> Image.Image:
+    """The image in mode RGB; InputError when Pillow cannot convert it."""
     try:
         return image.convert("RGB")
     except (OSError, ValueError) as error:
         raise machine_fault(error, name) or InputError(
-            "a picture cannot be converted to RGB",
+            "an image cannot be converted to RGB",
             where=name,
-            expected="a picture that Pillow converts",
+            expected="an image that Pillow converts",
             got=f"mode {image.mode}: {error}",
         ) from error
 
@@ -102,8 +100,8 @@ def _cut(image: Image.Image, plan: SlicePlan) -> Iterator[Image.Image]:
         yield from (refined.crop(box) for box in plan.boxes)
 
 
-def _normalise(picture: Image.Image, spec: SliceSpec) -> FloatArray:
-    pixels = np.asarray(picture, dtype=np.uint8).transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+def _normalise(image: Image.Image, spec: SliceSpec) -> FloatArray:
+    pixels = np.asarray(image, dtype=np.uint8).transpose(2, 0, 1).astype(np.float32) / np.float32(255)
     mean = np.asarray(spec.mean, dtype=np.float32)[:, None, None]
     std = np.asarray(spec.std, dtype=np.float32)[:, None, None]
     normalised: FloatArray = np.ascontiguousarray((pixels - mean) / std)

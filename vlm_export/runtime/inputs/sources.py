@@ -1,4 +1,4 @@
-"""What callers hand over, one or several of it: texts, and pictures, which get names and are opened for threads."""
+"""What callers hand over, one or several of it: texts, and images, which get names and are opened for threads."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ import numpy as np
 from PIL import Image
 
 from vlm_export.errors import InputError
-from vlm_export.runtime.inputs.images import PictureSource, named_decoding, open_image, read_stream
+from vlm_export.runtime.inputs.images import ImageSource, named_decoding, open_image, read_stream
 
-Pictures: TypeAlias = "PictureSource | Sequence[PictureSource]"
+Images: TypeAlias = "ImageSource | Sequence[ImageSource]"
 Unreadable: TypeAlias = Callable[[int, InputError], None]
-"""Told the number of a picture that cannot be read, and why: it raises the error, or the picture is left out."""
+"""Told the number of an image that cannot be read, and why: it raises the error, or the image is left out."""
 
 Prepared = TypeVar("Prepared")
 
 _DECODER_THREADS = 4
-# A picture that Pillow opened decodes on first use, which two threads must not do at once: one lock for each of them,
+# An image that Pillow opened decodes on first use, which two threads must not do at once: one lock for each of them,
 # found by its id. Others that share the lock wait for no reason, but rarely.
 _LOADING = tuple(Lock() for _ in range(61))
 
 
-def is_picture(value: object) -> bool:
-    """Whether a value stands for one picture, and is no sequence of pictures."""
+def is_image(value: object) -> bool:
+    """Whether a value stands for one image, and is no sequence of images."""
     if isinstance(value, np.ndarray):
         return value.ndim in (2, 3)
     return isinstance(value, Image.Image | str | os.PathLike | bytes | bytearray) or hasattr(value, "read")
 
 
-def picture_list(images: Pictures) -> list[PictureSource]:
-    """One or several pictures as a list; InputError when the value is neither."""
-    # mypy cannot know that `is_picture` decides.
+def image_list(images: Images) -> list[ImageSource]:
+    """One or several images as a list; InputError when the value is neither."""
+    # mypy cannot know that `is_image` decides.
     given: Any = images
-    return [given] if is_picture(given) else _listed(given, lambda: _no_picture(given, "the pictures"))
+    return [given] if is_image(given) else _listed(given, lambda: _no_image(given, "the images"))
 
 
 def text_list(texts: str | Sequence[str]) -> list[str]:
@@ -48,34 +48,34 @@ def text_list(texts: str | Sequence[str]) -> list[str]:
 
 
 def decoder_threads(threads: int | None) -> ThreadPoolExecutor:
-    """Threads that `map_pictures` opens and prepares pictures in: so many, or 4."""
+    """Threads that `map_images` opens and prepares images in: so many, or 4."""
     return ThreadPoolExecutor(threads or _DECODER_THREADS)
 
 
-def map_pictures(
+def map_images(
     prepare: Callable[[Image.Image, str], Prepared],
-    sources: Sequence[PictureSource],
+    sources: Sequence[ImageSource],
     decoders: ThreadPoolExecutor,
     *,
     max_pixels: int,
     first: int = 0,
     unreadable: Unreadable | None = None,
 ) -> list[Prepared]:
-    """What `prepare` makes of each picture and its name, in threads.
+    """What `prepare` makes of each image and its name, in threads.
 
     Args:
-        max_pixels: of pictures that are decoded here.
-        first: the number of the first source, in the names of pictures that have no path.
-        unreadable: what is told of pictures that cannot be read, in their order; without it the first is an error.
+        max_pixels: of images that are decoded here.
+        first: the number of the first source, in the names of images that have no path.
+        unreadable: what is told of images that cannot be read, in their order; without it the first is an error.
 
     Raises:
-        InputError: a picture is unreadable or too large; the message names it.
+        InputError: an image is unreadable or too large; the message names it.
     """
 
-    def prepared(index: int, source: PictureSource) -> Prepared | InputError:
-        name = picture_name(source, index)
+    def prepared(index: int, source: ImageSource) -> Prepared | InputError:
+        name = image_name(source, index)
         try:
-            return prepare(open_picture(source, max_pixels=max_pixels, name=name), name)
+            return prepare(open_shared_image(source, max_pixels=max_pixels, name=name), name)
         except InputError as error:
             if unreadable is None:
                 raise
@@ -91,22 +91,22 @@ def map_pictures(
     return found
 
 
-def picture_name(source: PictureSource, index: int) -> str:
-    """What errors call a picture: its path, or its number."""
-    return str(source) if isinstance(source, str | os.PathLike) else f"picture {index}"
+def image_name(source: ImageSource, index: int) -> str:
+    """What errors call an image: its path, or its number."""
+    return str(source) if isinstance(source, str | os.PathLike) else f"image {index}"
 
 
-def open_picture(source: PictureSource, *, max_pixels: int, name: str) -> Image.Image:
-    """A decoded picture that threads may share.
+def open_shared_image(source: ImageSource, *, max_pixels: int, name: str) -> Image.Image:
+    """A decoded image that threads may share.
 
     Raises:
-        InputError: no picture, unreadable, or too large.
+        InputError: no image, unreadable, or too large.
         EnvironmentFailure: there is no memory to decode it.
     """
     if isinstance(source, Image.Image):
         with (
             _lock_of(source),
-            named_decoding(name, "a picture that Pillow decodes", lambda error: f"{type(error).__name__}: {error}"),
+            named_decoding(name, "an image that Pillow decodes", lambda error: f"{type(error).__name__}: {error}"),
         ):
             source.load()
         return source
@@ -115,19 +115,19 @@ def open_picture(source: PictureSource, *, max_pixels: int, name: str) -> Image.
     if isinstance(source, bytearray):
         return open_image(bytes(source), max_pixels=max_pixels, name=name)
     if isinstance(source, np.ndarray):
-        return _picture_from_array(source, name)
+        return _image_from_array(source, name)
     if not hasattr(source, "read"):
-        raise _no_picture(source, name)
+        raise _no_image(source, name)
     with _lock_of(source):
         content = read_stream(source, name)
     return open_image(content, max_pixels=max_pixels, name=name)
 
 
-def _picture_from_array(pixels: Any, name: str) -> Image.Image:
+def _image_from_array(pixels: Any, name: str) -> Image.Image:
     fits = pixels.dtype == np.uint8 and (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4)))
     if not fits or not pixels.size:
         raise InputError(
-            "an array is no picture",
+            "an array is no image",
             where=name,
             expected="uint8 (H, W, 3), (H, W, 4) or (H, W)",
             got=f"{pixels.dtype} {pixels.shape}",
@@ -148,10 +148,10 @@ def _listed(values: Any, refusal: Callable[[], InputError]) -> list[Any]:
     return list(several)
 
 
-def _no_picture(value: object, name: str) -> InputError:
+def _no_image(value: object, name: str) -> InputError:
     return InputError(
-        "a picture is of another type",
+        "an image is of another type",
         where=name,
-        expected="a Pillow picture, a path, the bytes of a file, an open file, or an array uint8 (H, W, 3)",
+        expected="a Pillow image, a path, the bytes of a file, an open file, or an array uint8 (H, W, 3)",
         got=type(value).__name__,
     )

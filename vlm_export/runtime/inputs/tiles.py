@@ -1,9 +1,9 @@
-"""Pictures to the tiles that nanoVLM's later generation looks at.
+"""Images to the tiles that nanoVLM's later generation looks at.
 
-The picture is resized to whole tiles and cut row by row; of more than one tile, the whole picture at a tile's size goes
+The image is resized to whole tiles and cut row by row; of more than one tile, the whole image at a tile's size goes
 first. The arithmetic is that of `DynamicResize` and `GlobalAndSplitImages` in huggingface/nanoVLM
-(data/custom_transforms.py, 4e0c096): float division and `math.ceil`, Pillow's bicubic on the 8-bit picture, and for the
-global tile torchvision's antialiased bilinear on the resized picture as floats, which Pillow's mode F computes too.
+(data/custom_transforms.py, 4e0c096): float division and `math.ceil`, Pillow's bicubic on the 8-bit image, and for the
+global tile torchvision's antialiased bilinear on the resized image as floats, which Pillow's mode F computes too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image
 
 from vlm_export.errors import InputError
 from vlm_export.runtime.inputs.images import MAX_RESIZED_PIXELS, FloatArray
-from vlm_export.runtime.inputs.slices import rgb_picture
+from vlm_export.runtime.inputs.slices import rgb_image
 from vlm_export.specs.tiles import TileSpec
 
 Grid: TypeAlias = tuple[int, int]
@@ -26,15 +26,15 @@ Grid: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True)
 class TilePlan:
-    """How one picture is cut; sizes are (width, height) in pixels.
+    """How one image is cut; sizes are (width, height) in pixels.
 
     Attributes:
-        picture_size: of the picture itself.
+        image_size: of the image itself.
         resized_size: of what is cut.
         grid: rows and columns of tiles.
     """
 
-    picture_size: tuple[int, int]
+    image_size: tuple[int, int]
     resized_size: tuple[int, int]
     grid: Grid
 
@@ -42,7 +42,7 @@ class TilePlan:
         """What `inspect` prints."""
         rows, columns = self.grid
         return {
-            "picture": list(self.picture_size),
+            "size": list(self.image_size),
             "resized": list(self.resized_size),
             "grid": {"rows": rows, "columns": columns},
         }
@@ -53,18 +53,18 @@ def plan_tiles(
     spec: TileSpec,
     *,
     max_resized_pixels: int = MAX_RESIZED_PIXELS,
-    name: str = "picture",
+    name: str = "image",
 ) -> TilePlan:
-    """Decide how a picture of `size` (width, height) is cut.
+    """Decide how a image of `size` (width, height) is cut.
 
     Where the float that should be a whole number of tiles lies just above it, the shorter side gets one tile more, as
     in the original: (187, 187) with tiles of 512 and sides of 1536 becomes 4 x 3.
 
     Raises:
-        InputError: the picture has no pixels, or is so long and thin that resizing it exceeds the bound.
+        InputError: the image has no pixels, or is so long and thin that resizing it exceeds the bound.
     """
     if min(size) < 1:
-        raise InputError("a picture has no pixels", where=name, got=f"{size[0]} x {size[1]}")
+        raise InputError("an image has no pixels", where=name, got=f"{size[0]} x {size[1]}")
     longer, shorter, edge = max(size), min(size), spec.tile_size_pixels
     target = spec.max_side_pixels
     if not spec.resize_to_max_side:
@@ -74,7 +74,7 @@ def plan_tiles(
     # Between Pillow's two passes the longer side may still have its own length.
     if longer * other > max_resized_pixels:
         raise InputError(
-            "a picture is too long and thin to resize",
+            "an image is too long and thin to resize",
             where=name,
             expected=f"at most {max_resized_pixels:,} pixels while resizing",
             got=f"{size[0]} x {size[1]} would take {longer} x {other}",
@@ -84,8 +84,8 @@ def plan_tiles(
     return TilePlan(size, (width, height), (height // edge, width // edge))
 
 
-def cut_tiles(image: Image.Image, spec: TileSpec, *, name: str = "picture") -> tuple[TilePlan, FloatArray]:
-    """The plan of one picture, and its tiles; where there are several and the spec says so, the whole picture first.
+def cut_tiles(image: Image.Image, spec: TileSpec, *, name: str = "image") -> tuple[TilePlan, FloatArray]:
+    """The plan of one image, and its tiles; where there are several and the spec says so, the whole image first.
 
     Args:
         image: opened by `open_image`, which bounds its pixels.
@@ -94,10 +94,10 @@ def cut_tiles(image: Image.Image, spec: TileSpec, *, name: str = "picture") -> t
         float32 (N, 3, S, S) in [0, 1], S = `spec.tile_size_pixels`.
 
     Raises:
-        InputError: `plan_tiles` refuses the picture, or Pillow cannot convert it to RGB.
+        InputError: `plan_tiles` refuses the image, or Pillow cannot convert it to RGB.
     """
     plan = plan_tiles(image.size, spec, name=name)
-    resized = rgb_picture(image, name=name).resize(plan.resized_size, Image.Resampling.BICUBIC)
+    resized = rgb_image(image, name=name).resize(plan.resized_size, Image.Resampling.BICUBIC)
     pixels = np.asarray(resized, np.uint8).transpose(2, 0, 1).astype(np.float32) / np.float32(255)
     (rows, columns), edge = plan.grid, spec.tile_size_pixels
     split = pixels.reshape(3, rows, edge, columns, edge).transpose(1, 3, 0, 2, 4).reshape(-1, 3, edge, edge)

@@ -1,7 +1,7 @@
-"""Features of slices on disk, written picture by picture: they are too large to be held for many.
+"""Features of slices on disk, written image by image: they are too large to be held for many.
 
-`.npy` is float32 (slices, Q, D) for any tool; behind it in the file stands what tells of each row the picture, the
-number of the slice in it (0: the whole picture) and its rows and columns of patches (`search.npy_metadata`). `.parquet`
+`.npy` is float32 (slices, Q, D) for any tool; behind it in the file stands what tells of each row the image, the
+number of the slice in it (0: the whole image) and its rows and columns of patches (`search.npy_metadata`). `.parquet`
 holds the same as columns `item`, `slice`, `rows`, `columns` and `features` (Arrow's fixed-shape tensor), and the model
 in its metadata.
 """
@@ -53,16 +53,16 @@ class SliceFileMeta:
 
 
 def write_slice_features(
-    path: str | Path, pictures: Iterable[tuple[str, SliceFeatures]], meta: SliceFileMeta, *, overwrite: bool = False
+    path: str | Path, images: Iterable[tuple[str, SliceFeatures]], meta: SliceFileMeta, *, overwrite: bool = False
 ) -> tuple[int, int]:
     """Write `path` (.npy or .parquet), which has its name only once it is complete.
 
     Args:
-        pictures: names and features; taken one by one.
+        images: names and features; taken one by one.
         overwrite: replace a file that is there.
 
     Returns:
-        How many pictures and slices were written.
+        How many images and slices were written.
 
     Raises:
         UsageError: another suffix, features of another shape, or the file exists.
@@ -72,13 +72,13 @@ def write_slice_features(
     target = Path(path)
     write = {".npy": _write_npy, ".parquet": _write_parquet}[checked_suffix(target)]
     with staged_embeddings(target, overwrite=overwrite) as staged:
-        return write(target, staged, _checked(pictures, meta.feature_shape), meta)
+        return write(target, staged, _checked(images, meta.feature_shape), meta)
 
 
 def _checked(
-    pictures: Iterable[tuple[str, SliceFeatures]], shape: tuple[int, int]
+    images: Iterable[tuple[str, SliceFeatures]], shape: tuple[int, int]
 ) -> Iterator[tuple[str, SliceFeatures]]:
-    for item, features in pictures:
+    for item, features in images:
         if features.image_features.shape != (len(features.tgt_sizes), *shape):
             expected = str((len(features.tgt_sizes), *shape))
             raise UsageError("features of another shape", expected=expected, got=str(features.image_features.shape))
@@ -86,12 +86,12 @@ def _checked(
 
 
 def _write_npy(
-    target: Path, staged: Path, pictures: Iterator[tuple[str, SliceFeatures]], meta: SliceFileMeta
+    target: Path, staged: Path, images: Iterator[tuple[str, SliceFeatures]], meta: SliceFileMeta
 ) -> tuple[int, int]:
     digest, rows, count = hashlib.sha256(), [], 0
     with staged.open("wb") as file:
         _write_header(file, 0, meta)
-        for item, features in pictures:
+        for item, features in images:
             block = np.ascontiguousarray(features.image_features, dtype="<f4").data
             file.write(block)
             digest.update(block)
@@ -118,7 +118,7 @@ def _rows(item: str, features: SliceFeatures) -> list[dict[str, Any]]:
 
 
 def _write_parquet(
-    target: Path, staged: Path, pictures: Iterator[tuple[str, SliceFeatures]], meta: SliceFileMeta
+    target: Path, staged: Path, images: Iterator[tuple[str, SliceFeatures]], meta: SliceFileMeta
 ) -> tuple[int, int]:
     pa, pq = pyarrow_modules()
     tensor = pa.fixed_shape_tensor(pa.float32(), meta.feature_shape)
@@ -127,7 +127,7 @@ def _write_parquet(
     schema = schema.with_metadata({METADATA_KEY: json.dumps(meta.to_json())})
     count = slices = 0
     with pq.ParquetWriter(staged, schema) as writer:
-        for item, features in pictures:
+        for item, features in images:
             writer.write_table(_table(pa, schema, item, features, target))
             count, slices = count + 1, slices + len(features.tgt_sizes)
     return count, slices

@@ -1,8 +1,8 @@
-"""Two-stage retrieval: the nearest by cosine, put in order by what looks at picture and text together.
+"""Two-stage retrieval: the nearest by cosine, put in order by what looks at image and text together.
 
 Source: `evaluation` of salesforce/BLIP (train_retrieval.py, 3a29b74). The best by cosine are the candidates; each gets
 the logit of a match plus the cosine as its score, with [ENC] as the text's first token and texts cleaned as its
-datasets do. It works in both directions: pictures for a text, and texts for a picture.
+datasets do. It works in both directions: images for a text, and texts for an image.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm_export.errors import UsageError
-from vlm_export.runtime.inputs.images import PictureSource
+from vlm_export.runtime.inputs.images import ImageSource
 from vlm_export.runtime.inputs.text_cleaning import clean_caption
 from vlm_export.runtime.model import Model
 from vlm_export.runtime.search.store import Embeddings, search_embeddings
@@ -37,46 +37,46 @@ class RerankedMatch:
 def search_reranked(
     model: Model,
     embeddings: Embeddings,
-    query: str | PictureSource,
+    query: str | ImageSource,
     k: int,
     *,
-    is_picture: bool,
+    is_image: bool,
     candidates: int = CANDIDATES,
     truncate: bool = False,
 ) -> list[RerankedMatch]:
     """The k best items for a query, in the order of the second stage.
 
     Args:
-        embeddings: of pictures (items are their paths) for a text, of texts for a picture.
-        query: a text, or a picture when `is_picture`.
+        embeddings: of images (items are their paths) for a text, of texts for an image.
+        query: a text, or an image when `is_image`.
         candidates: so many of the nearest are compared; at least k.
         truncate: cut texts that are too long for the model instead of raising.
 
     Raises:
-        UsageError: query and items are both pictures or both texts, or there are fewer candidates than results.
+        UsageError: query and items are both images or both texts, or there are fewer candidates than results.
         InputError: the bundle does not match, an item is no longer readable, or a text is too long.
     """
-    if (embeddings.meta.kind == "image") == is_picture:
+    if (embeddings.meta.kind == "image") == is_image:
         raise UsageError(
-            "a match is that of a picture and a text",
-            expected="embeddings of texts" if is_picture else "embeddings of pictures",
+            "a match is that of an image and a text",
+            expected="embeddings of texts" if is_image else "embeddings of images",
             got=f"embeddings of {embeddings.meta.kind}s",
             fix="search without reranking",
         )
     if candidates < k:
         raise UsageError("there are fewer candidates than results", expected=f"at least {k}", got=str(candidates))
-    if is_picture:
-        vector = model.encode_image(_picture(query))[0]
+    if is_image:
+        vector = model.encode_image(_image(query))[0]
     else:
         vector = model.encode_text(clean_caption(str(query)), truncate=truncate)[0]
     items = [found.item for found in search_embeddings(embeddings, vector, candidates)]
-    if is_picture:
-        matches = model.match(_picture(query), items, first_token="enc", truncate=truncate)
+    if is_image:
+        matches = model.match(_image(query), items, first_token="enc", truncate=truncate)
     else:
         matches = model.match([Path(item) for item in items], str(query), first_token="enc", truncate=truncate)
     found = [RerankedMatch(item, match) for item, match in zip(items, matches, strict=True)]
     return sorted(found, key=lambda one: -one.score)[:k]
 
 
-def _picture(query: str | PictureSource) -> PictureSource:
+def _image(query: str | ImageSource) -> ImageSource:
     return Path(query) if isinstance(query, str) else query

@@ -40,7 +40,7 @@ class EmbeddingsMeta(Spec):
     """Where embeddings come from.
 
     Attributes:
-        kind: what the items are: paths of pictures, or texts.
+        kind: what the items are: paths of images, or texts.
         model: the bundle's name, for people.
         identity: `Manifest.identity()`; only embeddings of equal identity may be compared.
         precision: the variant that computed them.
@@ -355,7 +355,7 @@ def _refuse_slices(data: Mapping[str, Any], source: Path) -> None:
         raise InputError(
             "the file holds features of slices, for a language model: there is nothing in it to search",
             where=str(source),
-            expected="unit-length embeddings, one for each picture or text",
+            expected="unit-length embeddings, one for each image or text",
             got=f"several features for each slice, made by {data.get('model')}",
             fix="embed the images with a bundle that has the task embed",
         )

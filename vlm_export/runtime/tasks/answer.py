@@ -1,4 +1,4 @@
-"""Answers to questions about pictures: written, or chosen among candidates.
+"""Answers to questions about images: written, or chosen among candidates.
 
 Source: `BLIP_VQA` of salesforce/BLIP (models/blip_vqa.py, 3a29b74).
 """
@@ -13,7 +13,7 @@ from vlm_export.errors import UsageError
 from vlm_export.runtime.engines.onnxruntime import Array
 from vlm_export.runtime.generation.loop import generate
 from vlm_export.runtime.generation.options import IdArray
-from vlm_export.runtime.inputs.sources import Pictures
+from vlm_export.runtime.inputs.sources import Images
 from vlm_export.runtime.inputs.text_cleaning import clean_question
 from vlm_export.runtime.session import Session
 from vlm_export.runtime.tasks.answer_ranking import Candidates, RankedAnswer, rank_candidates
@@ -40,7 +40,7 @@ class AnswerTask:
 
     def answer(
         self,
-        images: Pictures,
+        images: Images,
         questions: str | Sequence[str],
         *,
         candidates: Sequence[str] | None = None,
@@ -54,7 +54,7 @@ class AnswerTask:
         batch_size: int = 8,
         progress: bool = False,
     ) -> list[str]:
-        """An answer to each question about its picture. What is None comes from the manifest.
+        """An answer to each question about its image. What is None comes from the manifest.
 
         The original lets the decoder attend to the padding of the shorter questions of a batch, so its answers to
         questions of different lengths depend on what else is in the batch, and so do these by default.
@@ -67,7 +67,7 @@ class AnswerTask:
             truncate: cut questions that are too long instead of raising.
 
         Raises:
-            InputError: a picture is unreadable, or a question is too long.
+            InputError: an image is unreadable, or a question is too long.
             UsageError: an option is out of its range or none of a ranking, or the numbers do not pair up.
         """
         if candidates is not None:
@@ -96,7 +96,7 @@ class AnswerTask:
 
     def rank_answers(
         self,
-        images: Pictures,
+        images: Images,
         questions: str | Sequence[str],
         candidates: Sequence[str],
         *,
@@ -136,14 +136,14 @@ class AnswerTask:
 
     def _question_states(
         self,
-        images: Pictures,
+        images: Images,
         questions: str | Sequence[str],
         clean: bool | None,
         truncate: bool,
         batch_size: int,
         progress: bool,
     ) -> Iterator[tuple[Array, IdArray]]:
-        """Batches of questions that have seen their pictures: states float32 (B, T, H) and mask int64 (B, T)."""
+        """Batches of questions that have seen their images: states float32 (B, T, H) and mask int64 (B, T)."""
         sources, sentences, count = paired(images, questions)
         convention = self.spec.question_first_token
         if convention == "enc" if clean is None else clean:

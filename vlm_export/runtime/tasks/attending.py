@@ -13,8 +13,8 @@ from vlm_export.runtime.engines.onnxruntime import Array
 from vlm_export.runtime.engines.runs import batches
 from vlm_export.runtime.generation.cross_attention_decoder import CrossAttentionState
 from vlm_export.runtime.generation.options import GenerationOptions, IdArray
-from vlm_export.runtime.inputs.images import PictureSource
-from vlm_export.runtime.inputs.sources import Pictures, decoder_threads, picture_list, text_list
+from vlm_export.runtime.inputs.images import ImageSource
+from vlm_export.runtime.inputs.sources import Images, decoder_threads, image_list, text_list
 from vlm_export.runtime.session import Session
 from vlm_export.runtime.tasks.prepared_images import PIXELS, prepare_images
 from vlm_export.specs.tasks import AnswerSpec, CaptionSpec
@@ -23,13 +23,13 @@ HIDDEN = "last_hidden_state"
 _STATES = "encoder_hidden_states"
 
 
-def paired(images: Pictures, texts: str | Sequence[str]) -> tuple[list[PictureSource], list[str], int]:
+def paired(images: Images, texts: str | Sequence[str]) -> tuple[list[ImageSource], list[str], int]:
     """Images, texts and the number of pairs: item by item, where one of either may stand for all of the other's.
 
     Raises:
         UsageError: two different numbers above one.
     """
-    sources, sentences = picture_list(images), text_list(texts)
+    sources, sentences = image_list(images), text_list(texts)
     sizes = {len(sources), len(sentences)}
     if len(sizes - {1}) > 1:
         raise UsageError(
@@ -44,7 +44,7 @@ def paired(images: Pictures, texts: str | Sequence[str]) -> tuple[list[PictureSo
 def image_rows(
     session: Session,
     part: str,
-    sources: Sequence[PictureSource],
+    sources: Sequence[ImageSource],
     count: int,
     batch_size: int,
     *,
@@ -70,7 +70,7 @@ def image_rows(
 
 
 def _seen(
-    session: Session, part: str, decoders: ThreadPoolExecutor, sources: Sequence[PictureSource], first: int
+    session: Session, part: str, decoders: ThreadPoolExecutor, sources: Sequence[ImageSource], first: int
 ) -> dict[str, Array]:
     prepared = prepare_images(session, part, sources, decoders, first=first)
     return session.run(part, {PIXELS: np.concatenate([image.tiles for image in prepared])})

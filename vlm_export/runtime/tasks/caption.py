@@ -1,4 +1,4 @@
-"""Captions of pictures.
+"""Captions of images.
 
 Source: `BLIP_Decoder.generate` of salesforce/BLIP (models/blip.py, 3a29b74). [DEC] takes the place of the prompt's
 [CLS], its [SEP] is dropped, and what is decoded loses the prompt again.
@@ -12,7 +12,7 @@ import numpy as np
 
 from vlm_export.runtime.generation.loop import generate
 from vlm_export.runtime.generation.options import IdArray
-from vlm_export.runtime.inputs.sources import Pictures, picture_list
+from vlm_export.runtime.inputs.sources import Images, image_list
 from vlm_export.runtime.session import Session
 from vlm_export.runtime.tasks.attending import HIDDEN, beam_options, decoder_state, image_rows
 from vlm_export.specs.tasks import CaptionSpec
@@ -29,7 +29,7 @@ class CaptionTask:
 
     def caption(
         self,
-        images: Pictures,
+        images: Images,
         *,
         prompt: str | None = None,
         beams: int | None = None,
@@ -43,7 +43,7 @@ class CaptionTask:
         batch_size: int = 4,
         progress: bool = False,
     ) -> list[str]:
-        """A sentence for each picture. What is None comes from the manifest: the original's defaults.
+        """A sentence for each image. What is None comes from the manifest: the original's defaults.
 
         Args:
             prompt: how each sentence starts; it is cut off again.
@@ -51,11 +51,11 @@ class CaptionTask:
             max_length, min_length: in tokens, [DEC] and the prompt's included.
             sample: draw tokens from the `top_k` most probable, up to a total probability of `top_p`.
             repetition_penalty: None is 1.1 with sampling and 1.0 without, as in the original.
-            seed: of the draws; a picture draws the same in every batch.
-            batch_size: pictures at a time; the decoder holds a row for each beam of each of them.
+            seed: of the draws; an image draws the same in every batch.
+            batch_size: images at a time; the decoder holds a row for each beam of each of them.
 
         Raises:
-            InputError: a picture is unreadable, or the prompt is too long.
+            InputError: an image is unreadable, or the prompt is too long.
             UsageError: an option is out of its range, or the lengths leave no room after the prompt.
         """
         penalty = SAMPLING_REPETITION_PENALTY if sample else 1.0
@@ -73,7 +73,7 @@ class CaptionTask:
         )
         prompt_ids = self.prompt_ids(prompt)
         options.end_length(len(prompt_ids))
-        sources = picture_list(images)
+        sources = image_list(images)
         captions: list[str] = []
         rows_of_images = image_rows(
             self.session, self.spec.vision, sources, len(sources), batch_size, progress=progress

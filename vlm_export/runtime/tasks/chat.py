@@ -1,4 +1,4 @@
-"""Answers of a decoder-only vision-language model: pictures and a question in one prompt, words as they come.
+"""Answers of a decoder-only vision-language model: images and a question in one prompt, words as they come.
 
 Source: huggingface/nanoVLM, `VisionLanguageModel.generate` and `generate.py` (v0.1 6ba9082, v0.2 731d8c6, 4e0c096).
 """
@@ -16,9 +16,9 @@ from vlm_export.runtime.generation.embedding_decoder import EmbeddedDecoderState
 from vlm_export.runtime.generation.loop import generate, stream
 from vlm_export.runtime.generation.options import GenerationOptions, IdArray, padded_ids
 from vlm_export.runtime.generation.text_stream import TextStream
-from vlm_export.runtime.inputs.sources import Pictures, picture_list
+from vlm_export.runtime.inputs.sources import Images, image_list
 from vlm_export.runtime.session import Session
-from vlm_export.runtime.tasks.chat_rows import ChatRow, ChatRows, RowPictures, paired_rows, picture_tuple
+from vlm_export.runtime.tasks.chat_rows import ChatRow, ChatRows, RowImages, image_tuple, paired_rows
 from vlm_export.specs.tasks import ChatSpec
 
 CAPTION_QUESTION = "What is this?"
@@ -39,7 +39,7 @@ class ChatTask:
 
     def answer(
         self,
-        images: RowPictures | Sequence[RowPictures],
+        images: RowImages | Sequence[RowImages],
         questions: str | Sequence[str],
         *,
         max_new_tokens: int | None = None,
@@ -56,8 +56,8 @@ class ChatTask:
         """An answer to each question, without white space around it.
 
         Args:
-            images: one entry per question: a picture, a sequence of pictures that the question is about, or None for
-                no picture. One entry may serve all questions (it is encoded once), one question all entries.
+            images: one entry per question: an image, a sequence of images that the question is about, or None for
+                no image. One entry may serve all questions (it is encoded once), one question all entries.
             max_new_tokens: None for the manifest's, the default of the original's script. An answer ends sooner where
                 the model's context does.
             sample: draw tokens, as the original's script does; otherwise the most probable one is taken each time.
@@ -68,10 +68,10 @@ class ChatTask:
             batch_size: questions at a time.
 
         Raises:
-            InputError: a picture is unreadable, a prompt is longer than the context, or its placeholders do not match
-                its pictures.
+            InputError: an image is unreadable, a prompt is longer than the context, or its placeholders do not match
+                its images.
             UsageError: an option is out of its range, the numbers do not pair up, or the layout takes another number of
-                pictures.
+                images.
         """
         options = self._options(max_new_tokens, sample, temperature, top_k, top_p, seed, stop_at_end)
         entries, sentences = paired_rows(images, questions)
@@ -85,7 +85,7 @@ class ChatTask:
                     sentences[part],
                     shared=shared,
                     first=batch[0],
-                    first_picture=sum(map(len, entries[: batch[0]])),
+                    first_image=sum(map(len, entries[: batch[0]])),
                     truncate=truncate,
                 )
                 answers += [self._text(ids) for ids in self._generated(rows, options, batch[0])]
@@ -94,7 +94,7 @@ class ChatTask:
 
     def stream_answer(
         self,
-        images: RowPictures,
+        images: RowImages,
         question: str,
         *,
         max_new_tokens: int | None = None,
@@ -108,16 +108,16 @@ class ChatTask:
     ) -> Iterator[str]:
         """The answer to one question in pieces, as they come; together they are what `answer` returns.
 
-        Pieces are complete: none ends inside a character. Calling it reads the pictures and checks the prompt,
+        Pieces are complete: none ends inside a character. Calling it reads the images and checks the prompt,
         iterating runs the decoder. Arguments and errors are those of `answer`.
         """
         options = self._options(max_new_tokens, sample, temperature, top_k, top_p, seed, stop_at_end)
-        rows = self.rows.question_rows([picture_tuple(images)], [question], truncate=truncate)
+        rows = self.rows.question_rows([image_tuple(images)], [question], truncate=truncate)
         return self._pieces(rows, options)
 
     def caption(
         self,
-        images: Pictures,
+        images: Images,
         *,
         prompt: str | None = None,
         max_new_tokens: int | None = None,
@@ -129,11 +129,11 @@ class ChatTask:
         batch_size: int = CHAT_BATCH_SIZE,
         progress: bool = False,
     ) -> list[str]:
-        """What the model says about each picture: the answer to `prompt`, or else to CAPTION_QUESTION.
+        """What the model says about each image: the answer to `prompt`, or else to CAPTION_QUESTION.
 
         Other arguments and errors are those of `answer`.
         """
-        sources = [(picture,) for picture in picture_list(images)]
+        sources = [(image,) for image in image_list(images)]
         return self.answer(
             sources,
             [CAPTION_QUESTION if prompt is None else prompt] * len(sources),
@@ -149,7 +149,7 @@ class ChatTask:
 
     def generate_ids(
         self,
-        images: Sequence[RowPictures],
+        images: Sequence[RowImages],
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int | None = None,
@@ -164,7 +164,7 @@ class ChatTask:
         """The new token ids of each row, its end token included, all rows in one batch.
 
         Args:
-            images: the pictures of each row, as in `answer`.
+            images: the images of each row, as in `answer`.
             prompts: token ids of each row, a placeholder for each feature among them where the layout has them.
             cached: False computes everything again at each step, to prove the cache.
 
@@ -172,7 +172,7 @@ class ChatTask:
             As `answer`.
         """
         options = self._options(max_new_tokens, sample, temperature, top_k, top_p, seed, stop_at_end)
-        rows = self.rows.id_rows([picture_tuple(entry) for entry in images], prompts)
+        rows = self.rows.id_rows([image_tuple(entry) for entry in images], prompts)
         return self._generated(rows, options, 0, cached=cached)
 
     def _options(

@@ -1,4 +1,4 @@
-"""From pictures and questions to the embeddings that a decoder-only model starts with."""
+"""From images and questions to the embeddings that a decoder-only model starts with."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from vlm_export.bundle.layout import TOKENIZER_NAME
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.generation.embedding_decoder import EMBEDS, IDS, EmbeddedRows, left_padded
 from vlm_export.runtime.inputs.chat_prompt import PromptForm, PromptWriter
-from vlm_export.runtime.inputs.images import FloatArray, PictureSource
-from vlm_export.runtime.inputs.sources import decoder_threads, picture_list, text_list
+from vlm_export.runtime.inputs.images import FloatArray, ImageSource
+from vlm_export.runtime.inputs.sources import decoder_threads, image_list, text_list
 from vlm_export.runtime.inputs.tiles import Grid
 from vlm_export.runtime.session import Session
 from vlm_export.runtime.tasks.prepared_images import PreparedImage, image_features, prepare_images
@@ -22,9 +22,9 @@ from vlm_export.specs.tasks import ChatSpec
 
 FEATURES = "image_features"
 
-RowPictures: TypeAlias = "PictureSource | Sequence[PictureSource] | None"
+RowImages: TypeAlias = "ImageSource | Sequence[ImageSource] | None"
 Seen: TypeAlias = "tuple[Grid, FloatArray]"
-"""A picture's grid, and its features float32 (tiles, L, D)."""
+"""An image's grid, and its features float32 (tiles, L, D)."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class ChatRow:
 
     Attributes:
         ids: token ids, placeholders included.
-        pictures: features of each picture, float32 (tiles, L, D), in the order of the placeholders.
+        images: features of each image, float32 (tiles, L, D), in the order of the placeholders.
         prepended: features that stand before the embeddings of the ids.
     """
 
     ids: list[int]
-    pictures: tuple[FloatArray, ...]
+    images: tuple[FloatArray, ...]
     prepended: int
 
     @property
@@ -63,15 +63,15 @@ class ChatRows:
         """Writes prompts."""
         return PromptWriter(self.session.tokenizer, self.spec, str(self.session.bundle.root / TOKENIZER_NAME))
 
-    def prepare(self, sources: Sequence[PictureSource], first: int = 0) -> list[PreparedImage]:
+    def prepare(self, sources: Sequence[ImageSource], first: int = 0) -> list[PreparedImage]:
         """Images as the vision part takes them; errors as in `prepare_images`."""
         with decoder_threads(self.session.threads) as decoders:
             return prepare_images(self.session, self.spec.vision, sources, decoders, first=first)
 
-    def features(self, sources: Sequence[PictureSource], first: int = 0) -> list[Seen]:
+    def features(self, sources: Sequence[ImageSource], first: int = 0) -> list[Seen]:
         """The grid of each image and its features; errors as in `prepare`."""
         prepared = self.prepare(sources, first)
-        return [(picture.grid, features) for picture, features in zip(prepared, self._see(prepared), strict=True)]
+        return [(image.grid, features) for image, features in zip(prepared, self._see(prepared), strict=True)]
 
     def embedded(self, ids: Sequence[int]) -> FloatArray:
         """Embeddings of token ids, float32 (T, D)."""
@@ -80,20 +80,20 @@ class ChatRows:
 
     def question_rows(
         self,
-        entries: Sequence[tuple[PictureSource, ...]],
+        entries: Sequence[tuple[ImageSource, ...]],
         questions: Sequence[str],
         *,
         shared: Sequence[Seen] | None = None,
         first: int = 0,
-        first_picture: int = 0,
+        first_image: int = 0,
         truncate: bool = False,
     ) -> list[ChatRow]:
         """A prompt for each question.
 
         Args:
-            entries: the pictures of each question; left aside with `shared`.
-            shared: what was seen of pictures that all questions are about.
-            first, first_picture: numbers of the first question and picture, in errors.
+            entries: the images of each question; left aside with `shared`.
+            shared: what was seen of images that all questions are about.
+            first, first_image: numbers of the first question and image, in errors.
             truncate: as in `PromptWriter.ids`.
 
         Raises:
@@ -104,16 +104,16 @@ class ChatRows:
             return self.writer.ids(questions[row], grids, truncate=truncate, name=f"question {first + row}")
 
         if shared is None:
-            return self._rows_of(entries, ids, first_picture)
+            return self._rows_of(entries, ids, first_image)
         grids = [grid for grid, _ in shared]
         return [self._row(ids(i, grids), shared) for i in range(len(questions))]
 
-    def id_rows(self, entries: Sequence[tuple[PictureSource, ...]], prompts: Sequence[Sequence[int]]) -> list[ChatRow]:
+    def id_rows(self, entries: Sequence[tuple[ImageSource, ...]], prompts: Sequence[Sequence[int]]) -> list[ChatRow]:
         """Prompts from token ids; errors as in `ChatTask.generate_ids`."""
         if len(entries) != len(prompts):
             raise UsageError(
-                "pictures and prompts do not pair up",
-                expected="as many entries of pictures as prompts",
+                "images and prompts do not pair up",
+                expected="as many entries of images as prompts",
                 got=f"{len(entries)} and {len(prompts)}",
             )
 
@@ -134,9 +134,9 @@ class ChatRows:
 
     def _placed(self, row: ChatRow, words: FloatArray) -> FloatArray:
         """float32 (T, D) of one row."""
-        if not row.pictures:
+        if not row.images:
             return words
-        features = np.concatenate([picture.reshape(-1, picture.shape[-1]) for picture in row.pictures])
+        features = np.concatenate([image.reshape(-1, image.shape[-1]) for image in row.images])
         if row.prepended:
             return np.concatenate([features, words])
         placed: FloatArray = words.copy()
@@ -145,18 +145,18 @@ class ChatRows:
 
     def _rows_of(
         self,
-        entries: Sequence[tuple[PictureSource, ...]],
+        entries: Sequence[tuple[ImageSource, ...]],
         ids: Callable[[int, Sequence[Grid]], list[int]],
-        first_picture: int = 0,
+        first_image: int = 0,
     ) -> list[ChatRow]:
-        """All pictures are read and all prompts checked, then the pictures are seen."""
-        prepared = self.prepare([picture for entry in entries for picture in entry], first_picture)
-        pictures = iter(prepared)
-        own = [[next(pictures) for _ in entry] for entry in entries]
-        written = [ids(i, [picture.grid for picture in entry]) for i, entry in enumerate(own)]
+        """All images are read and all prompts checked, then the images are seen."""
+        prepared = self.prepare([image for entry in entries for image in entry], first_image)
+        images = iter(prepared)
+        own = [[next(images) for _ in entry] for entry in entries]
+        written = [ids(i, [image.grid for image in entry]) for i, entry in enumerate(own)]
         features = iter(self._see(prepared))
         return [
-            self._row(row, [(picture.grid, next(features)) for picture in entry])
+            self._row(row, [(image.grid, next(features)) for image in entry])
             for row, entry in zip(written, own, strict=True)
         ]
 
@@ -189,32 +189,32 @@ class ChatRows:
             )
 
 
-def picture_tuple(images: RowPictures) -> tuple[PictureSource, ...]:
-    """The pictures of one entry."""
+def image_tuple(images: RowImages) -> tuple[ImageSource, ...]:
+    """The images of one entry."""
     if images is None:
         return ()
-    return tuple(picture_list(images))
+    return tuple(image_list(images))
 
 
 def paired_rows(
-    images: RowPictures | Sequence[RowPictures], questions: str | Sequence[str]
-) -> tuple[list[tuple[PictureSource, ...]], list[str]]:
-    """Entries of pictures and questions, one of each per row, or a single entry for all rows.
+    images: RowImages | Sequence[RowImages], questions: str | Sequence[str]
+) -> tuple[list[tuple[ImageSource, ...]], list[str]]:
+    """Entries of images and questions, one of each per row, or a single entry for all rows.
 
     Raises:
         UsageError: two different numbers above one.
     """
-    given: Any = images  # mypy cannot know that `picture_list` tells one from several
-    entries = [picture_tuple(entry) for entry in ([None] if images is None else picture_list(given))]
+    given: Any = images  # mypy cannot know that `image_list` tells one from several
+    entries = [image_tuple(entry) for entry in ([None] if images is None else image_list(given))]
     sentences = text_list(questions)
     if len(sentences) == 1:
         sentences *= len(entries)
     if len(entries) not in (1, len(sentences)):
         raise UsageError(
-            "pictures and questions do not pair up",
-            expected="as many questions as entries of pictures, or one of either",
-            got=f"{len(entries)} entries of pictures and {len(sentences)} questions",
-            fix="several pictures for one question are one entry: [[first, second]]",
+            "images and questions do not pair up",
+            expected="as many questions as entries of images, or one of either",
+            got=f"{len(entries)} entries of images and {len(sentences)} questions",
+            fix="several images for one question are one entry: [[first, second]]",
         )
     return entries, sentences
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.engines.runs import batches
 from vlm_export.runtime.inputs.images import FloatArray
-from vlm_export.runtime.inputs.sources import Pictures, Unreadable, decoder_threads, picture_list, text_list
+from vlm_export.runtime.inputs.sources import Images, Unreadable, decoder_threads, image_list, text_list
 from vlm_export.runtime.inputs.token_ids import checked_ids, checked_mask
 from vlm_export.runtime.session import Session
 from vlm_export.runtime.tasks.prepared_images import PreparedImage, image_features, prepare_images
@@ -51,7 +51,7 @@ class EmbedTask:
 
     def encode_image(
         self,
-        images: Pictures,
+        images: Images,
         *,
         batch_size: int = IMAGE_BATCH_SIZE,
         progress: bool = False,
@@ -70,7 +70,7 @@ class EmbedTask:
         Raises:
             InputError: an image is unreadable or too large (the message names it), or the bundle encodes no images.
         """
-        sources, encoder = picture_list(images), self._encoder("image")
+        sources, encoder = image_list(images), self._encoder("image")
         embeddings, done = self._no_rows(len(sources)), 0
         with (
             decoder_threads(self.session.threads) as decoders,
@@ -163,7 +163,7 @@ class EmbedTask:
         return unit_rows(self._text_rows(encoder, ids, np.pad(mask, missing)))
 
     def classify(
-        self, images: Pictures, labels: Sequence[str], *, template: str = "a photo of a {}", truncate: bool = False
+        self, images: Images, labels: Sequence[str], *, template: str = "a photo of a {}", truncate: bool = False
     ) -> FloatArray:
         """Zero-shot probabilities of each label for each image, from the scaled cosines.
 
@@ -187,7 +187,7 @@ class EmbedTask:
         texts = self.encode_text([template.replace("{}", name) for name in names], truncate=truncate)
         return probabilities(self.encode_image(images) @ texts.T, score)
 
-    def similarity(self, images: Pictures, texts: str | Sequence[str]) -> FloatArray:
+    def similarity(self, images: Images, texts: str | Sequence[str]) -> FloatArray:
         """Cosines of `encode_image` and `encode_text`, float32 (N, M)."""
         cosines: FloatArray = self.encode_image(images) @ self.encode_text(texts).T
         return cosines

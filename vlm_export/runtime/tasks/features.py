@@ -1,4 +1,4 @@
-"""Features of a picture's slices, as MiniCPM-V's and OmniLMM's language models read them, without PyTorch."""
+"""Features of an image's slices, as MiniCPM-V's and OmniLMM's language models read them, without PyTorch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tqdm import tqdm
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.engines.onnxruntime import Array
 from vlm_export.runtime.engines.runs import batches
-from vlm_export.runtime.inputs.images import FloatArray, PictureSource
+from vlm_export.runtime.inputs.images import FloatArray, ImageSource
 from vlm_export.runtime.inputs.slice_placeholder import PlaceholderPart, placeholder_parts, placeholder_text
 from vlm_export.runtime.inputs.slice_plan import SlicePlan
 from vlm_export.runtime.inputs.slices import IntArray, Slices, slice_image, stack_patches, whole_patches
-from vlm_export.runtime.inputs.sources import Pictures, Unreadable, decoder_threads, map_pictures, picture_list
+from vlm_export.runtime.inputs.sources import Images, Unreadable, decoder_threads, image_list, map_images
 from vlm_export.runtime.session import Session
 from vlm_export.specs.slices import PlaceholderSpec, SliceSpec
 from vlm_export.specs.tasks import FeatureSpec
@@ -29,12 +29,12 @@ TOKENS, VIDEO = "vision_tokens", "video_resampler"
 
 @dataclass(frozen=True)
 class SliceFeatures:
-    """What stands for one picture in a prompt.
+    """What stands for one image in a prompt.
 
     Attributes:
         plan: where it was cut.
         tgt_sizes: int64 (S, 2), rows and columns of patches of each slice.
-        image_features: float32 (S, Q, D), the whole picture first, then the grid row by row; D is the language model's.
+        image_features: float32 (S, Q, D), the whole image first, then the grid row by row; D is the language model's.
         placeholder: the text around them.
     """
 
@@ -47,7 +47,7 @@ class SliceFeatures:
         """Text, and numbers of slices: there go the rows `image_features[number]`.
 
         Args:
-            image_index: the picture's place among those of the prompt.
+            image_index: the image's place among those of the prompt.
         """
         return placeholder_parts(self.plan, self.placeholder, image_index=image_index)
 
@@ -83,43 +83,43 @@ class FeatureTask:
 
     def encode_slices(
         self,
-        images: Pictures,
+        images: Images,
         *,
         batch_size: int = SLICE_BATCH_SIZE,
         progress: bool = False,
     ) -> list[SliceFeatures]:
-        """Features of pictures, of what `EmbedTask.encode_image` takes; one or a sequence of them.
+        """Features of images, of what `EmbedTask.encode_image` takes; one or a sequence of them.
 
         Args:
             batch_size: slices that share a run of the graph: of all shapes where they are packed (2.5 and later), of
                 one shape otherwise. It changes no feature by more than rounding, for 2.5 neither.
 
         Raises:
-            InputError: a picture is unreadable, too large or too thin; the message names it.
+            InputError: an image is unreadable, too large or too thin; the message names it.
         """
         return list(self.stream_slices(images, batch_size=batch_size, progress=progress))
 
     def stream_slices(
         self,
-        images: Pictures,
+        images: Images,
         *,
         batch_size: int = SLICE_BATCH_SIZE,
         progress: bool = False,
         unreadable: Unreadable | None = None,
     ) -> Iterator[SliceFeatures]:
-        """As `encode_slices`, picture by picture: the features of many do not fit memory.
+        """As `encode_slices`, image by image: the features of many do not fit memory.
 
         Args:
-            unreadable: as in `EmbedTask.encode_image`; called before any later picture's features come.
+            unreadable: as in `EmbedTask.encode_image`; called before any later image's features come.
         """
-        sources = picture_list(images)
+        sources = image_list(images)
         with (
             decoder_threads(self.session.threads) as decoders,
-            tqdm(total=len(sources), unit="picture", disable=not progress) as bar,
+            tqdm(total=len(sources), unit="image", disable=not progress) as bar,
         ):
             for window in batches(range(len(sources)), batch_size):
                 chosen = [sources[i] for i in window]
-                cut = map_pictures(
+                cut = map_images(
                     self._cut,
                     chosen,
                     decoders,
@@ -139,7 +139,7 @@ class FeatureTask:
 
     def encode_video(
         self,
-        frames: Sequence[PictureSource],
+        frames: Sequence[ImageSource],
         temporal_ids: Sequence[Sequence[int]],
         *,
         batch_size: int = SLICE_BATCH_SIZE,
@@ -171,7 +171,7 @@ class FeatureTask:
         with decoder_threads(self.session.threads) as decoders:
             for row, ids in zip(features, groups, strict=True):
                 chosen = [frames[i] for i in range(start, start + len(ids))]
-                cut = map_pictures(uncut, chosen, decoders, max_pixels=self.session.max_pixels, first=start)
+                cut = map_images(uncut, chosen, decoders, max_pixels=self.session.max_pixels, first=start)
                 row[:] = self._group(cut, ids, batch_size)
                 start += len(ids)
         return features
@@ -189,7 +189,7 @@ class FeatureTask:
         return features
 
     def _features(self, cut: Sequence[Slices], batch_size: int) -> FloatArray:
-        """float32 (S, Q, D) of all slices of some pictures."""
+        """float32 (S, Q, D) of all slices of some images."""
         pixels = [array for slices in cut for array in slices.pixel_values]
         sizes = np.concatenate([slices.tgt_sizes for slices in cut])
         features = np.zeros((len(pixels), *self.feature_shape), dtype=np.float32)

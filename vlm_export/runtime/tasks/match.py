@@ -1,7 +1,7 @@
-"""Whether a text fits a picture: the probability of a match, and the cosine of their embeddings.
+"""Whether a text fits an image: the probability of a match, and the cosine of their embeddings.
 
 Sources: salesforce/BLIP models/blip_itm.py and train_retrieval.py (3a29b74), which disagree on the first token of the
-text that attends to the picture: the demo leaves [CLS], training and evaluation write [ENC]. transformers takes token
+text that attends to the image: the demo leaves [CLS], training and evaluation write [ENC]. transformers takes token
 ids as they come, which is [CLS].
 """
 
@@ -17,7 +17,7 @@ from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.engines.onnxruntime import Array
 from vlm_export.runtime.engines.runs import batches
 from vlm_export.runtime.inputs.images import FloatArray
-from vlm_export.runtime.inputs.sources import Pictures
+from vlm_export.runtime.inputs.sources import Images
 from vlm_export.runtime.inputs.text_cleaning import clean_caption
 from vlm_export.runtime.session import Session
 from vlm_export.runtime.tasks.attending import HIDDEN, attended, image_rows, paired, token_rows
@@ -28,12 +28,12 @@ from vlm_export.specs.tasks import FirstToken, MatchSpec
 
 @dataclass(frozen=True)
 class ImageTextMatch:
-    """A picture and a text.
+    """An image and a text.
 
     Attributes:
         text: as the tokenizer got it.
         first_token: the convention: "enc" or "cls".
-        probability: of a match, from the picture and the text together (ITM).
+        probability: of a match, from the image and the text together (ITM).
         match_logit: the logit of a match; the other one is that of none.
         cosine: of the two embeddings, each computed without the other (ITC); it has no scale and no convention.
     """
@@ -62,7 +62,7 @@ class MatchTask:
 
     def match(
         self,
-        images: Pictures,
+        images: Images,
         texts: str | Sequence[str],
         *,
         first_token: FirstToken | None = None,
@@ -71,7 +71,7 @@ class MatchTask:
         batch_size: int = 8,
         progress: bool = False,
     ) -> list[ImageTextMatch]:
-        """How well each text fits its picture.
+        """How well each text fits its image.
 
         Args:
             first_token: "enc" for the convention of the original's training and evaluation, "cls" for that of its
@@ -80,7 +80,7 @@ class MatchTask:
             truncate: cut texts that are too long instead of raising.
 
         Raises:
-            InputError: a picture is unreadable, or a text is too long.
+            InputError: an image is unreadable, or a text is too long.
             UsageError: an unknown convention, or the numbers do not pair up.
         """
         convention = _convention(self.spec, first_token)

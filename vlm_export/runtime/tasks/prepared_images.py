@@ -11,8 +11,8 @@ from PIL import Image
 
 from vlm_export.errors import InputError
 from vlm_export.runtime.engines.runs import batches
-from vlm_export.runtime.inputs.images import FloatArray, PictureSource, preprocess_image
-from vlm_export.runtime.inputs.sources import Unreadable, map_pictures
+from vlm_export.runtime.inputs.images import FloatArray, ImageSource, preprocess_image
+from vlm_export.runtime.inputs.sources import Unreadable, map_images
 from vlm_export.runtime.inputs.tiles import Grid, cut_tiles
 from vlm_export.runtime.session import Session
 from vlm_export.specs import AnyImageSpec, ImageSpec, SliceSpec, TileSpec
@@ -52,7 +52,7 @@ def prepare_image(image: Image.Image, spec: AnyImageSpec, name: str) -> Prepared
 def prepare_images(
     session: Session,
     part: str,
-    sources: Sequence[PictureSource],
+    sources: Sequence[ImageSource],
     decoders: ThreadPoolExecutor,
     *,
     first: int = 0,
@@ -62,7 +62,7 @@ def prepare_images(
 
     Args:
         first: the number of the first source, in the names of images that have no path.
-        unreadable: as in `map_pictures`.
+        unreadable: as in `map_images`.
 
     Raises:
         InputError: an image is unreadable or too large; the message names it.
@@ -71,7 +71,7 @@ def prepare_images(
     if sources:
         # The graph first: it shows whether it takes images of this size, before they are made that large.
         session.engine(part)
-    return map_pictures(
+    return map_images(
         lambda image, name: prepare_image(image, spec, name),
         sources,
         decoders,

@@ -1,4 +1,4 @@
-"""A drawing of how a picture is sliced: the whole picture as the model sees it, and the grid with numbers and sizes."""
+"""A drawing of how an image is sliced: the whole image as the model sees it, and the grid with numbers and sizes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 from vlm_export.runtime.inputs.slice_plan import Size, SlicePlan
-from vlm_export.runtime.inputs.slices import rgb_picture
+from vlm_export.runtime.inputs.slices import rgb_image
 
 PANEL_PIXELS = 640
-"""Longer side of each panel; small pictures are enlarged, so that numbers fit."""
+"""Longer side of each panel; small images are enlarged, so that numbers fit."""
 
 _MIN_SIDE = 28
 _MARGIN = 16
@@ -31,23 +31,23 @@ class _Panel:
 
 
 def draw_plan(image: Image.Image, plan: SlicePlan) -> Image.Image:
-    """Draw the source beside the grid (above it for wide pictures), each panel at most PANEL_PIXELS long.
+    """Draw the source beside the grid (above it for wide images), each panel at most PANEL_PIXELS long.
 
-    Numbers are those of `SlicePlan.sizes`: 0 is the whole picture. Very thin pictures are drawn wider than they are.
+    Numbers are those of `SlicePlan.sizes`: 0 is the whole image. Very thin images are drawn wider than they are.
 
     Args:
-        image: the picture of the plan.
+        image: the image of the plan.
 
     Returns:
-        An RGB picture; its size depends on the plan alone.
+        An RGB image; its size depends on the plan alone.
 
     Raises:
-        InputError: Pillow cannot convert the picture to RGB.
+        InputError: Pillow cannot convert the image to RGB.
     """
-    blocks = [_draw_panel(panel) for panel in _panels(rgb_picture(image), plan)]
+    blocks = [_draw_panel(panel) for panel in _panels(rgb_image(image), plan)]
     count = len(plan.sizes)
-    heading = f"{plan.picture_size[0]} x {plan.picture_size[1]} pixels: {count} slice{'s' if count > 1 else ''}"
-    stacked = plan.picture_size[0] > plan.picture_size[1]
+    heading = f"{plan.image_size[0]} x {plan.image_size[1]} pixels: {count} slice{'s' if count > 1 else ''}"
+    stacked = plan.image_size[0] > plan.image_size[1]
     corners, left, top = [], _MARGIN, _MARGIN + _LINE
     for block in blocks:
         corners.append((left, top))
@@ -64,7 +64,7 @@ def draw_plan(image: Image.Image, plan: SlicePlan) -> Image.Image:
 
 def _panels(image: Image.Image, plan: SlicePlan) -> list[_Panel]:
     patches = plan.patch_grids
-    title = _title("0: the whole picture,", plan.source_size, patches[0])
+    title = _title("0: the whole image,", plan.source_size, patches[0])
     panels = [_Panel(title, _shown(image, plan.source_size), 1, 1, 0, plan.source_size)]
     if plan.grid is not None and plan.refined_size is not None:
         columns, rows, size = plan.grid.columns, plan.grid.rows, plan.grid.slice_size

@@ -1,6 +1,6 @@
-"""One picture as a part takes it, prepared twice: by the runtime, and by the original's own pipeline.
+"""One image as a part takes it, prepared twice: by the runtime, and by the original's own pipeline.
 
-Where a model cuts pictures, the slices or tiles of one go through the part a few at a time, as in the runtime.
+Where a model cuts images, the slices or tiles of one go through the part a few at a time, as in the runtime.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PIXELS, SIZES, RAW = "pixel_values", "tgt_sizes", "pixels"
 _TOGETHER = 2
 
 
-def takes_pictures(signature: Signature) -> bool:
+def takes_images(signature: Signature) -> bool:
     """Whether a part starts from pixels."""
     return bool({PIXELS, RAW} & set(signature.input_names))
 
@@ -38,13 +38,13 @@ def takes_pictures(signature: Signature) -> bool:
 def prepared_twice(
     image: Image.Image, signature: Signature, spec: AnyImageSpec | None, limit: int | None = None
 ) -> Iterator[Both]:
-    """Inputs of a part for one picture: one pair, or several where it is cut; none for a part without pictures.
+    """Inputs of a part for one image: one pair, or several where it is cut; none for a part without images.
 
     Args:
-        limit: most slices or tiles, None for all; the whole picture comes first.
+        limit: most slices or tiles, None for all; the whole image comes first.
 
     Raises:
-        InputError: the picture is too long and thin, or cannot be converted.
+        InputError: the image is too long and thin, or cannot be converted.
     """
     names = signature.input_names
     if names == (RAW,):
