@@ -337,6 +337,6 @@ MANIFEST_FAULTS: tuple[Fault, ...] = (
     _field("greatest size of an axis", MANIFEST_NAME, "parts.1.signature.axes.1.maximum", 1024),
     _field("steps of an axis", MANIFEST_NAME, "parts.1.signature.axes.1.multiple_of", 4),
     _field("opset", MANIFEST_NAME, "parts.0.variants.0.opset", 18),
-    _field("oldest ONNX Runtime", MANIFEST_NAME, "parts.1.variants.0.oldest_onnxruntime", "1.15.1"),
+    _field("oldest ONNX Runtime", MANIFEST_NAME, "parts.1.variants.0.oldest_onnxruntime", "1.14.0"),
 )
 FAULTS: tuple[Fault, ...] = (*FILE_FAULTS, *PREPARATION_FAULTS, *GRAPH_FAULTS, *MANIFEST_FAULTS)

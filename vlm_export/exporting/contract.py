@@ -54,9 +54,9 @@ from vlm_export.proof.contract_record import (
     read_record,
     write_record,
 )
+from vlm_export.proof.declared import declared
 from vlm_export.proof.metrics import Array
 from vlm_export.proof.points import Arrays
-from vlm_export.proof.stated import stated
 from vlm_export.specs import ImageSpec
 from vlm_export.specs.tasks import EmbedSpec, ScoreSpec
 
@@ -124,7 +124,7 @@ def _prove_contract(
 ) -> ContractReport:
     original = original_side(model, sides)
     sealed = {name: record_of_file(root, name).sha256 for name in SEALED_FILES if (root / name).is_file()}
-    record = replace(original.record, files=sealed, stated=stated(manifest))
+    record = replace(original.record, files=sealed, declared=declared(manifest))
     write_record(root, record, original.contents)
     bundle = staged_bundle(root, manifest)
     report = replay(bundle, start_engine, record=record, images=original.contents)
@@ -189,8 +189,8 @@ def repeat_contract(
     with quiet_transformers():
         original = original or original_side(model, sides)
         notes = [FOREIGN_TOKENIZER] if foreign else []
-        files, proved = ({}, stated(bundle.manifest)) if own is None else (own.files, own.stated)
-        record = replace(original.record, files=files, stated=proved)
+        files, proved = ({}, declared(bundle.manifest)) if own is None else (own.files, own.declared)
+        record = replace(original.record, files=files, declared=proved)
         report = replay(bundle, start_engine, record=record, images=original.contents, precision=precision)
         checks, measured, not_run = check_consumers(
             bundle, original.record, original.contents, original.images, original.texts

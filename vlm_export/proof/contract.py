@@ -26,10 +26,10 @@ from vlm_export.proof.contract_record import (
     levels,
     read_record,
 )
+from vlm_export.proof.declared import first_difference, version_difference
 from vlm_export.proof.gates import GATES, gate_name, judge
 from vlm_export.proof.metrics import Array, Comparison, compare, worst_of
 from vlm_export.proof.points import Arrays, EngineRun
-from vlm_export.proof.stated import first_difference, version_difference
 from vlm_export.runtime.engines.runs import batches
 from vlm_export.runtime.inputs.images import open_image, preprocess_image
 from vlm_export.runtime.inputs.texts import Tokenizer
@@ -165,7 +165,7 @@ def replay(
     checks += _check_score(bundle, record)
     checks += _check_vectors(bundle, record, start_engine, pixels, feeds, precision)
     checks.append(_as_check(*check_sealed(bundle, record.files)))
-    checks.append(_check_stated(bundle, record))
+    checks.append(_check_declared(bundle, record))
     return ContractReport(tuple(checks), record.made_by, record.not_run)
 
 
@@ -177,10 +177,10 @@ def _check_versions(bundle: OpenBundle, precision: str | None) -> Iterator[Contr
             yield ContractCheck("versions", where, 1, () if found is None else (found,), variant.precision)
 
 
-def _check_stated(bundle: OpenBundle, record: ContractRecord) -> ContractCheck:
-    found = first_difference(record.stated, bundle.manifest)
+def _check_declared(bundle: OpenBundle, record: ContractRecord) -> ContractCheck:
+    found = first_difference(record.declared, bundle.manifest)
     failures = () if found is None else (f"{found[0]}: expected {found[1]}, got {found[2]}",)
-    return ContractCheck("statements", MANIFEST_NAME, len(record.stated), failures)
+    return ContractCheck("manifest", MANIFEST_NAME, len(record.declared), failures)
 
 
 def _as_check(where: str, compared: int, failures: Sequence[str]) -> ContractCheck:

@@ -1,4 +1,4 @@
-"""What a bundle's manifest states, against what its source says, what the contract recorded, and what its graphs are."""
+"""What a bundle declares, against what its source says, what the contract recorded, and what its graphs are."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NOTHING = "nothing"
 _CHOSEN = ("target", "contract")
 
 
-def check_stated(bundle: OpenBundle, rebuilt: Manifest) -> None:
+def check_declared(bundle: OpenBundle, rebuilt: Manifest) -> None:
     """Compares what the runtime goes by: family, architecture, preprocessing, tasks, and each part's signature.
 
     Args:
@@ -25,14 +25,14 @@ def check_stated(bundle: OpenBundle, rebuilt: Manifest) -> None:
     Raises:
         VerificationError: names the first field that differs.
     """
-    found = first_difference(stated(rebuilt), bundle.manifest)
+    found = first_difference(declared(rebuilt), bundle.manifest)
     if found is None:
         return
     field, expected, got = found
     made_by = bundle.manifest.tools.get("vlm-export", __version__)
     fix = "do not use this bundle; export the model again"
     raise VerificationError(
-        "the manifest states something else about the model than its source",
+        "the manifest declares something else about the model than its source",
         where=f"{bundle.root / MANIFEST_NAME}: {field}",
         expected=expected,
         got=got,
@@ -41,15 +41,15 @@ def check_stated(bundle: OpenBundle, rebuilt: Manifest) -> None:
 
 
 def first_difference(expected: Mapping[str, Any], manifest: Manifest) -> tuple[str, str, str] | None:
-    """The first field in which a manifest states something else: its name, what it should be, and what it is.
+    """The first field in which a manifest declares something else: its name, what it should be, and what it is.
 
     Args:
-        expected: from `stated`.
+        expected: from `declared`.
     """
-    return _difference(_by_name(expected), _by_name(stated(manifest)), "")
+    return _difference(_by_name(expected), _by_name(declared(manifest)), "")
 
 
-def stated(of: Manifest) -> dict[str, Any]:
+def declared(of: Manifest) -> dict[str, Any]:
     """What the runtime goes by, as plain JSON data.
 
     Which runtime the graphs are written for is the user's choice alone, and a licence belongs to the name that was
@@ -64,7 +64,7 @@ def stated(of: Manifest) -> dict[str, Any]:
 
 
 def version_difference(bundle: OpenBundle, variant: VariantRecord) -> str | None:
-    """Where the manifest states another opset, or another oldest ONNX Runtime, than the graph has; None where neither."""
+    """Where the manifest declares another opset or oldest ONNX Runtime than the graph has, None where it does not."""
     release, opset = oldest_onnxruntime(bundle.file(variant.file))
     if variant.opset != opset:
         return f"opset: expected {opset}, as the graph has it, got {variant.opset}"
