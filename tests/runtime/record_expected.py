@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 import torch
 from PIL import Image
 from torchvision import transforms
 
 from vlm_export.bundle.manifest import Manifest, PartRecord, SourceRecord, VariantRecord
+from vlm_export.bundle.oldest_engine import oldest_onnxruntime
 from vlm_export.bundle.publish import publication
-from vlm_export.exporting.oldest_engine import oldest_onnxruntime
 from vlm_export.exporting.tokenizers.openai_bpe import END_TOKEN, START_TOKEN, tokenizer_json_from_vocab
 from vlm_export.models.clip import encoders as clip_encoders
 from vlm_export.models.clip import family as clip
@@ -195,7 +194,7 @@ def record_bundle() -> None:
                             file,
                             opset=17,
                             exporter="torchscript",
-                            oldest_onnxruntime=oldest_onnxruntime(ir.load(staging.path / file)),
+                            oldest_onnxruntime=oldest_onnxruntime(staging.path / file)[0],
                         ),
                     ),
                 )

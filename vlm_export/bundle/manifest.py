@@ -77,7 +77,7 @@ class VariantRecord(Spec):
         file: the graph, relative to the bundle.
         external_data: the graph's weight files, relative to the bundle.
         opset, exporter, simplified: how the graph was made.
-        oldest_onnxruntime: the oldest release of ONNX Runtime that loads the graph (`exporting/oldest_engine.py`).
+        oldest_onnxruntime: the oldest release of ONNX Runtime that loads the graph (`bundle/oldest_engine.py`).
         warnings: what the user should know about this graph.
         verification: the comparison with the Reference as JSON data, or None when there was none.
     """

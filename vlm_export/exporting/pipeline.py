@@ -15,6 +15,7 @@ from vlm_export.bundle import layout
 from vlm_export.bundle.environment import check_free_space
 from vlm_export.bundle.ledger import GraphLedger, ledger_to_bytes
 from vlm_export.bundle.manifest import Manifest, PartRecord, VariantRecord
+from vlm_export.bundle.oldest_engine import oldest_onnxruntime
 from vlm_export.bundle.publish import Staging, publication
 from vlm_export.checkpoint.sources.known import KnownCheckpoint
 from vlm_export.checkpoint.store import ScratchStore
@@ -24,7 +25,6 @@ from vlm_export.exporting.bundle_manifest import check_publishable, manifest_fro
 from vlm_export.exporting.contract import prove_contract, sides_of
 from vlm_export.exporting.fp16_proof import rounded_points, unrounded_report
 from vlm_export.exporting.ledger import account_for, folded_sources
-from vlm_export.exporting.oldest_engine import oldest_onnxruntime
 from vlm_export.exporting.options import FP32, ExportOptions, Precision
 from vlm_export.exporting.parts import check_images, needed_bytes, planned_parts, select_parts
 from vlm_export.exporting.preprocessing_part import add_preprocessing
@@ -287,7 +287,7 @@ class _Job:
             opset=self.options.opset,
             exporter=self.exporter,
             simplified=written.simplified,
-            oldest_onnxruntime=oldest_onnxruntime(ir.load(written.paths[0])),
+            oldest_onnxruntime=oldest_onnxruntime(written.paths[0])[0],
             warnings=written.warnings,
             verification=report.to_json(),
         )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from vlm_export.bundle.oldest_engine import oldest_onnxruntime
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 from vlm_export.runtime.engines.onnxruntime import Engine, OrtEngine
 
@@ -100,23 +100,36 @@ def test_zero_pad_before_max_pool_keeps_its_zeros(exact: bool, tmp_path: Path) -
     assert values[0, 0].tolist() == [[0, 0, 0, 0], [0, -1, -1, 0], [0, -1, -1, 0], [0, 0, 0, 0]]
 
 
+@pytest.mark.needs_torch
+@pytest.mark.parametrize(("opset", "ir_version", "needed"), [(17, 8, "1.15.1"), (18, 10, "1.18.0"), (23, 10, "1.23.0")])
 def test_an_onnxruntime_that_is_too_old_is_named(
-    text_graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opset: int, ir_version: int, needed: str
 ) -> None:
-    """What the manifest says of the graph; the failure of an old release is played."""
+    """Measured: see `oldest_engine`. The failure of an old release is played."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])],
+        "g",
+        [value],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])],
+    )
+    path = tmp_path / "m.onnx"
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
+    onnx.save(model, str(path))
+    assert oldest_onnxruntime(path) == (needed, opset)
 
     def refuse(*_: Any, **__: Any) -> None:
-        raise RuntimeError("opset 17 is under development")
+        raise RuntimeError(f"opset {opset} is under development")
 
     monkeypatch.setattr("vlm_export.runtime.engines.onnxruntime.start_session", refuse)
     monkeypatch.setattr("onnxruntime.__version__", "1.15.0")
     with pytest.raises(EnvironmentFailure, match="too old") as caught:
-        OrtEngine(text_graph)
-    assert "onnxruntime 1.20.0 or newer, for its opset 17" in caught.value.expected
-    assert "onnxruntime>=1.20.0" in caught.value.fix
+        OrtEngine(path)
+    assert f"onnxruntime {needed} or newer, for its opset {opset}" in caught.value.expected
+    assert ("lower --opset" in caught.value.fix) == (opset == 23)
     monkeypatch.setattr("onnxruntime.__version__", "1.31.1")
     with pytest.raises(InputError, match="cannot be loaded"):
-        OrtEngine(text_graph)
-    monkeypatch.setattr("onnxruntime.__version__", "1.15.0")
-    with pytest.raises(InputError, match="cannot be loaded"):
-        OrtEngine(shutil.copy(text_graph, tmp_path))
+        OrtEngine(path)

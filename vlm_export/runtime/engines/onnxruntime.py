@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from vlm_export.bundle.manifest import MANIFEST_NAME, manifest_from_bytes
+from vlm_export.bundle.oldest_engine import BY_OPSET, oldest_onnxruntime
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 from vlm_export.interrupts import run_session, start_session
 from vlm_export.machine_faults import machine_fault
@@ -212,27 +212,22 @@ def _check_started(wanted: Sequence[str], started: Sequence[str]) -> None:
 
 
 def _too_old(path: Path, installed: str, error: Exception) -> EnvironmentFailure | None:
-    """Why a bundle's graph did not load, where the installed ONNX Runtime is older than what its manifest asks for."""
-    root = path.absolute().parent.parent
+    """Why a graph did not load, where the installed ONNX Runtime is older than what it needs."""
     try:
-        manifest = manifest_from_bytes((root / MANIFEST_NAME).read_bytes())
-    except (InputError, OSError):
+        needed, opset = oldest_onnxruntime(path)
+    except (InputError, OSError, ValueError):
         return None
-    variants = (variant for part in manifest.parts for variant in part.variants)
-    variant = next((variant for variant in variants if root / variant.file == path.absolute()), None)
-    if variant is None or _numbers(installed) >= _numbers(variant.oldest_onnxruntime):
+    numbers = [tuple(int(number) for number in re.findall(r"\d+", text)[:3]) for text in (installed, needed)]
+    if numbers[0] >= numbers[1]:
         return None
+    lower = ", or export with a lower --opset" if opset >= BY_OPSET[0][0] else ""
     return EnvironmentFailure(
         "the installed ONNX Runtime is too old for this graph",
         where=str(path),
-        expected=f"onnxruntime {variant.oldest_onnxruntime} or newer, for its opset {variant.opset} and its operators",
+        expected=f"onnxruntime {needed} or newer, for its opset {opset} and its operators",
         got=f"onnxruntime {installed}: {_cause(error)}",
-        fix=f"pip install -U 'onnxruntime>={variant.oldest_onnxruntime}', or export with a lower --opset",
+        fix=f"pip install -U 'onnxruntime>={needed}'{lower}",
     )
-
-
-def _numbers(release: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", release)[:3])
 
 
 def _tensor_info(entry: Any) -> TensorInfo:

@@ -1,18 +1,22 @@
-"""The oldest ONNX Runtime per graph: what was measured with its releases (see `exporting/oldest_engine.py`)."""
+"""The oldest ONNX Runtime per graph: what was measured with its releases (see `bundle/oldest_engine.py`)."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import onnx
-import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
-from vlm_export.exporting.oldest_engine import oldest_onnxruntime
+from vlm_export.bundle.manifest import Manifest, manifest_from_bytes
+from vlm_export.bundle.oldest_engine import oldest_onnxruntime
+from vlm_export.errors import InputError
 
 INT64, INT32, FLOAT = TensorProto.INT64, TensorProto.INT32, TensorProto.FLOAT
 
 
-def loaded(nodes: list[onnx.NodeProto], kind: int, opset: int = 17, ir_version: int = 8) -> ir.Model:
+def saved(path: Path, nodes: list[onnx.NodeProto], kind: int, opset: int = 17, ir_version: int = 8) -> Path:
     graph = helper.make_graph(
         nodes,
         "g",
@@ -20,7 +24,8 @@ def loaded(nodes: list[onnx.NodeProto], kind: int, opset: int = 17, ir_version: 
         [helper.make_tensor_value_info("y", INT64, [1])],
     )
     opsets = [helper.make_opsetid("acme", 99), helper.make_opsetid("", opset)]
-    return ir.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=ir_version))
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=ir_version), str(path))
+    return path
 
 
 @pytest.mark.parametrize(
@@ -38,9 +43,9 @@ def loaded(nodes: list[onnx.NodeProto], kind: int, opset: int = 17, ir_version: 
         (26, 13, "1.25.0"),
     ],
 )
-def test_opset_and_format_tell_the_release(opset: int, ir_version: int, needed: str) -> None:
-    model = loaded([helper.make_node("Size", ["x"], ["y"])], FLOAT, opset, ir_version)
-    assert oldest_onnxruntime(model) == needed
+def test_opset_and_format_tell_the_release(tmp_path: Path, opset: int, ir_version: int, needed: str) -> None:
+    path = saved(tmp_path / "m.onnx", [helper.make_node("Size", ["x"], ["y"])], FLOAT, opset, ir_version)
+    assert oldest_onnxruntime(path) == (needed, opset)
 
 
 @pytest.mark.parametrize("operator", ["ArgMax", "ArgMin"])
@@ -53,11 +58,20 @@ def test_opset_and_format_tell_the_release(opset: int, ir_version: int, needed: 
 ])  # fmt: skip
 @pytest.mark.parametrize("inner", [False, True])
 def test_the_place_of_the_largest_counts_by_its_dtype(
-    operator: str, kind: int, to: int | None, needed: str, inner: bool
+    tmp_path: Path, operator: str, kind: int, to: int | None, needed: str, inner: bool
 ) -> None:
     nodes = [] if to is None else [helper.make_node("Cast", ["x"], ["cast"], to=to)]
     found = helper.make_node(operator, ["x" if to is None else "cast"], ["y"], axis=-1, keepdims=0)
     if inner:
         branch = helper.make_graph([found], "branch", [], [helper.make_tensor_value_info("y", INT64, [1])])
         found = helper.make_node("If", ["b"], ["y"], then_branch=branch, else_branch=branch)
-    assert oldest_onnxruntime(loaded([*nodes, found], kind)) == needed
+    assert oldest_onnxruntime(saved(tmp_path / "m.onnx", [*nodes, found], kind))[0] == needed
+
+
+@pytest.mark.parametrize("odd", ["", "1.23", "1.23.0rc1", "1.23.0\n", 1.23, None, [1, 23, 0]])
+def test_the_manifest_takes_releases_alone(manifest: Manifest, odd: object) -> None:
+    data = json.loads(manifest.to_bytes())
+    assert manifest_from_bytes(manifest.to_bytes()).parts[0].variants[0].oldest_onnxruntime == "1.18.0"
+    data["parts"][0]["variants"][0]["oldest_onnxruntime"] = odd
+    with pytest.raises(InputError, match="oldest_onnxruntime"):
+        manifest_from_bytes(json.dumps(data).encode())
