@@ -17,7 +17,8 @@ from vlm_export.bundle.strict_json import MAX_JSON_BYTES, json_object_from_bytes
 from vlm_export.errors import InputError, UsageError
 from vlm_export.family import Checkpoint
 from vlm_export.models.reading.shapes import is_number
-from vlm_export.specs import AnyImageSpec, ImageSpec, Origins, Resample, Resize
+from vlm_export.specs import AnyImageSpec, ImageSpec, Origins, PatchSpec, Resample, Resize
+from vlm_export.specs.patches import MAX_PATCHES
 
 PROCESSOR_FILE = "processor_config.json"
 IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
@@ -49,7 +50,9 @@ _CROPPED = {
     "do_convert_rgb": True,
 }
 _SQUARE_224 = {"height": 224, "width": 224}
-# The classes that add nothing to `PilBackend` but these defaults.
+# The one class that makes patches, for models that take these.
+_PATCHES = "Siglip2ImageProcessor"
+# The classes that add nothing to `PilBackend` but these defaults, and the one above.
 CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "CLIPImageProcessor": _CROPPED,
     "ChineseCLIPImageProcessor": _CROPPED,
@@ -70,6 +73,7 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "default_to_square": False,
         "do_convert_rgb": True,
     },
+    _PATCHES: {**_STEPS, **_HALVES, "resample": 2, "patch_size": 16, "max_num_patches": 256},
     "ViTImageProcessor": {**_STEPS, **_HALVES, "resample": 2, "size": _SQUARE_224},
     "DeiTImageProcessor": {
         **_STEPS,
@@ -162,9 +166,7 @@ def transformers_image(checkpoint: Checkpoint, family_class: str, image_size: in
     size, crop = _resize(stated), _crop(stated)
     _check_size(stated, size, crop, image_size, size_origin)
     factor = _rescale_factor(stated)
-    mean, std = _channels(stated, "image_mean", (0.0, 0.0, 0.0)), _channels(stated, "image_std", (1.0, 1.0, 1.0))
-    if min(std) < 1 / _LARGEST_CHANNEL:
-        raise stated.malformed("image_std", "positive numbers")
+    mean, std = _normalisation(stated)
     converts = stated.flag("do_convert_rgb")
     spec = ImageSpec(
         size_pixels=image_size,
@@ -179,6 +181,42 @@ def transformers_image(checkpoint: Checkpoint, family_class: str, image_size: in
         rescale_factor=factor,
     )
     return spec, Origins(_origins(stated, size_origin), ignored)
+
+
+def transformers_patches(checkpoint: Checkpoint, patch_size: int) -> tuple[PatchSpec, Origins]:
+    """The PatchSpec of a checkpoint in transformers' layout, and where each value comes from.
+
+    Raises:
+        InputError: a file is malformed, names a class or a step that is not computed here, or makes other patches than
+            the encoder takes.
+    """
+    read, ignored = _read(checkpoint, _PATCHES)
+    stated = read or _Stated({}, "", _PATCHES)
+    if not stated.flag("do_resize"):
+        raise _unsupported(stated, "do_resize", "true")
+    for key in ("patch_size", "max_num_patches"):
+        value = stated.value(key)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_PATCHES:
+            raise stated.malformed(key, f"a number from 1 to {MAX_PATCHES}")
+    if stated.value("patch_size") != patch_size:
+        raise stated.refusal(
+            "patch_size",
+            "the image processor makes patches of another size than the image encoder takes",
+            str(patch_size),
+            "take the processor file that was saved with these weights",
+        )
+    mean, std = _normalisation(stated)
+    spec = PatchSpec(
+        patch_size=patch_size,
+        max_patches=stated.value("max_num_patches"),
+        resample=_resample(stated),
+        rgb_stage="before_resize" if stated.flag("do_convert_rgb") else "never",
+        mean=mean,
+        std=std,
+        rescale_factor=_rescale_factor(stated),
+    )
+    keys = {"max_patches": "max_num_patches", "rgb_stage": "do_convert_rgb", "mean": "image_mean", "std": "image_std"}
+    return spec, Origins({f"image.{name}": stated.origin(keys.get(name, name)) for name in spec.to_json()}, ignored)
 
 
 def with_image_size(spec: ImageSpec, image_size: int) -> ImageSpec:
@@ -234,11 +272,12 @@ def _class_name(where: str, data: Mapping[str, Any], checkpoint: Checkpoint, fam
     # The class of a file that transformers wrote before version 4.25, and the suffixes of the back ends.
     name = stated.replace("FeatureExtractor", "ImageProcessor") if isinstance(stated, str) else ""
     name = name.removesuffix("Fast").removesuffix("Pil")
-    if name not in CLASS_DEFAULTS:
+    usable = [kind for kind in CLASS_DEFAULTS if (kind == _PATCHES) == (family_class == _PATCHES)]
+    if name not in usable:
         raise InputError(
             "what this class of image processors does is not computed here",
             where=f"{where}{key}",
-            expected=f"one of {', '.join(CLASS_DEFAULTS)}",
+            expected=f"one of {', '.join(usable)}",
             got=f"{stated!r:.200}",
             fix="take the processor file that was saved with the model; or, where one of these classes prepares images "
             "alike, state it instead",
@@ -363,6 +402,14 @@ def _rescale_factor(stated: _Stated) -> float:
     if not is_number(value) or not 1 / _LARGEST_CHANNEL <= value <= _LARGEST_CHANNEL:
         raise stated.malformed("rescale_factor", f"a number from {1 / _LARGEST_CHANNEL:g} to {_LARGEST_CHANNEL:g}")
     return float(value)
+
+
+def _normalisation(stated: _Stated) -> tuple[Channels, Channels]:
+    """Mean and deviation."""
+    mean, std = _channels(stated, "image_mean", (0.0, 0.0, 0.0)), _channels(stated, "image_std", (1.0, 1.0, 1.0))
+    if min(std) < 1 / _LARGEST_CHANNEL:
+        raise stated.malformed("image_std", "positive numbers")
+    return mean, std
 
 
 def _channels(stated: _Stated, key: str, identity: Channels) -> Channels:

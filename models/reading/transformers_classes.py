@@ -7,8 +7,8 @@ of its own, is never loaded.
 from __future__ import annotations
 
 IMAGE_CLASSES = frozenset(
-    f"{name}{suffix}"
-    for name in ("CLIPImageProcessor", "BlipImageProcessor", "SiglipImageProcessor", "ViTImageProcessor")
+    f"{name}ImageProcessor{suffix}"
+    for name in ("CLIP", "Blip", "Siglip", "Siglip2", "ViT")
     for suffix in ("", "Fast", "Pil")
 ) | {"CLIPFeatureExtractor"}
 TOKENIZER_CLASSES = frozenset(
@@ -23,6 +23,7 @@ MODEL_TYPES = frozenset(
     {
         *("clip", "blip", "clip_text_model", "clip_vision_model", "llava"),
         *("siglip", "siglip_text_model", "siglip_vision_model"),
+        *("siglip2", "siglip2_text_model", "siglip2_vision_model"),
         *("metaclip_2", "metaclip_2_text_model", "metaclip_2_vision_model"),
     }
 )

@@ -38,7 +38,6 @@ _TITLES: Mapping[str, str] = {
     "owlvit": "OWL-ViT",
     "paligemma": "PaliGemma",
     "roberta": "RoBERTa",
-    "siglip2": "SigLIP 2",
     "vilt": "ViLT",
     "vision-text-dual-encoder": "a dual encoder of two other models",
     "vit": "ViT",

@@ -6,9 +6,10 @@ published under SigLIP's `model_type`; `siglip2` is NaFlex, whose image encoder 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint
@@ -24,7 +25,8 @@ from vlm_export.models.reading.shapes import (
     config_section,
     image_size_of,
 )
-from vlm_export.specs.codec import Spec
+from vlm_export.specs.codec import Spec, between
+from vlm_export.specs.patches import MAX_PATCHES
 
 EPS = 1e-6
 # By transformers' names; "gelu_pytorch_tanh" is its default for both towers.
@@ -44,6 +46,19 @@ class VisionSizes(Spec):
     patch_size: int
     image_size: int
     kind: Literal["vit"] = "vit"
+
+
+@dataclass(frozen=True)
+class NaflexSizes(Spec):
+    """Attributes: those of config.json, and the places per side of the position table."""
+
+    width: int
+    layers: int
+    heads: int
+    hidden: int
+    patch_size: int
+    grid: int
+    kind: Literal["naflex"] = "naflex"
 
 
 @dataclass(frozen=True)
@@ -72,9 +87,28 @@ class SiglipArchitecture(Spec):
     embed_dim: int
     activation: Activation
     eps: float
-    vision: VisionSizes | None
+    vision: VisionSizes | NaflexSizes | None
     text: TextSizes | None
-    model_type: Literal["siglip"] = "siglip"
+    model_type: Literal["siglip", "siglip2"] = "siglip"
+
+
+@dataclass(frozen=True)
+class NaflexChoices(Spec):
+    """Attributes: `fixed_patches`, how many patches an image has with its padding, for hosts that take no such axis."""
+
+    fixed_patches: Annotated[int, between(1, MAX_PATCHES)] | None = None
+
+
+PATCH_KEY = "vision_model.embeddings.patch_embedding.weight"
+
+
+def is_naflex(checkpoint: Checkpoint) -> bool:
+    """Whether it is SigLIP 2's NaFlex, by its config.json, or where there is none by the shape of its patches."""
+    stated = (checkpoint.config or {}).get("model_type")
+    if isinstance(stated, str):
+        return stated.startswith("siglip2")
+    patches = checkpoint.tensors.get(PATCH_KEY) or checkpoint.tensors.get(PATCH_KEY.removeprefix("vision_model."))
+    return patches is not None and len(patches.shape) == 2
 
 
 def architecture_of(checkpoint: Checkpoint) -> SiglipArchitecture:
@@ -97,7 +131,8 @@ def architecture_of(checkpoint: Checkpoint) -> SiglipArchitecture:
     _check_towers(checkpoint)
     shapes, configs = Shapes(checkpoint), {tower: _tower_config(checkpoint, tower) for tower in _TOWERS}
     vision_config, text_config = configs["vision"], configs["text"]
-    vision = None if vision_config is None else _vision(shapes, vision_config)
+    naflex = is_naflex(checkpoint)
+    vision = None if vision_config is None else (_naflex if naflex else _vision)(shapes, vision_config)
     text = None if text_config is None else _text(shapes, text_config)
     embed_dim = vision.width if vision is not None else shapes.of("text_model.head.weight", 2)[0]
     if text is not None and text_config is not None:
@@ -113,7 +148,8 @@ def architecture_of(checkpoint: Checkpoint) -> SiglipArchitecture:
             got=f"{activation!r:.200}",
         )
     eps = _same(checkpoint, "layer_norm_eps", [config_number(config, "layer_norm_eps", EPS) for config in stated])
-    return SiglipArchitecture(embed_dim, _ACTIVATIONS[cast(str, activation)], cast(float, eps), vision, text)
+    kind = _ACTIVATIONS[cast(str, activation)]
+    return SiglipArchitecture(embed_dim, kind, cast(float, eps), vision, text, "siglip2" if naflex else "siglip")
 
 
 def one_tower(checkpoint: Checkpoint) -> str | None:
@@ -127,14 +163,15 @@ def section_name(checkpoint: Checkpoint, tower: str) -> str:
     return "" if one_tower(checkpoint) else f"{tower}_config"
 
 
-def stated_vision(sizes: VisionSizes) -> dict[str, int]:
+def stated_vision(sizes: VisionSizes | NaflexSizes) -> dict[str, int]:
     """The sizes under config.json's names, without heads, which no tensor tells."""
+    own = {"num_patches": sizes.grid**2} if isinstance(sizes, NaflexSizes) else {"image_size": sizes.image_size}
     return {
         "hidden_size": sizes.width,
         "intermediate_size": sizes.hidden,
         "num_hidden_layers": sizes.layers,
-        "image_size": sizes.image_size,
         "patch_size": sizes.patch_size,
+        **own,
     }
 
 
@@ -173,7 +210,7 @@ def _tower_config(checkpoint: Checkpoint, tower: str) -> Mapping[str, Any] | Non
 def _vision(shapes: Shapes, config: Mapping[str, Any]) -> VisionSizes:
     checkpoint, section = shapes.checkpoint, section_name(shapes.checkpoint, "vision")
     check_implemented(f"{checkpoint.source}: config.json: {section}", config, {"vision_use_head": [True]})
-    width, patch = shapes.patches("vision_model.embeddings.patch_embedding.weight")
+    width, patch = shapes.patches(PATCH_KEY)
     grid = shapes.grid("vision_model.embeddings.position_embedding.weight", 2, prefix_tokens=0)
     sizes = VisionSizes(
         width=width,
@@ -182,6 +219,31 @@ def _vision(shapes: Shapes, config: Mapping[str, Any]) -> VisionSizes:
         hidden=shapes.of("vision_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
         patch_size=patch,
         image_size=image_size_of(grid, patch, config.get("image_size")),
+    )
+    check_stated(checkpoint, section, config, {**stated_vision(sizes), "num_channels": 3})
+    check_heads(checkpoint, "vision", width, sizes.heads)
+    return sizes
+
+
+def _naflex(shapes: Shapes, config: Mapping[str, Any]) -> NaflexSizes:
+    checkpoint, section = shapes.checkpoint, section_name(shapes.checkpoint, "vision")
+    check_implemented(f"{checkpoint.source}: config.json: {section}", config, {"vision_use_head": [True]})
+    width, values = shapes.of(PATCH_KEY, 2)
+    patch = math.isqrt(values // 3)
+    if 3 * patch * patch != values:
+        raise InputError(
+            "the image encoder does not take square patches of RGB images, and nothing else is supported",
+            where=f"{checkpoint.source}: tensor {PATCH_KEY}",
+            expected="3 channels and a square: 768 values for patches of 16",
+            got=str(values),
+        )
+    sizes = NaflexSizes(
+        width=width,
+        layers=shapes.count("vision_model.encoder.layers."),
+        heads=config_integer(config, "num_attention_heads", 12),
+        hidden=shapes.of("vision_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
+        patch_size=patch,
+        grid=shapes.grid("vision_model.embeddings.position_embedding.weight", 2, prefix_tokens=0),
     )
     check_stated(checkpoint, section, config, {**stated_vision(sizes), "num_channels": 3})
     check_heads(checkpoint, "vision", width, sizes.heads)

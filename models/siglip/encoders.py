@@ -5,29 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vlm_export.models.layers.blocks import MLP, CrossAttention, KeyValueProjection, TransformerBlock, meta_modules
+from vlm_export.models.layers.blocks import TransformerBlock, meta_modules
 from vlm_export.models.layers.vit import VisionTransformer, VitForm
-from vlm_export.models.siglip.architecture import SiglipArchitecture, TextSizes, VisionSizes
-
-
-class AttentionPoolingHead(nn.Module):
-    """Tokens float32 (B, P, D) → float32 (B, D): one learned query attends to all of them, and an MLP follows."""
-
-    def __init__(self, width: int, heads: int, hidden: int, architecture: SiglipArchitecture) -> None:
-        super().__init__()
-        self.probe = nn.Parameter(torch.empty(1, 1, width))
-        self.states = KeyValueProjection(width, width, heads)
-        self.attention = CrossAttention(width, heads)
-        self.norm = nn.LayerNorm(width, eps=architecture.eps)
-        self.mlp = MLP(width, hidden, architecture.activation)
-
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """mask: float32, broadcast to (B, H, 1, P), added to the scores."""
-        key, value = self.states(tokens)
-        pooled = self.attention(self.probe.expand(tokens.shape[0], -1, -1), key, value, mask)
-        pooled = pooled + self.mlp(self.norm(pooled))
-        embeds: Tensor = pooled[:, 0]
-        return embeds
+from vlm_export.models.siglip.architecture import NaflexSizes, SiglipArchitecture, TextSizes, VisionSizes
+from vlm_export.models.siglip.naflex import NaflexVisionTransformer
+from vlm_export.models.siglip.pooling import AttentionPoolingHead
 
 
 class SiglipVisionTransformer(VisionTransformer):
@@ -86,12 +68,18 @@ class SiglipEncoders(nn.Module):
     def __init__(self, architecture: SiglipArchitecture) -> None:
         super().__init__()
         if architecture.vision is not None:
-            self.vision = SiglipVisionTransformer(architecture, architecture.vision)
+            self.vision = _vision(architecture, architecture.vision)
         if architecture.text is not None:
             self.text = SiglipTextTransformer(architecture, architecture.text)
         if architecture.vision is not None and architecture.text is not None:
             self.logit_scale = nn.Parameter(torch.empty(()))
             self.logit_bias = nn.Parameter(torch.empty(()))
+
+
+def _vision(architecture: SiglipArchitecture, sizes: VisionSizes | NaflexSizes) -> nn.Module:
+    if isinstance(sizes, NaflexSizes):
+        return NaflexVisionTransformer(architecture, sizes)
+    return SiglipVisionTransformer(architecture, sizes)
 
 
 def build_encoders(architecture: SiglipArchitecture) -> SiglipEncoders:

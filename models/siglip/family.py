@@ -31,9 +31,9 @@ from vlm_export.family import (
     outlines,
 )
 from vlm_export.models.reading.image_processor import (
-    Prepared,
     image_size_origin,
     transformers_image,
+    transformers_patches,
     with_chosen_size,
 )
 from vlm_export.models.reading.images import ImageExamples, apply_image_size, config_of_size, image_shape
@@ -41,14 +41,19 @@ from vlm_export.models.reading.token_ids import random_ids
 from vlm_export.models.reading.weights import load_weights, published_tensors
 from vlm_export.models.siglip.architecture import (
     ACTIVATION_NAMES,
+    NaflexChoices,
+    NaflexSizes,
     SiglipArchitecture,
     TextSizes,
+    VisionSizes,
     architecture_of,
+    is_naflex,
     section_name,
     stated_text,
     stated_vision,
 )
 from vlm_export.models.siglip.encoders import SiglipEncoders, build_encoders
+from vlm_export.models.siglip.naflex import NaflexExamples, check_patches, naflex_signature
 from vlm_export.models.siglip.weights import (
     ROOTS,
     TEXT_MARK,
@@ -58,7 +63,7 @@ from vlm_export.models.siglip.weights import (
     with_tower_names,
 )
 from vlm_export.original import Original, TransformersOriginal
-from vlm_export.specs import Origins, TextSpec
+from vlm_export.specs import ImageSpec, Origins, PatchSpec, TextSpec
 from vlm_export.specs.codec import Spec
 from vlm_export.specs.signature import Axis, Signature, TensorSpec
 from vlm_export.specs.tasks import EmbedSpec, EncoderSpec, ScoreSpec
@@ -81,8 +86,7 @@ class SiglipFamily:
     }
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
-        keys = checkpoint.tensors
-        return VISION_MARK in keys or TEXT_MARK in keys or tower_of_plain_names(checkpoint) is not None
+        return _is_siglip(checkpoint) and not is_naflex(checkpoint)
 
     def describe(self, checkpoint: Checkpoint) -> Description:
         checkpoint = with_tower_names(checkpoint)
@@ -104,10 +108,12 @@ class SiglipFamily:
         encoders = build_encoders(published)
         dropped = load_weights(encoders, checkpoint, weight_table(published), store)
         architecture = _resized(published, encoders, options)
-        parts = tuple(_parts(architecture, encoders, dynamic_image_size=options.dynamic_image_size))
         image, origins = _image(published, architecture, checkpoint) or (None, Origins())
+        if isinstance(image, PatchSpec):
+            check_patches(image, NaflexChoices.from_config(options.family_options))
+        parts = tuple(_parts(architecture, encoders, options))
         task = _embed_task(architecture, encoders)
-        classes = TransformersOriginal(architecture.model_type, "SiglipImageProcessor")
+        classes = TransformersOriginal(architecture.model_type, f"{_CLASSES[architecture.model_type]}ImageProcessor")
         return Model(
             family=self.name,
             architecture=architecture.to_json(),
@@ -116,7 +122,7 @@ class SiglipFamily:
             text=_text_spec(architecture),
             hub_config=config_of_size(
                 checkpoint.config or _config_from_architecture(architecture),
-                None if architecture.vision is None else architecture.vision.image_size,
+                architecture.vision.image_size if isinstance(architecture.vision, VisionSizes) else None,
             ),
             tasks=(task,),
             dropped_keys=dropped,
@@ -134,18 +140,38 @@ class SiglipFamily:
         return _config_from_architecture(SiglipArchitecture.from_config(architecture))
 
 
+class Siglip2Family(SiglipFamily):
+    """SigLIP 2's NaFlex, whose image encoder takes patches of images of any shape."""
+
+    name = "siglip2"
+    options: type[Spec] = NaflexChoices
+    config_types: Mapping[str, tuple[str, ...]] = {
+        "siglip2": ("Siglip2Model",),
+        "siglip2_vision_model": ("Siglip2VisionModel",),
+        "siglip2_text_model": ("Siglip2TextModel",),
+    }
+
+    def recognises(self, checkpoint: Checkpoint) -> bool:
+        return _is_siglip(checkpoint) and is_naflex(checkpoint)
+
+
+def _is_siglip(checkpoint: Checkpoint) -> bool:
+    keys = checkpoint.tensors
+    return VISION_MARK in keys or TEXT_MARK in keys or tower_of_plain_names(checkpoint) is not None
+
+
 def _parts(
-    architecture: SiglipArchitecture, encoders: SiglipEncoders, *, dynamic_image_size: bool = False
+    architecture: SiglipArchitecture, encoders: SiglipEncoders, options: BuildOptions = DEFAULT_BUILD
 ) -> Iterator[Part]:
     """The towers that are there, in the order in which they are exported; one alone has transformers' output name."""
     names = _output_names(architecture)
-    if (vision := architecture.vision) is not None:
-        shape, axes = image_shape(vision.image_size, vision.patch_size, dynamic_image_size)
-        signature = Signature(
-            inputs=(TensorSpec("pixel_values", "float32", shape),),
-            outputs=(TensorSpec(names["vision"], "float32", ("batch", architecture.embed_dim)),),
-            axes=(BATCH, *axes),
-        )
+    vision, output = architecture.vision, TensorSpec(names["vision"], "float32", ("batch", architecture.embed_dim))
+    if isinstance(vision, NaflexSizes):
+        signature = naflex_signature(vision, output, NaflexChoices.from_config(options.family_options).fixed_patches)
+        yield Part("vision", encoders.vision, signature, NaflexExamples(signature))
+    elif vision is not None:
+        shape, axes = image_shape(vision.image_size, vision.patch_size, options.dynamic_image_size)
+        signature = Signature((TensorSpec("pixel_values", "float32", shape),), (output,), (BATCH, *axes))
         yield Part("vision", encoders.vision, signature, ImageExamples(signature))
     if (text := architecture.text) is not None:
         signature = Signature(
@@ -162,6 +188,8 @@ def _output_names(architecture: SiglipArchitecture) -> dict[str, str]:
 
 
 _TOWERS = ("vision", "text")
+# What the names of transformers' classes begin with.
+_CLASSES = {"siglip": "Siglip", "siglip2": "Siglip2"}
 
 
 def _text_examples(text: TextSizes, sizes: Mapping[str, int], seed: int) -> dict[str, Array]:
@@ -192,9 +220,8 @@ def _score(checkpoint: Checkpoint) -> dict[str, float]:
 
 def _class_name(architecture: SiglipArchitecture) -> str:
     """transformers' class of such a checkpoint."""
-    if architecture.text is None:
-        return "SiglipVisionModel"
-    return "SiglipModel" if architecture.vision is not None else "SiglipTextModel"
+    tower = "Vision" if architecture.text is None else "" if architecture.vision is not None else "Text"
+    return f"{_CLASSES[architecture.model_type]}{tower}Model"
 
 
 def _notes(architecture: SiglipArchitecture) -> Iterator[str]:
@@ -205,7 +232,10 @@ def _notes(architecture: SiglipArchitecture) -> Iterator[str]:
         )
     if (vision := architecture.vision) is not None:
         yield "a learned query pools the image's patches by attention"
+    if isinstance(vision, VisionSizes):
         yield f"images are {vision.image_size} pixels square; --image-size and --dynamic-image-size are taken"
+    if isinstance(vision, NaflexSizes):
+        yield "images of any shape share a batch, each with positions of its own; --set fixed_patches=L fixes L patches"
     if architecture.vision is None or architecture.text is None:
         other = "image" if architecture.vision is None else "text"
         yield f"this is one tower of a SigLIP: the checkpoint has no {other} encoder"
@@ -219,13 +249,21 @@ def _resized(architecture: SiglipArchitecture, encoders: SiglipEncoders, options
         if options.image_size is not None or options.dynamic_image_size:
             raise UsageError("this checkpoint has no image encoder", fix="leave the size options out")
         return architecture
+    if isinstance(architecture.vision, NaflexSizes):
+        if options.image_size is not None or options.dynamic_image_size:
+            raise UsageError("this image encoder takes images of any shape", fix="leave the size options out")
+        return architecture
     image_size = apply_image_size(encoders.vision, architecture.vision.image_size, options)
     return replace(architecture, vision=replace(architecture.vision, image_size=image_size))
 
 
-def _image(published: SiglipArchitecture, architecture: SiglipArchitecture, checkpoint: Checkpoint) -> Prepared | None:
+def _image(
+    published: SiglipArchitecture, architecture: SiglipArchitecture, checkpoint: Checkpoint
+) -> tuple[ImageSpec | PatchSpec, Origins] | None:
     """For images of `architecture`'s size; the checkpoint states the published one. None without an image encoder."""
-    if published.vision is None or architecture.vision is None:
+    if isinstance(published.vision, NaflexSizes):
+        return transformers_patches(checkpoint, published.vision.patch_size)
+    if published.vision is None or not isinstance(architecture.vision, VisionSizes):
         return None
     size = published.vision.image_size
     prepared = transformers_image(checkpoint, "SiglipImageProcessor", size, image_size_origin(checkpoint))
@@ -311,15 +349,17 @@ def _reference(checkpoint: Checkpoint, architecture: SiglipArchitecture, part: P
     model.load_state_dict(weights, strict=True, assign=True)
     tower = getattr(model, f"{part.name}_model") if both else model
     embeddings = tower.embeddings
-    embeddings.position_ids = torch.arange(embeddings.position_ids.shape[-1])[None]
-    name = part.signature.input_names[0]
-    vision = architecture.vision
-    is_resized = vision is not None and part.name == "vision" and part.signature.inputs[0].shape[2] != vision.image_size
+    if hasattr(embeddings, "position_ids"):
+        embeddings.position_ids = torch.arange(embeddings.position_ids.shape[-1])[None]
+    vision, is_vision = architecture.vision, part.name == "vision"
+    is_resized = (
+        isinstance(vision, VisionSizes) and is_vision and part.signature.inputs[0].shape[2] != vision.image_size
+    )
     other_size = {"interpolate_pos_encoding": True} if is_resized else {}
 
     def run(inputs: Arrays) -> dict[str, Array]:
         with torch.inference_mode():
-            features = tower(**{name: torch.from_numpy(inputs[name])}, **other_size)
+            features = tower(**{name: torch.from_numpy(array) for name, array in inputs.items()}, **other_size)
         return {part.signature.output_names[0]: features.pooler_output.numpy()}
 
     return run

@@ -7,7 +7,7 @@ from dataclasses import replace
 from vlm_export.family import Checkpoint
 from vlm_export.models.layers.vit_weights import HUGGINGFACE_BLOCK
 from vlm_export.models.reading.weights import Stacked, Target, Unsqueezed, WeightTable, prefixed, repeat
-from vlm_export.models.siglip.architecture import SiglipArchitecture
+from vlm_export.models.siglip.architecture import NaflexSizes, SiglipArchitecture
 
 _HEAD: WeightTable = {
     "probe": "probe",
@@ -32,6 +32,10 @@ _VISION: WeightTable = {
     # An index buffer that older transformers versions saved.
     "embeddings.position_ids": None,
 }
+_PATCHES: WeightTable = {
+    "embeddings.patch_embedding.weight": "patches.weight",
+    "embeddings.patch_embedding.bias": "patches.bias",
+}
 _TEXT: WeightTable = {
     "embeddings.token_embedding.weight": "token_embedding.weight",
     "embeddings.position_embedding.weight": "position_embedding",
@@ -54,6 +58,8 @@ def weight_table(architecture: SiglipArchitecture) -> dict[str, Target]:
     for tower, sizes, stem in (("vision", architecture.vision, _VISION), ("text", architecture.text, _TEXT)):
         if sizes is not None:
             blocks = repeat(prefixed(HUGGINGFACE_BLOCK, "encoder.layers.{i}.", "blocks.{i}."), sizes.layers)
+            if isinstance(sizes, NaflexSizes):
+                stem = {**stem, **_PATCHES}
             table |= prefixed({**stem, **blocks}, f"{tower}_model.", f"{tower}.")
     if architecture.vision is not None and architecture.text is not None:
         table |= _SCORE

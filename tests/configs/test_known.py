@@ -15,6 +15,7 @@ from vlm_export.models.clip.architecture import ClipArchitecture
 from vlm_export.models.clip.family import ClipFamily
 from vlm_export.models.reading.images import IMAGE_MEAN, IMAGE_STD
 from vlm_export.models.registry import FAMILIES, load_family
+from vlm_export.specs import ImageSpec
 
 MANIFESTS = Path(__file__).parents[1] / "data" / "manifests" / "clip.json.gz"
 OPENAI = {
@@ -66,7 +67,7 @@ def test_clip_preparation_fits_the_architecture(name: str) -> None:
     known = load_known(name)
     architecture = ClipArchitecture.from_config(known.architecture)
     assert json.loads(json.dumps(architecture.to_json())) == known.architecture
-    assert known.image is not None
+    assert isinstance(known.image, ImageSpec)
     vision, sizes = architecture.towers
     assert known.image.size_pixels == vision.image_size
     assert (known.image.mean, known.image.std) == (IMAGE_MEAN, IMAGE_STD)

@@ -16,6 +16,7 @@ from vlm_export.family import Checkpoint, StoredTensorInfo
 from vlm_export.models.blip.architecture import BlipArchitecture, architecture_from_checkpoint
 from vlm_export.models.blip.family import BlipFamily
 from vlm_export.models.reading.images import IMAGE_MEAN, IMAGE_STD
+from vlm_export.specs import ImageSpec
 
 oracle = SimpleNamespace(
     **runpy.run_path(str(Path(__file__).parents[1] / "models" / "blip_oracle.py")),
@@ -104,7 +105,7 @@ def test_preparation_fits_the_architecture(name: str) -> None:
     architecture = BlipArchitecture.from_config(known.architecture)
     assert json.loads(json.dumps(architecture.to_json())) == known.architecture
     image, text = known.image, known.text
-    assert image is not None
+    assert isinstance(image, ImageSpec)
     assert (image.size_pixels, image.resize) == (architecture.vision.image_size, "stretch")
     assert (image.resample, image.rgb_stage, image.mean, image.std) == (
         "bicubic",

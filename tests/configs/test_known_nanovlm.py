@@ -11,6 +11,7 @@ import pytest
 from vlm_export.checkpoint.sources.known import known_names, load_known
 from vlm_export.models.nanovlm.architecture import NanoVlmArchitecture
 from vlm_export.models.nanovlm.family import NanoVlmFamily
+from vlm_export.specs import ImageSpec
 
 oracle = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "models" / "nanovlm_oracle.py")))
 # Hub id's last part → parameters, as the original counts them, and features of an image or tile.
@@ -50,7 +51,7 @@ def test_preparation_fits_the_architecture(name: str) -> None:
         assert known.image is None
         assert architecture.chat.max_side_pixels % architecture.image_size == 0
         return
-    assert known.image is not None
+    assert isinstance(known.image, ImageSpec)
     assert known.image.size_pixels == architecture.image_size
     assert (known.image.resize, known.image.mean, known.image.std) == ("stretch", (0, 0, 0), (1, 1, 1))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from vlm_export.bundle.manifest import VariantRecord
 from vlm_export.errors import InputError, UsageError, suggestion
-from vlm_export.specs import ImageSpec
+from vlm_export.specs import ImageSpec, PatchSpec
 
 GRAPH_DIRECTORY = "onnx"
 CONFIG_NAME = "config.json"
@@ -39,12 +39,15 @@ def golden_directory(part: str, index: int) -> str:
     return f"golden/{part}/test_data_set_{index}"
 
 
-def preprocessor_config(image: ImageSpec) -> dict[str, Any]:
+def preprocessor_config(image: ImageSpec | PatchSpec) -> dict[str, Any]:
     """`preprocessor_config.json` for a CLIPImageProcessor, or a SiglipImageProcessor where images are only stretched.
 
     With their Pillow back ends, transformers' classes make the bundle's own pixels of it, but for what
     `preprocessor_differences` says.
     """
+    if isinstance(image, PatchSpec):
+        kind, steps = "Siglip2ImageProcessor", {"patch_size": image.patch_size, "max_num_patches": image.max_patches}
+        return {"image_processor_type": kind, **steps, "do_resize": True, **_values(image)}
     square = {"height": image.size_pixels, "width": image.size_pixels}
     size = square
     if image.resize == "shortest_edge":
@@ -58,6 +61,12 @@ def preprocessor_config(image: ImageSpec) -> dict[str, Any]:
         "size": size,
         **crop,
         "do_resize": image.resize != "none",
+        **_values(image),
+    }
+
+
+def _values(image: ImageSpec | PatchSpec) -> dict[str, Any]:
+    return {
         "resample": PILLOW_RESAMPLE[image.resample],
         "do_rescale": True,
         "rescale_factor": image.rescale_factor,
@@ -68,24 +77,27 @@ def preprocessor_config(image: ImageSpec) -> dict[str, Any]:
     }
 
 
-def preprocessor_differences(image: ImageSpec) -> list[str]:
+def preprocessor_differences(image: ImageSpec | PatchSpec) -> list[str]:
     """Where transformers' classes, reading `preprocessor_config`, make other pixels than the bundle; sentences.
 
     No class of transformers 5.23 rounds a crop as torchvision does, or converts to RGB after the resize.
     """
     differences = []
-    if image.crop == "nearest_even":
-        differences.append(
-            "transformers rounds the offset of the centre crop down, this model's original to the even side: images "
-            "whose resized margin is 3 more than a multiple of 4 are cut one pixel apart"
-        )
-    if image.transparency == "drop":
-        differences.append("transformers 5 puts transparent images on white, this model's original drops their alpha")
-    if image.rgb_stage == "after_crop":
-        differences.append(
-            "transformers converts to RGB before the resize, this model's original after the crop: images with a "
-            "palette, of one bit a pixel, or with transparency differ"
-        )
+    if isinstance(image, ImageSpec):
+        if image.crop == "nearest_even":
+            differences.append(
+                "transformers rounds the offset of the centre crop down, this model's original to the even side: "
+                "images whose resized margin is 3 more than a multiple of 4 are cut one pixel apart"
+            )
+        if image.transparency == "drop":
+            differences.append(
+                "transformers 5 puts transparent images on white, this model's original drops their alpha"
+            )
+        if image.rgb_stage == "after_crop":
+            differences.append(
+                "transformers converts to RGB before the resize, this model's original after the crop: images with a "
+                "palette, of one bit a pixel, or with transparency differ"
+            )
     differences.append(
         "transformers' default back end resizes with torchvision: on uint8 its values differ from those of Pillow, "
         "with which this bundle resizes, as docs/numerics.md states"

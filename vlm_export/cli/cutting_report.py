@@ -42,7 +42,7 @@ def report_cutting(image: str, bundle: str, output: str | None, *, overwrite: bo
         print_json(data) if as_json else _print_tiles(data)
     else:
         raise InputError(
-            "this bundle cuts no images: it makes each one a square",
+            "this bundle cuts no images",
             where=model.manifest.name,
             expected="a bundle that cuts images into slices or tiles",
             got="one that takes whole images" if spec is not None else "one that takes no images",

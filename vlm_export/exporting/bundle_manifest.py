@@ -16,7 +16,7 @@ from vlm_export.exporting.options import ExportOptions
 from vlm_export.exporting.source import source_record
 from vlm_export.family import Checkpoint, Model
 from vlm_export.proof.contract import ContractReport
-from vlm_export.specs import ImageSpec
+from vlm_export.specs import ImageSpec, PatchSpec
 
 TOOLS = ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "onnxsim", "torch", "transformers")
 
@@ -62,7 +62,7 @@ def with_contract(manifest: Manifest, report: ContractReport) -> Manifest:
 
 def _differences(model: Model) -> tuple[str, ...]:
     """Where readers of the published preprocessor_config.json make other pixels than the bundle."""
-    return tuple(layout.preprocessor_differences(model.image)) if isinstance(model.image, ImageSpec) else ()
+    return tuple(layout.preprocessor_differences(model.image)) if isinstance(model.image, ImageSpec | PatchSpec) else ()
 
 
 def planned_manifest(

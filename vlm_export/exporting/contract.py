@@ -57,7 +57,9 @@ from vlm_export.proof.contract_record import (
 from vlm_export.proof.declared import declared
 from vlm_export.proof.metrics import Array
 from vlm_export.proof.points import Arrays
-from vlm_export.specs import ImageSpec
+from vlm_export.runtime.inputs.patches import pack_patches, patch_length
+from vlm_export.specs import ImageSpec, PatchSpec
+from vlm_export.specs.patches import PATCH_INPUTS
 from vlm_export.specs.tasks import EmbedSpec, ScoreSpec
 
 SEALED_FILES = (
@@ -216,15 +218,16 @@ def original_side(model: Model, sides: Sides) -> OriginalSide:
         contents: dict[str, bytes] = {}
         black: tuple[float, ...] = ()
         white: tuple[float, ...] = ()
-        if not isinstance(model.image, ImageSpec) and _parts_with(model, _PIXELS):
+        whole = model.image if isinstance(model.image, ImageSpec | PatchSpec) else None
+        if whole is None and _parts_with(model, _PIXELS):
             not_run.append("images: cut by the original's own code, recorded outputs of which stand in the tests")
-        elif isinstance(model.image, ImageSpec) and _parts_with(model, _PIXELS):
+        elif whole is not None and _parts_with(model, _PIXELS):
             with _noted(not_run):
-                edge = model.image.size_pixels
+                edge = whole.edge_pixels
                 images = image_preparation(model.original, sides.files, Path(folder, "images"), edge)
                 made_by["images"] = images.name
                 black, white = (_flat(images, edge, value) for value in (0, 255))
-                pixels, contents = _prepared(images, contract_images(edge), (3, edge, edge), not_run)
+                pixels, contents = _prepared(images, contract_images(edge), whole, not_run)
         texts: TextPreparation | None = None
         rows: dict[str, list[int]] = {}
         if model.text is not None and not sides.with_texts:
@@ -303,7 +306,7 @@ def _flat(images: ImagePreparation, edge: int, value: int) -> tuple[float, ...]:
 
 
 def _prepared(
-    images: ImagePreparation, sources: Sequence[ContractImage], shape: tuple[int, ...], not_run: list[str]
+    images: ImagePreparation, sources: Sequence[ContractImage], spec: ImageSpec | PatchSpec, not_run: list[str]
 ) -> tuple[dict[str, Array], dict[str, bytes]]:
     """Pixels and contents of the images that the original takes, by their names in the bundle."""
     pixels, contents = {}, {}
@@ -315,7 +318,8 @@ def _prepared(
             text = f"{type(error).__name__}: {str(error)[:_MAX_ERROR_CHARACTERS]}"
             not_run.append(f"{source.name}: the original refuses it: {text}")
             continue
-        if prepared.shape != shape:
+        edge = spec.edge_pixels
+        if prepared.shape != (3, edge, edge) and (isinstance(spec, ImageSpec) or prepared.shape[0] != 3):
             not_run.append(f"{source.name}: the original makes {prepared.shape} of it, which its own model refuses")
             continue
         pixels[name], contents[name] = prepared, source.content
@@ -330,7 +334,9 @@ def _image_record(name: str, pixels: Array, black: Sequence[float], white: Seque
 
 def _feeds(pixels: Sequence[Array], rows: Sequence[Sequence[int]], model: Model) -> dict[str, Array]:
     feeds: dict[str, Array] = {}
-    if pixels and len({array.shape for array in pixels}) == 1:
+    if pixels and isinstance(model.image, PatchSpec):
+        feeds |= pack_patches(pixels, model.image, patch_length(part.signature for part in model.parts))
+    elif pixels and len({array.shape for array in pixels}) == 1:
         feeds[_PIXELS] = np.stack(pixels)
     if rows and model.text is not None:
         width = max(model.text.least_tokens, *map(len, rows))
@@ -345,7 +351,7 @@ def _feeds(pixels: Sequence[Array], rows: Sequence[Sequence[int]], model: Model)
 def _vectors(part: Part, model: Model, feeds: Mapping[str, Array], not_run: list[str]) -> Arrays:
     """What the original's model gives for the inputs, for a part that starts from pixels or ids; else nothing."""
     names = part.signature.input_names
-    if names not in ((_PIXELS,), (_IDS,), (_IDS, _MASK)) or not set(names) <= set(feeds):
+    if names not in ((_PIXELS,), PATCH_INPUTS, (_IDS,), (_IDS, _MASK)) or not set(names) <= set(feeds):
         return {}
     size = sum(tensor.nbytes for tensor in part.module.state_dict().values())
     if size > _HUGE_PART_BYTES:

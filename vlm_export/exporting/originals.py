@@ -35,6 +35,7 @@ from vlm_export.original import (
     TorchvisionPipeline,
     TransformersOriginal,
 )
+from vlm_export.proof.original_image import processed_pixels
 
 _IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")
 TOKENIZER_FILES = (
@@ -201,14 +202,15 @@ def _transformers_images(
 
 def _processed(processor: Any, sizes: Mapping[str, Any]) -> Callable[[Image.Image], Array]:
     def run(image: Image.Image) -> Array:
-        pixels = processor(images=[image], return_tensors="np", **sizes)["pixel_values"][0]
-        return np.asarray(pixels, dtype=np.float32)
+        return processed_pixels(processor, image, **sizes)
 
     return run
 
 
 def _sizes(processor: Any, edge: int) -> dict[str, Any]:
     """Options of a call that make a processor prepare squares of `edge`; none where it does so already."""
+    if hasattr(processor, "max_num_patches"):
+        return {}
     square = {"height": edge, "width": edge}
     stated = {name: dict(getattr(processor, name, None) or {}) for name in ("size", "crop_size")}
     cropped = bool(getattr(processor, "do_center_crop", False)) and bool(stated["crop_size"])

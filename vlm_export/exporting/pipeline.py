@@ -53,7 +53,7 @@ from vlm_export.proof.points import EngineRun
 from vlm_export.proof.report import PartReport
 from vlm_export.runtime.engines.onnxruntime import CPU, OrtEngine
 from vlm_export.runtime.inputs.images import open_image
-from vlm_export.specs import ImageSpec
+from vlm_export.specs import ImageSpec, PatchSpec
 
 _SCRATCH = "scratch"
 
@@ -348,7 +348,7 @@ def _remove_scratch(scratch: Path) -> None:
 def _write_configs(model: Model, records: tuple[PartRecord, ...], staging: Staging) -> None:
     variants = [variant for record in records for variant in record.variants]
     files: dict[str, Mapping[str, Any]] = {layout.CONFIG_NAME: layout.hub_config(model.hub_config, variants)}
-    if isinstance(model.image, ImageSpec):
+    if isinstance(model.image, ImageSpec | PatchSpec):
         files[layout.PREPROCESSOR_NAME] = layout.preprocessor_config(model.image)
     for name, data in files.items():
         staging.file(name).write_bytes(json_bytes(data))

@@ -34,7 +34,7 @@ from vlm_export.proof.contract import ContractCheck
 from vlm_export.proof.contract_files import config_failures, differences
 from vlm_export.proof.contract_record import ContractRecord, digest, levels
 from vlm_export.proof.metrics import Array
-from vlm_export.specs import ImageSpec
+from vlm_export.specs import ImageSpec, PatchSpec
 
 _TOKENIZER_FILES = (layout.TOKENIZER_NAME, layout.TOKENIZER_CONFIG_NAME, "special_tokens_map.json")
 _MAX_NAMED = 6
@@ -74,7 +74,7 @@ def check_published(bundle: OpenBundle, model: Model, tokenizer: ResolvedTokeniz
     """
     variants = [variant for part in bundle.manifest.parts for variant in part.variants]
     expected = {layout.CONFIG_NAME: json_bytes(layout.hub_config(model.hub_config, variants))}
-    if isinstance(model.image, ImageSpec):
+    if isinstance(model.image, ImageSpec | PatchSpec):
         expected[layout.PREPROCESSOR_NAME] = json_bytes(layout.preprocessor_config(model.image))
     if tokenizer is not None:
         expected |= tokenizer.files
@@ -107,16 +107,20 @@ def _check_images(
     measured: list[str],
 ) -> Iterator[ContractCheck]:
     spec = bundle.manifest.image
-    if original is None or layout.PREPROCESSOR_NAME not in bundle.manifest.files or not isinstance(spec, ImageSpec):
+    if (
+        original is None
+        or layout.PREPROCESSOR_NAME not in bundle.manifest.files
+        or not isinstance(spec, ImageSpec | PatchSpec)
+    ):
         return
     _copied(bundle, folder, (layout.PREPROCESSOR_NAME,), "image_processor_type", IMAGE_CLASSES)
     reader = transformers_images(folder)
-    own, edge = original.own, spec.size_pixels
+    own, edge = original.own, spec.edge_pixels
     failures, other = list[str](), list[str]()
     farthest, refused = 0, ""
     for item in record.images:
         name, image = item.file.rpartition("/")[2], Image.open(io.BytesIO(contents[item.file]))
-        plain = own or _is_plain(image, edge, crops=spec.crop == "nearest_even")
+        plain = own or _is_plain(image, edge, crops=isinstance(spec, ImageSpec) and spec.crop == "nearest_even")
         pixels = _outcome(reader.run, image)
         if isinstance(pixels, str) or digest(levels(pixels, record.black, record.white)[0]) != item.sha256:
             (failures if plain else other).append(f"{name}{f': {pixels}' if isinstance(pixels, str) else ''}")

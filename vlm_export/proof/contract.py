@@ -32,8 +32,9 @@ from vlm_export.proof.metrics import Array, Comparison, compare, worst_of
 from vlm_export.proof.points import Arrays, EngineRun
 from vlm_export.runtime.engines.runs import batches
 from vlm_export.runtime.inputs.images import open_image, preprocess_image
+from vlm_export.runtime.inputs.patches import pack_patches, patch_length
 from vlm_export.runtime.inputs.texts import Tokenizer
-from vlm_export.specs import ImageSpec
+from vlm_export.specs import ImageSpec, PatchSpec
 from vlm_export.specs.tasks import EmbedSpec
 
 CONTRACT = "contract"
@@ -192,7 +193,7 @@ def _check_images(
 ) -> tuple[ContractCheck, list[Array]]:
     """Every image file through the runtime; and its pixels, where it took them."""
     spec, failures, prepared = bundle.manifest.image, list[str](), list[Array]()
-    if not isinstance(spec, ImageSpec):
+    if not isinstance(spec, ImageSpec | PatchSpec):
         missing = "the manifest states no preparation of images"
         return ContractCheck(IMAGE_STAGE, f"{MANIFEST_NAME}: image", 0, (missing,)), []
     for image in record.images:
@@ -276,7 +277,7 @@ def _check_vectors(
     for name, expected in record.vectors.items():
         part = bundle.manifest.part(name)
         takes_images = _PIXELS in part.signature.input_names
-        names, given = (images, {_PIXELS: np.stack(pixels)} if pixels else {}) if takes_images else (texts, feeds)
+        names, given = (images, _image_feeds(bundle, pixels)) if takes_images else (texts, feeds)
         for variant in part.chosen_variants(precision):
             compared, comparison = 0, None
             missing = ", ".join(key for key in part.signature.input_names if key not in given)
@@ -308,6 +309,14 @@ def _compare_vectors(
         broken = judge(worst[-1], gate)
         failures += [f"{output}: {text}{_farthest(expected[output], got[output], names)}" for text in broken]
     return failures, worst_of(worst) if worst else None
+
+
+def _image_feeds(bundle: OpenBundle, pixels: Sequence[Array]) -> Mapping[str, Array]:
+    if not pixels:
+        return {}
+    if isinstance(spec := bundle.manifest.image, PatchSpec):
+        return pack_patches(pixels, spec, patch_length(part.signature for part in bundle.manifest.parts))
+    return {_PIXELS: np.stack(pixels)}
 
 
 def compare_records(own: ContractRecord, again: ContractRecord) -> Iterator[ContractCheck]:

@@ -14,7 +14,7 @@ from vlm_export.bundle.layout import CONFIG_NAME, PREPROCESSOR_NAME, preprocesso
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.bundle.strict_json import MAX_JSON_BYTES, json_object_from_bytes
 from vlm_export.errors import InputError
-from vlm_export.specs import ImageSpec
+from vlm_export.specs import ImageSpec, PatchSpec
 
 Result = tuple[str, int, list[str]]
 """A file's name, how many of its fields were compared, and what is wrong."""
@@ -27,11 +27,11 @@ _EMBEDDINGS = ("image_embeds", "text_embeds")
 
 
 def check_preprocessor(bundle: OpenBundle) -> Result | None:
-    """`preprocessor_config.json` against the manifest's ImageSpec; None where the bundle has neither."""
+    """`preprocessor_config.json` against the manifest's image; None where the bundle has neither."""
     spec, listed = bundle.manifest.image, PREPROCESSOR_NAME in bundle.manifest.files
-    if not isinstance(spec, ImageSpec) and not listed:
+    if not isinstance(spec, ImageSpec | PatchSpec) and not listed:
         return None
-    if not isinstance(spec, ImageSpec) or not listed:
+    if not isinstance(spec, ImageSpec | PatchSpec) or not listed:
         return PREPROCESSOR_NAME, 0, ["the manifest's image and this file: one of the two is missing"]
     expected, got = preprocessor_config(spec), _read(bundle, PREPROCESSOR_NAME)
     return PREPROCESSOR_NAME, len(expected), list(differences(expected, got))

@@ -17,9 +17,11 @@ from vlm_export.proof.original_image import original_pixel_values, original_slic
 from vlm_export.proof.points import Arrays
 from vlm_export.runtime.engines.runs import batches
 from vlm_export.runtime.inputs.images import preprocess_image
+from vlm_export.runtime.inputs.patches import pack_patches, patch_length
 from vlm_export.runtime.inputs.slices import slice_image, stack_patches, whole_patches
 from vlm_export.runtime.inputs.tiles import cut_tiles
-from vlm_export.specs import AnyImageSpec, ImageSpec, SliceSpec, TileSpec
+from vlm_export.specs import AnyImageSpec, ImageSpec, PatchSpec, SliceSpec, TileSpec
+from vlm_export.specs.patches import PATCH_INPUTS
 from vlm_export.specs.signature import Signature
 
 Both: TypeAlias = tuple[Arrays, Arrays]
@@ -52,6 +54,10 @@ def prepared_twice(
         yield pixels, pixels
     elif names == (PIXELS,) and isinstance(spec, ImageSpec):
         yield {PIXELS: preprocess_image(image, spec)[None]}, {PIXELS: original_pixel_values(image, spec)[None]}
+    elif names == PATCH_INPUTS and isinstance(spec, PatchSpec):
+        length = patch_length([signature])
+        both = preprocess_image(image, spec), original_pixel_values(image, spec)
+        yield pack_patches(both[:1], spec, length), pack_patches(both[1:], spec, length)
     elif names == (PIXELS,) and isinstance(spec, TileSpec):
         plan, tiles = cut_tiles(image, spec)
         pairs = list(zip(tiles, original_tiles(image, spec, plan), strict=True))[:limit]

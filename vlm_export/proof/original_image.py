@@ -9,7 +9,9 @@ import numpy as np
 
 from vlm_export.bundle.layout import preprocessor_config
 from vlm_export.proof.metrics import Array
-from vlm_export.specs import ImageSpec
+from vlm_export.runtime.inputs.patches import whole_image
+from vlm_export.specs import ImageSpec, PatchSpec
+from vlm_export.specs.patches import PIXELS, SHAPES
 from vlm_export.specs.slices import SliceSpec
 from vlm_export.specs.tiles import TileSpec
 
@@ -20,14 +22,14 @@ if TYPE_CHECKING:
     from vlm_export.runtime.inputs.tiles import TilePlan
 
 
-def original_pixel_values(image: Image.Image, spec: ImageSpec) -> Array:
-    """float32 (3, S, S), normalised: by transformers' processor where it is the original's, else by torchvision.
+def original_pixel_values(image: Image.Image, spec: ImageSpec | PatchSpec) -> Array:
+    """float32 (3, S, S), or (3, H, W) of whole patches: by transformers' processor where it is the original's.
 
     transformers alone puts transparency on white. Its processor reads what the bundle's `preprocessor_config.json`
     says. Otherwise: `_transform` in openai/CLIP clip.py (d05afc4) and in open_clip 3.3.0; of stretched images
     `load_demo_image` in salesforce/BLIP demo.ipynb and the test transform in data/__init__.py (056a169).
     """
-    if spec.transparency == "white":
+    if isinstance(spec, PatchSpec) or spec.transparency == "white":
         return _transformers_pixel_values(image, spec)
     transforms = import_module("torchvision.transforms")  # carries no types
 
@@ -45,12 +47,21 @@ def original_pixel_values(image: Image.Image, spec: ImageSpec) -> Array:
     return pixel_values
 
 
-def _transformers_pixel_values(image: Image.Image, spec: ImageSpec) -> Array:
+def _transformers_pixel_values(image: Image.Image, spec: ImageSpec | PatchSpec) -> Array:
     transformers = import_module("transformers")
     config = preprocessor_config(spec)
     kind = getattr(transformers, f"{config['image_processor_type']}Pil")
-    pixel_values: Array = kind(**config)(images=[image], return_tensors="np")["pixel_values"][0]
-    return pixel_values
+    return processed_pixels(kind(**config), image)
+
+
+def processed_pixels(processor: Any, image: Image.Image, **options: Any) -> Array:
+    """What a processor of transformers makes of an image, float32 (3, H, W); its patches put together again."""
+    made = processor(images=[image], return_tensors="np", **options)
+    pixels: Array = np.asarray(made[PIXELS][0], dtype=np.float32)
+    if SHAPES in made:
+        rows, columns = map(int, made[SHAPES][0])
+        return whole_image(pixels, (rows, columns), processor.patch_size)
+    return pixels
 
 
 def original_slices(image: Image.Image, spec: SliceSpec, plan: SlicePlan) -> list[Array]:

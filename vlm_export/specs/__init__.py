@@ -13,12 +13,13 @@ from vlm_export.specs.image import (
     torchvision_image_spec,
 )
 from vlm_export.specs.origins import Origins
+from vlm_export.specs.patches import PatchSpec
 from vlm_export.specs.slices import SliceSpec
 from vlm_export.specs.text import Side, TextCase, TextCleaning, TextPadding, TextPooling, TextSpec
 from vlm_export.specs.tiles import TileSpec
 
-AnyImageSpec: TypeAlias = ImageSpec | TileSpec | SliceSpec
-"""How images become the inputs of a vision part: whole, as square tiles, or as slices."""
+AnyImageSpec: TypeAlias = ImageSpec | PatchSpec | TileSpec | SliceSpec
+"""How images become the inputs of a vision part: whole, as rows of patches, as square tiles, or as slices."""
 
 __all__ = [
     "MAX_IMAGE_SIZE_PIXELS",
@@ -26,6 +27,7 @@ __all__ = [
     "Crop",
     "ImageSpec",
     "Origins",
+    "PatchSpec",
     "Resample",
     "Resize",
     "RgbStage",

@@ -56,6 +56,11 @@ class ImageSpec(Spec):
     transparency: Transparency
     rescale_factor: Positive = 1 / 255
 
+    @property
+    def edge_pixels(self) -> int:
+        """Edge of the square that an image becomes."""
+        return self.size_pixels
+
     def check(self) -> None:
         count = _RESIZE_EDGES[self.resize]
         if len(self.resize_pixels) != count:

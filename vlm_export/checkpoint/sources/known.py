@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError, suggestion
-from vlm_export.specs import ImageSpec, TextSpec
+from vlm_export.specs import ImageSpec, PatchSpec, TextSpec
 from vlm_export.specs.codec import Check, Spec, matches
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class KnownCheckpoint(Spec):
     tolerances: Mapping[str, Tolerance]
     sha256: Sha256 | None = None
     revision: str | None = None
-    image: ImageSpec | None = None
+    image: ImageSpec | PatchSpec | None = None
     text: TextSpec | None = None
     licence: str | None = None
     paper: str | None = None

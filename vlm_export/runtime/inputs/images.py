@@ -29,7 +29,8 @@ from PIL import Image, UnidentifiedImageError
 
 from vlm_export.errors import EnvironmentFailure, InputError, VlmExportError
 from vlm_export.machine_faults import machine_fault
-from vlm_export.specs import Crop, ImageSpec
+from vlm_export.runtime.inputs.patches import patch_shape
+from vlm_export.specs import Crop, ImageSpec, PatchSpec
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 ImageSource: TypeAlias = "Image.Image | str | os.PathLike[str] | bytes | bytearray | BinaryIO | npt.NDArray[np.uint8]"
@@ -142,7 +143,7 @@ def named_decoding(name: str, expected: str, describe: Callable[[Exception], str
 
 def preprocess_image(
     image: Image.Image,
-    spec: ImageSpec,
+    spec: ImageSpec | PatchSpec,
     *,
     max_resized_pixels: int = MAX_RESIZED_PIXELS,
     name: str = "image",
@@ -150,7 +151,7 @@ def preprocess_image(
     """Resize, crop, convert, rescale and normalise one image, as its spec says.
 
     Returns:
-        float32 (3, S, S), S = `spec.size_pixels`.
+        float32 (3, S, S), S = `spec.size_pixels`; for patches (3, H, W), whole numbers of them.
 
     Raises:
         InputError: the image has no pixels, is so long and thin that resizing it exceeds the bound, is not in RGB where
@@ -168,7 +169,9 @@ def preprocess_image(
     try:
         if spec.rgb_stage == "before_resize":
             image = _converted(image, spec)
-        square = _cropped(_resized(image, spec), spec, name)
+        square = _resized(image, spec)
+        if isinstance(spec, ImageSpec):
+            square = _cropped(square, spec, name)
         if spec.rgb_stage == "after_crop":
             square = _converted(square, spec)
     except (OSError, ValueError) as error:
@@ -245,11 +248,11 @@ def _check_pixels(size: tuple[int, int], max_pixels: int, name: str) -> None:
         )
 
 
-def _check_resized(size: tuple[int, int], spec: ImageSpec, max_pixels: int, name: str) -> None:
+def _check_resized(size: tuple[int, int], spec: ImageSpec | PatchSpec, max_pixels: int, name: str) -> None:
     if min(size) < 1:
         raise InputError("an image has no pixels", where=name, got=f"{size[0]} x {size[1]}")
     width, height = target = _target_size(size, spec)
-    if spec.resize == "stretch":
+    if isinstance(spec, PatchSpec) or spec.resize == "stretch":
         # Between Pillow's two passes, either edge may still have its own length.
         width, height = (max(size[0], width), height) if size[0] > size[1] else (width, max(size[1], height))
     if target == size:
@@ -264,22 +267,26 @@ def _check_resized(size: tuple[int, int], spec: ImageSpec, max_pixels: int, name
         )
 
 
-def _converted(image: Image.Image, spec: ImageSpec) -> Image.Image:
+def _converted(image: Image.Image, spec: ImageSpec | PatchSpec) -> Image.Image:
     """In RGB. Bands and `info` tell of transparency, as `convert_to_rgb` of transformers 5.23 looks at them."""
-    if spec.transparency == "white" and ("A" in image.getbands() or image.info.get("transparency") is not None):
+    on_white = isinstance(spec, PatchSpec) or spec.transparency == "white"
+    if on_white and ("A" in image.getbands() or image.info.get("transparency") is not None):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
     return image.convert("RGB")
 
 
-def _target_size(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
+def _target_size(size: tuple[int, int], spec: ImageSpec | PatchSpec) -> tuple[int, int]:
     """(width, height) after the resize."""
+    if isinstance(spec, PatchSpec):
+        rows, columns = patch_shape(size, spec)
+        return columns * spec.patch_size, rows * spec.patch_size
     if spec.resize == "shortest_edge":
         return resized_size(size, spec.resize_pixels[0])
     return (spec.resize_pixels[1], spec.resize_pixels[0]) if spec.resize == "stretch" else size
 
 
-def _resized(image: Image.Image, spec: ImageSpec) -> Image.Image:
+def _resized(image: Image.Image, spec: ImageSpec | PatchSpec) -> Image.Image:
     # On the image's own mode: Pillow premultiplies alpha and treats palettes by nearest neighbour.
     size = _target_size(image.size, spec)
     return image if image.size == size else image.resize(size, Image.Resampling[spec.resample.upper()])

@@ -11,11 +11,13 @@ from tqdm import tqdm
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.engines.runs import batches
 from vlm_export.runtime.inputs.images import FloatArray
+from vlm_export.runtime.inputs.patches import pack_patches, patch_length
 from vlm_export.runtime.inputs.sources import Images, Unreadable, decoder_threads, image_list, text_list
 from vlm_export.runtime.inputs.token_ids import checked_ids, checked_mask
 from vlm_export.runtime.session import Session
 from vlm_export.runtime.tasks.prepared_images import PreparedImage, image_features, prepare_images
 from vlm_export.runtime.tasks.vectors import checked_rows, probabilities, unit_rows
+from vlm_export.specs import PatchSpec
 from vlm_export.specs.tasks import EmbedSpec, EncoderSpec, ScoreSpec
 
 IMAGE_BATCH_SIZE = 16
@@ -198,10 +200,15 @@ class EmbedTask:
             features = image_features(self.session, encoder.part, encoder.output, prepared)
             means = [rows.reshape(-1, rows.shape[-1]).mean(axis=0, dtype=np.float64) for rows in features]
             return np.array(means, np.float32)
-        pixels = np.concatenate([image.tiles for image in prepared])
-        (name,) = self._input_names(encoder)
-        rows = self.session.run(encoder.part, {name: pixels})[encoder.output]
-        return checked_rows(rows, len(pixels), self.embed_dim, encoder.output)
+        spec = self.session.image_spec
+        if isinstance(spec, PatchSpec):
+            length = patch_length([self.session.manifest.part(encoder.part).signature])
+            feeds = pack_patches([image.tiles[0] for image in prepared], spec, length)
+        else:
+            (name,) = self._input_names(encoder)
+            feeds = {name: np.concatenate([image.tiles for image in prepared])}
+        rows = self.session.run(encoder.part, feeds)[encoder.output]
+        return checked_rows(rows, len(prepared), self.embed_dim, encoder.output)
 
     def _text_rows(self, encoder: EncoderSpec, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64]) -> FloatArray:
         """float32 (B, D) of token ids, not yet of unit length."""

@@ -15,7 +15,7 @@ from vlm_export.runtime.inputs.images import FloatArray, ImageSource, preprocess
 from vlm_export.runtime.inputs.sources import Unreadable, map_images
 from vlm_export.runtime.inputs.tiles import Grid, cut_tiles
 from vlm_export.runtime.session import Session
-from vlm_export.specs import AnyImageSpec, ImageSpec, SliceSpec, TileSpec
+from vlm_export.specs import AnyImageSpec, ImageSpec, PatchSpec, SliceSpec, TileSpec
 
 PIXELS = "pixel_values"
 TILE_BATCH_SIZE = 4
@@ -23,7 +23,10 @@ TILE_BATCH_SIZE = 4
 
 
 class PreparedImage(NamedTuple):
-    """An image's grid, and its tiles float32 (tiles, 3, S, S); (1, 1) and one for an image that is not cut."""
+    """An image's grid, and its tiles float32 (tiles, 3, S, S); (1, 1) and one for an image that is not cut.
+
+    Where the part takes patches, that one is (1, 3, H, W).
+    """
 
     grid: Grid
     tiles: FloatArray
@@ -35,7 +38,7 @@ def prepare_image(image: Image.Image, spec: AnyImageSpec, name: str) -> Prepared
     Raises:
         InputError: it cannot be prepared (the message names it), or the spec cuts slices, whose sizes differ.
     """
-    if isinstance(spec, ImageSpec):
+    if isinstance(spec, ImageSpec | PatchSpec):
         return PreparedImage((1, 1), preprocess_image(image, spec, name=name)[None])
     if isinstance(spec, TileSpec):
         plan, tiles = cut_tiles(image, spec, name=name)
