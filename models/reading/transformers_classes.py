@@ -8,9 +8,12 @@ from __future__ import annotations
 
 IMAGE_CLASSES = frozenset(
     f"{name}{suffix}"
-    for name in ("CLIPImageProcessor", "BlipImageProcessor", "SiglipImageProcessor", "ViTImageProcessor")
+    for name in (
+        *("CLIPImageProcessor", "ChineseCLIPImageProcessor", "BlipImageProcessor", "SiglipImageProcessor"),
+        "ViTImageProcessor",
+    )
     for suffix in ("", "Fast", "Pil")
-) | {"CLIPFeatureExtractor"}
+) | {"CLIPFeatureExtractor", "ChineseCLIPFeatureExtractor"}
 TOKENIZER_CLASSES = frozenset(
     {
         *("BertTokenizer", "BertTokenizerFast", "CLIPTokenizer", "CLIPTokenizerFast", "GPT2Tokenizer"),
@@ -20,7 +23,7 @@ TOKENIZER_CLASSES = frozenset(
 )
 MODEL_TYPES = frozenset(
     {
-        *("clip", "blip", "clip_text_model", "clip_vision_model", "llava"),
+        *("clip", "blip", "clip_text_model", "clip_vision_model", "llava", "chinese_clip"),
         *("metaclip_2", "metaclip_2_text_model", "metaclip_2_vision_model"),
     }
 )

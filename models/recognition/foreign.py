@@ -87,8 +87,6 @@ _DISTINCT: tuple[tuple[str, tuple[str, ...]], ...] = (
         "a dual encoder of two other models",
         (r"(^|\.)text_model\.pooler\.", r"(^|\.)visual_projection\.", r"(^|\.)logit_scale$"),
     ),
-    ("Chinese-CLIP", (r"(^|\.)vision_model\.pre_layrnorm\.", r"(^|\.)text_model\.encoder\.layer\.N\.")),
-    ("Chinese-CLIP (its authors' own form)", (r"^bert\.encoder\.", r"^visual\.convN\.")),
     ("GroupViT", (r"(^|\.)group_token$",)),
     ("X-CLIP", (r"(^|\.)prompts_generator\.",)),
     ("LLaVA or a chat model like it", (r"(^|\.)(multi_modal_projector|mm_projector)\.",)),
