@@ -184,6 +184,7 @@ def _config_from_architecture(architecture: ChineseClipArchitecture) -> dict[str
     image: dict[str, Any] = {
         "model_type": "chinese_clip_vision_model",
         "image_size": vision.image_size,
+        "num_attention_heads": vision.heads,
         "num_channels": 3,
         "hidden_act": architecture.activation,
         "layer_norm_eps": architecture.eps,
@@ -192,7 +193,7 @@ def _config_from_architecture(architecture: ChineseClipArchitecture) -> dict[str
         # transformers has no ModifiedResNet; the sizes are told for the reader.
         image |= {"hidden_size": vision.width * 32, "stages": list(vision.stages)}
     else:
-        image |= {**stated_vision(vision), "num_attention_heads": vision.heads}
+        image |= stated_vision(vision)
     return {
         "model_type": "chinese_clip",
         "architectures": [_CLASS],
