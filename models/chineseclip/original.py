@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from vlm_export.family import Array, Arrays, BuildOptions, Checkpoint, Part, Reference, WeightStore
-from vlm_export.models.chineseclip.architecture import ChineseClipArchitecture, stated_text
+from vlm_export.models.chineseclip.architecture import ChineseClipArchitecture, LibraryNames, stated_text
 from vlm_export.models.clip.original import encoder, float32, vision_config
 from vlm_export.models.reading.image_processor import processor_files
 from vlm_export.models.reading.images import IMAGE_MEAN, IMAGE_STD
 from vlm_export.original import Original, TorchvisionPipeline, TransformersOriginal
 
-_CLASSES = TransformersOriginal("chinese_clip", "ChineseCLIPImageProcessor")
 _TRANSFORM = TorchvisionPipeline(
     "image_transform of OFA-Sys/Chinese-CLIP cn_clip/clip/utils.py, by torchvision",
     "bicubic",
@@ -39,11 +38,13 @@ def original(
     parts: Sequence[Part],
     store: WeightStore,
     options: BuildOptions,
+    library: LibraryNames,
 ) -> Original:
     """What the proof of the contract runs; `architecture` is as the checkpoint has it, before any option."""
     scale = {"logit_scale": float(checkpoint.read("logit_scale").float().reshape(-1)[0])}
+    classes = TransformersOriginal(library.model_type, library.image_class)
     if architecture.key_names == "huggingface":
-        return Original(_CLASSES, _CLASSES, score=scale)
+        return Original(classes, classes, score=scale)
     vision, text = parts
     encoders = {text.name: partial(_bert, checkpoint, architecture, text, store)}
     # Other sizes are computed by this project alone: open_clip resamples positions only while it loads a file.
@@ -55,15 +56,15 @@ def original(
             "text_cfg": _NO_TEXT,
         }
         encoders[vision.name] = partial(encoder, checkpoint, config, vision, store)
-    images = _CLASSES if processor_files(checkpoint) else _TRANSFORM
-    return Original(images, _CLASSES, encoders, "open_clip CLIP and transformers BertModel", scale)
+    images = classes if processor_files(checkpoint) else _TRANSFORM
+    return Original(images, classes, encoders, "open_clip CLIP and transformers BertModel", scale)
 
 
 def _bert(checkpoint: Checkpoint, architecture: ChineseClipArchitecture, part: Part, store: WeightStore) -> Reference:
     """`encode_text` of the authors' CLIP: the state of the first token through the projection."""
     from transformers import BertConfig, BertModel
 
-    sizes = stated_text(architecture.text, architecture.token_types)
+    sizes = stated_text(architecture)
     config = BertConfig(
         **sizes,
         num_attention_heads=architecture.text.heads,

@@ -23,12 +23,20 @@ class BertText(nn.Module):
 
     def __init__(self, architecture: ChineseClipArchitecture) -> None:
         super().__init__()
-        self.encoder = TextEncoder(Bert(architecture.text, architecture.token_types))
-        self.projection = nn.Parameter(torch.empty(architecture.text.width, architecture.embed_dim))
+        sizes, width = architecture.text, architecture.text.width
+        self.encoder = TextEncoder(Bert(sizes, architecture.token_types, architecture.padding_id))
+        self.has_mapping = architecture.mapping is not None
+        if architecture.mapping is not None:
+            self.norm = nn.LayerNorm(width, eps=sizes.eps)
+            self.mapping = nn.Linear(width, architecture.mapping)
+            width = architecture.mapping
+        self.projection = nn.Parameter(torch.empty(width, architecture.embed_dim))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        embeds: Tensor = self.encoder(input_ids, attention_mask)[:, 0] @ self.projection
-        return embeds
+        state: Tensor = self.encoder(input_ids, attention_mask)[:, 0]
+        if self.has_mapping:
+            state = self.mapping(self.norm(state))
+        return state @ self.projection
 
 
 class ChineseClipEncoders(nn.Module):
@@ -56,6 +64,6 @@ def build_parts(
     text = Signature(
         inputs=tuple(TensorSpec(name, "int64", ("batch", "sequence")) for name in ("input_ids", "attention_mask")),
         outputs=(TensorSpec("text_embeds", "float32", ("batch", architecture.embed_dim)),),
-        axes=(Axis("batch"), Axis("sequence", 1, architecture.text.positions)),
+        axes=(Axis("batch"), Axis("sequence", 1, architecture.longest_text)),
     )
     yield Part("text", encoders.text, text, ArrayExamples(text, architecture.text.vocab_size))

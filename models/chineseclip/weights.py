@@ -6,7 +6,7 @@ models/chinese_clip/modeling_chinese_clip.py.
 
 from __future__ import annotations
 
-from vlm_export.models.chineseclip.architecture import ChineseClipArchitecture
+from vlm_export.models.chineseclip.architecture import ChineseClipArchitecture, LibraryNames
 from vlm_export.models.clip.architecture import ResNetSizes
 from vlm_export.models.clip.weights import (
     HF_ROOTS,
@@ -16,19 +16,26 @@ from vlm_export.models.clip.weights import (
     tower_table,
 )
 from vlm_export.models.layers.bert_weights import bert_table
-from vlm_export.models.reading.weights import Target, Transposed, prefixed
+from vlm_export.models.reading.weights import Target, Transposed, WeightTable, prefixed
 
+_MAPPING: WeightTable = {
+    "text_model.pre_LN.weight": "text.norm.weight",
+    "text_model.pre_LN.bias": "text.norm.bias",
+    "text_model.transformation.weight": "text.mapping.weight",
+    "text_model.transformation.bias": "text.mapping.bias",
+}
 ROOTS = ("visual", "bert", *HF_ROOTS)
 
 
-def weight_table(architecture: ChineseClipArchitecture) -> dict[str, Target]:
+def weight_table(architecture: ChineseClipArchitecture, library: LibraryNames) -> dict[str, Target]:
     """All keys of a checkpoint."""
     vision, text = architecture.vision, bert_table(architecture.text.layers)
     if architecture.key_names == "huggingface":
         assert not isinstance(vision, ResNetSizes)
         return {
             **tower_table(huggingface_table(vision.layers, 0), "vision"),
-            **prefixed(text, "text_model.", "text.encoder."),
+            **prefixed(text, library.text_prefix, "text.encoder."),
+            **(_MAPPING if library.has_mapping else {}),
             "text_projection.weight": Transposed("text.projection"),
             "logit_scale": "logit_scale",
         }

@@ -24,7 +24,7 @@ TOKENIZER_CLASSES = frozenset(
 )
 MODEL_TYPES = frozenset(
     {
-        *("clip", "blip", "clip_text_model", "clip_vision_model", "llava", "chinese_clip"),
+        *("clip", "blip", "clip_text_model", "clip_vision_model", "llava", "chinese_clip", "altclip"),
         *("siglip", "siglip_text_model", "siglip_vision_model"),
         *("metaclip_2", "metaclip_2_text_model", "metaclip_2_vision_model"),
     }

@@ -15,11 +15,14 @@ from torch import Tensor
 from vlm_export.family import Array, Arrays, Checkpoint, Part, Reference
 
 
-def transformers_model(checkpoint: Checkpoint, class_name: str, config: Mapping[str, Any]) -> Any:
+def transformers_model(
+    checkpoint: Checkpoint, class_name: str, config: Mapping[str, Any], renamed: tuple[str, str] = ("", "")
+) -> Any:
     """The class with the checkpoint's weights, loaded strictly.
 
     Args:
         config: of checked sizes alone: whatever else the checkpoint's own config states may be made to hurt.
+        renamed: part of the keys in files, and what newer releases of the class have in its place.
     """
     import transformers
 
@@ -28,7 +31,12 @@ def transformers_model(checkpoint: Checkpoint, class_name: str, config: Mapping[
     built._attn_implementation = "eager"
     with torch.device("meta"):
         model = kind(built).eval()
-    weights = {key: checkpoint.read(key).float() for key in checkpoint.tensors if not key.endswith("position_ids")}
+    own = set(model.state_dict())
+    weights = {
+        key if key in own else key.replace(*renamed): checkpoint.read(key).float()
+        for key in checkpoint.tensors
+        if not key.endswith("position_ids")
+    }
     model.load_state_dict(weights, strict=True, assign=True)
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):

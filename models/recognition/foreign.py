@@ -80,7 +80,6 @@ _DISTINCT: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("InstructBLIP", (r"(^|\.)qformer\.embeddings\.",)),
     ("BLIP-2", (r"(^|\.)[qQ]former\.",)),
     ("ALIGN", (r"(^|\.)vision_model\.encoder\.blocks\.N\.depthwise_conv\.",)),
-    ("AltCLIP", (r"(^|\.)text_model\.roberta\.",)),
     (
         "BLIP without its heads (BlipModel)",
         (r"(^|\.)text_model\.encoder\.layer\.N\.", r"(^|\.)vision_model\..*\.qkv\.", r"(^|\.)logit_scale$"),

@@ -149,7 +149,7 @@ def test_published_keys(name: str) -> None:
         else:
             text = {"context_length": 1, "vocab_size": 1, "width": 64, "heads": 1, "layers": 1}
             clip = CLIP(architecture.embed_dim, vision_config(architecture.vision), text)
-            sizes = stated_text(architecture.text, architecture.token_types)
+            sizes = stated_text(architecture)
             bert = BertModel(BertConfig(**sizes, num_attention_heads=architecture.text.heads), add_pooling_layer=False)
             expected = {key: tensor for key, tensor in clip.state_dict().items() if key.startswith("visual.")}
             expected |= {f"bert.{key}": tensor for key, tensor in bert.state_dict().items()}

@@ -32,7 +32,6 @@ GROUPS = {"depths": [1, 1], "num_group_tokens": [4, 0], "num_output_groups": [4,
 # Class of transformers → its configuration beyond two ordinary towers, and what its key names alone are called.
 OTHERS: Mapping[str, tuple[dict[str, Any], str]] = {
     "Siglip2Model": ({"vision_config": {**SIZES, "num_patches": 4, "patch_size": 16}}, ""),
-    "AltCLIPModel": ({"projection_dim": 16, "text_config": {**TEXT, "project_dim": 16}}, "AltCLIP"),
     "CLIPSegForImageSegmentation": (
         {"projection_dim": 16, "extract_layers": [0], "reduce_dim": 16, "decoder_num_attention_heads": 2},
         "CLIPSeg",
