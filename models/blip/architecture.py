@@ -9,6 +9,7 @@ from typing import Any, Literal
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint
 from vlm_export.models.layers.bert import BertSizes
+from vlm_export.models.layers.bert_weights import bert_sizes
 from vlm_export.models.reading.shapes import (
     Shapes,
     check_context,
@@ -17,6 +18,7 @@ from vlm_export.models.reading.shapes import (
     config_number,
     config_section,
     image_size_of,
+    needed_config,
 )
 from vlm_export.specs.codec import Spec
 from vlm_export.specs.tasks import SpecialTokens
@@ -112,7 +114,7 @@ def _text_sizes(shapes: Shapes, prefix: str, config: Mapping[str, Any] | None) -
     keys = [key for key in shapes.checkpoint.tensors if key.startswith(prefix)]
     if not keys:
         return None
-    positions, width = shapes.of(f"{prefix}embeddings.position_embeddings.weight", 2)
+    width = shapes.of(f"{prefix}embeddings.position_embeddings.weight", 2)[1]
     default_heads = width // HEAD_WIDTH if config is None else 8
     config = config or {}
     _check_activation(config, "text_config")
@@ -126,15 +128,13 @@ def _text_sizes(shapes: Shapes, prefix: str, config: Mapping[str, Any] | None) -
     # Pairs of images have two of each projection.
     twins = f"{first}crossattention.self0.key.weight"
     attended = twins if twins in keys else f"{first}crossattention.self.key.weight"
-    return BertSizes(
-        width=width,
-        layers=shapes.count(f"{prefix}encoder.layer."),
+    return bert_sizes(
+        shapes,
+        prefix,
         heads=config_integer(config, "num_attention_heads", default_heads),
-        hidden=shapes.of(f"{first}intermediate.dense.weight", 2)[0],
-        vocab_size=shapes.of(words, 2)[0],
-        positions=positions,
-        states_width=shapes.of(attended, 2)[1] if has_cross else 0,
         eps=config_number(config, "layer_norm_eps", TEXT_EPS),
+        words=words,
+        states_width=shapes.of(attended, 2)[1] if has_cross else 0,
     )
 
 
@@ -153,14 +153,7 @@ def _original_vision(shapes: Shapes) -> BlipVitSizes:
 
 def _huggingface_vision(shapes: Shapes) -> BlipVitSizes:
     config = config_section(shapes.checkpoint, "vision_config")
-    if shapes.checkpoint.config is None:
-        raise InputError(
-            "a Hugging Face BLIP checkpoint needs its config.json",
-            where=shapes.checkpoint.source,
-            expected="config.json beside the weights: it says the number of heads and the epsilons",
-            got="no config.json",
-            fix="put the model's config.json beside the weights file; the code that made both saves them together",
-        )
+    needed_config(shapes.checkpoint, "BLIP", "the number of heads and the epsilons")
     _check_activation(config, "vision_config")
     width, patch = shapes.patches("vision_model.embeddings.patch_embedding.weight")
     return BlipVitSizes(

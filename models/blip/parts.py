@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlm_export.family import Array, Part
+from vlm_export.family import Part
 from vlm_export.models.blip.architecture import BlipArchitecture
 from vlm_export.models.blip.nlvr import PairOfImagesText
 from vlm_export.models.layers.bert import (
@@ -24,7 +23,7 @@ from vlm_export.models.layers.bert import (
 from vlm_export.models.layers.blocks import meta_modules
 from vlm_export.models.layers.vit import VisionTransformer, VitForm
 from vlm_export.models.reading.images import ImageExamples, image_shape
-from vlm_export.models.reading.token_ids import EDGES, random_ids
+from vlm_export.models.reading.token_ids import ArrayExamples
 from vlm_export.specs.signature import Axis, Signature, TensorSpec
 
 BATCH = Axis("batch")
@@ -231,25 +230,3 @@ def _decoder_signature(sizes: BertSizes, states: Axis) -> Signature:
             total,
         ),
     )
-
-
-class ArrayExamples:
-    """Normal noise for floats, random ids for `input_ids`, and for masks 1 up to a random length of each row, in the
-    first at least that of the vocabulary's edges."""
-
-    def __init__(self, signature: Signature, vocab_size: int = 0) -> None:
-        self.signature, self.vocab_size = signature, vocab_size
-
-    def __call__(self, sizes: Mapping[str, int], seed: int) -> dict[str, Array]:
-        rng = np.random.default_rng(seed)
-        return {spec.name: self._array(spec, sizes, rng) for spec in self.signature.inputs}
-
-    def _array(self, spec: TensorSpec, sizes: Mapping[str, int], rng: np.random.Generator) -> Array:
-        shape = spec.concrete_shape(sizes)
-        if spec.dtype == "float32":
-            return rng.standard_normal(shape, dtype=np.float32)
-        if spec.name == "input_ids":
-            return random_ids(rng, shape, self.vocab_size)
-        lengths = rng.integers(1, shape[1] + 1, (shape[0], 1))
-        lengths[0] = max(lengths[0, 0], min(EDGES, shape[1]))
-        return (np.arange(shape[1]) < lengths).astype(np.int64)

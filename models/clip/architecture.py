@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar
 
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint
@@ -24,6 +24,7 @@ from vlm_export.models.reading.shapes import (
     config_number,
     config_section,
     image_size_of,
+    needed_config,
 )
 from vlm_export.specs.codec import Spec, between
 
@@ -147,7 +148,7 @@ def architecture_from_openai(checkpoint: Checkpoint, choices: ClipChoices = OPEN
         end_token_id=vocab_size - 1,
     )
     embed_dim = shapes.of("text_projection", 2)[1]
-    return _checked(ClipArchitecture("openai", embed_dim, choices.activation, LAYER_NORM_EPS, vision, text), checkpoint)
+    return checked(ClipArchitecture("openai", embed_dim, choices.activation, LAYER_NORM_EPS, vision, text), checkpoint)
 
 
 def openai_vit(shapes: Shapes, head_width: int) -> VitSizes:
@@ -185,35 +186,33 @@ def architecture_from_huggingface(checkpoint: Checkpoint, library: LibraryNames 
     Raises:
         InputError: there is no config.json, it is malformed, or it and the tensors contradict each other.
     """
-    if checkpoint.config is None:
-        raise InputError(
-            "a Hugging Face CLIP checkpoint needs its config.json",
-            where=checkpoint.source,
-            expected="config.json beside the weights: it says the number of heads and the activation",
-            got="no config.json",
-            fix="put the model's config.json beside the weights file; the code that made both saves them together",
-        )
+    config = needed_config(checkpoint, "CLIP", "the number of heads and the activation")
     _check_towers(checkpoint)
-    vision_config, text_config = _tower_config(checkpoint, "vision"), _tower_config(checkpoint, "text")
+    vision_config, text_config = tower_config(checkpoint, "vision"), tower_config(checkpoint, "text")
     shapes = Shapes(checkpoint)
     towers = [config for config in (vision_config, text_config) if config is not None]
-    activation = _same(checkpoint, "hidden_act", [tower.get("hidden_act", "quick_gelu") for tower in towers])
-    if activation not in ("quick_gelu", "gelu"):
-        raise InputError(
-            "the activation is not one that CLIP checkpoints use",
-            where="config.json: hidden_act",
-            expected="quick_gelu or gelu",
-            got=f"{activation!r:.200}",
-        )
+    activation = activation_of(
+        _same(checkpoint, "hidden_act", [tower.get("hidden_act", "quick_gelu") for tower in towers])
+    )
     eps = _same(checkpoint, "layer_norm_eps", [config_number(t, "layer_norm_eps", LAYER_NORM_EPS) for t in towers])
     vision = None if vision_config is None else huggingface_vision(shapes, vision_config)
     text = None if text_config is None else _huggingface_text(shapes, text_config, library)
     projection = "text_projection.weight" if vision is None else "visual_projection.weight"
     embed_dim = shapes.of(projection, 2)[0]
-    check_stated(checkpoint, "", checkpoint.config, {"projection_dim": embed_dim})
-    return _checked(
-        ClipArchitecture("huggingface", embed_dim, cast(Activation, activation), eps, vision, text), checkpoint
-    )
+    check_stated(checkpoint, "", config, {"projection_dim": embed_dim})
+    return checked(ClipArchitecture("huggingface", embed_dim, activation, eps, vision, text), checkpoint)
+
+
+def activation_of(stated: object) -> Activation:
+    """The activation that config.json states; InputError when it is not one that CLIP checkpoints use."""
+    if stated not in ("quick_gelu", "gelu"):
+        raise InputError(
+            "the activation is not one that CLIP checkpoints use",
+            where="config.json: hidden_act",
+            expected="quick_gelu or gelu",
+            got=f"{stated!r:.200}",
+        )
+    return stated
 
 
 def _check_towers(checkpoint: Checkpoint) -> None:
@@ -286,7 +285,7 @@ def _section_name(checkpoint: Checkpoint, tower: str) -> str:
     return "" if one_tower(checkpoint) else f"{tower}_config"
 
 
-def _tower_config(checkpoint: Checkpoint, tower: str) -> Mapping[str, Any] | None:
+def tower_config(checkpoint: Checkpoint, tower: str) -> Mapping[str, Any] | None:
     """What config.json says of a tower, None where the checkpoint is the other one alone.
 
     Where old files have `text_config_dict`, transformers reads nothing else.
@@ -303,7 +302,7 @@ def stated_in(checkpoint: Checkpoint, tower: str, key: str) -> str:
     old = f"{tower}_config_dict"
     section = old if (checkpoint.config or {}).get(old) is not None else f"{tower}_config"
     place = key if one_tower(checkpoint) else f"{section}.{key}"
-    has_it = key in (_tower_config(checkpoint, tower) or {})
+    has_it = key in (tower_config(checkpoint, tower) or {})
     return f"config.json: {place}" if has_it else f"default of CLIP{tower.capitalize()}Config"
 
 
@@ -342,7 +341,8 @@ def stated_text(sizes: TextSizes) -> dict[str, int]:
     }
 
 
-def _checked(architecture: ClipArchitecture, checkpoint: Checkpoint) -> ClipArchitecture:
+def checked(architecture: ClipArchitecture, checkpoint: Checkpoint) -> ClipArchitecture:
+    """The architecture; InputError when its sizes do not fit together."""
     for name, sizes in (("vision", architecture.vision), ("text", architecture.text)):
         if sizes is None:
             continue

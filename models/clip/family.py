@@ -13,14 +13,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from vlm_export.errors import UsageError
 from vlm_export.family import (
     DEFAULT_BUILD,
     Array,
-    Arrays,
     BuildOptions,
     Checkpoint,
     Description,
@@ -64,6 +61,7 @@ from vlm_export.models.reading.images import (
     image_shape,
 )
 from vlm_export.models.reading.token_ids import EDGES, random_ids
+from vlm_export.models.reading.transformers_model import reference_from_encoder, transformers_model
 from vlm_export.models.reading.weights import Target, load_weights, published_tensors
 from vlm_export.specs import ImageSpec, Origins, TextCleaning, TextSpec, torchvision_image_spec
 from vlm_export.specs.codec import Spec
@@ -181,7 +179,7 @@ def _parts(
 ) -> Iterator[Part]:
     """The towers that are there, in the order in which they are exported."""
     if architecture.vision is not None:
-        vision = _vision_signature(architecture, architecture.vision, dynamic_image_size)
+        vision = vision_signature(architecture, architecture.vision, dynamic_image_size)
         yield Part("vision", encoders.vision, vision, ImageExamples(vision))
     if architecture.text is not None:
         text = _text_signature(architecture, architecture.text)
@@ -247,9 +245,10 @@ def _resized(architecture: ClipArchitecture, encoders: ClipEncoders, options: Bu
     return replace(architecture, vision=replace(architecture.vision, image_size=image_size))
 
 
-def _vision_signature(
+def vision_signature(
     architecture: ClipArchitecture, vision: VitSizes | ResNetSizes, dynamic_image_size: bool
 ) -> Signature:
+    """Pixels in, embeddings out."""
     patch_size = vision.patch_size if isinstance(vision, VitSizes) else 1
     shape, axes = image_shape(vision.image_size, patch_size, dynamic_image_size)
     return Signature(
@@ -398,40 +397,9 @@ def _tower_config(
 def _transformers_reference(
     checkpoint: Checkpoint, architecture: ClipArchitecture, library: LibraryNames, part: Part
 ) -> Reference:
-    import transformers
-
-    # Of checked sizes alone: whatever else the checkpoint's own config states may be made to hurt.
     stated = _config_from_architecture(architecture, library)
     # No ids that only generation reads, which transformers would compare with the vocabulary.
     if architecture.text is not None:
         stated.get("text_config", stated).update({"bos_token_id": None, "pad_token_id": None})
-    kind = getattr(transformers, _class_name(architecture, library))
-    config = kind.config_class.from_dict(stated)
-    config._attn_implementation = "eager"
-    with torch.device("meta"):
-        model = kind(config).eval()
-    weights = {key: checkpoint.read(key).float() for key in checkpoint.tensors if not key.endswith("position_ids")}
-    model.load_state_dict(weights, strict=True, assign=True)
-    for name, sizes in (("text_model", architecture.text), ("vision_model", architecture.vision)):
-        if sizes is not None:
-            embeddings = getattr(model, name).embeddings
-            embeddings.position_ids = torch.arange(embeddings.position_ids.shape[-1])[None]
-    name = part.signature.input_names[0]
-    encode = model
-    if architecture.vision is not None and architecture.text is not None:
-        encode = model.get_image_features if part.name == "vision" else model.get_text_features
-    own_size = None if architecture.vision is None else architecture.vision.image_size
-    is_resized = part.name == "vision" and part.signature.inputs[0].shape[2:] != (own_size, own_size)
-    other_size = {"interpolate_pos_encoding": True} if is_resized else {}
-
-    def run(inputs: Arrays) -> dict[str, Array]:
-        with torch.inference_mode():
-            features = encode(**{name: torch.from_numpy(inputs[name])}, **other_size)
-        # A tower's own class names its output; transformers 5 wraps a pair's features in an output object, 4 returned
-        # the tensor.
-        if encode is model:
-            features = features[part.signature.output_names[0]]
-        tensor: Tensor = features if isinstance(features, Tensor) else features.pooler_output
-        return {part.signature.output_names[0]: tensor.numpy()}
-
-    return run
+    model = transformers_model(checkpoint, _class_name(architecture, library), stated)
+    return reference_from_encoder(model, part, None if architecture.vision is None else architecture.vision.image_size)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_export.family import Arrays, BuildOptions, Checkpoint, Part, Reference, WeightStore
-from vlm_export.models.clip.architecture import ClipArchitecture, ResNetSizes
+from vlm_export.models.clip.architecture import ClipArchitecture, ResNetSizes, VitSizes
 from vlm_export.models.reading.image_processor import processor_files
 from vlm_export.models.reading.images import IMAGE_MEAN, IMAGE_STD
 from vlm_export.original import (
@@ -57,7 +57,7 @@ def original(
     # Other sizes are computed by this project alone: open_clip resamples positions only while it loads a file.
     same_size = options.image_size is None and not options.dynamic_image_size
     encoders = {
-        part.name: partial(_encoder, checkpoint, model or _model_config(architecture), part, store)
+        part.name: partial(encoder, checkpoint, model or _model_config(architecture), part, store)
         for part in parts
         if same_size and None not in (architecture.vision, architecture.text)
     }
@@ -82,19 +82,11 @@ def original(
 
 def _model_config(architecture: ClipArchitecture) -> dict[str, Any]:
     """open_clip's `model_cfg` of weights that OpenAI published."""
-    vision, text = architecture.vision, architecture.text
-    if vision is None or text is None:
-        raise ValueError("a single tower is no model of open_clip's")
-    sizes: dict[str, Any] = {"image_size": vision.image_size, "width": vision.width}
-    if isinstance(vision, ResNetSizes):
-        sizes |= {"layers": list(vision.stages), "head_width": vision.width * 32 // vision.heads}
-    else:
-        sizes |= {"layers": vision.layers, "patch_size": vision.patch_size, "head_width": vision.width // vision.heads}
-        sizes["mlp_ratio"] = vision.hidden / vision.width
+    vision, text = architecture.towers
     return {
         "embed_dim": architecture.embed_dim,
         "quick_gelu": architecture.activation == "quick_gelu",
-        "vision_cfg": sizes,
+        "vision_cfg": vision_config(vision),
         "text_cfg": {
             "context_length": text.context_length,
             "vocab_size": text.vocab_size,
@@ -106,7 +98,21 @@ def _model_config(architecture: ClipArchitecture) -> dict[str, Any]:
     }
 
 
-def _encoder(checkpoint: Checkpoint, config: Mapping[str, Any], part: Part, store: WeightStore) -> Reference:
+def vision_config(vision: VitSizes | ResNetSizes) -> dict[str, Any]:
+    """open_clip's `vision_cfg` of an image encoder under OpenAI's key names."""
+    sizes: dict[str, Any] = {"image_size": vision.image_size, "width": vision.width}
+    if isinstance(vision, ResNetSizes):
+        return {**sizes, "layers": list(vision.stages), "head_width": vision.width * 32 // vision.heads}
+    return {
+        **sizes,
+        "layers": vision.layers,
+        "patch_size": vision.patch_size,
+        "head_width": vision.width // vision.heads,
+        "mlp_ratio": vision.hidden / vision.width,
+    }
+
+
+def encoder(checkpoint: Checkpoint, config: Mapping[str, Any], part: Part, store: WeightStore) -> Reference:
     """open_clip's `encode_image` or `encode_text`, with the weights of that encoder alone."""
     from open_clip.model import CLIP
 
@@ -115,7 +121,7 @@ def _encoder(checkpoint: Checkpoint, config: Mapping[str, Any], part: Part, stor
         model = CLIP(**{key: config[key] for key in known if key in config}).eval()
     is_vision = part.name == "vision"
     wanted = [key for key in model.state_dict() if key.startswith(_VISION) is is_vision and key not in _NUMBERS]
-    weights = {key: _float32(checkpoint.read(key), store) for key in wanted if key in checkpoint.tensors}
+    weights = {key: float32(checkpoint.read(key), store) for key in wanted if key in checkpoint.tensors}
     model.load_state_dict(weights, strict=False, assign=True)
     _check_loaded(model, is_vision)
     context = int(model.context_length)
@@ -135,7 +141,7 @@ def _encoder(checkpoint: Checkpoint, config: Mapping[str, Any], part: Part, stor
     return run
 
 
-def _float32(tensor: Tensor, store: WeightStore) -> Tensor:
+def float32(tensor: Tensor, store: WeightStore) -> Tensor:
     """The tensor as it is mapped, or converted into the store: a copy in memory would be as large as the model."""
     if not tensor.is_floating_point() or tensor.dtype == torch.float32:
         return tensor

@@ -1,10 +1,12 @@
-"""BERT's key names → `bert.Bert`'s parameters; RoBERTa's are the same.
+"""BERT's key names → `bert.Bert`'s parameters and sizes; RoBERTa's are the same.
 
 Sources: transformers 5.23, models/bert/modeling_bert.py and models/roberta/modeling_roberta.py.
 """
 
 from __future__ import annotations
 
+from vlm_export.models.layers.bert import BertSizes
+from vlm_export.models.reading.shapes import Shapes
 from vlm_export.models.reading.weights import Rows, Target, WeightTable, prefixed, repeat
 
 BERT_EMBEDDINGS: WeightTable = {
@@ -39,3 +41,24 @@ def bert_table(layers: int) -> dict[str, Target]:
     """An encoder with token types and without a pooler."""
     layer = prefixed(BERT_LAYER, "encoder.layer.{i}.", "")
     return {**BERT_EMBEDDINGS, **BERT_WORDS, **BERT_TOKEN_TYPES, **repeat(layer, layers)}
+
+
+def bert_sizes(
+    shapes: Shapes, prefix: str, *, heads: int, eps: float, words: str | None = None, states_width: int = 0
+) -> BertSizes:
+    """Sizes of the transformer whose keys start with `prefix`.
+
+    Args:
+        words: key of the token embedding, None for BERT's own.
+    """
+    positions, width = shapes.of(f"{prefix}embeddings.position_embeddings.weight", 2)
+    return BertSizes(
+        width=width,
+        layers=shapes.count(f"{prefix}encoder.layer."),
+        heads=heads,
+        hidden=shapes.of(f"{prefix}encoder.layer.0.intermediate.dense.weight", 2)[0],
+        vocab_size=shapes.of(words or f"{prefix}embeddings.word_embeddings.weight", 2)[0],
+        positions=positions,
+        states_width=states_width,
+        eps=eps,
+    )

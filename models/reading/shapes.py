@@ -94,6 +94,24 @@ def _count_consecutive(rests: Iterable[str]) -> int:
     return count
 
 
+def needed_config(checkpoint: Checkpoint, model: str, told: str) -> Mapping[str, Any]:
+    """config.json of a checkpoint in transformers' form; InputError where there is none.
+
+    Args:
+        model: what the checkpoint is called.
+        told: what config.json says and no tensor does.
+    """
+    if checkpoint.config is None:
+        raise InputError(
+            f"a Hugging Face {model} checkpoint needs its config.json",
+            where=checkpoint.source,
+            expected=f"config.json beside the weights: it says {told}",
+            got="no config.json",
+            fix="put the model's config.json beside the weights file; the code that made both saves them together",
+        )
+    return checkpoint.config
+
+
 def config_section(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
     """The object `name` of config.json, empty when there is none; InputError when it is no object."""
     section = (checkpoint.config or {}).get(name, {})

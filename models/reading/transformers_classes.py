@@ -8,9 +8,9 @@ from __future__ import annotations
 
 IMAGE_CLASSES = frozenset(
     f"{name}ImageProcessor{suffix}"
-    for name in ("CLIP", "Blip", "Siglip", "Siglip2", "ViT")
+    for name in ("CLIP", "ChineseCLIP", "Blip", "Siglip", "Siglip2", "ViT")
     for suffix in ("", "Fast", "Pil")
-) | {"CLIPFeatureExtractor"}
+) | {"CLIPFeatureExtractor", "ChineseCLIPFeatureExtractor"}
 TOKENIZER_CLASSES = frozenset(
     {
         *("BertTokenizer", "BertTokenizerFast", "CLIPTokenizer", "CLIPTokenizerFast", "GPT2Tokenizer"),
@@ -21,7 +21,7 @@ TOKENIZER_CLASSES = frozenset(
 )
 MODEL_TYPES = frozenset(
     {
-        *("clip", "blip", "clip_text_model", "clip_vision_model", "llava"),
+        *("clip", "blip", "clip_text_model", "clip_vision_model", "llava", "chinese_clip", "altclip"),
         *("siglip", "siglip_text_model", "siglip_vision_model"),
         *("siglip2", "siglip2_text_model", "siglip2_vision_model"),
         *("metaclip_2", "metaclip_2_text_model", "metaclip_2_vision_model"),

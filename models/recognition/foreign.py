@@ -79,7 +79,6 @@ _DISTINCT: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("InstructBLIP", (r"(^|\.)qformer\.embeddings\.",)),
     ("BLIP-2", (r"(^|\.)[qQ]former\.",)),
     ("ALIGN", (r"(^|\.)vision_model\.encoder\.blocks\.N\.depthwise_conv\.",)),
-    ("AltCLIP", (r"(^|\.)text_model\.roberta\.",)),
     (
         "BLIP without its heads (BlipModel)",
         (r"(^|\.)text_model\.encoder\.layer\.N\.", r"(^|\.)vision_model\..*\.qkv\.", r"(^|\.)logit_scale$"),
@@ -89,8 +88,6 @@ _DISTINCT: tuple[tuple[str, tuple[str, ...]], ...] = (
         "a dual encoder of two other models",
         (r"(^|\.)text_model\.pooler\.", r"(^|\.)visual_projection\.", r"(^|\.)logit_scale$"),
     ),
-    ("Chinese-CLIP", (r"(^|\.)vision_model\.pre_layrnorm\.", r"(^|\.)text_model\.encoder\.layer\.N\.")),
-    ("Chinese-CLIP (its authors' own form)", (r"^bert\.encoder\.", r"^visual\.convN\.")),
     ("GroupViT", (r"(^|\.)group_token$",)),
     ("X-CLIP", (r"(^|\.)prompts_generator\.",)),
     ("LLaVA or a chat model like it", (r"(^|\.)(multi_modal_projector|mm_projector)\.",)),

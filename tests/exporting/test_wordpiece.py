@@ -258,7 +258,14 @@ def test_transformers_reads_the_files_and_agrees(opened: Open, tmp_path: Path) -
     assert [loaded.decode(row, skip_special_tokens=True) for row in ids] == [ours.decode(row) for row in ids]
 
 
-@pytest.mark.parametrize(("vocab_size", "says"), [(30524, "vocab.txt of bert-base-uncased"), (157, "BERT's vocab.txt")])
+@pytest.mark.parametrize(
+    ("vocab_size", "says"),
+    [
+        (30524, "vocab.txt of bert-base-uncased"),
+        (21128, "vocab.txt of bert-base-chinese"),
+        (157, "BERT's vocab.txt"),
+    ],
+)
 def test_no_tokenizer_anywhere_says_what_to_pass(vocab_size: int, says: str) -> None:
     with pytest.raises(UsageError, match="--no-tokenizer") as caught:
         resolve_tokenizer(checkpoint(), None, replace(TINY, vocab_size=vocab_size))

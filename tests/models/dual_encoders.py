@@ -75,10 +75,10 @@ def unigram_tokenizer(**settings: Any) -> Any:
 
 
 def wordpiece_tokenizer(**settings: Any) -> Any:
-    """BERT's class with a vocabulary of letters and a few words, lower case as in bert-base-chinese."""
+    """BERT's class with a vocabulary of letters and a few words, in lower case, and U+2028 as bert-base-chinese."""
     letters = _letters("".join(TEXTS).lower())
     words = [*letters, *(f"##{letter}" for letter in letters), *_WORDS, *(f"##{word}" for word in _WORDS)]
-    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(words)]
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "\u2028", *dict.fromkeys(words)]
     return BertTokenizer(vocab={word: i for i, word in enumerate(vocab)}, **settings)
 
 

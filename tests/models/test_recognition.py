@@ -31,8 +31,6 @@ MIT = {f"mit_{key}": value for key, value in SIZES.items()}
 GROUPS = {"depths": [1, 1], "num_group_tokens": [4, 0], "num_output_groups": [4, 2]}
 # Class of transformers → its configuration beyond two ordinary towers, and what its key names alone are called.
 OTHERS: Mapping[str, tuple[dict[str, Any], str]] = {
-    "ChineseCLIPModel": ({"projection_dim": 16}, "Chinese-CLIP"),
-    "AltCLIPModel": ({"projection_dim": 16, "text_config": {**TEXT, "project_dim": 16}}, "AltCLIP"),
     "CLIPSegForImageSegmentation": (
         {"projection_dim": 16, "extract_layers": [0], "reduce_dim": 16, "decoder_num_attention_heads": 2},
         "CLIPSeg",

@@ -165,7 +165,7 @@ def record_bundle() -> None:
     image_spec = torchvision_image_spec(SIZE_PIXELS, "bicubic", "after_crop", images.IMAGE_MEAN, images.IMAGE_STD)
     text_spec = TextSpec(architecture.towers[1].context_length, vocab_size, vocab_size - 1, 0, "openai")
     vision_sizes, text_sizes = architecture.towers
-    vision_signature = clip._vision_signature(architecture, vision_sizes, dynamic_image_size=False)
+    vision_signature = clip.vision_signature(architecture, vision_sizes, dynamic_image_size=False)
     parts = (
         (encoders.vision, vision_signature, torch.randn(2, 3, SIZE_PIXELS, SIZE_PIXELS)),
         (encoders.text, clip._text_signature(architecture, text_sizes), torch.randint(1, vocab_size - 1, (2, 7))),

@@ -39,7 +39,7 @@ from vlm_export.exporting.tokenizers.parts import (
     text_of,
     vocab_checked,
 )
-from vlm_export.exporting.tokenizers.wordpiece import BERT_VOCAB_SIZE, has_room, is_wordpiece_vocab, wordpiece_fitted
+from vlm_export.exporting.tokenizers.wordpiece import BERT_VOCABULARIES, has_room, is_wordpiece_vocab, wordpiece_fitted
 from vlm_export.machine_faults import machine_fault
 from vlm_export.runtime.inputs.texts import check_unicode
 from vlm_export.runtime.inputs.tokenizer import bounded_tokenizer, ids_around, tokenizer_from_json
@@ -70,7 +70,7 @@ _CHAT_FIX = (
     "pass --tokenizer PATH (the tokenizer.json of the model that the checkpoint's config names as lm_tokenizer, or its "
     "directory) or --no-tokenizer"
 )
-_BERT_FIX = "pass --tokenizer PATH with the vocab.txt of bert-base-uncased, or --no-tokenizer"
+_BERT_FIX = "pass --tokenizer PATH with the vocab.txt of {}, or --no-tokenizer"
 
 
 @dataclass(frozen=True)
@@ -288,13 +288,14 @@ def _is_whole(sources: Mapping[str, Path]) -> bool:
 
 
 def _no_tokenizer(where: str, spec: TextSpec) -> UsageError:
+    bert = next((name for rows, name in BERT_VOCABULARIES.items() if 0 <= spec.vocab_size - rows <= 2), None)
     return UsageError(
         "there is no tokenizer for this checkpoint",
         where=where,
         expected="tokenizer.json, or vocab.json and merges.txt, or vocab.txt, or spiece.model, or an installed "
         "open_clip_torch",
         got=f"none of them that fits a vocabulary of {spec.vocab_size}",
-        fix=_BERT_FIX if 0 <= spec.vocab_size - BERT_VOCAB_SIZE <= 2 else _FIX,
+        fix=_FIX if bert is None else _BERT_FIX.format(bert),
     )
 
 

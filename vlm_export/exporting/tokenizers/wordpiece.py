@@ -14,8 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from vlm_export.errors import InputError
 from vlm_export.specs import TextSpec
 
-BERT_VOCAB_SIZE = 30_522
-"""Of bert-base-uncased."""
+BERT_VOCABULARIES: Mapping[int, str] = {30_522: "bert-base-uncased", 21_128: "bert-base-chinese"}
+"""Number of tokens → the model whose vocabulary has so many."""
 
 DECODER_TOKEN = "[DEC]"
 ENCODER_TOKEN = "[ENC]"
