@@ -11,7 +11,7 @@ from typing import Any, Literal
 from vlm_export.errors import UsageError
 
 Kind = Literal[
-    "text", "texts", "integer", "size", "flag", "value", "axis", "pairs", "shapes", "versions", "values", "operands",
+    "text", "texts", "integer", "size", "value", "axis", "pairs", "shapes", "versions", "values", "operands",
     "connections", "model",
 ]  # fmt: skip
 # Those that take several words of a command line.
@@ -121,12 +121,6 @@ def _texts(value: Any) -> list[str]:
     return [_text(entry) for entry in value]
 
 
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError
-    return value
-
-
 def _integer(value: Any) -> int:
     if isinstance(value, bool | float):
         raise TypeError
@@ -231,7 +225,6 @@ _READERS: Mapping[Kind, Callable[[Any], Any]] = {
     "texts": _texts,
     "integer": _integer,
     "size": read_size,
-    "flag": _flag,
     "value": _literal,
     "axis": _axis,
     "pairs": _each(_text),

@@ -250,7 +250,7 @@ PASS_VERBS = (
             ),
         ),
     ),
-    Verb("remove-dead-code", "passes.dead_code:remove_dead_code", "remove what no output depends on"),
+    Verb("remove-dead-code", "core.dead_code:remove_dead_code", "remove what no output depends on"),
     Verb("share-initializers", "passes.share_initializers:share_initializers", "make equal initializers one"),
     Verb("infer-shapes", "passes.infer_shapes:infer_shapes", "infer dtypes and shapes; nothing known gets lost"),
     Verb(

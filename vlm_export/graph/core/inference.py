@@ -27,7 +27,7 @@ from vlm_export.graph.core.names import (
     nested_values,
     unbound_outputs,
 )
-from vlm_export.graph.core.replace_uses import place_behind
+from vlm_export.graph.core.replace_uses import place_behind, replace_uses
 from vlm_export.graph.core.skeleton import SKELETON_THRESHOLD_BYTES, detach_weights
 from vlm_export.graph.core.tensors import tensor_slots
 
@@ -123,7 +123,7 @@ def _hoist_nested_weights(root: ir.Graph) -> None:
             # The nested graph goes on making a value of this name: it may be what it returns.
             local = ir.val(name)
             graph.initializers.pop(name)
-            value.replace_all_uses_with(local, replace_graph_outputs=True)
+            replace_uses(value, local)
             place_behind(None, graph, ir.node("Identity", [weight], outputs=[local]))
             root.inputs.append(weight)
 

@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from vlm_export.graph.core.dead_code import remove_dead_code
 from vlm_export.graph.core.names import fresh_name, nested_graphs, root_graphs, taken_names
 from vlm_export.graph.core.onnxruntime_session import Array
 from vlm_export.graph.core.operators import evaluate, shape_result
 from vlm_export.graph.core.replace_uses import add_constant
 from vlm_export.graph.core.skeleton import allow_plain_initializers
 from vlm_export.graph.core.tensors import constant_argument, constant_tensor, input_at
-from vlm_export.graph.passes.dead_code import remove_dead_code
 
 # Operator → inputs that are arguments: integers that decide shapes or axes.
 _ARGUMENTS: Mapping[str, Sequence[int]] = {
