@@ -53,11 +53,7 @@ class Argument:
 
 
 def value_from_words(argument: Argument, words: Any) -> Any:
-    """Returns the function's value from the words of a command line.
-
-    Raises:
-        UsageError: they are of another form.
-    """
+    """Returns the function's value from a command line's words; UsageError where they are of another form."""
     if argument.kind == "connections":
         return _checked(argument, [_pair(argument, word) for word in words])
     if argument.kind in ("pairs", "shapes", "versions", "values"):
@@ -70,11 +66,7 @@ def value_from_words(argument: Argument, words: Any) -> Any:
 
 
 def value_from_yaml(argument: Argument, value: Any) -> Any:
-    """Returns the function's value from a recipe, where numbers, lists and mappings may stand for their texts.
-
-    Raises:
-        UsageError: it is of another form.
-    """
+    """Returns the function's value from a recipe, where numbers, lists and mappings may stand for texts."""
     if argument.takes_several and argument.kind in ("texts", "operands") and isinstance(value, str):
         value = [value]
     return _checked(argument, value)

@@ -42,12 +42,7 @@ class Verb:
             raise UsageError(f"{self.name} lacks arguments", expected=", ".join(missing))
 
     def run(self, model: ir.Model, values: Mapping[str, Any]) -> tuple[ir.Model, Any]:
-        """Returns the changed model, and what the function says it did; `values` by the names of the arguments.
-
-        Raises:
-            UsageError: an argument is missing.
-            GraphError: what the function refuses; the model is then as it was.
-        """
+        """Returns the changed model, and what the function says it did; `values` by the names of the arguments."""
         self.check_complete(values)
         module, _, name = self.function.partition(":")
         function = getattr(import_module(f"vlm_export.graph.{module}"), name)

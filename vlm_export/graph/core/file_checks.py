@@ -43,11 +43,7 @@ _TYPED_FIELDS: Mapping[int, str] = {
 
 
 def check_proto(proto: onnx.ModelProto, path: Path) -> None:
-    """Refuses a file that the rest of the package could only stumble over.
-
-    Raises:
-        GraphError: it names the node, attribute or tensor.
-    """
+    """Refuses a file that the rest could only stumble over; the GraphError names the node, attribute or tensor."""
     try:
         _check_model(proto)
     except GraphError as error:

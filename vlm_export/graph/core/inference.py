@@ -74,8 +74,7 @@ class Copy:
 def copy_of(model: ir.Model) -> Copy:
     """Copies a model: graphs, nodes and values are the copy's own, tensors are the model's.
 
-    Raises:
-        GraphError: the model cannot be copied, since a node stands before what it reads, or reads what nothing makes.
+    GraphError where a node stands before what it reads, or reads what nothing makes.
     """
     try:
         clone = model.clone()
@@ -178,11 +177,7 @@ def _infer_proto(proto: onnx.ModelProto, strict: bool) -> onnx.ModelProto:
 
 
 def check(model: ir.Model) -> None:
-    """Runs ONNX's checker on the model without weights.
-
-    Raises:
-        GraphError: what the checker found first.
-    """
+    """Runs ONNX's checker on the model without weights; GraphError with what it finds first."""
     scratch = copy_of(model).model
     for value in (*scratch.graph.inputs, *scratch.graph.outputs):
         # The checker wants shapes of these; of an unknown rank none can be stated, and engines need none.

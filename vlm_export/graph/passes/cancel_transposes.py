@@ -10,7 +10,7 @@ layout and what is bound to the other.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -178,10 +178,8 @@ def _has_one_element(value: ir.Value | None) -> bool:
 class _Roles:
     """The nodes of one graph that concern one permutation.
 
-    Attributes:
-        free: elementwise nodes that can work in either layout, in the order of the graph.
-        forward: outputs of `Transpose(perm)`, with their node.
-        back: Transposes by the inverse.
+    Elementwise ones that can work in either layout (`free`), outputs of `Transpose(perm)` with their node (`forward`),
+    and Transposes by the inverse (`back`).
     """
 
     perm: _Perm
@@ -199,10 +197,9 @@ def _possible_roles(scope: _Scope, perm: _Perm) -> Iterator[_Roles]:
         forward = {node.outputs[0]: node for node, found in ends.items() if found == perm}
         yield replace(roles, forward=forward, back={node: None for node, found in ends.items() if found == inverse})
         return
-    regions = _regions(roles.free)
-    colours = _colours(ends, regions)
+    colours = _colours(roles.free, ends)
     for colour in (True, False):
-        yield _coloured(roles, ends, {node for node, region in regions.items() if colours[region] is colour})
+        yield _coloured(roles, ends, {node for node, found in colours.items() if found is colour})
 
 
 def _free_nodes(scope: _Scope, rank: int) -> dict[ir.Node, None]:
@@ -234,35 +231,22 @@ def _rank(value: ir.Value) -> int | None:
     return rank_of(value) if tensor is None else len(tensor.shape)
 
 
-def _regions(free: dict[ir.Node, None]) -> dict[ir.Node, int]:
-    """Free node → the number of the connected region that it lies in."""
-    regions: dict[ir.Node, int] = {}
-    for number, start in enumerate(free):
-        stack = [start] if start not in regions else []
-        while stack:
-            node = stack.pop()
-            if node in free and node not in regions:
-                regions[node] = number
-                stack += [*node.predecessors(), *node.successors()]
-    return regions
-
-
-def _colours(ends: Iterable[ir.Node], regions: dict[ir.Node, int]) -> dict[int, bool]:
-    """Gives regions on the two sides of a Transpose different colours, as far as that goes."""
-    neighbours: dict[int, set[int]] = {region: set() for region in regions.values()}
-    for node in ends:
-        before = {regions[maker] for maker in node.predecessors() if maker in regions}
-        after = {regions[user] for user in node.successors() if user in regions}
-        for region, others in [(region, after) for region in before] + [(region, before) for region in after]:
-            neighbours[region] |= others
-    colours: dict[int, bool] = {}
-    for start in neighbours:
-        stack = [(start, True)]
-        while stack:
-            region, colour = stack.pop()
-            if region not in colours:
-                colours[region] = colour
-                stack += [(other, not colour) for other in neighbours[region]]
+def _colours(free: Collection[ir.Node], ends: Collection[ir.Node]) -> dict[ir.Node, bool]:
+    """Gives free nodes on the two sides of a Transpose different colours, as far as that goes; neighbours have one."""
+    colours: dict[ir.Node, bool] = {}
+    for start in free:
+        queue = deque([(start, True)])
+        while queue:
+            node, colour = queue.popleft()
+            if node not in free or node in colours:
+                continue
+            colours[node] = colour
+            before, after = node.predecessors(), node.successors()
+            beyond = [far for end in before if end in ends for far in end.predecessors()]
+            beyond += [far for end in after if end in ends for far in end.successors()]
+            # All that is connected without a Transpose comes first.
+            queue.extendleft((near, colour) for near in (*before, *after))
+            queue.extend((far, not colour) for far in beyond)
     return colours
 
 

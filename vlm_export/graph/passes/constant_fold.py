@@ -254,10 +254,6 @@ def _replace(value: ir.Value, array: Array, graph: ir.Graph, sources: tuple[str,
 def fold_all_constants(
     model: ir.Model, limit_bytes: int = LIMIT_BYTES, growth_bytes: int | None = GROWTH_BYTES
 ) -> Folded:
-    """Folds, in place, every node of the main graph whose inputs are all constant, in ONNX Runtime.
-
-    Args:
-        limit_bytes: as of `fold_constants`, as is `growth_bytes`.
-    """
+    """Folds, in place, what nodes of the main graph make of constants alone; limits are those of `fold_constants`."""
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     return fold_constants(model, run_in_onnxruntime, limit_bytes, everything=True, growth_bytes=growth_bytes)

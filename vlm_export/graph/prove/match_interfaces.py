@@ -128,8 +128,7 @@ def match_interfaces(
 ) -> InterfaceMatch:
     """Matches by name, then by position. Inputs that have a default and stand for nothing in the original are left out.
 
-    Raises:
-        GraphError: an input or output of the changed model that stands for nothing in the original.
+    GraphError where another input or output of the changed model stands for nothing in the original.
     """
     pairs = []
     for kind, old, new in (("input", before.inputs, after.inputs), ("output", before.outputs, after.outputs)):

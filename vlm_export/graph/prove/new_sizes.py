@@ -18,24 +18,24 @@ _ROUNDING: Mapping[str, float] = {"float16": 1e-2, "float32": 2e-5, "float64": 1
 
 
 @dataclass(frozen=True)
-class NewSizes:
-    """What was run at sizes that the original does not take.
+class Compared:
+    """What was run.
 
     Attributes:
         runs: sets of inputs.
-        max_abs: largest difference between several at once and each alone, over all outputs.
+        max_abs: largest difference over all outputs.
+        shown: outputs that had a finite value that was compared.
         only_run: changes of axes at which nothing could be compared, since the original does not take them and they
             are no batch.
-        shown: outputs that had a finite value, where all was compared.
     """
 
     runs: int = 0
     max_abs: float = 0.0
+    shown: frozenset[str] = frozenset()
     only_run: tuple[str, ...] = ()
-    shown: tuple[str, ...] = ()
 
 
-def run_new_sizes(matched: InterfaceMatch, groups: Sequence[Resized], first: Run, tolerance: float) -> NewSizes:
+def run_new_sizes(matched: InterfaceMatch, groups: Sequence[Resized], first: Run, tolerance: float) -> Compared:
     """Runs the changed model at its new sizes, and compares several at once with the original on each alone.
 
     Args:
@@ -59,8 +59,8 @@ def run_new_sizes(matched: InterfaceMatch, groups: Sequence[Resized], first: Run
             runs += 1
         if not compared:
             only_run.append(str(group))
-    shown = [name for name, source in matched.outputs.items() if says_something(first.found[source])]
-    return NewSizes(runs, largest, tuple(only_run), () if only_run else tuple(shown))
+    shown = {name for name, source in matched.outputs.items() if says_something(first.found[source]) and not only_run}
+    return Compared(runs, largest, frozenset(shown), tuple(only_run))
 
 
 def _parts(run: Run, group: Resized, count: int) -> list[dict[str, Array]]:

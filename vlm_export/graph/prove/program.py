@@ -55,9 +55,7 @@ class Program(Protocol):
     def run(self, feeds: Mapping[str, Array], wanted: Sequence[str]) -> list[Array]:
         """Runs and returns the wanted tensors; of an input its feed, or its default. What numpy lacks comes as float32.
 
-        Raises:
-            GraphError: onnxruntime does not accept the graph.
-            RunError: it does not accept the feeds.
+        GraphError where onnxruntime does not accept the graph, RunError where it does not accept the feeds.
         """
 
 

@@ -14,15 +14,15 @@ from vlm_export.errors import GraphError, VerificationError
 from vlm_export.graph.core.onnxruntime_session import Array
 from vlm_export.graph.prove.compare import compare, equal_values, says_something
 from vlm_export.graph.prove.match_interfaces import InterfaceMatch, Resized, axis_label, match_interfaces
-from vlm_export.graph.prove.new_sizes import NewSizes, run_new_sizes
+from vlm_export.graph.prove.new_sizes import Compared, run_new_sizes
 from vlm_export.graph.prove.program import ModelProgram, Program, RunError
 from vlm_export.graph.prove.random_inputs import (
-    RandomRuns,
     Run,
     as_dtype,
     bounds_of,
     held_by_both,
     load_feeds,
+    random_runs,
     run_with_defaults_replaced,
 )
 
@@ -105,7 +105,7 @@ def prove(
         matched.check_dtypes()
     resized = matched.resized_axes()
     trials = _Trials(matched, inputs)
-    seen, new = _Compared(), NewSizes()
+    seen = new = Compared()
     if not any(isinstance(group.new, int) for group in resized):
         try:
             seen = _compare_runs(trials, matched, tolerance)
@@ -116,8 +116,7 @@ def prove(
     if resized:
         new = run_new_sizes(matched, resized, trials.first_run(resized), tolerance)
     if not new.only_run:
-        shown = seen.shown | set(new.shown)
-        _check_shown([name for name in matched.outputs if name not in shown], bool(inputs))
+        _check_shown([name for name in matched.outputs if name not in seen.shown | new.shown], bool(inputs))
     return Proof(
         seen.runs + new.runs,
         tuple(matched.outputs),
@@ -129,29 +128,20 @@ def prove(
     )
 
 
-@dataclass
-class _Compared:
-    """How many runs were compared, the largest difference, and the outputs that had a value which says something."""
-
-    runs: int = 0
-    max_abs: float = 0.0
-    shown: set[str] = field(default_factory=set)
-
-
-def _compare_runs(trials: _Trials, matched: InterfaceMatch, tolerance: float) -> _Compared:
+def _compare_runs(trials: _Trials, matched: InterfaceMatch, tolerance: float) -> Compared:
     """Every run of the original against one of the changed model; NotRunError where the original has none."""
-    seen = _Compared()
+    runs, largest, shown = 0, 0.0, set[str]()
     for run in trials.runs():
         results = _run_changed(matched, run)
         for (name, source), result in zip(matched.outputs.items(), results, strict=True):
             expected = run.found[source]
             if matched.may_change_dtypes:
                 expected = _as_held(expected, result, matched.after.tensor(name))
-            seen.max_abs = max(seen.max_abs, compare(name, expected, result, tolerance))
+            largest = max(largest, compare(name, expected, result, tolerance))
             if says_something(expected):
-                seen.shown.add(name)
-        seen.runs += 1
-    return seen
+                shown.add(name)
+        runs += 1
+    return Compared(runs, largest, frozenset(shown))
 
 
 class NotRunError(GraphError):
@@ -159,11 +149,7 @@ class NotRunError(GraphError):
 
 
 class _Trials:
-    """The runs of the original.
-
-    Attributes:
-        at_default: inputs that had their default in all of them; known at the end.
-    """
+    """The runs of the original, and, at their end, the inputs that had their default in all of them."""
 
     def __init__(self, matched: InterfaceMatch, files: Sequence[Path]) -> None:
         self._matched, self._files = matched, files
@@ -235,7 +221,7 @@ class _Trials:
             name: self._drawn(name, value) for name, value in self._program.inputs.items() if not value.is_initializer()
         }
         known = self._matched.fixed_sizes() | dict(sizes)
-        yield from RandomRuns(required, known, self._program.size_inputs(), self._attempt)
+        yield from random_runs(required, known, self._program.size_inputs(), self._attempt)
 
     def _drawn(self, name: str, value: ir.Value) -> ir.Value:
         """What is drawn for an input: of integers and booleans that it becomes, or was, their own values."""

@@ -38,75 +38,66 @@ _FIRST_BOUNDS = (2, 1, 16)
 _LARGEST, _LARGEST_SIZE = 18, 4
 
 
-class RandomRuns:
-    """Runs of a graph on random inputs: three, of other sizes where axes are open.
+def random_runs(
+    inputs: Mapping[str, ir.Value], sizes: Mapping[str, int], size_inputs: set[str], attempt: Attempt
+) -> Iterator[Run]:
+    """Yields runs of a graph on random inputs: three, of other sizes where axes are open.
 
     Where inputs are integers, there is one more, in which each is as large as the graph takes, and so they are in those
     that follow if possible: an embedding reads rows far from its first, an image is not almost black.
+
+    Args:
+        inputs: those that need a feed.
+        sizes: named axis → size, where the caller knows it.
+        size_inputs: inputs that decide how large tensors are; they stay small.
     """
+    exponents = {
+        name: _LARGEST_SIZE if name in size_inputs else _LARGEST
+        for name, value in inputs.items()
+        if value.dtype is not None and value.dtype.is_integer()
+    }
+    count = 0
+    large: dict[str, int] | None = None
+    for number, (bound, choices) in enumerate(product(_FIRST_BOUNDS, _SIZES)):
+        small = dict.fromkeys(exponents, bound)
 
-    def __init__(
-        self, inputs: Mapping[str, ir.Value], sizes: Mapping[str, int], size_inputs: set[str], attempt: Attempt
-    ) -> None:
-        """
-        Args:
-            inputs: those that need a feed.
-            sizes: named axis → size, where the caller knows it.
-            size_inputs: inputs that decide how large tensors are; they stay small.
-        """
-        self._inputs, self._sizes, self._attempt = inputs, sizes, attempt
-        self._exponents = {
-            name: _LARGEST_SIZE if name in size_inputs else _LARGEST
-            for name, value in inputs.items()
-            if value.dtype is not None and value.dtype.is_integer()
-        }
+        def tried(bounds: Mapping[str, int], choices: Sequence[int] = choices, number: int = number) -> Run | None:
+            return attempt(draw_feeds(inputs, sizes, choices, bounds, number))
 
-    def __iter__(self) -> Iterator[Run]:
-        count = 0
-        large: dict[str, int] | None = None
-        for number, (bound, choices) in enumerate(product(_FIRST_BOUNDS, _SIZES)):
-            small = dict.fromkeys(self._exponents, bound)
-            run = self._tried(choices, large, number) if large else None
-            run = run or self._tried(choices, small, number)
-            if run is None:
-                continue
-            yield run
-            count += 1
-            if count == _RUNS or not self._inputs:
-                return
-            if large is None:
-                large, run = self._largest(choices, small, number)
-                if run is not None:
-                    yield run
+        run = (tried(large) if large else None) or tried(small)
+        if run is None:
+            continue
+        yield run
+        count += 1
+        if count == _RUNS or not inputs:
+            return
+        if large is None:
+            large, run = _largest(exponents, small, tried)
+            if run is not None:
+                yield run
 
-    def _largest(
-        self, choices: tuple[int, ...], small: dict[str, int], number: int
-    ) -> tuple[dict[str, int], Run | None]:
-        """The largest bounds that the graph takes, powers of two, at these sizes, and the run with them."""
-        largest = {name: 1 << exponent for name, exponent in self._exponents.items()}
-        run = self._tried(choices, largest, number) if largest else None
-        if run is not None:
-            return largest, run
-        found = dict(small)
-        for name, exponent in self._exponents.items():
-            low, high = small[name].bit_length() - 1, exponent
-            while low < high:
-                middle = (low + high + 1) // 2
-                larger = self._tried(choices, {**found, name: 1 << middle}, number)
-                low, high, run = (low, middle - 1, run) if larger is None else (middle, high, larger)
-            found[name] = 1 << low
+
+def _largest(
+    exponents: Mapping[str, int], small: Mapping[str, int], tried: Callable[[Mapping[str, int]], Run | None]
+) -> tuple[dict[str, int], Run | None]:
+    """The largest bounds that the graph takes, powers of two, and the run with them."""
+    found = {name: 1 << exponent for name, exponent in exponents.items()}
+    run = tried(found) if found else None
+    if run is not None:
         return found, run
-
-    def _tried(self, choices: tuple[int, ...], bounds: Mapping[str, int], number: int) -> Run | None:
-        return self._attempt(draw_feeds(self._inputs, self._sizes, choices, bounds, number))
+    found = dict(small)
+    for name, exponent in exponents.items():
+        low, high = small[name].bit_length() - 1, exponent
+        while low < high:
+            middle = (low + high + 1) // 2
+            larger = tried({**found, name: 1 << middle})
+            low, high, run = (low, middle - 1, run) if larger is None else (middle, high, larger)
+        found[name] = 1 << low
+    return found, run
 
 
 def run_with_defaults_replaced(run: Run, names: Iterable[str], attempt: Attempt) -> Run | None:
-    """Repeats the run with other values where inputs had their defaults; returns None where the graph takes none.
-
-    Args:
-        names: inputs that have defaults, all of them in `run.found`.
-    """
+    """Repeats the run with other values where these inputs had defaults; None where the graph takes none."""
     rng = np.random.default_rng(0)
     near = {name: draw_near(run.found[name], rng) for name in names if run.found[name].dtype.kind in "biuf"}
     floats = {name: array for name, array in near.items() if array.dtype.kind == "f"}
@@ -341,9 +332,7 @@ def held_by_both(array: Array, old: ir.Value, new: ir.Value | None) -> Array:
     """Values of the old dtype that the new one holds exactly: clipped to its range, and rounded as it rounds.
 
     Args:
-        array: of the old dtype or of the new one.
-        old: a tensor of the dtype to return.
-        new: a tensor of the other dtype; None where dtypes do not differ.
+        array: of the dtype of `old`, which is returned, or of that of `new` (None: they do not differ).
     """
     if new is None or new.dtype is None or old.dtype is None or new.dtype == old.dtype:
         return array
