@@ -63,6 +63,15 @@ class InterfaceMatch:
         names = [name for name, known in self.inputs.items() if known == source and self.may_change_dtypes]
         return self.after.tensor(names[-1]) if names else None
 
+    def check_outputs(self) -> None:
+        """VerificationError where the changed program lacks outputs of the original."""
+        if self.missing:
+            raise VerificationError(
+                "the changed model lacks outputs of the original",
+                expected=str(list(self.before.outputs)),
+                got=f"without {list(self.missing)}",
+            )
+
     def check_dtypes(self) -> None:
         """VerificationError where an input or output states another dtype than the tensor that it stands for."""
         for kind, pairs in (("input", self.inputs), ("output", self.outputs)):

@@ -95,12 +95,8 @@ def prove(
     first = ModelProgram(before) if isinstance(before, ir.Model) else before
     second = ModelProgram(after) if isinstance(after, ir.Model) else after
     matched = match_interfaces(first, second, renamed or {}, may_change_dtypes=may_change_dtypes)
-    if matched.missing and not may_drop_outputs:
-        raise VerificationError(
-            "the changed model lacks outputs of the original",
-            expected=str(list(first.outputs)),
-            got=f"without {list(matched.missing)}",
-        )
+    if not may_drop_outputs:
+        matched.check_outputs()
     if not may_change_dtypes:
         matched.check_dtypes()
     resized = matched.resized_axes()
