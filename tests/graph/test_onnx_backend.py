@@ -14,6 +14,7 @@ import onnx_ir as ir
 import pytest
 
 from vlm_export.errors import GraphError
+from vlm_export.graph.core.dead_code import remove_dead_code
 from vlm_export.graph.core.files import Storage, open_model, save_model
 from vlm_export.graph.core.names import defined_values
 from vlm_export.graph.edits.compose import compose
@@ -22,7 +23,6 @@ from vlm_export.graph.edits.io_edits import rename_tensors
 from vlm_export.graph.passes.cancel_transposes import cancel_transposes
 from vlm_export.graph.passes.constant_fold import fold_all_constants
 from vlm_export.graph.passes.convert_opset import convert_opset
-from vlm_export.graph.passes.dead_code import remove_dead_code
 from vlm_export.graph.passes.infer_shapes import infer_shapes
 from vlm_export.graph.passes.remove_noops import remove_noops
 from vlm_export.graph.passes.static_arguments import make_arguments_static

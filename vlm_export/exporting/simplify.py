@@ -12,10 +12,9 @@ from vlm_export.graph.core.interface import apply_signature
 from vlm_export.graph.core.onnxruntime_session import run_in_onnxruntime
 from vlm_export.graph.core.skeleton import attach_weights, detach_weights
 from vlm_export.graph.passes import GraphPass
-from vlm_export.graph.passes.batch_norm import fold_batch_norms
 from vlm_export.graph.passes.cast_like import replace_cast_likes
 from vlm_export.graph.passes.constant_fold import fold_constants
-from vlm_export.graph.passes.weight_transposes import fold_weight_transposes
+from vlm_export.graph.passes.fold_weights import fold_batch_norms, fold_weight_transposes
 from vlm_export.specs.signature import Signature
 
 # They turn MatMul and Add on (B, T, C) into Reshape, Gemm, Reshape: more nodes and no gain in any runtime.

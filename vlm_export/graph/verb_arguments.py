@@ -11,7 +11,7 @@ from typing import Any, Literal
 from vlm_export.errors import UsageError
 
 Kind = Literal[
-    "text", "texts", "integer", "size", "flag", "value", "axis", "pairs", "shapes", "versions", "values", "operands",
+    "text", "texts", "integer", "size", "value", "axis", "pairs", "shapes", "versions", "values", "operands",
     "connections", "model",
 ]  # fmt: skip
 # Those that take several words of a command line.
@@ -53,11 +53,7 @@ class Argument:
 
 
 def value_from_words(argument: Argument, words: Any) -> Any:
-    """Returns the function's value from the words of a command line.
-
-    Raises:
-        UsageError: they are of another form.
-    """
+    """Returns the function's value from a command line's words; UsageError where they are of another form."""
     if argument.kind == "connections":
         return _checked(argument, [_pair(argument, word) for word in words])
     if argument.kind in ("pairs", "shapes", "versions", "values"):
@@ -70,11 +66,7 @@ def value_from_words(argument: Argument, words: Any) -> Any:
 
 
 def value_from_yaml(argument: Argument, value: Any) -> Any:
-    """Returns the function's value from a recipe, where numbers, lists and mappings may stand for their texts.
-
-    Raises:
-        UsageError: it is of another form.
-    """
+    """Returns the function's value from a recipe, where numbers, lists and mappings may stand for texts."""
     if argument.takes_several and argument.kind in ("texts", "operands") and isinstance(value, str):
         value = [value]
     return _checked(argument, value)
@@ -119,12 +111,6 @@ def _texts(value: Any) -> list[str]:
     if not isinstance(value, list | tuple):
         raise TypeError
     return [_text(entry) for entry in value]
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError
-    return value
 
 
 def _integer(value: Any) -> int:
@@ -231,7 +217,6 @@ _READERS: Mapping[Kind, Callable[[Any], Any]] = {
     "texts": _texts,
     "integer": _integer,
     "size": read_size,
-    "flag": _flag,
     "value": _literal,
     "axis": _axis,
     "pairs": _each(_text),

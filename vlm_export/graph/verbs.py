@@ -42,12 +42,7 @@ class Verb:
             raise UsageError(f"{self.name} lacks arguments", expected=", ".join(missing))
 
     def run(self, model: ir.Model, values: Mapping[str, Any]) -> tuple[ir.Model, Any]:
-        """Returns the changed model, and what the function says it did; `values` by the names of the arguments.
-
-        Raises:
-            UsageError: an argument is missing.
-            GraphError: what the function refuses; the model is then as it was.
-        """
+        """Returns the changed model, and what the function says it did; `values` by the names of the arguments."""
         self.check_complete(values)
         module, _, name = self.function.partition(":")
         function = getattr(import_module(f"vlm_export.graph.{module}"), name)
@@ -250,7 +245,7 @@ PASS_VERBS = (
             ),
         ),
     ),
-    Verb("remove-dead-code", "passes.dead_code:remove_dead_code", "remove what no output depends on"),
+    Verb("remove-dead-code", "core.dead_code:remove_dead_code", "remove what no output depends on"),
     Verb("share-initializers", "passes.share_initializers:share_initializers", "make equal initializers one"),
     Verb("infer-shapes", "passes.infer_shapes:infer_shapes", "infer dtypes and shapes; nothing known gets lost"),
     Verb(

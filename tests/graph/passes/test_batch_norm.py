@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from vlm_export.graph.passes.batch_norm import fold_batch_norms
+from vlm_export.graph.passes.fold_weights import fold_batch_norms
 
 Parse = Callable[..., ir.Model]
 Run = Callable[..., list[Any]]

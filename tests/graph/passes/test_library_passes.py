@@ -16,11 +16,11 @@ import pytest
 from onnxscript import optimizer, version_converter
 from onnxscript.rewriter.rules.common import fuse_batchnorm_into_conv_rule
 
+from vlm_export.graph.core.dead_code import remove_dead_code
 from vlm_export.graph.passes import GraphPass
-from vlm_export.graph.passes.batch_norm import fold_batch_norms
 from vlm_export.graph.passes.constant_fold import fold_all_constants
 from vlm_export.graph.passes.convert_opset import convert_opset
-from vlm_export.graph.passes.dead_code import remove_dead_code
+from vlm_export.graph.passes.fold_weights import fold_batch_norms
 from vlm_export.graph.passes.infer_shapes import infer_shapes
 from vlm_export.graph.passes.remove_noops import remove_noops
 from vlm_export.graph.passes.share_initializers import share_initializers

@@ -12,10 +12,10 @@ import onnx_ir as ir
 import pytest
 
 from vlm_export.errors import GraphError
+from vlm_export.graph.core.dead_code import DeadCode, remove_dead_code
 from vlm_export.graph.core.files import Storage, open_model, save_model
 from vlm_export.graph.look.show import describe_model
 from vlm_export.graph.passes.convert_opset import convert_opset
-from vlm_export.graph.passes.dead_code import DeadCode, remove_dead_code
 from vlm_export.graph.passes.infer_shapes import infer_shapes
 from vlm_export.graph.passes.opset_imports import add_opset_imports
 from vlm_export.graph.passes.remove_noops import remove_noops

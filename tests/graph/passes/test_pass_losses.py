@@ -10,12 +10,12 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from vlm_export.graph.core.dead_code import DeadCode, remove_dead_code
 from vlm_export.graph.core.inference import validate
 from vlm_export.graph.core.onnxruntime_session import start_session
 from vlm_export.graph.edits.extract import extract
 from vlm_export.graph.edits.node_edits import insert_node
 from vlm_export.graph.passes.constant_fold import fold_all_constants
-from vlm_export.graph.passes.dead_code import DeadCode, remove_dead_code
 from vlm_export.graph.passes.remove_noops import remove_noops
 from vlm_export.graph.passes.share_initializers import share_initializers
 from vlm_export.graph.passes.static_arguments import make_arguments_static

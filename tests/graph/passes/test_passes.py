@@ -10,10 +10,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from vlm_export.graph.core.dead_code import remove_dead_code
 from vlm_export.graph.passes.cancel_transposes import cancel_transposes
 from vlm_export.graph.passes.constant_fold import fold_all_constants
 from vlm_export.graph.passes.convert_opset import convert_opset
-from vlm_export.graph.passes.dead_code import remove_dead_code
 from vlm_export.graph.passes.infer_shapes import infer_shapes
 from vlm_export.graph.passes.opset_imports import add_opset_imports
 from vlm_export.graph.passes.remove_noops import remove_noops

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from vlm_export.graph.passes.weight_transposes import fold_weight_transposes
+from vlm_export.graph.passes.fold_weights import fold_weight_transposes
 
 RNG = np.random.default_rng(0)
 MATRIX = RNG.standard_normal((6, 4)).astype(np.float32)

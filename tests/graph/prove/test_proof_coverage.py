@@ -14,9 +14,9 @@ from onnx import TensorProto
 
 from vlm_export.errors import GraphError, VerificationError
 from vlm_export.graph.edits.compose import compose
-from vlm_export.graph.prove.input_specs import inputs_that_decide_sizes
 from vlm_export.graph.prove.program import Chain, ModelProgram
 from vlm_export.graph.prove.prove import prove
+from vlm_export.graph.prove.random_inputs import inputs_that_decide_sizes
 
 Parse = Callable[[str, Mapping[str, Any]], ir.Model]
 TABLE = np.random.default_rng(0).standard_normal((1000, 4)).astype(np.float32)

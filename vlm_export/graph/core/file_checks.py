@@ -6,6 +6,7 @@ operator's, a tensor with too few bytes: each would fail later, somewhere, witho
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -42,11 +43,7 @@ _TYPED_FIELDS: Mapping[int, str] = {
 
 
 def check_proto(proto: onnx.ModelProto, path: Path) -> None:
-    """Refuses a file that the rest of the package could only stumble over.
-
-    Raises:
-        GraphError: it names the node, attribute or tensor.
-    """
+    """Refuses a file that the rest could only stumble over; the GraphError names the node, attribute or tensor."""
     try:
         _check_model(proto)
     except GraphError as error:
@@ -58,12 +55,11 @@ def _check_model(proto: onnx.ModelProto) -> None:
     opsets = {entry.domain: entry.version for entry in proto.opset_import}
     for graph in graph_protos(proto):
         _check_nodes(graph.node, opsets)
-        _check_makers(graph)
         for entry in graph.input:
             _check_type(entry, is_input=True)
         for entry in (*graph.output, *graph.value_info):
             _check_type(entry, is_input=False)
-    _check_readers(proto.graph.node, [entry.name for entry in proto.graph.output], _made_by(proto.graph))
+    _check_names(proto.graph, set())
     for function in proto.functions:
         made = {*function.input, *(name for node in function.node for name in node.output)}
         _check_readers(function.node, function.output, made)
@@ -142,27 +138,19 @@ def _check_attribute(
         raise GraphError(f"{place} is a {kind} and holds none")
 
 
-def _check_makers(graph: onnx.GraphProto) -> None:
+def _check_names(graph: onnx.GraphProto, outer: set[str]) -> None:
     """Each name is made once, so that a reader means one tensor; an initializer may be an input's default."""
-    made: set[str] = set()
-    for name in (*(entry.name for entry in graph.input), *(name for node in graph.node for name in node.output)):
-        if name and name in made:
-            raise GraphError(f"tensor {name!r} of graph {graph.name!r} is made twice")
-        made.add(name)
-    weights: set[str] = set()
-    computed = {name for node in graph.node for name in node.output}
-    for tensor in graph.initializer:
-        if not tensor.name:
-            raise GraphError(f"an initializer of graph {graph.name!r} has no name")
-        if tensor.name in weights or tensor.name in computed:
-            raise GraphError(f"tensor {tensor.name!r} of graph {graph.name!r} is made twice")
-        weights.add(tensor.name)
-
-
-def _made_by(graph: onnx.GraphProto) -> set[str]:
-    made = {entry.name for entry in (*graph.input, *graph.initializer)}
-    made |= {entry.values.name for entry in graph.sparse_initializer}
-    return made | {name for node in graph.node for name in node.output}
+    inputs = [entry.name for entry in graph.input]
+    computed = [name for node in graph.node for name in node.output if name]
+    weights = [tensor.name for tensor in graph.initializer]
+    if "" in weights:
+        raise GraphError(f"an initializer of graph {graph.name!r} has no name")
+    for makers in (inputs + computed, weights + computed):
+        for name, count in Counter(makers).items():
+            if count > 1 and name:
+                raise GraphError(f"tensor {name!r} of graph {graph.name!r} is made twice")
+    known = outer.union(inputs, computed, weights, (entry.values.name for entry in graph.sparse_initializer))
+    _check_readers(graph.node, [entry.name for entry in graph.output], known)
 
 
 def _check_readers(nodes: Iterable[onnx.NodeProto], outputs: Iterable[str], known: set[str]) -> None:
@@ -175,9 +163,8 @@ def _check_readers(nodes: Iterable[onnx.NodeProto], outputs: Iterable[str], know
             if name and name not in known:
                 raise GraphError(f"{_node_text(node)} reads {name!r}, which nothing makes")
         for attribute in node.attribute:
-            for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                inner = known | _made_by(graph)
-                _check_readers(graph.node, [entry.name for entry in graph.output], inner)
+            for graph in _graphs_in(attribute):
+                _check_names(graph, known)
 
 
 def _check_type(entry: onnx.ValueInfoProto, *, is_input: bool) -> None:
@@ -247,9 +234,11 @@ def graph_protos(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
     themselves."""
     yield model.graph
     for attribute in attribute_protos(model):
-        if attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
+        yield from _graphs_in(attribute)
+
+
+def _graphs_in(attribute: onnx.AttributeProto) -> list[onnx.GraphProto]:
+    return [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
 
 
 def attribute_protos(model: onnx.ModelProto) -> Iterator[onnx.AttributeProto]:
@@ -258,8 +247,7 @@ def attribute_protos(model: onnx.ModelProto) -> Iterator[onnx.AttributeProto]:
     while waiting:
         for attribute in waiting.pop().attribute:
             yield attribute
-            waiting += attribute.g.node
-            waiting += (node for graph in attribute.graphs for node in graph.node)
+            waiting += (node for graph in _graphs_in(attribute) for node in graph.node)
 
 
 def tensor_protos(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import onnx
 import onnx_ir as ir
@@ -254,20 +255,24 @@ def _told_what_is_in_place(earlier: Sequence[Path]) -> Iterator[None]:
         ) from error
 
 
+# Of each tensor in a data file, all the slots that hold it.
+_Shard: TypeAlias = list[list[TensorSlot]]
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What becomes of a model.
 
     Attributes:
         given: where to write it, as the caller names it.
-        shards: of each data file the tensors by identity, with all the slots that hold them.
+        shards: what each data file holds.
         targets: absolute paths of the files, the graph first.
     """
 
     model: ir.Model
     given: Path
     slots: list[TensorSlot]
-    shards: list[dict[object, list[TensorSlot]]]
+    shards: list[_Shard]
     targets: tuple[Path, ...]
 
     @property
@@ -300,24 +305,23 @@ def _external_slots(slots: Sequence[TensorSlot], storage: Storage) -> list[Tenso
     return [slot for slot in slots if external and slot.can_be_external and slot.nbytes > storage.threshold_bytes]
 
 
-def _shards(slots: Sequence[TensorSlot], shard_bytes: int | None) -> list[dict[object, list[TensorSlot]]]:
-    """Per file: tensors by identity, with all the slots that hold them."""
-    shards: list[dict[object, list[TensorSlot]]] = []
-    home: dict[object, dict[object, list[TensorSlot]]] = {}
-    filled = 0
+def _shards(slots: Sequence[TensorSlot], shard_bytes: int | None) -> list[_Shard]:
+    holders: dict[Hashable, list[TensorSlot]] = {}
     for slot in slots:
-        if slot.identity not in home:
-            if not shards or (shard_bytes is not None and filled and filled + slot.nbytes > shard_bytes):
-                shards.append({})
-                filled = 0
-            filled += slot.nbytes
-            home[slot.identity] = shards[-1]
-        home[slot.identity].setdefault(slot.identity, []).append(slot)
+        holders.setdefault(slot.identity, []).append(slot)
+    shards: list[_Shard] = []
+    filled = 0
+    for group in holders.values():
+        if not shards or (shard_bytes is not None and filled and filled + group[0].nbytes > shard_bytes):
+            shards.append([])
+            filled = 0
+        filled += group[0].nbytes
+        shards[-1].append(group)
     return shards
 
 
-def _check_inline_bytes(slots: Sequence[TensorSlot], shards: Sequence[dict[object, list[TensorSlot]]]) -> None:
-    external = {id(slot) for shard in shards for group in shard.values() for slot in group}
+def _check_inline_bytes(slots: Sequence[TensorSlot], shards: Sequence[_Shard]) -> None:
+    external = {id(slot) for shard in shards for group in shard for slot in group}
     inline_bytes = sum(slot.nbytes for slot in slots if id(slot) not in external)
     if inline_bytes > PROTO_LIMIT_BYTES:
         raise GraphError(
@@ -332,10 +336,10 @@ def _write(plan: _Plan, staged: Staged) -> list[tuple[TensorSlot, ir.TensorProto
     """Writes all files for `place_models`; returns what each slot holds in them, and leaves the slots as they were."""
     placed: dict[int, tuple[TensorSlot, ir.TensorProtocol]] = {}
     for shard, target in zip(plan.shards, plan.targets[1:], strict=True):
-        tensors = [group[0].tensor for group in shard.values()]
+        tensors = [group[0].tensor for group in shard]
         folder = step_folder(staged, DATA)
         written = ir.external_data.convert_tensors_to_external(tensors, str(folder), target.name)
-        for group, external in zip(shard.values(), written, strict=True):
+        for group, external in zip(shard, written, strict=True):
             # The library keeps neither.
             external.doc_string = group[0].tensor.doc_string
             external.metadata_props.update(group[0].tensor.metadata_props)

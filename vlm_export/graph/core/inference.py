@@ -27,7 +27,7 @@ from vlm_export.graph.core.names import (
     nested_values,
     unbound_outputs,
 )
-from vlm_export.graph.core.replace_uses import place_behind
+from vlm_export.graph.core.replace_uses import place_behind, replace_uses
 from vlm_export.graph.core.skeleton import SKELETON_THRESHOLD_BYTES, detach_weights
 from vlm_export.graph.core.tensors import tensor_slots
 
@@ -74,8 +74,7 @@ class Copy:
 def copy_of(model: ir.Model) -> Copy:
     """Copies a model: graphs, nodes and values are the copy's own, tensors are the model's.
 
-    Raises:
-        GraphError: the model cannot be copied, since a node stands before what it reads, or reads what nothing makes.
+    GraphError where a node stands before what it reads, or reads what nothing makes.
     """
     try:
         clone = model.clone()
@@ -123,7 +122,7 @@ def _hoist_nested_weights(root: ir.Graph) -> None:
             # The nested graph goes on making a value of this name: it may be what it returns.
             local = ir.val(name)
             graph.initializers.pop(name)
-            value.replace_all_uses_with(local, replace_graph_outputs=True)
+            replace_uses(value, local)
             place_behind(None, graph, ir.node("Identity", [weight], outputs=[local]))
             root.inputs.append(weight)
 
@@ -178,11 +177,7 @@ def _infer_proto(proto: onnx.ModelProto, strict: bool) -> onnx.ModelProto:
 
 
 def check(model: ir.Model) -> None:
-    """Runs ONNX's checker on the model without weights.
-
-    Raises:
-        GraphError: what the checker found first.
-    """
+    """Runs ONNX's checker on the model without weights; GraphError with what it finds first."""
     scratch = copy_of(model).model
     for value in (*scratch.graph.inputs, *scratch.graph.outputs):
         # The checker wants shapes of these; of an unknown rank none can be stated, and engines need none.

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from vlm_export.errors import VerificationError
 from vlm_export.specs.signature import Signature, TensorSpec
-
-_DTYPES = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "int64": ir.DataType.INT64,
-    "int32": ir.DataType.INT32,
-    "uint8": ir.DataType.UINT8,
-    "bool": ir.DataType.BOOL,
-}
 
 # transformers.js 4.2 and later find a cache's batch by this name (`addPastKeyValues`), and take 0 for any other.
 GRAPH_AXES = {"batch": "batch_size"}
@@ -42,7 +34,7 @@ def apply_signature(model: ir.Model, signature: Signature) -> None:
 def _check_value(kind: str, value: ir.Value, spec: TensorSpec) -> None:
     shape = value.shape
     fits = shape is None or (len(shape) == len(spec.shape) and all(map(_axis_fits, shape, spec.shape)))
-    if value.dtype != _DTYPES[spec.dtype] or not fits:
+    if value.dtype != ir.DataType.from_numpy(np.dtype(spec.dtype)) or not fits:
         raise VerificationError(
             f"{kind} {spec.name} of the graph has another type than the part states",
             expected=f"{spec.dtype} {spec.shape}",

@@ -162,11 +162,7 @@ def fresh_node_name(root: ir.Graph, base: str) -> str:
 
 
 def find_root(model: ir.Model, function: str = "") -> ir.Graph:
-    """Returns the main graph, or the body of the function named `NAME` or `DOMAIN:NAME`.
-
-    Raises:
-        GraphError: no such function, or several.
-    """
+    """Returns the main graph, or the one function's body named `NAME` or `DOMAIN:NAME`; GraphError without one."""
     if not function:
         return model.graph
     known = {f"{entry.domain}:{entry.name}": entry for entry in model.functions.values()}
@@ -198,11 +194,7 @@ def find_value(model: ir.Model, tensor: TensorRef, function: str = "") -> ir.Val
 
 
 def find_node(model: ir.Model, node: NodeRef, function: str = "") -> ir.Node:
-    """Returns the node of that name, otherwise the node that makes the tensor of that name.
-
-    Raises:
-        GraphError: unknown, or several nodes have the name.
-    """
+    """Returns the one node of that name, or the one that makes the tensor of that name; GraphError without one."""
     if isinstance(node, ir.Node):
         if not any(known is node for known in all_nodes(model)):
             raise GraphError("the node is not part of the model", got=str(node.name))

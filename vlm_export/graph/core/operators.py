@@ -19,8 +19,7 @@ _Size = TypeVar("_Size")
 def checked_schema(model: ir.Model, root: ir.Graph, op_type: str, domain: str) -> onnx.defs.OpSchema | None:
     """Returns the operator's definition at the opset of the scope, or None where ONNX does not know the domain.
 
-    Raises:
-        GraphError: no such operator at this opset, or the domain is not imported.
+    GraphError where there is no such operator at this opset, or the domain is not imported.
     """
     imports = root.opset_imports
     if any((entry.domain, entry.name) == (domain, op_type) for entry in model.functions.values()):
@@ -74,13 +73,10 @@ def shape_result(node: ir.Node, sizes: Sequence[_Size]) -> list[_Size]:
 def evaluate(node: ir.Node, arrays: Sequence[Array | None], opset: int) -> list[Array] | None:
     """Returns what a node makes of these inputs in ONNX's reference implementation, which suits small tensors.
 
-    Integers wrap in their dtype, as they do in a graph.
+    Integers wrap in their dtype, as they do in a graph. None where it lacks the operator, or refuses the inputs.
 
     Args:
         arrays: as many as the node has inputs; None for those that it leaves out.
-
-    Returns:
-        None where the implementation lacks the operator, or it refuses the inputs.
     """
     names = ["" if array is None else f"i{index}" for index, array in enumerate(arrays)]
     proto: onnx.NodeProto = ir.to_proto(node)

@@ -74,11 +74,7 @@ def replace_uses(value: ir.Value, new: ir.Value, besides: ir.Node | None = None)
 
 
 def resolve_operand(root: ir.Graph, graph: ir.Graph, operand: Operand) -> ir.Value | ir.TensorProtocol | None:
-    """Returns an operand of a node in `graph`: what is visible there under its name, or a constant.
-
-    Raises:
-        GraphError: nothing of that name is visible there.
-    """
+    """Returns what is visible in `graph` under the operand's name, or a constant; GraphError where nothing is."""
     if operand is None or isinstance(operand, str):
         return visible_value(graph, root, operand) if operand else None
     if isinstance(operand, ir.Value):

@@ -59,11 +59,8 @@ def set_attribute(
 
 
 def delete_attribute(model: ir.Model, node: NodeRef, name: str, *, function: str = "") -> ir.Attr:
-    """Removes an attribute, so that its default holds; returns it.
-
-    Raises:
-        GraphError: unknown node or attribute, or one that the operator requires.
-    """
+    """Removes an attribute, so that its default holds; returns it. GraphError where there is none, or it is
+    required."""
     target = find_node(model, node, function)
     if name not in target.attributes:
         raise GraphError(
@@ -110,11 +107,7 @@ def make_attribute(
     kind: ir.AttributeType | None = None,
     old: ir.Attr | None = None,
 ) -> ir.Attr:
-    """Makes an attribute of the type that the definition, the old attribute, or the value has.
-
-    Raises:
-        GraphError: the operator has no such attribute, or the value is of another type.
-    """
+    """Makes an attribute of the type that the definition, the old one, or the value has; GraphError if it cannot."""
     if schema is not None and name not in schema.attributes:
         known = sorted(schema.attributes)
         raise GraphError(f"{schema.name} has no attribute {name!r}", fix=suggestion(name, known))

@@ -243,13 +243,10 @@ def output_shapes(model: ir.Model, resized: Resized) -> dict[str, list[int | str
 
 
 def find_repairs(model: ir.Model, resized: Resized, reading: Reading = "natural") -> list[Repair]:
-    """Returns what has to follow the data for the axes to have their new size.
+    """Returns what has to follow the data for the axes to have their new size; GraphError for a node that cannot.
 
     Args:
         reading: where an axis goes that a Reshape may have put in several places, as it may if its size was 1.
-
-    Raises:
-        GraphError: a node that cannot be repaired.
     """
     open_size = _open_size(model, [resized])
     return [] if open_size is None else _Search(model, resized, open_size, reading).run()
@@ -257,14 +254,10 @@ def find_repairs(model: ir.Model, resized: Resized, reading: Reading = "natural"
 
 @dataclass(frozen=True)
 class _Data:
-    """A node's first input, of which one axis has another size now.
+    """A node's first input, of which the one axis has another size now.
 
-    Attributes:
-        old_name: in the model as it is.
-        name: in the repaired one, where another tensor may have taken its place.
-        axis: the one that changes.
-        before: all sizes at the old size.
-        after: all sizes at the new size.
+    Its name in the model as it is and in the repaired one, where another tensor may have taken its place, the axis, and
+    all sizes before and after.
     """
 
     old_name: str
@@ -420,11 +413,7 @@ class _Search:
         return None
 
     def _gather(self, old: ir.Node, new: ir.Node, data: _Data) -> Repair | None:
-        """One element of a batch of one is all of it; of a larger batch it is one.
-
-        Raises:
-            HeldError: the node takes it.
-        """
+        """One element of a batch of one is all of it; of a larger batch it is one: HeldError where that is taken."""
         place = old.attributes.get_int("axis", 0)
         is_batch = self._resized.old == 1 and all(entry.axis == 0 for entry in self._resized.axes)
         if not is_batch or data.axis != 0 or place % len(data.before) != 0 or data.before[0] != 1:

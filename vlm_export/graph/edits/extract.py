@@ -8,14 +8,13 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from vlm_export.errors import GraphError
+from vlm_export.graph.core.dead_code import remove_unused_initializers
 from vlm_export.graph.core.inference import Copy, copy_of, known_infos
 from vlm_export.graph.core.names import (
-    annotated_names,
     captured_or_read,
     find_value,
     fresh_name,
     graph_of,
-    nested_graphs,
     rename_values,
     taken_names,
 )
@@ -171,10 +170,7 @@ def _cut(copy: Copy, starts: Sequence[ir.Value], ends: Sequence[ir.Value], nodes
     graph.inputs[:] = [value for value in graph.inputs if value in new_starts]
     discard_nodes([node for node in graph if node not in kept])
     graph.inputs[:] = new_starts
-    annotated = annotated_names(nested_graphs(graph))
-    for name, value in list(graph.initializers.items()):
-        if name not in annotated and not value.uses() and not value.is_graph_output() and not value.is_graph_input():
-            graph.initializers.pop(name)
+    remove_unused_initializers(copy.model)
     remove_unused_functions(copy.model)
     # An input with a default may have become an initializer alone.
     allow_plain_initializers(copy.model)

@@ -159,11 +159,7 @@ def _resized_axes(shapes: Mapping[ir.Value, ir.Shape]) -> list[tuple[Resized, bo
 def _repairs(
     model: ir.Model, shapes: Mapping[ir.Value, ir.Shape]
 ) -> tuple[list[Repair], dict[str, list[int | str | None]]]:
-    """What has to follow the data, and the shapes that outputs have then.
-
-    Raises:
-        GraphError: a node that holds an old size and cannot be repaired, or a repair that gives something else.
-    """
+    """What has to follow the data, and the shapes that outputs have then; GraphError where a node cannot."""
     groups = _resized_axes(shapes)
     repaired = copy_of(model).model
     found: list[Repair] = []
@@ -188,11 +184,7 @@ def _repairs(
 
 
 def _repaired(model: ir.Model, so_far: ir.Model, group: Resized) -> tuple[list[Repair], ir.Model]:
-    """The first reading of the graph whose repairs prove right.
-
-    Raises:
-        GraphError: none does; the fault of the first.
-    """
+    """The first reading of the graph whose repairs prove right; where none does, the GraphError of the first."""
     refusals: list[GraphError] = []
     for reading in READINGS:
         trial = copy_of(so_far).model
@@ -214,11 +206,7 @@ def _repaired(model: ir.Model, so_far: ir.Model, group: Resized) -> tuple[list[R
 
 
 def _prove_repair(model: ir.Model, repaired: ir.Model, group: Resized) -> None:
-    """Runs the repaired model at the old size and at new ones.
-
-    Raises:
-        GraphError: it gives something else, or cannot be run.
-    """
+    """Runs the repaired model at the old size and at new ones; GraphError where it gives something else."""
     same, before, after = copy_of(repaired).model, copy_of(model).model, copy_of(repaired).model
     for entry in group.axes:
         _set_axis(before, entry, group.old)

@@ -46,11 +46,7 @@ class Step:
 
 
 def find_nodes(model: ir.Model, pattern: str) -> list[tuple[ir.Node, ...]]:
-    """Finds all chains of nodes that match, in the order of the graphs, also in subgraphs and functions.
-
-    Raises:
-        GraphError: the pattern is malformed.
-    """
+    """Finds all chains of nodes that match, in the graphs' order; GraphError where the pattern is malformed."""
     steps = parse_pattern(pattern)
     return [chain for node in all_nodes(model) if _matches(node, steps[0]) for chain in _chains((node,), steps[1:])]
 

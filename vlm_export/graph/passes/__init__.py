@@ -22,11 +22,7 @@ class GraphPass(ir.passes.InPlacePass):
     """
 
     def __init__(self, change: Callable[..., object], **options: Any) -> None:
-        """
-        Args:
-            change: takes the model, and changes it in place.
-            options: further arguments of `change`.
-        """
+        """`change` takes the model, and changes it in place; `options` are its further arguments."""
         super().__init__()
         self._change, self._options = change, options
         self.found: object = None

@@ -10,17 +10,17 @@ layout and what is bound to the other.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import onnx_ir as ir
 
+from vlm_export.graph.core.dead_code import remove_unused_initializers
 from vlm_export.graph.core.names import fresh_name, names_used, nested_graphs, root_graphs, taken_names
 from vlm_export.graph.core.replace_uses import add_constant, bypass, place_behind, remove_node
 from vlm_export.graph.core.skeleton import allow_plain_initializers
 from vlm_export.graph.core.tensors import attribute_ints, constant_tensor, rank_of, transposed_tensor
-from vlm_export.graph.passes.dead_code import remove_unused_initializers
 
 # One tensor in, one out; further inputs (bounds of Clip, the model of CastLike's dtype) have no axes of their own.
 _UNARY = frozenset(
@@ -150,7 +150,7 @@ def _move(scope: _Scope, perm: _Perm) -> bool:
     """Moves elementwise nodes to the layout before `perm` where that takes fewer Transposes; returns whether it did."""
     for roles in _possible_roles(scope, perm):
         readings = list(_readings(roles, scope))
-        cost, moved = _network(readings).cut()
+        cost, moved = _cheapest_division(readings)
         nodes = [node for node in roles.free if node in moved]
         if nodes and cost < sum(map(_crosses, readings)):
             _Rewrite(scope, roles).move(nodes)
@@ -178,10 +178,8 @@ def _has_one_element(value: ir.Value | None) -> bool:
 class _Roles:
     """The nodes of one graph that concern one permutation.
 
-    Attributes:
-        free: elementwise nodes that can work in either layout, in the order of the graph.
-        forward: outputs of `Transpose(perm)`, with their node.
-        back: Transposes by the inverse.
+    Elementwise ones that can work in either layout (`free`), outputs of `Transpose(perm)` with their node (`forward`),
+    and Transposes by the inverse (`back`).
     """
 
     perm: _Perm
@@ -199,10 +197,9 @@ def _possible_roles(scope: _Scope, perm: _Perm) -> Iterator[_Roles]:
         forward = {node.outputs[0]: node for node, found in ends.items() if found == perm}
         yield replace(roles, forward=forward, back={node: None for node, found in ends.items() if found == inverse})
         return
-    regions = _regions(roles.free)
-    colours = _colours(ends, regions)
+    colours = _colours(roles.free, ends)
     for colour in (True, False):
-        yield _coloured(roles, ends, {node for node, region in regions.items() if colours[region] is colour})
+        yield _coloured(roles, ends, {node for node, found in colours.items() if found is colour})
 
 
 def _free_nodes(scope: _Scope, rank: int) -> dict[ir.Node, None]:
@@ -234,35 +231,22 @@ def _rank(value: ir.Value) -> int | None:
     return rank_of(value) if tensor is None else len(tensor.shape)
 
 
-def _regions(free: dict[ir.Node, None]) -> dict[ir.Node, int]:
-    """Free node → the number of the connected region that it lies in."""
-    regions: dict[ir.Node, int] = {}
-    for number, start in enumerate(free):
-        stack = [start] if start not in regions else []
-        while stack:
-            node = stack.pop()
-            if node in free and node not in regions:
-                regions[node] = number
-                stack += [*node.predecessors(), *node.successors()]
-    return regions
-
-
-def _colours(ends: Iterable[ir.Node], regions: dict[ir.Node, int]) -> dict[int, bool]:
-    """Gives regions on the two sides of a Transpose different colours, as far as that goes."""
-    neighbours: dict[int, set[int]] = {region: set() for region in regions.values()}
-    for node in ends:
-        before = {regions[maker] for maker in node.predecessors() if maker in regions}
-        after = {regions[user] for user in node.successors() if user in regions}
-        for region, others in [(region, after) for region in before] + [(region, before) for region in after]:
-            neighbours[region] |= others
-    colours: dict[int, bool] = {}
-    for start in neighbours:
-        stack = [(start, True)]
-        while stack:
-            region, colour = stack.pop()
-            if region not in colours:
-                colours[region] = colour
-                stack += [(other, not colour) for other in neighbours[region]]
+def _colours(free: Collection[ir.Node], ends: Collection[ir.Node]) -> dict[ir.Node, bool]:
+    """Gives free nodes on the two sides of a Transpose different colours, as far as that goes; neighbours have one."""
+    colours: dict[ir.Node, bool] = {}
+    for start in free:
+        queue = deque([(start, True)])
+        while queue:
+            node, colour = queue.popleft()
+            if node not in free or node in colours:
+                continue
+            colours[node] = colour
+            before, after = node.predecessors(), node.successors()
+            beyond = [far for end in before if end in ends for far in end.predecessors()]
+            beyond += [far for end in after if end in ends for far in end.successors()]
+            # All that is connected without a Transpose comes first.
+            queue.extendleft((near, colour) for near in (*before, *after))
+            queue.extend((far, not colour) for far in beyond)
     return colours
 
 
@@ -311,61 +295,50 @@ def _crosses(reading: _Reading) -> bool:
     return bool(readers - {_SOURCE}) if made == _SOURCE else _SOURCE in readers
 
 
-def _network(readings: Iterable[_Reading]) -> _Network:
-    """The source's side works in the layout before the permutation; each value costs one if both layouts meet in it."""
-    network = _Network()
+def _cheapest_division(readings: Iterable[_Reading]) -> tuple[int, set[Hashable]]:
+    """The fewest Transposes, and what is then on the source's side, which works in the layout before the permutation.
+
+    Each value costs one if both layouts meet in it. Of several cheapest divisions (minimum cuts, found by the shortest
+    paths that have spare capacity), the one with the fewest nodes on that side.
+    """
+    spare: defaultdict[Hashable, dict[Hashable, int]] = defaultdict(dict)
+
+    def connect(start: Hashable, end: Hashable, capacity: int) -> None:
+        spare[start][end] = spare[start].get(end, 0) + capacity
+        spare[end].setdefault(start, 0)
+
     for number, (made, readers) in enumerate(readings):
         others = readers - {made}
         if others:
-            network.add(made, ("leaves", number), 1)
-            network.add(("enters", number), made, 1)
+            connect(made, ("leaves", number), 1)
+            connect(("enters", number), made, 1)
         for reader in others:
-            network.add(("leaves", number), reader, _UNBOUNDED)
-            network.add(reader, ("enters", number), _UNBOUNDED)
-    return network
+            connect(("leaves", number), reader, _UNBOUNDED)
+            connect(reader, ("enters", number), _UNBOUNDED)
+    total = 0
+    while _SINK in (before := _reached(spare)):
+        path: list[tuple[Hashable, Hashable]] = [(before[_SINK], _SINK)]
+        while path[-1][0] != _SOURCE:
+            path.append((before[path[-1][0]], path[-1][0]))
+        flow = min(spare[start][end] for start, end in path)
+        for start, end in path:
+            spare[start][end] -= flow
+            spare[end][start] += flow
+        total += flow
+    return total, set(before)
 
 
-class _Network:
-    """Directed edges with whole capacities between any hashable points."""
-
-    def __init__(self) -> None:
-        self._capacity: defaultdict[Hashable, dict[Hashable, int]] = defaultdict(dict)
-
-    def add(self, start: Hashable, end: Hashable, capacity: int) -> None:
-        """Adds to the capacity from `start` to `end`."""
-        self._capacity[start][end] = self._capacity[start].get(end, 0) + capacity
-        self._capacity[end].setdefault(start, 0)
-
-    def cut(self) -> tuple[int, set[Hashable]]:
-        """Returns the least total capacity that separates source and sink, and the points on the source's side.
-
-        Of several cheapest divisions, the one with the fewest points on that side. Uses the network up.
-        """
-        total = 0
-        while True:
-            before = self._reach()
-            if _SINK not in before:
-                return total, set(before)
-            path: list[tuple[Hashable, Hashable]] = [(before[_SINK], _SINK)]
-            while path[-1][0] != _SOURCE:
-                path.append((before[path[-1][0]], path[-1][0]))
-            flow = min(self._capacity[start][end] for start, end in path)
-            for start, end in path:
-                self._capacity[start][end] -= flow
-                self._capacity[end][start] += flow
-            total += flow
-
-    def _reach(self) -> dict[Hashable, Hashable]:
-        """Points that spare capacity reaches, breadth first, each with the one before it."""
-        before: dict[Hashable, Hashable] = {_SOURCE: _SOURCE}
-        queue: deque[Hashable] = deque([_SOURCE])
-        while queue and _SINK not in before:
-            point = queue.popleft()
-            for following, capacity in self._capacity[point].items():
-                if capacity and following not in before:
-                    before[following] = point
-                    queue.append(following)
-        return before
+def _reached(spare: Mapping[Hashable, Mapping[Hashable, int]]) -> dict[Hashable, Hashable]:
+    """What spare capacity reaches from the source, breadth first, each with the point before it."""
+    before: dict[Hashable, Hashable] = {_SOURCE: _SOURCE}
+    queue: deque[Hashable] = deque([_SOURCE])
+    while queue and _SINK not in before:
+        point = queue.popleft()
+        for following, capacity in spare.get(point, {}).items():
+            if capacity and following not in before:
+                before[following] = point
+                queue.append(following)
+    return before
 
 
 class _Rewrite:

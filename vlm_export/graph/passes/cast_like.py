@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from vlm_export.graph.core.replace_uses import replace_uses
+
 
 def replace_cast_likes(model: ir.Model) -> int:
     """Replaces each CastLike whose target dtype is known by a Cast, in place; returns how many.
@@ -18,7 +20,7 @@ def replace_cast_likes(model: ir.Model) -> int:
             continue
         new = ir.val(node.outputs[0].name, dtype, node.outputs[0].shape)
         node.prepend(ir.node("Cast", [node.inputs[0]], {"to": dtype}, outputs=[new], name=node.name))
-        ir.convenience.replace_all_uses_with(node.outputs[0], new, replace_graph_outputs=True)
+        replace_uses(node.outputs[0], new)
         model.graph.remove(node, safe=True)
         count += 1
     return count

@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from onnx import ModelProto, NodeProto, helper
 
-from vlm_export.graph.core.names import names_used
+from vlm_export.graph.core.dead_code import remove_dead_code
+from vlm_export.graph.core.names import inputs_of, names_used, subgraphs_of
+from vlm_export.graph.core.onnxruntime_session import Array, run_in_onnxruntime
 from vlm_export.graph.core.operators import RANDOM
-from vlm_export.graph.core.replace_uses import add_initializer
+from vlm_export.graph.core.replace_uses import add_initializer, replace_uses
 from vlm_export.graph.core.skeleton import allow_plain_initializers
 from vlm_export.graph.core.tensors import is_plain_number
-from vlm_export.graph.passes.dead_code import remove_dead_code
 
-Array: TypeAlias = npt.NDArray[Any]
 # Runs a graph of one node: feeds by name → its outputs, or None where the engine cannot run it.
 Evaluate: TypeAlias = Callable[[ModelProto, Mapping[str, Array]], "Sequence[Array] | None"]
 
@@ -91,13 +90,7 @@ class Folded:
 
 
 class _Fold:
-    """Visits nodes in the order of the graph.
-
-    Attributes:
-        nodes: those that can go.
-        left: first tensors of nodes that would make the model too large.
-        values: their outputs that other nodes read, computed.
-    """
+    """Visits nodes in the order of the graph, and computes what others read of those that can go."""
 
     def __init__(
         self, model: ir.Model, evaluate: Evaluate, limit_bytes: int, everything: bool, growth_bytes: int | None
@@ -113,10 +106,10 @@ class _Fold:
         self._used = names_used(model)
 
     def visit(self, node: ir.Node) -> None:
-        inputs = _inputs(node)
-        if not _is_foldable(node, self._used) or not all(
-            value in self._constants or _is_weight(value) for value in inputs
-        ):
+        inputs = inputs_of(node)
+        if not _is_foldable(node, self._used):
+            return
+        if not all(value in self._constants or _weight(value) is not None for value in inputs):
             return
         self._constants.update(node.outputs)
         starts = self._everything or node.op_type in _SEEDS
@@ -151,17 +144,20 @@ class _Fold:
         producer = value.producer()
         if producer is None:
             return made_of(value) or (str(value.name),)
-        return tuple(name for before in _inputs(producer) for name in self._sources(before))
+        return tuple(name for before in inputs_of(producer) for name in self._sources(before))
 
     def _compute(self, node: ir.Node, known: dict[ir.Value, Array]) -> bool:
         """Adds the node's outputs to `known`, and those of the nodes before it; False where that is not to be had."""
         if _stated_bytes(node) > self._limit_bytes:
             return False
-        for value in _inputs(node):
+        for value in inputs_of(node):
             producer = value.producer()
             if value not in known and producer is not None and not self._compute(producer, known):
                 return False
-        feeds = {str(value.name): known[value] if value in known else _weight(value) for value in _inputs(node)}
+        feeds: dict[str, Array] = {}
+        for value in inputs_of(node):
+            tensor = _weight(value)
+            feeds[str(value.name)] = known[value] if tensor is None else np.asarray(tensor.numpy())
         # Neither numpy nor an engine's Python interface has the narrow types.
         if not all(is_plain_number(array.dtype) for array in feeds.values()):
             return False
@@ -176,9 +172,8 @@ class _Fold:
 
     def _held_bytes(self, value: ir.Value) -> int:
         """What a constant takes in the model as it is so far."""
-        if value in self.values:
-            return self.values[value].nbytes
-        return value.const_value.nbytes if _is_weight(value) and value.const_value is not None else 0
+        held = self.values.get(value) if value in self.values else _weight(value)
+        return 0 if held is None else held.nbytes
 
     def _grows_too_much(self, made_bytes: int, inputs: Sequence[ir.Value]) -> bool:
         if self._growth_bytes is None:
@@ -191,31 +186,19 @@ class _Fold:
         return sum(known[value].nbytes for value in values if value in known)
 
 
-def _inputs(node: ir.Node) -> list[ir.Value]:
-    return [value for value in node.inputs if value is not None]
-
-
 def _is_foldable(node: ir.Node, used: set[str]) -> bool:
-    has_graphs = any(
-        entry.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for entry in node.attributes.values()
-    )
     makes_output = any(value.is_graph_output() or value.name in used for value in node.outputs)
     is_kept = node.op_type in RANDOM or node.op_type in _QUANTISATION
-    return node.domain == "" and not is_kept and not has_graphs and not makes_output
+    return node.domain == "" and not is_kept and not makes_output and not any(True for _ in subgraphs_of(node))
 
 
-def _is_weight(value: ir.Value) -> bool:
+def _weight(value: ir.Value) -> ir.TensorProtocol | None:
     # An initializer that is an input, too, is only that input's default.
-    return value.is_initializer() and not value.is_graph_input() and value.const_value is not None
-
-
-def _weight(value: ir.Value) -> Array:
-    assert value.const_value is not None
-    return np.asarray(value.const_value.numpy())
+    return value.const_value if value.is_initializer() and not value.is_graph_input() else None
 
 
 def _traps(dividend: Array, divisor: Array | None = None) -> bool:
-    """Whether a division of integers ends the process: by 0, or of the smallest by -1."""
+    """Whether a division of integers, also of one by itself, ends the process: by 0, or of the smallest by -1."""
     divisor = dividend if divisor is None else divisor
     if divisor.dtype.kind not in "iu":
         return False
@@ -265,21 +248,12 @@ def _replace(value: ir.Value, array: Array, graph: ir.Graph, sources: tuple[str,
     folded.metadata_props.update(value.metadata_props)
     folded.meta.update(value.meta)
     folded.meta[_MADE_OF] = sources
-    ir.convenience.replace_all_uses_with(value, folded)
+    replace_uses(value, folded)
 
 
 def fold_all_constants(
     model: ir.Model, limit_bytes: int = LIMIT_BYTES, growth_bytes: int | None = GROWTH_BYTES
 ) -> Folded:
-    """Folds, in place, every node of the main graph whose inputs are all constant, in ONNX Runtime.
-
-    Nodes that quantise or dequantise stay, for engines look for them.
-
-    Args:
-        limit_bytes: of all folded values together, and of each value on the way to them.
-        growth_bytes: how much more all folded values may take than the constants that they were computed from.
-    """
-    from vlm_export.graph.core.onnxruntime_session import run_in_onnxruntime
-
+    """Folds, in place, what nodes of the main graph make of constants alone; limits are those of `fold_constants`."""
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     return fold_constants(model, run_in_onnxruntime, limit_bytes, everything=True, growth_bytes=growth_bytes)

@@ -122,9 +122,6 @@ def _checked(node: ir.Node, before: onnx.ModelProto, graph: ir.Graph, source: in
 
     The library's adapters write what was an attribute as a float32 constant, also where the operator takes the dtype
     of its input (onnx 1.23, version_converter/adapters: Clip, Pad, …). Such constants get the input's dtype.
-
-    Raises:
-        GraphError: the library's form has other types, or gives something else.
     """
     if any(attribute.is_ref() for attribute in node.attributes.values()):
         return graph
@@ -377,10 +374,8 @@ _Rule: TypeAlias = "Callable[[ir.Node, int], list[ir.Attr]]"
 def _kept_meaning(node: ir.Node, source: int, version: int) -> list[ir.Attr]:
     """The attributes with which the converted node computes the same, where a meaning changed and the form did not.
 
-    The library's converter looks at forms: what it leaves as it is would compute something else.
-
-    Raises:
-        _MeaningError: no attributes can do that.
+    The library's converter looks at forms: what it leaves as it is would compute something else. _MeaningError where no
+    attributes can do that.
     """
     found: list[ir.Attr] = []
     for (op_type, boundary, is_up), rule in _RULES.items():

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import onnx_ir as ir
 
+from vlm_export.graph.core.dead_code import remove_unused_initializers
 from vlm_export.graph.core.names import inputs_of, names_used, nested_graphs, root_graphs
 from vlm_export.graph.core.replace_uses import bypass, remove_node
 from vlm_export.graph.core.tensors import (
@@ -21,7 +22,6 @@ from vlm_export.graph.core.tensors import (
     rank_of,
     sizes_of,
 )
-from vlm_export.graph.passes.dead_code import remove_unused_initializers
 
 
 def remove_noops(model: ir.Model) -> Mapping[str, int]:

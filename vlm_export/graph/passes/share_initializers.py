@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 
 import onnx_ir as ir
 
 from vlm_export.graph.core.names import defined_values, names_used, nested_graphs, root_graphs, subgraphs_of
+from vlm_export.graph.core.replace_uses import replace_uses
 from vlm_export.graph.core.tensors import TensorSlot, tensor_hash, tensor_slots
 
 
@@ -24,37 +25,29 @@ def share_initializers(model: ir.Model) -> int:
     values = (value for graph in nested_graphs(model.graph) for value in graph.initializers.values())
     shapes = Counter(_form(tensor) for value in values if (tensor := value.const_value) is not None)
     repeated = {form for form, count in shapes.items() if count > 1}
-    sharing = _Sharing(repeated, names_used(model))
-    return sum(sharing.visit(root, {}, frozenset()) for root in root_graphs(model))
+    used = names_used(model)
 
-
-def _form(tensor: ir.TensorProtocol) -> Hashable:
-    return tensor.dtype, tuple(tensor.shape.numpy())
-
-
-class _Sharing:
-    def __init__(self, repeated: set[Hashable], returned: set[str]) -> None:
-        self._repeated, self._returned = repeated, returned
-
-    def visit(self, graph: ir.Graph, outer: dict[Hashable, ir.Value], hidden: frozenset[str]) -> int:
-        """Shares within the graph and with those around it; returns how many initializers were removed."""
+    def share(graph: ir.Graph, outer: Mapping[Hashable, ir.Value]) -> int:
+        hidden = {str(value.name) for value in defined_values(graph)}
         known = {key: value for key, value in outer.items() if value.name not in hidden}
         count = 0
         for value in list(graph.initializers.values()):
             tensor = value.const_value
-            if tensor is None or value.is_graph_input() or _form(tensor) not in self._repeated:
+            if tensor is None or value.is_graph_input() or _form(tensor) not in repeated:
                 continue
             first = known.setdefault((_form(tensor), tensor_hash(tensor)), value)
-            if first is value or value.is_graph_output() or value.name in self._returned:
+            if first is value or value.is_graph_output() or value.name in used:
                 continue
-            value.replace_all_uses_with(first)
+            replace_uses(value, first)
             del graph.initializers[str(value.name)]
             count += 1
-        for node in graph:
-            for inner in subgraphs_of(node):
-                names = frozenset(str(defined.name) for defined in defined_values(inner))
-                count += self.visit(inner, known, names)
-        return count
+        return count + sum(share(inner, known) for node in graph for inner in subgraphs_of(node))
+
+    return sum(share(root, {}) for root in root_graphs(model))
+
+
+def _form(tensor: ir.TensorProtocol) -> Hashable:
+    return tensor.dtype, tuple(tensor.shape.numpy())
 
 
 # Below this, a tensor stays in the graph file by default, where sharing saves nothing.

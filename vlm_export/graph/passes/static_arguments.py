@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from vlm_export.graph.core.dead_code import remove_dead_code
 from vlm_export.graph.core.names import fresh_name, nested_graphs, root_graphs, taken_names
 from vlm_export.graph.core.onnxruntime_session import Array
 from vlm_export.graph.core.operators import evaluate, shape_result
 from vlm_export.graph.core.replace_uses import add_constant
 from vlm_export.graph.core.skeleton import allow_plain_initializers
 from vlm_export.graph.core.tensors import constant_argument, constant_tensor, input_at
-from vlm_export.graph.passes.dead_code import remove_dead_code
 
 # Operator → inputs that are arguments: integers that decide shapes or axes.
 _ARGUMENTS: Mapping[str, Sequence[int]] = {
@@ -50,45 +50,38 @@ def make_arguments_static(model: ir.Model) -> int:
     count = 0
     for root in root_graphs(model):
         for graph in list(nested_graphs(root)):
-            count += _GraphArguments(root, graph, in_function=root is not model.graph).replace()
+            count += _replace_arguments(root, graph, in_function=root is not model.graph)
     if count:
         remove_dead_code(model)
         allow_plain_initializers(model)
     return count
 
 
-class _GraphArguments:
-    def __init__(self, root: ir.Graph, graph: ir.Graph, in_function: bool) -> None:
-        self._graph, self._in_function = graph, in_function
-        self._taken = taken_names(root, graph)
-        self._known = _KnownIntegers(root.opset_imports.get("", 0))
-        self._made: dict[tuple[tuple[int, ...], bytes, ir.DataType], ir.Value] = {}
-
-    def replace(self) -> int:
-        nodes = [node for node in self._graph if node.domain == ""]
-        return sum(self._replace(node, index) for node in nodes for index in _ARGUMENTS.get(node.op_type, ()))
-
-    def _replace(self, node: ir.Node, index: int) -> bool:
+def _replace_arguments(root: ir.Graph, graph: ir.Graph, in_function: bool) -> int:
+    taken, known = taken_names(root, graph), _KnownIntegers(root.opset_imports.get("", 0))
+    made: dict[tuple[tuple[int, ...], bytes, ir.DataType], ir.Value] = {}
+    own = [node for node in graph if node.domain == ""]
+    arguments = [(node, index) for node in own for index in _ARGUMENTS.get(node.op_type, ())]
+    count = 0
+    for node, index in arguments:
         value = input_at(node, index)
         if value is None or constant_tensor(value) is not None:
-            return False
-        known, dtype = self._known.of(value), self._known.dtype_of(value)
-        if known is not None and not _are_numbers(known):
-            known = _copied_axes(node, known) if node.op_type == "Reshape" else None
-        if known is None or dtype is None:
-            return False
-        node.replace_input_with(index, self._constant(known.astype(dtype), str(value.name), node))
-        return True
-
-    def _constant(self, array: Array, base: str, reader: ir.Node) -> ir.Value:
-        """A constant of that content; equal ones are one, but for functions, where each has a node of its own."""
+            continue
+        entries, dtype = known.of(value), known.dtype_of(value)
+        if entries is not None and not _are_numbers(entries):
+            entries = _copied_axes(node, entries) if node.op_type == "Reshape" else None
+        if entries is None or dtype is None:
+            continue
+        array = entries.astype(dtype)
         tensor = ir.tensor(array)
         key = (array.shape, array.tobytes(), tensor.dtype)
-        if key not in self._made or self._in_function:
-            tensor.name = fresh_name(f"{base}.static", self._taken)
-            before = reader if self._in_function else None
-            self._made[key] = add_constant(self._graph, tensor, tensor.name, before=before)
-        return self._made[key]
+        # Equal constants are one, but for functions, where each is a node before its reader.
+        if key not in made or in_function:
+            tensor.name = fresh_name(f"{value.name}.static", taken)
+            made[key] = add_constant(graph, tensor, tensor.name, before=node if in_function else None)
+        node.replace_input_with(index, made[key])
+        count += 1
+    return count
 
 
 def _copied_axes(node: ir.Node, known: _Integers) -> _Integers | None:

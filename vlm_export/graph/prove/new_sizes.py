@@ -10,55 +10,32 @@ import numpy as np
 from vlm_export.errors import GraphError, VerificationError
 from vlm_export.graph.core.onnxruntime_session import Array
 from vlm_export.graph.prove.compare import form_text, largest_difference, says_something
-from vlm_export.graph.prove.input_specs import Run
-from vlm_export.graph.prove.match_interfaces import AxisOfInput, InterfaceMatch, Resized, axes_of_both
-from vlm_export.graph.prove.program import Program
-from vlm_export.graph.prove.random_inputs import as_dtype
+from vlm_export.graph.prove.match_interfaces import InterfaceMatch, Resized
+from vlm_export.graph.prove.random_inputs import Run, as_dtype
 
 # Kernels add in another order where there is more to do at once: rounding, times the largest value of an output.
 _ROUNDING: Mapping[str, float] = {"float16": 1e-2, "float32": 2e-5, "float64": 1e-12}
 
 
 @dataclass(frozen=True)
-class NewSizes:
-    """What was run at sizes that the original does not take.
+class Compared:
+    """What was run.
 
     Attributes:
         runs: sets of inputs.
-        max_abs: largest difference between several at once and each alone, over all outputs.
+        max_abs: largest difference over all outputs.
+        shown: outputs that had a finite value that was compared.
         only_run: changes of axes at which nothing could be compared, since the original does not take them and they
             are no batch.
-        shown: outputs that had a finite value, where all was compared.
     """
 
     runs: int = 0
     max_abs: float = 0.0
+    shown: frozenset[str] = frozenset()
     only_run: tuple[str, ...] = ()
-    shown: tuple[str, ...] = ()
 
 
-def resized_axes(before: Program, after: Program, matched: InterfaceMatch) -> list[Resized]:
-    """Axes that the original fixes and that are open, or of another size, in the changed model; those that change
-    alike change together."""
-    groups: dict[tuple[int, int | str], list[AxisOfInput]] = {}
-    for entry, was, now in axes_of_both(before, after, matched):
-        if entry.input in before.inputs and isinstance(was, int) and was != now and was > 0:
-            groups.setdefault((was, now), []).append(entry)
-    return [Resized(tuple(axes), *key) for key, axes in groups.items()]
-
-
-def fixed_axes(before: Program, after: Program, matched: InterfaceMatch) -> list[Resized]:
-    """Returns named axes of the original that the changed model fixes, as if they had been 1."""
-    groups: dict[tuple[str, int], list[AxisOfInput]] = {}
-    for entry, was, now in axes_of_both(before, after, matched):
-        if entry.input in before.inputs and isinstance(was, str) and isinstance(now, int) and now > 1:
-            groups.setdefault((was, now), []).append(entry)
-    return [Resized(tuple(axes), 1, new) for (_, new), axes in groups.items()]
-
-
-def run_new_sizes(
-    before: Program, after: Program, matched: InterfaceMatch, groups: Sequence[Resized], first: Run, tolerance: float
-) -> NewSizes:
+def run_new_sizes(matched: InterfaceMatch, groups: Sequence[Resized], first: Run, tolerance: float) -> Compared:
     """Runs the changed model at its new sizes, and compares several at once with the original on each alone.
 
     Args:
@@ -73,21 +50,17 @@ def run_new_sizes(
         counts = [size // group.old for size in group.probes() if size % group.old == 0 and size > group.old]
         compared = False
         for count in counts if not others else ():
-            difference = _compare(before, after, matched, group, _parts(first, group, count), tolerance)
+            difference = _compare(matched, group, _parts(first, group, count), tolerance)
             runs += 1
             compared = difference is not None
             largest = max(largest, difference or 0.0)
         if not counts or others:
-            _run_all(after, matched, first, [group, *others])
+            _run_all(matched, first, [group, *others])
             runs += 1
         if not compared:
             only_run.append(str(group))
-    shown = (
-        ()
-        if only_run
-        else tuple(name for name, source in matched.outputs.items() if says_something(first.found[source]))
-    )
-    return NewSizes(runs, largest, tuple(only_run), tuple(shown))
+    shown = {name for name, source in matched.outputs.items() if says_something(first.found[source]) and not only_run}
+    return Compared(runs, largest, frozenset(shown), tuple(only_run))
 
 
 def _parts(run: Run, group: Resized, count: int) -> list[dict[str, Array]]:
@@ -112,12 +85,7 @@ def _other(array: Array, rng: np.random.Generator) -> Array:
 
 
 def _compare(
-    before: Program,
-    after: Program,
-    matched: InterfaceMatch,
-    group: Resized,
-    parts: Sequence[Mapping[str, Array]],
-    tolerance: float,
+    matched: InterfaceMatch, group: Resized, parts: Sequence[Mapping[str, Array]], tolerance: float
 ) -> float | None:
     """The largest difference; None where the axes are no batch, so that nothing says what is right."""
     places = {entry.input: entry.axis for entry in group.axes}
@@ -126,9 +94,9 @@ def _compare(
         arrays = [part[source] for part in parts if source in part]
         if arrays:
             feeds[name] = np.concatenate(arrays, places[source]) if source in places else arrays[0]
-    results = _run(after, feeds, list(matched.outputs), group, len(parts))
+    results = _run(matched, feeds, group, len(parts))
     wanted = list(matched.outputs.values())
-    alone = [before.run(part, wanted) for part in parts]
+    alone = [matched.before.run(part, wanted) for part in parts]
     is_batch = group.old == 1 and all(entry.axis == 0 for entry in group.axes)
     largest = 0.0
     for number, (name, result) in enumerate(zip(matched.outputs, results, strict=True)):
@@ -173,7 +141,7 @@ def _difference(result: Array, alone: Sequence[Array], tolerance: float) -> floa
     return largest
 
 
-def _run_all(after: Program, matched: InterfaceMatch, run: Run, groups: Sequence[Resized]) -> None:
+def _run_all(matched: InterfaceMatch, run: Run, groups: Sequence[Resized]) -> None:
     """One run with every axis at its new size: parts of the original's feeds, repeated or cut."""
     feeds = {name: run.feeds[source] for name, source in matched.inputs.items() if source in run.feeds}
     names = {source: name for name, source in matched.inputs.items()}
@@ -182,13 +150,13 @@ def _run_all(after: Program, matched: InterfaceMatch, run: Run, groups: Sequence
             array = feeds[names[entry.input]]
             indices = np.arange(group.probes()[0]) % array.shape[entry.axis]
             feeds[names[entry.input]] = np.take(array, indices, entry.axis)
-    _run(after, feeds, list(matched.outputs), groups[0], 1)
+    _run(matched, feeds, groups[0], 1)
 
 
-def _run(after: Program, feeds: Mapping[str, Array], wanted: Sequence[str], group: Resized, count: int) -> list[Array]:
-    feeds = {name: as_dtype(array, after.inputs[name]) for name, array in feeds.items()}
+def _run(matched: InterfaceMatch, feeds: Mapping[str, Array], group: Resized, count: int) -> list[Array]:
+    feeds = {name: as_dtype(array, matched.after.inputs[name]) for name, array in feeds.items()}
     try:
-        return after.run(feeds, wanted)
+        return matched.after.run(feeds, list(matched.outputs))
     except GraphError as error:
         raise VerificationError(
             "the changed model cannot be run at its new size",

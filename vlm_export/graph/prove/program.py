@@ -12,10 +12,10 @@ from vlm_export.errors import GraphError
 from vlm_export.graph.core.inference import copy_of
 from vlm_export.graph.core.names import fresh_name, names_in
 from vlm_export.graph.core.onnxruntime_session import Array, numpy_lacks, start_session
-from vlm_export.graph.core.replace_uses import place_behind
+from vlm_export.graph.core.replace_uses import place_behind, replace_uses
 from vlm_export.graph.core.skeleton import attach_weights, detach_weights, weights_among_inputs
 from vlm_export.graph.core.tensors import is_plain_number, tensor_slots
-from vlm_export.graph.prove.input_specs import inputs_that_decide_sizes
+from vlm_export.graph.prove.random_inputs import inputs_that_decide_sizes
 from vlm_export.interrupts import run_session
 from vlm_export.machine_faults import machine_fault
 
@@ -55,9 +55,7 @@ class Program(Protocol):
     def run(self, feeds: Mapping[str, Array], wanted: Sequence[str]) -> list[Array]:
         """Runs and returns the wanted tensors; of an input its feed, or its default. What numpy lacks comes as float32.
 
-        Raises:
-            GraphError: onnxruntime does not accept the graph.
-            RunError: it does not accept the feeds.
+        GraphError where onnxruntime does not accept the graph, RunError where it does not accept the feeds.
         """
 
 
@@ -138,7 +136,7 @@ def _cast_ends(graph: ir.Graph, inputs: Collection[str], outputs: Collection[ir.
         if value.name in inputs and value.dtype is not None:
             new = ir.val(value.name, ir.DataType.FLOAT, value.shape)
             narrow = ir.val(fresh_name(f"{value.name}_narrow", taken), value.dtype, value.shape)
-            value.replace_all_uses_with(narrow, replace_graph_outputs=True)
+            replace_uses(value, narrow)
             graph.inputs[position] = new
             place_behind(None, graph, ir.node("Cast", [new], {"to": value.dtype}, outputs=[narrow]))
     for position, value in enumerate(graph.outputs):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,18 @@ import onnx_ir as ir
 from vlm_export.errors import GraphError, VerificationError
 from vlm_export.graph.core.onnxruntime_session import Array
 from vlm_export.graph.prove.compare import compare, equal_values, says_something
-from vlm_export.graph.prove.input_specs import RandomRuns, Run, run_with_defaults_replaced
-from vlm_export.graph.prove.match_interfaces import (
-    InterfaceMatch,
-    Resized,
-    axis_label,
-    check_dtypes,
-    fixed_sizes,
-    match_interfaces,
-)
-from vlm_export.graph.prove.new_sizes import NewSizes, fixed_axes, resized_axes, run_new_sizes
+from vlm_export.graph.prove.match_interfaces import InterfaceMatch, Resized, axis_label, match_interfaces
+from vlm_export.graph.prove.new_sizes import Compared, run_new_sizes
 from vlm_export.graph.prove.program import ModelProgram, Program, RunError
-from vlm_export.graph.prove.random_inputs import as_dtype, bounds_of, held_by_both, load_feeds
+from vlm_export.graph.prove.random_inputs import (
+    Run,
+    as_dtype,
+    bounds_of,
+    held_by_both,
+    load_feeds,
+    random_runs,
+    run_with_defaults_replaced,
+)
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,7 @@ class Proof:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the proof as `--json` prints it."""
-        return {
-            "runs": self.runs,
-            "outputs": list(self.outputs),
-            "max_abs": self.max_abs,
-            "not_compared": list(self.not_compared),
-            "at_default": list(self.at_default),
-            "one_size": dict(self.one_size),
-            "only_run": list(self.only_run),
-        }
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 def prove(
@@ -102,23 +94,25 @@ def prove(
     """
     first = ModelProgram(before) if isinstance(before, ir.Model) else before
     second = ModelProgram(after) if isinstance(after, ir.Model) else after
-    matched = _checked_match(first, second, renamed or {}, may_drop_outputs, may_change_dtypes)
-    resized = resized_axes(first, second, matched)
-    changed = {source: second.tensor(name) for name, source in matched.inputs.items()} if may_change_dtypes else {}
-    trials = _Trials(first, second, matched, inputs, changed)
-    seen, new = _Compared(), NewSizes()
+    matched = match_interfaces(first, second, renamed or {}, may_change_dtypes=may_change_dtypes)
+    if not may_drop_outputs:
+        matched.check_outputs()
+    if not may_change_dtypes:
+        matched.check_dtypes()
+    resized = matched.resized_axes()
+    trials = _Trials(matched, inputs)
+    seen = new = Compared()
     if not any(isinstance(group.new, int) for group in resized):
         try:
-            seen = _compare_runs(trials, first, second, matched, changed, tolerance, may_change_dtypes)
+            seen = _compare_runs(trials, matched, tolerance)
         except NotRunError:
-            resized = fixed_axes(first, second, matched)
+            resized = matched.fixed_axes()
             if not resized:
                 raise
     if resized:
-        new = run_new_sizes(first, second, matched, resized, trials.first_run(resized), tolerance)
+        new = run_new_sizes(matched, resized, trials.first_run(resized), tolerance)
     if not new.only_run:
-        shown = seen.shown | set(new.shown)
-        _check_shown([name for name in matched.outputs if name not in shown], bool(inputs))
+        _check_shown([name for name in matched.outputs if name not in seen.shown | new.shown], bool(inputs))
     return Proof(
         seen.runs + new.runs,
         tuple(matched.outputs),
@@ -130,53 +124,20 @@ def prove(
     )
 
 
-def _checked_match(
-    before: Program, after: Program, renamed: Mapping[str, str], may_drop_outputs: bool, may_change_dtypes: bool
-) -> InterfaceMatch:
-    """What corresponds to what; VerificationError where an output is missing, or a dtype is another, and may not."""
-    matched = match_interfaces(before, after, renamed)
-    if matched.missing and not may_drop_outputs:
-        raise VerificationError(
-            "the changed model lacks outputs of the original",
-            expected=str(list(before.outputs)),
-            got=f"without {list(matched.missing)}",
-        )
-    if not may_change_dtypes:
-        check_dtypes(before, after, matched)
-    return matched
-
-
-@dataclass
-class _Compared:
-    """How many runs were compared, the largest difference, and the outputs that had a value which says something."""
-
-    runs: int = 0
-    max_abs: float = 0.0
-    shown: set[str] = field(default_factory=set)
-
-
-def _compare_runs(
-    trials: _Trials,
-    before: Program,
-    after: Program,
-    matched: InterfaceMatch,
-    changed: Mapping[str, ir.Value | None],
-    tolerance: float,
-    may_change_dtypes: bool,
-) -> _Compared:
+def _compare_runs(trials: _Trials, matched: InterfaceMatch, tolerance: float) -> Compared:
     """Every run of the original against one of the changed model; NotRunError where the original has none."""
-    seen = _Compared()
+    runs, largest, shown = 0, 0.0, set[str]()
     for run in trials.runs():
-        results = _run_changed(after, _feeds_of_changed(before, after, matched, run, changed), matched)
+        results = _run_changed(matched, run)
         for (name, source), result in zip(matched.outputs.items(), results, strict=True):
             expected = run.found[source]
-            if may_change_dtypes:
-                expected = _as_held(expected, result, after.tensor(name))
-            seen.max_abs = max(seen.max_abs, compare(name, expected, result, tolerance))
+            if matched.may_change_dtypes:
+                expected = _as_held(expected, result, matched.after.tensor(name))
+            largest = max(largest, compare(name, expected, result, tolerance))
             if says_something(expected):
-                seen.shown.add(name)
-        seen.runs += 1
-    return seen
+                shown.add(name)
+        runs += 1
+    return Compared(runs, largest, frozenset(shown))
 
 
 class NotRunError(GraphError):
@@ -184,32 +145,17 @@ class NotRunError(GraphError):
 
 
 class _Trials:
-    """The runs of the original.
+    """The runs of the original, and, at their end, the inputs that had their default in all of them."""
 
-    Attributes:
-        at_default: inputs that had their default in all of them; known at the end.
-    """
-
-    def __init__(
-        self,
-        before: Program,
-        after: Program,
-        matched: InterfaceMatch,
-        files: Sequence[Path],
-        changed: Mapping[str, ir.Value | None],
-    ) -> None:
-        """
-        Args:
-            changed: input of the original → that of the changed model, where dtypes may differ.
-        """
-        self._program, self._after, self._matched, self._files = before, after, matched, files
-        self._changed = changed
+    def __init__(self, matched: InterfaceMatch, files: Sequence[Path]) -> None:
+        self._matched, self._files = matched, files
+        self._program = matched.before
         self.sizes: dict[str, set[int]] = {}
         self._wanted = list(dict.fromkeys([*matched.inputs.values(), *matched.outputs.values()]))
         self._refusal: GraphError | None = None
-        defaults = [name for name, value in before.inputs.items() if value.is_initializer()]
+        defaults = [name for name, value in self._program.inputs.items() if value.is_initializer()]
         # Weights of an old model, which lists them as inputs, are none.
-        self.at_default = tuple(name for name in defaults if name not in before.weights)
+        self.at_default = tuple(name for name in defaults if name not in self._program.weights)
 
     def first_run(self, groups: Sequence[Resized]) -> Run:
         """Returns a run of the original at the sizes that the groups had before."""
@@ -248,7 +194,7 @@ class _Trials:
 
     def _note_sizes(self, run: Run) -> None:
         for name, source in self._matched.inputs.items():
-            array, shape = run.found.get(source), self._after.inputs[name].shape
+            array, shape = run.found.get(source), self._matched.after.inputs[name].shape
             if isinstance(array, np.ndarray) and shape is not None:
                 for dim, size in zip(shape, array.shape, strict=False):
                     if not isinstance(dim, int) and dim.value is not None:
@@ -270,12 +216,12 @@ class _Trials:
         required = {
             name: self._drawn(name, value) for name, value in self._program.inputs.items() if not value.is_initializer()
         }
-        known = fixed_sizes(self._program, self._after, self._matched) | dict(sizes)
-        yield from RandomRuns(required, known, self._program.size_inputs(), self._attempt)
+        known = self._matched.fixed_sizes() | dict(sizes)
+        yield from random_runs(required, known, self._program.size_inputs(), self._attempt)
 
     def _drawn(self, name: str, value: ir.Value) -> ir.Value:
         """What is drawn for an input: of integers and booleans that it becomes, or was, their own values."""
-        new = self._changed.get(name)
+        new = self._matched.changed_input(name)
         if new is None or new.dtype is None or value.dtype is None or new.dtype == value.dtype:
             return value
         if not value.dtype.is_floating_point() and new.dtype.is_floating_point():
@@ -284,7 +230,7 @@ class _Trials:
 
     def _attempt(self, feeds: Mapping[str, Array]) -> Run | None:
         feeds = {
-            name: held_by_both(array, self._program.inputs[name], self._changed.get(name))
+            name: held_by_both(array, self._program.inputs[name], self._matched.changed_input(name))
             for name, array in feeds.items()
         }
         try:
@@ -308,22 +254,16 @@ class _Trials:
         return run
 
 
-def _feeds_of_changed(
-    before: Program, after: Program, matched: InterfaceMatch, run: Run, changed: Mapping[str, ir.Value | None]
-) -> dict[str, Array]:
+def _run_changed(matched: InterfaceMatch, run: Run) -> list[Array]:
     feeds: dict[str, Array] = {}
     for name, source in matched.inputs.items():
-        is_unfed = source in before.inputs and source not in run.feeds
-        if is_unfed and after.inputs[name].is_initializer():
+        is_unfed = source in matched.before.inputs and source not in run.feeds
+        if is_unfed and matched.after.inputs[name].is_initializer():
             continue
         array = run.found[source]
-        feeds[name] = as_dtype(array, after.tensor(name)) if changed else array
-    return feeds
-
-
-def _run_changed(program: Program, feeds: Mapping[str, Array], matched: InterfaceMatch) -> list[Array]:
+        feeds[name] = as_dtype(array, matched.after.tensor(name)) if matched.may_change_dtypes else array
     try:
-        return program.run(feeds, list(matched.outputs))
+        return matched.after.run(feeds, list(matched.outputs))
     except GraphError as error:
         raise VerificationError(
             "the changed model cannot be run on inputs that the original takes", got=error.got or error.what

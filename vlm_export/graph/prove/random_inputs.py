@@ -1,10 +1,12 @@
-"""Inputs to try a graph with: random values in the shapes that its inputs state, or those of files."""
+"""Inputs to try a graph with: random values in the shapes that its inputs state, of sizes that it takes; or files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -12,8 +14,155 @@ import onnx_ir as ir
 from onnx import numpy_helper
 
 from vlm_export.errors import GraphError, UsageError, suggestion
+from vlm_export.graph.core.names import all_graphs, subgraphs_of
 from vlm_export.graph.core.onnxruntime_session import Array
 from vlm_export.graph.core.tensors import is_plain_number
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a graph was fed, by input, and what it gave, by tensor."""
+
+    feeds: Mapping[str, Array]
+    found: Mapping[str, Array]
+
+
+# Runs the graph; None where it does not take the feeds.
+Attempt: TypeAlias = Callable[[Mapping[str, Array]], "Run | None"]
+
+_RUNS = 3
+# Sizes that open axes get, one after the other, and bounds of integers to begin with: graphs differ in what they take.
+_SIZES = ((2, 3, 5, 4, 7, 6), (2,), (1,), (4,), (8,), (16,), (32,), (64,), (224,))
+_FIRST_BOUNDS = (2, 1, 16)
+# Exponents of the largest bound: beyond any vocabulary; of what decides sizes, so that tensors stay small.
+_LARGEST, _LARGEST_SIZE = 18, 4
+
+
+def random_runs(
+    inputs: Mapping[str, ir.Value], sizes: Mapping[str, int], size_inputs: set[str], attempt: Attempt
+) -> Iterator[Run]:
+    """Yields runs of a graph on random inputs: three, of other sizes where axes are open.
+
+    Where inputs are integers, there is one more, in which each is as large as the graph takes, and so they are in those
+    that follow if possible: an embedding reads rows far from its first, an image is not almost black.
+
+    Args:
+        inputs: those that need a feed.
+        sizes: named axis → size, where the caller knows it.
+        size_inputs: inputs that decide how large tensors are; they stay small.
+    """
+    exponents = {
+        name: _LARGEST_SIZE if name in size_inputs else _LARGEST
+        for name, value in inputs.items()
+        if value.dtype is not None and value.dtype.is_integer()
+    }
+    count = 0
+    large: dict[str, int] | None = None
+    for number, (bound, choices) in enumerate(product(_FIRST_BOUNDS, _SIZES)):
+        small = dict.fromkeys(exponents, bound)
+
+        def tried(bounds: Mapping[str, int], choices: Sequence[int] = choices, number: int = number) -> Run | None:
+            return attempt(draw_feeds(inputs, sizes, choices, bounds, number))
+
+        run = (tried(large) if large else None) or tried(small)
+        if run is None:
+            continue
+        yield run
+        count += 1
+        if count == _RUNS or not inputs:
+            return
+        if large is None:
+            large, run = _largest(exponents, small, tried)
+            if run is not None:
+                yield run
+
+
+def _largest(
+    exponents: Mapping[str, int], small: Mapping[str, int], tried: Callable[[Mapping[str, int]], Run | None]
+) -> tuple[dict[str, int], Run | None]:
+    """The largest bounds that the graph takes, powers of two, and the run with them."""
+    found = {name: 1 << exponent for name, exponent in exponents.items()}
+    run = tried(found) if found else None
+    if run is not None:
+        return found, run
+    found = dict(small)
+    for name, exponent in exponents.items():
+        low, high = small[name].bit_length() - 1, exponent
+        while low < high:
+            middle = (low + high + 1) // 2
+            larger = tried({**found, name: 1 << middle})
+            low, high, run = (low, middle - 1, run) if larger is None else (middle, high, larger)
+        found[name] = 1 << low
+    return found, run
+
+
+def run_with_defaults_replaced(run: Run, names: Iterable[str], attempt: Attempt) -> Run | None:
+    """Repeats the run with other values where these inputs had defaults; None where the graph takes none."""
+    rng = np.random.default_rng(0)
+    near = {name: draw_near(run.found[name], rng) for name in names if run.found[name].dtype.kind in "biuf"}
+    floats = {name: array for name, array in near.items() if array.dtype.kind == "f"}
+    # Integers among them may be shapes, which have to be what they are.
+    for replaced in (near, floats):
+        again = attempt({**run.feeds, **replaced}) if replaced else None
+        if again is not None:
+            return again
+    return None
+
+
+# Operator → inputs whose values decide the size of what it makes, or how often it runs.
+_SIZE_ARGUMENTS: Mapping[str, Sequence[int]] = {
+    "AffineGrid": (1,),
+    "BlackmanWindow": (0,),
+    "CenterCropPad": (1,),
+    "Col2Im": (1,),
+    "ConstantOfShape": (0,),
+    "DFT": (1,),
+    "Expand": (1,),
+    "HammingWindow": (0,),
+    "HannWindow": (0,),
+    "Loop": (0,),
+    "MaxUnpool": (2,),
+    "MelWeightMatrix": (0, 1),
+    "OneHot": (1,),
+    "Pad": (1,),
+    "Range": (0, 1, 2),
+    "Resize": (2, 3),
+    "STFT": (1, 3),
+    "Tile": (1,),
+    "Upsample": (1,),
+}
+_SIZE_ONLY = frozenset({"Shape", "Size"})
+
+
+def inputs_that_decide_sizes(model: ir.Model) -> set[str]:
+    """Returns names of inputs whose values, through whatever nodes, decide sizes: large values would take all
+    memory."""
+    holders = {inner: node for graph in all_graphs(model) for node in graph for inner in subgraphs_of(node)}
+    return {str(value.name) for value in model.graph.inputs if _decides_sizes(value, model, holders)}
+
+
+def _decides_sizes(start: ir.Value, model: ir.Model, holders: Mapping[ir.Graph, ir.Node]) -> bool:
+    seen = {start}
+    waiting = [start]
+    while waiting:
+        for node, index in waiting.pop().uses():
+            if node.domain == "" and index in _SIZE_ARGUMENTS.get(node.op_type, ()):
+                return True
+            if node.domain == "" and node.op_type in _SIZE_ONLY:
+                continue
+            reached = list(node.outputs)
+            for inner in subgraphs_of(node):
+                reached.extend(inner.inputs)
+            if node.op_identifier() in model.functions:
+                reached.extend(model.functions[node.op_identifier()].graph.inputs)
+            # What a subgraph computes leaves it through the node that holds it.
+            holder = holders.get(node.graph) if node.graph is not None else None
+            if holder is not None:
+                reached.extend(holder.outputs)
+            waiting += [value for value in reached if value not in seen]
+            seen.update(reached)
+    return False
+
 
 _WORDS = ("a", "cat", "on", "two", "mats", "")
 # Bounds above this are meant to reach every value that the graph takes.
@@ -183,9 +332,7 @@ def held_by_both(array: Array, old: ir.Value, new: ir.Value | None) -> Array:
     """Values of the old dtype that the new one holds exactly: clipped to its range, and rounded as it rounds.
 
     Args:
-        array: of the old dtype or of the new one.
-        old: a tensor of the dtype to return.
-        new: a tensor of the other dtype; None where dtypes do not differ.
+        array: of the dtype of `old`, which is returned, or of that of `new` (None: they do not differ).
     """
     if new is None or new.dtype is None or old.dtype is None or new.dtype == old.dtype:
         return array

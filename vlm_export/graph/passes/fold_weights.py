@@ -1,4 +1,7 @@
-"""Inference-time batch norms folded into the convolution before them."""
+"""Weights changed once, when they are written, instead of at every run: batch norms folded, transposes done.
+
+The new tensors are lazy: one at a time is computed while the file is written, so memory stays flat.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from vlm_export.graph.core.replace_uses import add_initializer
+from vlm_export.graph.core.replace_uses import add_initializer, replace_uses
+from vlm_export.graph.core.tensors import transposed_tensor
 
 Array = npt.NDArray[np.float32]
 
@@ -32,8 +36,8 @@ class _Norm:
 def fold_batch_norms(model: ir.Model) -> int:
     """Folds each BatchNormalization that alone follows a Conv with constant weights, in place; returns how many.
 
-    The folded weights are lazy: each is computed in float64 while the file is written, so memory stays flat.
-    onnxscript's rule holds all of them at once, in float32, and leaves a convolution that shares its weight.
+    The folded weights are computed in float64. onnxscript's rule holds all of them at once, in float32, and leaves a
+    convolution that shares its weight.
     """
     graph = model.graph
     count = 0
@@ -51,7 +55,7 @@ def fold_batch_norms(model: ir.Model) -> int:
         gamma, beta, mean, variance, weight = constants
         norm = _Norm(gamma, beta, mean, variance, node.attributes.get_float("epsilon", 1e-5))
         _fold(graph, conv, weight, bias.const_value if bias else None, norm)
-        ir.convenience.replace_all_uses_with(node.outputs[0], conv.outputs[0], replace_graph_outputs=True)
+        replace_uses(node.outputs[0], conv.outputs[0])
         graph.remove(node, safe=True)
         # It may be an output of the graph, which others find by its name.
         conv.outputs[0].name = node.outputs[0].name
@@ -94,3 +98,32 @@ def _lazy(graph: ir.Graph, name: str, shape: ir.Shape, compute: Callable[[], Arr
     name = f"{name}.{repeats}" if repeats else name
     lazy = ir.LazyTensor(lambda: ir.Tensor(compute()), dtype=ir.DataType.FLOAT, shape=shape, name=name)
     return add_initializer(graph, lazy, name)
+
+
+def fold_weight_transposes(model: ir.Model) -> int:
+    """Replaces each Transpose of an initializer by a transposed initializer, in place; returns how many."""
+    graph = model.graph
+    folded: dict[tuple[str, tuple[int, ...]], ir.Value] = {}
+    for node in list(graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" and node.domain == "" else None
+        name = weight.name if weight is not None else None
+        tensor = weight.const_value if weight is not None else None
+        # An output of the graph needs a node that makes it.
+        if name is None or name not in graph.initializers or tensor is None or node.outputs[0].is_graph_output():
+            continue
+        perm = tuple(node.attributes.get_ints("perm", tuple(reversed(range(len(tensor.shape))))))
+        key = (name, perm)
+        if key not in folded:
+            folded[key] = _transposed_initializer(graph, name, tensor, perm)
+        replace_uses(node.outputs[0], folded[key])
+        graph.remove(node, safe=True)
+    for name, _ in folded:
+        if name in graph.initializers and not graph.initializers[name].uses():
+            del graph.initializers[name]
+    return len(folded)
+
+
+def _transposed_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol, perm: tuple[int, ...]) -> ir.Value:
+    # The plain transpose of a matrix keeps its parameter's name recognisable to readers of the graph.
+    new_name = f"{name}.transposed" if perm == tuple(reversed(range(len(perm)))) else f"{name}.{perm}"
+    return add_initializer(graph, transposed_tensor(tensor, perm, new_name), new_name)
