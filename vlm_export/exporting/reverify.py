@@ -22,11 +22,11 @@ from vlm_export.exporting.parts import select_parts
 from vlm_export.exporting.preprocessing_part import PART_NAME, add_preprocessing
 from vlm_export.exporting.source import build_model, known_checkpoint, open_source
 from vlm_export.exporting.stages import Stages, StepProgress
-from vlm_export.exporting.stated import check_stated
 from vlm_export.exporting.verification import PartVerification, part_samples, variant_label
 from vlm_export.family import BuildOptions, Checkpoint, Model, Reference
 from vlm_export.models.registry import identify
 from vlm_export.proof.contract import ContractReport
+from vlm_export.proof.declared import check_declared
 from vlm_export.proof.engine import engine_label, variant_bytes, verifying_engine
 from vlm_export.proof.floor import ELSEWHERE
 from vlm_export.proof.ledger import check_ledger, read_ledger
@@ -78,7 +78,7 @@ def verify_against_source(
                     model = add_preprocessing(model)
                 selected = select_parts(model, [part.name for part in manifest.parts])
                 model, tokenizer = source_tokenizer(bundle, selected, checkpoint)
-                check_stated(bundle, planned_manifest(manifest.name, checkpoint, model, known, options))
+                check_declared(bundle, planned_manifest(manifest.name, checkpoint, model, known, options))
             start, reports = partial(_start, bundle, providers, threads), list[PartReport]()
             with stages.stage("prove contract"):
                 contract = repeat_contract(bundle, model, checkpoint, tokenizer, start, precision)
