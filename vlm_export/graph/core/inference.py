@@ -25,8 +25,6 @@ from vlm_export.graph.core.names import (
     names_in,
     nested_graphs,
     nested_values,
-    opset_imports_of,
-    root_graphs,
     unbound_outputs,
 )
 from vlm_export.graph.core.replace_uses import place_behind
@@ -261,9 +259,8 @@ def validate(model: ir.Model, *, types: bool = True) -> None:
 def _check_opsets(model: ir.Model) -> None:
     """ONNX's checker takes any number: of an operator it knows the newest form, and judges by that."""
     newest = onnx.defs.onnx_opset_version()
-    for root in root_graphs(model):
-        opset = opset_imports_of(model, root).get("", 0)
-        if opset > newest:
+    for imports in (model.opset_imports, *(function.opset_imports for function in model.functions.values())):
+        if (opset := imports.get("", 0)) > newest:
             raise GraphError(
                 f"the graph imports an opset that ONNX {onnx.__version__} does not have",
                 expected=f"at most {newest}",
