@@ -142,7 +142,7 @@ def read_embeddings(path: str | Path) -> Embeddings:
             where=str(source),
             expected="a file that 'vlm-export embed' wrote",
             got=got,
-            fix=f"write one: vlm-export embed DIR {source if source.is_dir() else 'FOLDER'} -o FILE.npy",
+            fix="write one: vlm-export embed DIR IMAGES -o FILE.npy",
         )
     read = {".npy": _read_npy, ".parquet": _read_parquet}[checked_suffix(source)]
     items, vectors, meta = read(source)
