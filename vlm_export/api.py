@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_export.bundle.opened import open_bundle
+from vlm_export.bundle.safe_files import check_path
 from vlm_export.errors import UsageError, VerificationError, suggestion
 from vlm_export.exporting.stages import SilentListener, StageListener, StageRecord, Stages
 from vlm_export.proof.contract import ContractReport, replay
@@ -88,6 +89,8 @@ def export(source: str | Path, bundle: str | Path, *, progress: Progress | None 
             raise UsageError(f"export has no option {name!r}", fix=suggestion(name, sorted(known)))
     build = BuildOptions(**{name: value for name, value in options.items() if name in built})
     rest = {name: value for name, value in options.items() if name not in built}
+    check_path(source, "a source")
+    check_path(bundle, "a bundle")
     return export_bundle(str(source), Path(bundle), ExportOptions(**rest, build=build), Stages(_listener(progress)))
 
 
@@ -122,7 +125,7 @@ def verify(
     """
     if base is not None and source is None:
         raise UsageError("a base goes with a source", got="a base alone", fix="name the adapter as the source")
-    opened = open_bundle(Path(bundle))
+    opened = open_bundle(bundle)
     if source is None:
         opened.verify(opened.manifest.files)
         start = verifying_start(opened, providers, threads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -66,6 +66,54 @@ class SimpleTokenizerOriginal:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """An image and a text, prepared by the original's own processor and tokenizer.
+
+    Attributes:
+        pixels: float32 (1, 3, H, W).
+        ids: of the text, start and end included.
+        max_length: of what is decoded, in tokens, the start and a prompt included.
+    """
+
+    pixels: npt.NDArray[np.float32]
+    ids: Sequence[int]
+    max_length: int
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the original makes of it.
+
+    Attributes:
+        ids: of what was decoded, start and end included; nothing for a match.
+        prompt_length: how many of these are the start and the prompt.
+        probability: of a match, None for what is decoded.
+        margin: smallest distance, over all tokens, between the logit of the chosen one and the next: below what
+            rounding moves, another right implementation may choose otherwise.
+    """
+
+    ids: tuple[int, ...] = ()
+    prompt_length: int = 0
+    probability: float | None = None
+    margin: float = float("inf")
+
+
+@dataclass(frozen=True)
+class OriginalTask:
+    """What the original does with an image and a text, beyond vectors.
+
+    Attributes:
+        kind: of the task in the manifest.
+        name: the class, for people.
+        load: gives the original, which decodes by greedy search.
+    """
+
+    kind: Literal["match", "caption", "answer"]
+    name: str
+    load: Callable[[], Callable[[Asked], Written]]
+
+
+@dataclass(frozen=True)
 class Original:
     """Whose code prepares images and texts for the original; None where that is remote code, which is never run.
 
@@ -73,6 +121,7 @@ class Original:
         encoders: part name → loads what the original's own model class computes, where that is not the Reference.
         encoders_name: who that is.
         score: name of a number of the manifest's score (`logit_scale`) → the original's own.
+        task: what it answers in words or scores; None where it gives vectors alone, or cannot be run.
     """
 
     images: TransformersOriginal | OpenClipOriginal | TorchvisionPipeline | None = None
@@ -80,3 +129,4 @@ class Original:
     encoders: Mapping[str, Callable[[], Encode]] = field(default_factory=dict)
     encoders_name: str = ""
     score: Mapping[str, float] = field(default_factory=dict)
+    task: OriginalTask | None = None

@@ -29,6 +29,7 @@ from vlm_export.family import (
 from vlm_export.models.blip import weights as blip_weights
 from vlm_export.models.blip.architecture import BlipArchitecture, architecture_from_checkpoint
 from vlm_export.models.blip.nlvr import FIRST_MERGING_LAYER
+from vlm_export.models.blip.original import original_task
 from vlm_export.models.blip.parts import build_modules, build_parts
 from vlm_export.models.reading.image_processor import (
     Prepared,
@@ -108,7 +109,7 @@ class BlipFamily:
             dropped_keys=dropped,
             references={part.name: partial(reference_from_module, part) for part in parts},
             reference_name="unpatched eager module",
-            original=_original(architecture, checkpoint),
+            original=_original(published, checkpoint, same_size=image_size == published.vision.image_size),
             origins=origins | _text_origins(architecture, checkpoint),
             reserved_rows=_reserved_rows(architecture),
             with_tokenizer=_with_tokenizer,
@@ -153,11 +154,16 @@ def _notes(architecture: BlipArchitecture, checkpoint: Checkpoint) -> Iterator[s
         yield "as in transformers, texts keep [CLS] as their first token; Salesforce's files take [ENC]"
 
 
-def _original(architecture: BlipArchitecture, checkpoint: Checkpoint) -> Original:
-    """Who prepares inputs: transformers, or the transform and the tokenizer of salesforce/BLIP."""
+def _original(architecture: BlipArchitecture, checkpoint: Checkpoint, *, same_size: bool) -> Original:
+    """Who prepares inputs: transformers, or the transform and the tokenizer of salesforce/BLIP.
+
+    Args:
+        same_size: images have the size that the checkpoint was trained with.
+    """
     classes = TransformersOriginal("blip", "BlipImageProcessor")
     if architecture.key_names == "huggingface":
-        return Original(classes, classes)
+        task = original_task(architecture, checkpoint, _config_from_architecture(architecture))
+        return Original(classes, classes, task=task if same_size else None)
     transform = TorchvisionPipeline(
         "load_demo_image of salesforce/BLIP demo.ipynb, by torchvision",
         "bicubic",

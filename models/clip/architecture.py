@@ -254,6 +254,16 @@ def huggingface_vision(shapes: Shapes, config: Mapping[str, Any]) -> VitSizes:
 
 
 def _huggingface_text(shapes: Shapes, config: Mapping[str, Any], library: LibraryNames) -> TextSizes:
+    section = _section_name(shapes.checkpoint, "text")
+    in_section = f"{section}: " if section else ""
+    if isinstance(config.get("eos_token_id"), list):
+        raise InputError(
+            "CLIP pools at one end-of-text token, and its config has a list of them",
+            where=f"{shapes.checkpoint.source}: config.json: {in_section}eos_token_id",
+            expected="one token id",
+            got=f"{config['eos_token_id']!r:.100}",
+            fix="transformers fails on a list too: write the id that the tokenizer puts behind texts",
+        )
     end_token_id = config_integer(config, "eos_token_id", 49407)
     vocab_size, text_width = shapes.of("text_model.embeddings.token_embedding.weight", 2)
     legacy = library.has_legacy_end and end_token_id == LEGACY_END_TOKEN_ID
@@ -267,8 +277,6 @@ def _huggingface_text(shapes: Shapes, config: Mapping[str, Any], library: Librar
         pooling="argmax" if legacy else "first_end_token",
         end_token_id=vocab_size - 1 if legacy else end_token_id,
     )
-    section = _section_name(shapes.checkpoint, "text")
-    in_section = f"{section}: " if section else ""
     check_token(shapes.checkpoint, f"{in_section}eos_token_id", sizes.end_token_id, vocab_size)
     check_stated(shapes.checkpoint, section, config, stated_text(sizes))
     return sizes

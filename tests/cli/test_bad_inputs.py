@@ -86,6 +86,7 @@ def test_verify_with_another_checkpoint(cli: Cli, exported: Path, checkpoint: Pa
         (["export", "{checkpoint}", "-o", "{out}", "--opset", "17", "--exporter", "dynamo"], ["expected: 18 to 23"]),
         (["export", "{checkpoint}", "-o", "{out}", "--random-weights", "1"], ["known architecture"]),
         (["export", "{checkpoint}", "-o", "{out}", "--revision", "main"], ["hub ids"]),
+        (["export", "{checkpoint}", "-o", "{out}", "--sha256", "zz"], ["64 hexadecimal digits", "'zz'"]),
         (["export", "{checkpoint}", "-o", "{out}", "--tokenizer", "{out}/none"], ["--tokenizer"]),
         (["export", "{checkpoint}", "-o", "{out}"], ["no tokenizer", "--no-tokenizer"]),
         (["export", "{checkpoint}", "-o", "{checkpoint}", "--no-tokenizer"], ["is a file"]),
@@ -244,14 +245,17 @@ def test_embeddings_of_another_model(cli: Cli, pair: Path, exported: Path, image
     cli("search", pair, tmp_path / "x.npy", "cat").refused(3, "another model", "expected: ", "got: ")
 
 
-@pytest.mark.parametrize("kind", ["missing", "no numbers", "without its notes"])
+@pytest.mark.parametrize("kind", ["missing", "no numbers", "without its notes", "a directory"])
 def test_embeddings_that_are_none(cli: Cli, pair: Path, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "x.npy"
     if kind == "no numbers":
         path.write_bytes(b"hello")
     elif kind == "without its notes":
         np.save(path, np.zeros((2, 16), np.float32))
-    cli("search", pair, path, "cat").refused(3, "x.npy")
+    elif kind == "a directory":
+        path.mkdir()
+    result = cli("search", pair, path, "cat").refused(3, "x.npy")
+    assert ("got: a directory" in result.err) == (kind == "a directory")
 
 
 def test_disk_that_refuses_embeddings(

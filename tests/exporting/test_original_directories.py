@@ -23,7 +23,9 @@ from transformers import (
     AutoTokenizer,
     BertTokenizer,
     BlipConfig,
+    BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
     BlipImageProcessorPil,
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -234,7 +236,8 @@ def test_towers_of_transformers_clip(bpe: Any, tmp_path: Path) -> None:
     assert_texts(tmp_path / "text", lambda **inputs: text(**inputs).text_embeds)
 
 
-def test_blip_of_transformers_with_a_cased_tokenizer_of_other_ids(tmp_path: Path) -> None:
+def write_blip(folder: Path, cls: type[Any]) -> Any:
+    """Writes a tiny BLIP with a cased tokenizer of other ids than BERT's; returns the model."""
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!?'é"
     words = [*letters, "[UNK]", "[SEP]", "[CLS]", "[PAD]", "[MASK]", *(f"##{letter}" for letter in letters), "photo"]
     vocab = {word: i for i, word in enumerate(words)}
@@ -253,11 +256,16 @@ def test_blip_of_transformers_with_a_cased_tokenizer_of_other_ids(tmp_path: Path
     }
     vision = {**_SIZES, **{"image_size": 40, "patch_size": 16}}
     config = BlipConfig(projection_dim=32, image_text_hidden_size=32, text_config=text, vision_config=vision)
-    model = spread(BlipForImageTextRetrieval(config))
+    model = spread(cls(config))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    BlipImageProcessorPil(size={"height": 40, "width": 40}, image_mean=HALF, resample=2).save_pretrained(folder)
+    return model
+
+
+def test_blip_of_transformers_with_a_cased_tokenizer_of_other_ids(tmp_path: Path) -> None:
     source = tmp_path / "blip"
-    model.save_pretrained(source)
-    tokenizer.save_pretrained(source)
-    BlipImageProcessorPil(size={"height": 40, "width": 40}, image_mean=HALF, resample=2).save_pretrained(source)
+    model = write_blip(source, BlipForImageTextRetrieval)
     export_bundle(str(source), tmp_path / "out", ExportOptions(opset=17, threads=1))
 
     images, texts = odd_images(), TEXTS[:-1]
@@ -278,6 +286,35 @@ def test_blip_of_transformers_with_a_cased_tokenizer_of_other_ids(tmp_path: Path
     assert_equal(bundle.encode_text(texts, truncate=True), words_expected, texts)
     got = [match.probability for match in bundle.match(images[:1] * len(texts), texts, truncate=True)]
     np.testing.assert_allclose(got, probabilities, atol=MAX_ABS, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("cls", "task", "fault"),
+    [
+        (BlipForImageTextRetrieval, "match", {"first_token": "enc"}),
+        (BlipForConditionalGeneration, "caption", {"decoder_start": 5}),
+        (BlipForQuestionAnswering, "answer", {"question_first_token": "enc"}),
+    ],
+)
+def test_words_of_transformers_blip_are_part_of_the_contract(
+    cls: type[Any], task: str, fault: dict[str, Any], tmp_path: Path
+) -> None:
+    bundle = tmp_path / "out"
+    write_blip(tmp_path / "blip", cls)
+    contract = export_bundle(
+        str(tmp_path / "blip"), bundle, ExportOptions(opset=17, threads=1, simplify=False)
+    ).contract
+    (check,) = [check for check in contract.checks if check.stage == task]
+    assert check.compared >= 6
+    assert contract.made_by["words"] == f"transformers {cls.__name__}"
+
+    manifest = json.loads((bundle / "vlm_export.json").read_text(encoding="utf-8"))
+    (spec,) = [spec for spec in manifest["tasks"] if spec["kind"] == task]
+    (spec["tokens"] if "decoder_start" in fault else spec).update(fault)
+    (bundle / "vlm_export.json").write_text(json.dumps(manifest), encoding="utf-8")
+    failed = {check.stage: check.failures for check in vlm_export.verify(bundle).contract.checks if check.failures}
+    assert set(failed) == {task, "manifest"}
+    assert "expected" in failed[task][0]
 
 
 OPEN_CLIP_VISION = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16, "head_width": 32}

@@ -90,6 +90,7 @@ def test_a_size_that_the_tensors_contradict_is_refused(checkpoint: Checkpoint, p
         (("text_config.hidden_act", "vision_config.hidden_act"), ["gelu"], "activation"),
         (("text_config.eos_token_id",), 525, "outside the vocabulary"),
         (("text_config.eos_token_id",), 60_000, "outside the vocabulary"),
+        (("text_config.eos_token_id",), [513], "a list of them"),
         (("vision_config_dict",), 5, "malformed"),
     ],
 )

@@ -47,7 +47,10 @@ ROOMS: dict[str, set[str]] = {
     "precision": set(),
     "checkpoint": {"specs", "bundle", "family"},
     "models": {"specs", "bundle.strict_json", "family", "original"},
-    "proof": {"specs", "bundle", "family", "original", "runtime.engines", "runtime.inputs"},
+    "proof": {
+        *("specs", "bundle", "family", "original", "runtime.engines", "runtime.inputs", "runtime.session"),
+        "runtime.model",
+    },
     "exporting": {
         *("specs", "bundle", "family", "original", "runtime.engines", "runtime.inputs", "graph", "graph.core"),
         *("graph.passes", "precision", "checkpoint", "models", "proof"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from PIL import Image
 from torch import nn
 
 from vlm_export.errors import VerificationError
+from vlm_export.exporting.preprocessing_part import add_preprocessing
 from vlm_export.family import Model, Part, reference_from_module
+from vlm_export.models.layers.from_uint8 import PreprocessedVision
 from vlm_export.proof import image_samples
 from vlm_export.proof.gates import GATES
 from vlm_export.proof.grid import grid_for
@@ -216,6 +220,30 @@ def resize_without_antialias(image: Image.Image, spec: ImageSpec) -> Array:
     cropped = resized[:, top : top + spec.size_pixels, left : left + spec.size_pixels].numpy()
     mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (spec.mean, spec.std))
     return np.asarray((cropped - mean) / std)
+
+
+# Two libraries' preparations, which differ in nothing but the crop where an image is RGB.
+TRANSFORMERS: Mapping[str, Any] = {"crop": "down", "rgb_stage": "before_resize", "transparency": "white"}
+TORCHVISION: Mapping[str, Any] = {"crop": "nearest_even", "rgb_stage": "after_crop", "transparency": "drop"}
+
+
+@pytest.mark.parametrize("resize_pixels", [42, 44, 51])
+@pytest.mark.parametrize(("right", "wrong"), [(TRANSFORMERS, TORCHVISION), (TORCHVISION, TRANSFORMERS)])
+def test_the_other_rounding_of_the_crop_in_the_graph_fails(
+    model: Model, right: Mapping[str, Any], wrong: Mapping[str, Any], resize_pixels: int
+) -> None:
+    assert isinstance(model.image, ImageSpec)
+    spec = replace(model.image, resize_pixels=(resize_pixels,), **right)
+    whole = add_preprocessing(replace(model, image=spec))
+    part, reference = whole.parts[-1], whole.references["vision_from_uint8"]()
+    samples = sample_inputs(part.signature, spec, None, None)
+    run = reference_from_module(part)
+    assert verify_part(part, reference, run, GATES["preprocessing"], (), samples).passed
+    vision = part.module.get_submodule("vision")
+    other = reference_from_module(replace(part, module=PreprocessedVision(replace(spec, **wrong), vision)))
+    assert verify_part(part, reference, other, GATES["preprocessing"], (), samples).failures
+    # The record of a published bundle holds the first sample.
+    assert verify_part(part, reference, other, GATES["preprocessing"], (), samples[:1]).failures
 
 
 @pytest.mark.parametrize("gate", ["fp32", "fp16"])

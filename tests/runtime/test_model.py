@@ -15,7 +15,7 @@ from PIL import Image
 
 import vlm_export
 from vlm_export import Model, load
-from vlm_export.errors import InputError
+from vlm_export.errors import InputError, UsageError
 
 IMAGE = Image.new("RGB", (30, 20), "red")
 TEXTS = ["a cat", "a photo of a dog"]
@@ -46,6 +46,14 @@ def refused_by(model: Model) -> dict[str, InputError]:
             if str(error).startswith("this bundle cannot"):
                 refused[name] = error
     return refused
+
+
+@pytest.mark.parametrize(
+    "call", [vlm_export.load, vlm_export.verify, lambda path: vlm_export.export("clip-demo", path)]
+)
+def test_what_is_no_path_is_refused(call: Callable[[Any], object]) -> None:
+    with pytest.raises(UsageError, match="is named by its path"):
+        call(None)
 
 
 def test_package_exports_one_loader_and_one_class() -> None:

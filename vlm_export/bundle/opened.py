@@ -15,7 +15,13 @@ from vlm_export.bundle.layout import PRECISION_SUFFIXES, graph_path
 from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest, PartRecord, VariantRecord, manifest_from_bytes
 from vlm_export.bundle.onnx_locations import check_variant_files, check_variant_graph
 from vlm_export.bundle.replacement import aside_path, recover
-from vlm_export.bundle.safe_files import check_utf8, map_in_threads, opened_real_file, record_from_descriptor
+from vlm_export.bundle.safe_files import (
+    check_path,
+    check_utf8,
+    map_in_threads,
+    opened_real_file,
+    record_from_descriptor,
+)
 from vlm_export.bundle.strict_json import MAX_JSON_BYTES
 from vlm_export.bundle.target_lock import locked_if_free
 from vlm_export.errors import InputError, UsageError, VlmExportError, suggestion
@@ -128,9 +134,11 @@ def open_bundle(path: Path | str) -> OpenBundle:
     """Reads and checks the manifest of the bundle at `path`; no other file is read yet.
 
     Raises:
+        UsageError: `path` is no path.
         InputError: not a bundle (the message says what it is instead), or a manifest that is cut off, malformed,
             of a newer version, lists no size and sha256 for a variant's file, or states sizes that exclude another.
     """
+    check_path(path, "a bundle")
     path = Path(path).absolute()
     what = "the bundle's path is not valid UTF-8, and engines take no other"
     check_utf8(path, InputError, what, fix="rename the directory")

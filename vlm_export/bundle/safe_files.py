@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from vlm_export.bundle.manifest import FileRecord, checked_relative_name
-from vlm_export.errors import InputError, VlmExportError
+from vlm_export.errors import InputError, UsageError, VlmExportError
 from vlm_export.machine_faults import machine_fault
 
 _CHUNK_BYTES = 1 << 20
@@ -101,6 +101,12 @@ def map_in_threads(function: Callable[[Key], Value], keys: Iterable[Key]) -> Map
         return {key: function(key) for key in ordered}
     with ThreadPoolExecutor(threads) as pool:
         return dict(zip(ordered, pool.map(function, ordered), strict=True))
+
+
+def check_path(path: object, what: str) -> None:
+    """UsageError for what a caller passes as a path and is none, as None is."""
+    if not isinstance(path, str | os.PathLike):
+        raise UsageError(f"{what} is named by its path", expected="a string or a Path", got=repr(path)[:100])
 
 
 def check_utf8(path: Path, error: type[VlmExportError], what: str, fix: str) -> None:

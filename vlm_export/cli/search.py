@@ -111,6 +111,7 @@ def _is_image(args: argparse.Namespace) -> bool:
         return False
     try:
         named_as_image, exists = Path(query).suffix.lower() in IMAGE_SUFFIXES, Path(query).is_file()
+        got = "a directory" if Path(query).is_dir() else "no such file"
     except (OSError, ValueError):
         # A long text is no file name.
         return False
@@ -122,6 +123,7 @@ def _is_image(args: argparse.Namespace) -> bool:
             "the query looks like the path of an image, and there is no such file",
             where=query,
             expected="an image's path, or a text",
+            got=got,
             fix="check the path; to search for these words themselves, add --text",
         )
     return False

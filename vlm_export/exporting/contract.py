@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import get_args
 
 import numpy as np
 from PIL import Image
@@ -34,7 +35,7 @@ from vlm_export.exporting.tokenizers.files import (
     tokenizer_sources,
 )
 from vlm_export.family import Checkpoint, Model, Part
-from vlm_export.original import Original
+from vlm_export.original import Asked, Original, Written
 from vlm_export.proof.contract import (
     NO_RECORD,
     ContractReport,
@@ -48,6 +49,8 @@ from vlm_export.proof.contract_record import (
     ContractRecord,
     ImageRecord,
     TextRecord,
+    WordsKind,
+    WordsRecord,
     condensed,
     digest,
     levels,
@@ -60,7 +63,7 @@ from vlm_export.proof.points import Arrays
 from vlm_export.runtime.inputs.patches import pack_patches, patch_length
 from vlm_export.specs import ImageSpec, PatchSpec
 from vlm_export.specs.patches import PATCH_INPUTS
-from vlm_export.specs.tasks import EmbedSpec, ScoreSpec
+from vlm_export.specs.tasks import CaptionSpec, EmbedSpec, ScoreSpec
 
 SEALED_FILES = (
     *(layout.CONFIG_NAME, layout.PREPROCESSOR_NAME, layout.TOKENIZER_NAME, layout.TOKENIZER_CONFIG_NAME),
@@ -78,6 +81,11 @@ _PIXELS, _IDS, _MASK = "pixel_values", "input_ids", "attention_mask"
 _LARGE_PART_BYTES, _HUGE_PART_BYTES = 1 << 30, 8 << 30
 _FEW = 3
 _MAX_ERROR_CHARACTERS = 300
+_NO_WORDS = "no original of them can be run here; recorded outputs stand in, in the project's tests"
+_WORDS_IMAGES = ("reduced.png", "portrait.png", "grey.png")
+_WORDS_LENGTH = 8
+# Far above what float32 graphs move logits by, far below what trained models leave between two words.
+_LEAST_MARGIN = 1e-3
 
 
 @dataclass(frozen=True)
@@ -244,8 +252,11 @@ def original_side(model: Model, sides: Sides) -> OriginalSide:
                 rows = dict(zip(sentences, texts.run(sentences), strict=True))
         feeds = _feeds(list(pixels.values()), list(rows.values()), model)
         vectors = {part.name: vectors for part in model.parts if (vectors := _vectors(part, model, feeds, not_run))}
+        words = tuple(_words(model, pixels, texts, not_run))
     if vectors:
         made_by["vectors"] = model.original.encoders_name or model.reference_name
+    if words and model.original.task is not None:
+        made_by["words"] = model.original.task.name
     embed = model.task(EmbedSpec)
     record = ContractRecord(
         made_by=made_by,
@@ -255,6 +266,7 @@ def original_side(model: Model, sides: Sides) -> OriginalSide:
         texts=tuple(TextRecord(text, tuple(ids)) for text, ids in rows.items()),
         pad_token_id=None if texts is None else texts.pad_token_id,
         vectors=vectors,
+        words=words,
         score={} if embed is None or embed.score is None else _score(embed.score, model.original),
         not_run=tuple(not_run),
     )
@@ -362,6 +374,45 @@ def _vectors(part: Part, model: Model, feeds: Mapping[str, Array], not_run: list
     with _noted(not_run):
         return condensed(encode(load(), {name: feeds[name][:count] for name in names}))
     return {}
+
+
+def _words(
+    model: Model, pixels: Mapping[str, Array], texts: TextPreparation | None, not_run: list[str]
+) -> Iterator[WordsRecord]:
+    """What the original says of a few images and texts, where it can be run and the bundle has its task."""
+    kinds = {task.kind for task in model.tasks} & set(get_args(WordsKind))
+    task = model.original.task
+    if not kinds or texts is None or texts.decode is None or not pixels:
+        return
+    if task is None or task.kind not in kinds:
+        not_run.append(f"words ({', '.join(sorted(kinds))}): {_NO_WORDS}")
+        return
+    size = sum(tensor.nbytes for part in model.parts for tensor in part.module.state_dict().values())
+    if size > _HUGE_PART_BYTES:
+        not_run.append(f"words ({task.kind}): every run takes minutes; their proof is the grid's")
+        return
+    caption = next((spec for spec in model.tasks if isinstance(spec, CaptionSpec)), None)
+    sentences = contract_texts()[1:4] if caption is None else ("", caption.prompt)
+    with _noted(not_run):
+        ask = task.load()
+        for text in sentences:
+            (ids,) = texts.run([text])
+            for name in [name for name in pixels if name.endswith(_WORDS_IMAGES)]:
+                most = min(len(ids) + _WORDS_LENGTH, model.text.context_length) if model.text else _WORDS_LENGTH
+                written = ask(Asked(pixels[name][None], ids, most))
+                if written.margin < _LEAST_MARGIN:
+                    not_run.append(f"words: {name.rpartition('/')[2]}, {text!r:.60}: two words are equally probable")
+                    continue
+                said = None if written.probability is not None else _without_prompt(written, texts.decode)
+                yield WordsRecord(task.kind, name, text, most, said, written.probability)
+
+
+def _without_prompt(written: Written, decode: Callable[[Sequence[int]], str]) -> str:
+    """What was decoded behind the prompt, as the original's authors cut it off: by characters, or else by tokens."""
+    prompt, text = decode(written.ids[: written.prompt_length]), decode(written.ids)
+    if not text.startswith(prompt):
+        prompt, text = "", decode(written.ids[written.prompt_length :])
+    return text[len(prompt) :].strip() if written.prompt_length else text
 
 
 def _parts_with(model: Model, name: str) -> list[Part]:

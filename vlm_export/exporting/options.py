@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,9 +65,11 @@ class ExportOptions:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        """UsageError for numbers that no bundle could state."""
+        """UsageError for a seed that no bundle could state, and for a sha256 that no file has."""
         seed = self.random_weights_seed
         if seed is not None and not 0 <= seed <= MAX_INTEGER:
             raise UsageError(
                 "the seed of the random weights is out of range", expected=f"from 0 to {MAX_INTEGER}", got=str(seed)
             )
+        if self.sha256 is not None and re.fullmatch(r"[0-9a-fA-F]{64}", self.sha256) is None:
+            raise UsageError("this is no sha256", expected="64 hexadecimal digits", got=f"{self.sha256!r:.100}")

@@ -78,6 +78,7 @@ class TextPreparation:
         pad_token_id: what fills a batch on the right; None where that is not compared.
         added_tokens: tokens besides the vocabulary, for a text of their own.
         own: a class of transformers alone, so that the bundle's files must give the same in its AutoTokenizer.
+        decode: ids → their text without special tokens; None where the original decodes nothing.
     """
 
     name: str
@@ -85,6 +86,7 @@ class TextPreparation:
     pad_token_id: int | None = None
     added_tokens: tuple[str, ...] = ()
     own: bool = True
+    decode: Callable[[Sequence[int]], str] | None = None
 
 
 @contextmanager
@@ -169,11 +171,14 @@ def transformers_tokenizer(folder: Path, context_length: int, added_tokens: Sequ
         encoded = tokenizer(list(texts), truncation=True, max_length=context_length, padding=False)
         return [list(map(int, row)) for row in encoded["input_ids"]]
 
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
     known = tokenizer.get_vocab()
     added = [token for token in tokenizer.get_added_vocab() if known[token] >= tokenizer.vocab_size]
     name = f"{type(tokenizer).__name__} of transformers {version('transformers')}"
     pad = None if tokenizer.pad_token is None else int(tokenizer.pad_token_id)
-    return TextPreparation(name, run, pad, tuple(added))
+    return TextPreparation(name, run, pad, tuple(added), decode=decode)
 
 
 def transformers_images(folder: Path, edge: int | None = None) -> ImagePreparation:

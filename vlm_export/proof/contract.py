@@ -26,6 +26,7 @@ from vlm_export.proof.contract_record import (
     levels,
     read_record,
 )
+from vlm_export.proof.contract_words import FLOAT32, WORDS_NOT_RUN, check_words, runs_words
 from vlm_export.proof.declared import first_difference, version_difference
 from vlm_export.proof.gates import GATES, Gate, gate_name, judge
 from vlm_export.proof.metrics import Array, Comparison, compare, worst_of
@@ -155,8 +156,8 @@ def replay(
             checks.append(_as_check(MANIFEST_NAME, 1, [gone]))
         return ContractReport(tuple(checks), {}, (NO_RECORD,))
     pixels: list[Array] = []
+    contents = {i.file: image_content(bundle, i) if images is None else images[i.file] for i in record.images}
     if record.images:
-        contents = {i.file: image_content(bundle, i) if images is None else images[i.file] for i in record.images}
         check, pixels = _check_images(bundle, record, contents)
         checks.append(check)
     feeds: dict[str, Array] = {}
@@ -165,9 +166,15 @@ def replay(
         checks.append(check)
     checks += _check_score(bundle, record)
     checks += _check_vectors(bundle, record, start_engine, pixels, feeds, precision)
+    not_run = record.not_run
+    if record.words and runs_words(bundle, precision):
+        for task, where, compared, failures in check_words(bundle, record.words, contents):
+            checks.append(ContractCheck(task, where, compared, tuple(failures), FLOAT32))
+    elif record.words:
+        not_run = (*not_run, WORDS_NOT_RUN)
     checks.append(_as_check(*check_sealed(bundle, record.files)))
     checks.append(_check_declared(bundle, record))
-    return ContractReport(tuple(checks), record.made_by, record.not_run)
+    return ContractReport(tuple(checks), record.made_by, not_run)
 
 
 def _check_versions(bundle: OpenBundle, precision: str | None) -> Iterator[ContractCheck]:
@@ -321,7 +328,7 @@ def _image_feeds(bundle: OpenBundle, pixels: Sequence[Array]) -> Mapping[str, Ar
 
 def compare_records(own: ContractRecord, again: ContractRecord) -> Iterator[ContractCheck]:
     """A bundle's record against what the original gives now; of what both have."""
-    for key in ("images", "black", "white", "texts", "pad_token_id", "score"):
+    for key in ("images", "black", "white", "texts", "pad_token_id", "words", "score"):
         recorded, fresh = getattr(own, key), getattr(again, key)
         if recorded and fresh and recorded != fresh:
             failure = f"{key}: the record is not what the original gives"

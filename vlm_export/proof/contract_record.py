@@ -31,10 +31,14 @@ _MAX_FILE_BYTES = 64 << 20
 _MAX_ITEMS = 1000
 _FEW = Check(f"at most {_MAX_ITEMS} entries", lambda items: len(items) <= _MAX_ITEMS)
 Edge: TypeAlias = Annotated[int, between(1, 1 << 16)]
+WordsKind: TypeAlias = Literal["match", "caption", "answer"]
 Channels: TypeAlias = Annotated[
     tuple[float, ...], Check("three numbers, or none", lambda values: len(values) in (0, 3))
 ]
-_SHARED = ("made_by", "images", "black", "white", "texts", "pad_token_id", "score", "files", "declared", "not_run")
+_SHARED = (
+    *("made_by", "images", "black", "white", "texts", "pad_token_id"),
+    *("words", "score", "files", "declared", "not_run"),
+)
 # Of a part's output as large as token states, so many values of each row are recorded.
 _RECORDED_VALUES = 2048
 
@@ -65,6 +69,26 @@ class TextRecord(Spec):
 
 
 @dataclass(frozen=True)
+class WordsRecord(Spec):
+    """What the original says of an image and a text: words, or how probable a match is.
+
+    Attributes:
+        image: the image's file, relative to the bundle.
+        text: what the image is matched with, the prompt of a caption, or the question.
+        max_length: of what is decoded, in tokens.
+        words: what was written, without a prompt; None for a match.
+        probability: of a match, None for words.
+    """
+
+    task: WordsKind
+    image: str
+    text: str
+    max_length: Annotated[int, between(1, 1 << 20)]
+    words: str | None = None
+    probability: Annotated[float, between(0, 1)] | None = None
+
+
+@dataclass(frozen=True)
 class ContractRecord:
     """What the original makes of the contract's inputs.
 
@@ -76,6 +100,7 @@ class ContractRecord:
         texts: empty where texts are not compared.
         pad_token_id: with which the original fills a batch on the right, None where it has none.
         vectors: part → output → float32 (B, …), one row for each image or text.
+        words: what the original writes, or how it judges a match, by greedy search in float32.
         score: the manifest's score, with the original's own number for what it states itself (`logit_scale`).
         files: side files of the bundle that were proved → their sha256.
         declared: what the manifest declared when it was proved (`proof/declared.py`).
@@ -89,6 +114,7 @@ class ContractRecord:
     texts: tuple[TextRecord, ...]
     pad_token_id: int | None
     vectors: Mapping[str, Arrays]
+    words: tuple[WordsRecord, ...] = ()
     score: Mapping[str, float | str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     declared: Mapping[str, Any] = field(default_factory=dict)
@@ -107,6 +133,7 @@ class _StoredRecord(Spec):
     texts: Annotated[tuple[TextRecord, ...], _FEW]
     pad_token_id: TokenId | None
     vectors: Mapping[str, tuple[str, ...]]
+    words: Annotated[tuple[WordsRecord, ...], _FEW]
     score: Mapping[str, float | str]
     files: Mapping[str, str]
     declared: Mapping[str, Any]

@@ -50,7 +50,7 @@ def prepared_twice(
     """
     names = signature.input_names
     if names == (RAW,):
-        pixels = {RAW: np.asarray(image.convert("RGB"))[None]}
+        pixels = {RAW: np.array(image.convert("RGB"))[None]}
         yield pixels, pixels
     elif names == (PIXELS,) and isinstance(spec, ImageSpec):
         yield {PIXELS: preprocess_image(image, spec)[None]}, {PIXELS: original_pixel_values(image, spec)[None]}

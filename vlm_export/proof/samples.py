@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vlm_export.proof.image_samples import prepared_twice, takes_images
+from vlm_export.proof.image_samples import RAW, prepared_twice, takes_images
 from vlm_export.proof.metrics import Array
 from vlm_export.proof.points import Arrays
 from vlm_export.runtime.inputs.texts import Tokenizer
-from vlm_export.specs import AnyImageSpec, TextSpec
+from vlm_export.specs import AnyImageSpec, ImageSpec, TextSpec
 from vlm_export.specs.signature import Signature
 
 _SENTENCES_PER_BATCH = 5
@@ -92,12 +92,13 @@ def sample_inputs(
     Args:
         image_spec: from `image_spec`.
         tokenizer_path: the bundle's `tokenizer.json`; without it there are no text samples.
-        images: take the place of the synthetic photographs. Of those, a few slices or tiles are seen.
+        images: take the place of the synthetic photographs, and of the odd margins for a graph that crops. Of
+            photographs, a few slices or tiles are seen.
     """
     if takes_images(signature):
         # One at a time: the grid has the batches.
         limit = _SEEN_OF_EACH if images is None else None
-        sources = synthetic_photographs() if images is None else images
+        sources = (*_odd_margins(signature, image_spec), *synthetic_photographs()) if images is None else images
         return [Sample(*both) for image in sources for both in prepared_twice(image, signature, image_spec, limit)]
     if signature.input_names in _TEXT_INPUTS and text_spec is not None and tokenizer_path is not None:
         tokenizer = Tokenizer(tokenizer_path, text_spec)
@@ -106,6 +107,22 @@ def sample_inputs(
         batches = [tokenizer.encode_masked(sentences[i : i + _SENTENCES_PER_BATCH], truncate=True) for i in starts]
         return [_text_sample(dict(zip(signature.input_names, batch, strict=False))) for batch in batches]
     return []
+
+
+def _odd_margins(signature: Signature, spec: AnyImageSpec | None) -> tuple[Image.Image, ...]:
+    """Images of which nothing but the crop is left to do, for a graph that crops; none for any other part.
+
+    A margin of 3 is cut in two as 1 and 2 where half of it is rounded down, and as 2 and 1 where it is rounded to the
+    nearest even number; one of 1 shows a half that is rounded up. The grid's sizes have margins that are multiples of 4
+    for most encoders.
+    """
+    if RAW not in signature.input_names or not isinstance(spec, ImageSpec) or spec.resize != "shortest_edge":
+        return ()
+    edge, photograph = spec.resize_pixels[0], synthetic_photographs()[0]
+    cut = {edge + extra: (edge + extra - spec.size_pixels) % 4 for extra in range(4)}
+    longer = sorted((length for length, margin in cut.items() if margin % 2), key=lambda length: -cut[length])
+    sizes = [size for length in longer for size in ((edge, length), (length, edge))]
+    return tuple(photograph.resize(size) for size in dict.fromkeys(sizes))
 
 
 def _text_sample(inputs: Arrays) -> Sample:

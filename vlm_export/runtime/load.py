@@ -33,10 +33,10 @@ def load(
 
     Raises:
         InputError: no bundle, or a damaged one. The graphs are checked when they are first used.
-        UsageError: the bundle has no variant of that precision, or an option is out of its range.
+        UsageError: `path` is no path, the bundle has no variant of that precision, or an option is out of its range.
         EnvironmentFailure: on first use, where an engine or a provider is missing.
     """
-    bundle = open_bundle(Path(path))
+    bundle = open_bundle(path)
     return Model(
         Session(bundle, precision=precision, engine=engine, providers=providers, threads=threads, max_pixels=max_pixels)
     )

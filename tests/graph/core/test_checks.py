@@ -57,6 +57,10 @@ def _outer(model: ir.Model) -> None:
     branch.outputs[0] = ir.val(str(model.graph[0].outputs[0].name))
 
 
+def _opset_of_the_future(model: ir.Model) -> None:
+    model.opset_imports[""] = 99
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -67,6 +71,7 @@ def _outer(model: ir.Model) -> None:
         (_clash, "do not fit together"),
         (_attribute, "checker refuses"),
         (_outer, "which nothing in it makes"),
+        (_opset_of_the_future, "opset that ONNX"),
     ],
 )
 def test_faults_are_named(spoil: Callable[[ir.Model], None], message: str) -> None:

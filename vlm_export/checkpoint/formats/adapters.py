@@ -30,6 +30,7 @@ from vlm_export.checkpoint.seen_file import SeenFile, see_file
 from vlm_export.errors import InputError, UsageError
 from vlm_export.family import Checkpoint, StoredTensorInfo
 from vlm_export.specs.codec import Check, Spec, between, field_words
+from vlm_export.text_display import Lines
 
 _PREFIX = "base_model.model."
 # Ends of keys; what is left of them is a module's name. An embedding's matrices have no `.weight` behind them.
@@ -348,6 +349,6 @@ def _does_not_fit(source: str, base: Checkpoint, problems: list[str]) -> InputEr
         f"the adapter does not fit its base {base.source}",
         where=source,
         expected="layers that the base has, and matrices of their shapes",
-        got="\n    " + "\n    ".join(shown),
+        got=Lines.of(shown),
         fix="name the checkpoint that the adapter was trained on with --base",
     )

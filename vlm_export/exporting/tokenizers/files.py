@@ -39,7 +39,13 @@ from vlm_export.exporting.tokenizers.parts import (
     text_of,
     vocab_checked,
 )
-from vlm_export.exporting.tokenizers.wordpiece import BERT_VOCABULARIES, has_room, is_wordpiece_vocab, wordpiece_fitted
+from vlm_export.exporting.tokenizers.wordpiece import (
+    BERT_VOCABULARIES,
+    closed_up,
+    has_room,
+    is_wordpiece_vocab,
+    wordpiece_fitted,
+)
 from vlm_export.machine_faults import machine_fault
 from vlm_export.runtime.inputs.texts import check_unicode
 from vlm_export.runtime.inputs.tokenizer import bounded_tokenizer, ids_around, tokenizer_from_json
@@ -196,9 +202,13 @@ def _transformers_tokenizer(
     model_type = stated if isinstance(stated, str) else None
     library = library_tokenizer(sources, model_type=model_type, rows=spec.vocab_size, where=str(path))
     tokenizer = bounded_tokenizer(library.json, str(path))
+    # transformers 4, which original code of its time runs on, closes up unless it is told not to; transformers 5 the
+    # other way round.
+    closes_up = library.closes_up or bool(spec.added_tokens)
     if not has_room(tokenizer, spec):
         spec = replace(spec, added_tokens=())
     text = wordpiece_fitted(tokenizer, library.json, spec, str(path))
+    text = closed_up(text) if closes_up else text
     spec, origins = _with_tokenizer(spec, library, tokenizer, sources, path)
     tokenizer = tokenizer_from_json(text, spec, str(path))
     own = option is None and not fallback

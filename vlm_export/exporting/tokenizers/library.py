@@ -86,6 +86,7 @@ class LibraryTokenizer:
         pad_token_id: what it fills rows with, None where it has no padding token.
         padding_side, truncation_side: where it pads and cuts.
         longest: `model_max_length`, None where it states no limit.
+        closes_up: it takes spaces before marks out of what it decodes (`clean_up_tokenization_spaces`).
     """
 
     json: str
@@ -96,6 +97,7 @@ class LibraryTokenizer:
     padding_side: Side
     truncation_side: Side
     longest: int | None
+    closes_up: bool
 
 
 def library_tokenizer(
@@ -205,6 +207,7 @@ def _read(tokenizer: Any, text: str, where: str) -> LibraryTokenizer:
         padding_side=tokenizer.padding_side,
         truncation_side=tokenizer.truncation_side,
         longest=None if limit > _NO_LIMIT else int(limit),
+        closes_up=bool(tokenizer.clean_up_tokenization_spaces),
     )
 
 

@@ -24,6 +24,7 @@ _PAD, _UNKNOWN, _START, _END, _MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK
 _REQUIRED = (_PAD, _UNKNOWN, _START, _END)
 _CONTINUED = "##"
 _LONGEST_WORD_CHARACTERS = 100
+_MARKS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")  # in order: one may make the next
 _FIX = "use the vocabulary that the checkpoint was trained with"
 
 
@@ -51,7 +52,7 @@ def tokenizer_json_from_wordpiece_vocab(text: str, where: str) -> str:
         clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=True
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix=_CONTINUED, cleanup=True)
+    tokenizer.decoder = _closing_up(decoders.WordPiece(prefix=_CONTINUED, cleanup=True))
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{_START}:0 $A:0 {_END}:0",
         pair=f"{_START}:0 $A:0 {_END}:0 $B:1 {_END}:1",
@@ -60,6 +61,26 @@ def tokenizer_json_from_wordpiece_vocab(text: str, where: str) -> str:
     tokenizer.add_special_tokens([_special(token) for token in (*_REQUIRED, _MASK, *_ADDED) if token in vocab])
     result: str = tokenizer.to_str()
     return result
+
+
+def closed_up(text: str) -> str:
+    """The content of a tokenizer.json whose decoder closes up the spaces before marks; of WordPieces alone."""
+    tokenizer = Tokenizer.from_str(text)
+    if not isinstance(tokenizer.decoder, decoders.WordPiece):
+        return text
+    tokenizer.decoder = _closing_up(tokenizer.decoder)
+    closing: str = tokenizer.to_str()
+    return closing
+
+
+def _closing_up(decoder: Any) -> Any:
+    """What transformers did behind every decoder up to its release 4, and does where tokenizer_config.json says so.
+
+    WordPiece's own `cleanup` acts on one token at a time. Source: `clean_up_tokenization` of transformers 4.25 and 5.23
+    (tokenization_utils_base.py).
+    """
+    replaced = [decoders.Replace(mark, mark.strip()) for mark in _MARKS]
+    return decoders.Sequence([decoder, decoders.Fuse(), *replaced])
 
 
 def has_room(tokenizer: Any, spec: TextSpec) -> bool:

@@ -239,14 +239,29 @@ def validate(model: ir.Model, *, types: bool = True) -> None:
         types: infer types and shapes strictly, too.
 
     Raises:
-        GraphError: what was found first: a tensor that nothing makes or two things make, nodes out of order or in a
-            cycle, what ONNX's checker refuses, dtypes or shapes that do not fit together.
+        GraphError: what was found first: an opset that ONNX does not have yet, a tensor that nothing makes or two
+            things make, nodes out of order or in a cycle, what ONNX's checker refuses, dtypes or shapes that do not fit
+            together.
     """
+    _check_opsets(model)
     _check_makers(model)
     _check_order(model)
     check(model)
     if types:
         infer(model)
+
+
+def _check_opsets(model: ir.Model) -> None:
+    """ONNX's checker takes any number: of an operator it knows the newest form, and judges by that."""
+    newest = onnx.defs.onnx_opset_version()
+    for imports in (model.opset_imports, *(function.opset_imports for function in model.functions.values())):
+        if (opset := imports.get("", 0)) > newest:
+            raise GraphError(
+                f"the graph imports an opset that ONNX {onnx.__version__} does not have",
+                expected=f"at most {newest}",
+                got=str(opset),
+                fix="correct the number, or install a newer onnx that has it",
+            )
 
 
 def _check_makers(model: ir.Model) -> None:

@@ -33,8 +33,6 @@ seconds with the worst tokenizer that `tokenizer` lets pass."""
 _PREVIEW_CHARACTERS = 60
 _DIGITS = re.compile(r"&#([0-9]{8,})")
 _LONGEST_CODE_POINT_DIGITS = 7
-_MARKS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
-_CLOSED_UP = tuple((mark, mark.strip()) for mark in _MARKS)  # in this order: one may make the next
 
 
 class Tokenizer:
@@ -115,17 +113,9 @@ class Tokenizer:
         return ids, mask
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids without special tokens; of WordPieces, with spaces closed up before marks.
-
-        Source: `clean_up_tokenization` of transformers 4.25 (tokenization_utils_base.py), which BLIP's captions and
-        answers went through; the Rust decoder closes up around single tokens only.
-        """
+        """The text of token ids without special tokens."""
         with self._failures("a tokenizer cannot decode its tokens"):
             text: str = self._rust.decode([int(token_id) for token_id in ids], skip_special_tokens=True)
-        if type(self._rust.decoder).__name__ != "WordPiece":
-            return text
-        for spaced, closed in _CLOSED_UP:
-            text = text.replace(spaced, closed)
         return text
 
     def token_id(self, text: str) -> int | None:

@@ -130,14 +130,20 @@ def read_embeddings(path: str | Path) -> Embeddings:
     """
     source = Path(path)
     try:
-        got = "" if source.is_file() else "no such file"
+        got = "" if source.is_file() else "a directory" if source.is_dir() else "no such file"
     except OSError as error:  # a name that is too long, a directory that may not be entered
         fault = machine_fault(error, str(source))
         if fault is not None:
             raise fault from error
         got = str(error)
     if got:
-        raise InputError("there are no embeddings", where=str(source), got=got, fix="vlm-export embed … -o")
+        raise InputError(
+            "there are no embeddings",
+            where=str(source),
+            expected="a file that 'vlm-export embed' wrote",
+            got=got,
+            fix="write one: vlm-export embed DIR IMAGES -o FILE.npy",
+        )
     read = {".npy": _read_npy, ".parquet": _read_parquet}[checked_suffix(source)]
     items, vectors, meta = read(source)
     fits = vectors.ndim == 2 and vectors.dtype == np.float32 and len(vectors) == len(items)
