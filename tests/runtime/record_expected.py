@@ -235,7 +235,7 @@ def record_embeddings(encoders: clip_encoders.ClipEncoders, image_spec: ImageSpe
         rows = [torch.tensor([rust.encode(text).ids]) for text in TEXTS]
         texts = torch.cat([encoders.text(row) for row in rows])
     np.savez_compressed(DATA / "tiny_embeddings.npz", images=images.numpy(), texts=texts.numpy())
-    listing = {"images": names, "texts": TEXTS, "ids": [row[0].tolist() for row in rows]}
+    listing = {"image_files": names, "texts": TEXTS, "ids": [row[0].tolist() for row in rows]}
     (DATA / "tiny_embeddings.json").write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
 
 

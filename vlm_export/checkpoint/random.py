@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vlm_export.checkpoint.disk import check_free, failure_from_write
 from vlm_export.checkpoint.formats.safetensors_file import read_safetensors
 from vlm_export.checkpoint.seen_file import see_file
+from vlm_export.checkpoint.store import check_free, failure_from_write
 from vlm_export.family import Checkpoint, CheckpointFile, StoredTensorInfo
 
 _DTYPES = {

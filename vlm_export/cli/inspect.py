@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_export.cli.common import add_common_options
 from vlm_export.cli.cutting_report import report_cutting
-from vlm_export.cli.inspect_known import checkpoint_from_config, known_data, list_known, print_known
 from vlm_export.cli.output import print_json, print_line, print_table, print_warnings, size_text, terminal_width
-from vlm_export.cli.preparation_report import preparation_data, print_preparation
 from vlm_export.errors import UsageError
 
 if TYPE_CHECKING:
     from vlm_export.bundle.manifest import Manifest
     from vlm_export.checkpoint.sources.known import KnownCheckpoint
     from vlm_export.family import Checkpoint, Description
-    from vlm_export.specs import Origins, TextSpec
+    from vlm_export.specs import AnyImageSpec, Origins, TextSpec
 
 _LAYER_NUMBER = re.compile(r"\.\d+\.")
+_UNKNOWN = "not stated"
 
 
 def add_parser(verbs: Any) -> None:
@@ -275,3 +274,99 @@ def _detail(part: Mapping[str, Any]) -> str:
         f"{v['precision']} opset {v['opset']} ({v['exporter']}), ONNX Runtime ≥ {v['oldest_onnxruntime']}"
         for v in part["variants"]
     )
+
+
+def preparation_data(image: AnyImageSpec | None, text: TextSpec | None, origins: Origins) -> dict[str, Any]:
+    """JSON data: for "image" and "text", field → its value and where it comes from; None where there is no such input.
+
+    A field of an object is `outer.inner`. "ignored_files" holds the names of files that were found and not read, with
+    the reason.
+    """
+    return {
+        "image": None if image is None else _with_origins("image", image.to_json(), origins),
+        "text": None if text is None else _with_origins("text", text.to_json(), origins),
+        "ignored_files": dict(origins.ignored_files),
+    }
+
+
+def print_preparation(data: Mapping[str, Any]) -> None:
+    """The same as a table on stdout; nothing where no input is described and no file was ignored."""
+    rows = [
+        (f"  {kind}.{name}", _value_text(entry["value"]), entry["from"])
+        for kind in ("image", "text")
+        for name, entry in (data.get(kind) or {}).items()
+    ]
+    if rows:
+        print_line("preparation:")
+        print_table(("  field", "value", "from"), rows, width=terminal_width())
+    for name, reason in data["ignored_files"].items():
+        print_line(f"not read: {name}: {reason}")
+
+
+def _with_origins(kind: str, fields: Mapping[str, Any], origins: Origins) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        inside = value if isinstance(value, Mapping) else {"": value}
+        for key, entry in inside.items():
+            path = f"{name}.{key}".removesuffix(".")
+            origin = origins.values.get(f"{kind}.{path}", origins.values.get(f"{kind}.{name}", _UNKNOWN))
+            found[path] = {"value": list(entry) if isinstance(entry, tuple) else entry, "from": origin}
+    return found
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_value_text, value)) or "none"
+    if value is None or value == "":
+        return "none" if value is None else '""'
+    return f"{value:.8g}" if isinstance(value, float) else str(value)
+
+
+def list_known(*, as_json: bool) -> None:
+    """Print all known names with their family and title, within the terminal's width; as JSON all about them."""
+    from vlm_export.checkpoint.sources.known import known_names, load_known
+
+    entries = [known_data(load_known(name)) for name in known_names()]
+    if as_json:
+        print_json({"what": "known checkpoints", "checkpoints": entries})
+    else:
+        rows = [(entry["name"], entry["family"], entry["title"]) for entry in entries]
+        print_table(("name", "family", "checkpoint"), rows, width=terminal_width())
+        print_line("vlm-export inspect NAME tells source and licence of one, --json those of all")
+
+
+def known_data(known: KnownCheckpoint) -> dict[str, Any]:
+    """What a config says for the reader."""
+    return {
+        "name": known.name,
+        "family": known.family,
+        "title": known.title,
+        "source": str(known.source),
+        "revision": known.revision,
+        "sha256": known.sha256,
+        "licence": known.licence,
+        "paper": known.paper,
+        "notes": known.notes,
+    }
+
+
+def checkpoint_from_config(known: KnownCheckpoint) -> Checkpoint:
+    """Names and shapes as the checkpoint's authors publish them, without a file; enough for `Family.describe`."""
+    from vlm_export.family import Checkpoint
+    from vlm_export.models.registry import load_family
+
+    family = load_family(known.family)
+    tensors = family.published_tensors(known.architecture)
+    return Checkpoint(known.name, "random", (), tensors, _refuse, family.published_config(known.architecture))
+
+
+def print_known(entry: Mapping[str, Any]) -> None:
+    """The lines of `known_data` that say something, below a heading."""
+    print_line(f"  {entry['title']}")
+    for key in ("source", "revision", "sha256", "licence", "paper", "notes"):
+        if entry[key]:
+            print_line(f"  {key}: {entry[key]}")
+
+
+def _refuse(key: str) -> Any:
+    raise AssertionError(f"a description needs no weights: {key}")

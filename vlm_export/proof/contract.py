@@ -29,7 +29,7 @@ from vlm_export.proof.contract_record import (
 from vlm_export.proof.gates import GATES, gate_name, judge
 from vlm_export.proof.metrics import Array, Comparison, compare, worst_of
 from vlm_export.proof.points import Arrays, EngineRun
-from vlm_export.runtime.engines.runs import batches
+from vlm_export.runtime.engines.onnxruntime import batches
 from vlm_export.runtime.inputs.images import open_image, preprocess_image
 from vlm_export.runtime.inputs.texts import Tokenizer
 from vlm_export.specs import ImageSpec

@@ -19,7 +19,7 @@ from PIL import Image
 from vlm_export import Model, load
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.engines.onnxruntime import TensorInfo
-from vlm_export.runtime.tasks.vectors import probabilities, unit_rows
+from vlm_export.runtime.tasks.embed import probabilities, unit_rows
 from vlm_export.specs import TextSpec
 from vlm_export.specs.tasks import EmbedSpec, ScoreSpec
 
@@ -69,13 +69,13 @@ def assert_same_rows(got: Array, expected: Array) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_images_equal_torch(pair: Model, folder: Path, record: dict[str, Any], batch_size: int) -> None:
-    paths = [folder / "images" / name for name in record["images"]]
+    paths = [folder / "images" / name for name in record["image_files"]]
     assert_same_rows(pair.encode_image(paths, batch_size=batch_size), record["images"])
 
 
 def test_images_may_be_paths_bytes_or_pillow(pair: Model, folder: Path, record: dict[str, Any]) -> None:
     path = folder / "images" / "large.png"
-    expected = record["images"][[record["images"].index("large.png")]]
+    expected = record["images"][[record["image_files"].index("large.png")]]
     with Image.open(path) as image:
         for source in (path, str(path), path.read_bytes(), image):
             assert_same_rows(pair.encode_image(source), expected)
@@ -206,7 +206,7 @@ def test_graphs_are_opened_on_first_use(folder: Path, tmp_path: Path) -> None:
 
 
 def test_probabilities_are_the_softmax_of_scaled_cosines(pair: Model, folder: Path, record: dict[str, Any]) -> None:
-    paths = [folder / "images" / name for name in record["images"][:3]]
+    paths = [folder / "images" / name for name in record["image_files"][:3]]
     labels = ["cat", "dog", "{thing}"]
     shares = pair.classify(paths, labels)
     cosines = record["images"][:3] @ pair.encode_text([f"a photo of a {label}" for label in labels]).T
@@ -222,7 +222,7 @@ def test_probabilities_are_the_softmax_of_scaled_cosines(pair: Model, folder: Pa
 def test_each_label_stands_by_itself_where_the_score_is_a_sigmoid(
     changed: Callable[..., Model], folder: Path, record: dict[str, Any]
 ) -> None:
-    labels, paths = ["cat", "dog"], [folder / "images" / name for name in record["images"][:3]]
+    labels, paths = ["cat", "dog"], [folder / "images" / name for name in record["image_files"][:3]]
     pair = changed(tasks=(replace(embed_spec(changed()), score=ScoreSpec("sigmoid", math.log(10), -3.5)),))
     shares = pair.classify(paths, labels, template="{}")
     cosines = record["images"][:3] @ pair.encode_text(labels).T

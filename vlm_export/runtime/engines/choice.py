@@ -39,7 +39,8 @@ class EngineChoice:
             InputError: there is no such part, or its graph is damaged or another one.
         """
         record = bundle.manifest.part(part)
-        path = bundle.model_files(record.variant(precision))
+        variant = record.variant(precision)
+        path = bundle.graph_file(variant) if self.engine == ONNXRUNTIME else bundle.model_files(variant)
         engine = self.open(path)
         _check_graph_sizes(engine, record, path)
         return engine

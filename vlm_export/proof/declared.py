@@ -1,4 +1,4 @@
-"""What a bundle's manifest states about the model, against what its source says."""
+"""What a bundle's manifest declares about the model, against what its source says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NOTHING = "nothing"
 _CHOSEN = ("target", "contract")
 
 
-def check_stated(bundle: OpenBundle, rebuilt: Manifest) -> None:
+def check_declared(bundle: OpenBundle, rebuilt: Manifest) -> None:
     """Compares what the runtime goes by: family, architecture, preprocessing, tasks, and each part's signature.
 
     Args:
@@ -24,14 +24,14 @@ def check_stated(bundle: OpenBundle, rebuilt: Manifest) -> None:
     Raises:
         VerificationError: names the first field that differs.
     """
-    found = _difference(_stated(rebuilt.to_json()), _stated(bundle.manifest.to_json()), "")
+    found = _difference(_declared(rebuilt.to_json()), _declared(bundle.manifest.to_json()), "")
     if found is None:
         return
     field, expected, got = found
     made_by = bundle.manifest.tools.get("vlm-export", __version__)
     fix = "do not use this bundle; export the model again"
     raise VerificationError(
-        "the manifest states something else about the model than its source",
+        "the manifest declares something else about the model than its source",
         where=f"{bundle.root / MANIFEST_NAME}: {field}",
         expected=expected,
         got=got,
@@ -39,7 +39,7 @@ def check_stated(bundle: OpenBundle, rebuilt: Manifest) -> None:
     )
 
 
-def _stated(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _declared(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What is compared, as plain JSON data.
 
     Which runtime the graphs are written for is the user's choice alone, and a licence belongs to the name that was

@@ -13,8 +13,8 @@ from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.exporting.bundle_manifest import planned_manifest
 from vlm_export.exporting.options import ExportOptions
-from vlm_export.exporting.stated import check_stated
 from vlm_export.models.registry import recognise
+from vlm_export.proof.declared import check_declared
 
 DATA = Path(__file__).parents[1] / "data"
 SOURCES = ["clip/rn_tiny/jit_archive.pt", "blip/retrieval", "blip/vqa", "minicpmv/v1_0", "minicpmv/v2_5"]
@@ -32,5 +32,5 @@ def test_every_family_states_the_same_again(name: str, tmp_path: Path) -> None:
             contents.append(manifest_content(planned_manifest("again", checkpoint, model, None, ExportOptions())))
             planned = planned_manifest("again", checkpoint, model, None, ExportOptions(target="web"))
     bundle = OpenBundle(tmp_path, manifest_from_bytes(contents[0]), contents[0])
-    check_stated(bundle, planned)
+    check_declared(bundle, planned)
     assert contents[0] == contents[1]
