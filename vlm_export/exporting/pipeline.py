@@ -261,7 +261,7 @@ class _Job:
                 constants=lambda _: written.constants,
                 scratch=self.staging.path / _SCRATCH,
                 threads=self.options.threads,
-                with_rounded=True,
+                for_export=True,
             )
 
     def prove_contract(self, manifest: Manifest) -> ContractReport:

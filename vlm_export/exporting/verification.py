@@ -218,14 +218,15 @@ def prove_variant(
     scratch: Path,
     providers: Sequence[str] = (CPU,),
     threads: int | None = None,
-    with_rounded: bool = False,
+    for_export: bool = False,
 ) -> PartReport:
-    """A variant's graph against the Reference; of a float16 one that passes, what its engine hides as well.
+    """A variant's graph against the Reference; of a float16 one, what its engine hides as well.
 
     Args:
         constants: for `unrounded_report`, or why they are not known.
         scratch: a directory with room for the weights in float32.
-        with_rounded: also runs a copy that rounds every value, which is written beside the graph.
+        for_export: also runs a copy that rounds every value, which is written beside the graph; and computes no more
+            of a graph that differs, since it is not published.
     """
     start = partial(verifying_engine, weights_bytes=verification.weights_bytes, threads=threads)
     floor = verification.floor(reference, precision)
@@ -235,9 +236,9 @@ def prove_variant(
     label = engine_label(providers, mapped=engine.mapped)
     report = verification.run(engine.run, label, reference, progress, precision, mapped=engine.mapped, floor=floor)
     del engine  # One holds weights at a time.
-    if precision == FP32 or not report.passed:
+    if precision == FP32 or (for_export and not report.passed):
         return report
-    if with_rounded:
+    if for_export:
         rounded = rounded_points(path, start, verification, reference, floor)
         noise = report.floor if floor is None else floor.floor
         report = replace(report, points=(*report.points, *rounded), floor=noise)
