@@ -11,34 +11,10 @@ import torch
 
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint
+from vlm_export.models.layers.bert_weights import BERT_EMBEDDINGS, BERT_LAYER, BERT_WORDS
 from vlm_export.models.layers.vit_weights import vit_table
-from vlm_export.models.reading.weights import Rows, Target, Unsqueezed, WeightTable, prefixed, repeat
+from vlm_export.models.reading.weights import Target, Unsqueezed, WeightTable, prefixed, repeat
 
-_EMBEDDINGS: WeightTable = {
-    "embeddings.position_ids": None,
-    "embeddings.position_embeddings.weight": "embeddings.position_embedding",
-    "embeddings.LayerNorm.weight": "embeddings.norm.weight",
-    "embeddings.LayerNorm.bias": "embeddings.norm.bias",
-}
-_WORDS: WeightTable = {"embeddings.word_embeddings.weight": "embeddings.word.weight"}
-_LAYER: WeightTable = {
-    "attention.self.query.weight": Rows("layers.{i}.attention.qkv.weight", 0, 3),
-    "attention.self.query.bias": Rows("layers.{i}.attention.qkv.bias", 0, 3),
-    "attention.self.key.weight": Rows("layers.{i}.attention.qkv.weight", 1, 3),
-    "attention.self.key.bias": Rows("layers.{i}.attention.qkv.bias", 1, 3),
-    "attention.self.value.weight": Rows("layers.{i}.attention.qkv.weight", 2, 3),
-    "attention.self.value.bias": Rows("layers.{i}.attention.qkv.bias", 2, 3),
-    "attention.output.dense.weight": "layers.{i}.attention.out.weight",
-    "attention.output.dense.bias": "layers.{i}.attention.out.bias",
-    "attention.output.LayerNorm.weight": "layers.{i}.norm1.weight",
-    "attention.output.LayerNorm.bias": "layers.{i}.norm1.bias",
-    "intermediate.dense.weight": "layers.{i}.mlp.fc1.weight",
-    "intermediate.dense.bias": "layers.{i}.mlp.fc1.bias",
-    "output.dense.weight": "layers.{i}.mlp.fc2.weight",
-    "output.dense.bias": "layers.{i}.mlp.fc2.bias",
-    "output.LayerNorm.weight": "layers.{i}.norm2.weight",
-    "output.LayerNorm.bias": "layers.{i}.norm2.bias",
-}
 _CROSS: WeightTable = {
     "crossattention.self.query.weight": "cross.{i}.attention.q.weight",
     "crossattention.self.query.bias": "cross.{i}.attention.q.bias",
@@ -139,13 +115,13 @@ def vision_table(layers: int, *, huggingface: bool) -> dict[str, Target]:
 
 def encoder_table(layers: int, *, has_cross_attention: bool) -> dict[str, Target]:
     """`text_encoder`."""
-    return prefixed({**_WORDS, **_bert(layers, has_cross_attention)}, "text_encoder.", "encoder.")
+    return prefixed({**BERT_WORDS, **_bert(layers, has_cross_attention)}, "text_encoder.", "encoder.")
 
 
 def pair_table(layers: int, first_merging_layer: int) -> dict[str, Target]:
     """`text_encoder` and `cls_head` of checkpoints for pairs of images (NLVR)."""
     twins = repeat(_TWIN, 2, "{t}") | dict(_TWIN_NORM)
-    table: dict[str, Target] = dict(_WORDS) | _bert(layers, False)
+    table: dict[str, Target] = dict(BERT_WORDS) | _bert(layers, False)
     for i in range(layers):
         layer = {**twins, **_TWIN_MERGE} if i >= first_merging_layer else twins
         table |= repeat(prefixed(layer, "encoder.layer.{i}.", ""), 1, "{i}", first=i)
@@ -185,5 +161,5 @@ def training_leftovers(keys: Iterable[str]) -> dict[str, Target]:
 
 
 def _bert(layers: int, has_cross_attention: bool) -> dict[str, Target]:
-    layer = {**_LAYER, **_CROSS} if has_cross_attention else _LAYER
-    return {**_EMBEDDINGS, **repeat(prefixed(layer, "encoder.layer.{i}.", ""), layers)}
+    layer = {**BERT_LAYER, **_CROSS} if has_cross_attention else BERT_LAYER
+    return {**BERT_EMBEDDINGS, **repeat(prefixed(layer, "encoder.layer.{i}.", ""), layers)}

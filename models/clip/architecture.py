@@ -34,8 +34,26 @@ HEAD_WIDTH = 64
 # transformers marks checkpoints older than its fix of the end-of-text id with this value; it then pools by argmax.
 LEGACY_END_TOKEN_ID = 2
 LAYER_NORM_EPS = 1e-5
-# `model_type` of transformers' classes of one tower and its projection (5.23, models/clip/configuration_clip.py).
-_TOWERS = {"clip_vision_model": "vision", "clip_text_model": "text"}
+# Endings of the `model_type` of transformers' classes of one tower and its projection (5.23, configuration_clip.py).
+_TOWERS = {"_vision_model": "vision", "_text_model": "text"}
+
+
+@dataclass(frozen=True)
+class LibraryNames:
+    """transformers' names for models of these weights.
+
+    Attributes:
+        model_type: of config.json, before the ending of a single tower.
+        classes: what the names of its classes begin with.
+        has_legacy_end: an end-of-text id of 2 stands for "pool at the highest id" instead of for the token.
+    """
+
+    model_type: str
+    classes: str
+    has_legacy_end: bool
+
+
+CLIP_NAMES = LibraryNames("clip", "CLIP", has_legacy_end=True)
 
 
 @dataclass(frozen=True)
@@ -115,7 +133,7 @@ def architecture_from_openai(checkpoint: Checkpoint, choices: ClipChoices = OPEN
     """Sizes from OpenAI's key names and shapes; activation and heads from `choices`."""
     shapes = Shapes(checkpoint)
     is_vit = "visual.proj" in checkpoint.tensors
-    vision: VitSizes | ResNetSizes = (_openai_vit if is_vit else _openai_resnet)(shapes, choices.head_width)
+    vision: VitSizes | ResNetSizes = (openai_vit if is_vit else openai_resnet)(shapes, choices.head_width)
     vocab_size = shapes.of("token_embedding.weight", 2)[0]
     width = shapes.of("ln_final.weight", 1)[0]
     text = TextSizes(
@@ -132,7 +150,8 @@ def architecture_from_openai(checkpoint: Checkpoint, choices: ClipChoices = OPEN
     return _checked(ClipArchitecture("openai", embed_dim, choices.activation, LAYER_NORM_EPS, vision, text), checkpoint)
 
 
-def _openai_vit(shapes: Shapes, head_width: int) -> VitSizes:
+def openai_vit(shapes: Shapes, head_width: int) -> VitSizes:
+    """Sizes of the image encoder under OpenAI's key names, with an attention head for each `head_width` channels."""
     width, patch = shapes.patches("visual.conv1.weight")
     return VitSizes(
         width=width,
@@ -144,7 +163,8 @@ def _openai_vit(shapes: Shapes, head_width: int) -> VitSizes:
     )
 
 
-def _openai_resnet(shapes: Shapes, head_width: int) -> ResNetSizes:
+def openai_resnet(shapes: Shapes, head_width: int) -> ResNetSizes:
+    """As `openai_vit`, of a ModifiedResNet."""
     width = shapes.of("visual.layer1.0.conv1.weight", 4)[0]
     return ResNetSizes(
         width=width,
@@ -159,7 +179,7 @@ def _heads(width: int, head_width: int) -> int:
     return width // head_width if head_width > 0 else 0
 
 
-def architecture_from_huggingface(checkpoint: Checkpoint) -> ClipArchitecture:
+def architecture_from_huggingface(checkpoint: Checkpoint, library: LibraryNames = CLIP_NAMES) -> ClipArchitecture:
     """Sizes from shapes; head counts, activation, epsilon and pooling from `config.json`, with its defaults.
 
     Raises:
@@ -186,8 +206,8 @@ def architecture_from_huggingface(checkpoint: Checkpoint) -> ClipArchitecture:
             got=f"{activation!r:.200}",
         )
     eps = _same(checkpoint, "layer_norm_eps", [config_number(t, "layer_norm_eps", LAYER_NORM_EPS) for t in towers])
-    vision = None if vision_config is None else _huggingface_vision(shapes, vision_config)
-    text = None if text_config is None else _huggingface_text(shapes, text_config)
+    vision = None if vision_config is None else huggingface_vision(shapes, vision_config)
+    text = None if text_config is None else _huggingface_text(shapes, text_config, library)
     projection = "text_projection.weight" if vision is None else "visual_projection.weight"
     embed_dim = shapes.of(projection, 2)[0]
     check_stated(checkpoint, "", checkpoint.config, {"projection_dim": embed_dim})
@@ -212,7 +232,12 @@ def _check_towers(checkpoint: Checkpoint) -> None:
         )
 
 
-def _huggingface_vision(shapes: Shapes, config: Mapping[str, Any]) -> VitSizes:
+def huggingface_vision(shapes: Shapes, config: Mapping[str, Any]) -> VitSizes:
+    """Sizes of the image encoder under transformers' key names, with the heads that its section of config.json states.
+
+    Raises:
+        InputError: config.json contradicts the tensors.
+    """
     width, patch = shapes.patches("vision_model.embeddings.patch_embedding.weight")
     sizes = VitSizes(
         width=width,
@@ -229,10 +254,10 @@ def _huggingface_vision(shapes: Shapes, config: Mapping[str, Any]) -> VitSizes:
     return sizes
 
 
-def _huggingface_text(shapes: Shapes, config: Mapping[str, Any]) -> TextSizes:
+def _huggingface_text(shapes: Shapes, config: Mapping[str, Any], library: LibraryNames) -> TextSizes:
     end_token_id = config_integer(config, "eos_token_id", 49407)
     vocab_size, text_width = shapes.of("text_model.embeddings.token_embedding.weight", 2)
-    legacy = end_token_id == LEGACY_END_TOKEN_ID
+    legacy = library.has_legacy_end and end_token_id == LEGACY_END_TOKEN_ID
     sizes = TextSizes(
         width=text_width,
         layers=shapes.count("text_model.encoder.layers."),
@@ -252,7 +277,8 @@ def _huggingface_text(shapes: Shapes, config: Mapping[str, Any]) -> TextSizes:
 
 def one_tower(checkpoint: Checkpoint) -> str | None:
     """ "vision" or "text" for a Hugging Face checkpoint of that tower alone, None for one of both."""
-    return _TOWERS.get(str((checkpoint.config or {}).get("model_type")))
+    model_type = str((checkpoint.config or {}).get("model_type"))
+    return next((tower for ending, tower in _TOWERS.items() if model_type.endswith(ending)), None)
 
 
 def _section_name(checkpoint: Checkpoint, tower: str) -> str:

@@ -37,7 +37,9 @@ from vlm_export.models.clip import open_clip as clip_open
 from vlm_export.models.clip import original as clip_original
 from vlm_export.models.clip import weights as clip_weights
 from vlm_export.models.clip.architecture import (
+    CLIP_NAMES,
     ClipArchitecture,
+    LibraryNames,
     ResNetSizes,
     TextSizes,
     VitSizes,
@@ -80,6 +82,7 @@ class ClipFamily:
     options: type[Spec] = clip_architecture.ClipChoices
     marks: tuple[str, ...] = ("visual.conv1.weight", "vision_model.pre_layrnorm.weight", _HF_WORDS)
     roots: tuple[str, ...] = (*clip_weights.OPENAI_ROOTS, *clip_weights.HF_ROOTS)
+    library = CLIP_NAMES
     config_types: Mapping[str, tuple[str, ...]] = {
         "clip": ("CLIPModel",),
         "clip_vision_model": ("CLIPVisionModelWithProjection",),
@@ -98,7 +101,9 @@ class ClipFamily:
         checkpoint = clip_open.with_plain_text_names(checkpoint)
         clip_open.refuse_sigmoid(checkpoint)
         is_huggingface = _is_huggingface(checkpoint)
-        architecture = _architecture(checkpoint) if is_huggingface else clip_open.described_architecture(checkpoint)
+        architecture = (
+            self._architecture(checkpoint) if is_huggingface else clip_open.described_architecture(checkpoint)
+        )
         parts = outlines(_parts(architecture, build_encoders(architecture)))
         warnings = clip_open.assumptions(checkpoint, architecture)
         image, origins = _image(architecture, architecture, checkpoint)
@@ -114,7 +119,7 @@ class ClipFamily:
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
         checkpoint = clip_open.with_plain_text_names(checkpoint)
-        architecture = _architecture(checkpoint, options)
+        architecture = self._architecture(checkpoint, options)
         encoders = build_encoders(architecture)
         dropped = load_weights(encoders, checkpoint, _table(architecture), store)
         published, architecture = architecture, _resized(architecture, encoders, options)
@@ -122,7 +127,9 @@ class ClipFamily:
         image, origins = _image(published, architecture, checkpoint)
         huggingface = architecture.key_names == "huggingface"
         build_reference = (
-            partial(_transformers_reference, checkpoint, published) if huggingface else reference_from_module
+            partial(_transformers_reference, checkpoint, published, self.library)
+            if huggingface
+            else reference_from_module
         )
         return Model(
             family=self.name,
@@ -131,15 +138,17 @@ class ClipFamily:
             image=image,
             text=_text_spec(architecture, checkpoint),
             hub_config=config_of_size(
-                (checkpoint.config if huggingface else None) or _config_from_architecture(architecture),
+                (checkpoint.config if huggingface else None) or _config_from_architecture(architecture, self.library),
                 None if architecture.vision is None else architecture.vision.image_size,
             ),
             tasks=(_embed_task(architecture, encoders),),
             dropped_keys=dropped,
             references={part.name: partial(build_reference, part) for part in parts},
-            reference_name=f"transformers {_class_name(architecture)}" if huggingface else "unpatched eager module",
+            reference_name=f"transformers {_class_name(architecture, self.library)}"
+            if huggingface
+            else "unpatched eager module",
             warnings=clip_open.assumptions(checkpoint, architecture, options),
-            original=clip_original.original(checkpoint, published, parts, store, options),
+            original=clip_original.original(checkpoint, published, parts, store, options, self.library.model_type),
             origins=origins | _text_origins(architecture, checkpoint),
         )
 
@@ -149,15 +158,14 @@ class ClipFamily:
 
     def published_config(self, architecture: Mapping[str, Any]) -> dict[str, Any] | None:
         parsed = ClipArchitecture.from_config(architecture)
-        return _config_from_architecture(parsed) if parsed.key_names == "huggingface" else None
+        return _config_from_architecture(parsed, self.library) if parsed.key_names == "huggingface" else None
 
-
-def _architecture(checkpoint: Checkpoint, options: BuildOptions = DEFAULT_BUILD) -> ClipArchitecture:
-    clip_open.refuse_sigmoid(checkpoint)
-    if _is_huggingface(checkpoint):
-        clip_open.refuse_choices(options, checkpoint)
-        return clip_architecture.architecture_from_huggingface(checkpoint)
-    return clip_open.clip_architecture(checkpoint, options)
+    def _architecture(self, checkpoint: Checkpoint, options: BuildOptions = DEFAULT_BUILD) -> ClipArchitecture:
+        clip_open.refuse_sigmoid(checkpoint)
+        if _is_huggingface(checkpoint):
+            clip_open.refuse_choices(options, checkpoint)
+            return clip_architecture.architecture_from_huggingface(checkpoint, self.library)
+        return clip_open.clip_architecture(checkpoint, options)
 
 
 def _is_huggingface(checkpoint: Checkpoint) -> bool:
@@ -188,11 +196,11 @@ def _embed_task(architecture: ClipArchitecture, encoders: ClipEncoders) -> Embed
     return EmbedSpec(image, text, ScoreSpec("softmax", float(encoders.logit_scale)) if has_both else None)
 
 
-def _class_name(architecture: ClipArchitecture) -> str:
+def _class_name(architecture: ClipArchitecture, library: LibraryNames) -> str:
     """transformers' class of such a checkpoint."""
     if architecture.text is None:
-        return "CLIPVisionModelWithProjection"
-    return "CLIPModel" if architecture.vision is not None else "CLIPTextModelWithProjection"
+        return f"{library.classes}VisionModelWithProjection"
+    return f"{library.classes}{'Model' if architecture.vision is not None else 'TextModelWithProjection'}"
 
 
 def _table(architecture: ClipArchitecture) -> dict[str, Target]:
@@ -343,23 +351,25 @@ def _text_origins(architecture: ClipArchitecture, checkpoint: Checkpoint) -> Ori
             "text.pad_token_id": "end-of-text, which the model does not see behind the first",
             "text.cleaning": "transformers: the tokenizer alone",
             "text.padding": "the model does not see padding",
-            "text.case": "default of CLIPTokenizer",
+            "text.case": "default of the tokenizer's class",
             "text.pooling": end,
         }
     )
 
 
-def _config_from_architecture(architecture: ClipArchitecture) -> dict[str, Any]:
+def _config_from_architecture(architecture: ClipArchitecture, library: LibraryNames) -> dict[str, Any]:
     """`config.json` in the form of transformers' `CLIPConfig`."""
-    vision, text = (_tower_config(architecture, sizes) for sizes in (architecture.vision, architecture.text))
-    stated = {"architectures": [_class_name(architecture)], "projection_dim": architecture.embed_dim}
+    vision, text = (
+        _tower_config(architecture, sizes, library.model_type) for sizes in (architecture.vision, architecture.text)
+    )
+    stated = {"architectures": [_class_name(architecture, library)], "projection_dim": architecture.embed_dim}
     if text is None or vision is None:
         return {**(vision or text or {}), **stated}
-    return {"model_type": "clip", **stated, "text_config": text, "vision_config": vision}
+    return {"model_type": library.model_type, **stated, "text_config": text, "vision_config": vision}
 
 
 def _tower_config(
-    architecture: ClipArchitecture, sizes: VitSizes | ResNetSizes | TextSizes | None
+    architecture: ClipArchitecture, sizes: VitSizes | ResNetSizes | TextSizes | None, model_type: str
 ) -> dict[str, Any] | None:
     common = {"hidden_act": architecture.activation, "layer_norm_eps": architecture.eps}
     if sizes is None:
@@ -367,28 +377,35 @@ def _tower_config(
     if isinstance(sizes, TextSizes):
         legacy = architecture.key_names == "huggingface" and sizes.pooling == "argmax"
         return {
-            "model_type": "clip_text_model",
+            "model_type": f"{model_type}_text_model",
             **stated_text(sizes),
             "num_attention_heads": sizes.heads,
             "eos_token_id": clip_architecture.LEGACY_END_TOKEN_ID if legacy else sizes.end_token_id,
             **common,
         }
-    config = {"model_type": "clip_vision_model", "image_size": sizes.image_size, "num_channels": 3, **common}
+    config = {
+        "model_type": f"{model_type}_vision_model",
+        "image_size": sizes.image_size,
+        "num_channels": 3,
+        **common,
+    }
     if isinstance(sizes, VitSizes):
         return {**config, **stated_vision(sizes), "num_attention_heads": sizes.heads}
     # transformers has no ModifiedResNet; the sizes are told for the reader.
     return {**config, "hidden_size": sizes.width * 32, "stages": list(sizes.stages)}
 
 
-def _transformers_reference(checkpoint: Checkpoint, architecture: ClipArchitecture, part: Part) -> Reference:
+def _transformers_reference(
+    checkpoint: Checkpoint, architecture: ClipArchitecture, library: LibraryNames, part: Part
+) -> Reference:
     import transformers
 
     # Of checked sizes alone: whatever else the checkpoint's own config states may be made to hurt.
-    stated = _config_from_architecture(architecture)
+    stated = _config_from_architecture(architecture, library)
     # No ids that only generation reads, which transformers would compare with the vocabulary.
     if architecture.text is not None:
         stated.get("text_config", stated).update({"bos_token_id": None, "pad_token_id": None})
-    kind = getattr(transformers, _class_name(architecture))
+    kind = getattr(transformers, _class_name(architecture, library))
     config = kind.config_class.from_dict(stated)
     config._attn_implementation = "eager"
     with torch.device("meta"):

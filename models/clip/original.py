@@ -37,18 +37,20 @@ def original(
     parts: Sequence[Part],
     store: WeightStore,
     options: BuildOptions,
+    model_type: str,
 ) -> Original:
     """What the proof of the contract runs.
 
     Args:
         architecture: as the checkpoint has it, before any option.
         store: where weights live that are not float32.
+        model_type: transformers' name for such models.
     """
     scale: dict[str, float] = {}
     if "logit_scale" in checkpoint.tensors:
         scale["logit_scale"] = float(checkpoint.read("logit_scale").float().reshape(-1)[0])
     if architecture.key_names == "huggingface":
-        classes = TransformersOriginal("clip", "CLIPImageProcessor")
+        classes = TransformersOriginal(model_type, "CLIPImageProcessor")
         return Original(classes, classes, score=scale)
     config = checkpoint.open_clip_config
     model = None if config is None else config.get("model_cfg")

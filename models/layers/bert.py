@@ -1,7 +1,8 @@
-"""BERT with cross-attention, as BLIP uses it: encoder, and decoder with a key-value cache.
+"""BERT: encoder, and with cross-attention as BLIP uses it; decoder with a key-value cache.
 
 Port of salesforce/BLIP models/med.py (3a29b74), valid for its checkpoints and for transformers' `BlipText*` (5.23):
-no token types, norms after the residual sum, exact GELU.
+no token types, norms after the residual sum, exact GELU. Token types and RoBERTa's positions:
+transformers 5.23 models/{bert,roberta}/modeling_*.py.
 """
 
 from __future__ import annotations
@@ -46,18 +47,37 @@ class BertSizes(Spec):
 
 
 class BertEmbeddings(nn.Module):
-    """input_ids int64 (B, T) → float32 (B, T, width): tokens plus learned positions, normalised."""
+    """input_ids int64 (B, T) → float32 (B, T, width): tokens plus learned positions, normalised.
 
-    def __init__(self, sizes: BertSizes) -> None:
+    Args:
+        sizes: of the text transformer.
+        token_types: rows of the table of token types; the first is added, as for texts of one segment. 0: no table.
+        padding_id: None where positions are counted from 0. RoBERTa counts tokens other than this one, from the row
+            after it on, and gives this one, wherever it stands, the row of its own id.
+    """
+
+    def __init__(self, sizes: BertSizes, token_types: int = 0, padding_id: int | None = None) -> None:
         super().__init__()
+        self.padding_id = padding_id
         self.word = nn.Embedding(sizes.vocab_size, sizes.width)
         self.position_embedding = nn.Parameter(torch.empty(sizes.positions, sizes.width))
+        if token_types:
+            self.token_type_embedding = nn.Parameter(torch.empty(token_types, sizes.width))
         self.norm = nn.LayerNorm(sizes.width, eps=sizes.eps)
 
     def forward(self, input_ids: Tensor, past_tokens: int = 0) -> Tensor:
-        positions = torch.arange(input_ids.shape[1]) + past_tokens
-        embedded: Tensor = self.norm(self.word(input_ids) + self.position_embedding.index_select(0, positions))
-        return embedded
+        embedded: Tensor = self.word(input_ids) + self._positions(input_ids, past_tokens)
+        if hasattr(self, "token_type_embedding"):
+            embedded = embedded + self.token_type_embedding[0]
+        normed: Tensor = self.norm(embedded)
+        return normed
+
+    def _positions(self, input_ids: Tensor, past_tokens: int) -> Tensor:
+        if self.padding_id is None:
+            return self.position_embedding.index_select(0, torch.arange(input_ids.shape[1]) + past_tokens)
+        counted = (input_ids != self.padding_id).to(torch.int64)
+        positions = torch.cumsum(counted, dim=1) * counted + self.padding_id
+        return F.embedding(positions, self.position_embedding)
 
 
 class BertLayer(nn.Module):
@@ -98,12 +118,12 @@ class BertCrossAttention(nn.Module):
 
 
 class Bert(nn.Module):
-    """The weights of one text transformer; Parts take of them what they need."""
+    """The weights of one text transformer; Parts take of them what they need. Arguments as in `BertEmbeddings`."""
 
-    def __init__(self, sizes: BertSizes) -> None:
+    def __init__(self, sizes: BertSizes, token_types: int = 0, padding_id: int | None = None) -> None:
         super().__init__()
         self.sizes = sizes
-        self.embeddings = BertEmbeddings(sizes)
+        self.embeddings = BertEmbeddings(sizes, token_types, padding_id)
         self.layers = nn.ModuleList(BertLayer(sizes) for _ in range(sizes.layers))
         cross_layers = sizes.layers if sizes.states_width else 0
         self.cross = nn.ModuleList(BertCrossAttention(sizes) for _ in range(cross_layers))

@@ -15,6 +15,12 @@ TOKENIZER_CLASSES = frozenset(
     {
         *("BertTokenizer", "BertTokenizerFast", "CLIPTokenizer", "CLIPTokenizerFast", "GPT2Tokenizer"),
         *("GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"),
+        *("XLMRobertaTokenizer", "XLMRobertaTokenizerFast"),
     }
 )
-MODEL_TYPES = frozenset({"clip", "blip", "clip_text_model", "clip_vision_model", "llava"})
+MODEL_TYPES = frozenset(
+    {
+        *("clip", "blip", "clip_text_model", "clip_vision_model", "llava"),
+        *("metaclip_2", "metaclip_2_text_model", "metaclip_2_vision_model"),
+    }
+)

@@ -33,7 +33,6 @@ _TITLES: Mapping[str, str] = {
     "kosmos-2": "Kosmos-2",
     "llava": "LLaVA",
     "llava_next": "LLaVA-NeXT",
-    "metaclip_2": "MetaCLIP 2",
     "minicpmo": "MiniCPM-o",
     "owlv2": "OWLv2",
     "owlvit": "OWL-ViT",
@@ -48,14 +47,15 @@ _TITLES: Mapping[str, str] = {
 }
 # What config.json calls by a supported type, under another class: what it is, and the way out.
 _CLASSES: Mapping[str, tuple[str, str]] = {
-    "CLIPVisionModel": (
-        "CLIP's image encoder without its projection",
-        "save the model that it was taken from as CLIPVisionModelWithProjection: its projection makes the embedding",
-    ),
-    "CLIPTextModel": (
-        "CLIP's text encoder without its projection",
-        "save the model that it was taken from as CLIPTextModelWithProjection: its projection makes the embedding",
-    ),
+    **{
+        f"{cls}{tower}Model": (
+            f"{title}'s {encoder} encoder without its projection",
+            f"save the model that it was taken from as {cls}{tower}ModelWithProjection: its projection makes the "
+            "embedding",
+        )
+        for cls, title in (("CLIP", "CLIP"), ("MetaClip2", "MetaCLIP 2"))
+        for tower, encoder in (("Vision", "image"), ("Text", "text"))
+    },
     "CLIPForImageClassification": (
         "CLIP's image encoder with a classifier instead of its projection",
         "export the CLIPModel that it was made from; what its classifier says is not exported",

@@ -33,7 +33,6 @@ GROUPS = {"depths": [1, 1], "num_group_tokens": [4, 0], "num_output_groups": [4,
 OTHERS: Mapping[str, tuple[dict[str, Any], str]] = {
     "SiglipModel": ({}, "SigLIP"),
     "Siglip2Model": ({"vision_config": {**SIZES, "num_patches": 4, "patch_size": 16}}, "SigLIP 2"),
-    "MetaClip2Model": ({"projection_dim": 16}, ""),
     "ChineseCLIPModel": ({"projection_dim": 16}, "Chinese-CLIP"),
     "AltCLIPModel": ({"projection_dim": 16, "text_config": {**TEXT, "project_dim": 16}}, "AltCLIP"),
     "CLIPSegForImageSegmentation": (
@@ -177,7 +176,7 @@ def test_a_config_of_another_family(tmp_path: Path, make_huggingface_clip: Calla
         ("clip", "CLIPForImageClassification", "classifier", "CLIPModel"),
         ("clip", "MyRetrieval", "this class", "with that one's config.json"),
         ("blip", "BlipModel", "BLIP without its heads", "one of the classes with a head"),
-        ("metaclip_2_vision_model", "MetaClip2VisionModel", "MetaCLIP 2's image encoder", "inspect"),
+        ("metaclip_2_vision_model", "MetaClip2VisionModel", "MetaCLIP 2's image encoder", "MetaClip2VisionModelWithP"),
     ],
 )
 def test_a_class_that_is_not_exported_has_its_own_way_out(model_type: str, name: str, what: str, way_out: str) -> None:

@@ -33,7 +33,8 @@ def test_every_family_in_models_is_registered() -> None:
     for path in (ROOT / "models").rglob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             methods = {entry.name for entry in getattr(node, "body", []) if isinstance(entry, ast.FunctionDef)}
-            if isinstance(node, ast.ClassDef) and {"recognises", "describe", "build"} <= methods:
+            # One that shares the rest with another family recognises its own files at least.
+            if isinstance(node, ast.ClassDef) and "recognises" in methods:
                 module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
                 found.add(f"vlm_export.{module}:{node.name}")
     assert found == set(FAMILIES.values())
