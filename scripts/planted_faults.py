@@ -58,6 +58,7 @@ with weights that are not rounded ([numerics](numerics.md#noise)); both name the
 | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 _LONGEST_MESSAGE = 160
+_COPY = "copy"
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def proved(folder: Path) -> Iterator[Proved]:
 
 def verdict(fault: Fault, at: Proved, folder: Path) -> Verdict:
     """Plants the fault in a copy of the bundle and verifies that."""
-    copy = folder / "copy"
+    copy = folder / _COPY
     shutil.copytree(at.bundle, copy)
     try:
         fault.plant(copy)
@@ -140,7 +141,8 @@ def _error(verify: Callable[[], ContractReport]) -> VlmExportError | None:
 def row(fault: Fault, found: Verdict) -> str:
     """A line of the page's table."""
     error = found.record or found.original
-    text = "" if error is None else f"{error.where}: {error.got}".replace("|", "\\|").replace("\n", " ")
+    where = "" if error is None else error.where.rpartition(f"/{_COPY}/")[2]
+    text = "" if error is None else f"{where}: {error.got}".replace("|", "\\|").replace("\n", " ")
     short = text if len(text) <= _LONGEST_MESSAGE else text[:_LONGEST_MESSAGE] + "…"
     seen = [_seen(found.record), _seen(found.original)]
     return f"| {fault.name} | {fault.named} | {seen[0]} | {seen[1]} | {short} |\n"

@@ -327,4 +327,16 @@ GRAPH_FAULTS: tuple[Fault, ...] = (
     Fault("towers exchanged", VISION, _swap_towers),
     _field("scale of the logits", MANIFEST_NAME, "tasks.0.score.logit_scale", 4.6052),
 )
-FAULTS: tuple[Fault, ...] = (*FILE_FAULTS, *PREPARATION_FAULTS, *GRAPH_FAULTS)
+MANIFEST_FAULTS: tuple[Fault, ...] = (
+    _field("activation of the scores", MANIFEST_NAME, "tasks.0.score.activation", "sigmoid"),
+    _field("bias of the scores", MANIFEST_NAME, "tasks.0.score.logit_bias", -10.0),
+    _field("output that holds the embedding", MANIFEST_NAME, "tasks.0.image.pooling", "mean"),
+    _field("tokens that code adds", MANIFEST_NAME, "text.added_tokens", ["<sks>"]),
+    _field("case of letters", MANIFEST_NAME, "text.case", "kept"),
+    _field("smallest size of an axis", MANIFEST_NAME, "parts.0.signature.axes.0.minimum", 2),
+    _field("greatest size of an axis", MANIFEST_NAME, "parts.1.signature.axes.1.maximum", 1024),
+    _field("steps of an axis", MANIFEST_NAME, "parts.1.signature.axes.1.multiple_of", 4),
+    _field("opset", MANIFEST_NAME, "parts.0.variants.0.opset", 18),
+    _field("oldest ONNX Runtime", MANIFEST_NAME, "parts.1.variants.0.oldest_onnxruntime", "1.14.0"),
+)
+FAULTS: tuple[Fault, ...] = (*FILE_FAULTS, *PREPARATION_FAULTS, *GRAPH_FAULTS, *MANIFEST_FAULTS)

@@ -49,7 +49,8 @@ def refused_by(model: Model) -> dict[str, InputError]:
 
 
 def test_package_exports_one_loader_and_one_class() -> None:
-    assert set(vlm_export.__all__) == {"Model", "__version__", "load"}
+    verbs = {"export", "ExportResult", "verify", "VerificationResult"}
+    assert set(vlm_export.__all__) == {"Model", "__version__", "load", *verbs}
     assert vlm_export.load is load
     assert vlm_export.Model is Model
 

@@ -54,6 +54,7 @@ from vlm_export.proof.contract_record import (
     read_record,
     write_record,
 )
+from vlm_export.proof.declared import declared
 from vlm_export.proof.metrics import Array
 from vlm_export.proof.points import Arrays
 from vlm_export.specs import ImageSpec
@@ -123,7 +124,7 @@ def _prove_contract(
 ) -> ContractReport:
     original = original_side(model, sides)
     sealed = {name: record_of_file(root, name).sha256 for name in SEALED_FILES if (root / name).is_file()}
-    record = replace(original.record, files=sealed)
+    record = replace(original.record, files=sealed, declared=declared(manifest))
     write_record(root, record, original.contents)
     bundle = staged_bundle(root, manifest)
     report = replay(bundle, start_engine, record=record, images=original.contents)
@@ -188,7 +189,8 @@ def repeat_contract(
     with quiet_transformers():
         original = original or original_side(model, sides)
         notes = [FOREIGN_TOKENIZER] if foreign else []
-        record = replace(original.record, files={} if own is None else own.files)
+        files, proved = ({}, declared(bundle.manifest)) if own is None else (own.files, own.declared)
+        record = replace(original.record, files=files, declared=proved)
         report = replay(bundle, start_engine, record=record, images=original.contents, precision=precision)
         checks, measured, not_run = check_consumers(
             bundle, original.record, original.contents, original.images, original.texts

@@ -26,6 +26,7 @@ from vlm_export.proof.contract_record import (
     levels,
     read_record,
 )
+from vlm_export.proof.declared import first_difference, version_difference
 from vlm_export.proof.gates import GATES, gate_name, judge
 from vlm_export.proof.metrics import Array, Comparison, compare, worst_of
 from vlm_export.proof.points import Arrays, EngineRun
@@ -145,7 +146,8 @@ def replay(
         precision: only these variants of the graphs.
     """
     record = record or read_record(bundle)
-    checks = [_as_check(*check) for check in (check_preprocessor(bundle), check_config(bundle)) if check is not None]
+    checks = [*_check_versions(bundle, precision)]
+    checks += [_as_check(*check) for check in (check_preprocessor(bundle), check_config(bundle)) if check is not None]
     if record is None:
         if bundle.manifest.export.contract is not None:
             gone = f"the manifest says that the contract was proved, and {RECORD_NAME} is not listed"
@@ -163,7 +165,22 @@ def replay(
     checks += _check_score(bundle, record)
     checks += _check_vectors(bundle, record, start_engine, pixels, feeds, precision)
     checks.append(_as_check(*check_sealed(bundle, record.files)))
+    checks.append(_check_declared(bundle, record))
     return ContractReport(tuple(checks), record.made_by, record.not_run)
+
+
+def _check_versions(bundle: OpenBundle, precision: str | None) -> Iterator[ContractCheck]:
+    for part in bundle.manifest.parts:
+        for variant in part.chosen_variants(precision):
+            found = version_difference(bundle, variant)
+            where = f"{MANIFEST_NAME}: part {part.name!r} at {variant.precision}"
+            yield ContractCheck("versions", where, 1, () if found is None else (found,), variant.precision)
+
+
+def _check_declared(bundle: OpenBundle, record: ContractRecord) -> ContractCheck:
+    found = first_difference(record.declared, bundle.manifest)
+    failures = () if found is None else (f"{found[0]}: expected {found[1]}, got {found[2]}",)
+    return ContractCheck("manifest", MANIFEST_NAME, len(record.declared), failures)
 
 
 def _as_check(where: str, compared: int, failures: Sequence[str]) -> ContractCheck:

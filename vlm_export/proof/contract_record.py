@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -34,7 +34,7 @@ Edge: TypeAlias = Annotated[int, between(1, 1 << 16)]
 Channels: TypeAlias = Annotated[
     tuple[float, ...], Check("three numbers, or none", lambda values: len(values) in (0, 3))
 ]
-_SHARED = ("made_by", "images", "black", "white", "texts", "pad_token_id", "score", "files", "not_run")
+_SHARED = ("made_by", "images", "black", "white", "texts", "pad_token_id", "score", "files", "declared", "not_run")
 # Of a part's output as large as token states, so many values of each row are recorded.
 _RECORDED_VALUES = 2048
 
@@ -78,6 +78,7 @@ class ContractRecord:
         vectors: part → output → float32 (B, …), one row for each image or text.
         score: the manifest's score, with the original's own number for what it states itself (`logit_scale`).
         files: side files of the bundle that were proved → their sha256.
+        declared: what the manifest declared when it was proved (`proof/declared.py`).
         not_run: what was left out, one sentence each.
     """
 
@@ -90,6 +91,7 @@ class ContractRecord:
     vectors: Mapping[str, Arrays]
     score: Mapping[str, float | str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    declared: Mapping[str, Any] = field(default_factory=dict)
     not_run: tuple[str, ...] = ()
 
 
@@ -107,6 +109,7 @@ class _StoredRecord(Spec):
     vectors: Mapping[str, tuple[str, ...]]
     score: Mapping[str, float | str]
     files: Mapping[str, str]
+    declared: Mapping[str, Any]
     not_run: tuple[str, ...]
 
 

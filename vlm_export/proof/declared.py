@@ -1,4 +1,4 @@
-"""What a bundle's manifest declares about the model, against what its source says."""
+"""What a bundle declares, against what its source says, what the contract recorded, and what its graphs are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_export import __version__
-from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest
+from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest, VariantRecord
+from vlm_export.bundle.oldest_engine import oldest_onnxruntime
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import VerificationError
 
@@ -24,7 +25,7 @@ def check_declared(bundle: OpenBundle, rebuilt: Manifest) -> None:
     Raises:
         VerificationError: names the first field that differs.
     """
-    found = _difference(_declared(rebuilt.to_json()), _declared(bundle.manifest.to_json()), "")
+    found = first_difference(declared(rebuilt), bundle.manifest)
     if found is None:
         return
     field, expected, got = found
@@ -39,17 +40,37 @@ def check_declared(bundle: OpenBundle, rebuilt: Manifest) -> None:
     )
 
 
-def _declared(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What is compared, as plain JSON data.
+def first_difference(expected: Mapping[str, Any], manifest: Manifest) -> tuple[str, str, str] | None:
+    """The first field in which a manifest declares something else: its name, what it should be, and what it is.
+
+    Args:
+        expected: from `declared`.
+    """
+    return _difference(_by_name(expected), _by_name(declared(manifest)), "")
+
+
+def declared(of: Manifest) -> dict[str, Any]:
+    """What the runtime goes by, as plain JSON data.
 
     Which runtime the graphs are written for is the user's choice alone, and a licence belongs to the name that was
     exported: the same file under another name has none. What was proved is proved again.
     """
+    manifest = of.to_json()
     data = {field: manifest[field] for field in _FIELDS}
     data["export"] = {key: value for key, value in data["export"].items() if key not in _CHOSEN}
     data["source"] = {key: manifest["source"][key] for key in ("dropped_keys", "shards_left_aside")}
     data["signature"] = {part["name"]: part["signature"] for part in manifest["parts"]}
-    return {key: _by_name(value) for key, value in data.items()}
+    return data
+
+
+def version_difference(bundle: OpenBundle, variant: VariantRecord) -> str | None:
+    """Where the manifest declares another opset or oldest ONNX Runtime than the graph has, None where it does not."""
+    release, opset = oldest_onnxruntime(bundle.file(variant.file))
+    if variant.opset != opset:
+        return f"opset: expected {opset}, as the graph has it, got {variant.opset}"
+    if variant.oldest_onnxruntime != release:
+        return f"oldest_onnxruntime: expected {release}, as the graph needs it, got {variant.oldest_onnxruntime}"
+    return None
 
 
 def _by_name(value: Any) -> Any:
