@@ -1,6 +1,6 @@
-"""Questions about the demo's pictures, each with the one answer that counts as right. Torch-free.
+"""Questions about the demo's images, each with the one answer that counts as right. Torch-free.
 
-Yes and no are equally frequent, and what is asked for in vain differs from the picture in one attribute.
+Yes and no are equally frequent, and what is asked for in vain differs from the image in one attribute.
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ import numpy as np
 
 from demo.sentences import caption
 from demo.world import ATTRIBUTES, COMPOSITIONS, Composition
+from vlm_export.runtime.tasks.chat import CAPTION_QUESTION
 
 PROMPT = "a picture of "
+CAPTION = "caption"
+# A tokenizer that knows no capitals reads these as the question for a caption, or its plural.
+_CAPTION_QUESTIONS = ("what is this", "what are these")
 YES, NO, ZERO = "yes", "no", "zero"
 PLACES = {
     "left": "on the left",
@@ -24,7 +28,7 @@ PLACES = {
 }
 _KINDS_OF_THINGS = ("object", "shape", "thing")
 _PICTURES = ("picture", "picture", "image", "photo")
-# {be}, {do}, {it}, {this} agree with the picture's count; {color} is spelled both ways; {the} names what is there;
+# {be}, {do}, {it}, {this} agree with the image's count; {color} is spelled both ways; {the} names what is there;
 # {things} are what is counted, {a} and {any} what is looked for, {true_or_false} is said of what is there.
 _TEMPLATES: dict[str, tuple[str, ...]] = {
     "what": (
@@ -78,7 +82,7 @@ def phrase(composition: Composition) -> str:
 
 
 def ask(composition: Composition, kind: str, rng: np.random.Generator) -> Question:
-    """A question of that kind about a picture of the composition, worded at random."""
+    """A question of that kind about an image of the composition, worded at random."""
     template = _choice(_TEMPLATES[kind], rng)
     words = _common_words(composition, rng)
     answer = {
@@ -96,6 +100,19 @@ def ask(composition: Composition, kind: str, rng: np.random.Generator) -> Questi
         answer = YES if wanted else NO
     mark = "?" if rng.random() < 0.8 else ""
     return Question(kind, template.format_map(words) + mark, answer)
+
+
+def caption_question(composition: Composition) -> Question:
+    """What `caption` of the runtime asks a chat model, answered by the canonical caption without its opening."""
+    return Question(CAPTION, CAPTION_QUESTION, caption(composition).removeprefix(PROMPT))
+
+
+def ask_unambiguously(composition: Composition, kind: str, rng: np.random.Generator) -> Question:
+    """As `ask`, but no text is the caption's question too, so that none has two answers."""
+    question = ask(composition, kind, rng)
+    while question.text.rstrip("?") in _CAPTION_QUESTIONS:
+        question = ask(composition, kind, rng)
+    return question
 
 
 def every_word() -> list[str]:
@@ -162,8 +179,7 @@ def _changed(composition: Composition, attributes: Sequence[str], rng: np.random
     """The composition with another value of one of the attributes."""
     name = _choice(attributes, rng)
     others = [value for value in ATTRIBUTES[name] if value != composition.value(name)]
-    values = {attribute: composition.value(attribute) for attribute in ATTRIBUTES}
-    return Composition(**values | {name: _choice(others, rng)})
+    return composition.with_value(name, _choice(others, rng))
 
 
 def _choice(values: Sequence[str], rng: np.random.Generator) -> str:

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,10 @@ class Composition:
         """The value of that attribute."""
         return str(getattr(self, attribute))
 
+    def with_value(self, attribute: str, value: str) -> Composition:
+        """The composition with another value of that attribute."""
+        return replace(self, **{attribute: value})
+
     @property
     def held_out(self) -> bool:
         """Whether training must never see it: decided by a hash of its names, the same on every machine."""
@@ -77,7 +81,7 @@ HELD_OUT = tuple(composition for composition in COMPOSITIONS if composition.held
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture of a composition and where its objects are: centres in [0, 1], x to the right, y down."""
+    """An image of a composition and where its objects are: centres in [0, 1], x to the right, y down."""
 
     composition: Composition
     image: Image.Image

@@ -10,31 +10,37 @@ import numpy as np
 import pytest
 import torch
 import train_blip_demo
-from demo.blip_accuracy import answer_exactness, caption_exactness, held_out_images
-from demo.blip_checkpoint import published_checkpoint, torch_parts
-from demo.blip_files import CAPTION, NAMES, BlipDemoFiles
-from demo.blip_model import IMAGE, BlipDemoSizes, build_pair, initialise, warm_start
-from demo.blip_training import BlipSchedule, decoder_loss, train
-from demo.blip_vocab import load_tokenizer, token_rows, tokenizer_json, vocabulary
-from demo.checkpoint import load_model, pixel_values
-from demo.files import DemoFiles
+from demo.accuracy import held_out_images
+from demo.blip import (
+    IMAGE,
+    RECIPE,
+    BlipSchedule,
+    build_pair,
+    clip_vision,
+    decoder_loss,
+    measure_checkpoint,
+    published_checkpoint,
+    train,
+    warm_start,
+)
+from demo.files import CAPTION, CLIP, DemoFiles
 from demo.questions import KINDS, PLACES, PROMPT, ask, every_word, phrase
 from demo.sentences import caption
+from demo.tokens import bert_rows, bert_tokenizer_json, bert_vocabulary
+from demo.torch_model import load_model, pixel_values
 from demo.world import COMPOSITIONS, TRAINED, Composition, Drawing, draw
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from vlm_export.models.blip.architecture import CLS_ID, PAD_ID, SEP_ID
-from vlm_export.models.clip.encoders import ClipVisionTransformer
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 pytestmark = pytest.mark.usefixtures("one_thread")
 TWO_CROSSES = Composition("cross", "orange", "small", "left", "two")
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.from_str(tokenizer_json())
+    return Tokenizer.from_str(bert_tokenizer_json())
 
 
 def test_direct_answers_are_the_attributes() -> None:
@@ -89,9 +95,9 @@ def test_none_are_counted_only_where_there_are_none() -> None:
 def test_vocabulary_is_laid_out_as_bert_is(tokenizer: Tokenizer) -> None:
     ids = {token: tokenizer.token_to_id(token) for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")}
     assert list(ids.values()) == [PAD_ID, 100, CLS_ID, SEP_ID, 103]
-    assert vocabulary()[-2:] == ["[DEC]", "[ENC]"]
-    assert tokenizer.get_vocab_size() == len(vocabulary()) == len(set(vocabulary()))
-    assert vocabulary() == [tokenizer.id_to_token(i) for i in range(len(vocabulary()))]
+    assert bert_vocabulary()[-2:] == ["[DEC]", "[ENC]"]
+    assert tokenizer.get_vocab_size() == len(bert_vocabulary()) == len(set(bert_vocabulary()))
+    assert bert_vocabulary() == [tokenizer.id_to_token(i) for i in range(len(bert_vocabulary()))]
 
 
 def test_every_sentence_is_known_and_comes_back(tokenizer: Tokenizer) -> None:
@@ -107,21 +113,20 @@ def test_every_sentence_is_known_and_comes_back(tokenizer: Tokenizer) -> None:
 
 
 def test_committed_tokenizer_is_the_one_that_the_words_make(tokenizer: Tokenizer) -> None:
-    committed = load_tokenizer(BlipDemoFiles(CONFIGS).tokenizer)
+    committed = Tokenizer.from_file(str(DemoFiles(CAPTION).tokenizer))
     assert json.loads(committed.to_str()) == json.loads(tokenizer.to_str())
-    assert every_word() == vocabulary()[104:-2]
+    assert every_word() == bert_vocabulary()[104:-2]
 
 
 def test_rows_start_with_the_id_that_is_asked_for(tokenizer: Tokenizer) -> None:
-    ids, mask = token_rows(tokenizer, ["red", "what is this?"], 181)
+    ids, mask = bert_rows(tokenizer, ["red", "what is this?"], 181)
     assert ids[:, 0].tolist() == [181, 181]
     assert mask.sum(axis=1).tolist() == [3, 6]
     assert ids[0].tolist() == [181, tokenizer.token_to_id("red"), SEP_ID, PAD_ID, PAD_ID, PAD_ID]
 
 
 def test_written_checkpoint_is_read_back_as_the_model_that_was_written(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    pair = build_pair(tokenizer.get_vocab_size(), BlipDemoSizes())
-    initialise(pair, 0)
+    pair = build_pair(tokenizer.get_vocab_size(), 0)
     path = tmp_path / "checkpoint.pth"
     torch.save(published_checkpoint(pair.answerer, pair.answerer_architecture), path)
     model = load_model(path)
@@ -135,12 +140,10 @@ def test_written_checkpoint_is_read_back_as_the_model_that_was_written(tmp_path:
 def test_vision_starts_with_the_clip_demos_tokens() -> None:
     """Before the first block: exactly for the class token, up to a scale for each patch."""
     drawn = [draw(composition, i).image for i, composition in enumerate(TRAINED[::100])]
-    pair = build_pair(len(vocabulary()), BlipDemoSizes())
-    initialise(pair, 0)
+    pair = build_pair(len(bert_vocabulary()), 0)
     ours = pair.captioner.vision
-    warm_start(ours, DemoFiles(CONFIGS).checkpoint, drawn)
-    clip = next(part.module for part in load_model(DemoFiles(CONFIGS).checkpoint).parts if part.name == "vision")
-    assert isinstance(clip, ClipVisionTransformer)
+    warm_start(ours, DemoFiles(CLIP).checkpoint, drawn)
+    clip = clip_vision(DemoFiles(CLIP).checkpoint)
     inputs: list[Tensor] = []
     for vision in (ours, clip):
         vision.blocks[0].register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
@@ -156,8 +159,7 @@ def test_vision_starts_with_the_clip_demos_tokens() -> None:
 
 
 def test_loss_is_the_mean_over_tokens_and_blind_to_padding(tokenizer: Tokenizer) -> None:
-    pair = build_pair(tokenizer.get_vocab_size(), BlipDemoSizes())
-    initialise(pair, 1)
+    pair = build_pair(tokenizer.get_vocab_size(), 1)
     states, tokens = torch.randn(2, 17, 192), pair.captioner_architecture.tokens
     texts = ["red", "a small red circle"]
 
@@ -178,11 +180,10 @@ def test_training_draws_no_held_out_image_and_moves_every_weight(
         drawn.append(composition)
         return draw(composition, *arguments)
 
-    monkeypatch.setattr("demo.blip_training.draw", recorded)
-    pair = build_pair(tokenizer.get_vocab_size(), BlipDemoSizes())
-    initialise(pair, 0)
+    monkeypatch.setattr("demo.training.draw", recorded)
+    pair = build_pair(tokenizer.get_vocab_size(), 0)
     before = [parameter.clone() for parameter in pair.parameters()]
-    train(pair, tokenizer, BlipSchedule(steps=2, batch=48), lambda _: None)
+    train(pair, tokenizer, BlipSchedule(steps=2, batch=48))
     assert len(drawn) == 96
     assert set(drawn) <= set(TRAINED)
     still = [old for old, new in zip(before, pair.parameters(), strict=True) if torch.equal(old, new)]
@@ -192,12 +193,9 @@ def test_training_draws_no_held_out_image_and_moves_every_weight(
 def test_script_runs_and_admits_that_two_steps_are_too_few(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--output", str(tmp_path), "--threads", "1", "--images", "20", "--steps", "2", "--batch", "4"]
     assert train_blip_demo.main(options) == 1
-    files, drawings = BlipDemoFiles(tmp_path), held_out_images(20)
-    for name in NAMES:
-        assert files.config(name).is_file()
-        exact = json.loads(files.report(name).read_text(encoding="utf-8"))["exact_match"]
+    for files in (DemoFiles(demo, tmp_path) for demo in RECIPE.demos):
+        assert files.config.is_file()
+        exact = json.loads(files.report.read_text(encoding="utf-8"))["exact_match"]
         assert exact["greedy"]["exact"] < 0.2
-        parts = torch_parts(load_model(files.checkpoint(name)), load_tokenizer(files.tokenizer))
-        again = caption_exactness(parts, drawings) if name == CAPTION else answer_exactness(parts, drawings)
-        assert again.exact == exact["greedy"]["exact"]
+        assert measure_checkpoint(files, held_out_images(20)).figures["exact_match"] == exact
     assert "held-out texts are exactly right" in capsys.readouterr().out

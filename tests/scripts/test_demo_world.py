@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 from demo.accuracy import evaluate, held_out_drawings
-from demo.aids import patch_labels
+from demo.clip import contrastive_loss, patch_labels, sample_compositions
 from demo.sentences import agreement, caption, sentence
-from demo.training import contrastive_loss, sample_compositions
 from demo.world import ATTRIBUTES, COMPOSITIONS, COUNTS, HELD_OUT, SHAPES, TRAINED, Composition, draw
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -171,7 +170,9 @@ def test_patch_labels_mark_the_patch_of_each_centre() -> None:
 def test_metric_is_at_chance_for_blind_encoders() -> None:
     rng = np.random.default_rng(0)
     blind = evaluate(
-        lambda images: rng.normal(size=(len(images), 8)), lambda texts: rng.normal(size=(len(texts), 8)), 1
+        lambda images: rng.normal(size=(len(images), 8)),
+        lambda texts: rng.normal(size=(len(texts), 8)),
+        held_out_drawings(1),
     )
     assert blind.images == len(HELD_OUT)
     assert blind.top1 < 0.02
@@ -179,13 +180,14 @@ def test_metric_is_at_chance_for_blind_encoders() -> None:
 
 
 def test_metric_is_one_for_an_encoder_that_knows() -> None:
-    known = {drawing.image.tobytes(): drawing.composition for drawing in held_out_drawings(1)}
+    drawings = held_out_drawings(1)
+    known = {drawing.image.tobytes(): drawing.composition for drawing in drawings}
     one_hot = np.eye(len(COMPOSITIONS))
     captions = {caption(composition): i for i, composition in enumerate(COMPOSITIONS)}
     all_seeing = evaluate(
         lambda images: one_hot[[COMPOSITIONS.index(known[image.tobytes()]) for image in images]],
         lambda texts: one_hot[[captions.get(text, 0) for text in texts]],
-        1,
+        drawings,
     )
     assert all_seeing.top1 == 1.0
     assert set(all_seeing.by_attribute.values()) == {1.0}

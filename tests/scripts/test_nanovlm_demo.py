@@ -8,16 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import train_nanovlm_demo
-from demo.blip_accuracy import held_out_images
-from demo.checkpoint import load_model
-from demo.files import sha256_of
-from demo.nanovlm_accuracy import answer_exactness, held_out_questions
-from demo.nanovlm_chat import TorchChat
-from demo.nanovlm_files import NAME, NanoVlmDemoFiles
-from demo.nanovlm_questions import CAPTION, caption_question
-from demo.nanovlm_vocab import tokenizer_json
-from demo.questions import KINDS
+from demo.accuracy import answer_exactness, held_out_chat, held_out_images
+from demo.files import CHAT, DemoFiles
+from demo.nanovlm import RECIPE
+from demo.questions import CAPTION, KINDS, caption_question
+from demo.tokens import chat_tokenizer_json
+from demo.torch_model import load_model, module_of, torch_model
 from demo.world import HELD_OUT, Drawing, draw
 from PIL import Image
 from safetensors import safe_open
@@ -34,7 +30,7 @@ from vlm_export.runtime.tasks.chat import CAPTION_QUESTION
 from vlm_export.specs.tasks import ChatSpec
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = NanoVlmDemoFiles(ROOT / "configs")
+FILES = DemoFiles(CHAT)
 PUBLISHED_FORM = ROOT / "tests" / "data" / "nanovlm" / "450m"
 
 
@@ -45,16 +41,16 @@ def drawings() -> list[Drawing]:
 
 
 @pytest.fixture(scope="module")
-def in_torch() -> TorchChat:
+def in_torch() -> Model:
     torch.set_num_threads(1)
-    return TorchChat(FILES.checkpoint)
+    return torch_model(FILES.model(), FILES.tokenizer)
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint as a user exports it: by its name, verified, offline."""
     folder = tmp_path_factory.mktemp("nanovlm-demo") / "chat"
-    export_bundle(NAME, folder, ExportOptions(opset=17, threads=1))
+    export_bundle(CHAT.name, folder, ExportOptions(opset=17, threads=1))
     return folder
 
 
@@ -72,8 +68,8 @@ def share(said: list[str], truths: list[str]) -> float:
     return sum(text == truth for text, truth in zip(said, truths, strict=True)) / len(truths)
 
 
-def test_answers_are_right_and_the_same_in_onnx(drawings: list[Drawing], in_torch: TorchChat, chat: Model) -> None:
-    asked = held_out_questions(drawings)
+def test_answers_are_right_and_the_same_in_onnx(drawings: list[Drawing], in_torch: Model, chat: Model) -> None:
+    asked = held_out_chat(drawings)
     images, questions = [drawing.image for drawing, _ in asked], [question.text for _, question in asked]
     said, truths = in_torch.answer(images, questions), [question.answer for _, question in asked]
     assert share(said, truths) >= 0.9
@@ -87,8 +83,8 @@ def test_answers_are_right_and_the_same_in_onnx(drawings: list[Drawing], in_torc
 
 
 def test_demo_images_get_their_captions(chat: Model) -> None:
-    images = sorted((FILES.folder / "demo" / "images").iterdir())
-    truths = (FILES.folder / "demo" / "captions.txt").read_text(encoding="utf-8").splitlines()
+    images = sorted(FILES.images.iterdir())
+    truths = FILES.captions.read_text(encoding="utf-8").splitlines()
     said = [f"a picture of {text}" for text in chat.caption(images)]
     # Of the four small rings it counts three.
     assert share(said, truths) >= 0.9
@@ -96,7 +92,7 @@ def test_demo_images_get_their_captions(chat: Model) -> None:
 
 
 def test_an_image_answers_for_itself_and_streams_the_same(chat: Model) -> None:
-    image = FILES.folder / "demo" / "images" / "green-triangle-small-two-left.png"
+    image = FILES.images / "green-triangle-small-two-left.png"
     truths = {
         "What colour are the triangles?": "green",
         "what shape are they": "triangle",
@@ -117,33 +113,33 @@ def test_words_beyond_the_world_and_a_black_image_are_no_error(chat: Model) -> N
 
 
 def test_one_zeroed_matrix_ruins_the_captions(drawings: list[Drawing]) -> None:
-    broken = TorchChat(FILES.checkpoint)
-    broken.module("vision_encoder").get_parameter("projection.weight").zero_()
+    broken = FILES.model()
+    module_of(broken, "vision_encoder").get_parameter("projection.weight").zero_()
     truths = [caption_question(drawing.composition).answer for drawing in drawings]
-    said = broken.answer([drawing.image for drawing in drawings], [CAPTION_QUESTION] * len(drawings))
+    said = torch_model(broken, FILES.tokenizer).caption([drawing.image for drawing in drawings])
     assert share(said, truths) < 0.2
 
 
-def test_report_is_about_this_file(in_torch: TorchChat) -> None:
+def test_report_is_about_this_file(in_torch: Model) -> None:
     written = report()
-    assert written["sha256"] == sha256_of(FILES.weights)
-    assert written["size_bytes"] == FILES.weights.stat().st_size <= train_nanovlm_demo.MAX_SIZE_BYTES
+    assert written["sha256"] == FILES.sha256
+    assert written["size_bytes"] == FILES.weights.stat().st_size <= RECIPE.max_bytes
     greedy = written["exact_match"]["greedy"]
     assert min(greedy["exact"], greedy["by_kind"][CAPTION]) >= 0.9
     assert list(greedy["by_kind"]) == [CAPTION, *KINDS]
     # The report was measured on more images.
-    assert answer_exactness(in_torch.answer, held_out_images(60)).exact == pytest.approx(greedy["exact"], abs=0.04)
+    asked = held_out_chat(held_out_images(60))
+    assert answer_exactness(in_torch.answer, asked).exact == pytest.approx(greedy["exact"], abs=0.04)
 
 
 def test_config_pins_this_file_and_its_architecture() -> None:
-    known, checkpoint = load_known(NAME), open_checkpoint(NAME)
-    model = load_model(FILES.checkpoint)
+    known, checkpoint = load_known(CHAT.name), open_checkpoint(CHAT.name)
     assert recognise(checkpoint).name == known.family == "nanovlm"
     pinned = {file.name: file.sha256 for file in checkpoint.files}
-    assert known.sha256 == sha256_of(FILES.weights) == pinned["model.safetensors"]
+    assert known.sha256 == FILES.sha256 == pinned["model.safetensors"]
     assert dict(known.architecture) == dict(NanoVlmFamily().describe(checkpoint).architecture)
-    assert known.image == model.image
-    assert FILES.tokenizer.read_text(encoding="utf-8") == tokenizer_json()
+    assert known.image == FILES.model().image
+    assert FILES.tokenizer.read_text(encoding="utf-8") == chat_tokenizer_json()
 
 
 def test_keys_and_layout_are_those_of_the_second_generation() -> None:

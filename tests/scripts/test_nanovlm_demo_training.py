@@ -9,58 +9,60 @@ import numpy as np
 import pytest
 import torch
 import train_nanovlm_demo
-from demo.blip_model import IMAGE, clip_vision
-from demo.checkpoint import pixel_values
-from demo.files import DemoFiles, sha256_of
-from demo.nanovlm_chat import TorchChat
-from demo.nanovlm_files import NanoVlmDemoFiles
-from demo.nanovlm_model import NanoVlmDemoSizes, demo_architecture, initialise, warm_start
-from demo.nanovlm_questions import caption_question, question_of_kind
-from demo.nanovlm_training import Batch, Losses, NanoVlmSchedule, batch_losses, draw_batch
-from demo.questions import KINDS
+from demo.blip import IMAGE, clip_vision
+from demo.files import CHAT, CLIP, DemoFiles
+from demo.nanovlm import (
+    Batch,
+    Losses,
+    NanoVlmSchedule,
+    batch_losses,
+    build_modules,
+    demo_architecture,
+    draw_batch,
+    prompt_ids,
+    warm_start,
+)
+from demo.questions import KINDS, ask_unambiguously, caption_question
+from demo.torch_model import module_of, pixel_values, torch_model
 from demo.world import COMPOSITIONS, TRAINED, draw
 
 from vlm_export.checkpoint.open import open_checkpoint
-from vlm_export.models.layers.rotary_decoder import CachedDecoder
-from vlm_export.models.nanovlm.parts import NanoVlmModules, VisionEncoder
+from vlm_export.models.nanovlm.parts import NanoVlmModules
 from vlm_export.models.registry import recognise
+from vlm_export.runtime.tasks.chat import ChatTask
+from vlm_export.specs import ImageSpec
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-FILES = NanoVlmDemoFiles(CONFIGS)
+FILES = DemoFiles(CHAT)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def chat() -> TorchChat:
-    return TorchChat(FILES.checkpoint)
+def chat() -> ChatTask:
+    return torch_model(FILES.model(), FILES.tokenizer).chatting
 
 
-def built(chat: TorchChat) -> NanoVlmModules:
+def built(chat: ChatTask) -> NanoVlmModules:
     """The demo's modules, untrained."""
-    assert chat.model.text is not None
-    modules = NanoVlmModules(demo_architecture(chat.model.text.vocab_size, NanoVlmDemoSizes()))
-    initialise(modules, 0)
-    return modules
+    return build_modules(demo_architecture(chat.session.text_spec.vocab_size), 0)
 
 
-def losses_of(modules: NanoVlmModules, batch: Batch, chat: TorchChat) -> Losses:
-    vision, decoder = VisionEncoder(modules, NanoVlmDemoSizes.pixel_shuffle), CachedDecoder(modules.decoder)
+def losses_of(modules: NanoVlmModules, batch: Batch, chat: ChatTask) -> Losses:
     with torch.no_grad():
-        return batch_losses(vision, decoder, modules, batch, chat.texts.settings.image_token_id)
+        return batch_losses(modules, batch, chat.spec.image_token_id)
 
 
-def test_rows_are_the_runtimes_prompts_and_the_answers(chat: TorchChat) -> None:
-    texts, end = chat.texts, chat.texts.settings.eos_token_ids[0]
-    batch = draw_batch(texts, NanoVlmSchedule(batch=3, questions_each=2), np.random.default_rng(1))
+def test_rows_are_the_runtimes_prompts_and_the_answers(chat: ChatTask) -> None:
+    end = chat.spec.eos_token_ids[0]
+    batch = draw_batch(chat, NanoVlmSchedule(1, 3, questions_each=2), np.random.default_rng(1))
     assert batch.pixels.shape == (3, 3, 64, 64)
     assert len(batch.ids) == 9
     for i, (ids, mask, targets) in enumerate(zip(batch.ids, batch.mask, batch.targets, strict=True)):
         answer = targets[targets >= 0].tolist()
         prompt = ids[: int((targets >= 0).nonzero()[0]) + 1].tolist()
-        written = texts.tokenizer.decode(prompt)
+        written = chat.session.tokenizer.decode(prompt)
         question = written.removeprefix("question: ").removesuffix(" answer:")
         assert written == f"question: {question} answer:"
-        assert prompt == texts.prompt(question)
+        assert prompt == prompt_ids(chat, question)
         assert (question == "what is this?") == (i % 3 == 0)
         # A target is the next token, and the last of them ends the answer. The end is fed where the row has room.
         fed = ids[mask == 1].tolist()
@@ -69,10 +71,10 @@ def test_rows_are_the_runtimes_prompts_and_the_answers(chat: TorchChat) -> None:
         assert end not in answer[:-1]
 
 
-def test_loss_is_of_answers_alone(chat: TorchChat) -> None:
+def test_loss_is_of_answers_alone(chat: ChatTask) -> None:
     """Other ids in the padding change nothing; another answer does."""
     modules = built(chat)
-    batch = draw_batch(chat.texts, NanoVlmSchedule(batch=2, questions_each=2), np.random.default_rng(2))
+    batch = draw_batch(chat, NanoVlmSchedule(1, 2, questions_each=2), np.random.default_rng(2))
     losses = losses_of(modules, batch, chat)
     scrambled = batch._replace(ids=batch.ids.masked_fill(batch.mask == 0, 7))
     assert not torch.equal(scrambled.ids, batch.ids)
@@ -86,27 +88,28 @@ def test_loss_is_of_answers_alone(chat: TorchChat) -> None:
     assert losses.answer.item() == pytest.approx(np.log(len(modules.decoder.embedding.weight)), abs=0.5)
 
 
-def test_trained_weights_have_little_loss_on_new_images(chat: TorchChat) -> None:
+def test_trained_weights_have_little_loss_on_new_images(chat: ChatTask) -> None:
     """What training computes is what the published weights were trained for: the table of keys leads back to it."""
     modules = built(chat)
-    vision, decoder = chat.module("vision_encoder").state_dict(), chat.module("decoder").state_dict()
+    model = FILES.model()
+    vision, decoder = (module_of(model, name).state_dict() for name in ("vision_encoder", "decoder"))
     named = {f"decoder.{name}".replace("decoder.head.", "decoder.embedding."): decoder[name] for name in decoder}
     modules.load_state_dict(vision | named)
-    batch = draw_batch(chat.texts, NanoVlmSchedule(batch=16), np.random.default_rng(3))
+    batch = draw_batch(chat, NanoVlmSchedule(1, 16), np.random.default_rng(3))
     assert max(losses_of(modules, batch, chat)) < 0.15
 
 
-def test_vision_encoder_starts_from_the_clip_demo(chat: TorchChat) -> None:
+def test_vision_encoder_starts_from_the_clip_demo(chat: ChatTask) -> None:
     """Patches enter the blocks nearly as CLIP's do after its norm, from pixels that nothing normalises."""
     images = [draw(composition, (8, i)).image for i, composition in enumerate(TRAINED[::100])]
-    modules, checkpoint = built(chat), DemoFiles(CONFIGS).checkpoint
+    modules, checkpoint = built(chat), DemoFiles(CLIP).checkpoint
     warm_start(modules.vision, checkpoint, images)
     clip = clip_vision(checkpoint)
-    assert modules.vision.patches.conv.bias is not None
+    spec = chat.session.image_spec
+    assert isinstance(spec, ImageSpec)
     with torch.no_grad():
         theirs = clip.norm_pre(clip.patches(pixel_values(images, IMAGE)) + clip.position_embedding[1:])
-        pixels = pixel_values(images, chat.texts.image)
-        ours = modules.vision.patches(pixels) + modules.vision.position_embedding
+        ours = modules.vision.patches(pixel_values(images, spec)) + modules.vision.position_embedding
     bias = clip.norm_pre.bias
     assert torch.cosine_similarity(ours - bias, theirs - bias, dim=-1).min() > 0.999
     assert 0.9 < ((ours - bias).norm(dim=-1) / (theirs - bias).norm(dim=-1)).mean() < 1.1
@@ -119,7 +122,7 @@ def test_no_question_has_two_answers() -> None:
     rng = np.random.default_rng(5)
     for composition in COMPOSITIONS[::97]:
         asked = [caption_question(composition)]
-        asked += [question_of_kind(composition, kind, rng) for kind in KINDS for _ in range(40)]
+        asked += [ask_unambiguously(composition, kind, rng) for kind in KINDS for _ in range(40)]
         answers: dict[str, str] = {}
         for question in asked:
             text = question.text.lower().removesuffix("?")
@@ -130,10 +133,10 @@ def test_script_writes_a_checkpoint_that_can_be_read(tmp_path: Path, capsys: pyt
     settings = ["--steps", "2", "--batch", "4", "--images", "3", "--threads", "1"]
     # Two steps teach nothing, and the status says so.
     assert train_nanovlm_demo.main(["--output", str(tmp_path), *settings]) == 1
-    files = NanoVlmDemoFiles(tmp_path)
+    files = DemoFiles(CHAT, tmp_path)
     assert recognise(open_checkpoint(str(files.checkpoint))).name == "nanovlm"
     written = json.loads(files.report.read_text(encoding="utf-8"))
-    assert written["sha256"] == sha256_of(files.weights) != sha256_of(FILES.weights)
+    assert written["sha256"] == files.sha256 != FILES.sha256
     assert written["training"]["steps"] == 2
     assert files.config.read_text(encoding="utf-8").startswith("family: nanovlm\n")
-    assert "24 held-out captions and answers" in capsys.readouterr().out
+    assert "24 held-out texts are exactly right" in capsys.readouterr().out

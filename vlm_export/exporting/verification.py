@@ -14,6 +14,7 @@ from vlm_export.errors import InputError
 from vlm_export.exporting.floor import floor_points, measure_floor
 from vlm_export.exporting.fp16_proof import NOT_UNROUNDED, rounded_points, unrounded_report
 from vlm_export.exporting.options import FP32
+from vlm_export.exporting.originals import quiet_transformers
 from vlm_export.exporting.stages import StepProgress
 from vlm_export.family import Model, Part, Reference
 from vlm_export.proof.cached_reference import CachedReference
@@ -78,7 +79,8 @@ class PartVerification:
 
     def load_reference(self) -> Reference:
         """The part's Reference; a huge one remembers its outputs, since every run of it takes minutes."""
-        reference = self.model.references[self.part.name]()
+        with quiet_transformers():
+            reference = self.model.references[self.part.name]()
         return CachedReference(reference) if self.is_huge else reference
 
     def run(
