@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
-import shutil
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlm_export.bundle.environment import check_free_space, environment_errors
 from vlm_export.errors import EnvironmentFailure
 from vlm_export.machine_faults import machine_fault
 
@@ -66,13 +65,14 @@ class ScratchStore:
 
     def _grow(self, size_bytes: int) -> None:
         needed = size_bytes - self.size_bytes
-        check_free(self.path, needed)
-        try:
-            self._reserve(self.size_bytes, needed)
-        except OSError as error:
-            with suppress(OSError):
-                os.ftruncate(self._handle, self.size_bytes)
-            raise failure_from_write(self.path, needed, error) from error
+        check_free_space(self.path.parent, needed)
+        with environment_errors(f"reserving room for weights in {self.path}", self.path.parent, needed):
+            try:
+                self._reserve(self.size_bytes, needed)
+            except OSError:
+                with suppress(OSError):
+                    os.ftruncate(self._handle, self.size_bytes)
+                raise
         self.size_bytes = size_bytes
 
     def _reserve(self, offset: int, length: int) -> None:
@@ -91,34 +91,3 @@ class ScratchStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def check_free(path: Path, needed_bytes: int) -> None:
-    """EnvironmentFailure when the disk of `path` (a file that may not exist yet) has too little space."""
-    free_bytes = _free_bytes(path)
-    if needed_bytes > free_bytes:
-        raise _failure(path, needed_bytes, free_bytes, "")
-
-
-def failure_from_write(path: Path, needed_bytes: int, error: OSError) -> EnvironmentFailure:
-    """The error for a write that failed although it was asked before: a quota, a size limit, another writer."""
-    if error.errno == errno.ENOSPC:
-        return _failure(path, needed_bytes, _free_bytes(path), f"; {error}")
-    return machine_fault(error, str(path)) or _failure(path, needed_bytes, _free_bytes(path), f"; {error}")
-
-
-def _free_bytes(path: Path) -> int:
-    try:
-        return shutil.disk_usage(path.parent).free
-    except OSError as error:
-        raise EnvironmentFailure("a directory to write to is missing", where=str(path), got=str(error)) from error
-
-
-def _failure(path: Path, needed_bytes: int, free_bytes: int, detail: str) -> EnvironmentFailure:
-    return EnvironmentFailure(
-        "a scratch file for weights cannot be written",
-        where=str(path),
-        expected=f"{needed_bytes} bytes more",
-        got=f"{free_bytes} bytes free{detail}",
-        fix="free some space, or choose a directory on a larger disk",
-    )
