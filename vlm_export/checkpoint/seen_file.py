@@ -113,7 +113,7 @@ def check_sha256(file: CheckpointFile, expected: str | None, where: str) -> None
         raise InputError(
             "the file is not the one that is pinned: its sha256 differs",
             where=where,
-            expected=expected.lower(),
-            got=f"{file.sha256} ({file.size_bytes} bytes)",
+            expected=f"sha256 {expected.lower()}",
+            got=f"sha256 {file.sha256} ({file.size_bytes} bytes)",
             fix="the file is damaged, cut off or another version: delete it and download it again",
         )

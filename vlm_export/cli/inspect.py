@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from vlm_export.family import Checkpoint, Description
     from vlm_export.specs import AnyImageSpec, Origins, TextSpec
 
+_RECORDED = "golden/"
 _LAYER_NUMBER = re.compile(r"\.\d+\.")
-_UNKNOWN = "not stated"
+# Where no file says it and no default of a library: what every checkpoint of the family has.
+_UNTOLD = "the family's convention"
 
 
 def add_parser(verbs: Any) -> None:
@@ -81,9 +83,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _data_from_source(source: str, revision: str | None, base: str | None) -> dict[str, Any]:
-    from vlm_export.checkpoint.sources.known import known_names, load_known
+    from vlm_export.checkpoint.names import source_kind
+    from vlm_export.checkpoint.sources.known import load_known
 
-    named = source in known_names() and not Path(source).exists()
+    named = source_kind(source) == "known"
     if named and find_spec("torch") is None:
         return _data_from_config(load_known(source))
     from vlm_export.checkpoint.open import open_checkpoint
@@ -117,7 +120,7 @@ def _data_from_config(known: KnownCheckpoint) -> dict[str, Any]:
         if spec is not None
         for field in spec.to_json()
     }
-    note = "how it would be split is told where vlm-export[export] is installed"
+    note = "how it would be split is told where the extra 'export' is installed"
     return {
         "what": "checkpoint",
         "source": known.name,
@@ -204,6 +207,7 @@ def _data_from_manifest(manifest: Manifest) -> dict[str, Any]:
         "format": manifest.source.format,
         "family": manifest.family,
         "licence": manifest.source.licence,
+        "tasks": [task.to_json() for task in manifest.tasks],
         "files": [
             {"name": name, "size_bytes": file.size_bytes, "sha256": file.sha256}
             for name, file in manifest.files.items()
@@ -240,10 +244,12 @@ def _print(data: Mapping[str, Any]) -> None:
     if data["format"] is None and data["tensors"] is not None:
         tensors = data["tensors"]
         print_line(f"  as published: {tensors['count']} tensors, {size_text(tensors['size_bytes'])}")
-    for file in data["files"]:
-        print_line(f"  {file['name']}  {size_text(file['size_bytes'])}  sha256 {file['sha256'][:16]}…")
+    if data.get("tasks"):
+        tasks = (task["kind"] + (" with a score" if task.get("score") else "") for task in data["tasks"])
+        print_line(f"tasks: {', '.join(tasks)}")
+    _print_files(data["files"])
     print_line("architecture:")
-    architecture = [(f"  {key}", str(value)) for key, value in data["architecture"].items()]
+    architecture = [(f"  {key}", _value_text(value)) for key, value in data["architecture"].items()]
     print_table(("  field", "value"), architecture, width=terminal_width())
     if data["parts"]:
         print_line("parts:")
@@ -255,6 +261,16 @@ def _print(data: Mapping[str, Any]) -> None:
         print_line(f"option: --set {name}=…: {words}")
     for note in data["notes"]:
         print_line(f"note: {note}")
+
+
+def _print_files(files: Sequence[Mapping[str, Any]]) -> None:
+    """Graphs first; what a bundle's verification recorded as one line."""
+    recorded = [file["size_bytes"] for file in files if file["name"].startswith(_RECORDED)]
+    listed = [file for file in files if not file["name"].startswith(_RECORDED)]
+    for file in sorted(listed, key=lambda file: not file["name"].endswith((".onnx", ".onnx_data"))):
+        print_line(f"  {file['name']}  {size_text(file['size_bytes'])}  sha256 {file['sha256'][:16]}…")
+    if recorded:
+        print_line(f"  {_RECORDED}  {len(recorded)} files, {size_text(sum(recorded))}: what verify repeats")
 
 
 def _signature_text(signature: Mapping[str, Any]) -> str:
@@ -309,12 +325,14 @@ def _with_origins(kind: str, fields: Mapping[str, Any], origins: Origins) -> dic
         inside = value if isinstance(value, Mapping) else {"": value}
         for key, entry in inside.items():
             path = f"{name}.{key}".removesuffix(".")
-            origin = origins.values.get(f"{kind}.{path}", origins.values.get(f"{kind}.{name}", _UNKNOWN))
+            origin = origins.values.get(f"{kind}.{path}", origins.values.get(f"{kind}.{name}", _UNTOLD))
             found[path] = {"value": list(entry) if isinstance(entry, tuple) else entry, "from": origin}
     return found
 
 
 def _value_text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_value_text(inner)}" for key, inner in value.items())
     if isinstance(value, list):
         return ", ".join(map(_value_text, value)) or "none"
     if value is None or value == "":

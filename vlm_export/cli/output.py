@@ -61,11 +61,14 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, width: 
 
 
 def _fitted(columns: Sequence[Sequence[str]], room: int) -> list[int]:
-    """Widths that fill at most `room`: of each column's longest word, if they do, and the rest shared by need."""
+    """Widths that fill at most `room`: of a column's longest word, where the others still have theirs or the narrowest,
+    and the rest shared by need."""
     wanted = [max(map(len, column)) for column in columns]
     words = [max(len(_indent(cell)) + max(map(len, cell.split()), default=0) for cell in column) for column in columns]
-    widths = words if sum(words) <= room else [0] * len(columns)
-    room -= sum(widths)
+    widths, by_word = [0] * len(columns), sorted(range(len(columns)), key=words.__getitem__)
+    for position, i in enumerate(by_word):
+        if words[i] <= room - sum(min(words[j], _NARROWEST) for j in by_word[position + 1 :]):
+            widths[i], room = words[i], room - words[i]
     order = sorted(range(len(columns)), key=lambda i: wanted[i] - widths[i])
     for position, i in enumerate(order):
         more = min(wanted[i] - widths[i], max(room // (len(order) - position), _NARROWEST - widths[i], 0))

@@ -93,8 +93,8 @@ def _download(url: str, staged: Path, target: Path, sha256: str | None, progress
         raise InputError(
             "the download is not the file that the config pins: its sha256 differs",
             where=url,
-            expected=sha256,
-            got=found,
+            expected=f"sha256 {sha256}",
+            got=f"sha256 {found}",
             fix="try again; if it stays so, the publisher changed the file or the connection is tampered with",
         )
     put_file(staged, target, is_result=False)

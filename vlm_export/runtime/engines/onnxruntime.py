@@ -169,8 +169,8 @@ class OrtEngine:
                 raise InputError(
                     f"input {info.name!r} does not fit the graph",
                     where=str(self.path),
-                    expected=f"{info.dtype} {_shape_text(info.shape)}",
-                    got=f"{array.dtype} {_shape_text(array.shape)}",
+                    expected=f"{info.dtype} {shape_text(info.shape)}",
+                    got=f"{array.dtype} {shape_text(array.shape)}",
                 )
 
 
@@ -241,7 +241,8 @@ def _form(info: TensorInfo) -> tuple[np.dtype[Any], int, tuple[tuple[int, int], 
     return dtype, len(info.shape), fixed
 
 
-def _shape_text(shape: Sequence[int | str | None]) -> str:
+def shape_text(shape: Sequence[int | str | None]) -> str:
+    """An error's words for a shape; None is an axis of any size."""
     return f"({', '.join('?' if axis is None else str(axis) for axis in shape)})"
 
 
