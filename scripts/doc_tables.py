@@ -12,7 +12,7 @@ from pathlib import Path
 from doc_pages import read_pages, write_or_check
 
 from vlm_export.checkpoint.sources.known import KnownCheckpoint, known_names, load_known
-from vlm_export.cli.inspect_known import checkpoint_from_config
+from vlm_export.cli.inspect import checkpoint_from_config
 from vlm_export.cli.main import build_parser
 from vlm_export.models.registry import load_family
 

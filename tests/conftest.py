@@ -158,6 +158,23 @@ def assert_same() -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
+def wordpiece_json() -> Callable[[str], str]:
+    """The content of a tokenizer.json from lines of an uncased BERT vocabulary; tokens in brackets are special."""
+
+    def build(lines: str) -> str:
+        from tokenizers import AddedToken
+        from tokenizers.implementations import BertWordPieceTokenizer
+
+        words = lines.removesuffix("\n").split("\n")
+        tokenizer = BertWordPieceTokenizer(vocab={word: i for i, word in enumerate(words)})
+        special = [word for word in words if re.fullmatch(r"\[[A-Z]+\]", word)]
+        tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
+        return str(tokenizer.to_str())
+
+    return build
+
+
+@pytest.fixture(scope="session")
 def make_huggingface_clip() -> Callable[..., Any]:
     """Saves a tiny `CLIPModel` with random weights, none of them at its default, and returns it in eval mode."""
 

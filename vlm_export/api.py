@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_export.bundle.opened import open_bundle
 from vlm_export.bundle.safe_files import check_path
+from vlm_export.checkpoint.names import source_kind
 from vlm_export.errors import UsageError, VerificationError, suggestion
 from vlm_export.exporting.stages import SilentListener, StageListener, StageRecord, Stages
 from vlm_export.proof.contract import ContractReport, replay
@@ -78,6 +79,7 @@ def export(source: str | Path, bundle: str | Path, *, progress: Progress | None 
         InputError: the source is bad or unsafe, or no family computes it.
         EnvironmentFailure: disk, memory, a missing package or the network.
     """
+    source_kind(str(source))  # What is not there is told before what is not installed.
     from vlm_export.exporting.options import ExportOptions
     from vlm_export.exporting.pipeline import export_bundle
     from vlm_export.family import BuildOptions
@@ -133,6 +135,7 @@ def verify(
         name = ", ".join(providers)
         reports = verify_bundle(opened, engine_factory=start, engine_name=name, precision=precision)
     else:
+        source_kind(str(source))
         from vlm_export.exporting.reverify import verify_against_source
 
         stages = Stages(_listener(progress))

@@ -89,6 +89,12 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else listed
 
 
+def install_fix(extra: str = "") -> str:
+    """The command that installs this project with an extra, as README has it."""
+    wanted = f"'.[{extra}]'" if extra else "."
+    return f"in your clone: pip install {wanted} -c constraints.txt"
+
+
 class GraphError(InputError):
     """A model, or a change of it, that cannot be: an unknown name, a cycle, a clash of dtypes or shapes."""
 

@@ -12,7 +12,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from demo.questions import every_word
 from demo.sentences import sentence
 from demo.world import TRAINED
-from vlm_export.exporting.tokenizers.wordpiece import DECODER_TOKEN, ENCODER_TOKEN, tokenizer_json_from_wordpiece_vocab
 
 Ids = npt.NDArray[np.int64]
 # CLIP's. The end token has the highest id, because the text encoder pools where that id is.
@@ -55,12 +54,27 @@ def clip_rows(tokenizer: Tokenizer, texts: Sequence[str]) -> Ids:
 def bert_vocabulary() -> list[str]:
     """Tokens by id: the special ones where BERT has them, the words, then the two that BLIP adds."""
     reserved = [_BERT_SPECIAL.get(i, f"[unused{i - 1}]") for i in range(MASK_ID + 1)]
-    return [*reserved, *every_word(), DECODER_TOKEN, ENCODER_TOKEN]
+    return [*reserved, *every_word(), "[DEC]", "[ENC]"]
 
 
 def bert_tokenizer_json() -> str:
     """The content of `tokenizer.json`; a word that the world lacks becomes [UNK]."""
-    return tokenizer_json_from_wordpiece_vocab("\n".join(bert_vocabulary()), "the demo's vocabulary")
+    ids = {token: i for i, token in enumerate(bert_vocabulary())}
+    model = models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100, continuing_subword_prefix="##")
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=True
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", CLS_ID), ("[SEP]", SEP_ID)],
+    )
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]")
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return str(tokenizer.to_str())
 
 
 def bert_rows(tokenizer: Tokenizer, texts: Sequence[str], first_id: int) -> tuple[Ids, Ids]:

@@ -24,7 +24,7 @@ from vlm_export.exporting.writer import write_graph
 from vlm_export.family import DEFAULT_BUILD, Model, Reference
 from vlm_export.models.registry import identify
 from vlm_export.precision.fp16 import convert_to_fp16, rounded_from
-from vlm_export.proof.remembered import RememberedReference
+from vlm_export.proof.cached_reference import CachedReference
 from vlm_export.proof.report import PartReport
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
 
@@ -95,7 +95,7 @@ def _part_graph(model: Model, index: int, folder: Path) -> PartGraph:
     graph = finish_graph(simplify_graph(export_part(part, 17, "torchscript")), part.signature)
     own = folder / part.name
     own.mkdir()
-    return PartGraph(verification, RememberedReference(verification.load_reference()), graph, own)
+    return PartGraph(verification, CachedReference(verification.load_reference()), graph, own)
 
 
 def verdicts(parts: list[PartGraph]) -> Iterator[HalfVerdict]:

@@ -19,6 +19,8 @@ from vlm_export.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest, Vari
 from vlm_export.bundle.opened import OpenBundle, open_bundle
 from vlm_export.bundle.safe_files import record_from_descriptor
 from vlm_export.errors import InputError, UsageError, VlmExportError
+from vlm_export.runtime.engines.choice import engine_choice
+from vlm_export.runtime.engines.onnxruntime import Engine
 
 GRAPH = "onnx/vision_model.onnx"
 DATA = "onnx/vision_model.onnx_data"
@@ -35,12 +37,19 @@ def model_path(root: Path) -> Path:
     return bundle.model_files(bundle.manifest.part("vision").variant("fp32"))
 
 
+def open_engine(root: Path) -> Engine:
+    return engine_choice("onnxruntime", None, 1).open_part(open_bundle(root), "vision", "fp32")
+
+
 def assert_refused(root: Path, says: str) -> None:
+    """By what reads the graph, for a proof or another engine, and by loading it, which trusts its hash."""
     with pytest.raises(InputError, match=says) as caught:
         model_path(root)
     assert caught.value.exit_status == 3
     assert caught.value.where
     assert caught.value.fix
+    with pytest.raises(InputError):
+        open_engine(root)
 
 
 def test_a_good_bundle_opens_and_runs(build_bundle: Build) -> None:
@@ -98,14 +107,25 @@ def test_what_is_no_file_is_refused(build_bundle: Build, kind: str) -> None:
 
 @pytest.mark.parametrize(
     "location",
-    ["../vision_model.onnx_data", "/etc/passwd", "../../secret", "..\\secret", "./vision_model.onnx_data", "a//b", ""],
+    ["../vision_model.onnx_data", "/etc/passwd", "../../secret", "..\\secret", "a//b", ""],
 )
 def test_locations_that_leave_the_directory(build_bundle: Build, graph_bytes: GraphBytes, location: str) -> None:
     """The manifest agrees with every byte; only the graph itself points elsewhere."""
     assert_refused(build_bundle(graph_bytes({"location": location}), WEIGHTS), "not a plain path|says not where")
 
 
-@pytest.mark.parametrize("location", ["other_data", "vision_model.onnx", "*_ORT_MEM_ADDR_*"])
+@pytest.mark.parametrize("location", ["./vision_model.onnx_data", "vision_model.onnx"])
+def test_odd_locations_of_files_that_the_manifest_lists(
+    build_bundle: Build, graph_bytes: GraphBytes, location: str
+) -> None:
+    """Publication refuses them. Loading reads nothing but what has the manifest's hash, so it need not."""
+    root = build_bundle(graph_bytes({"location": location}), WEIGHTS)
+    with pytest.raises(InputError, match=r"not a plain path|does not list for it"):
+        model_path(root)
+    assert open_engine(root).inputs
+
+
+@pytest.mark.parametrize("location", ["other_data", "*_ORT_MEM_ADDR_*"])
 def test_locations_that_the_manifest_does_not_list(
     build_bundle: Build, graph_bytes: GraphBytes, reseal: Reseal, location: str
 ) -> None:
@@ -163,6 +183,20 @@ def test_an_empty_graph(build_bundle: Build) -> None:
     (root / GRAPH).write_bytes(b"")
     assert_refused(root, "not the one that was exported")
     assert_refused(build_bundle(b"", name="sealed"), "a graph file is empty")
+
+
+def test_loading_parses_no_graph(build_bundle: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest's hash covers what publication read."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the graph is parsed")
+
+    monkeypatch.setattr(opened_module, "check_variant_graph", refuse)
+    root = build_bundle()
+    assert open_engine(root).inputs
+    (root / "onnx" / "notes.txt").write_text("an unlisted file beside the graph", encoding="utf-8")
+    with pytest.raises(AssertionError, match="parsed"):
+        open_engine(root)
 
 
 def test_data_of_another_model_of_the_same_size(build_bundle: Build) -> None:

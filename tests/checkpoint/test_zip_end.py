@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlm_export.checkpoint.formats.zip_end import find_central_directory
-from vlm_export.checkpoint.formats.zipcheck import check_zip
+from vlm_export.checkpoint.formats.zipcheck import check_zip, find_central_directory
 from vlm_export.checkpoint.seen_file import see_file
 
 Refusal = Callable[..., str]

@@ -283,11 +283,18 @@ BLOCK = "for name in ('torch', 'onnx', 'onnx_ir', 'transformers'): sys.modules[n
 
 
 def test_missing_extra(spawn: Spawn, tmp_path: Path, checkpoint: Path, pair: Path, image_path: Path) -> None:
+    missing = str(tmp_path / "missing.pt")
     result = spawn("export", checkpoint, "-o", tmp_path / "bundle", "--json", code=BLOCK)
-    result.refused(4, "pip install 'vlm-export[export]'")
+    result.refused(4, "pip install '.[export]' -c constraints.txt")
     assert result.data["exit_status"] == 4
     assert not (tmp_path / "bundle").exists()
-    spawn("inspect", checkpoint, code=BLOCK).refused(4, "vlm-export[export]")
+    spawn("inspect", checkpoint, code=BLOCK).refused(4, "'.[export]'")
+    for arguments in (
+        ("inspect", missing),
+        ("export", missing, "-o", tmp_path / "b"),
+        ("verify", pair, "--source", missing),
+    ):
+        spawn(*arguments, code=BLOCK).refused(2, "there is no such file or directory", missing)
     for verb in (("classify", pair, image_path, "cat", "--template", "{}"), ("inspect", pair)):
         assert spawn(*verb, code=BLOCK).status == 0
 
@@ -295,9 +302,9 @@ def test_missing_extra(spawn: Spawn, tmp_path: Path, checkpoint: Path, pair: Pat
 def test_each_verb_names_its_own_extra(spawn: Spawn, tmp_path: Path, pair: Path) -> None:
     """Of `graph` the small one; protobuf's package is called google."""
     graph = pair / "onnx" / "text_model.onnx"
-    spawn("graph", "show", graph, code=BLOCK).refused(4, "pip install 'vlm-export[graph]'")
+    spawn("graph", "show", graph, code=BLOCK).refused(4, "pip install '.[graph]' -c constraints.txt")
     code = "sys.modules['google'] = None; sys.modules['google.protobuf'] = None"
-    spawn("graph", "check", graph, code=code).refused(4, "pip install 'vlm-export[graph]'", "google")
+    spawn("graph", "check", graph, code=code).refused(4, "pip install '.[graph]' -c constraints.txt", "google")
 
 
 def test_closed_pipe(tmp_path: Path, pair: Path) -> None:

@@ -93,3 +93,16 @@ def test_malformed_command_lines(cli: Callable[..., Any], arguments: list[str]) 
     assert (result.status, result.out) == (2, "")
     assert len(result.err.splitlines()) == 3
     assert "--help" in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("exprot",), "did you mean 'export'?"),
+        (("graph", "nothing-like-it"), "see vlm-export graph --help"),
+        (("export", "clip-demo", "-o", "out", "--precision", "int8"), "known: fp32, fp16"),
+    ],
+)
+def test_a_wrong_word_is_told_in_few_lines(cli: Callable[..., Any], arguments: tuple[str, ...], told: str) -> None:
+    result = cli(*arguments).refused(2, repr(arguments[-1]), told)
+    assert len(result.err) <= 200

@@ -69,7 +69,7 @@ def test_inspect_tells_how_images_are_cut(cli: Cli, slice_bundle: Bundle, varian
     checkpoint = cli("inspect", FOLDER.parent / variant, "--json").data["preparation"]["image"]
     assert list(checkpoint) == list(bundle)
     origins = {name: entry["from"] for name, entry in bundle.items()}
-    assert "not stated" not in origins.values()
+    assert "the family's convention" not in origins.values()
     assert origins["size_pixels"].startswith("config.json: ")
     printed = cli("inspect", slice_bundle(variant)).out
     assert "image.placeholder.row_separator" in printed

@@ -40,6 +40,11 @@ def test_inspect_a_bundle(cli: Cli, exported: Path) -> None:
     printed = cli("inspect", exported).out
     assert "fp32 opset 17 (torchscript), ONNX" in printed
     assert "Runtime ≥ 1.15.1" in printed
+    assert [task["kind"] for task in data["tasks"]] == ["embed"]
+    assert "tasks: embed" in printed
+    # Graphs first; what verify repeats is one line.
+    assert printed.index(" onnx/") < printed.index(" config.json ") < printed.index(" golden/ ")
+    assert printed.count("golden/") == 1
 
 
 def test_export_prints_a_table_and_its_progress(
@@ -99,6 +104,8 @@ def test_verify_with_the_golden_records(cli: Cli, exported: Path) -> None:
 def test_verify_against_the_source(cli: Cli, exported: Path, checkpoint: Path) -> None:
     result = cli("verify", exported, "--source", checkpoint, "--json", "--threads", "1")
     assert result.status == 0
+    rows = [(check["stage"], check["variant"]) for check in result.data["contract"]["checks"]]
+    assert len(set(rows)) == len(rows)
     assert all(report["points"]["grid"] >= 4 for report in result.data["verification"])
 
 
@@ -214,7 +221,7 @@ def test_inspect_says_which_file_states_each_value(
     assert preparation["image"]["resize_pixels"] == {"value": [30], "from": f"{where}size"}
     assert preparation["image"]["resample"] == {"value": "bilinear", "from": f"{where}resample"}
     assert preparation["image"]["std"]["from"] == "default of CLIPImageProcessor"
-    assert all(entry["from"] != "not stated" for entry in preparation["image"].values())
+    assert all(entry["from"] != "the family's convention" for entry in preparation["image"].values())
     assert "transformers reads instead" in preparation["ignored_files"]["preprocessor_config.json"]
     text = cli("inspect", folder).out
     assert "not read: preprocessor_config.json" in text

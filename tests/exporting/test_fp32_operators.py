@@ -4,7 +4,7 @@ from pathlib import Path
 
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.store import ScratchStore
-from vlm_export.exporting.fp32_operators import fp32_operators
+from vlm_export.exporting.bundle_manifest import fp32_operators
 from vlm_export.models.registry import recognise
 
 DATA = Path(__file__).parents[1] / "data"

@@ -239,7 +239,7 @@ def test_part_that_differs_is_not_published(
 ) -> None:
     export_fast(checkpoint, tmp_path / "bundle")
     before = snapshot(tmp_path)
-    monkeypatch.setattr(pipeline, "identify", lambda checkpoint: (_WrongReference(), checkpoint))
+    monkeypatch.setattr(source, "identify", lambda checkpoint: (_WrongReference(), checkpoint))
     with pytest.raises(VerificationError, match="text"):
         export_fast(checkpoint, tmp_path / "bundle", overwrite=True)
     with pytest.raises(VerificationError):

@@ -25,7 +25,7 @@ from vlm_export.bundle.opened import open_bundle
 from vlm_export.errors import InputError, UsageError, VerificationError
 from vlm_export.exporting import pipeline
 from vlm_export.exporting.backends import Exporter, export_part
-from vlm_export.exporting.fp32_operators import fp32_operators
+from vlm_export.exporting.bundle_manifest import fp32_operators
 from vlm_export.exporting.pipeline import ExportResult
 from vlm_export.exporting.simplify import finish_graph, simplify_graph
 from vlm_export.exporting.writer import write_graph

@@ -100,7 +100,7 @@ def test_the_reference_comes_first_and_once(oracle_model: Callable[[str], Model]
         order.append("reference")
         return own(inputs)
 
-    loaded.reference = reference  # type: ignore[attr-defined]  # huge: a RememberedReference
+    loaded.reference = reference  # type: ignore[attr-defined]  # huge: a CachedReference
     for precision in ("fp32", "fp16"):
         report = verification.run(engine, "engine", loaded, lambda done, total: None, precision, mapped=True)
         report.raise_if_failed()

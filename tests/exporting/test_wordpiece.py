@@ -14,7 +14,6 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from vlm_export.errors import InputError, UsageError
 from vlm_export.exporting.tokenizers import files as tokenizer_files
-from vlm_export.exporting.tokenizers.wordpiece import tokenizer_json_from_wordpiece_vocab
 from vlm_export.family import Checkpoint
 from vlm_export.runtime.inputs.texts import Tokenizer
 from vlm_export.specs import TextSpec
@@ -143,10 +142,12 @@ def test_the_two_tokens_come_last_and_are_special(opened: Open) -> None:
 
 
 @pytest.mark.parametrize("kind", ["vocab", "tokenizer", "plain tokenizer"])
-def test_a_vocabulary_that_has_them_keeps_them(kind: str, tmp_path: Path, opened: Open) -> None:
+def test_a_vocabulary_that_has_them_keeps_them(
+    kind: str, tmp_path: Path, opened: Open, wordpiece_json: Callable[[str], str]
+) -> None:
     lines = VOCAB.read_text(encoding="utf-8") + "[DEC]\n[ENC]\n"
     path = tmp_path / ("vocab.txt" if kind == "vocab" else "tokenizer.json")
-    built = tokenizer_json_from_wordpiece_vocab(lines, "x")
+    built = wordpiece_json(lines)
     if kind == "plain tokenizer":  # in the vocabulary, but not yet special
         data = json.loads(built)
         data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] not in ("[DEC]", "[ENC]")]
@@ -159,9 +160,9 @@ def test_a_vocabulary_that_has_them_keeps_them(kind: str, tmp_path: Path, opened
     assert tokenizer.decode([155, 108, 156]) == "cat"
 
 
-def test_a_given_tokenizer_json_gets_them(tmp_path: Path, opened: Open) -> None:
+def test_a_given_tokenizer_json_gets_them(tmp_path: Path, opened: Open, wordpiece_json: Callable[[str], str]) -> None:
     """As published with transformers' BLIP: BERT's own tokenizer, with padding and truncation of its own."""
-    rust = RustTokenizer.from_str(tokenizer_json_from_wordpiece_vocab(VOCAB.read_text(encoding="utf-8"), "x"))
+    rust = RustTokenizer.from_str(wordpiece_json(VOCAB.read_text(encoding="utf-8")))
     rust.enable_padding(length=9)
     rust.enable_truncation(4)
     rust.save(str(tmp_path / "tokenizer.json"))

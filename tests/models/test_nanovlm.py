@@ -20,7 +20,7 @@ from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.sources.known import load_known
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import InputError, UsageError
-from vlm_export.exporting.fp32_operators import fp32_operators
+from vlm_export.exporting.bundle_manifest import fp32_operators
 from vlm_export.family import BuildOptions, Checkpoint, Model, StoredTensorInfo
 from vlm_export.models.layers.rotary_decoder import (
     GroupedQueryAttention,

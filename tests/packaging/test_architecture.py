@@ -55,7 +55,7 @@ ROOMS: dict[str, set[str]] = {
         *("specs", "bundle", "family", "original", "runtime.engines", "runtime.inputs", "graph", "graph.core"),
         *("graph.passes", "precision", "checkpoint", "models", "proof"),
     },
-    "api": {"bundle", "family", "proof", "exporting"},
+    "api": {"bundle", "checkpoint", "family", "proof", "exporting"},
 }
 # These see everything below them; nothing sees them but the package's own door.
 TOP = {"cli", "__main__", "__init__"}

@@ -75,7 +75,7 @@ def test_runs_without_torch(installed: Environment) -> None:
 def test_verbs_that_need_torch_say_what_to_install(installed: Environment) -> None:
     done = installed.run("vlm-export", "export", "clip-vit-b-32", "-o", "out")
     assert done.returncode == 4
-    assert "pip install 'vlm-export[export]'" in done.stderr
+    assert "pip install '.[export]' -c constraints.txt" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -18,7 +18,7 @@ GIB = 1 << 30
 @pytest.fixture
 def available(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine with 16 GiB left."""
-    monkeypatch.setattr("vlm_export.runtime.engines.memory.available_bytes", lambda: 16 * GIB)
+    monkeypatch.setattr("vlm_export.proof.engine.available_bytes", lambda: 16 * GIB)
     monkeypatch.setattr(engine_module, "available_bytes", lambda: 16 * GIB)
     return monkeypatch
 

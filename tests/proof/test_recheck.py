@@ -115,7 +115,7 @@ for name in ("torch", "onnx", "transformers", "torchvision"):
 from vlm_export.bundle.opened import open_bundle
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
 from vlm_export.proof.recheck import verify_bundle
-from vlm_export.proof.table import format_table
+from vlm_export.proof.report import format_table
 bundle = open_bundle(sys.argv[1])
 def run_of(part, precision):
     return OrtEngine(bundle.model_files(bundle.manifest.part(part).variant(precision)), threads=1).run

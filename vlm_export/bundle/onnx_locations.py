@@ -6,7 +6,7 @@ import math
 import mmap
 import os
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vlm_export.bundle.manifest import Manifest, VariantRecord, checked_relative_name
@@ -36,6 +36,18 @@ KNOWN_DOMAINS = frozenset(
 )
 # EPContext makes an engine read, or run, a file of its own.
 _REFUSED_OPERATORS = frozenset({("com.microsoft", "EPContext")})
+
+
+READS_ELSEWHERE = (b"_ORT_MEM_ADDR_", b"EPContext")
+"""What makes ONNX Runtime read an address in memory, or a file that a provider made."""
+
+
+def holds_any(path: Path, words: Sequence[bytes]) -> bool:
+    """Whether a file holds one of the words, or nothing at all."""
+    if not path.stat().st_size:
+        return True
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return any(data.find(word) >= 0 for word in words)
 
 
 def check_variant_files(manifest: Manifest, variant: VariantRecord, where: str) -> None:

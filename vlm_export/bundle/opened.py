@@ -13,7 +13,7 @@ from typing import Any
 
 from vlm_export.bundle.layout import PRECISION_SUFFIXES, graph_path
 from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest, PartRecord, VariantRecord, manifest_from_bytes
-from vlm_export.bundle.onnx_locations import check_variant_files, check_variant_graph
+from vlm_export.bundle.onnx_locations import READS_ELSEWHERE, check_variant_files, check_variant_graph, holds_any
 from vlm_export.bundle.replacement import aside_path, recover
 from vlm_export.bundle.safe_files import (
     check_path,
@@ -85,10 +85,30 @@ class OpenBundle:
         """Verifies several files side by side, as `file` does."""
         map_in_threads(self.file, names)
 
-    def model_files(self, variant: VariantRecord) -> Path:
-        """The path of the variant's graph, once it and its data files are verified.
+    def graph_file(self, variant: VariantRecord) -> Path:
+        """The path of the variant's graph for ONNX Runtime, once it and its data files are verified.
 
-        Also checks that the graph makes an engine touch no other file (`vlm_export.bundle.onnx_locations`).
+        The graph is not parsed: publication did that, its hash is the manifest's, and ONNX Runtime itself refuses data
+        outside of the bundle, tensors that do not fit their data and unknown operators. Where it could read what has no
+        hash, it goes through `model_files`: an address in memory, a provider's file, a file of no variant beside it.
+
+        Raises:
+            InputError: as in `file`, or as in `model_files`.
+        """
+        self.verify((variant.file, *variant.external_data))
+        path = self.root / variant.file
+        beside = {(path.parent / name).relative_to(self.root).as_posix() for name in os.listdir(path.parent)}
+        variants = [entry for part in self.manifest.parts for entry in part.variants]
+        graphs = {name for entry in variants for name in (entry.file, *entry.external_data)}
+        if not beside <= graphs or holds_any(path, READS_ELSEWHERE):
+            return self.model_files(variant)
+        return path
+
+    def model_files(self, variant: VariantRecord) -> Path:
+        """The path of the variant's graph, once it and its data files are verified, and the graph is read.
+
+        The graph makes an engine touch no other file (`vlm_export.bundle.onnx_locations`): for proofs, and for engines
+        that do not look after that themselves.
 
         Raises:
             InputError: as in `file`, or the graph is malformed or names other files.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,19 +19,16 @@ from vlm_export.checkpoint.directory import (
 )
 from vlm_export.checkpoint.formats.adapters import adapter_folder, base_of, merge_adapter, read_adapter
 from vlm_export.checkpoint.formats.weights_file import read_weights_file
-from vlm_export.checkpoint.hashing import Progress, check_sha256, hash_file
-from vlm_export.checkpoint.names import hidden_name
-from vlm_export.checkpoint.seen_file import SeenFile, see_file
+from vlm_export.checkpoint.names import hidden_name, is_there, source_kind
+from vlm_export.checkpoint.seen_file import Progress, SeenFile, check_sha256, hash_file, see_file
 from vlm_export.checkpoint.shards import ReadPrefixes, everything
 from vlm_export.checkpoint.sources.download import fetch_url
-from vlm_export.checkpoint.sources.hub import fetch_snapshot, is_hub_id
-from vlm_export.checkpoint.sources.known import KnownCheckpoint, known_names, load_known, packaged_path
+from vlm_export.checkpoint.sources.hub import fetch_snapshot
+from vlm_export.checkpoint.sources.known import KnownCheckpoint, load_known, packaged_path
 from vlm_export.errors import InputError, UsageError, VlmExportError
 from vlm_export.family import Checkpoint
 
 TOKENIZER_FILE = "tokenizer.json"
-_PATH_MARKS = ("/", "\\")
-_FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".json", ".onnx", ".zip", ".gz")
 
 
 def open_checkpoint(
@@ -61,20 +57,18 @@ def open_checkpoint(
         EnvironmentFailure: no network where it is needed, or a full disk.
     """
     wanted = _Wanted(source, base, expected_sha256, revision, progress, reads)
-    if _exists(source) and (folder := adapter_folder(Path(source))) is not None:
+    kind = source_kind(source)
+    if kind == "path" and (folder := adapter_folder(Path(source))) is not None:
         return _open_adapter(wanted, folder)
-    from_hub = not _exists(source) and source not in known_names() and is_hub_id(source)
-    if from_hub and not source.endswith(_FILE_SUFFIXES):
+    if kind == "hub":
         return _open_hub(wanted, source)
     if base is not None:
         raise _no_adapter(source)
-    if _exists(source):
-        with _telling_of_hidden_name(source):
-            _refuse_revision(wanted)
-            return _open_path(wanted, Path(source))
-    if source in known_names():
+    if kind == "known":
         return _open_known(wanted, load_known(source))
-    raise _names_nothing(source)
+    with _telling_of_hidden_name(source):
+        _refuse_revision(wanted)
+        return _open_path(wanted, Path(source))
 
 
 @dataclass(frozen=True)
@@ -89,23 +83,10 @@ class _Wanted:
     reads: ReadPrefixes
 
 
-def _names_nothing(source: str) -> UsageError:
-    """A path that is not there, or a word that is no known name."""
-    if source.endswith(_FILE_SUFFIXES) or any(mark in source for mark in _PATH_MARKS) or source.startswith("~"):
-        return UsageError("there is no such file or directory", where=source, fix="check the path")
-    near = difflib.get_close_matches(source, known_names(), n=1)
-    return UsageError(
-        "the source is no file, no directory, no known name and no hub id",
-        where=source,
-        expected="an existing path, a known name, or owner/name",
-        fix=f"did you mean {near[0]!r}?" if near else "vlm-export inspect lists the known names",
-    )
-
-
 def _open_adapter(wanted: _Wanted, path: Path) -> Checkpoint:
     adapter = read_adapter(path)
     name = base_of(adapter, wanted.base)
-    if _exists(name) and adapter_folder(Path(name)) is not None:
+    if is_there(name) and adapter_folder(Path(name)) is not None:
         raise InputError(
             "the base of the adapter is an adapter itself",
             where=wanted.source,
@@ -147,13 +128,6 @@ def _telling_of_hidden_name(source: str) -> Iterator[None]:
     except VlmExportError as error:
         error.fix = "; ".join(part for part in (hidden_name(source), error.fix) if part)
         raise
-
-
-def _exists(source: str) -> bool:
-    try:
-        return source != "" and Path(source).exists()
-    except (OSError, ValueError):
-        return False
 
 
 def _refuse_revision(wanted: _Wanted) -> None:

@@ -92,7 +92,7 @@ def _name_and_value(text: str) -> tuple[str, int | str]:
 def run(args: argparse.Namespace) -> int:
     from vlm_export.bundle.environment import environment_errors
     from vlm_export.bundle.publish import check_target
-    from vlm_export.cli.progress import StagePrinter
+    from vlm_export.cli.output import StagePrinter
 
     # Refused before torch is imported; `publication` checks again under its lock.
     with environment_errors("checking the output directory"):
@@ -138,7 +138,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print_result(output: str, result: ExportResult) -> None:
-    from vlm_export.proof.table import format_table
+    from vlm_export.proof.report import format_table
 
     manifest = result.manifest
     print_text(format_table(result.reports, result.contract))

@@ -5,25 +5,26 @@ from __future__ import annotations
 import argparse
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_export.cli.common import add_common_options
 from vlm_export.cli.cutting_report import report_cutting
-from vlm_export.cli.inspect_known import checkpoint_from_config, known_data, list_known, print_known
 from vlm_export.cli.output import print_json, print_line, print_table, print_warnings, size_text, terminal_width
-from vlm_export.cli.preparation_report import preparation_data, print_preparation
 from vlm_export.errors import UsageError
 
 if TYPE_CHECKING:
     from vlm_export.bundle.manifest import Manifest
     from vlm_export.checkpoint.sources.known import KnownCheckpoint
     from vlm_export.family import Checkpoint, Description
-    from vlm_export.specs import Origins, TextSpec
+    from vlm_export.specs import AnyImageSpec, Origins, TextSpec
 
+_RECORDED = "golden/"
 _LAYER_NUMBER = re.compile(r"\.\d+\.")
+# Where no file says it and no default of a library: what every checkpoint of the family has.
+_UNTOLD = "the family's convention"
 
 
 def add_parser(verbs: Any) -> None:
@@ -82,9 +83,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _data_from_source(source: str, revision: str | None, base: str | None) -> dict[str, Any]:
-    from vlm_export.checkpoint.sources.known import known_names, load_known
+    from vlm_export.checkpoint.names import source_kind
+    from vlm_export.checkpoint.sources.known import load_known
 
-    named = source in known_names() and not Path(source).exists()
+    named = source_kind(source) == "known"
     if named and find_spec("torch") is None:
         return _data_from_config(load_known(source))
     from vlm_export.checkpoint.open import open_checkpoint
@@ -118,7 +120,7 @@ def _data_from_config(known: KnownCheckpoint) -> dict[str, Any]:
         if spec is not None
         for field in spec.to_json()
     }
-    note = "how it would be split is told where vlm-export[export] is installed"
+    note = "how it would be split is told where the extra 'export' is installed"
     return {
         "what": "checkpoint",
         "source": known.name,
@@ -205,6 +207,7 @@ def _data_from_manifest(manifest: Manifest) -> dict[str, Any]:
         "format": manifest.source.format,
         "family": manifest.family,
         "licence": manifest.source.licence,
+        "tasks": [task.to_json() for task in manifest.tasks],
         "files": [
             {"name": name, "size_bytes": file.size_bytes, "sha256": file.sha256}
             for name, file in manifest.files.items()
@@ -241,10 +244,12 @@ def _print(data: Mapping[str, Any]) -> None:
     if data["format"] is None and data["tensors"] is not None:
         tensors = data["tensors"]
         print_line(f"  as published: {tensors['count']} tensors, {size_text(tensors['size_bytes'])}")
-    for file in data["files"]:
-        print_line(f"  {file['name']}  {size_text(file['size_bytes'])}  sha256 {file['sha256'][:16]}…")
+    if data.get("tasks"):
+        tasks = (task["kind"] + (" with a score" if task.get("score") else "") for task in data["tasks"])
+        print_line(f"tasks: {', '.join(tasks)}")
+    _print_files(data["files"])
     print_line("architecture:")
-    architecture = [(f"  {key}", str(value)) for key, value in data["architecture"].items()]
+    architecture = [(f"  {key}", _value_text(value)) for key, value in data["architecture"].items()]
     print_table(("  field", "value"), architecture, width=terminal_width())
     if data["parts"]:
         print_line("parts:")
@@ -256,6 +261,16 @@ def _print(data: Mapping[str, Any]) -> None:
         print_line(f"option: --set {name}=…: {words}")
     for note in data["notes"]:
         print_line(f"note: {note}")
+
+
+def _print_files(files: Sequence[Mapping[str, Any]]) -> None:
+    """Graphs first; what a bundle's verification recorded as one line."""
+    recorded = [file["size_bytes"] for file in files if file["name"].startswith(_RECORDED)]
+    listed = [file for file in files if not file["name"].startswith(_RECORDED)]
+    for file in sorted(listed, key=lambda file: not file["name"].endswith((".onnx", ".onnx_data"))):
+        print_line(f"  {file['name']}  {size_text(file['size_bytes'])}  sha256 {file['sha256'][:16]}…")
+    if recorded:
+        print_line(f"  {_RECORDED}  {len(recorded)} files, {size_text(sum(recorded))}: what verify repeats")
 
 
 def _signature_text(signature: Mapping[str, Any]) -> str:
@@ -275,3 +290,101 @@ def _detail(part: Mapping[str, Any]) -> str:
         f"{v['precision']} opset {v['opset']} ({v['exporter']}), ONNX Runtime ≥ {v['oldest_onnxruntime']}"
         for v in part["variants"]
     )
+
+
+def preparation_data(image: AnyImageSpec | None, text: TextSpec | None, origins: Origins) -> dict[str, Any]:
+    """JSON data: for "image" and "text", field → its value and where it comes from; None where there is no such input.
+
+    A field of an object is `outer.inner`. "ignored_files" holds the names of files that were found and not read, with
+    the reason.
+    """
+    return {
+        "image": None if image is None else _with_origins("image", image.to_json(), origins),
+        "text": None if text is None else _with_origins("text", text.to_json(), origins),
+        "ignored_files": dict(origins.ignored_files),
+    }
+
+
+def print_preparation(data: Mapping[str, Any]) -> None:
+    """The same as a table on stdout; nothing where no input is described and no file was ignored."""
+    rows = [
+        (f"  {kind}.{name}", _value_text(entry["value"]), entry["from"])
+        for kind in ("image", "text")
+        for name, entry in (data.get(kind) or {}).items()
+    ]
+    if rows:
+        print_line("preparation:")
+        print_table(("  field", "value", "from"), rows, width=terminal_width())
+    for name, reason in data["ignored_files"].items():
+        print_line(f"not read: {name}: {reason}")
+
+
+def _with_origins(kind: str, fields: Mapping[str, Any], origins: Origins) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        inside = value if isinstance(value, Mapping) else {"": value}
+        for key, entry in inside.items():
+            path = f"{name}.{key}".removesuffix(".")
+            origin = origins.values.get(f"{kind}.{path}", origins.values.get(f"{kind}.{name}", _UNTOLD))
+            found[path] = {"value": list(entry) if isinstance(entry, tuple) else entry, "from": origin}
+    return found
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_value_text(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_value_text, value)) or "none"
+    if value is None or value == "":
+        return "none" if value is None else '""'
+    return f"{value:.8g}" if isinstance(value, float) else str(value)
+
+
+def list_known(*, as_json: bool) -> None:
+    """Print all known names with their family and title, within the terminal's width; as JSON all about them."""
+    from vlm_export.checkpoint.sources.known import known_names, load_known
+
+    entries = [known_data(load_known(name)) for name in known_names()]
+    if as_json:
+        print_json({"what": "known checkpoints", "checkpoints": entries})
+    else:
+        rows = [(entry["name"], entry["family"], entry["title"]) for entry in entries]
+        print_table(("name", "family", "checkpoint"), rows, width=terminal_width())
+        print_line("vlm-export inspect NAME tells source and licence of one, --json those of all")
+
+
+def known_data(known: KnownCheckpoint) -> dict[str, Any]:
+    """What a config says for the reader."""
+    return {
+        "name": known.name,
+        "family": known.family,
+        "title": known.title,
+        "source": str(known.source),
+        "revision": known.revision,
+        "sha256": known.sha256,
+        "licence": known.licence,
+        "paper": known.paper,
+        "notes": known.notes,
+    }
+
+
+def checkpoint_from_config(known: KnownCheckpoint) -> Checkpoint:
+    """Names and shapes as the checkpoint's authors publish them, without a file; enough for `Family.describe`."""
+    from vlm_export.family import Checkpoint
+    from vlm_export.models.registry import load_family
+
+    family = load_family(known.family)
+    tensors = family.published_tensors(known.architecture)
+    return Checkpoint(known.name, "random", (), tensors, _refuse, family.published_config(known.architecture))
+
+
+def print_known(entry: Mapping[str, Any]) -> None:
+    """The lines of `known_data` that say something, below a heading."""
+    print_line(f"  {entry['title']}")
+    for key in ("source", "revision", "sha256", "licence", "paper", "notes"):
+        if entry[key]:
+            print_line(f"  {key}: {entry[key]}")
+
+
+def _refuse(key: str) -> Any:
+    raise AssertionError(f"a description needs no weights: {key}")

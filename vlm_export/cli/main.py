@@ -16,7 +16,15 @@ from vlm_export import __version__
 from vlm_export.cli.examples import help_with_examples
 from vlm_export.cli.output import print_json
 from vlm_export.cli.streams import discard, standard_streams
-from vlm_export.errors import Defect, EnvironmentFailure, InputError, UsageError, VlmExportError
+from vlm_export.errors import (
+    Defect,
+    EnvironmentFailure,
+    InputError,
+    UsageError,
+    VlmExportError,
+    install_fix,
+    suggestion,
+)
 from vlm_export.interrupts import INTERRUPTED, remembered_interrupts
 from vlm_export.machine_faults import machine_fault
 from vlm_export.runtime.inputs.panic_text import own_process
@@ -28,6 +36,7 @@ VERBS = ("inspect", "export", "verify", "classify", "caption", "ask", "match", "
 _EXTRA_PACKAGES = {"torch", "transformers", "timm", "onnx", "onnx_ir", "onnxscript", "onnxsim", "safetensors"}
 _EXTRA_PACKAGES |= {"huggingface_hub", "yaml", "torchvision", "google"}  # google: protobuf
 _DEFAULT_EXTRA = "export"
+_LONGEST_FIX = 100
 _EPILOG = """exit status: 0 done; 1 verification failed; 2 usage; 3 bad or unsafe input; 4 environment
 (disk, memory, missing package, no network); 70 a defect of vlm-export; 130 interrupted"""
 
@@ -37,6 +46,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, where=self.prog, fix=f"see {self.prog} --help")
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        """A word that is none of an option's: the nearest of them, instead of argparse's list of all."""
+        if action.choices is not None and value not in action.choices:
+            name = action.metavar or "/".join(action.option_strings)
+            known = list(map(str, action.choices))
+            told = suggestion(str(value), known)
+            fix = f"{told}; see {self.prog} --help" if len(told) <= _LONGEST_FIX else f"see {self.prog} --help"
+            raise UsageError(f"{name}: no such word: {str(value)!r}", where=self.prog, fix=fix)
 
     def format_help(self) -> str:
         return help_with_examples(self)
@@ -158,13 +176,12 @@ def _missing_package(error: ImportError, extra: str) -> EnvironmentFailure | Non
     name = (error.name or "").partition(".")[0]
     if name == "vlm_export":
         return None
-    wanted = f"vlm-export[{extra}]" if name in _EXTRA_PACKAGES else "vlm-export"
     what = "is not installed" if isinstance(error, ModuleNotFoundError) else "cannot be loaded"
     return EnvironmentFailure(
         f"a package that this verb needs {what}",
         where=name,
         got=str(error),
-        fix=f"pip install '{wanted}'",
+        fix=install_fix(extra if name in _EXTRA_PACKAGES else ""),
     )
 
 

@@ -10,9 +10,13 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_export.text_display import escaped_json, shown, shown_lines
+
+if TYPE_CHECKING:
+    from vlm_export.exporting.stages import StageRecord
+
 
 _NARROWEST, _GAP = 20, "  "
 LONGEST_LINE = 100_000
@@ -57,11 +61,14 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, width: 
 
 
 def _fitted(columns: Sequence[Sequence[str]], room: int) -> list[int]:
-    """Widths that fill at most `room`: of each column's longest word, if they do, and the rest shared by need."""
+    """Widths that fill at most `room`: of a column's longest word, where the others still have theirs or the narrowest,
+    and the rest shared by need."""
     wanted = [max(map(len, column)) for column in columns]
     words = [max(len(_indent(cell)) + max(map(len, cell.split()), default=0) for cell in column) for column in columns]
-    widths = words if sum(words) <= room else [0] * len(columns)
-    room -= sum(widths)
+    widths, by_word = [0] * len(columns), sorted(range(len(columns)), key=words.__getitem__)
+    for position, i in enumerate(by_word):
+        if words[i] <= room - sum(min(words[j], _NARROWEST) for j in by_word[position + 1 :]):
+            widths[i], room = words[i], room - words[i]
     order = sorted(range(len(columns)), key=lambda i: wanted[i] - widths[i])
     for position, i in enumerate(order):
         more = min(wanted[i] - widths[i], max(room // (len(order) - position), _NARROWEST - widths[i], 0))
@@ -100,3 +107,30 @@ def size_text(size_bytes: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} GiB"
+
+
+class StagePrinter:
+    """Implements `StageListener`."""
+
+    def __init__(self) -> None:
+        self._live = sys.stderr.isatty()
+
+    def started(self, name: str) -> None:
+        self._redraw(f"{name} …")
+
+    def progressed(self, name: str, done: int, total: int) -> None:
+        if total > 0:
+            self._redraw(f"{name} … {100 * done // total} %")
+
+    def finished(self, record: StageRecord) -> None:
+        self._redraw("")
+        memory = record.peak_anonymous_bytes
+        peak = "" if memory is None else f"  peak {size_text(memory)}"
+        print(f"{shown(record.name):<32}{record.seconds:8.2f} s{peak}", file=sys.stderr)
+
+    def _redraw(self, text: str) -> None:
+        if self._live:
+            # The erasing sequence is ours, which a stream that shows foreign text would show.
+            write = getattr(sys.stderr, "write_raw", sys.stderr.write)
+            write(f"\r\x1b[K{shown(text)}")
+            sys.stderr.flush()

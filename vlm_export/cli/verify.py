@@ -34,8 +34,8 @@ def add_parser(verbs: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from vlm_export.api import verify
-    from vlm_export.cli.progress import StagePrinter
-    from vlm_export.proof.table import format_table
+    from vlm_export.cli.output import StagePrinter
+    from vlm_export.proof.report import format_table
 
     if args.base and not args.source:
         raise UsageError("--base goes with --source", got="--base alone", fix="name the adapter with --source")

@@ -17,8 +17,7 @@ import onnx_ir as ir
 import torch
 
 from vlm_export.errors import EnvironmentFailure, UsageError
-from vlm_export.exporting.lowerings.attention import lower_attention
-from vlm_export.exporting.lowerings.gelu import GELU_OPSET, lower_tanh_gelu
+from vlm_export.exporting.lowerings.operators import GELU_OPSET, lower_attention, lower_tanh_gelu
 from vlm_export.exporting.lowerings.resample import Interpolation, InterpolationLowering, lower_interpolation
 from vlm_export.exporting.lowerings.resample_resize import RESIZE_OPSET
 from vlm_export.family import Part

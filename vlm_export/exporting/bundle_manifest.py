@@ -6,19 +6,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
+from torch import nn
+
 from vlm_export import __version__
 from vlm_export.bundle import layout
 from vlm_export.bundle.manifest import ExportRecord, Manifest, PartRecord, VariantRecord
 from vlm_export.bundle.publish import manifest_content
 from vlm_export.checkpoint.sources.known import KnownCheckpoint
-from vlm_export.exporting.fp32_operators import fp32_operators
 from vlm_export.exporting.options import ExportOptions
 from vlm_export.exporting.source import source_record
-from vlm_export.family import Checkpoint, Model
+from vlm_export.family import Checkpoint, Model, Part
 from vlm_export.proof.contract import ContractReport
 from vlm_export.specs import ImageSpec, PatchSpec
 
 TOOLS = ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "onnxsim", "torch", "transformers")
+# Half the smallest positive float16: what is below becomes zero.
+_SMALLEST_FLOAT16 = 2.0**-25
 
 
 def manifest_from_model(
@@ -99,3 +102,17 @@ def tool_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
+
+
+def fp32_operators(part: Part) -> tuple[str, ...]:
+    """Names of the norms that float16 breaks.
+
+    Layer norms whose epsilon is zero in float16: a constant row would be divided by zero. RMS norms: they square what
+    they normalise, and a residual stream's outliers exceed 256. A name is a module's: the graph's LayerNormalization,
+    or its parts, reads the initializer `<name>.weight`.
+    """
+    return tuple(
+        name
+        for name, module in part.module.named_modules()
+        if isinstance(module, nn.RMSNorm) or (isinstance(module, nn.LayerNorm) and module.eps <= _SMALLEST_FLOAT16)
+    )

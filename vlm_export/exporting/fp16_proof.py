@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from vlm_export.exporting.ledger import original_of
 from vlm_export.exporting.options import FP16, FP32
-from vlm_export.exporting.verification import PartVerification
 from vlm_export.exporting.writer import write_graph
 from vlm_export.family import Reference
 from vlm_export.precision.fp16_rounding import round_every_float16
@@ -25,6 +25,9 @@ from vlm_export.proof.grid import least_grid
 from vlm_export.proof.points import Arrays, PointKind, PointResult, judge_point
 from vlm_export.proof.report import PartReport
 from vlm_export.runtime.engines.onnxruntime import Engine
+
+if TYPE_CHECKING:
+    from vlm_export.exporting.verification import PartVerification
 
 _ROUNDED, _UNROUNDED = ".rounded.onnx", "unrounded.onnx"
 StartEngine = Callable[[Path], Engine]

@@ -35,7 +35,7 @@ from vlm_export.original import (
     TorchvisionPipeline,
     TransformersOriginal,
 )
-from vlm_export.proof.original_image import processed_pixels
+from vlm_export.proof.image_samples import processed_pixels
 
 _IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")
 TOKENIZER_FILES = (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlm_export.bundle.manifest import SourceFile, SourceRecord
@@ -12,11 +13,12 @@ from vlm_export.checkpoint.random import random_checkpoint
 from vlm_export.checkpoint.sources.known import KnownCheckpoint, is_pinned, known_names, load_known, packaged_path
 from vlm_export.errors import InputError, UsageError, suggestion
 from vlm_export.exporting.options import ExportOptions
+from vlm_export.exporting.parts import add_preprocessing, select_parts
 from vlm_export.exporting.stages import StepProgress
 from vlm_export.family import BuildOptions, Checkpoint, Family, Model, WeightStore
 from vlm_export.models.reading.image_processor import IMAGE_SIZE_OPTION, with_image_size
 from vlm_export.models.recognition.claims import left_out_warnings
-from vlm_export.models.registry import load_family, read_prefixes
+from vlm_export.models.registry import identify, load_family, read_prefixes
 from vlm_export.specs import ImageSpec, Origins
 from vlm_export.specs.codec import field_words
 
@@ -57,23 +59,50 @@ def open_source(source: str, options: ExportOptions, scratch: Path, progress: St
     return replace(checkpoint, side_files=side_files)
 
 
-def build_model(
-    family: Family, checkpoint: Checkpoint, known: KnownCheckpoint | None, store: WeightStore, build: BuildOptions
-) -> Model:
-    """What the family builds, with what our configs state: how inputs are prepared, and that nothing is assumed.
+@dataclass(frozen=True)
+class RecognisedSource:
+    """A checkpoint, and who computes it.
+
+    Attributes:
+        known: our config of the name that the user gave, None for any other source.
+    """
+
+    family: Family
+    checkpoint: Checkpoint
+    known: KnownCheckpoint | None
+
+
+def recognise_source(
+    source: str,
+    options: ExportOptions,
+    scratch: Path,
+    progress: StepProgress,
+    recorded: Sequence[SourceFile] | None = None,
+) -> RecognisedSource:
+    """Opens SOURCE and finds its family; with `recorded`, InputError unless its files are those of the manifest."""
+    checkpoint = open_source(source, options, scratch, progress)
+    if recorded is not None:
+        _check_same_files(checkpoint, recorded)
+    return RecognisedSource(*identify(checkpoint), known_checkpoint(source))
+
+
+def build_model(opened: RecognisedSource, store: WeightStore, options: ExportOptions) -> Model:
+    """The parts that are exported, with what our configs state: how inputs are prepared, and that nothing is assumed.
 
     Raises:
-        UsageError: the options say what the checkpoint says itself.
+        UsageError: the options say what the checkpoint says itself, or name a part that the model lacks.
     """
-    _check_family_options(family, checkpoint, build)
-    model = adapt_model(family.build(checkpoint, store, build), checkpoint, known, build)
+    checkpoint, build = opened.checkpoint, options.build
+    _check_family_options(opened.family, checkpoint, build)
+    model = adapt_model(opened.family.build(checkpoint, store, build), checkpoint, opened.known, build)
     assumed = () if is_pinned(checkpoint.files) else model.warnings
-    return replace(
+    model = replace(
         model,
         warnings=(*assumed, *left_out_warnings(checkpoint)),
         notes=checkpoint.notes,
         dropped_keys=(*model.dropped_keys, *checkpoint.left_out),
     )
+    return select_parts(add_preprocessing(model) if options.with_preprocessing else model, options.parts)
 
 
 def adapt_model(model: Model, checkpoint: Checkpoint, known: KnownCheckpoint | None, build: BuildOptions) -> Model:
@@ -133,3 +162,23 @@ def _check_family_options(family: Family, checkpoint: Checkpoint, build: BuildOp
             got=given,
             fix=error.fix or "leave these options out",
         ) from error
+
+
+def _check_same_files(checkpoint: Checkpoint, recorded: Sequence[SourceFile]) -> None:
+    """InputError that names the files where the checkpoint is not the one that a manifest records."""
+    expected = {file.sha256: file.name for file in recorded}
+    found = {file.sha256: file.name for file in checkpoint.files}
+    if expected.keys() != found.keys():
+        raise InputError(
+            "the source is not the checkpoint that this bundle was made from",
+            where=checkpoint.source,
+            expected=_files_text(expected, found),
+            got=_files_text(found, expected),
+            fix="name the checkpoint that the manifest records under source",
+        )
+
+
+def _files_text(files: Mapping[str, str], others: Mapping[str, str]) -> str:
+    """The names of files by sha256 that are not among the others, with the beginning of their digests."""
+    texts = sorted(f"{name} of sha256 {sha256[:12]}…" for sha256, name in files.items() if sha256 not in others)
+    return ", ".join(texts) or "no other file"

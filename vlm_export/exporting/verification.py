@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+
+import onnx_ir as ir
 
 from vlm_export.checkpoint.sources.known import KnownCheckpoint
 from vlm_export.errors import InputError
 from vlm_export.exporting.floor import floor_points, measure_floor
+from vlm_export.exporting.fp16_proof import NOT_UNROUNDED, rounded_points, unrounded_report
 from vlm_export.exporting.options import FP32
+from vlm_export.exporting.originals import quiet_transformers
 from vlm_export.exporting.stages import StepProgress
 from vlm_export.family import Model, Part, Reference
+from vlm_export.proof.cached_reference import CachedReference
 from vlm_export.proof.engine import MAPPED_NOTE, engine_label, verifying_engine
-from vlm_export.proof.floor import RULES, FloorJudge
+from vlm_export.proof.floor import ELSEWHERE, RULES, FloorJudge
 from vlm_export.proof.gates import GATES, PART_GATES, Gate, gate_name
 from vlm_export.proof.golden import golden_points
 from vlm_export.proof.grid import (
@@ -29,13 +35,11 @@ from vlm_export.proof.grid import (
 )
 from vlm_export.proof.image_samples import takes_images
 from vlm_export.proof.points import EngineRun
-from vlm_export.proof.remembered import RememberedReference
 from vlm_export.proof.report import PartReport
 from vlm_export.proof.samples import Sample, sample_inputs, synthetic_photographs
 from vlm_export.proof.verifier import verify_part
+from vlm_export.runtime.engines.onnxruntime import CPU
 from vlm_export.runtime.inputs.images import open_image
-
-__all__ = ["PartVerification", "engine_label", "variant_label", "verifying_engine", "weights_bytes"]
 
 # A part with more weights than this is verified on a grid that still has every axis' ends, but no large batch.
 _LARGE_PART_BYTES = 1 << 30
@@ -75,8 +79,9 @@ class PartVerification:
 
     def load_reference(self) -> Reference:
         """The part's Reference; a huge one remembers its outputs, since every run of it takes minutes."""
-        reference = self.model.references[self.part.name]()
-        return RememberedReference(reference) if self.is_huge else reference
+        with quiet_transformers():
+            reference = self.model.references[self.part.name]()
+        return CachedReference(reference) if self.is_huge else reference
 
     def run(
         self,
@@ -185,10 +190,10 @@ class PartVerification:
         if missing:
             yield f"{' and '.join(missing)}: {reason}"
 
-    def _prepared(self, reference: Reference, grid: Sequence[GridPoint]) -> RememberedReference:
+    def _prepared(self, reference: Reference, grid: Sequence[GridPoint]) -> CachedReference:
         """Knows the outputs of all points: then the engine's weights need not share the memory with the Reference's,
         which would be read from disk again at every point."""
-        remembered = reference if isinstance(reference, RememberedReference) else RememberedReference(reference)
+        remembered = reference if isinstance(reference, CachedReference) else CachedReference(reference)
         for point in grid:
             remembered.prepare(self.part.examples(point.sizes, point.seed))
         for sample in self.samples:
@@ -202,6 +207,50 @@ class PartVerification:
         if stated is None:
             return GATES[name]
         return replace(GATES[name], max_abs_relative=stated.max_abs, cosine=stated.cosine)
+
+
+def prove_variant(
+    verification: PartVerification,
+    reference: Reference,
+    precision: str,
+    path: Path,
+    progress: StepProgress,
+    *,
+    constants: Callable[[ir.Model], Mapping[str, ir.TensorProtocol]] | str,
+    scratch: Path,
+    providers: Sequence[str] = (CPU,),
+    threads: int | None = None,
+    for_export: bool = False,
+) -> PartReport:
+    """A variant's graph against the Reference; of a float16 one, what its engine hides as well.
+
+    Args:
+        constants: for `unrounded_report`, or why they are not known.
+        scratch: a directory with room for the weights in float32.
+        for_export: also runs a copy that rounds every value, which is written beside the graph; and computes no more
+            of a graph that differs, since it is not published.
+    """
+    start = partial(verifying_engine, weights_bytes=verification.weights_bytes, threads=threads)
+    floor = verification.floor(reference, precision)
+    if floor is not None and list(providers) != [CPU]:
+        floor.floor = replace(floor.floor, allowance=ELSEWHERE)
+    engine = start(path, providers=providers)
+    label = engine_label(providers, mapped=engine.mapped)
+    report = verification.run(engine.run, label, reference, progress, precision, mapped=engine.mapped, floor=floor)
+    del engine  # One holds weights at a time.
+    if precision == FP32 or (for_export and not report.passed):
+        return report
+    if for_export:
+        rounded = rounded_points(path, start, verification, reference, floor)
+        noise = report.floor if floor is None else floor.floor
+        report = replace(report, points=(*report.points, *rounded), floor=noise)
+    if isinstance(constants, str):
+        return report.with_unrounded(f"{NOT_UNROUNDED}{constants}")
+    # On the CPU, whatever runs the variant itself: what it shows does not depend on the engine.
+    found = unrounded_report(
+        path, start, verification, reference, constants, engine_name=engine_label((CPU,)), scratch=scratch
+    )
+    return report.with_unrounded(found)
 
 
 def part_samples(part: Part, model: Model, tokenizer: Path | None, images: Sequence[Path] = ()) -> list[Sample]:

@@ -31,7 +31,7 @@ from vlm_export.proof.declared import first_difference, version_difference
 from vlm_export.proof.gates import GATES, Gate, gate_name, judge
 from vlm_export.proof.metrics import Array, Comparison, compare, worst_of
 from vlm_export.proof.points import Arrays, EngineRun
-from vlm_export.runtime.engines.runs import batches
+from vlm_export.runtime.engines.onnxruntime import batches
 from vlm_export.runtime.inputs.images import open_image, preprocess_image
 from vlm_export.runtime.inputs.patches import pack_patches, patch_length
 from vlm_export.runtime.inputs.texts import Tokenizer
@@ -39,7 +39,7 @@ from vlm_export.specs import ImageSpec, PatchSpec
 from vlm_export.specs.tasks import EmbedSpec
 
 CONTRACT = "contract"
-IMAGE_STAGE, TEXT_STAGE, RECORD_STAGE = "image preparation", "tokenizer", "record"
+IMAGE_STAGE, TEXT_STAGE = "image preparation", "tokenizer"
 NO_RECORD = "the contract: this bundle holds no record of it (golden/contract); export the model again to have one"
 # A level is 1/255; float32 pixels lie within 1e-4 of one. A mean off by 1e-4 moves them by 0.02.
 _LARGEST_RESIDUAL = 0.01
@@ -182,7 +182,7 @@ def _check_versions(bundle: OpenBundle, precision: str | None) -> Iterator[Contr
         for variant in part.chosen_variants(precision):
             found = version_difference(bundle, variant)
             where = f"{MANIFEST_NAME}: part {part.name!r} at {variant.precision}"
-            yield ContractCheck("versions", where, 1, () if found is None else (found,), variant.precision)
+            yield ContractCheck(f"{part.name} versions", where, 1, () if found is None else (found,), variant.precision)
 
 
 def _check_declared(bundle: OpenBundle, record: ContractRecord) -> ContractCheck:
@@ -332,13 +332,15 @@ def compare_records(own: ContractRecord, again: ContractRecord) -> Iterator[Cont
         recorded, fresh = getattr(own, key), getattr(again, key)
         if recorded and fresh and recorded != fresh:
             failure = f"{key}: the record is not what the original gives"
-            yield ContractCheck(RECORD_STAGE, RECORD_NAME, 1, (failure,))
+            yield ContractCheck(f"{key} recorded", RECORD_NAME, 1, (failure,))
     for name, outputs in again.vectors.items():
+        failures, recorded = list[str](), own.vectors.get(name, {})
         for output, expected in outputs.items():
-            got = own.vectors.get(name, {}).get(output)
-            text = "the record has none" if got is None else "; ".join(judge(compare(expected, got), GATES["fp32"]))
-            failures = (f"{name} {output}: {text}",) if text else ()
-            yield ContractCheck(RECORD_STAGE, RECORD_NAME, len(expected), failures)
+            got = recorded.get(output)
+            broken = ["the record has none"] if got is None else judge(compare(expected, got), GATES["fp32"])
+            failures += [f"{name} {output}: {text}" for text in broken]
+        rows = min(map(len, outputs.values()))
+        yield ContractCheck(f"{name} recorded", RECORD_NAME, rows, tuple(failures))
 
 
 def encode(run: Callable[[Arrays], Mapping[str, Array]], inputs: Arrays) -> dict[str, Array]:

@@ -1,4 +1,4 @@
-"""ONNX Runtime as verification wants it, also for graphs that are larger than the memory."""
+"""ONNX Runtime as verification wants it, also for graphs that are larger than the memory that is left."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from vlm_export.bundle.manifest import Manifest, VariantRecord
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import EnvironmentFailure
 from vlm_export.proof.points import EngineRun
-from vlm_export.runtime.engines.memory import available_bytes, keeps_weights_mapped
 from vlm_export.runtime.engines.onnxruntime import CPU, OrtEngine
 
 MAPPED_NOTE = "the engine's own graph optimisations: off, so that the weights stay in their file"
@@ -20,6 +19,11 @@ _GIB = 1 << 30
 _ROOM_BYTES = 3 * _GIB
 # What smaller graphs compute with fits wherever their weights do.
 _CHECKED_ABOVE_BYTES = _GIB
+_SYSTEM = Path("/proc/meminfo")
+_GROUP = Path("/sys/fs/cgroup")
+_MAP_ABOVE_BYTES = 4 << 30
+# What an engine may hold beyond a graph's weights: a second, repacked copy, and room to compute in.
+_COPIES = 2.5
 
 
 def verifying_engine(
@@ -75,3 +79,32 @@ def _check_memory(path: Path, weights_bytes: int) -> None:
             got=f"{available / _GIB:.1f} GiB available",
             fix="close other programs, or use a machine with more memory; nothing is published unverified",
         )
+
+
+def available_bytes() -> int | None:
+    """Memory that this process may still take without swapping: the system's, or its control group's (version 2) if
+    that is less; None where the system does not tell (outside Linux)."""
+    try:
+        fields = dict(line.split(":", 1) for line in _SYSTEM.read_text(encoding="ascii").splitlines())
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    left = _left_in_group()
+    return available if left is None else min(available, left)
+
+
+def keeps_weights_mapped(weights_bytes: int) -> bool:
+    """Whether an engine should read such weights from their file instead of taking them into memory."""
+    available = available_bytes()
+    return weights_bytes > _MAP_ABOVE_BYTES or (available is not None and available < _COPIES * weights_bytes)
+
+
+def _left_in_group() -> int | None:
+    try:
+        limit = int((_GROUP / "memory.max").read_text(encoding="ascii"))
+        used = int((_GROUP / "memory.current").read_text(encoding="ascii"))
+        counts = dict(line.split() for line in (_GROUP / "memory.stat").read_text(encoding="ascii").splitlines())
+        cached = int(counts["inactive_file"]) + int(counts["active_file"])
+    except (OSError, KeyError, ValueError):  # "max" is no number: no limit.
+        return None
+    return max(limit - used + cached, 0)

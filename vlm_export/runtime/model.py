@@ -13,8 +13,7 @@ from vlm_export.errors import InputError
 from vlm_export.runtime.inputs.images import FloatArray
 from vlm_export.runtime.inputs.sources import Images, Unreadable
 from vlm_export.runtime.session import Session
-from vlm_export.runtime.tasks.answer import AnswerTask
-from vlm_export.runtime.tasks.answer_ranking import RankedAnswer
+from vlm_export.runtime.tasks.answer import AnswerTask, RankedAnswer
 from vlm_export.runtime.tasks.caption import CaptionTask
 from vlm_export.runtime.tasks.chat import ChatTask
 from vlm_export.runtime.tasks.chat_rows import RowImages

@@ -14,8 +14,7 @@ from vlm_export.bundle.manifest import Manifest
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError
 from vlm_export.runtime.engines.choice import ONNXRUNTIME, EngineName, chosen_precision, engine_choice
-from vlm_export.runtime.engines.onnxruntime import Array, Engine
-from vlm_export.runtime.engines.runs import run_in_float32
+from vlm_export.runtime.engines.onnxruntime import Array, Engine, run_in_float32
 from vlm_export.runtime.inputs.images import MAX_PIXELS
 from vlm_export.runtime.inputs.texts import Tokenizer
 from vlm_export.specs import AnyImageSpec, TextSpec

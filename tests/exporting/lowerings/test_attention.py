@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vlm_export.exporting.lowerings.attention import composed_attention, lower_attention
+from vlm_export.exporting.lowerings.operators import composed_attention, lower_attention
 
 ORIGINAL = F.scaled_dot_product_attention
 small = st.integers(1, 5)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_export.exporting.backends import Exporter, export_part
-from vlm_export.exporting.lowerings.gelu import composed_tanh_gelu, lower_tanh_gelu
+from vlm_export.exporting.lowerings.operators import composed_tanh_gelu, lower_tanh_gelu
 from vlm_export.exporting.simplify import finish_graph
 from vlm_export.exporting.writer import write_graph
 from vlm_export.family import Array, Part

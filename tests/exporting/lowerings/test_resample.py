@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from vlm_export.exporting.lowerings import resample_graph_weights
 from vlm_export.exporting.lowerings.resample import InterpolationLowering, lower_interpolation
-from vlm_export.exporting.lowerings.resample_graph_weights import matrices_in_graph
+from vlm_export.exporting.lowerings.resample_graph_weights import Target, matrices_in_graph
 from vlm_export.exporting.lowerings.resample_matmul import interpolate_by_matmul
-from vlm_export.exporting.lowerings.resample_sizes import Target
 from vlm_export.exporting.lowerings.resample_weights import Filter
 
 ORIGINAL = F.interpolate

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from vlm_export.exporting.backends import Exporter
-from vlm_export.exporting.lowerings import resample_in_graph
-from vlm_export.exporting.lowerings.resample_in_graph import interpolate_in_graph
-from vlm_export.exporting.lowerings.resample_sizes import Target
+from vlm_export.exporting.lowerings import resample_matmul
+from vlm_export.exporting.lowerings.resample_graph_weights import Target
+from vlm_export.exporting.lowerings.resample_matmul import interpolate_in_graph
 from vlm_export.exporting.lowerings.resample_weights import Filter
 from vlm_export.family import Part
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
@@ -36,7 +36,7 @@ def no_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(axis: object) -> Tensor:
         raise AssertionError("a whole matrix")
 
-    monkeypatch.setattr(resample_in_graph, "build_matrix", refuse)
+    monkeypatch.setattr(resample_matmul, "build_matrix", refuse)
 
 
 def in_graph(x: Tensor, size: tuple[int, int], form: Filter, scales: tuple[float, float] | None = None) -> Tensor:
@@ -89,9 +89,9 @@ def test_windows_that_are_too_short_would_show(
 ) -> None:
     x = torch.rand(1, 3, 500, 20) + 1
     expected = reference(x, size=(64, 20), **options_of(form))
-    full = resample_in_graph._window
+    full = resample_matmul._window
     assert float((in_graph(x, (64, 20), form) - expected).abs().max()) <= 2e-5
-    monkeypatch.setattr(resample_in_graph, "_window", lambda axis: full(axis) - 12)
+    monkeypatch.setattr(resample_matmul, "_window", lambda axis: full(axis) - 12)
     # Or NaN, where no sample is left.
     assert not float((in_graph(x, (64, 20), form) - expected).abs().max()) <= 1e-4
 

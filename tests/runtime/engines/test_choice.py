@@ -12,9 +12,8 @@ import pytest
 
 from vlm_export import load
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
-from vlm_export.runtime.engines.onnxruntime import MAX_THREADS, OrtEngine
+from vlm_export.runtime.engines.onnxruntime import MAX_THREADS, OrtEngine, run_in_float32
 from vlm_export.runtime.engines.openvino import OpenVinoEngine
-from vlm_export.runtime.engines.runs import run_in_float32
 
 OPENVINO = (
     pytest.mark.needs_torch

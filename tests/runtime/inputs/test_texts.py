@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 
 from vlm_export.errors import InputError, UsageError
-from vlm_export.exporting.tokenizers.wordpiece import tokenizer_json_from_wordpiece_vocab
 from vlm_export.runtime.inputs import texts as text_module
 from vlm_export.runtime.inputs.texts import Tokenizer, clean_text
 from vlm_export.specs import TextSpec
@@ -79,11 +79,13 @@ def test_mask_follows_the_rows_not_the_padding_token(clip_tokenizer: Tokenizer) 
         ("", ""),
     ],
 )
-def test_word_pieces_are_read_as_bert_s_tokenizer_reads_them(pieces: str, text: str, tmp_path: Path) -> None:
+def test_word_pieces_are_read_as_bert_s_tokenizer_reads_them(
+    pieces: str, text: str, tmp_path: Path, wordpiece_json: Callable[[str], str]
+) -> None:
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     words = [*specials, *(word for word in dict.fromkeys(pieces.split()) if word not in specials)]
     path = tmp_path / "tokenizer.json"
-    path.write_text(tokenizer_json_from_wordpiece_vocab("\n".join(words), "words"), encoding="utf-8")
+    path.write_text(wordpiece_json("\n".join(words)), encoding="utf-8")
     tokenizer = Tokenizer(path, TextSpec(35, len(words), 3, 0, "none"))
     assert tokenizer.decode(np.array([words.index(piece) for piece in pieces.split()], np.int64)) == text
 

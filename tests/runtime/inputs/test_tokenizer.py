@@ -12,7 +12,6 @@ import pytest
 from tokenizers import Tokenizer as RustTokenizer
 
 from vlm_export.errors import InputError
-from vlm_export.exporting.tokenizers.wordpiece import tokenizer_json_from_wordpiece_vocab
 from vlm_export.runtime.inputs.texts import Tokenizer
 from vlm_export.runtime.inputs.tokenizer import MAX_GROWTH, named_failures, tokenizer_from_json
 from vlm_export.specs import TextSpec
@@ -169,10 +168,12 @@ def test_ids_around_a_text_are_the_model_s(opened: Callable[..., Tokenizer], spe
     assert len(caught.value.got) < 200
 
 
-def test_published_tokenizers_load(clip_tokenizer_json: Path, clip_text_spec: TextSpec) -> None:
+def test_published_tokenizers_load(
+    clip_tokenizer_json: Path, clip_text_spec: TextSpec, wordpiece_json: Callable[[str], str]
+) -> None:
     tokenizer_from_json(clip_tokenizer_json.read_text(encoding="utf-8"), clip_text_spec, "CLIP")
     words = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat"])
-    tokenizer_from_json(tokenizer_json_from_wordpiece_vocab(words, "BERT"), TextSpec(8, 6, 3, 0, "none"), "BERT")
+    tokenizer_from_json(wordpiece_json(words), TextSpec(8, 6, 3, 0, "none"), "BERT")
     for path in (ROOT / "configs" / "demo").rglob("*tokenizer.json"):
         rust = RustTokenizer.from_file(str(path))
         end = (rust.encode("").ids or [0])[-1]

@@ -124,7 +124,7 @@ def test_wrong_calls(tmp_path: Path) -> None:
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(EnvironmentFailure, match=r"pip install 'vlm-export\[parquet\]'"):
+    with pytest.raises(EnvironmentFailure, match=r"pip install '\.\[parquet\]' -c constraints\.txt"):
         write_embeddings(tmp_path / "e.parquet", ITEMS, unit_vectors(3), META)
 
 

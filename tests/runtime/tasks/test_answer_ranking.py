@@ -10,7 +10,7 @@ import pytest
 from vlm_export.errors import InputError
 from vlm_export.runtime.engines.onnxruntime import Array, TensorInfo
 from vlm_export.runtime.generation.cross_attention_decoder import CrossAttentionState
-from vlm_export.runtime.tasks.answer_ranking import Candidates, RankedAnswer, rank_candidates
+from vlm_export.runtime.tasks.answer import Candidates, RankedAnswer, rank_candidates
 
 VOCABULARY, START, END, PAD = 8, 1, 2, 0
 

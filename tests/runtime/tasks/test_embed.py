@@ -19,7 +19,7 @@ from PIL import Image
 from vlm_export import Model, load
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.engines.onnxruntime import TensorInfo
-from vlm_export.runtime.tasks.vectors import probabilities, unit_rows
+from vlm_export.runtime.tasks.embed import probabilities, unit_rows
 from vlm_export.specs import TextSpec
 from vlm_export.specs.tasks import EmbedSpec, ScoreSpec
 

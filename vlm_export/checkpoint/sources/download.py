@@ -13,9 +13,8 @@ from urllib.parse import urlsplit
 
 from vlm_export.bundle.environment import check_free_space
 from vlm_export.bundle.staging import put_file, staging
-from vlm_export.checkpoint.hashing import Progress, hash_file
 from vlm_export.checkpoint.names import check_plain_name
-from vlm_export.checkpoint.seen_file import see_file
+from vlm_export.checkpoint.seen_file import Progress, hash_file, see_file
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 from vlm_export.machine_faults import machine_fault
 
@@ -94,8 +93,8 @@ def _download(url: str, staged: Path, target: Path, sha256: str | None, progress
         raise InputError(
             "the download is not the file that the config pins: its sha256 differs",
             where=url,
-            expected=sha256,
-            got=found,
+            expected=f"sha256 {sha256}",
+            got=f"sha256 {found}",
             fix="try again; if it stays so, the publisher changed the file or the connection is tampered with",
         )
     put_file(staged, target, is_result=False)

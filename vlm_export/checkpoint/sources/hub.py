@@ -18,9 +18,8 @@ from vlm_export.checkpoint.directory import (
 from vlm_export.checkpoint.formats.safetensors_file import read_index
 from vlm_export.checkpoint.seen_file import see_file
 from vlm_export.checkpoint.shards import ReadPrefixes, everything, select_shards
-from vlm_export.errors import EnvironmentFailure, InputError, UsageError
+from vlm_export.errors import EnvironmentFailure, InputError, UsageError, install_fix
 
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT_SECONDS = 15.0
 _CONFIGS = (CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, ADAPTER_CONFIG_FILE, *SIDE_FILES)
@@ -37,11 +36,6 @@ class Snapshot:
 
     directory: Path
     revision: str
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether `source` has the form owner/name."""
-    return _ID.fullmatch(source) is not None and ".." not in source and "--" not in source
 
 
 def fetch_snapshot(hub_id: str, revision: str | None = None, reads: ReadPrefixes = everything) -> Snapshot:
@@ -63,7 +57,7 @@ def fetch_snapshot(hub_id: str, revision: str | None = None, reads: ReadPrefixes
             "hub ids need the package huggingface_hub",
             where=hub_id,
             got=str(error),
-            fix="pip install 'vlm-export[export]', or download the files yourself and name their directory",
+            fix=f"{install_fix('export')}; or download the files yourself and name their directory",
         ) from error
     # The HTTP library's own errors are not all OSErrors, and which library it is changed between versions.
     bases = [kind for kind in HfHubHTTPError.__bases__ if issubclass(kind, Exception)]

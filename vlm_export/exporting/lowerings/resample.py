@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlm_export.exporting.lowerings.resample_graph_weights import Size, Target, scaled_in_graph
 from vlm_export.exporting.lowerings.resample_matmul import interpolate_by_matmul
 from vlm_export.exporting.lowerings.resample_resize import interpolate_by_resize, resize_can_express
-from vlm_export.exporting.lowerings.resample_sizes import Size, Target, scaled_in_graph
 from vlm_export.exporting.lowerings.resample_weights import MODES, Filter
 
 Interpolation: TypeAlias = Literal["matmul", "resize-op"]

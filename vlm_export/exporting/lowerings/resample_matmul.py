@@ -1,18 +1,34 @@
-"""Interpolation as two matrix products, for every opset from 11 on and every runtime: matrices that are constants."""
+"""Interpolation by matrix products, with constant matrices or in the graph, for every opset from 11 on."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vlm_export.exporting.lowerings.resample_in_graph import interpolate_in_graph
-from vlm_export.exporting.lowerings.resample_sizes import Size, Target
+from vlm_export.exporting.lowerings.resample_graph_weights import (
+    Axis,
+    Size,
+    Target,
+    antialiasing_weights,
+    build_matrix,
+    counted,
+    describe_axes,
+    find_centres,
+    find_taps,
+    indices,
+    is_found_by_dynamo,
+    smaller,
+    target_indices,
+)
 from vlm_export.exporting.lowerings.resample_weights import (
     FUSED_BILINEAR_LIMIT,
+    SUPPORT,
     Filter,
     resample_matrix,
     split_into_blocks,
@@ -20,6 +36,9 @@ from vlm_export.exporting.lowerings.resample_weights import (
 
 # What copying an element costs, in multiply-adds; and the rows from which on a product is fast.
 _COPY_COST, _LEAST_ROWS = 40, 8
+# Rows that are computed together, from one window of the source.
+_GROUP = 16
+_IMAGE_CHANNELS = 4
 
 
 def interpolate_by_matmul(x: Tensor, sources: Sequence[Size], targets: tuple[Target, Target], form: Filter) -> Tensor:
@@ -106,3 +125,73 @@ def _multiply_columns(x: Tensor, matrix: npt.NDArray[np.float64]) -> Tensor:
     if _best_rows(matrix)[0] == len(matrix):
         return x @ torch.from_numpy(matrix.T.copy()).to(x.dtype)
     return _multiply_rows(x.transpose(2, 3), matrix).transpose(2, 3)
+
+
+def interpolate_in_graph(x: Tensor, sources: Sequence[Size], targets: tuple[Target, Target], form: Filter) -> Tensor:
+    """`interpolate` of x: float (B, C, H, W), first the rows, then the columns.
+
+    Tables of positions and features are small and have many channels: they meet whole matrices. Of images, a row
+    takes the samples that count; with antialiasing these are many, and neighbours share a window of them.
+    """
+    rows, columns = describe_axes(sources, targets, form, x.dtype)
+    # A trace has a tensor for the number of channels; it decides nothing but the form.
+    is_image = not isinstance(x.shape[1], torch.SymInt) and int(x.shape[1]) <= _IMAGE_CHANNELS
+    x = _resample_rows(x, rows) if is_image and _is_banded(rows) else build_matrix(rows) @ x
+    if is_image and _is_banded(columns):
+        return _resample_rows(x.transpose(2, 3), columns).transpose(2, 3)
+    return x @ build_matrix(columns).transpose(0, 1)
+
+
+def _is_banded(axis: Axis) -> bool:
+    """Whether windows are as long as the ratio of the sizes says, and the graph knows that exactly."""
+    return not (axis.form.antialias and (axis.form.align_corners or is_found_by_dynamo(axis.target)))
+
+
+def _resample_rows(x: Tensor, axis: Axis) -> Tensor:
+    if axis.form.antialias:
+        return _multiply_windows(x, axis)
+    taps = find_taps(axis, target_indices(axis))
+    terms = [x.index_select(2, place.to(torch.int64)) * weight.unsqueeze(1) for place, weight in taps]
+    return sum(terms[1:], terms[0])
+
+
+def _multiply_windows(x: Tensor, axis: Axis) -> Tensor:
+    """In groups of target rows, each of which meets a window of the source."""
+    window, groups = _window(axis), _groups(axis.target.size)
+    targets = indices(groups, x.dtype).unsqueeze(1) * _GROUP + indices(_GROUP, x.dtype)
+    centres = find_centres(axis, torch.minimum(targets, axis.wanted - 1)).unsqueeze(2)
+    reach = SUPPORT[axis.form.mode] * axis.step.clamp(min=1.0)
+    first = (centres[:, 0] - reach).floor() - 1
+    # A window that would end outside is moved inside.
+    first = torch.minimum(first.clamp(min=0.0), axis.count - counted(window).to(x.dtype))
+    samples = first + indices(window, x.dtype)
+    weights = antialiasing_weights(samples.unsqueeze(1), centres, axis)
+    taken = x.index_select(2, samples.to(torch.int64).flatten())
+    windows = taken.reshape(x.shape[0], x.shape[1], groups, window, x.shape[3])
+    product = (weights @ windows).reshape(x.shape[0], x.shape[1], groups * _GROUP, x.shape[3])
+    return _cut(product, axis.target.size)
+
+
+def _groups(n: Any) -> Any:
+    needed = (n + (_GROUP - 1)) // _GROUP
+    # torch distinguishes a single group from several, and would demand the traced case: there are always two.
+    return needed + 1 if isinstance(n, torch.SymInt) else needed
+
+
+def _window(axis: Axis) -> Any:
+    """Source samples that `_GROUP` target samples need, at most."""
+    support, scale = SUPPORT[axis.form.mode], axis.target.scale
+    source, size = cast(Any, axis.source), cast(Any, axis.target.size)
+    steps, rest = _GROUP - 1 + 2 * support, 2 * support + 4
+    if scale is None:
+        return smaller(steps * source // size + rest, source)
+    return smaller(math.ceil(steps * max(1.0 / scale, 1.0)) + rest, source)
+
+
+def _cut(x: Tensor, size: Size) -> Tensor:
+    """The first rows."""
+    if not isinstance(size, torch.SymInt):
+        return x[:, :, :size]
+    # torch cannot see that there are at least as many, and would make it a condition.
+    inputs = x, torch.tensor([0]), counted(size), torch.tensor([2])
+    return torch.onnx.ops.symbolic("Slice", inputs, dtype=x.dtype, shape=(*x.shape[:2], size, x.shape[3]), version=13)

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from vlm_export.exporting.lowerings.resample_sizes import Target, counted_target
+from vlm_export.exporting.lowerings.resample_graph_weights import Target, counted_target
 from vlm_export.exporting.lowerings.resample_weights import CUBIC, CUBIC_ANTIALIAS, Filter
 
 RESIZE_OPSET = 18

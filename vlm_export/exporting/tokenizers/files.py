@@ -15,8 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_export.errors import InputError, UsageError
-from vlm_export.exporting.tokenizers.chat_tokens import chat_config, chat_fitted
-from vlm_export.exporting.tokenizers.fit import check_padding, check_rows, letter_case
+from vlm_export.exporting.tokenizers.fit import (
+    BERT_VOCABULARIES,
+    CHAT_FIX,
+    chat_config,
+    check_padding,
+    check_rows,
+    closed_up,
+    has_room,
+    is_wordpiece_vocab,
+    letter_case,
+    with_added_tokens,
+)
 from vlm_export.exporting.tokenizers.openai_bpe import (
     VOCAB_SIZE,
     read_bounded,
@@ -38,13 +48,6 @@ from vlm_export.exporting.tokenizers.parts import (
     merges_checked,
     text_of,
     vocab_checked,
-)
-from vlm_export.exporting.tokenizers.wordpiece import (
-    BERT_VOCABULARIES,
-    closed_up,
-    has_room,
-    is_wordpiece_vocab,
-    wordpiece_fitted,
 )
 from vlm_export.machine_faults import machine_fault
 from vlm_export.runtime.inputs.texts import check_unicode
@@ -135,7 +138,7 @@ def _chat_tokenizer(sources: Mapping[str, Path], spec: TextSpec, where: str) -> 
         )
     text = text_of(path)
     tokenizer = tokenizer_from_json(text, spec, str(path))
-    text = chat_fitted(tokenizer, text, spec, str(path))
+    text = with_added_tokens(tokenizer, text, spec, str(path), CHAT_FIX)
     given = _config_fields(sources)
     config_path = str(sources.get(CONFIG, JSON))
     config = chat_config(tokenizer, {"tokenizer_class": given.get("tokenizer_class"), **given}, spec, config_path)
@@ -207,7 +210,7 @@ def _transformers_tokenizer(
     closes_up = library.closes_up or bool(spec.added_tokens)
     if not has_room(tokenizer, spec):
         spec = replace(spec, added_tokens=())
-    text = wordpiece_fitted(tokenizer, library.json, spec, str(path))
+    text = with_added_tokens(tokenizer, library.json, spec, str(path))
     text = closed_up(text) if closes_up else text
     spec, origins = _with_tokenizer(spec, library, tokenizer, sources, path)
     tokenizer = tokenizer_from_json(text, spec, str(path))

@@ -24,7 +24,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from vlm_export.errors import EnvironmentFailure, InputError
+from vlm_export.errors import EnvironmentFailure, InputError, install_fix
 from vlm_export.exporting.tokenizers.openai_bpe import VOCAB_SIZE, read_bounded, vocab_from_bpe_merges
 from vlm_export.exporting.tokenizers.parts import (
     ADDED_TOKENS,
@@ -316,7 +316,7 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise EnvironmentFailure(
-            "reading a tokenizer needs transformers", got=str(error), fix="pip install 'vlm-export[export]'"
+            "reading a tokenizer needs transformers", got=str(error), fix=install_fix("export")
         ) from error
     return transformers
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 
-from vlm_export.errors import EnvironmentFailure, InputError
+from vlm_export.errors import EnvironmentFailure, InputError, install_fix
 from vlm_export.exporting.tokenizers.openai_bpe import read_bounded
 from vlm_export.runtime.inputs.tokenizer import MAX_TOKEN_CHARACTERS, named_failures
 
@@ -49,7 +49,7 @@ def checked_pieces(path: Path) -> Any:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
         raise EnvironmentFailure(
-            "reading a SentencePiece model needs sentencepiece", got=str(error), fix="pip install 'vlm-export[export]'"
+            "reading a SentencePiece model needs sentencepiece", got=str(error), fix=install_fix("export")
         ) from error
     with named_failures("the SentencePiece model is malformed", str(path)):
         model = sentencepiece_model_pb2.ModelProto.FromString(read_bounded(path))

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias, get_args
 from vlm_export.bundle.manifest import Manifest, PartRecord
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError, UsageError, suggestion
-from vlm_export.runtime.engines.onnxruntime import CPU, Engine, OrtEngine, checked_threads
+from vlm_export.runtime.engines.onnxruntime import CPU, Engine, OrtEngine, checked_threads, shape_text
 from vlm_export.runtime.engines.openvino import OpenVinoEngine
 
 EngineName: TypeAlias = Literal["onnxruntime", "openvino"]
@@ -39,7 +39,8 @@ class EngineChoice:
             InputError: there is no such part, or its graph is damaged or another one.
         """
         record = bundle.manifest.part(part)
-        path = bundle.model_files(record.variant(precision))
+        variant = record.variant(precision)
+        path = bundle.graph_file(variant) if self.engine == ONNXRUNTIME else bundle.model_files(variant)
         engine = self.open(path)
         _check_graph_sizes(engine, record, path)
         return engine
@@ -107,11 +108,7 @@ def _check_graph_sizes(engine: Engine, part: PartRecord, path: Path) -> None:
             raise InputError(
                 f"the graph of part {part.name!r} has other sizes than the manifest states",
                 where=f"{path}: {info.name}",
-                expected=_shape_text(expected),
-                got=_shape_text(info.shape),
+                expected=shape_text(expected),
+                got=shape_text(info.shape),
                 fix="copy the bundle again, or export it again with --overwrite",
             )
-
-
-def _shape_text(shape: tuple[int | str | None, ...]) -> str:
-    return f"({', '.join('?' if axis is None else str(axis) for axis in shape)})"

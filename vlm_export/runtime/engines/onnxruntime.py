@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -169,8 +169,8 @@ class OrtEngine:
                 raise InputError(
                     f"input {info.name!r} does not fit the graph",
                     where=str(self.path),
-                    expected=f"{info.dtype} {_shape_text(info.shape)}",
-                    got=f"{array.dtype} {_shape_text(array.shape)}",
+                    expected=f"{info.dtype} {shape_text(info.shape)}",
+                    got=f"{array.dtype} {shape_text(array.shape)}",
                 )
 
 
@@ -241,9 +241,30 @@ def _form(info: TensorInfo) -> tuple[np.dtype[Any], int, tuple[tuple[int, int], 
     return dtype, len(info.shape), fixed
 
 
-def _shape_text(shape: Sequence[int | str | None]) -> str:
+def shape_text(shape: Sequence[int | str | None]) -> str:
+    """An error's words for a shape; None is an axis of any size."""
     return f"({', '.join('?' if axis is None else str(axis) for axis in shape)})"
 
 
 def _cause(error: Exception) -> str:
     return shown(f"{type(error).__name__}: {str(error).strip()}", _LONGEST_CAUSE)
+
+
+def batches(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """`items` in runs of at most `size`; UsageError unless that is a whole number, at least 1."""
+    if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
+        raise UsageError("batch_size must be at least 1", expected="a whole number", got=repr(size))
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def run_in_float32(engine: Engine, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """A graph's outputs by name; floats go in at each input's own precision, and come out as float32."""
+    dtypes = {port.name: port.dtype for port in engine.inputs}
+    fitted = {
+        name: array.astype(dtypes.get(name), copy=False) if array.dtype.kind == "f" else array
+        for name, array in feeds.items()
+    }
+    return {
+        name: array.astype(np.float32, copy=False) if array.dtype.kind == "f" else array
+        for name, array in engine.run(fitted).items()
+    }

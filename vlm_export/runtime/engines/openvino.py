@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_export.errors import EnvironmentFailure, InputError
+from vlm_export.errors import EnvironmentFailure, InputError, install_fix
 from vlm_export.interrupts import run_interruptibly
 from vlm_export.machine_faults import machine_fault
 from vlm_export.runtime.engines.onnxruntime import Array, TensorInfo, checked_threads
@@ -35,7 +35,7 @@ class OpenVinoEngine:
             import openvino
         except ImportError as error:
             raise EnvironmentFailure(
-                "OpenVINO is not installed", got=str(error), fix='pip install "vlm-export[openvino]"'
+                "OpenVINO is not installed", got=str(error), fix=install_fix("openvino")
             ) from error
         self.path = Path(path)
         # On processors that have it, OpenVINO would compute in bfloat16.

@@ -4,6 +4,7 @@
 text (control characters vanish, lone surrogates become U+FFFD), HTML entities are unescaped twice, white space
 collapses, letters become lower case. "open_clip" is the same with the strings that open_clip 3.3 (tokenizer.py) reads
 as special tokens. "none" leaves all of it to `tokenizer.json`.
+Token ids that callers hand over are checked before a graph sees them.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ seconds with the worst tokenizer that `tokenizer` lets pass."""
 _PREVIEW_CHARACTERS = 60
 _DIGITS = re.compile(r"&#([0-9]{8,})")
 _LONGEST_CODE_POINT_DIGITS = 7
+_IDS, _MASK = "token ids do not fit the model", "the attention mask does not fit the token ids"
 
 
 class Tokenizer:
@@ -267,3 +269,32 @@ def _read(path: Path) -> str:
 def _special_ids(rust: Any) -> dict[str, int]:
     added: Iterable[tuple[int, Any]] = rust.get_added_tokens_decoder().items()
     return {token.content: token_id for token_id, token in added if token.special}
+
+
+def checked_ids(given: npt.ArrayLike, spec: TextSpec) -> npt.NDArray[np.int64]:
+    """Ids as int64 (N, T), 1 ≤ T ≤ the context length; InputError when they are none of the model's."""
+    expected = f"integers (N, T), T from 1 to {spec.context_length}, each in [0, {spec.vocab_size})"
+    ids = _array(given, _IDS, expected)
+    fits = ids.ndim == 2 and ids.dtype.kind in "iu" and 1 <= ids.shape[1] <= spec.context_length
+    if not fits or (ids.size and not 0 <= ids.min() <= ids.max() < spec.vocab_size):
+        got = f"{ids.dtype} {ids.shape}" + (f", {ids.min()} to {ids.max()}" if fits else "")
+        raise InputError(_IDS, expected=expected, got=got)
+    return ids.astype(np.int64)
+
+
+def checked_mask(given: npt.ArrayLike, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """A mask as int64 like `ids`; InputError unless it is zeros and ones with a one in every row."""
+    expected = f"zeros and ones {ids.shape}, a one in every row"
+    mask = _array(given, _MASK, expected)
+    fits = mask.shape == ids.shape and mask.dtype.kind in "biu" and bool(np.isin(mask, (0, 1)).all())
+    if not fits or not mask.any(axis=1).all():
+        got = f"{mask.dtype} {mask.shape}" + (", a row of zeros" if fits else "")
+        raise InputError(_MASK, expected=expected, got=got)
+    return mask.astype(np.int64)
+
+
+def _array(given: npt.ArrayLike, refusal: str, expected: str) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(given)
+    except (OverflowError, ValueError) as error:
+        raise InputError(refusal, expected=expected, got=f"rows that make no array: {error}") from error

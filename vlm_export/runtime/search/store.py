@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlm_export.bundle.staging import staged_file
-from vlm_export.errors import EnvironmentFailure, InputError, UsageError
+from vlm_export.errors import EnvironmentFailure, InputError, UsageError, install_fix
 from vlm_export.machine_faults import machine_fault
 from vlm_export.runtime.inputs.images import FloatArray
 from vlm_export.specs.codec import Spec
@@ -351,7 +351,7 @@ def pyarrow_modules() -> tuple[Any, Any]:
         import pyarrow.parquet
     except ImportError as error:
         raise EnvironmentFailure(
-            "Parquet needs pyarrow", got=str(error), fix="pip install 'vlm-export[parquet]', or use .npy"
+            "Parquet needs pyarrow", got=str(error), fix=f"{install_fix('parquet')}; or use .npy"
         ) from error
     return pyarrow, pyarrow.parquet
 

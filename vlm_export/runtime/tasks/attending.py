@@ -9,8 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vlm_export.errors import UsageError
-from vlm_export.runtime.engines.onnxruntime import Array
-from vlm_export.runtime.engines.runs import batches
+from vlm_export.runtime.engines.onnxruntime import Array, batches
 from vlm_export.runtime.generation.cross_attention_decoder import CrossAttentionState
 from vlm_export.runtime.generation.options import GenerationOptions, IdArray
 from vlm_export.runtime.inputs.images import ImageSource

@@ -11,7 +11,7 @@ from itertools import groupby
 
 from tqdm import tqdm
 
-from vlm_export.runtime.engines.runs import batches
+from vlm_export.runtime.engines.onnxruntime import batches
 from vlm_export.runtime.generation.embedding_decoder import EmbeddedDecoderState
 from vlm_export.runtime.generation.loop import generate, stream
 from vlm_export.runtime.generation.options import GenerationOptions, IdArray, padded_ids

@@ -12,8 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vlm_export.errors import InputError, UsageError
-from vlm_export.runtime.engines.onnxruntime import Array
-from vlm_export.runtime.engines.runs import batches
+from vlm_export.runtime.engines.onnxruntime import Array, batches
 from vlm_export.runtime.inputs.images import FloatArray, ImageSource
 from vlm_export.runtime.inputs.slice_placeholder import PlaceholderPart, placeholder_parts, placeholder_text
 from vlm_export.runtime.inputs.slice_plan import SlicePlan

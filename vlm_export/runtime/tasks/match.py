@@ -14,15 +14,13 @@ from typing import get_args
 import numpy as np
 
 from vlm_export.errors import InputError, UsageError
-from vlm_export.runtime.engines.onnxruntime import Array
-from vlm_export.runtime.engines.runs import batches
+from vlm_export.runtime.engines.onnxruntime import Array, batches
 from vlm_export.runtime.inputs.images import FloatArray
 from vlm_export.runtime.inputs.sources import Images
 from vlm_export.runtime.inputs.text_cleaning import clean_caption
 from vlm_export.runtime.session import Session
 from vlm_export.runtime.tasks.attending import HIDDEN, attended, image_rows, paired, token_rows
-from vlm_export.runtime.tasks.embed import TEXT_BATCH_SIZE, EmbedTask
-from vlm_export.runtime.tasks.vectors import softmax_rows
+from vlm_export.runtime.tasks.embed import TEXT_BATCH_SIZE, EmbedTask, softmax_rows
 from vlm_export.specs.tasks import FirstToken, MatchSpec
 
 

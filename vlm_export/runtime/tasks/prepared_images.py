@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_export.errors import InputError
-from vlm_export.runtime.engines.runs import batches
+from vlm_export.runtime.engines.onnxruntime import batches
 from vlm_export.runtime.inputs.images import FloatArray, ImageSource, preprocess_image
 from vlm_export.runtime.inputs.sources import Unreadable, map_images
 from vlm_export.runtime.inputs.tiles import Grid, cut_tiles

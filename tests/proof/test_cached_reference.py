@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from vlm_export.errors import EnvironmentFailure
+from vlm_export.proof.cached_reference import CachedReference
 from vlm_export.proof.metrics import Array
 from vlm_export.proof.points import Arrays
-from vlm_export.proof.remembered import RememberedReference
 
 
 def test_equal_inputs_are_computed_once_and_others_apart() -> None:
@@ -18,7 +18,7 @@ def test_equal_inputs_are_computed_once_and_others_apart() -> None:
         calls.append(inputs)
         return {"y": inputs["x"] * 2}
 
-    remembered = RememberedReference(reference)
+    remembered = CachedReference(reference)
     zeros = np.zeros((2, 3), np.float32)
     different: list[Array] = [zeros, zeros.reshape(3, 2), zeros.astype(np.int32), zeros + 1, zeros.astype(np.float64)]
     for array in different:
@@ -32,7 +32,7 @@ def test_an_error_comes_when_the_output_is_asked_for() -> None:
     def reference(inputs: Arrays) -> dict[str, np.ndarray]:
         raise RuntimeError("boom")
 
-    remembered = RememberedReference(reference)
+    remembered = CachedReference(reference)
     remembered.prepare({})
     with pytest.raises(RuntimeError, match="boom"):
         remembered({})
@@ -44,4 +44,4 @@ def test_the_machines_faults_go_through(error: BaseException) -> None:
         raise error
 
     with pytest.raises(type(error)):
-        RememberedReference(reference).prepare({})
+        CachedReference(reference).prepare({})

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vlm_export.family import Reference
 
 
-class RememberedReference:
+class CachedReference:
     """Called as the Reference is; outputs are kept by the content of the inputs."""
 
     def __init__(self, reference: Reference) -> None:
