@@ -64,7 +64,7 @@ from vlm_export.models.reading.images import (
     image_shape,
 )
 from vlm_export.models.reading.token_ids import EDGES, random_ids
-from vlm_export.models.reading.weights import Target, load_weights, published_tensors
+from vlm_export.models.reading.weights import Target, load_weights, published_tensors, unboxed
 from vlm_export.specs import ImageSpec, Origins, TextCleaning, TextSpec, torchvision_image_spec
 from vlm_export.specs.codec import Spec
 from vlm_export.specs.signature import Axis, Signature, TensorSpec
@@ -411,7 +411,7 @@ def _transformers_reference(
     with torch.device("meta"):
         model = kind(config).eval()
     weights = {key: checkpoint.read(key).float() for key in checkpoint.tensors if not key.endswith("position_ids")}
-    model.load_state_dict(weights, strict=True, assign=True)
+    model.load_state_dict(unboxed(weights, model), strict=True, assign=True)
     for name, sizes in (("text_model", architecture.text), ("vision_model", architecture.vision)):
         if sizes is not None:
             embeddings = getattr(model, name).embeddings
