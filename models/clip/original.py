@@ -18,6 +18,7 @@ from vlm_export.family import Arrays, BuildOptions, Checkpoint, Part, Reference,
 from vlm_export.models.clip.architecture import ClipArchitecture, ResNetSizes, VitSizes
 from vlm_export.models.reading.image_processor import processor_files
 from vlm_export.models.reading.images import IMAGE_MEAN, IMAGE_STD
+from vlm_export.models.reading.weights import unboxed
 from vlm_export.original import (
     OpenClipOriginal,
     Original,
@@ -122,7 +123,7 @@ def encoder(checkpoint: Checkpoint, config: Mapping[str, Any], part: Part, store
     is_vision = part.name == "vision"
     wanted = [key for key in model.state_dict() if key.startswith(_VISION) is is_vision and key not in _NUMBERS]
     weights = {key: float32(checkpoint.read(key), store) for key in wanted if key in checkpoint.tensors}
-    model.load_state_dict(weights, strict=False, assign=True)
+    model.load_state_dict(unboxed(weights, model), strict=False, assign=True)
     _check_loaded(model, is_vision)
     context = int(model.context_length)
     model.attn_mask = torch.full((context, context), float("-inf")).triu_(1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vlm_export.family import Array, Arrays, Checkpoint, Part, Reference
+from vlm_export.models.reading.weights import unboxed
 
 
 def transformers_model(
@@ -37,7 +38,7 @@ def transformers_model(
         for key in checkpoint.tensors
         if not key.endswith("position_ids")
     }
-    model.load_state_dict(weights, strict=True, assign=True)
+    model.load_state_dict(unboxed(weights, model), strict=True, assign=True)
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             if name == "position_ids":

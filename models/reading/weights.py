@@ -214,6 +214,12 @@ def _is_boxed_scalar(expected: tuple[int, ...], found: tuple[int, ...]) -> bool:
     return expected == () and math.prod(found) == 1
 
 
+def unboxed(weights: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """The tensors with the module's shapes, where one number was stored with other axes of size 1."""
+    shapes = {key: tensor.shape for key, tensor in module.state_dict().items()}
+    return {key: w.reshape(shapes[key]) if key in shapes and w.numel() == 1 else w for key, w in weights.items()}
+
+
 def _check_finite(key: str, tensor: Tensor) -> None:
     if tensor.numel() == 0:
         return

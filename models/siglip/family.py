@@ -38,7 +38,7 @@ from vlm_export.models.reading.image_processor import (
 )
 from vlm_export.models.reading.images import ImageExamples, apply_image_size, config_of_size, image_shape
 from vlm_export.models.reading.token_ids import random_ids
-from vlm_export.models.reading.weights import load_weights, published_tensors
+from vlm_export.models.reading.weights import load_weights, published_tensors, unboxed
 from vlm_export.models.siglip.architecture import (
     ACTIVATION_NAMES,
     NaflexChoices,
@@ -346,7 +346,7 @@ def _reference(checkpoint: Checkpoint, architecture: SiglipArchitecture, part: P
         for key in checkpoint.tensors
         if not key.endswith("position_ids")
     }
-    model.load_state_dict(weights, strict=True, assign=True)
+    model.load_state_dict(unboxed(weights, model), strict=True, assign=True)
     tower = getattr(model, f"{part.name}_model") if both else model
     embeddings = tower.embeddings
     if hasattr(embeddings, "position_ids"):

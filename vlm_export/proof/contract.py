@@ -148,7 +148,7 @@ def replay(
         precision: only these variants of the graphs.
     """
     record = record or read_record(bundle)
-    checks = [*_check_versions(bundle, precision)]
+    checks = [_check_versions(bundle, precision)]
     checks += [_as_check(*check) for check in (check_preprocessor(bundle), check_config(bundle)) if check is not None]
     if record is None:
         if bundle.manifest.export.contract is not None:
@@ -177,12 +177,14 @@ def replay(
     return ContractReport(tuple(checks), record.made_by, not_run)
 
 
-def _check_versions(bundle: OpenBundle, precision: str | None) -> Iterator[ContractCheck]:
-    for part in bundle.manifest.parts:
-        for variant in part.chosen_variants(precision):
-            found = version_difference(bundle, variant)
-            where = f"{MANIFEST_NAME}: part {part.name!r} at {variant.precision}"
-            yield ContractCheck(f"{part.name} versions", where, 1, () if found is None else (found,), variant.precision)
+def _check_versions(bundle: OpenBundle, precision: str | None) -> ContractCheck:
+    """What the manifest declares of each graph that was asked for, against the graph itself."""
+    graphs = [(part, variant) for part in bundle.manifest.parts for variant in part.chosen_variants(precision)]
+    found = [
+        (f"part {part.name!r} at {variant.precision}", version_difference(bundle, variant)) for part, variant in graphs
+    ]
+    failures = tuple(f"{place}: {text}" for place, text in found if text)
+    return ContractCheck("versions", MANIFEST_NAME, len(graphs), failures)
 
 
 def _check_declared(bundle: OpenBundle, record: ContractRecord) -> ContractCheck:
