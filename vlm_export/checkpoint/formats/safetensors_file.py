@@ -21,7 +21,7 @@ INDEX_SUFFIX = ".safetensors.index.json"
 MAX_HEADER_BYTES = 16 << 20
 MAX_SHARDS = 10_000
 _LENGTH = struct.Struct("<Q")
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -129,16 +129,16 @@ def _check_extent(file: SeenFile, header: Mapping[str, Any], data_start: int, fi
 
 def _view(file: SeenFile, key: str, entry: Mapping[str, Any], data_start: int) -> View:
     shape, dtype = entry.get("shape"), entry.get("dtype")
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise _damaged(file, f"{key}: one of {', '.join(_DTYPES)}", f"dtype {dtype!r:.50}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _damaged(file, f"{key}: one of {', '.join(DTYPES)}", f"dtype {dtype!r:.50}")
     if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(type(n) is int and n >= 0 for n in shape):
         raise _damaged(file, f"{key}: a shape of at most {MAX_RANK} sizes", f"{shape!r:.100}")
-    item_bytes = _DTYPES[dtype].itemsize
+    item_bytes = DTYPES[dtype].itemsize
     begin, end = entry["data_offsets"]
     if math.prod(shape) * item_bytes != end - begin:
         raise _damaged(file, f"{key}: {math.prod(shape) * item_bytes} bytes for {dtype} {shape}", f"{end - begin}")
     stride = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    return View(_DTYPES[dtype], data_start + begin, tuple(shape), stride)
+    return View(DTYPES[dtype], data_start + begin, tuple(shape), stride)
 
 
 def _damaged(file: SeenFile, expected: str, got: str) -> InputError:
