@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 from vlm_export.bundle.manifest import PartRecord, VariantRecord
@@ -24,7 +24,6 @@ def verify_bundle(
     bundle: OpenBundle,
     *,
     engine_factory: EngineFactory,
-    gates: Mapping[str, Gate] = GATES,
     engine_name: str = "engine",
     precision: str | None = None,
     progress: Progress | None = None,
@@ -42,7 +41,7 @@ def verify_bundle(
     todo = [(part, variant) for part in bundle.manifest.parts for variant in part.chosen_variants(precision)]
     reports = []
     for part, variant in todo:
-        gate = gates[gate_name(part.name, variant.precision)]
+        gate = GATES[gate_name(part.name, variant.precision)]
         unchecked = check_ledger(bundle, variant)
         engine = engine_factory(part.name, variant.precision)
         report = _verify_variant(bundle, part, variant, engine, gate, engine_name)
