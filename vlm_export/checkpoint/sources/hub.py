@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +75,8 @@ def fetch_snapshot(hub_id: str, revision: str | None = None, reads: ReadPrefixes
         if indexes := [name for name in names if name in _SHARDS]:
             # The index first: it says which shards are read.
             path = huggingface_hub.snapshot_download(hub_id, revision=commit, allow_patterns=indexes)
-            names = _without_shards(names, select_shards(read_index(see_file(Path(path) / indexes[0])), reads)[1])
+            _, left_aside = select_shards(read_index(see_file(Path(path) / indexes[0])), reads)
+            names = [name for name in names if name not in left_aside]
         path = huggingface_hub.snapshot_download(hub_id, revision=commit, allow_patterns=names)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise _not_found(hub_id, revision, error) from error
@@ -103,10 +104,6 @@ def wanted_files(names: Collection[str]) -> list[str]:
         )
     shards = [name for name in names if weights in _SHARDS and _SHARDS[weights].fullmatch(name)]
     return [name for name in _CONFIGS if name in names] + [weights, *sorted(shards)]
-
-
-def _without_shards(names: Sequence[str], left_aside: Collection[str]) -> list[str]:
-    return [name for name in names if name not in left_aside]
 
 
 def _cached_snapshot(hub_id: str, revision: str | None, cause: BaseException) -> Snapshot:
