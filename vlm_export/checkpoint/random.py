@@ -1,4 +1,7 @@
-"""Checkpoints with seeded random weights: any architecture at full size without a download."""
+"""Checkpoints with seeded random weights: any architecture at full size without a download.
+
+The file is written piece by piece, a few MiB at a time: `safetensors` writes tensors that are all in memory.
+"""
 
 from __future__ import annotations
 

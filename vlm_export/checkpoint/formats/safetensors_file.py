@@ -1,4 +1,8 @@
-"""safetensors files and indexes of shards: the header is checked, the tensors are mapped where they lie."""
+"""safetensors files and indexes of shards: the header is checked, the tensors are mapped where they lie.
+
+The library `safetensors` reads them too, and is not used: it opens a file by its name, where another one may lie by
+then, takes a key that stands twice for one, and does not tell a file that is cut off from one with bytes behind it.
+"""
 
 from __future__ import annotations
 
