@@ -17,8 +17,7 @@ from vlm_export.bundle.safe_files import record_of_file
 from vlm_export.checkpoint.directory import scan_directory
 from vlm_export.checkpoint.formats.identify import identify_weights
 from vlm_export.checkpoint.formats.zipcheck import check_zip
-from vlm_export.checkpoint.hashing import hash_file
-from vlm_export.checkpoint.seen_file import see_file
+from vlm_export.checkpoint.seen_file import hash_file, see_file
 from vlm_export.cli.common import existing_path
 from vlm_export.errors import EnvironmentFailure, InputError
 from vlm_export.exporting.tokenizers.openai_bpe import read_bounded

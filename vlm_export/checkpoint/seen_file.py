@@ -1,16 +1,22 @@
-"""A file of a checkpoint, the same one each time that it is opened: what is pinned, parsed and mapped is one file."""
+"""A file of a checkpoint, one and the same each time that it is opened: to be hashed, pinned, parsed and mapped."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from vlm_export.errors import InputError, VlmExportError
+from vlm_export.family import CheckpointFile
 from vlm_export.machine_faults import machine_fault
 
+Progress = Callable[[str, int, int], None]
+"""Called with a file's name, the bytes done and the bytes in all."""
+_CHUNK_BYTES = 4 << 20
 # A pipe that took the file's place would block the opening; on regular files the flag does nothing.
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
@@ -72,6 +78,34 @@ def see_file(path: Path) -> SeenFile:
     if not stat.S_ISREG(found.st_mode):
         raise InputError("a file of the checkpoint is no regular file", where=str(path), expected="a file")
     return SeenFile(path, found.st_size, _identity(found))
+
+
+def hash_file(file: SeenFile, name: str, progress: Progress | None = None) -> CheckpointFile:
+    """The file's size and sha256, listed under `name`; InputError when it cannot be read."""
+    digest = hashlib.sha256()
+    done = 0
+    with file.open() as opened:
+        try:
+            while chunk := opened.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                done += len(chunk)
+                if progress is not None:
+                    progress(name, done, max(file.size_bytes, done))
+        except OSError as error:
+            raise error_from_unreadable(file.path, error) from error
+    return CheckpointFile(name, done, digest.hexdigest())
+
+
+def check_sha256(file: CheckpointFile, expected: str | None, where: str) -> None:
+    """InputError when the file is not the one that `expected` pins; None pins nothing."""
+    if expected is not None and file.sha256 != expected.lower():
+        raise InputError(
+            "the file is not the one that is pinned: its sha256 differs",
+            where=where,
+            expected=expected.lower(),
+            got=f"{file.sha256} ({file.size_bytes} bytes)",
+            fix="the file is damaged, cut off or another version: delete it and download it again",
+        )
 
 
 def error_from_unreadable(path: Path, error: OSError) -> VlmExportError:

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from vlm_export.bundle import layout
+from vlm_export.bundle.ledger import check_ledger, read_ledger
 from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest, VariantRecord
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.checkpoint.store import ScratchStore
@@ -29,7 +30,6 @@ from vlm_export.proof.contract import ContractReport
 from vlm_export.proof.declared import check_declared
 from vlm_export.proof.engine import engine_label, variant_bytes, verifying_engine
 from vlm_export.proof.floor import ELSEWHERE
-from vlm_export.proof.ledger import check_ledger, read_ledger
 from vlm_export.proof.points import EngineRun
 from vlm_export.proof.report import PartReport
 from vlm_export.runtime.engines.onnxruntime import CPU, OrtEngine

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from vlm_export.bundle.ledger import check_ledger
 from vlm_export.bundle.manifest import PartRecord, VariantRecord
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError
 from vlm_export.proof.floor import ELSEWHERE, Floor, FloorJudge, floor_from_json
 from vlm_export.proof.gates import GATES, Gate, gate_name
 from vlm_export.proof.golden import iterate_golden
-from vlm_export.proof.ledger import check_ledger
 from vlm_export.proof.points import EngineRun, PointResult, judge_point
 from vlm_export.proof.report import PartReport
 from vlm_export.proof.verifier import Progress

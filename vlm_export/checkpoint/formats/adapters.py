@@ -25,8 +25,7 @@ from vlm_export.checkpoint.directory import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS
 from vlm_export.checkpoint.formats.safetensors_file import read_bounded
 from vlm_export.checkpoint.formats.tensors import StoredTensors
 from vlm_export.checkpoint.formats.weights_file import read_weights_file
-from vlm_export.checkpoint.hashing import Progress, hash_file
-from vlm_export.checkpoint.seen_file import SeenFile, see_file
+from vlm_export.checkpoint.seen_file import Progress, SeenFile, hash_file, see_file
 from vlm_export.errors import InputError, UsageError
 from vlm_export.family import Checkpoint, StoredTensorInfo
 from vlm_export.specs.codec import Check, Spec, between, field_words

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ INDEX_SUFFIX = ".safetensors.index.json"
 # safetensors itself stops at 100 MB; the header of a 100 000-tensor file has 12 MB.
 MAX_HEADER_BYTES = 16 << 20
 MAX_SHARDS = 10_000
+ReadPrefixes = Callable[[Collection[str]], tuple[str, ...]]
+"""Keys of an index → the prefixes of those that are read; () when all are."""
 _LENGTH = struct.Struct("<Q")
 DTYPES = {
     "F64": torch.float64,
@@ -67,6 +69,24 @@ def read_index(file: SeenFile) -> dict[str, str]:
     for name in names:
         check_plain_name(name, where=str(file))
     return weight_map
+
+
+def everything(keys: Collection[str]) -> tuple[str, ...]:
+    """A ReadPrefixes: all keys are read."""
+    return ()
+
+
+def select_shards(shards: Mapping[str, str], reads: ReadPrefixes) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The entries of key → shard whose shard holds a key that is read, and the names of the other shards.
+
+    A shard that is read keeps all its keys: its file is opened, and the index must agree with it.
+    """
+    prefixes = reads(shards)
+    if not prefixes:
+        return dict(shards), ()
+    needed = {name for key, name in shards.items() if key.startswith(prefixes)}
+    left_aside = sorted(set(shards.values()) - needed)
+    return {key: name for key, name in shards.items() if name in needed}, tuple(left_aside)
 
 
 def find_shards(index: SeenFile, shards: Mapping[str, str]) -> dict[str, SeenFile]:

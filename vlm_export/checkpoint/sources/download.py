@@ -17,9 +17,8 @@ from urllib.parse import urlsplit
 
 from vlm_export.bundle.environment import check_free_space
 from vlm_export.bundle.staging import put_file, staging
-from vlm_export.checkpoint.hashing import Progress, hash_file
 from vlm_export.checkpoint.names import check_plain_name
-from vlm_export.checkpoint.seen_file import see_file
+from vlm_export.checkpoint.seen_file import Progress, hash_file, see_file
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 from vlm_export.machine_faults import machine_fault
 

@@ -15,9 +15,8 @@ from vlm_export.checkpoint.directory import (
     SIDE_FILES,
     WEIGHTS_PRECEDENCE,
 )
-from vlm_export.checkpoint.formats.safetensors_file import read_index
+from vlm_export.checkpoint.formats.safetensors_file import ReadPrefixes, everything, read_index, select_shards
 from vlm_export.checkpoint.seen_file import see_file
-from vlm_export.checkpoint.shards import ReadPrefixes, everything, select_shards
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
