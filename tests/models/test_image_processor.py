@@ -24,7 +24,7 @@ from vlm_export.models.reading.image_processor import (
     with_chosen_size,
 )
 from vlm_export.models.reading.images import IMAGE_MEAN, IMAGE_STD
-from vlm_export.proof.original_image import original_pixel_values
+from vlm_export.proof.image_samples import original_pixel_values
 from vlm_export.runtime.inputs.images import preprocess_image
 from vlm_export.specs import ImageSpec, Origins, torchvision_image_spec
 

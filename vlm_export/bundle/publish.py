@@ -8,11 +8,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vlm_export.bundle.contents import foreign_entries, has_manifest
 from vlm_export.bundle.environment import environment_errors
 from vlm_export.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest, manifest_from_bytes
 from vlm_export.bundle.onnx_locations import check_variant_graph
-from vlm_export.bundle.replacement import aside_path, is_empty_directory, recover, replace_directory
+from vlm_export.bundle.replacement import (
+    aside_path,
+    foreign_entries,
+    has_manifest,
+    is_empty_directory,
+    recover,
+    replace_directory,
+)
 from vlm_export.bundle.safe_files import check_utf8, map_in_threads, record_of_file, relative_files
 from vlm_export.bundle.staging import check_name, delete, staging, sync_directory, sync_file
 from vlm_export.errors import InputError, UsageError

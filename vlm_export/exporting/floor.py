@@ -10,10 +10,10 @@ import numpy as np
 from vlm_export.exporting.options import FP32
 from vlm_export.exporting.reference_precision import float16_outputs, float64_outputs
 from vlm_export.family import Array, Arrays, Reference
-from vlm_export.proof.deviation import Deviation, measure_deviation, worst_by_output
 from vlm_export.proof.floor import Floor, FloorJudge
 from vlm_export.proof.golden import golden_points
 from vlm_export.proof.grid import Attention, GridPoint, point_bytes
+from vlm_export.proof.metrics import Deviation, measure_deviation, worst_by_output
 from vlm_export.proof.remembered import RememberedReference
 from vlm_export.specs.signature import Signature
 

@@ -12,7 +12,7 @@ from PIL import Image
 from vlm_export.errors import UsageError
 from vlm_export.family import Array, Arrays, Model, Part, PartOutline, Reference
 from vlm_export.models.layers.from_uint8 import PreprocessedVision, unsupported_steps
-from vlm_export.proof.original_image import original_pixel_values
+from vlm_export.proof.image_samples import original_pixel_values
 from vlm_export.specs import ImageSpec
 from vlm_export.specs.signature import Axis, Signature, TensorSpec
 

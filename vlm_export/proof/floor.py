@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypeAlias
 
-from vlm_export.proof.deviation import Deviation, worst_by_output
-from vlm_export.proof.metrics import Array, json_number
+from vlm_export.proof.metrics import Array, Deviation, json_number, worst_by_output
 from vlm_export.specs.codec import Check, Spec, below, between
 
 Ratio: TypeAlias = Annotated[float, between(0, 1), below(1)]

@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vlm_export.errors import VerificationError
-from vlm_export.proof.deviation import Deviation, worst_by_output
 from vlm_export.proof.floor import Floor
 from vlm_export.proof.gates import Gate
-from vlm_export.proof.metrics import Comparison, worst_of
+from vlm_export.proof.metrics import Comparison, Deviation, worst_by_output, worst_of
 from vlm_export.proof.points import Failure, PointResult
 
 _MAX_LISTED_FAILURES = 20

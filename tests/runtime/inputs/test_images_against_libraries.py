@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_export.proof.original_image import original_pixel_values
+from vlm_export.proof.image_samples import original_pixel_values
 from vlm_export.runtime.inputs.images import preprocess_image
 from vlm_export.specs import torchvision_image_spec
 
