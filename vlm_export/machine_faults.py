@@ -10,7 +10,6 @@ import errno
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TypeAlias
 
 from vlm_export.errors import EnvironmentFailure
@@ -98,20 +97,6 @@ def machine_fault(error: BaseException, where: str = "") -> EnvironmentFailure |
             what, fix = found
             return EnvironmentFailure(what, where=where or _named_file(link), got=_first_line(link), fix=fix)
     return None
-
-
-@contextmanager
-def machine_faults(where: str = "") -> Iterator[None]:
-    """Raises an EnvironmentFailure in the place of an exception that tells of the machine; others pass."""
-    try:
-        yield
-    except EnvironmentFailure:
-        raise
-    except Exception as error:
-        fault = machine_fault(error, where)
-        if fault is None:
-            raise
-        raise fault from error
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -211,11 +211,11 @@ def test_a_fault_in_any_call(
     assert hidden(tmp_path) == []
 
 
-def test_free_space_is_checked_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_space_is_that_of_the_nearest_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1000, 900, 100))
-    with pytest.raises(EnvironmentFailure) as caught, publication(tmp_path / "b", overwrite=False, needed_bytes=101):
-        raise AssertionError("not reached")
+    with pytest.raises(EnvironmentFailure) as caught:
+        check_free_space(tmp_path / "not" / "yet", 101)
     assert "101 bytes free" in caught.value.expected
     assert "100 bytes free" in caught.value.got
     assert os.listdir(tmp_path) == []

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from vlm_export.checkpoint.formats.safetensors_file import everything, select_shards
 from vlm_export.checkpoint.open import open_checkpoint
-from vlm_export.checkpoint.shards import everything, select_shards
 from vlm_export.checkpoint.sources.hub import fetch_snapshot
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.cli.main import main

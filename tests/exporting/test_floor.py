@@ -26,8 +26,8 @@ from vlm_export.exporting.verification import PartVerification, part_samples
 from vlm_export.exporting.writer import write_graph
 from vlm_export.family import Model, Part, Reference, reference_from_module
 from vlm_export.precision.fp16 import convert_to_fp16
-from vlm_export.proof.deviation import Deviation
 from vlm_export.proof.floor import FloorJudge
+from vlm_export.proof.metrics import Deviation
 from vlm_export.proof.points import Arrays, EngineRun, PointResult
 from vlm_export.proof.report import PartReport
 from vlm_export.runtime.engines.onnxruntime import OrtEngine

@@ -16,14 +16,13 @@ from faults.graph import GRAPH_FAULTS
 from onnx import numpy_helper
 
 from vlm_export.bundle.layout import LEDGER_NAME
-from vlm_export.bundle.ledger import ledger_from_bytes
+from vlm_export.bundle.ledger import NO_LEDGER, check_ledger, ledger_from_bytes
 from vlm_export.bundle.opened import open_bundle
 from vlm_export.errors import InputError, VerificationError
 from vlm_export.exporting.pipeline import ExportResult
 from vlm_export.exporting.reverify import verify_against_source
 from vlm_export.exporting.stages import Stages
 from vlm_export.exporting.writer import write_graph
-from vlm_export.proof.ledger import NO_LEDGER, check_ledger
 from vlm_export.proof.report import PartReport
 from vlm_export.runtime.engines.onnxruntime import CPU
 

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from vlm_export.errors import InputError
-from vlm_export.proof.deviation import Deviation, measure_deviation, worst_by_output
 from vlm_export.proof.floor import ELSEWHERE, RULES, Floor, FloorJudge, floor_from_json, judge_deviation
-from vlm_export.proof.metrics import Array
+from vlm_export.proof.metrics import Array, Deviation, measure_deviation, worst_by_output
 
 
 def rows(seed: int = 0) -> Array:

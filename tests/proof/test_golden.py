@@ -81,6 +81,7 @@ BAD = {
     "external data": _external(),
     "too little data": _proto(raw_data=b"abc"),
     "a negative size": _proto(dims=[-1], raw_data=b""),
+    "two negative sizes": _proto(dims=[-1, -1], raw_data=b"abcd"),
     "an absurd size": _proto(dims=[2**40, 2**40], raw_data=b""),
     "an absurd size times zero": _proto(dims=[2**40, 2**40, 0], raw_data=b""),
     "an absurd rank": _proto(dims=[1] * 1000, raw_data=b"abcd"),

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from vlm_export.errors import EnvironmentFailure, InputError, VerificationError
 from vlm_export.family import Array, Part, reference_from_module
-from vlm_export.proof.deviation import Deviation
 from vlm_export.proof.floor import Floor, FloorJudge
 from vlm_export.proof.gates import GATES
 from vlm_export.proof.grid import GridPoint, grid_for
+from vlm_export.proof.metrics import Deviation
 from vlm_export.proof.points import Arrays, EngineRun
 from vlm_export.proof.report import PartReport, format_table
 from vlm_export.proof.verifier import verify_part
@@ -309,8 +309,7 @@ def test_the_table(parts: dict[str, Part]) -> None:
 
 
 def test_importing_the_verifier_does_not_import_torch() -> None:
-    modules = "metrics deviation floor gates grid samples points report verifier golden recheck tensor_proto "
-    modules += "image_samples"
+    modules = "metrics floor gates grid samples points report verifier golden recheck tensor_proto image_samples"
     imports = "; ".join(f"import vlm_export.proof.{name}" for name in modules.split())
     code = f"{imports}; import sys; assert 'torch' not in sys.modules and 'onnx' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -18,13 +18,16 @@ from math import prod
 from pathlib import Path
 from typing import Literal
 
-from vlm_export.bundle.manifest import Count, Sha256
+from vlm_export.bundle.layout import LEDGER_NAME
+from vlm_export.bundle.manifest import Count, Sha256, VariantRecord
 from vlm_export.bundle.onnx_protobuf import StoredTensor, read_onnx
+from vlm_export.bundle.opened import OpenBundle
 from vlm_export.bundle.safe_files import opened_real_file, record_of_file
 from vlm_export.bundle.strict_json import json_object_from_bytes
-from vlm_export.errors import InputError
+from vlm_export.errors import InputError, VerificationError
 from vlm_export.specs.codec import Spec
 
+NO_LEDGER = "the ledger of weights: the bundle has none, so weights that were replaced cannot be told"
 _SCHEMA = 1
 _SPAN_BYTES = 64 << 20
 
@@ -178,3 +181,39 @@ def summary(differences: Sequence[str], limit: int = 5) -> str:
     """The first differences, and how many there are."""
     more = f"; and {len(differences) - limit} more" if len(differences) > limit else ""
     return "; ".join(differences[:limit]) + more
+
+
+def read_ledger(bundle: OpenBundle) -> dict[str, GraphLedger] | None:
+    """Path of a graph → its ledger, None where the bundle has none; InputError where it is malformed."""
+    if LEDGER_NAME not in bundle.manifest.files:
+        return None
+    path = bundle.file(LEDGER_NAME)
+    return dict(ledger_from_bytes(path.read_bytes(), str(path)))
+
+
+def check_ledger(bundle: OpenBundle, variant: VariantRecord) -> tuple[str, ...]:
+    """Every initializer and node of the variant's graph is the one that the export wrote.
+
+    Returns:
+        What could not be checked, for the report.
+
+    Raises:
+        VerificationError: names the initializers that were replaced, added or left out, or says that nodes were.
+    """
+    ledger = read_ledger(bundle)
+    if ledger is None:
+        return (NO_LEDGER,)
+    bundle.model_files(variant)
+    recorded = ledger.get(variant.file)
+    differences = ["the ledger does not list it"]
+    if recorded is not None:
+        differences = ledger_differences(recorded, found_ledger(bundle.root, variant.file))
+    if differences:
+        raise VerificationError(
+            "a graph is not the one that was exported",
+            where=variant.file,
+            expected=f"the weights and nodes that {LEDGER_NAME} records",
+            got=summary(differences),
+            fix="do not use this bundle; export the model again",
+        )
+    return ()

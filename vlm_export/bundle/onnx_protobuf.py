@@ -33,6 +33,7 @@ _NAMES = {"node": (7, 4), "function": (10, 1)}
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW = 1, 2, 8, 9
 _INITIALIZERS = 5
 _TENSOR_EXTERNAL, _TENSOR_LOCATION_KIND = 13, 14
+_TENSOR_FIELDS = (_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL, _TENSOR_LOCATION_KIND)
 # float_data, int32_data, string_data, int64_data, double_data, uint64_data.
 _TYPED_DATA = {4: FIXED32, 5: VARINT, 6: BYTES, 7: VARINT, 10: FIXED64, 11: VARINT}
 
@@ -63,7 +64,7 @@ class StoredTensor:
     """What an ONNX file says of one tensor.
 
     Attributes:
-        name: as stored, cut to a readable length.
+        name: as stored, cut where it is absurdly long.
         dims, data_type: shape and the number of TensorProto.DataType.
         raw_bytes: size of `raw_data`, None when absent.
         typed_elements: number of elements in the typed data fields, all together.
@@ -110,7 +111,7 @@ def read_onnx(data: Buffer, where: str) -> OnnxContents:
         kind, start, end, depth = pending.pop()
         found.depth = max(found.depth, depth)
         if kind in ("tensor", "initializer"):
-            found.tensors.append(_read_tensor(data, start, end, where))
+            found.tensors.append(read_tensor(data, start, end, where))
             found.tensors[-1].is_initializer = kind == "initializer"
             continue
         children = _CHILDREN[kind]
@@ -202,7 +203,8 @@ def _text(data: Buffer, item: WireField, where: str) -> str:
         raise _malformed(where, item.start, "a name that is not UTF-8") from None
 
 
-def _read_tensor(data: Buffer, start: int, end: int, where: str) -> StoredTensor:
+def read_tensor(data: Buffer, start: int, end: int, where: str) -> StoredTensor:
+    """The TensorProto that lies in `data[start:end]`; InputError when it is malformed."""
     tensor = StoredTensor()
     for item in wire_fields(data, start, end, where):
         if item.number == _TENSOR_DIMS and item.wire in (VARINT, BYTES):
@@ -210,7 +212,7 @@ def _read_tensor(data: Buffer, start: int, end: int, where: str) -> StoredTensor
         elif item.number == _TENSOR_TYPE and item.wire == VARINT:
             tensor.data_type = item.value
         elif item.number == _TENSOR_NAME and item.wire == BYTES:
-            tensor.name = data[item.start : min(item.end, item.start + 200)].decode("utf-8", "replace")
+            tensor.name = data[item.start : min(item.end, item.start + _MAX_TEXT_BYTES)].decode("utf-8", "replace")
         elif item.number == _TENSOR_RAW and item.wire == BYTES:
             tensor.raw_bytes = item.end - item.start
             tensor.spans.append((item.start, item.end))
@@ -221,6 +223,8 @@ def _read_tensor(data: Buffer, start: int, end: int, where: str) -> StoredTensor
         elif item.number in _TYPED_DATA:
             tensor.typed_elements += _count_elements(data, item)
             tensor.spans.append((item.start, item.end))
+        elif item.number in _TENSOR_FIELDS:
+            raise _malformed(where, item.start, f"field {item.number} of a tensor with wire type {item.wire}")
     return tensor
 
 

@@ -8,11 +8,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vlm_export.bundle.contents import foreign_entries, has_manifest
-from vlm_export.bundle.environment import check_free_space, environment_errors
+from vlm_export.bundle.environment import environment_errors
 from vlm_export.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest, manifest_from_bytes
 from vlm_export.bundle.onnx_locations import check_variant_graph
-from vlm_export.bundle.replacement import aside_path, is_empty_directory, recover, replace_directory
+from vlm_export.bundle.replacement import (
+    aside_path,
+    foreign_entries,
+    has_manifest,
+    is_empty_directory,
+    recover,
+    replace_directory,
+)
 from vlm_export.bundle.safe_files import check_utf8, map_in_threads, record_of_file, relative_files
 from vlm_export.bundle.staging import check_name, delete, staging, sync_directory, sync_file
 from vlm_export.errors import InputError, UsageError
@@ -72,7 +78,7 @@ class Staging:
 
 
 @contextmanager
-def publication(target: Path, *, overwrite: bool, needed_bytes: int = 0) -> Iterator[Staging]:
+def publication(target: Path, *, overwrite: bool) -> Iterator[Staging]:
     """A temporary directory beside `target` that `Staging.commit` publishes; without a commit nothing remains.
 
     Holds the target's lock and first sweeps what killed exports left behind.
@@ -80,7 +86,6 @@ def publication(target: Path, *, overwrite: bool, needed_bytes: int = 0) -> Iter
     Args:
         target: the bundle's directory: absent, empty, or with `overwrite` an older bundle.
         overwrite: replace an existing bundle.
-        needed_bytes: what will be written; compared with the free space before anything starts.
 
     Raises:
         UsageError: the target exists without `overwrite`, is not a bundle, holds files that are not the bundle's,
@@ -88,12 +93,10 @@ def publication(target: Path, *, overwrite: bool, needed_bytes: int = 0) -> Iter
         EnvironmentFailure: another export holds the target, the place is read-only, the disk is too small or full.
     """
     target = _absolute(target)
-    with environment_errors("writing the bundle", target.parent, needed_bytes), _parents(target.parent):
-        check_free_space(target.parent, needed_bytes)
-        with staging(target) as staged:
-            _recover(target, overwrite)
-            staged.path.mkdir()
-            yield Staging(staged.path, target, overwrite)
+    with environment_errors("writing the bundle", target.parent), _parents(target.parent), staging(target) as staged:
+        _recover(target, overwrite)
+        staged.path.mkdir()
+        yield Staging(staged.path, target, overwrite)
 
 
 def _absolute(target: Path) -> Path:

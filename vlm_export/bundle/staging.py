@@ -125,9 +125,7 @@ def _all_locked(targets: Sequence[Path], wait: bool) -> Iterator[None]:
 
 
 @contextmanager
-def staged_file(
-    target: Path | str, stage: str, *, overwrite: bool, needed_bytes: int = 0, wait: bool = False
-) -> Iterator[Path]:
+def staged_file(target: Path | str, stage: str, *, overwrite: bool, wait: bool = False) -> Iterator[Path]:
     """A name to write one file to, which becomes `target` when the block ends without an error.
 
     Args:
@@ -140,7 +138,7 @@ def staged_file(
     """
     target = Path(os.path.abspath(target))
     with (
-        environment_errors(stage, target.parent, needed_bytes),
+        environment_errors(stage, target.parent),
         staging(target, overwrite=overwrite, wait=wait) as staged,
     ):
         yield staged.path

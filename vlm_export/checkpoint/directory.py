@@ -14,12 +14,19 @@ from typing import Any
 
 from vlm_export.bundle.strict_json import MAX_JSON_BYTES, json_object_from_bytes
 from vlm_export.checkpoint.formats.identify import error_from_bad_file
-from vlm_export.checkpoint.formats.safetensors_file import INDEX_SUFFIX, find_shards, read_bounded, read_index
+from vlm_export.checkpoint.formats.safetensors_file import (
+    INDEX_SUFFIX,
+    ReadPrefixes,
+    everything,
+    find_shards,
+    read_bounded,
+    read_index,
+    select_shards,
+)
 from vlm_export.checkpoint.formats.tensors import StoredTensors
 from vlm_export.checkpoint.formats.weights_file import read_weights_file
 from vlm_export.checkpoint.names import is_plain_name
 from vlm_export.checkpoint.seen_file import SeenFile, see_file
-from vlm_export.checkpoint.shards import ReadPrefixes, everything, select_shards
 from vlm_export.errors import InputError
 from vlm_export.family import CheckpointFormat
 from vlm_export.machine_faults import machine_fault

@@ -18,10 +18,10 @@ from vlm_export.checkpoint.directory import (
     scan_directory,
 )
 from vlm_export.checkpoint.formats.adapters import adapter_folder, base_of, merge_adapter, read_adapter
+from vlm_export.checkpoint.formats.safetensors_file import ReadPrefixes, everything
 from vlm_export.checkpoint.formats.weights_file import read_weights_file
 from vlm_export.checkpoint.names import hidden_name, is_there, source_kind
 from vlm_export.checkpoint.seen_file import Progress, SeenFile, check_sha256, hash_file, see_file
-from vlm_export.checkpoint.shards import ReadPrefixes, everything
 from vlm_export.checkpoint.sources.download import fetch_url
 from vlm_export.checkpoint.sources.hub import fetch_snapshot
 from vlm_export.checkpoint.sources.known import KnownCheckpoint, load_known, packaged_path

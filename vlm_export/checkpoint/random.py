@@ -1,4 +1,7 @@
-"""Checkpoints with seeded random weights: any architecture at full size without a download."""
+"""Checkpoints with seeded random weights: any architecture at full size without a download.
+
+The file is written piece by piece, a few MiB at a time: `safetensors` writes tensors that are all in memory.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,10 @@ import numpy.typing as npt
 import torch
 
 from vlm_export.bundle.environment import check_free_space, environment_errors
-from vlm_export.checkpoint.formats.safetensors_file import read_safetensors
+from vlm_export.checkpoint.formats.safetensors_file import DTYPES, read_safetensors
 from vlm_export.checkpoint.seen_file import see_file
 from vlm_export.family import Checkpoint, CheckpointFile, StoredTensorInfo
 
-_DTYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-}
 # What CLIP clamps its learned scale to: ln(100).
 _ROTARY_BASE = 100_000.0
 _LOGIT_SCALE = math.log(100.0)
@@ -40,6 +35,8 @@ _BRANCH_ENDS = (
     (re.compile(r"\bvision_tower\.blocks\.\d+\.norm[12]\.weight"), 0.1),
 )
 _CHUNK = 1 << 20
+# A dtype as PyTorch calls it → as safetensors does.
+_NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
 Floats = npt.NDArray[np.float32]
 
 
@@ -92,7 +89,7 @@ def _header(tensors: Mapping[str, StoredTensorInfo]) -> bytes:
     position = 0
     for key, info in tensors.items():
         end = position + tensor_bytes(info)
-        entries[key] = {"dtype": _DTYPES[info.dtype], "shape": list(info.shape), "data_offsets": [position, end]}
+        entries[key] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

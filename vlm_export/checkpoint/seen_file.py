@@ -1,4 +1,4 @@
-"""A file of a checkpoint, the same one each time that it is opened: pinned, hashed, parsed and mapped."""
+"""A file of a checkpoint, one and the same each time that it is opened: to be hashed, pinned, parsed and mapped."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from vlm_export.errors import InputError, VlmExportError
 from vlm_export.family import CheckpointFile
 from vlm_export.machine_faults import machine_fault
 
-# A pipe that took the file's place would block the opening; on regular files the flag does nothing.
-_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 Progress = Callable[[str, int, int], None]
 """Called with a file's name, the bytes done and the bytes in all."""
 _CHUNK_BYTES = 4 << 20
+# A pipe that took the file's place would block the opening; on regular files the flag does nothing.
+_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
 @dataclass(frozen=True)
@@ -80,17 +80,6 @@ def see_file(path: Path) -> SeenFile:
     return SeenFile(path, found.st_size, _identity(found))
 
 
-def error_from_unreadable(path: Path, error: OSError) -> VlmExportError:
-    """The error for a file that the system does not let us read: the machine's, or the file's."""
-    return machine_fault(error, str(path)) or InputError(
-        "a file of the checkpoint cannot be read", where=str(path), got=str(error)
-    )
-
-
-def _identity(found: os.stat_result) -> tuple[int, int, int]:
-    return found.st_dev, found.st_ino, found.st_mtime_ns
-
-
 def hash_file(file: SeenFile, name: str, progress: Progress | None = None) -> CheckpointFile:
     """The file's size and sha256, listed under `name`; InputError when it cannot be read."""
     digest = hashlib.sha256()
@@ -117,3 +106,14 @@ def check_sha256(file: CheckpointFile, expected: str | None, where: str) -> None
             got=f"sha256 {file.sha256} ({file.size_bytes} bytes)",
             fix="the file is damaged, cut off or another version: delete it and download it again",
         )
+
+
+def error_from_unreadable(path: Path, error: OSError) -> VlmExportError:
+    """The error for a file that the system does not let us read: the machine's, or the file's."""
+    return machine_fault(error, str(path)) or InputError(
+        "a file of the checkpoint cannot be read", where=str(path), got=str(error)
+    )
+
+
+def _identity(found: os.stat_result) -> tuple[int, int, int]:
+    return found.st_dev, found.st_ino, found.st_mtime_ns

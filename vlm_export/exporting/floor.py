@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_flatten, tree_map
 from vlm_export.exporting.options import FP32
 from vlm_export.family import Array, Arrays, Reference
 from vlm_export.proof.cached_reference import CachedReference
-from vlm_export.proof.deviation import Deviation, measure_deviation, worst_by_output
 from vlm_export.proof.floor import Floor, FloorJudge
 from vlm_export.proof.golden import golden_points
 from vlm_export.proof.grid import Attention, GridPoint, point_bytes
+from vlm_export.proof.metrics import Deviation, measure_deviation, worst_by_output
 from vlm_export.specs.signature import Signature
 
 # The points of the records are few and small. Of a large part, which takes seconds at each, the smallest two do.

@@ -18,8 +18,7 @@ from vlm_export.exporting.ledger import original_of
 from vlm_export.exporting.options import FP16, FP32
 from vlm_export.exporting.writer import write_graph
 from vlm_export.family import Reference
-from vlm_export.precision.fp16_rounding import round_every_float16
-from vlm_export.precision.unrounded import undo_rounding
+from vlm_export.precision.fp16_rounding import round_every_float16, undo_rounding
 from vlm_export.proof.floor import FloorJudge
 from vlm_export.proof.grid import least_grid
 from vlm_export.proof.points import Arrays, PointKind, PointResult, judge_point

@@ -23,7 +23,7 @@ from vlm_export.errors import VerificationError
 from vlm_export.family import Part
 from vlm_export.graph.passes.constant_fold import made_of
 from vlm_export.models.reading.weights import origins_of
-from vlm_export.precision.unrounded import Original
+from vlm_export.precision.fp16_rounding import Original
 
 Array = npt.NDArray[Any]
 # A number, a shape, a table that the code computes; whatever is larger must be a weight, or made of weights.

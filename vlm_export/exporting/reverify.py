@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from vlm_export.bundle import layout
+from vlm_export.bundle.ledger import check_ledger, read_ledger
 from vlm_export.bundle.manifest import MANIFEST_NAME, VariantRecord
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.checkpoint.store import ScratchStore
@@ -25,7 +26,6 @@ from vlm_export.family import BuildOptions, Reference
 from vlm_export.proof.contract import ContractReport
 from vlm_export.proof.declared import check_declared
 from vlm_export.proof.engine import verifying_start
-from vlm_export.proof.ledger import check_ledger, read_ledger
 from vlm_export.proof.report import PartReport
 
 

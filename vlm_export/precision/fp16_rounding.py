@@ -1,19 +1,29 @@
-"""float16 as hardware computes it, on an engine that computes it in float32.
+"""A float16 graph as hardware rounds it, and the same graph without any rounding: what the proof of float16 compares.
 
 ONNX Runtime's CPU provider has few float16 kernels. It casts to float32 and removes the casts between neighbours
-(1.31, at every optimisation level), so a chain neither rounds nor overflows there, unlike on a GPU or an ARM CPU.
+(1.31, at every optimisation level), so a chain neither rounds nor overflows there, unlike on a GPU or an ARM CPU:
+`round_every_float16` puts barriers between them.
+
+Rounding hides a fault that is smaller than itself. Without it (`undo_rounding`) the graph's own nodes and attributes,
+with the weights that they had before they were rounded, must equal the Reference as closely as a float32 graph must, so
+that a wrong constant, epsilon or node shows as clearly as it would there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import onnx_ir as ir
 
 from vlm_export.precision.fp16_plan import is_sequence
-from vlm_export.precision.fp16_rules import MOVES
+from vlm_export.precision.fp16_rules import DTYPE_ATTRIBUTES, MOVES
 
 # Concat has a float16 kernel everywhere and is not optimised away. A single one between float32 nodes is: ONNX Runtime
 # runs an isolated float16 node in float32.
 _BARRIERS = 2
+_HALF, _FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
+Original = Callable[[], ir.TensorProtocol]
+"""Makes an initializer's float32 tensor when it is written, one at a time: memory stays flat."""
 
 
 def round_every_float16(model: ir.Model) -> int:
@@ -43,3 +53,40 @@ def _put_behind(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
         made, before = barrier.outputs[0], barrier
     for user, position in users:
         user.replace_input_with(position, made)
+
+
+def undo_rounding(model: ir.Model, original: Callable[[str], Original | None]) -> tuple[str, ...]:
+    """Makes every float16 value of the graph float32, in place; casts between the two remain and do nothing.
+
+    Args:
+        original: name of an initializer → what makes its float32 tensor, None where that is not known.
+
+    Returns:
+        The initializers whose float32 values are not known; where there are any, the graph is of no use.
+    """
+    unknown = [
+        name for name, value in model.graph.initializers.items() if value.dtype == _HALF and original(name) is None
+    ]
+    if unknown:
+        return tuple(unknown)
+    for name, value in model.graph.initializers.items():
+        make = original(name) if value.dtype == _HALF else None
+        if make is None or value.const_value is None:
+            continue
+        shape = ir.Shape(value.const_value.shape.numpy())
+        value.const_value = ir.LazyTensor(make, dtype=_FLOAT, shape=shape, name=name)
+        value.type = ir.TensorType(_FLOAT)
+    for node in model.graph:
+        for name, entry in list(node.attributes.items()):
+            if entry.type == ir.AttributeType.INT and name in DTYPE_ATTRIBUTES and entry.value == _HALF:
+                node.attributes[name] = ir.AttrInt64(name, int(_FLOAT))
+            elif entry.type == ir.AttributeType.TENSOR and entry.value.dtype == _HALF:
+                node.attributes[name] = ir.AttrTensor(name, _widened(entry.value))
+        for value in node.outputs:
+            if value.dtype == _HALF and isinstance(value.type, ir.TensorType):
+                value.type = ir.TensorType(_FLOAT)
+    return ()
+
+
+def _widened(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    return ir.Tensor(tensor.numpy().astype("float32"), name=tensor.name)

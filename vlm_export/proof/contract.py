@@ -189,7 +189,7 @@ def _check_versions(bundle: OpenBundle, precision: str | None) -> ContractCheck:
 
 def _check_declared(bundle: OpenBundle, record: ContractRecord) -> ContractCheck:
     found = first_difference(record.declared, bundle.manifest)
-    failures = () if found is None else (f"{found[0]}: expected {found[1]}, got {found[2]}",)
+    failures = () if found is None else (str(found),)
     return ContractCheck("manifest", MANIFEST_NAME, len(record.declared), failures)
 
 

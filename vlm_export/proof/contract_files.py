@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlm_export.bundle.layout import CONFIG_NAME, PREPROCESSOR_NAME, preprocessor_config
 from vlm_export.bundle.opened import OpenBundle
@@ -23,6 +23,7 @@ SEALED = "files proved"
 # Field of a section of config.json → the field of the same section of the manifest's architecture.
 _SIZES = {"hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads"}
 _SIZES |= {"intermediate_size": "hidden", "patch_size": "patch_size"}
+_ABSENT = "no such field"
 _EMBEDDINGS = ("image_embeds", "text_embeds")
 
 
@@ -34,7 +35,7 @@ def check_preprocessor(bundle: OpenBundle) -> Result | None:
     if not isinstance(spec, ImageSpec | PatchSpec) or not listed:
         return PREPROCESSOR_NAME, 0, ["the manifest's image and this file: one of the two is missing"]
     expected, got = preprocessor_config(spec), _read(bundle, PREPROCESSOR_NAME)
-    return PREPROCESSOR_NAME, len(expected), list(differences(expected, got))
+    return PREPROCESSOR_NAME, len(expected), list(map(str, differences(expected, got)))
 
 
 def check_config(bundle: OpenBundle) -> Result | None:
@@ -76,19 +77,31 @@ def check_sealed(bundle: OpenBundle, files: Mapping[str, str]) -> Result:
     return failures[0].partition(" ")[0] if failures else SEALED, len(files), failures
 
 
-def differences(expected: Any, got: Any, field: str = "") -> Iterator[str]:
-    """Every field of JSON data that differs, with what it should be and what it is."""
+class Difference(NamedTuple):
+    """A field of JSON data that differs, what it should be and what it is."""
+
+    field: str
+    expected: str
+    got: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: expected {self.expected}, got {self.got}"
+
+
+def differences(expected: Any, got: Any, field: str = "") -> Iterator[Difference]:
+    """Every field of JSON data that differs; keys below objects are joined by dots."""
     if isinstance(expected, Mapping) and isinstance(got, Mapping):
         for key in dict.fromkeys([*expected, *got]):
-            path = f"{field}.{key}".lstrip(".")
-            if key not in got:
-                yield f"{path}: expected {_short(expected[key])}, got no such field"
-            elif key not in expected:
-                yield f"{path}: expected no such field, got {_short(got[key])}"
-            else:
+            path = f"{field}.{key if key.isidentifier() else repr(key)}".lstrip(".")
+            if key in got and key in expected:
                 yield from differences(expected[key], got[key], path)
+            else:
+                yield Difference(
+                    path, *(_short(data[key]) if key in data else "no such field" for data in (expected, got))
+                )
+    # To Python, true is 1.
     elif json.loads(json.dumps(expected)) != got or isinstance(expected, bool) is not isinstance(got, bool):
-        yield f"{field}: expected {_short(expected)}, got {_short(got)}"
+        yield Difference(field, _short(expected), _short(got))
 
 
 def _top_sizes(bundle: OpenBundle, config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
@@ -120,4 +133,4 @@ def _read(bundle: OpenBundle, name: str) -> dict[str, Any]:
 
 def _short(value: Any) -> str:
     text = ascii(value)
-    return text if len(text) <= 120 else text[:120] + "…"
+    return text if len(text) <= 200 else text[:200] + "…"

@@ -23,7 +23,7 @@ from vlm_export.errors import InputError
 from vlm_export.proof.metrics import Array
 from vlm_export.proof.points import Arrays
 from vlm_export.proof.tensor_proto import bytes_from_tensor, tensor_from_bytes
-from vlm_export.specs.codec import Check, Spec, between
+from vlm_export.specs.codec import Check, Spec, between, field_words
 from vlm_export.specs.text import TokenId
 
 RECORD_NAME = f"{CONTRACT_DIRECTORY}/record.json"
@@ -35,10 +35,6 @@ WordsKind: TypeAlias = Literal["match", "caption", "answer"]
 Channels: TypeAlias = Annotated[
     tuple[float, ...], Check("three numbers, or none", lambda values: len(values) in (0, 3))
 ]
-_SHARED = (
-    *("made_by", "images", "black", "white", "texts", "pad_token_id"),
-    *("words", "score", "files", "declared", "not_run"),
-)
 # Of a part's output as large as token states, so many values of each row are recorded.
 _RECORDED_VALUES = 2048
 
@@ -89,7 +85,7 @@ class WordsRecord(Spec):
 
 
 @dataclass(frozen=True)
-class ContractRecord:
+class ContractRecord(Spec):
     """What the original makes of the contract's inputs.
 
     Attributes:
@@ -108,36 +104,30 @@ class ContractRecord:
     """
 
     made_by: Mapping[str, str]
-    images: tuple[ImageRecord, ...]
-    black: tuple[float, ...]
-    white: tuple[float, ...]
-    texts: tuple[TextRecord, ...]
-    pad_token_id: int | None
-    vectors: Mapping[str, Arrays]
-    words: tuple[WordsRecord, ...] = ()
-    score: Mapping[str, float | str] = field(default_factory=dict)
-    files: Mapping[str, str] = field(default_factory=dict)
-    declared: Mapping[str, Any] = field(default_factory=dict)
-    not_run: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class _StoredRecord(Spec):
-    """The record as a file: of the vectors, which are files of their own, the names alone."""
-
-    schema_version: Literal[1]
-    made_by: Mapping[str, str]
     images: Annotated[tuple[ImageRecord, ...], _FEW]
     black: Channels
     white: Channels
     texts: Annotated[tuple[TextRecord, ...], _FEW]
     pad_token_id: TokenId | None
+    vectors: Mapping[str, Mapping[str, Any]]
+    words: Annotated[tuple[WordsRecord, ...], _FEW] = ()
+    score: Mapping[str, float | str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    declared: Mapping[str, Any] = field(default_factory=dict)
+    not_run: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The record's file: of the vectors, which are files of their own, the names alone."""
+        names = {part: list(outputs) for part, outputs in self.vectors.items()}
+        return {"schema_version": 1, **super().to_json(), "vectors": names}
+
+
+@dataclass(frozen=True)
+class _Head(Spec):
+    """What of the record's file is no field of the record."""
+
+    schema_version: Literal[1]
     vectors: Mapping[str, tuple[str, ...]]
-    words: Annotated[tuple[WordsRecord, ...], _FEW]
-    score: Mapping[str, float | str]
-    files: Mapping[str, str]
-    declared: Mapping[str, Any]
-    not_run: tuple[str, ...]
 
 
 def levels(pixels: Array, black: Sequence[float], white: Sequence[float]) -> tuple[Array, float]:
@@ -179,12 +169,7 @@ def write_record(root: Path, record: ContractRecord, images: Mapping[str, bytes]
     for part, outputs in record.vectors.items():
         for name, array in outputs.items():
             (root / _vectors_path(part, name)).write_bytes(bytes_from_tensor(array.astype(np.float32), name))
-    stored = _StoredRecord(
-        1,
-        **{name: getattr(record, name) for name in _SHARED},
-        vectors={part: tuple(outputs) for part, outputs in record.vectors.items()},
-    )
-    text = json.dumps(stored.to_json(), indent=1) + "\n"
+    text = json.dumps(record.to_json(), indent=1) + "\n"
     (root / RECORD_NAME).write_text(text, encoding="ascii")
 
 
@@ -196,10 +181,10 @@ def read_record(bundle: OpenBundle) -> ContractRecord | None:
     """
     if RECORD_NAME not in bundle.manifest.files:
         return None
-    raw = _content(bundle, RECORD_NAME, MAX_JSON_BYTES)
-    stored = _StoredRecord.from_json(json_object_from_bytes(raw, RECORD_NAME), RECORD_NAME)
-    vectors = {part: dict(_vectors(bundle, part, outputs)) for part, outputs in stored.vectors.items()}
-    return ContractRecord(**{name: getattr(stored, name) for name in _SHARED}, vectors=vectors)
+    data = json_object_from_bytes(_content(bundle, RECORD_NAME, MAX_JSON_BYTES), RECORD_NAME)
+    head = _Head.from_json({key: data.pop(key) for key in field_words(_Head) if key in data}, RECORD_NAME)
+    vectors = {part: dict(_vectors(bundle, part, outputs)) for part, outputs in head.vectors.items()}
+    return ContractRecord.from_json({**data, "vectors": vectors}, RECORD_NAME)
 
 
 def image_content(bundle: OpenBundle, image: ImageRecord) -> bytes:

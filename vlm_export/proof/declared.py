@@ -10,9 +10,9 @@ from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest, VariantRecord
 from vlm_export.bundle.oldest_engine import oldest_onnxruntime
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import VerificationError
+from vlm_export.proof.contract_files import Difference, differences
 
 _FIELDS = ("family", "architecture", "image", "text", "tasks", "origins", "export")
-_NOTHING = "nothing"
 _CHOSEN = ("target", "contract")
 
 
@@ -28,25 +28,24 @@ def check_declared(bundle: OpenBundle, rebuilt: Manifest) -> None:
     found = first_difference(declared(rebuilt), bundle.manifest)
     if found is None:
         return
-    field, expected, got = found
     made_by = bundle.manifest.tools.get("vlm-export", __version__)
     fix = "do not use this bundle; export the model again"
     raise VerificationError(
         "the manifest declares something else about the model than its source",
-        where=f"{bundle.root / MANIFEST_NAME}: {field}",
-        expected=expected,
-        got=got,
+        where=f"{bundle.root / MANIFEST_NAME}: {found.field}",
+        expected=found.expected,
+        got=found.got,
         fix=fix if made_by == __version__ else f"verify with vlm-export {made_by!r}, which made the bundle, or {fix}",
     )
 
 
-def first_difference(expected: Mapping[str, Any], manifest: Manifest) -> tuple[str, str, str] | None:
-    """The first field in which a manifest declares something else: its name, what it should be, and what it is.
+def first_difference(expected: Mapping[str, Any], manifest: Manifest) -> Difference | None:
+    """The first field in which a manifest declares something else.
 
     Args:
         expected: from `declared`.
     """
-    return _difference(_by_name(expected), _by_name(declared(manifest)), "")
+    return next(differences(_by_name(expected), _by_name(declared(manifest))), None)
 
 
 def declared(of: Manifest) -> dict[str, Any]:
@@ -84,30 +83,3 @@ def _by_name(value: Any) -> Any:
         if value and len(named) == len(value):
             return named
     return [_by_name(entry) for entry in value]
-
-
-def _difference(expected: Any, got: Any, field: str) -> tuple[str, str, str] | None:
-    """The first field that differs, what it should be and what it is; keys below objects, joined by dots."""
-    if isinstance(expected, dict) and isinstance(got, dict):
-        for key in sorted({*expected, *got}):
-            name = key if key.isidentifier() else repr(key)
-            path = f"{field}.{name}".lstrip(".")
-            if key not in got or key not in expected:
-                return path, _shown(expected, key), _shown(got, key)
-            found = _difference(expected[key], got[key], path)
-            if found is not None:
-                return found
-        return None
-    # To Python, true is 1.
-    if isinstance(expected, bool) is isinstance(got, bool) and expected == got:
-        return None
-    return field, _short(expected), _short(got)
-
-
-def _shown(data: dict[str, Any], key: str) -> str:
-    return _short(data[key]) if key in data else _NOTHING
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else text[:200] + "…"

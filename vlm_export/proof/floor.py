@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypeAlias
 
-from vlm_export.proof.deviation import Deviation, worst_by_output
-from vlm_export.proof.metrics import Array, json_number
+from vlm_export.proof.metrics import Array, Deviation, json_number, worst_by_output
 from vlm_export.specs.codec import Check, Spec, below, between
 
 Ratio: TypeAlias = Annotated[float, between(0, 1), below(1)]
@@ -27,20 +26,20 @@ class FloorRule:
     Attributes:
         factor: gate over floor.
         least: the smallest floor: a few units in the last place of a value, for outputs that are merely looked up.
-        scale_share: the gate of the scale is at least this share of the floor of a row's error. Few values, whose
-            errors do not cancel, make a scale's own floor small by chance.
     """
 
     factor: float
     least: float
-    scale_share: float
 
 
 # Right graphs of every family reached at most three fifths of their gates (docs/numerics.md).
 RULES: Mapping[str, FloorRule] = {
-    "fp32": FloorRule(8.0, 4 * 2.0**-24, 2.0),
-    "fp16": FloorRule(3.0, 2.0**-11, 2.0),
+    "fp32": FloorRule(8.0, 4 * 2.0**-24),
+    "fp16": FloorRule(3.0, 2.0**-11),
 }
+# The gate of the scale is at least this share of the floor of a row's error. Few values, whose errors do not cancel,
+# make a scale's own floor small by chance.
+_SCALE_SHARE = 2.0
 # Another machine, engine or version sums in another order, and may fuse or approximate what this one does not.
 ELSEWHERE = 4.0
 # A wrong graph breaks every point; more measurements would only take time.
@@ -72,7 +71,7 @@ class Floor:
             return None
         rule, floor = RULES[self.rule], self.outputs[output]
         row, largest = max(floor.row_error, rule.least), max(floor.max_abs, rule.least)
-        scale = max(rule.factor * floor.scale, rule.scale_share * row)
+        scale = max(rule.factor * floor.scale, _SCALE_SHARE * row)
         return Deviation(
             self.allowance * rule.factor * row, self.allowance * rule.factor * largest, self.allowance * scale
         )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from vlm_export.proof.metrics import Comparison
+from vlm_export.specs.codec import Spec
 
 
 @dataclass(frozen=True)
-class Gate:
+class Gate(Spec):
     """Limits for each output at each point.
 
     Attributes:
@@ -27,9 +27,6 @@ class Gate:
     cosine: float
     norm_ratio_min: float
     norm_ratio_max: float
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 GATES: Mapping[str, Gate] = {

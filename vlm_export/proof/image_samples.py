@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -19,15 +19,12 @@ from vlm_export.proof.points import Arrays
 from vlm_export.runtime.engines.onnxruntime import batches
 from vlm_export.runtime.inputs.images import preprocess_image
 from vlm_export.runtime.inputs.patches import pack_patches, patch_length, whole_image
+from vlm_export.runtime.inputs.slice_plan import SlicePlan
 from vlm_export.runtime.inputs.slices import slice_image, stack_patches, whole_patches
-from vlm_export.runtime.inputs.tiles import cut_tiles
+from vlm_export.runtime.inputs.tiles import TilePlan, cut_tiles
 from vlm_export.specs import AnyImageSpec, ImageSpec, PatchSpec, SliceSpec, TileSpec
 from vlm_export.specs.patches import PATCH_INPUTS, PIXELS, SHAPES
 from vlm_export.specs.signature import Signature
-
-if TYPE_CHECKING:
-    from vlm_export.runtime.inputs.slice_plan import SlicePlan
-    from vlm_export.runtime.inputs.tiles import TilePlan
 
 Both: TypeAlias = tuple[Arrays, Arrays]
 """Inputs by the runtime's preparation, and by the original's."""

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vlm_export.errors import EnvironmentFailure
-from vlm_export.proof.deviation import Deviation, measure_deviation
 from vlm_export.proof.floor import FloorJudge
 from vlm_export.proof.gates import Gate, judge
-from vlm_export.proof.metrics import Array, Comparison, compare, describe_array
+from vlm_export.proof.metrics import Array, Comparison, Deviation, compare, describe_array, measure_deviation
 from vlm_export.specs.signature import Signature, TensorSpec
 
 Arrays = Mapping[str, Array]

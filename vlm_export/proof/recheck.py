@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
+from vlm_export.bundle.ledger import check_ledger
 from vlm_export.bundle.manifest import PartRecord, VariantRecord
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError
 from vlm_export.proof.floor import ELSEWHERE, Floor, FloorJudge, floor_from_json
 from vlm_export.proof.gates import GATES, Gate, gate_name
 from vlm_export.proof.golden import iterate_golden
-from vlm_export.proof.ledger import check_ledger
 from vlm_export.proof.points import EngineRun, PointResult, judge_point
 from vlm_export.proof.report import PartReport
 from vlm_export.proof.verifier import Progress
@@ -24,7 +24,6 @@ def verify_bundle(
     bundle: OpenBundle,
     *,
     engine_factory: EngineFactory,
-    gates: Mapping[str, Gate] = GATES,
     engine_name: str = "engine",
     precision: str | None = None,
     progress: Progress | None = None,
@@ -42,7 +41,7 @@ def verify_bundle(
     todo = [(part, variant) for part in bundle.manifest.parts for variant in part.chosen_variants(precision)]
     reports = []
     for part, variant in todo:
-        gate = gates[gate_name(part.name, variant.precision)]
+        gate = GATES[gate_name(part.name, variant.precision)]
         unchecked = check_ledger(bundle, variant)
         engine = engine_factory(part.name, variant.precision)
         report = _verify_variant(bundle, part, variant, engine, gate, engine_name)

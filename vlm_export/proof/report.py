@@ -8,10 +8,9 @@ from typing import Any
 
 from vlm_export.errors import VerificationError
 from vlm_export.proof.contract import CONTRACT, ContractCheck, ContractReport
-from vlm_export.proof.deviation import Deviation, worst_by_output
 from vlm_export.proof.floor import Floor
 from vlm_export.proof.gates import Gate
-from vlm_export.proof.metrics import Comparison, worst_of
+from vlm_export.proof.metrics import Comparison, Deviation, worst_by_output, worst_of
 from vlm_export.proof.points import Failure, PointResult
 from vlm_export.text_display import LONGEST_FIELD, shown
 

@@ -83,7 +83,6 @@ def sample_inputs(
     tokenizer_path: Path | None,
     *,
     images: Sequence[Image.Image] | None = None,
-    sentences: Sequence[str] = SENTENCES,
 ) -> list[Sample]:
     """Samples for a part that takes sources, or token ids alone or with their mask.
 
@@ -102,10 +101,11 @@ def sample_inputs(
         return [Sample(*both) for image in sources for both in prepared_twice(image, signature, image_spec, limit)]
     if signature.input_names in _TEXT_INPUTS and text_spec is not None and tokenizer_path is not None:
         tokenizer = Tokenizer(tokenizer_path, text_spec)
-        starts = range(0, len(sentences), _SENTENCES_PER_BATCH)
+        starts = range(0, len(SENTENCES), _SENTENCES_PER_BATCH)
         # Truncated, since a short context (a demo's) must not refuse a long sentence.
-        batches = [tokenizer.encode_masked(sentences[i : i + _SENTENCES_PER_BATCH], truncate=True) for i in starts]
-        return [_text_sample(dict(zip(signature.input_names, batch, strict=False))) for batch in batches]
+        batches = [tokenizer.encode_masked(SENTENCES[i : i + _SENTENCES_PER_BATCH], truncate=True) for i in starts]
+        inputs = [dict(zip(signature.input_names, batch, strict=False)) for batch in batches]
+        return [Sample(each, each) for each in inputs]
     return []
 
 
@@ -123,10 +123,6 @@ def _odd_margins(signature: Signature, spec: AnyImageSpec | None) -> tuple[Image
     longer = sorted((length for length, margin in cut.items() if margin % 2), key=lambda length: -cut[length])
     sizes = [size for length in longer for size in ((edge, length), (length, edge))]
     return tuple(photograph.resize(size) for size in dict.fromkeys(sizes))
-
-
-def _text_sample(inputs: Arrays) -> Sample:
-    return Sample(inputs, inputs)
 
 
 def _synthetic_photograph(width: int, height: int, seed: int) -> Image.Image:

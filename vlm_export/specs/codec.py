@@ -12,9 +12,10 @@ import dataclasses
 import math
 import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import repeat
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from vlm_export.errors import InputError, VlmExportError, suggestion
@@ -225,7 +226,7 @@ def _type_of(hint: Any) -> _Type:
         words = f"one of {', '.join(map(repr, arguments))}"
         return _Type(words, lambda value: isinstance(value, _PLAIN) and (type(value), value) in choices, _as_it_is)
     if origin is tuple:
-        return _list_type(arguments[0]) if arguments[-1] is Ellipsis else _tuple_type(arguments)
+        return _sequence_type(arguments)
     if origin is collections.abc.Mapping:
         return _mapping_type(_type_of(arguments[1]))
     if isinstance(hint, type) and issubclass(hint, Spec):
@@ -275,35 +276,26 @@ def _meant(specs: Sequence[type[Spec]], data: Mapping[str, Any], place: _Place) 
     return max(specs, key=lambda spec: (len(set(_fields(spec)) & set(data)), -len(_fields(spec))))
 
 
-def _list_type(hint: Any) -> _Type:
-    entry = _type_of(hint)
+def _sequence_type(hints: Sequence[Any]) -> _Type:
+    """Of `tuple[X, ...]`, or of `tuple[X, Y]`."""
+    is_open = hints[-1] is Ellipsis
+    entries = [_type_of(hint) for hint in hints if hint is not Ellipsis]
 
-    def read(value: Any, place: _Place) -> Any:
-        if not isinstance(value, list):
-            return value
-        if entry.read is _as_it_is:
-            return tuple(value)
-        return tuple(entry.read(found, place.at(f"[{i}]")) for i, found in enumerate(value))
-
-    words = f"a list of which each entry is {entry.words}"
-    return _Type(words, lambda value: isinstance(value, tuple) and all(map(entry.fits, value)), read, list)
-
-
-def _tuple_type(hints: Sequence[Any]) -> _Type:
-    entries = [_type_of(hint) for hint in hints]
+    def paired(value: Sequence[Any]) -> Iterable[tuple[_Type, Any]]:
+        return zip(repeat(entries[0]) if is_open else entries, value, strict=False)
 
     def fits(value: Any) -> bool:
-        if not isinstance(value, tuple) or len(value) != len(entries):
-            return False
-        return all(entry.fits(found) for entry, found in zip(entries, value, strict=True))
+        is_whole = isinstance(value, tuple) and (is_open or len(value) == len(entries))
+        return is_whole and all(entry.fits(found) for entry, found in paired(value))
 
     def read(value: Any, place: _Place) -> Any:
-        if not isinstance(value, list) or len(value) != len(entries):
+        if not isinstance(value, list) or not (is_open or len(value) == len(entries)):
             return value
-        pairs = enumerate(zip(entries, value, strict=True))
-        return tuple(entry.read(found, place.at(f"[{i}]")) for i, (entry, found) in pairs)
+        pairs = enumerate(paired(value))
+        return tuple(found if e.read is _as_it_is else e.read(found, place.at(f"[{i}]")) for i, (e, found) in pairs)
 
-    words = f"a list of {len(entries)} entries: {', '.join(entry.words for entry in entries)}"
+    each = ", ".join(entry.words for entry in entries)
+    words = f"a list of which each entry is {each}" if is_open else f"a list of {len(entries)} entries: {each}"
     return _Type(words, fits, read, list)
 
 

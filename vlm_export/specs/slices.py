@@ -19,7 +19,7 @@ MAX_QUERIES = 65536
 
 @dataclass(frozen=True)
 class PlaceholderSpec(Spec):
-    """The text that stands for a image in a prompt; pairs are (before, after).
+    """The text that stands for an image in a prompt; pairs are (before, after).
 
     Attributes:
         queries: features of one slice, each in the place of one `query_token`.
@@ -44,7 +44,7 @@ class PlaceholderSpec(Spec):
 
 @dataclass(frozen=True)
 class SliceSpec(Spec):
-    """From a image to the inputs of the vision part: always RGB first, Pillow's bicubic, values in [0, 1].
+    """From an image to the inputs of the vision part: always RGB first, Pillow's bicubic, values in [0, 1].
 
     Attributes:
         mode: "square" resizes to one square, whatever the aspect; "adaptive" keeps the aspect and cuts large images

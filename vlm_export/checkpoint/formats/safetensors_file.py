@@ -1,10 +1,14 @@
-"""safetensors files and indexes of shards: the header is checked, the tensors are mapped where they lie."""
+"""safetensors files and indexes of shards: the header is checked, the tensors are mapped where they lie.
+
+The library `safetensors` reads them too, and is not used: it opens a file by its name, where another one may lie by
+then, takes a key that stands twice for one, and does not tell a file that is cut off from one with bytes behind it.
+"""
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +24,10 @@ INDEX_SUFFIX = ".safetensors.index.json"
 # safetensors itself stops at 100 MB; the header of a 100 000-tensor file has 12 MB.
 MAX_HEADER_BYTES = 16 << 20
 MAX_SHARDS = 10_000
+ReadPrefixes = Callable[[Collection[str]], tuple[str, ...]]
+"""Keys of an index → the prefixes of those that are read; () when all are."""
 _LENGTH = struct.Struct("<Q")
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -63,6 +69,24 @@ def read_index(file: SeenFile) -> dict[str, str]:
     for name in names:
         check_plain_name(name, where=str(file))
     return weight_map
+
+
+def everything(keys: Collection[str]) -> tuple[str, ...]:
+    """A ReadPrefixes: all keys are read."""
+    return ()
+
+
+def select_shards(shards: Mapping[str, str], reads: ReadPrefixes) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The entries of key → shard whose shard holds a key that is read, and the names of the other shards.
+
+    A shard that is read keeps all its keys: its file is opened, and the index must agree with it.
+    """
+    prefixes = reads(shards)
+    if not prefixes:
+        return dict(shards), ()
+    needed = {name for key, name in shards.items() if key.startswith(prefixes)}
+    left_aside = sorted(set(shards.values()) - needed)
+    return {key: name for key, name in shards.items() if name in needed}, tuple(left_aside)
 
 
 def find_shards(index: SeenFile, shards: Mapping[str, str]) -> dict[str, SeenFile]:
@@ -129,16 +153,16 @@ def _check_extent(file: SeenFile, header: Mapping[str, Any], data_start: int, fi
 
 def _view(file: SeenFile, key: str, entry: Mapping[str, Any], data_start: int) -> View:
     shape, dtype = entry.get("shape"), entry.get("dtype")
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise _damaged(file, f"{key}: one of {', '.join(_DTYPES)}", f"dtype {dtype!r:.50}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _damaged(file, f"{key}: one of {', '.join(DTYPES)}", f"dtype {dtype!r:.50}")
     if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(type(n) is int and n >= 0 for n in shape):
         raise _damaged(file, f"{key}: a shape of at most {MAX_RANK} sizes", f"{shape!r:.100}")
-    item_bytes = _DTYPES[dtype].itemsize
+    item_bytes = DTYPES[dtype].itemsize
     begin, end = entry["data_offsets"]
     if math.prod(shape) * item_bytes != end - begin:
         raise _damaged(file, f"{key}: {math.prod(shape) * item_bytes} bytes for {dtype} {shape}", f"{end - begin}")
     stride = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    return View(_DTYPES[dtype], data_start + begin, tuple(shape), stride)
+    return View(DTYPES[dtype], data_start + begin, tuple(shape), stride)
 
 
 def _damaged(file: SeenFile, expected: str, got: str) -> InputError:

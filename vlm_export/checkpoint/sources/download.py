@@ -1,4 +1,8 @@
-"""Downloads that a config pins: over https, streamed into a cache, in place only when the sha256 is right."""
+"""Downloads that a config pins: over https, streamed into a cache, in place only when the sha256 is right.
+
+`torch.hub.download_url_to_file` downloads too, and is not used: it follows a redirect away from https, and where no
+sha256 is known it takes what is shorter than the server said for the whole file.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,10 @@ class Response(Protocol):
 
 
 def cache_directory() -> Path:
-    """Where downloads are kept: $VLM_EXPORT_CACHE, else vlm-export in $XDG_CACHE_HOME, else in ~/.cache."""
+    """Where downloads are kept: $VLM_EXPORT_CACHE, else vlm-export in $XDG_CACHE_HOME, else in ~/.cache.
+
+    On every system, as the Hub's cache is; `platformdirs` would put it elsewhere on macOS and Windows.
+    """
     if own := os.environ.get(CACHE_VARIABLE):
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,8 @@ from vlm_export.checkpoint.directory import (
     SIDE_FILES,
     WEIGHTS_PRECEDENCE,
 )
-from vlm_export.checkpoint.formats.safetensors_file import read_index
+from vlm_export.checkpoint.formats.safetensors_file import ReadPrefixes, everything, read_index, select_shards
 from vlm_export.checkpoint.seen_file import see_file
-from vlm_export.checkpoint.shards import ReadPrefixes, everything, select_shards
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError, install_fix
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -69,7 +68,8 @@ def fetch_snapshot(hub_id: str, revision: str | None = None, reads: ReadPrefixes
         if indexes := [name for name in names if name in _SHARDS]:
             # The index first: it says which shards are read.
             path = huggingface_hub.snapshot_download(hub_id, revision=commit, allow_patterns=indexes)
-            names = _without_shards(names, select_shards(read_index(see_file(Path(path) / indexes[0])), reads)[1])
+            _, left_aside = select_shards(read_index(see_file(Path(path) / indexes[0])), reads)
+            names = [name for name in names if name not in left_aside]
         path = huggingface_hub.snapshot_download(hub_id, revision=commit, allow_patterns=names)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise _not_found(hub_id, revision, error) from error
@@ -97,10 +97,6 @@ def wanted_files(names: Collection[str]) -> list[str]:
         )
     shards = [name for name in names if weights in _SHARDS and _SHARDS[weights].fullmatch(name)]
     return [name for name in _CONFIGS if name in names] + [weights, *sorted(shards)]
-
-
-def _without_shards(names: Sequence[str], left_aside: Collection[str]) -> list[str]:
-    return [name for name in names if name not in left_aside]
 
 
 def _cached_snapshot(hub_id: str, revision: str | None, cause: BaseException) -> Snapshot:

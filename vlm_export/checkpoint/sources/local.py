@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from vlm_export.checkpoint.directory import scan_directory
+from vlm_export.checkpoint.formats.safetensors_file import ReadPrefixes, everything
 from vlm_export.checkpoint.open import open_checkpoint
-from vlm_export.checkpoint.shards import ReadPrefixes, everything
 from vlm_export.checkpoint.sources.download import cached_path
 from vlm_export.checkpoint.sources.known import KnownCheckpoint
 from vlm_export.errors import InputError

@@ -84,7 +84,7 @@ class CrossAttentionState:
     def select(self, rows: IdArray) -> None:
         """As in DecoderState.
 
-        Keys and values of sources are large, 43 MB for a picture of 384 pixels in BLIP base. They are moved only
+        Keys and values of sources are large, 43 MB for an image of 384 pixels in BLIP base. They are moved only
         when a row's source changes, which beams of one image never do.
         """
         sources = self._sources[rows]

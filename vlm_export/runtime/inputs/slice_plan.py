@@ -100,7 +100,7 @@ class SlicePlan:
 
 
 def plan_slices(size: Size, spec: SliceSpec, *, max_patches: int | None = None, name: str = "image") -> SlicePlan:
-    """Decide how a image of `size` (width, height) is sliced.
+    """Decide how an image of `size` (width, height) is sliced.
 
     Args:
         max_patches: most patches of a slice; MAX_STRETCH times those of a square slice by default.

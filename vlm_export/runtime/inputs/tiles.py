@@ -55,7 +55,7 @@ def plan_tiles(
     max_resized_pixels: int = MAX_RESIZED_PIXELS,
     name: str = "image",
 ) -> TilePlan:
-    """Decide how a image of `size` (width, height) is cut.
+    """Decide how an image of `size` (width, height) is cut.
 
     Where the float that should be a whole number of tiles lies just above it, the shorter side gets one tile more, as
     in the original: (187, 187) with tiles of 512 and sides of 1536 becomes 4 x 3.
