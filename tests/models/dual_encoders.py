@@ -100,6 +100,7 @@ def export(source: Path, target: Path, *options: str) -> Any:
     assert main(["export", str(source), "-o", str(target), "--threads", "1", *options]) == 0
     model = vlm_export.load(target)
     contract = model.manifest.export.contract
+    assert contract is not None
     assert contract["passed"]
     assert not contract["not_run"]
     return model
