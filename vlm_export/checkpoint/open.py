@@ -13,10 +13,10 @@ from vlm_export.bundle.safe_files import check_utf8
 from vlm_export.checkpoint.directory import (
     ADAPTER_CONFIG_FILE,
     Directory,
-    find_open_clip_config,
+    find_side_configs,
     has_described_config,
     read_directory,
-    read_open_clip_config,
+    read_side_config,
     scan_directory,
 )
 from vlm_export.checkpoint.formats.adapters import adapter_folder, base_of, merge_adapter, read_adapter
@@ -178,7 +178,7 @@ def _open_path(
         notes=stored.notes,
         check_unchanged=partial(_check_unchanged, [seen]),
     )
-    return _with_open_clip_config(opened, find_open_clip_config(path.parent, stored), progress)
+    return _with_side_configs(opened, find_side_configs(path.parent, stored), progress)
 
 
 def _open_directory(source: str, directory: Directory, sha256: str | None, progress: Progress | None) -> Checkpoint:
@@ -207,22 +207,24 @@ def _open_directory(source: str, directory: Directory, sha256: str | None, progr
         shards_left_aside=directory.left_aside,
         check_unchanged=partial(_check_unchanged, directory.files),
     )
-    return _with_open_clip_config(opened, find_open_clip_config(directory.path, stored), progress)
+    return _with_side_configs(opened, find_side_configs(directory.path, stored), progress)
 
 
-def _with_open_clip_config(opened: Checkpoint, file: SeenFile | None, progress: Progress | None) -> Checkpoint:
-    if file is None:
+def _with_side_configs(opened: Checkpoint, files: Sequence[SeenFile], progress: Progress | None) -> Checkpoint:
+    if not files:
         return opened
     check_weights = opened.check_unchanged
 
     def check_unchanged() -> None:
         check_weights()
-        file.check_unchanged()
+        _check_unchanged(files)
 
     return replace(
         opened,
-        files=(*opened.files, hash_file(file, file.path.name, progress)),
-        open_clip_config=read_open_clip_config(file),
+        files=(*opened.files, *(hash_file(file, file.path.name, progress) for file in files)),
+        # A config.json beside it describes other weights, which transformers reads.
+        config=None,
+        side_configs={file.path.name: read_side_config(file) for file in files},
         check_unchanged=check_unchanged,
     )
 

@@ -333,7 +333,7 @@ def _feeds(pixels: Sequence[Array], rows: Sequence[Sequence[int]], model: Model)
     if pixels and len({array.shape for array in pixels}) == 1:
         feeds[_PIXELS] = np.stack(pixels)
     if rows and model.text is not None:
-        width = max(map(len, rows))
+        width = max(model.text.least_tokens, *map(len, rows))
         ids = np.full((len(rows), width), model.text.pad_token_id, np.int64)
         mask = np.zeros((len(rows), width), np.int64)
         for i, row in enumerate(rows):

@@ -157,7 +157,7 @@ INTERFACE_VERBS = (
     ),
     Verb(
         "set-dtype",
-        "edits.io_edits:set_dtype",
+        "edits.dtypes:set_dtype",
         "change dtypes of inputs and outputs, with casts",
         (Argument("dtypes", "pairs", "NAME=DTYPE", positional=True, metavar="NAME=float16"),),
         changes_dtypes=True,

@@ -10,7 +10,7 @@ from vlm_export.specs.codec import Spec, between
 MAX_CONTEXT_LENGTH = 1 << 20
 MAX_VOCABULARY = (1 << 31) - 1
 
-TextCleaning = Literal["openai", "open_clip", "none"]
+TextCleaning = Literal["openai", "open_clip", "whitespace", "lower", "canonicalize", "none"]
 TextPooling = Literal["end_token", "highest_id", "first_token"]
 TextCase = Literal["lower", "kept"]
 TextPadding = Literal["longest", "context"]
@@ -28,7 +28,9 @@ class TextSpec(Spec):
         end_token_id: id of end-of-text, kept by truncation.
         pad_token_id: fills the rows of a batch on the right; the model does not see it, or it was trained with it.
         cleaning: "openai" repairs mojibake, unescapes HTML twice and collapses white space before tokenizing; so does
-            "open_clip", whose texts spell special tokens in another way.
+            "open_clip", whose texts spell special tokens in another way. The next three do the same before a tokenizer
+            that finds special tokens itself: "whitespace" without lower case, "lower" with it, "canonicalize" also
+            without punctuation.
         adds_eos: the tokenizer itself ends every text with the end token, as encoders' do; chat models' do not.
         added_tokens: what the checkpoint's own code appends to its tokenizer, in order; the last ids of the vocabulary.
         pooling: whose state stands for a text: that of the first `end_token_id`, of the highest id, or of the first

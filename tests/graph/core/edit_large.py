@@ -18,8 +18,9 @@ import onnx_ir as ir
 
 from vlm_export.graph.core.files import open_model, save_model
 from vlm_export.graph.core.inference import validate
+from vlm_export.graph.edits.dtypes import set_dtype
 from vlm_export.graph.edits.extract import extract
-from vlm_export.graph.edits.io_edits import rename_tensor, set_dtype
+from vlm_export.graph.edits.io_edits import rename_tensor
 
 
 def anonymous_bytes() -> int:

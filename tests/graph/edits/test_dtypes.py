@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from vlm_export.errors import GraphError
-from vlm_export.graph.edits.io_edits import set_dtype
+from vlm_export.graph.edits.dtypes import set_dtype
 
 SEEDS = range(40)
 _FLOATS = {"float32": np.float32, "float64": np.float64, "float16": np.float16}

@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from vlm_export.errors import GraphError
-from vlm_export.graph.edits.io_edits import set_dtype
+from vlm_export.graph.edits.dtypes import set_dtype
 from vlm_export.graph.passes.cancel_transposes import cancel_transposes
 from vlm_export.graph.passes.constant_fold import fold_all_constants
 from vlm_export.graph.passes.convert_opset import convert_opset

@@ -13,8 +13,9 @@ import pytest
 from onnx import numpy_helper
 
 from vlm_export.errors import GraphError, UsageError, VerificationError
+from vlm_export.graph.edits.dtypes import set_dtype
 from vlm_export.graph.edits.extract import extract, split
-from vlm_export.graph.edits.io_edits import add_output, drop_output, rename_tensors, set_dtype
+from vlm_export.graph.edits.io_edits import add_output, drop_output, rename_tensors
 from vlm_export.graph.edits.shapes import set_shape
 from vlm_export.graph.prove import program
 from vlm_export.graph.prove.compare import compare

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from graphlib import CycleError, TopologicalSorter
 from typing import TypeVar
 
 import onnx
@@ -15,24 +12,20 @@ import onnx_ir as ir
 from vlm_export.errors import GraphError
 from vlm_export.graph.core.names import (
     all_graphs,
-    all_nodes,
-    all_values,
     captured_or_read,
     defined_values,
     fresh_name,
-    inputs_of,
     is_sorted,
     names_in,
     nested_graphs,
-    nested_values,
+    root_graphs,
     unbound_outputs,
 )
-from vlm_export.graph.core.replace_uses import place_behind
+from vlm_export.graph.core.replace_uses import place_first
 from vlm_export.graph.core.skeleton import SKELETON_THRESHOLD_BYTES, detach_weights
 from vlm_export.graph.core.tensors import tensor_slots
 
 _Key = TypeVar("_Key", ir.Graph, ir.Node, ir.Value)
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -44,12 +37,8 @@ class Info:
         shape: or None; axes are ints, names, or unknown.
     """
 
-    type: ir.TypeProtocol | None = None
-    shape: ir.Shape | None = None
-
-    def or_else(self, other: Info) -> Info:
-        """Returns what is known here, and what the other knows besides."""
-        return Info(self.type or other.type, other.shape if self.shape is None else self.shape)
+    type: ir.TypeProtocol | None
+    shape: ir.Shape | None
 
 
 class Copy:
@@ -85,24 +74,27 @@ def copy_of(model: ir.Model) -> Copy:
             fix="sort the graph, and check it with onnx.checker",
         ) from error
     places: dict[object, object] = {}
-    for old, new in zip(all_graphs(model), all_graphs(clone), strict=True):
-        places |= zip(_parts(old), _parts(new), strict=True)
-    for value in (*all_values(clone), *(value for graph in all_graphs(clone) for value in graph.outputs)):
+    for old_graph, new_graph in zip(all_graphs(model), all_graphs(clone), strict=True):
+        places[old_graph] = new_graph
+        places |= zip(old_graph, new_graph, strict=True)
+        for old_node, new_node in zip(old_graph, new_graph, strict=True):
+            places |= zip(old_node.outputs, new_node.outputs, strict=True)
+        places |= zip(old_graph.inputs, new_graph.inputs, strict=True)
+        places |= zip(old_graph.outputs, new_graph.outputs, strict=True)
+        places |= zip(old_graph.initializers.values(), new_graph.initializers.values(), strict=True)
+    for value in (value for graph in all_graphs(clone) for value in (*defined_values(graph), *graph.outputs)):
         # Copies share type objects with their originals, and those can change.
         if isinstance(value.type, ir.TensorType):
             value.type = ir.TensorType(value.type.dtype, denotation=value.type.denotation)
     return Copy(clone, places)
 
 
-def _parts(graph: ir.Graph) -> list[object]:
-    made = [value for node in graph for value in node.outputs]
-    return [graph, *graph, *graph.inputs, *graph.outputs, *graph.initializers.values(), *made]
-
-
-def _skeleton_proto(scratch: ir.Model) -> onnx.ModelProto:
-    """The model as a protobuf without external data, in which weights are inputs; `scratch` is spent."""
+def skeleton_proto(scratch: ir.Model) -> onnx.ModelProto:
+    """Returns the model as a protobuf without external data, in which weights are inputs; `scratch` is spent."""
     detach_weights(scratch)
-    _hoist_nested_weights(scratch.graph)
+    for root in root_graphs(scratch):
+        if root is scratch.graph:
+            _hoist_nested_weights(root)
     # ONNX's tools would look for the files of those that stay in the working directory.
     for slot in tensor_slots(scratch):
         if isinstance(slot.tensor, ir.ExternalTensor):
@@ -124,40 +116,32 @@ def _hoist_nested_weights(root: ir.Graph) -> None:
             local = ir.val(name)
             graph.initializers.pop(name)
             value.replace_all_uses_with(local, replace_graph_outputs=True)
-            place_behind(None, graph, ir.node("Identity", [weight], outputs=[local]))
+            place_first(graph, ir.node("Identity", [weight], outputs=[local]))
             root.inputs.append(weight)
 
 
-def infer(model: ir.Model, *, strict: bool = True, unknown: Collection[ir.Value] = ()) -> dict[ir.Value, Info]:
-    """Infers types and shapes of each value of the main graph and of the graphs in it; the model stays as it is.
+def infer(scratch: ir.Model, *, strict: bool = True) -> dict[ir.Value, Info]:
+    """Infers types and shapes of each value of the main graph and of the graphs in it; `scratch` is spent.
 
     Args:
         strict: refuse what does not fit together; otherwise it is left unknown, as are foreign operators.
-        unknown: values whose types and shapes are taken as not stated.
 
     Raises:
         GraphError: dtypes that an operator does not take, or shapes that do not fit together; not strict: a graph that
             ONNX cannot go through at all.
     """
-    scratch = copy_of(model)
-    for place in map(scratch.of, unknown):
-        place.shape = None
-        # A body's inputs must state a type.
-        place.type = place.type if place.is_graph_input() else None
+    values = [(graph, list(defined_values(graph))) for graph in nested_graphs(scratch.graph)]
     axes = {
-        str(axis)
-        for value in nested_values(scratch.model.graph)
-        for axis in value.shape or ()
-        if not isinstance(axis, int)
+        str(axis) for _, known in values for value in known for axis in value.shape or () if not isinstance(axis, int)
     }
-    proto = _skeleton_proto(scratch.model)
+    proto = skeleton_proto(scratch)
     inferred = ir.from_proto(_tried("types or shapes do not fit together", lambda: _infer_proto(proto, strict)))
     found: dict[ir.Value, Info] = {}
-    for graph, other in zip(nested_graphs(model.graph), nested_graphs(inferred.graph), strict=True):
-        by_name = {value.name: value for value in defined_values(other)}
-        for value in defined_values(graph):
-            if (known := by_name.get(value.name)) is not None:
-                found[value] = Info(known.type, _without_new_axes(known.shape, axes))
+    for (_, known), graph in zip(values, nested_graphs(inferred.graph), strict=True):
+        by_name = {value.name: value for value in defined_values(graph)}
+        for value in known:
+            if value.name in by_name:
+                found[value] = Info(by_name[value.name].type, _without_new_axes(by_name[value.name].shape, axes))
     return found
 
 
@@ -177,55 +161,45 @@ def _infer_proto(proto: onnx.ModelProto, strict: bool) -> onnx.ModelProto:
         return onnx.shape_inference.infer_shapes(proto, check_type=strict, strict_mode=strict, data_prop=False)
 
 
-def check(model: ir.Model) -> None:
-    """Runs ONNX's checker on the model without weights.
+def check(scratch: ir.Model) -> None:
+    """Runs ONNX's checker on the model without weights; `scratch` is spent.
 
     Raises:
         GraphError: what the checker found first.
     """
-    scratch = copy_of(model).model
     for value in (*scratch.graph.inputs, *scratch.graph.outputs):
         # The checker wants shapes of these; of an unknown rank none can be stated, and engines need none.
         if isinstance(value.type, ir.TensorType) and value.shape is None:
             value.shape = ir.Shape([])
-    proto = _skeleton_proto(scratch)
+    proto = skeleton_proto(scratch)
     _tried("the checker refuses the model", lambda: onnx.checker.check_model(proto))
 
 
-@contextmanager
-def only_new_faults(before: ir.Model, judge: Callable[[ir.Model], object]) -> Iterator[None]:
-    """Lets a GraphError pass where the judge also refuses the model of before: old faults refuse no change."""
-    try:
-        yield
-    except GraphError:
-        try:
-            judge(before)
-        except GraphError:
-            return
-        raise
-
-
-def completed_infos(model: ir.Model, values: Sequence[ir.Value]) -> dict[ir.Value, Info]:
-    """Returns types and shapes of values of the main graph, inferred where the model does not state them."""
-    infos = {value: Info(value.type, value.shape) for value in values}
-    if all(info.type is not None and info.shape is not None for info in infos.values()):
-        return infos
-    try:
-        found = infer(model)
-    except GraphError:
-        return infos
-    return {value: info.or_else(found.get(value, Info())) for value, info in infos.items()}
-
-
 def known_infos(model: ir.Model, values: Sequence[ir.Value]) -> dict[ir.Value, Info]:
-    """As `completed_infos`; GraphError for a value whose type cannot be told."""
-    infos = completed_infos(model, values)
+    """Returns types and shapes of values of the main graph, inferred where the model does not state them.
+
+    Raises:
+        GraphError: a value whose type cannot be told.
+    """
+    infos = {value: Info(value.type, value.shape) for value in values}
+    if any(info.type is None or info.shape is None for info in infos.values()):
+        copy = copy_of(model)
+        try:
+            found = infer(copy.model)
+        except GraphError:
+            found = {}
+        for value in values:
+            new = found.get(copy.of(value), Info(None, None))
+            infos[value] = Info(value.type or new.type, new.shape if value.shape is None else value.shape)
     for value, info in infos.items():
         if info.type is None:
             raise GraphError(
                 f"the dtype of tensor {value.name!r} is not known", fix="state it in the model, or name another tensor"
             )
     return infos
+
+
+_Result = TypeVar("_Result")
 
 
 def _tried(what: str, call: Callable[[], _Result]) -> _Result:
@@ -249,37 +223,48 @@ def validate(model: ir.Model, *, types: bool = True) -> None:
     """
     _check_makers(model)
     _check_order(model)
-    check(model)
+    check(copy_of(model).model)
     if types:
-        infer(model)
+        infer(copy_of(model).model)
 
 
 def _check_makers(model: ir.Model) -> None:
+    known: set[ir.Value] = set()
     for graph in all_graphs(model):
-        counts = Counter(str(value.name) for value in defined_values(graph))
-        if twice := sorted(name for name, count in counts.items() if count > 1):
-            raise GraphError(f"graph {graph.name!r} defines tensors twice", got=str(twice))
+        own = list(defined_values(graph))
+        names = [value.name for value in own]
+        twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
+        if twice:
+            raise GraphError(f"graph {graph.name!r} defines tensors twice", got=str(sorted(map(str, twice))))
+        known.update(own)
         for value in unbound_outputs(graph):
             raise GraphError(
                 f"graph {graph.name!r} returns {value.name!r}, which nothing in it makes",
                 fix="return an Identity of the outer tensor",
             )
-    known = set(all_values(model))
-    for node in all_nodes(model):
-        for value in inputs_of(node):
-            if value not in known:
-                raise GraphError(f"node {node.name!r} reads {value.name!r}, which nothing makes")
+    for graph in all_graphs(model):
+        for node in graph:
+            for read in node.inputs:
+                if read is not None and read not in known:
+                    raise GraphError(f"node {node.name!r} reads {read.name!r}, which nothing makes")
 
 
 def _check_order(model: ir.Model) -> None:
     if is_sorted(model):
         return
     for graph in all_graphs(model):
-        own = set(graph)
-        producers = {node: {value.producer() for value in captured_or_read(node)} for node in graph}
-        try:
-            TopologicalSorter({node: found & own for node, found in producers.items()}).prepare()
-        except CycleError as error:
-            names = [node.name or str(node.outputs[0].name) for node in error.args[1]][:8]
-            raise GraphError("the graph has a cycle", got=f"among nodes {names}") from error
+        done: set[ir.Node] = set()
+        waiting = list(graph)
+        while waiting:
+            ready = [node for node in waiting if _is_ready(node, graph, done)]
+            if not ready:
+                names = [node.name or str(node.outputs[0].name) for node in waiting][:8]
+                raise GraphError("the graph has a cycle", got=f"among nodes {names}")
+            done.update(ready)
+            waiting = [node for node in waiting if node not in done]
     raise GraphError("nodes stand before what they read", fix="sort the graph")
+
+
+def _is_ready(node: ir.Node, graph: ir.Graph, done: set[ir.Node]) -> bool:
+    producers = (value.producer() for value in captured_or_read(node))
+    return all(producer is None or producer.graph is not graph or producer in done for producer in producers)

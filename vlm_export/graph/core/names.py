@@ -21,14 +21,12 @@ _QUANTIZATION_KEY = "quant_parameter_tensor_names"
 def subgraphs_of(node: ir.Node) -> Iterator[ir.Graph]:
     """Yields the graphs in a node's attributes, one level deep."""
     for attribute in node.attributes.values():
-        yield from graphs_in(attribute)
-
-
-def graphs_in(attribute: ir.Attr) -> list[ir.Graph]:
-    """Returns the graphs that an attribute holds; none where a function's caller sets it."""
-    if attribute.is_ref() or attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
-        return []
-    return [attribute.as_graph()] if attribute.type == ir.AttributeType.GRAPH else list(attribute.as_graphs())
+        if attribute.is_ref():
+            continue
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
 
 
 def nested_graphs(graph: ir.Graph) -> Iterator[ir.Graph]:
@@ -37,18 +35,6 @@ def nested_graphs(graph: ir.Graph) -> Iterator[ir.Graph]:
     for node in graph:
         for subgraph in subgraphs_of(node):
             yield from nested_graphs(subgraph)
-
-
-def nested_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
-    """Yields the nodes of the graph and of all graphs inside it."""
-    for inner in nested_graphs(graph):
-        yield from inner
-
-
-def nested_values(graph: ir.Graph) -> Iterator[ir.Value]:
-    """Yields what the graph and all graphs inside it define."""
-    for inner in nested_graphs(graph):
-        yield from defined_values(inner)
 
 
 def root_graphs(model: ir.Model) -> Iterator[ir.Graph]:
@@ -70,39 +56,21 @@ def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
         yield from graph
 
 
-def all_values(model: ir.Model) -> Iterator[ir.Value]:
-    """Yields what every graph defines."""
-    for graph in all_graphs(model):
-        yield from defined_values(graph)
-
-
 def defined_values(graph: ir.Graph) -> Iterator[ir.Value]:
     """Yields what the graph itself defines, once each: inputs, initializers, named outputs of its nodes."""
     yield from graph.inputs
-    yield from (value for value in graph.initializers.values() if not value.is_graph_input())
-    yield from (value for node in graph for value in node.outputs if value.name)
-
-
-def inputs_of(node: ir.Node) -> list[ir.Value]:
-    """Returns what the node itself reads, without inputs that it leaves out."""
-    return [value for value in node.inputs if value is not None]
-
-
-def captured_or_read(node: ir.Node) -> list[ir.Value]:
-    """Returns what a node reads, and what the graphs inside it read."""
-    inner = (entry for graph in subgraphs_of(node) for entry in nested_nodes(graph))
-    return [value for entry in (node, *inner) for value in inputs_of(entry)]
-
-
-def graph_of(item: ir.Node | ir.Value) -> ir.Graph:
-    """Returns the graph that has the node, or defines the value."""
-    graph = item.graph
-    assert graph is not None
-    return graph
+    for value in graph.initializers.values():
+        if not value.is_graph_input():
+            yield value
+    for node in graph:
+        for value in node.outputs:
+            if value.name:
+                yield value
 
 
 def unbound_outputs(graph: ir.Graph) -> list[ir.Value]:
-    """Returns outputs that nothing in the graph makes: a subgraph may return an outer value."""
+    """Returns outputs that only name something: nothing in the graph makes them (a subgraph that returns an outer
+    value)."""
     return [
         value
         for value in graph.outputs
@@ -115,17 +83,19 @@ def names_in(graph: ir.Graph) -> set[str]:
     return {str(value.name) for value in (*defined_values(graph), *graph.outputs)}
 
 
-def _parents_of(root: ir.Graph) -> dict[ir.Graph, ir.Graph]:
-    """Maps each nested graph to the graph around it."""
-    return {inner: graph for graph in nested_graphs(root) for node in graph for inner in subgraphs_of(node)}
+def parents_of(root: ir.Graph) -> dict[ir.Graph, ir.Node]:
+    """Maps each nested graph to the node that holds it."""
+    return {inner: node for graph in nested_graphs(root) for node in graph for inner in subgraphs_of(node)}
 
 
-def enclosing_graphs(root: ir.Graph, graph: ir.Graph) -> list[ir.Graph]:
-    """Returns the graph and those around it, inner ones first."""
-    parents, found = _parents_of(root), [graph]
-    while found[-1] in parents:
-        found.append(parents[found[-1]])
-    return found
+def enclosing_graphs(graph: ir.Graph, parents: dict[ir.Graph, ir.Node]) -> Iterator[ir.Graph]:
+    """Yields the graph and those around it, inner ones first."""
+    yield graph
+    while graph in parents:
+        outer = parents[graph].graph
+        assert outer is not None
+        graph = outer
+        yield graph
 
 
 def root_of(model: ir.Model, graph: ir.Graph) -> ir.Graph:
@@ -136,18 +106,15 @@ def root_of(model: ir.Model, graph: ir.Graph) -> ir.Graph:
     raise GraphError("the graph is not part of the model", got=str(graph.name))
 
 
-def related_graphs(root: ir.Graph, graph: ir.Graph) -> set[ir.Graph]:
-    """Returns graphs whose names meet those of `graph`: the ones around it, itself, and the ones inside it."""
-    return {*enclosing_graphs(root, graph), *nested_graphs(graph)}
-
-
 def taken_names(root: ir.Graph, graph: ir.Graph) -> set[str]:
-    """Returns names that a new value of `graph` must not get: it would hide another one, or be hidden."""
-    return set().union(*map(names_in, related_graphs(root, graph)))
+    """Names that a value of `graph` must not get: those of the graphs around it (they would be hidden), of its own,
+    and of the graphs inside it (it would be hidden there)."""
+    around = enclosing_graphs(graph, parents_of(root))
+    return set().union(*map(names_in, {*around, *nested_graphs(graph)}))
 
 
 def fresh_name(base: str, taken: set[str]) -> str:
-    """Returns `base`, or `base_1`, `base_2`, … where that is taken; the result is taken afterwards."""
+    """`base`, or `base_1`, `base_2`, … where that is taken; the result is taken afterwards."""
     name, number = base, 0
     while not name or name in taken:
         number += 1
@@ -158,7 +125,7 @@ def fresh_name(base: str, taken: set[str]) -> str:
 
 def fresh_node_name(root: ir.Graph, base: str) -> str:
     """Returns a name that no node of the scope has."""
-    return fresh_name(base, {node.name for node in nested_nodes(root) if node.name})
+    return fresh_name(base, {node.name for graph in nested_graphs(root) for node in graph if node.name})
 
 
 def find_root(model: ir.Model, function: str = "") -> ir.Graph:
@@ -188,13 +155,20 @@ def find_value(model: ir.Model, tensor: TensorRef, function: str = "") -> ir.Val
         GraphError: unknown, or defined in several nested graphs and in none around them.
     """
     if isinstance(tensor, ir.Value):
-        if not any(value is tensor for value in all_values(model)):
+        if not any(value is tensor for graph in all_graphs(model) for value in defined_values(graph)):
             raise GraphError("the tensor is not part of the model", got=str(tensor.name))
         return tensor
     root = find_root(model, function)
-    found = [value for value in defined_values(root) if tensor and value.name == tensor]
-    found = found or [value for value in nested_values(root) if tensor and value.name == tensor]
-    return _only(found, "tensor", tensor, {str(value.name) for value in nested_values(root)})
+    found: list[ir.Value] = []
+    known: set[str] = set()
+    for graph in nested_graphs(root):
+        for value in defined_values(graph):
+            known.add(str(value.name))
+            if value.name == tensor and tensor:
+                found.append(value)
+        if found and graph is root:
+            break
+    return _only(found, "tensor", tensor, known)
 
 
 def find_node(model: ir.Model, node: NodeRef, function: str = "") -> ir.Node:
@@ -207,29 +181,32 @@ def find_node(model: ir.Model, node: NodeRef, function: str = "") -> ir.Node:
         if not any(known is node for known in all_nodes(model)):
             raise GraphError("the node is not part of the model", got=str(node.name))
         return node
-    nodes = list(nested_nodes(find_root(model, function)))
+    root = find_root(model, function)
+    nodes = [known for graph in nested_graphs(root) for known in graph]
     found = [known for known in nodes if node and known.name == node]
     found = found or [known for known in nodes if node and any(value.name == node for value in known.outputs)]
-    names = {known.name for known in nodes if known.name}
+    names = {known.name or str(known.outputs[0].name) for known in nodes if known.name or known.outputs}
     return _only(found, "node", node, names | {str(value.name) for known in nodes for value in known.outputs})
 
 
-def _visible_values(root: ir.Graph, graph: ir.Graph) -> dict[str, ir.Value]:
-    """What a node of `graph` reads under each name: definitions of inner graphs hide those of outer ones."""
-    scopes = reversed(enclosing_graphs(root, graph))
-    return {str(value.name): value for scope in scopes for value in defined_values(scope)}
-
-
 def visible_value(graph: ir.Graph, root: ir.Graph, name: str) -> ir.Value:
-    """Returns what a node of `graph` would read under that name; GraphError where nothing has it."""
-    known = _visible_values(root, graph)
-    if name not in known:
-        raise GraphError(f"no tensor {name!r} is visible in graph {graph.name!r}", fix=_suggestion(name, known))
-    return known[name]
+    """Returns what a node of `graph` would read under that name: the innermost definition in the graph or around it.
+
+    Raises:
+        GraphError: nothing of that name is visible there.
+    """
+    known: set[str] = set()
+    for scope in enclosing_graphs(graph, parents_of(root)):
+        for value in defined_values(scope):
+            if value.name == name:
+                return value
+            known.add(str(value.name))
+    raise GraphError(f"no tensor {name!r} is visible in graph {graph.name!r}", fix=_suggestion(name, known))
 
 
 def annotated_names(graphs: Iterable[ir.Graph]) -> set[str]:
-    """Returns names of scales and zero points in quantization annotations of these graphs' values: uses by name."""
+    """Returns names of scales and zero points that quantization annotations of these graphs' values give: uses by
+    name."""
     values = (value for graph in graphs for value in defined_values(graph))
     return {name for value in values for name in (value.meta.get(_QUANTIZATION_KEY) or {}).values()}
 
@@ -237,22 +214,28 @@ def annotated_names(graphs: Iterable[ir.Graph]) -> set[str]:
 def rename_values(root: ir.Graph, names: dict[ir.Value, str]) -> None:
     """Gives values new names at once, also swapped ones, and to what refers to them by name: quantization annotations,
     and subgraphs that return an outer value. The names were checked before."""
-    targets = dict(names)
-    for graph in nested_graphs(root):
-        renamed = {name: names[value] for name, value in _visible_values(root, graph).items() if value in names}
-        targets |= {value: renamed[value.name] for value in unbound_outputs(graph) if value.name in renamed}
+    parents = parents_of(root)
+    graphs = list(nested_graphs(root))
+    visible = {graph: _visible(graph, parents) for graph in graphs}
+    unbound = [(value, visible[graph].get(str(value.name))) for graph in graphs for value in unbound_outputs(graph)]
+    for graph in graphs:
         for value in defined_values(graph):
-            if annotation := value.meta.get(_QUANTIZATION_KEY):
-                value.meta[_QUANTIZATION_KEY] = {role: renamed.get(name, name) for role, name in annotation.items()}
+            _rename_annotation(value, visible[graph], names)
+    targets = names | {value: names[outer] for value, outer in unbound if outer in names}
     ir.convenience.rename_values(list(targets), list(targets.values()))
 
 
-def interface_value(values: Iterable[ir.Value], kind: str, name: str) -> ir.Value:
-    """Returns the input or output (`kind`) of that name; GraphError with the nearest name where there is none."""
-    known = {str(value.name): value for value in values}
-    if name not in known:
-        raise GraphError(f"the model has no {kind} {name!r}", fix=suggestion(name, known))
-    return known[name]
+def _visible(graph: ir.Graph, parents: dict[ir.Graph, ir.Node]) -> dict[str, ir.Value]:
+    scopes = reversed(list(enclosing_graphs(graph, parents)))
+    return {str(value.name): value for scope in scopes for value in defined_values(scope)}
+
+
+def _rename_annotation(value: ir.Value, visible: dict[str, ir.Value], names: dict[ir.Value, str]) -> None:
+    annotation = value.meta.get(_QUANTIZATION_KEY)
+    if annotation:
+        value.meta[_QUANTIZATION_KEY] = {
+            role: names.get(visible[name], name) if name in visible else name for role, name in annotation.items()
+        }
 
 
 def _only(found: list[_Found], kind: str, name: str, known: Iterable[str]) -> _Found:
@@ -280,14 +263,40 @@ def is_sorted(model: ir.Model) -> bool:
         # Producers of this graph that stand further down than whoever reads them, also from inside a subgraph.
         position = {node: index for index, node in enumerate(graph)}
         for node, index in position.items():
-            producers = (value.producer() for value in captured_or_read(node))
-            if any(producer is not None and position.get(producer, -1) >= index for producer in producers):
-                return False
+            for value in captured_or_read(node):
+                producer = value.producer()
+                if producer is not None and position.get(producer, -1) >= index:
+                    return False
     return True
 
 
+def captured_or_read(node: ir.Node) -> list[ir.Value]:
+    """Returns what a node reads, and what the graphs inside it read."""
+    values = [value for value in node.inputs if value is not None]
+    for graph in subgraphs_of(node):
+        for inner in graph:
+            values += captured_or_read(inner)
+    return values
+
+
+def opset_imports_of(model: ir.Model, root: ir.Graph) -> dict[str, int]:
+    """Returns the opset imports (domain → version) that hold in the main graph or in a function's body."""
+    for function in model.functions.values():
+        if function.graph is root:
+            return function.opset_imports
+    return model.opset_imports
+
+
+def scopes(model: ir.Model) -> Iterator[tuple[ir.Graph, int]]:
+    """Yields every graph, with the version of ONNX's own operators that holds in it (0: not imported)."""
+    for root in root_graphs(model):
+        opset = root.opset_imports.get("", 0)
+        for graph in nested_graphs(root):
+            yield graph, opset
+
+
 def names_used(model: ir.Model) -> set[str]:
-    """Returns names of values with uses that the library does not know of: outer ones that a subgraph returns as they
-    are, and scales and zero points of quantization annotations."""
+    """Names of values with uses that the library does not know of: outer ones that a subgraph returns as they are, and
+    scales and zero points of quantization annotations."""
     returned = {str(value.name) for graph in all_graphs(model) for value in unbound_outputs(graph)}
     return returned | annotated_names(all_graphs(model))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from vlm_export.errors import GraphError, suggestion
-from vlm_export.graph.core.onnxruntime_session import Array
-
-_Size = TypeVar("_Size")
+from vlm_export.graph.core.names import opset_imports_of
 
 
 def checked_schema(model: ir.Model, root: ir.Graph, op_type: str, domain: str) -> onnx.defs.OpSchema | None:
@@ -22,7 +21,7 @@ def checked_schema(model: ir.Model, root: ir.Graph, op_type: str, domain: str) -
     Raises:
         GraphError: no such operator at this opset, or the domain is not imported.
     """
-    imports = root.opset_imports
+    imports = opset_imports_of(model, root)
     if any((entry.domain, entry.name) == (domain, op_type) for entry in model.functions.values()):
         return None
     if domain not in imports:
@@ -61,14 +60,10 @@ LIKE_FIRST_INPUT = {
 }  # fmt: skip
 
 
+Array: TypeAlias = npt.NDArray[Any]
 RANDOM = frozenset(
     {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 )
-
-
-def shape_result(node: ir.Node, sizes: Sequence[_Size]) -> list[_Size]:
-    """Returns those sizes of a tensor that a Shape node gives: all of them, or a part."""
-    return list(sizes[slice(node.attributes.get_int("start"), node.attributes.get_int("end"))])
 
 
 def evaluate(node: ir.Node, arrays: Sequence[Array | None], opset: int) -> list[Array] | None:

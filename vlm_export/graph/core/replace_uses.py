@@ -11,17 +11,18 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
 from vlm_export.errors import GraphError
-from vlm_export.graph.core.names import (
-    annotated_names,
-    captured_or_read,
-    graph_of,
-    nested_nodes,
-    subgraphs_of,
-    visible_value,
-)
+from vlm_export.graph.core.names import annotated_names, captured_or_read, subgraphs_of, taken_names, visible_value
 
 # An input of a node: a tensor's name, the tensor, a constant, or None for an optional input that is left out.
 Operand: TypeAlias = "str | ir.Value | npt.NDArray[np.generic] | ir.TensorProtocol | None"
+
+
+def graph_of(value: ir.Value) -> ir.Graph:
+    """Returns the graph that defines the value."""
+    producer = value.producer()
+    graph = value.graph if producer is None else producer.graph
+    assert graph is not None
+    return graph
 
 
 def discard_nodes(nodes: Sequence[ir.Node], annotated: Collection[str] | None = None) -> None:
@@ -32,11 +33,14 @@ def discard_nodes(nodes: Sequence[ir.Node], annotated: Collection[str] | None = 
     Args:
         annotated: names that quantization annotations give; None: those of the graphs in which the constants are.
     """
-    sources = dict.fromkeys(value for node in nodes for value in captured_or_read(node))
+    if not nodes:
+        return
+    graph = nodes[0].graph
+    assert graph is not None
+    sources = {value: None for node in nodes for value in captured_or_read(node)}
     for node in nodes:
-        node.resize_inputs(0)
-        _forget_captures(node)
-        graph_of(node).remove(node)
+        _forget_inputs(node)
+    graph.remove(nodes)
     if annotated is None:
         annotated = annotated_names({value.graph for value in sources if value.graph is not None})
     for value in sources:
@@ -44,11 +48,13 @@ def discard_nodes(nodes: Sequence[ir.Node], annotated: Collection[str] | None = 
             _discard_constant(value)
 
 
-def _forget_captures(node: ir.Node) -> None:
-    """What a subgraph captured would otherwise keep a user that no longer exists: the library leaves those uses."""
+def _forget_inputs(node: ir.Node) -> None:
+    for index in range(len(node.inputs)):
+        node.replace_input_with(index, None)
+    # What a subgraph captured would otherwise keep a user that no longer exists.
     for subgraph in subgraphs_of(node):
-        for inner in nested_nodes(subgraph):
-            inner.resize_inputs(0)
+        for inner in subgraph:
+            _forget_inputs(inner)
 
 
 def _discard_constant(value: ir.Value) -> None:
@@ -58,19 +64,28 @@ def _discard_constant(value: ir.Value) -> None:
     if value.is_initializer() and value.graph is not None:
         value.graph.initializers.pop(str(value.name))
     elif (
-        producer is not None and producer.graph is not None and (producer.domain, producer.op_type) == ("", "Constant")
+        producer is not None and producer.op_type == "Constant" and producer.domain == "" and producer.graph is not None
     ):
         producer.graph.remove(producer)
 
 
 def replace_uses(value: ir.Value, new: ir.Value, besides: ir.Node | None = None) -> None:
     """Makes all readers of `value`, in nested graphs too, and the graph's outputs read `new` instead."""
-    if value.is_graph_output():
-        outputs = graph_of(value).outputs
-        outputs[:] = [new if output is value else output for output in outputs]
+    graph = value.graph if value.is_graph_output() else None
+    for index, output in enumerate(graph.outputs if graph is not None else ()):
+        if output is value and graph is not None:
+            graph.outputs[index] = new
     for node, index in value.uses():
         if node is not besides:
             node.replace_input_with(index, new)
+
+
+def check_new_name(root: ir.Graph, graph: ir.Graph, name: str) -> None:
+    """GraphError when a value of `graph` cannot get that name."""
+    if not name:
+        raise GraphError("a tensor needs a name", fix="give a name that is not empty")
+    if name in taken_names(root, graph):
+        raise GraphError(f"a tensor is already named {name!r}", fix="choose another name, or rename that tensor first")
 
 
 def resolve_operand(root: ir.Graph, graph: ir.Graph, operand: Operand) -> ir.Value | ir.TensorProtocol | None:
@@ -79,7 +94,9 @@ def resolve_operand(root: ir.Graph, graph: ir.Graph, operand: Operand) -> ir.Val
     Raises:
         GraphError: nothing of that name is visible there.
     """
-    if operand is None or isinstance(operand, str):
+    if operand is None:
+        return None
+    if isinstance(operand, str):
         return visible_value(graph, root, operand) if operand else None
     if isinstance(operand, ir.Value):
         if visible_value(graph, root, str(operand.name)) is not operand:
@@ -96,29 +113,32 @@ def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol, name: str) -> ir
     return value
 
 
-def add_constant(graph: ir.Graph, tensor: ir.TensorProtocol, name: str, *, before: ir.Node | None = None) -> ir.Value:
-    """Adds a constant: an initializer, or a Constant right before a node, for functions can have no initializers."""
-    if before is None:
-        return add_initializer(graph, tensor, name)
+def add_constant_node(before: ir.Node, tensor: ir.TensorProtocol, name: str) -> ir.Value:
+    """Puts a Constant right before a node; functions, which have no initializers, can hold it."""
     value = ir.val(name, tensor.dtype, ir.Shape(tensor.shape.numpy()))
     before.prepend(ir.node("Constant", [], {"value": tensor}, outputs=[value]))
     return value
 
 
-def place_behind(producer: ir.Node | None, graph: ir.Graph, node: ir.Node) -> None:
-    """Puts a node right behind what makes the tensor that it reads, or at the beginning of the graph."""
-    if producer is not None and producer.graph is graph:
-        graph.insert_after(producer, node)
-    elif len(graph):
+def place_first(graph: ir.Graph, node: ir.Node) -> None:
+    """Puts a node at the beginning of the graph."""
+    if len(graph):
         graph.insert_before(graph[0], node)
     else:
         graph.append(node)
 
 
 def remove_node(node: ir.Node) -> None:
-    """Removes a node that nothing reads, and the uses that its subgraphs make of outer values."""
-    _forget_captures(node)
-    graph_of(node).remove(node, safe=True)
+    """Removes a node that nothing reads, and the uses that its subgraphs make of outer values.
+
+    The library leaves those uses behind, so that what only an If reads would never become unused.
+    """
+    for subgraph in subgraphs_of(node):
+        for inner in ir.traversal.RecursiveGraphIterator(subgraph):
+            inner.resize_inputs(0)
+    graph = node.graph
+    assert graph is not None
+    graph.remove(node, safe=True)
 
 
 def remove_unused_functions(model: ir.Model) -> int:
@@ -135,12 +155,15 @@ def bypass(output: ir.Value, source: ir.Value) -> bool:
     same graph and is not itself an output.
     """
     is_output = output.is_graph_output()
-    if is_output and (source.producer() is None or source.graph is not output.graph or source.is_graph_output()):
-        return False
-    name, kind, shape = output.name, output.type, output.shape
-    replace_uses(output, source)
     if is_output:
-        output.name, source.name = None, name
+        maker, producer = output.producer(), source.producer()
+        if maker is None or producer is None or producer.graph is not maker.graph or source.is_graph_output():
+            return False
+    name, kind, shape = output.name, output.type, output.shape
+    ir.convenience.replace_all_uses_with(output, source, replace_graph_outputs=True)
+    if is_output:
+        output.name = None
+        source.name = name
     if (is_output or source.type is None) and kind is not None:
         source.type = kind
     if (is_output or source.shape is None) and shape is not None:

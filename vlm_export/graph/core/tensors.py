@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -145,23 +145,16 @@ def constant_integers(value: ir.Value | None) -> list[int] | None:
     return [int(entry) for entry in array.reshape(-1)]
 
 
-def attribute_ints(node: ir.Node, name: str) -> list[int] | None:
-    """Returns an attribute's integers, or None where it is not set, or a function's caller sets it."""
-    attribute = node.attributes.get(name)
-    return None if attribute is None or attribute.is_ref() else list(attribute.as_ints())
-
-
 def input_at(node: ir.Node, index: int) -> ir.Value | None:
     """Returns an input, or None, also where the node states fewer."""
     return node.inputs[index] if index < len(node.inputs) else None
 
 
-Sizes: TypeAlias = tuple[int, ...]
-
-
-def sizes_of(value: ir.Value | None) -> Sizes | None:
+def sizes_of(value: ir.Value | None) -> list[int] | None:
     """Returns the sizes of all axes, or None unless the shape is known and fixed."""
-    return value.shape.numpy() if value is not None and value.shape is not None and value.shape.is_static() else None
+    if value is None or value.shape is None or not value.shape.is_static():
+        return None
+    return list(value.shape.numpy())
 
 
 def rank_of(value: ir.Value | None) -> int | None:

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import onnx_ir as ir
 
 from vlm_export.errors import GraphError
-from vlm_export.graph.core.inference import Copy, Info, check, completed_infos, copy_of, infer, only_new_faults
-from vlm_export.graph.core.names import (
-    all_values,
-    inputs_of,
-    is_sorted,
-    nested_graphs,
-    nested_nodes,
-    nested_values,
-    root_graphs,
-    subgraphs_of,
-)
+from vlm_export.graph.core.inference import Copy, Info, check, copy_of, infer
+from vlm_export.graph.core.names import all_graphs, defined_values, is_sorted, nested_graphs, root_graphs, subgraphs_of
 from vlm_export.graph.core.skeleton import allow_plain_initializers
 
 Dim: TypeAlias = "int | ir.SymbolicDim"
@@ -63,54 +54,73 @@ def apply(model: ir.Model, edit: Edit) -> None:
             what else ONNX's checker refuses.
     """
     trial = copy_of(model)
-    # What can be inferred is stated first, so that a change of it is seen.
-    values = list(all_values(trial.model))
-    before = completed_infos(trial.model, values)
-    for value, info in before.items():
-        value.type, value.shape = info.type, info.shape
-    change, must_sort = _edit(trial, edit)
+    _complete(trial.model)
+    before = {value: Info(value.type, value.shape) for value in _all_values(trial.model)}
+    change = edit(trial)
+    allow_plain_initializers(trial.model)
+    must_sort = not is_sorted(trial.model)
+    if must_sort:
+        _sort(trial.model)
     infos = _checked_infos(model, trial.model, change)
-    _edit(Copy(model), edit, must_sort)
-    for tried, value in zip(all_values(trial.model), all_values(model), strict=True):
+    edit(Copy(model))
+    allow_plain_initializers(model)
+    if must_sort:
+        _sort(model)
+    values = zip(_all_values(trial.model), _all_values(model), strict=True)
+    for tried, value in values:
         # What is as it was stays as it was stated, also where nothing was.
-        if tried in infos and (tried not in before or infos[tried] != before[tried]):
+        if tried in infos and (tried not in before or not _is_same(infos[tried], before[tried])):
             value.type, value.shape = infos[tried].type, infos[tried].shape
 
 
-def _edit(copy: Copy, edit: Edit, must_sort: bool | None = None) -> tuple[Change, bool]:
-    """Makes the edit, and puts nodes in order; returns whether that was needed."""
-    change = edit(copy)
-    allow_plain_initializers(copy.model)
-    must_sort = not is_sorted(copy.model) if must_sort is None else must_sort
+def _complete(scratch: ir.Model) -> None:
+    """States the types and shapes that can be inferred and are not stated, so that a change of them is seen."""
+    unknown = [value for value in _all_values(scratch) if value.type is None or value.shape is None]
+    if not unknown:
+        return
+    copy = copy_of(scratch)
     try:
-        for root in root_graphs(copy.model) if must_sort else ():
+        infos = infer(copy.model)
+    except GraphError:
+        return
+    for value in unknown:
+        info = infos.get(copy.of(value), Info(None, None))
+        value.type = value.type or info.type
+        value.shape = info.shape if value.shape is None else value.shape
+
+
+def _all_values(model: ir.Model) -> list[ir.Value]:
+    return [value for graph in all_graphs(model) for value in defined_values(graph)]
+
+
+def _sort(model: ir.Model) -> None:
+    try:
+        for root in root_graphs(model):
             root.sort()
     except ValueError as error:
         raise GraphError(
             "the change would make a cycle", fix="connect only tensors that do not depend on the changed node"
         ) from error
-    return change, must_sort
 
 
 def _checked_infos(model: ir.Model, tried: ir.Model, change: Change) -> dict[ir.Value, Info]:
     """Infos of the values that depend on the change, on the tried model; refuses what the checks refuse."""
-    with only_new_faults(model, check):
-        check(tried)
+    try:
+        check(copy_of(tried).model)
+    except GraphError:
+        if _passes(model, check):
+            raise
     nodes = set(change.nodes) | _calls_of_changed(tried, change)
     if not change.values and not change.stated:
         kept = _unchanged_infos(tried, change, nodes)
         if kept is not None:
             return kept
-    depending: list[ir.Value] = []
-
-    def note(value: ir.Value) -> bool:
-        depending.append(value)
-        return True
-
-    _walk(tried.graph, nodes, set(change.values), note)
-    found: dict[ir.Value, Info] = {}
-    with only_new_faults(model, infer):
-        found = infer(tried, unknown=depending)
+    try:
+        found = _inferred(tried, _dependent_values(tried, change, nodes))
+    except GraphError:
+        if _passes(model, infer):
+            raise
+        found = {}
     return _settle(tried, change, nodes, found)
 
 
@@ -122,44 +132,74 @@ def _unchanged_infos(model: ir.Model, change: Change, nodes: set[ir.Node]) -> di
     visible = set(nested_graphs(model.graph))
     made = [value for node in nodes if node.graph in visible for value in node.outputs if value.name]
     try:
-        infos = infer(model, unknown=made)
+        infos = _inferred(model, made)
     except GraphError:
         return None
-    found = {value: infos.get(value, Info()) for value in made}
-    same = all(info == Info(value.type, value.shape) for value, info in found.items())
+    found = {value: infos.get(value, Info(None, None)) for value in made}
+    same = all(_is_same(info, Info(value.type, value.shape)) for value, info in found.items())
     return found if same and all(found[value].shape is not None for value in change.unsure if value in found) else None
+
+
+def _inferred(model: ir.Model, unknown: Sequence[ir.Value]) -> dict[ir.Value, Info]:
+    """What is inferred when the types and shapes of some values are not stated."""
+    scratch = copy_of(model)
+    for value in unknown:
+        _forget(scratch.of(value), is_input=value.is_graph_input())
+    found = infer(scratch.model)
+    return {value: found[scratch.of(value)] for value in _all_values(model) if scratch.of(value) in found}
+
+
+def _passes(model: ir.Model, judge: Callable[[ir.Model], object]) -> bool:
+    try:
+        judge(copy_of(model).model)
+    except GraphError:
+        return False
+    return True
+
+
+def _forget(value: ir.Value, is_input: bool) -> None:
+    value.shape = None
+    # A body's inputs must state a type.
+    if not is_input:
+        value.type = None
+
+
+def _dependent_values(model: ir.Model, change: Change, nodes: set[ir.Node]) -> list[ir.Value]:
+    found: list[ir.Value] = []
+
+    def decide(value: ir.Value) -> bool:
+        found.append(value)
+        return True
+
+    _walk(model.graph, nodes, set(change.values), decide)
+    return found
 
 
 def _calls_of_changed(model: ir.Model, change: Change) -> set[ir.Node]:
     """Calls of functions whose bodies changed, also by way of other functions."""
     graphs = {node.graph for node in change.nodes}
     touched: set[ir.OperatorIdentifier] = set()
-    known = -1
-    while known < len(touched):
-        known = len(touched)
+    grows = True
+    while grows:
+        grows = False
         for name, function in model.functions.items():
-            inner = nested_nodes(function.graph)
-            if any(node.graph in graphs or node.op_identifier() in touched for node in inner):
+            inner = ir.traversal.RecursiveGraphIterator(function)
+            if name not in touched and any(node.graph in graphs or node.op_identifier() in touched for node in inner):
                 touched.add(name)
-    return {node for node in nested_nodes(model.graph) if node.op_identifier() in touched}
+                grows = True
+    nodes = ir.traversal.RecursiveGraphIterator(model.graph)
+    return {node for node in nodes if node.op_identifier() in touched}
 
 
 def _walk(graph: ir.Graph, edited: set[ir.Node], changed: set[ir.Value], decide: Callable[[ir.Value], bool]) -> bool:
     """Visits what depends on a change in order; `decide` says of each value whether it is another one now."""
     for node in graph:
-        touched = node in edited or any(value in changed for value in inputs_of(node))
+        touched = node in edited or any(value in changed for value in node.inputs if value is not None)
         inner = False
-        # A Loop's first two inputs are its counter and its condition, and its first result is the next condition.
-        skipped, ahead = (2, 1) if node.op_type == "Loop" else (0, 0)
         for subgraph in subgraphs_of(node):
-            # The inputs of a Loop's or Scan's body stand in the order of the node's own.
-            fed = list(zip(subgraph.inputs, node.inputs, strict=False))[skipped:]
-            changed.update(value for value, source in fed if (node in edited or source in changed) and decide(value))
+            changed.update(value for value in _fed_inputs(node, subgraph, node in edited, changed) if decide(value))
             inner = _walk(subgraph, edited, changed, decide) or inner
-            # The next round takes them from the results of the last.
-            rounds = zip(subgraph.inputs[skipped:], subgraph.outputs[ahead:], strict=False)
-            carried = [value for value, result in rounds if result in changed and value not in changed]
-            carried = [value for value in carried if decide(value)]
+            carried = [value for value in _carried_inputs(node, subgraph, changed) if decide(value)]
             if carried:
                 changed.update(carried)
                 _walk(subgraph, edited, changed, decide)
@@ -168,25 +208,40 @@ def _walk(graph: ir.Graph, edited: set[ir.Node], changed: set[ir.Value], decide:
     return any(value in changed for value in graph.outputs)
 
 
+def _fed_inputs(node: ir.Node, body: ir.Graph, edited: bool, changed: Collection[ir.Value]) -> list[ir.Value]:
+    """Inputs of a body that get another value: those of Loop and Scan stand in the order of the node's own."""
+    # A Loop's first two are its counter and its condition.
+    first = 2 if node.op_type == "Loop" else 0
+    pairs = list(zip(body.inputs, node.inputs, strict=False))[first:]
+    return [value for value, fed in pairs if edited or fed in changed]
+
+
+def _carried_inputs(node: ir.Node, body: ir.Graph, changed: Collection[ir.Value]) -> list[ir.Value]:
+    """Inputs of a body that the next round takes from outputs that changed."""
+    ahead = 1 if node.op_type == "Loop" else 0
+    pairs = zip(body.inputs[ahead + 1 :] if ahead else body.inputs, body.outputs[ahead:], strict=False)
+    return [value for value, result in pairs if result in changed and value not in changed]
+
+
 def _settle(
     model: ir.Model, change: Change, nodes: set[ir.Node], inferred: Mapping[ir.Value, Info]
 ) -> dict[ir.Value, Info]:
     infos: dict[ir.Value, Info] = {}
 
     def decide(value: ir.Value) -> bool:
-        found = inferred.get(value, Info())
+        found = inferred.get(value, Info(None, None))
         stays = value.producer() in nodes and value not in change.unsure
         new = _merged(value, found, replace(change, keeps_sizes=True) if stays else change)
         if value in change.stated:
             new = Info(new.type, _stated(value, change.stated[value], found.shape))
         infos[value] = new
         may_differ = new.shape is None and not (stays or change.keeps_sizes)
-        return may_differ or new != Info(value.type, value.shape)
+        return may_differ or not _is_same(new, Info(value.type, value.shape))
 
     _walk(model.graph, nodes, set(change.values), decide)
     # A named axis is the same one everywhere, also behind tensors of which nothing is known.
     everywhere = replace(change, keeps_sizes=True)
-    for value in nested_values(model.graph):
+    for value in (value for graph in nested_graphs(model.graph) for value in defined_values(graph)):
         if change.axes and value not in infos and value.shape is not None and value not in change.values:
             infos[value] = Info(value.type, ir.Shape([_kept(dim, everywhere) for dim in value.shape]))
     return infos
@@ -214,6 +269,11 @@ def _agreed(known: Dim, said: Dim) -> Dim | None:
     if isinstance(known, int):
         return known if said == known else None
     return said if isinstance(said, ir.SymbolicDim) or known.value is None else None
+
+
+def _is_same(left: Info, right: Info) -> bool:
+    dims = [None if info.shape is None else info.shape.dims for info in (left, right)]
+    return left.type == right.type and dims[0] == dims[1]
 
 
 def _merged(value: ir.Value, new: Info, change: Change) -> Info:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -12,16 +12,7 @@ import onnx_ir as ir
 
 from vlm_export.errors import GraphError, suggestion
 from vlm_export.graph.core.inference import Copy
-from vlm_export.graph.core.names import (
-    NodeRef,
-    find_node,
-    graph_of,
-    graphs_in,
-    nested_nodes,
-    nested_values,
-    root_of,
-    visible_value,
-)
+from vlm_export.graph.core.names import NodeRef, defined_values, find_node, nested_graphs, root_of, visible_value
 from vlm_export.graph.core.operators import checked_schema
 from vlm_export.graph.core.transaction import Change, apply
 
@@ -54,8 +45,21 @@ def set_attribute(
         GraphError: unknown node or attribute, a value of another type, or a model that would be invalid.
     """
     target = find_node(model, node, function)
-    schema = checked_schema(model, root_of(model, graph_of(target)), target.op_type, target.domain)
-    return _put(model, target, name, make_attribute(name, value, schema, kind, target.attributes.get(name)))
+    graph = target.graph
+    assert graph is not None
+    root = root_of(model, graph)
+    schema = checked_schema(model, root, target.op_type, target.domain)
+    new = make_attribute(name, value, schema, kind, target.attributes.get(name))
+    old = target.attributes.get(name)
+
+    def edit(copy: Copy) -> Change:
+        copy.of(target).attributes[name] = placed_attribute(new, copy.of(root), copy.of(graph))
+        return Change(nodes=[copy.of(target)])
+
+    apply(model, edit)
+    if old is not None:
+        _release(old)
+    return old
 
 
 def delete_attribute(model: ir.Model, node: NodeRef, name: str, *, function: str = "") -> ir.Attr:
@@ -71,30 +75,14 @@ def delete_attribute(model: ir.Model, node: NodeRef, name: str, *, function: str
             got=f"{target.op_type} with {sorted(target.attributes) or 'no attributes'}",
             fix=suggestion(name, sorted(target.attributes)),
         )
-    old = _put(model, target, name, None)
-    assert old is not None
-    return old
-
-
-def _put(model: ir.Model, target: ir.Node, name: str, new: ir.Attr | None) -> ir.Attr | None:
-    """Sets the attribute, or deletes it where there is no new one; returns the old one."""
-    old, graph = target.attributes.get(name), graph_of(target)
-    root = root_of(model, graph)
+    old = target.attributes[name]
 
     def edit(copy: Copy) -> Change:
-        if new is None:
-            del copy.of(target).attributes[name]
-        else:
-            copy.of(target).attributes[name] = placed_attribute(new, copy.of(root), copy.of(graph))
+        del copy.of(target).attributes[name]
         return Change(nodes=[copy.of(target)])
 
     apply(model, edit)
-    # The graphs of an attribute that left the model read stand-ins, or their nodes would remain readers.
-    stand_ins: dict[ir.Value, ir.Value] = {}
-    for inner in graphs_in(old) if old is not None else ():
-        for node, index, value in _captures(inner):
-            stand_in = stand_ins.setdefault(value, ir.Value(name=value.name, type=value.type, shape=value.shape))
-            node.replace_input_with(index, stand_in)
+    _release(old)
     return old
 
 
@@ -137,24 +125,38 @@ def make_attribute(
 
 
 def placed_attribute(attribute: ir.Attr, root: ir.Graph, graph: ir.Graph) -> ir.Attr:
-    """Returns the attribute for a node of `graph`: graphs in it are copied, and their outer names mean what they mean
+    """Returns the attribute for a node of `graph`; graphs in it are copied, and read what their outer names mean
     there."""
-    placed = [inner.clone(allow_outer_scope_values=True) for inner in graphs_in(attribute)]
+    if attribute.is_ref() or attribute.type not in (Kind.GRAPH, Kind.GRAPHS):
+        return attribute
+    placed = [inner.clone(allow_outer_scope_values=True) for inner in _graphs_of(attribute)]
     for inner in placed:
         for node, index, value in _captures(inner):
             node.replace_input_with(index, visible_value(graph, root, str(value.name)))
-    if not placed:
-        return attribute
     return ir.Attr(attribute.name, attribute.type, placed[0] if attribute.type == Kind.GRAPH else placed)
 
 
-def _captures(graph: ir.Graph) -> Iterator[tuple[ir.Node, int, ir.Value]]:
+def _release(attribute: ir.Attr) -> None:
+    """Lets the graphs of an attribute that left the model read stand-ins, or their nodes would remain readers."""
+    stand_ins: dict[ir.Value, ir.Value] = {}
+    for graph in _graphs_of(attribute):
+        for node, index, value in _captures(graph):
+            stand_in = stand_ins.setdefault(value, ir.Value(name=value.name, type=value.type, shape=value.shape))
+            node.replace_input_with(index, stand_in)
+
+
+def _graphs_of(attribute: ir.Attr) -> list[ir.Graph]:
+    if attribute.is_ref() or attribute.type not in (Kind.GRAPH, Kind.GRAPHS):
+        return []
+    return [attribute.as_graph()] if attribute.type == Kind.GRAPH else list(attribute.as_graphs())
+
+
+def _captures(graph: ir.Graph) -> list[tuple[ir.Node, int, ir.Value]]:
     """Where nodes in the graph read what is made outside of it."""
-    own = set(nested_values(graph))
-    for node in list(nested_nodes(graph)):
-        yield from (
-            (node, index, value) for index, value in enumerate(node.inputs) if value is not None and value not in own
-        )
+    nodes = [node for inner in nested_graphs(graph) for node in inner]
+    own = {value for inner in nested_graphs(graph) for value in defined_values(inner)}
+    reads = ((node, index, value) for node in nodes for index, value in enumerate(node.inputs))
+    return [(node, index, value) for node, index, value in reads if value is not None and value not in own]
 
 
 def _kind_of(name: str, value: object) -> ir.AttributeType:

@@ -7,17 +7,15 @@ from typing import TypeAlias
 
 import onnx_ir as ir
 
-from vlm_export.errors import GraphError
+from vlm_export.errors import GraphError, suggestion
 from vlm_export.graph.core.inference import Copy, copy_of
 from vlm_export.graph.core.names import (
+    all_graphs,
     all_nodes,
-    all_values,
+    defined_values,
     fresh_name,
-    interface_value,
     names_in,
     nested_graphs,
-    nested_nodes,
-    nested_values,
     rename_values,
 )
 from vlm_export.graph.core.replace_uses import replace_uses
@@ -56,13 +54,13 @@ def compose(
         GraphError: an unknown name, tensors of equal names, dtypes or shapes that do not fit, or opset imports that
             differ.
     """
-    ours, theirs = first.graph.inputs, second.graph.inputs
-    joints = [
-        (interface_value(first.graph.outputs, "output", out), interface_value(theirs, "input", into))
-        for out, into in connections
+    connections = list(connections)
+    pairs = [(_named(first.graph.outputs, out, "output"), into) for out, into in connections]
+    joints = [(out, _named(second.graph.inputs, into, "input")) for out, into in pairs]
+    joints += [
+        (_named(first.graph.inputs, name, "input"), _named(second.graph.inputs, name, "input"))
+        for name in shared_inputs
     ]
-    connected = [out for out, _ in joints]
-    joints += [(interface_value(ours, "input", name), interface_value(theirs, "input", name)) for name in shared_inputs]
     _check_joints(joints)
     _check_opsets(first, second)
     left, right = copy_of(first), copy_of(second)
@@ -73,13 +71,19 @@ def compose(
     joined += _equal_weights(left.model.graph, right.model.graph)
     _check_names(left.model.graph, right.model.graph, {into for _, into in joined})
     _rename_axes(right, joints)
-    connected = [left.of(out) for out in connected]
+    connected = {left.of(_named(first.graph.outputs, out, "output")) for out, _ in connections}
     _join(left.model, right.model, joined, connected)
-    graph = left.model.graph
-    _choose(graph.inputs, inputs, graph.inputs, "input", all_of_them=True)
-    _choose(graph.outputs, outputs, [*graph.outputs, *connected], "output")
+    _choose(left.model.graph.inputs, inputs, left.model.graph.inputs, "input", all_of_them=True)
+    _choose(left.model.graph.outputs, outputs, [*left.model.graph.outputs, *connected], "output")
     apply(left.model, lambda copy: Change(nodes=[copy.of(node) for node in changed], keeps_sizes=True))
     return left.model
+
+
+def _named(values: Sequence[ir.Value], name: str, kind: str) -> ir.Value:
+    known = {str(value.name): value for value in values}
+    if name not in known:
+        raise GraphError(f"there is no {kind} {name!r}", fix=suggestion(name, known))
+    return known[name]
 
 
 def _check_joints(joints: Pairs) -> None:
@@ -120,9 +124,11 @@ def _check_opsets(first: ir.Model, second: ir.Model) -> None:
 def _prefix(model: ir.Model, prefix: str) -> None:
     if not prefix:
         return
-    rename_values(model.graph, {value: f"{prefix}{value.name}" for value in nested_values(model.graph)})
-    for node in nested_nodes(model.graph):
-        node.name = f"{prefix}{node.name}" if node.name else node.name
+    values = dict.fromkeys(value for graph in nested_graphs(model.graph) for value in defined_values(graph))
+    rename_values(model.graph, {value: f"{prefix}{value.name}" for value in values})
+    for graph in nested_graphs(model.graph):
+        for node in graph:
+            node.name = f"{prefix}{node.name}" if node.name else node.name
 
 
 def _equal_weights(first: ir.Graph, second: ir.Graph) -> Pairs:
@@ -170,13 +176,13 @@ def _rename_axes(second: Copy, joints: Pairs) -> None:
                 )
             if isinstance(have, int) or want.value not in now:
                 now[want.value] = have
-    for value in list(all_values(second.model)):
+    for value in {value for graph in all_graphs(second.model) for value in defined_values(graph)}:
         if value.shape is not None:
             dims = [now.get(str(dim), dim) if not isinstance(dim, int) else dim for dim in value.shape]
             value.shape = ir.Shape(dims)
 
 
-def _join(first: ir.Model, second: ir.Model, joined: Pairs, connected: Sequence[ir.Value]) -> None:
+def _join(first: ir.Model, second: ir.Model, joined: Pairs, connected: set[ir.Value]) -> None:
     """Moves everything of the second model into the first."""
     _merge_functions(first, second)
     graph, other = first.graph, second.graph
@@ -199,11 +205,14 @@ def _join(first: ir.Model, second: ir.Model, joined: Pairs, connected: Sequence[
     for value in weights:
         graph.initializers.add(value)
     kept = [value for value in graph.outputs if value not in connected]
-    graph.outputs[:] = list(dict.fromkeys([*kept, *outputs]))
+    graph.outputs.clear()
+    graph.outputs.extend(dict.fromkeys([*kept, *outputs]))
     graph.opset_imports.update(second.opset_imports)
     first.ir_version = max(first.ir_version, second.ir_version)
     for ours, theirs in ((first, second), (graph, other)):
-        ours.metadata_props.update(dict(theirs.metadata_props) | dict(ours.metadata_props))
+        ours.metadata_props.update(
+            {key: text for key, text in theirs.metadata_props.items() if key not in ours.metadata_props}
+        )
 
 
 def _merge_functions(first: ir.Model, second: ir.Model) -> None:
@@ -227,11 +236,12 @@ def _choose(
 ) -> None:
     if names is None:
         return
-    chosen = [interface_value(known, kind, name) for name in names]
+    chosen = [_named(known, name, kind) for name in names]
     if len(set(chosen)) != len(chosen) or (all_of_them and set(chosen) != set(values)) or not chosen:
         raise GraphError(
             f"these are not the new model's {kind}s, once each",
             expected=str([value.name for value in known]),
             got=str(list(names)),
         )
-    values[:] = chosen
+    values.clear()
+    values.extend(chosen)

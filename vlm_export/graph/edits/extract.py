@@ -14,12 +14,11 @@ from vlm_export.graph.core.names import (
     captured_or_read,
     find_value,
     fresh_name,
-    graph_of,
     nested_graphs,
     rename_values,
     taken_names,
 )
-from vlm_export.graph.core.replace_uses import discard_nodes, remove_unused_functions, replace_uses
+from vlm_export.graph.core.replace_uses import discard_nodes, graph_of, remove_unused_functions, replace_uses
 from vlm_export.graph.core.skeleton import allow_plain_initializers
 
 
@@ -66,18 +65,20 @@ def extract(model: ir.Model, inputs: Sequence[str] | None, outputs: Sequence[str
         starts = [_main_value(model, name) for name in inputs]
     for kind, values in (("input", starts), ("output", ends)):
         if len(set(values)) < len(values) or (not values and kind == "output"):
-            what = f"each {kind} is named once, and there is at least one output"
-            raise GraphError(what, got=str(_names(values)))
+            raise GraphError(
+                f"each {kind} is named once, and there is at least one output",
+                got=str([value.name for value in values]),
+            )
     nodes, sources = _between(starts, ends)
-    unused = _names(value for value in starts if value not in sources and value not in ends)
+    unused = [str(value.name) for value in starts if value not in sources and value not in ends]
     if unused and inputs is not None:
         raise GraphError("the outputs do not depend on these inputs", got=str(unused), fix="leave them out")
     needed = {value for value in sources if value.is_graph_input() and not value.is_initializer()}
-    missing = sorted(_names(needed.difference(starts)))
+    missing = sorted(str(value.name) for value in needed.difference(starts))
     if missing:
         raise GraphError(
             "the outputs need more inputs of the model",
-            expected=f"inputs {_names(starts)}",
+            expected=f"inputs {[value.name for value in starts]}",
             got=f"also needed: {missing}",
             fix="add them to the inputs, or cut further down",
         )
@@ -104,34 +105,34 @@ def split(model: ir.Model, tensors: Sequence[str]) -> Split:
     outputs = list(dict.fromkeys(model.graph.outputs))
     early = [value for value in outputs if value.producer() is None or value.producer() in before]
     late = [value for value in outputs if value not in early]
+    if not late:
+        raise GraphError("no output depends on these tensors", got=str(list(tensors)), fix="split at earlier tensors")
     after, _ = _between(cut, late)
     read = {value for node in after - before for value in captured_or_read(node)}
     crossing = {value for value in read if value.producer() in before}
     if crossing - set(cut):
+        names = sorted(str(value.name) for value in crossing - set(cut))
         raise GraphError(
             "these tensors do not separate the model",
-            got=f"what follows also reads {sorted(_names(crossing - set(cut)))}",
+            got=f"what follows also reads {names}",
             fix="split at these tensors, too",
         )
     joints = [value for value in cut if value in crossing]
     if not joints:
         raise GraphError("no output depends on these tensors", got=str(list(tensors)), fix="split at earlier tensors")
+    firsts = list(dict.fromkeys([*cut, *early]))
     own = [value for value in model.graph.inputs if value in read]
-    first = extract(model, None, _names(dict.fromkeys([*cut, *early])))
-    second = extract(model, _names([*joints, *own]), _names(late))
+    first = extract(model, None, [str(value.name) for value in firsts])
+    second = extract(model, [str(value.name) for value in [*joints, *own]], [str(value.name) for value in late])
     known = {value.name for value in first.graph.inputs}
     return Split(
         first,
         second,
-        connections=tuple(zip(_names(joints), _names(joints), strict=True)),
-        shared_inputs=tuple(_names(value for value in own if value.name in known)),
-        inputs=tuple(_names(value for value in model.graph.inputs if value in own or value.name in known)),
-        outputs=tuple(_names(outputs)),
+        tuple((str(value.name), str(value.name)) for value in joints),
+        tuple(str(value.name) for value in own if value.name in known),
+        tuple(str(value.name) for value in model.graph.inputs if value in own or value.name in known),
+        tuple(str(value.name) for value in outputs),
     )
-
-
-def _names(values: Iterable[ir.Value]) -> list[str]:
-    return [str(value.name) for value in values]
 
 
 def _main_value(model: ir.Model, name: str) -> ir.Value:
@@ -167,10 +168,14 @@ def _cut(copy: Copy, starts: Sequence[ir.Value], ends: Sequence[ir.Value], nodes
     replaced = {copy.of(value): new for value, new in zip(starts, new_starts, strict=True)}
     new_ends = [replaced.get(copy.of(value), copy.of(value)) for value in ends]
     kept = {copy.of(node) for node in nodes}
-    graph.outputs[:] = new_ends
-    graph.inputs[:] = [value for value in graph.inputs if value in new_starts]
+    graph.outputs.clear()
+    graph.outputs.extend(new_ends)
+    for value in list(graph.inputs):
+        if value not in new_starts:
+            graph.inputs.remove(value)
     discard_nodes([node for node in graph if node not in kept])
-    graph.inputs[:] = new_starts
+    graph.inputs.clear()
+    graph.inputs.extend(new_starts)
     annotated = annotated_names(nested_graphs(graph))
     for name, value in list(graph.initializers.items()):
         if name not in annotated and not value.uses() and not value.is_graph_output() and not value.is_graph_input():

@@ -1,9 +1,7 @@
-"""The interface of a model: tensors renamed, outputs added and dropped, other orders and other dtypes."""
+"""The interface of a model: tensors renamed, outputs added and dropped, inputs and outputs put in another order."""
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
@@ -15,17 +13,14 @@ from vlm_export.graph.core.names import (
     annotated_names,
     captured_or_read,
     defined_values,
+    enclosing_graphs,
     find_value,
-    fresh_name,
-    fresh_node_name,
-    graph_of,
-    interface_value,
-    related_graphs,
+    nested_graphs,
+    parents_of,
     rename_values,
     root_of,
-    taken_names,
 )
-from vlm_export.graph.core.replace_uses import discard_nodes, place_behind, replace_uses
+from vlm_export.graph.core.replace_uses import discard_nodes, graph_of
 from vlm_export.graph.core.transaction import Change, apply
 
 
@@ -54,17 +49,19 @@ def rename_tensors(model: ir.Model, names: Mapping[str, str], *, function: str =
 
 
 def _rename(model: ir.Model, names: dict[ir.Value, str]) -> None:
-    by_root: defaultdict[ir.Graph, dict[ir.Value, str]] = defaultdict(dict)
+    by_root: dict[ir.Graph, dict[ir.Value, str]] = {}
     for value, new in names.items():
         root = root_of(model, graph_of(value))
+        parents = parents_of(root)
+        around = {*enclosing_graphs(graph_of(value), parents), *nested_graphs(graph_of(value))}
         if not new:
             raise GraphError(f"tensor {value.name!r} needs a name", fix="give a name that is not empty")
-        for other in (other for graph in related_graphs(root, graph_of(value)) for other in defined_values(graph)):
+        for other in (other for graph in around for other in defined_values(graph)):
             if other is not value and names.get(other, other.name) == new:
                 raise GraphError(
                     f"a tensor is already named {new!r}", fix="choose another name, or rename that tensor too"
                 )
-        by_root[root][value] = new
+        by_root.setdefault(root, {})[value] = new
     for root, values in by_root.items():
         rename_values(root, values)
 
@@ -78,7 +75,7 @@ def add_output(model: ir.Model, tensors: TensorRef | Sequence[TensorRef]) -> int
     Raises:
         GraphError: unknown, an output already, inside a subgraph or function, or of a type that cannot be told.
     """
-    names = [tensors] if isinstance(tensors, str | ir.Value) else tensors
+    names = [tensors] if isinstance(tensors, str | ir.Value) else list(tensors)
     values = list(dict.fromkeys(find_value(model, name) for name in names))
     for value in values:
         if graph_of(value) is not model.graph:
@@ -100,8 +97,11 @@ def add_output(model: ir.Model, tensors: TensorRef | Sequence[TensorRef]) -> int
     return len(values)
 
 
-def drop_output(model: ir.Model, names: str | Sequence[str]) -> int:
+def drop_output(model: ir.Model, names: str | Sequence[str], *, prune: bool = True) -> int:
     """Removes outputs of the model, and the nodes and constants that nothing needs any more.
+
+    Args:
+        prune: False keeps those nodes.
 
     Returns:
         How many nodes were removed.
@@ -109,23 +109,27 @@ def drop_output(model: ir.Model, names: str | Sequence[str]) -> int:
     Raises:
         GraphError: no such output, or none would be left.
     """
-    graph = model.graph
-    dropped = [
-        interface_value(graph.outputs, "output", name) for name in ([names] if isinstance(names, str) else names)
-    ]
-    kept = [value for value in graph.outputs if value not in dropped]
-    if not kept:
+    dropped = _interface_values("output", model.graph.outputs, [names] if isinstance(names, str) else names)
+    if len(set(model.graph.outputs) - set(dropped)) == 0:
         raise GraphError("the model would have no output", got=f"outputs {[value.name for value in dropped]}")
-    graph.outputs[:] = kept
-    count, annotated = len(graph), annotated_names({graph_of(value) for value in dropped})
-    waiting = list(dropped)
+    for value in dropped:
+        while value in model.graph.outputs:
+            model.graph.outputs.remove(value)
+    count = len(model.graph)
+    if prune:
+        _prune(dropped)
+    return count - len(model.graph)
+
+
+def _prune(values: Sequence[ir.Value]) -> None:
+    waiting = list(values)
+    annotated = annotated_names({graph_of(value) for value in values})
     while waiting:
         node = waiting.pop().producer()
         if node is None or node.graph is None or any(out.uses() or out.is_graph_output() for out in node.outputs):
             continue
         waiting += captured_or_read(node)
         discard_nodes([node], annotated)
-    return count - len(graph)
 
 
 def reorder_interface(
@@ -136,9 +140,12 @@ def reorder_interface(
     Raises:
         GraphError: a name that is none of theirs, is missing, or occurs twice.
     """
-    orders = []
-    for kind, values, names in (("input", model.graph.inputs, inputs), ("output", model.graph.outputs, outputs)):
-        order = list(values) if names is None else [interface_value(values, kind, name) for name in names]
+    orders = [
+        (kind, values, _interface_values(kind, values, names))
+        for kind, values, names in (("input", model.graph.inputs, inputs), ("output", model.graph.outputs, outputs))
+        if names is not None
+    ]
+    for kind, values, order in orders:
         if len(order) != len(values) or len(set(order)) != len(set(values)):
             raise GraphError(
                 f"the new order is not one of all {kind}s",
@@ -146,123 +153,14 @@ def reorder_interface(
                 got=str([value.name for value in order]),
                 fix="name each of them once",
             )
-        orders.append((values, order))
-    for values, order in orders:
-        values[:] = order
+    for _, values, order in orders:
+        values.clear()
+        values.extend(order)
 
 
-_USUAL_NAMES = {"float32": ir.DataType.FLOAT, "float64": ir.DataType.DOUBLE}
-_NO_CAST = {ir.DataType.UNDEFINED, ir.DataType.COMPLEX64, ir.DataType.COMPLEX128}
-
-
-def set_dtype(model: ir.Model, dtypes: Mapping[str, ir.DataType | str]) -> int:
-    """Changes the dtypes of inputs and outputs; a Cast stands between each and the graph, which computes as before.
-
-    Changing a dtype back removes the Cast that this function put there (it knows it by its name) and gives the original
-    graph; Casts of the model's own stay, since they round. Weights and everything inside keep their dtypes.
-
-    Args:
-        dtypes: input or output → "float16", "int64", …
-
-    Returns:
-        How many inputs and outputs have another dtype than before.
-
-    Raises:
-        GraphError: no such input, output or dtype, one that is no tensor, one that is input and output at once, or a
-            Cast that does not exist at the model's opset.
-    """
-    wanted = {_castable(model, name): dtype_of(dtype) for name, dtype in dtypes.items()}
-    changed = {value: dtype for value, dtype in wanted.items() if value.dtype != dtype}
-
-    def edit(copy: Copy) -> Change:
-        nodes: list[ir.Node] = []
-        for value, dtype in changed.items():
-            cast = _cast_input if value.is_graph_input() else _cast_output
-            nodes += cast(copy.model.graph, copy.of(value), dtype)
-        values = [copy.of(value) for value in changed if value.is_graph_input()]
-        return Change([node for node in nodes if node.graph is not None], values, keeps_sizes=True)
-
-    apply(model, edit)
-    return len(changed)
-
-
-def dtype_of(name: ir.DataType | str) -> ir.DataType:
-    """Returns the dtype of a name as numpy or ONNX has it ("float32", "FLOAT"); GraphError for another name."""
-    if isinstance(name, ir.DataType):
-        return name
-    names = {entry.name.lower(): entry for entry in ir.DataType if entry not in _NO_CAST} | _USUAL_NAMES
-    if name.lower() not in names:
-        raise GraphError(f"unknown dtype {name!r}", fix=suggestion(name.lower(), names))
-    return names[name.lower()]
-
-
-def _castable(model: ir.Model, name: str) -> ir.Value:
-    value = interface_value([*model.graph.outputs, *model.graph.inputs], "input or output", name)
-    if value.is_graph_input() and value.is_graph_output():
-        raise GraphError(f"tensor {name!r} is input and output at once", fix="insert an Identity for the output first")
-    if not isinstance(value.type, ir.TensorType):
-        raise GraphError(f"{name!r} is no tensor, or its dtype is not known", got=str(value.type))
-    return value
-
-
-def _cast(value: ir.Value, dtype: ir.DataType, graph: ir.Graph) -> ir.Node:
-    base, shape = f"{value.name}_cast", None if value.shape is None else value.shape.copy()
-    out = ir.val(fresh_name(base, taken_names(graph, graph)), dtype, shape)
-    return ir.node("Cast", [value], {"to": dtype}, outputs=[out], name=fresh_node_name(graph, base))
-
-
-def _cast_input(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> list[ir.Node]:
-    """Returns the nodes that read another dtype or are new."""
-    assert value.dtype is not None
-    old, readers = value.dtype, value.consumers()
-    value.type = ir.TensorType(dtype, denotation=value.type.denotation if value.type is not None else None)
-    if value.is_initializer() and (default := value.const_value) is not None:
-        value.const_value = ir.LazyTensor(
-            lambda: ir.Tensor(default.numpy().astype(dtype.numpy()), dtype=dtype),
-            dtype=dtype,
-            shape=ir.Shape(default.shape.numpy()),
-            name=default.name,
-        )
-    if not readers:
-        return []
-    if all(_is_own(node, value, dtype) and not node.outputs[0].is_graph_output() for node in readers):
-        beyond = [user for node in readers for user in node.outputs[0].consumers()]
-        for node in readers:
-            replace_uses(node.outputs[0], value)
-            discard_nodes([node])
-        return beyond
-    cast = _cast(value, old, graph)
-    replace_uses(value, cast.outputs[0], besides=cast)
-    place_behind(None, graph, cast)
-    return [cast]
-
-
-def _cast_output(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> list[ir.Node]:
-    """Returns the nodes that are new."""
-    producer, name = value.producer(), str(value.name)
-    assert value.dtype is not None
-    if producer is not None and _is_own(producer, value, value.dtype) and not value.uses():
-        source = producer.inputs[0]
-        maker = source.producer() if source is not None else None
-        own = maker is not None and maker.graph is graph and source is not None and not source.is_graph_output()
-        if source is not None and own and source.dtype == dtype:
-            replace_uses(value, source)
-            discard_nodes([producer])
-            value.name = None
-            rename_values(graph, {source: name})
-            return []
-    cast = _cast(value, dtype, graph)
-    out, inner = cast.outputs[0], str(cast.outputs[0].name)
-    graph.outputs[:] = [out if output is value else output for output in graph.outputs]
-    rename_values(graph, {value: inner, out: name})
-    if producer is not None:
-        graph.insert_after(producer, cast)
-    else:
-        graph.append(cast)
-    return [cast]
-
-
-def _is_own(node: ir.Node, value: ir.Value, dtype: ir.DataType) -> bool:
-    """Whether `set_dtype` put the node between the value and the graph."""
-    casts = (node.domain, node.op_type) == ("", "Cast") and node.attributes.get_int("to") == dtype.value
-    return casts and re.fullmatch(re.escape(f"{value.name}_cast") + r"(_\d+)?", node.name or "") is not None
+def _interface_values(kind: str, values: Sequence[ir.Value], names: Sequence[str]) -> list[ir.Value]:
+    known = {str(value.name): value for value in values}
+    for name in names:
+        if name not in known:
+            raise GraphError(f"the model has no {kind} {name!r}", fix=suggestion(name, known))
+    return [known[name] for name in names]

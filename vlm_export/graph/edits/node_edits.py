@@ -11,13 +11,13 @@ from vlm_export.graph.core.inference import Copy
 from vlm_export.graph.core.names import (
     NodeRef,
     TensorRef,
+    defined_values,
     find_node,
     find_root,
     find_value,
     fresh_name,
     fresh_node_name,
-    graph_of,
-    nested_values,
+    nested_graphs,
     rename_values,
     root_of,
     taken_names,
@@ -25,9 +25,12 @@ from vlm_export.graph.core.names import (
 from vlm_export.graph.core.operators import checked_schema
 from vlm_export.graph.core.replace_uses import (
     Operand,
-    add_constant,
+    add_constant_node,
+    add_initializer,
+    check_new_name,
     discard_nodes,
-    place_behind,
+    graph_of,
+    place_first,
     replace_uses,
     resolve_operand,
 )
@@ -55,10 +58,10 @@ def remove_node(model: ir.Model, node: NodeRef, *, connect: Mapping[str, str] | 
             would change its dtype, or dtypes or shapes that do not fit behind the node.
     """
     target = find_node(model, node, function)
-    root = root_of(model, graph_of(target))
+    assert target.graph is not None
+    root = root_of(model, target.graph)
     pairs = _connections(target, connect)
-    outputs = list(graph_of(target).outputs)
-    count = sum(len(out.uses()) + outputs.count(out) for out, _ in pairs)
+    count = sum(len(out.uses()) + sum(item is out for item in target.graph.outputs) for out, _ in pairs)
 
     def edit(copy: Copy) -> Change:
         old = copy.of(target)
@@ -105,7 +108,8 @@ def _connections(node: ir.Node, connect: Mapping[str, str] | None) -> list[tuple
 
 def _reconnect(root: ir.Graph, node: ir.Node, out: ir.Value, source: ir.Value) -> list[ir.Node]:
     """Puts `source` in the place of `out`; returns nodes whose outputs are new or want a type."""
-    graph = graph_of(node)
+    graph = node.graph
+    assert graph is not None
     if not out.is_graph_output():
         replace_uses(out, source)
         return []
@@ -161,11 +165,11 @@ def insert_node(
             a tensor that is input and output of the graph at once.
     """
     source, reader = _insertion_point(model, after, before, input_index, function)
-    graph = graph_of(source if reader is None else reader)
+    graph = reader.graph if reader is not None else graph_of(source)
+    assert graph is not None
     root = root_of(model, graph)
-    if output in taken_names(root, graph):
-        fix = "choose another name, or rename that tensor first"
-        raise GraphError(f"a tensor is already named {output!r}", fix=fix)
+    if output:
+        check_new_name(root, graph, output)
     operands = [resolve_operand(root, graph, operand) for operand in inputs]
     new_attributes = make_attributes(attributes, checked_schema(model, root, op_type, domain))
     node_name = fresh_node_name(root, name or f"{source.name}_{op_type}")
@@ -193,16 +197,8 @@ def _insertion_point(
         raise UsageError("a node is inserted after a tensor or before a node", fix="give one of `after` and `before`")
     if before is not None:
         reader = find_node(model, before, function)
-        value = reader.inputs[index] if 0 <= index < len(reader.inputs) else None
-        if value is None:
-            raise GraphError(f"node {reader.name!r} has no input number {index}", got=f"{len(reader.inputs)} inputs")
-        return value, reader
-    assert after is not None
-    names = {value.name for value in nested_values(find_root(model, function))}
-    if isinstance(after, ir.Value) or (isinstance(after, str) and after in names):
-        source = find_value(model, after, function)
-    else:
-        source = find_node(model, after, function).outputs[0]
+        return _input_of(reader, index), reader
+    source = _tensor_after(model, after, function)
     if source.is_graph_output() and source.is_graph_input():
         raise GraphError(
             f"tensor {source.name!r} is input and output of the graph at once",
@@ -216,15 +212,36 @@ def _connect(root: ir.Graph, graph: ir.Graph, node: ir.Node, new_name: str, edge
     tensor, out = node.inputs[0], node.outputs[0]
     assert tensor is not None
     out.name, out.type, out.shape = new_name, tensor.type, tensor.shape
+    producer = tensor.producer()
     if edge is not None:
         graph.insert_before(edge[0], node)
         edge[0].replace_input_with(edge[1], out)
         return
-    place_behind(tensor.producer(), graph, node)
+    if producer is not None:
+        graph.insert_after(producer, node)
+    else:
+        place_first(graph, node)
     is_output = tensor.is_graph_output()
     replace_uses(tensor, out, besides=node)
     if is_output:
         rename_values(root, {tensor: new_name, out: str(tensor.name)})
+
+
+def _input_of(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index] if 0 <= index < len(node.inputs) else None
+    if value is None:
+        raise GraphError(f"node {node.name!r} has no input number {index}", got=f"{len(node.inputs)} inputs")
+    return value
+
+
+def _tensor_after(model: ir.Model, after: TensorRef | NodeRef | None, function: str) -> ir.Value:
+    """The tensor of that name, otherwise the first output of the node of that name."""
+    assert after is not None
+    root = find_root(model, function)
+    is_tensor = any(value.name == after for graph in nested_graphs(root) for value in defined_values(graph))
+    if isinstance(after, ir.Value) or (isinstance(after, str) and is_tensor):
+        return find_value(model, after, function)
+    return find_node(model, after, function).outputs[0]
 
 
 def _arguments(
@@ -237,8 +254,10 @@ def _arguments(
             arguments.append(None if operand is None else copy.of(operand))
             continue
         name = fresh_name(f"{base}_input_{index}", taken_names(copy.of(root), graph))
-        in_function = copy.of(root) is not copy.model.graph
-        arguments.append(add_constant(graph, operand, name, before=graph[0] if in_function else None))
+        if copy.of(root) is copy.model.graph:
+            arguments.append(add_initializer(graph, operand, name))
+        else:
+            arguments.append(add_constant_node(graph[0], operand, name))
     return arguments
 
 
@@ -270,7 +289,8 @@ def replace_node(
             dtypes or shapes that do not fit behind it.
     """
     target = find_node(model, node, function)
-    graph = graph_of(target)
+    graph = target.graph
+    assert graph is not None
     root = root_of(model, graph)
     schema = checked_schema(model, root, op_type, domain)
     given = list(target.inputs) if inputs is None else [resolve_operand(root, graph, item) for item in inputs]

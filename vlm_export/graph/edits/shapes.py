@@ -10,12 +10,10 @@ import onnx_ir as ir
 
 from vlm_export.errors import GraphError, VerificationError, suggestion
 from vlm_export.graph.core.inference import Copy, copy_of
-from vlm_export.graph.core.names import interface_value
 from vlm_export.graph.core.transaction import Change, apply
 from vlm_export.graph.edits.baked_sizes import READINGS, HeldError, find_misfit, find_repairs, output_shapes, refusal
 from vlm_export.graph.edits.size_repairs import Repair
 from vlm_export.graph.prove.match_interfaces import AxisOfInput, Resized
-from vlm_export.graph.prove.prove import prove
 
 # An axis as users state it: its size, its name, or None for "not known".
 Axis: TypeAlias = "int | str | None"
@@ -53,11 +51,15 @@ def set_shape(model: ir.Model, shapes: Mapping[str, Sequence[Axis]]) -> Reshaped
             graph, an output that is said to be what it is not, or a node that holds the old size and cannot be
             repaired.
     """
-    new_inputs, new_outputs = dict[ir.Value, ir.Shape](), dict[ir.Value, ir.Shape]()
+    inputs = {str(value.name): value for value in model.graph.inputs}
+    outputs = {str(value.name): value for value in model.graph.outputs if str(value.name) not in inputs}
     for name, axes in shapes.items():
-        value = interface_value([*model.graph.outputs, *model.graph.inputs], "input or output", name)
-        _check_axes(value, axes)
-        (new_inputs if value.is_graph_input() else new_outputs)[value] = ir.Shape(axes)
+        if name not in inputs and name not in outputs:
+            raise GraphError(f"the model has no input or output {name!r}", fix=suggestion(name, [*inputs, *outputs]))
+        _check_axes(name, axes)
+        _check_constant({**outputs, **inputs}[name], axes)
+    new_inputs = {inputs[name]: ir.Shape(axes) for name, axes in shapes.items() if name in inputs}
+    new_outputs = {outputs[name]: ir.Shape(axes) for name, axes in shapes.items() if name in outputs}
     axes_now, keeps_sizes = _axis_changes(model, new_inputs)
     keeps_ranks = all(value.shape is None or len(value.shape) == len(shape) for value, shape in new_inputs.items())
     changed = [value for value, shape in {**new_inputs, **new_outputs}.items() if value.shape != shape]
@@ -67,12 +69,15 @@ def set_shape(model: ir.Model, shapes: Mapping[str, Sequence[Axis]]) -> Reshaped
         for value, shape in new_inputs.items():
             copy.of(value).shape = shape.copy()
         repaired = [node for repair in repairs for node in repair.make(copy.model.graph)]
-        for value in (value for node in repaired for value in node.outputs):
-            # It was right for the old size alone.
-            value.shape = None
-        outputs = [value for value in model.graph.outputs if not value.is_graph_input()]
-        known = {copy.of(value): inferred.get(str(value.name), [None]) for value in outputs}
-        stated = {value: ir.Shape(axes) for value, axes in known.items() if None not in axes}
+        for node in repaired:
+            for value in node.outputs:
+                # It was right for the old size alone.
+                value.shape = None
+        stated = {
+            copy.of(outputs[name]): ir.Shape(axes)
+            for name, axes in inferred.items()
+            if name in outputs and None not in axes
+        }
         stated |= {copy.of(value): shape for value, shape in new_outputs.items()}
         nodes = [node for node in (value.producer() for value in stated) if node is not None] + repaired
         values = [copy.of(value) for value in new_inputs]
@@ -88,31 +93,40 @@ def set_axis(model: ir.Model, axis: str, size: int | str) -> Reshaped:
     Raises:
         GraphError: no input has it, or the shapes would not fit together.
     """
-    shapes: dict[str, list[Axis]] = {}
-    for value in model.graph.inputs:
-        names = [_axis_of(dim) for dim in value.shape or ()]
-        if axis in names:
-            shapes[str(value.name)] = [size if name == axis else name for name in names]
+    shapes = {
+        str(value.name): [_stated_axis(dim, axis, size) for dim in value.shape]
+        for value in model.graph.inputs
+        if value.shape is not None and axis in map(_name_of, value.shape)
+    }
     if not shapes:
-        axes = {_axis_of(dim) for value in model.graph.inputs for dim in value.shape or ()}
-        known = sorted(name for name in axes if isinstance(name, str))
-        fix = suggestion(axis, known) or "no input has a named axis: state shapes instead"
+        known = {_name_of(dim) for value in model.graph.inputs for dim in value.shape or ()} - {None}
+        fix = suggestion(axis, sorted(map(str, known))) or "no input has a named axis: state shapes instead"
         raise GraphError(f"no input has an axis {axis!r}", fix=fix)
     return set_shape(model, shapes)
 
 
-def _axis_of(dim: int | ir.SymbolicDim) -> Axis:
-    return dim if isinstance(dim, int) else dim.value
+def _name_of(dim: int | ir.SymbolicDim) -> str | None:
+    return None if isinstance(dim, int) else dim.value
 
 
-def _check_axes(value: ir.Value, axes: Sequence[Axis]) -> None:
-    if any((isinstance(axis, int) and not 0 <= axis < 1 << 63) or axis == "" for axis in axes):
-        raise GraphError(
-            f"tensor {value.name!r} cannot have this shape",
-            expected="sizes from 0 to 2**63 - 1, names, or None",
-            got=str(list(axes)),
-            fix="name an axis whose size varies",
-        )
+def _stated_axis(dim: int | ir.SymbolicDim, axis: str, size: int | str) -> Axis:
+    if isinstance(dim, int):
+        return dim
+    return size if dim.value == axis else dim.value
+
+
+def _check_axes(name: str, axes: Sequence[Axis]) -> None:
+    for axis in axes:
+        if (isinstance(axis, int) and not 0 <= axis < 1 << 63) or axis == "":
+            raise GraphError(
+                f"tensor {name!r} cannot have this shape",
+                expected="sizes from 0 to 2**63 - 1, names, or None",
+                got=str(list(axes)),
+                fix="name an axis whose size varies",
+            )
+
+
+def _check_constant(value: ir.Value, axes: Sequence[Axis]) -> None:
     tensor = value.const_value if value.is_initializer() else None
     if tensor is not None and list(tensor.shape.numpy()) != list(axes):
         raise GraphError(
@@ -133,7 +147,7 @@ def _axis_changes(model: ir.Model, shapes: Mapping[ir.Value, ir.Shape]) -> tuple
             if isinstance(was, int):
                 keeps_sizes = keeps_sizes and dim == was
             elif was.value is not None:
-                now.setdefault(was.value, set()).add(_axis_of(dim))
+                now.setdefault(was.value, set()).add(dim if isinstance(dim, int) else dim.value)
     axes = {name: next(iter(sizes)) if len(sizes) == 1 else None for name, sizes in now.items()}
     return {name: size for name, size in axes.items() if size != name}, keeps_sizes
 
@@ -219,13 +233,17 @@ def _prove_repair(model: ir.Model, repaired: ir.Model, group: Resized) -> None:
     Raises:
         GraphError: it gives something else, or cannot be run.
     """
+    from vlm_export.graph.prove.prove import prove
+
     same, before, after = copy_of(repaired).model, copy_of(model).model, copy_of(repaired).model
     for entry in group.axes:
         _set_axis(before, entry, group.old)
         _set_axis(same, entry, group.old)
         _set_axis(after, entry, group.new)
-    for value in (value for changed in (same, after) for node in changed.graph for value in node.outputs):
-        value.shape = None
+    for changed in (same, after):
+        for node in changed.graph:
+            for value in node.outputs:
+                value.shape = None
     try:
         prove(before, same)
         prove(before, after)
@@ -242,4 +260,6 @@ def _prove_repair(model: ir.Model, repaired: ir.Model, group: Resized) -> None:
 def _set_axis(model: ir.Model, entry: AxisOfInput, size: int | str) -> None:
     (value,) = (value for value in model.graph.inputs if value.name == entry.input)
     if value.shape is not None:
-        value.shape = ir.Shape([size if axis == entry.axis else dim for axis, dim in enumerate(value.shape)])
+        dims = list(value.shape.dims)
+        dims[entry.axis] = size if isinstance(size, int) else ir.SymbolicDim(size)
+        value.shape = ir.Shape(dims)

@@ -14,6 +14,7 @@ from vlm_export.graph.core.names import (
     all_nodes,
     defined_values,
     nested_graphs,
+    opset_imports_of,
     root_graphs,
 )
 from vlm_export.graph.core.tensors import TensorSlot, tensor_slots
@@ -121,6 +122,6 @@ def _missing_imports(model: ir.Model) -> list[str]:
         for root in root_graphs(model)
         for graph in nested_graphs(root)
         for node in graph
-        if node.domain not in root.opset_imports
+        if node.domain not in opset_imports_of(model, root)
     }
     return sorted(missing)

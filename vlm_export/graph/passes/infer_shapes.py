@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from vlm_export.errors import GraphError
-from vlm_export.graph.core.inference import Info, infer
+from vlm_export.graph.core.inference import Info, copy_of, infer
 from vlm_export.graph.core.names import defined_values, nested_graphs
 from vlm_export.graph.core.operators import LIKE_FIRST_INPUT
 
@@ -34,13 +34,13 @@ def infer_shapes(model: ir.Model) -> Inferred:
     """
     before, failure = _known(model), None
     while True:
-        infos: dict[ir.Value, Info] = {}
+        copy, infos = copy_of(model), dict[ir.Value, Info]()
         try:
-            infos = infer(model, strict=False)
+            infos = infer(copy.model, strict=False)
         except GraphError as error:
             failure = error.got
         for value in before:
-            _learn(value, infos.get(value, Info()))
+            _learn(value, infos.get(copy.of(value), Info(None, None)))
         if not _fill_like_first_input(model):
             break
     after = _known(model)

@@ -8,7 +8,7 @@ import onnx
 import onnx_ir as ir
 
 from vlm_export.errors import GraphError
-from vlm_export.graph.core.names import nested_graphs, root_graphs
+from vlm_export.graph.core.names import nested_graphs, opset_imports_of, root_graphs
 
 
 def add_opset_imports(model: ir.Model, versions: Mapping[str, int] | None = None) -> dict[str, int]:
@@ -29,7 +29,7 @@ def add_opset_imports(model: ir.Model, versions: Mapping[str, int] | None = None
     wanted = dict(versions or {})
     plan: list[tuple[dict[str, int], str, int]] = []
     for root in root_graphs(model):
-        imports = root.opset_imports
+        imports = opset_imports_of(model, root)
         used = {node.domain for graph in nested_graphs(root) for node in graph}
         for domain in sorted(used | (wanted.keys() if root is model.graph else set())):
             if domain not in imports or imports[domain] != wanted.get(domain, imports[domain]):
@@ -41,7 +41,7 @@ def add_opset_imports(model: ir.Model, versions: Mapping[str, int] | None = None
 
 def _version(model: ir.Model, domain: str) -> int:
     for root in root_graphs(model):
-        if domain in (imports := root.opset_imports):
+        if domain in (imports := opset_imports_of(model, root)):
             return imports[domain]
     if domain == "":
         raise GraphError(

@@ -12,7 +12,7 @@ from vlm_export.errors import GraphError
 from vlm_export.graph.core.inference import copy_of
 from vlm_export.graph.core.names import fresh_name, names_in
 from vlm_export.graph.core.onnxruntime_session import Array, numpy_lacks, start_session
-from vlm_export.graph.core.replace_uses import place_behind
+from vlm_export.graph.core.replace_uses import place_first
 from vlm_export.graph.core.skeleton import attach_weights, detach_weights, weights_among_inputs
 from vlm_export.graph.core.tensors import is_plain_number, tensor_slots
 from vlm_export.graph.prove.input_specs import inputs_that_decide_sizes
@@ -140,7 +140,7 @@ def _cast_ends(graph: ir.Graph, inputs: Collection[str], outputs: Collection[ir.
             narrow = ir.val(fresh_name(f"{value.name}_narrow", taken), value.dtype, value.shape)
             value.replace_all_uses_with(narrow, replace_graph_outputs=True)
             graph.inputs[position] = new
-            place_behind(None, graph, ir.node("Cast", [new], {"to": value.dtype}, outputs=[narrow]))
+            place_first(graph, ir.node("Cast", [new], {"to": value.dtype}, outputs=[narrow]))
     for position, value in enumerate(graph.outputs):
         if value in outputs:
             wide = ir.val(fresh_name(f"{value.name}_wide", taken), ir.DataType.FLOAT, value.shape)
