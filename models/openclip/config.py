@@ -152,15 +152,11 @@ class TextConfig(_TowerConfig):
     hf_model_name: str | None = None
     hf_model_pretrained: bool = True
     hf_proj_type: Literal["linear", "mlp"] | None = "mlp"
-    hf_pooler_type: Literal["mean_pooler", "max_pooler", "cls_pooler", "cls_last_hidden_state_pooler"] | None = (
-        "mean_pooler"
-    )
+    hf_pooler_type: Literal["mean_pooler", "cls_pooler", "cls_last_hidden_state_pooler"] | None = "mean_pooler"
 
     def check(self) -> None:
         super().check()
-        if self.hf_model_name:
-            raise self.refusal("hf_model_name", "nothing: text encoders of transformers are not supported")
-        if self.width % self.heads:
+        if not self.hf_model_name and self.width % self.heads:
             raise self.refusal("heads", f"a divisor of the width {self.width}")
         kwargs = self.tokenizer_kwargs or {}
         allowed = ("lower", "whitespace", "canonicalize") if self.hf_tokenizer_name else ("lower",)

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from vlm_export.errors import InputError, UsageError
 from vlm_export.family import (
@@ -28,7 +27,6 @@ from vlm_export.family import (
     reference_from_module,
 )
 from vlm_export.models.clip.weights import OPENAI_ROOTS
-from vlm_export.models.layers.text_transformer import TextTransformer
 from vlm_export.models.openclip import original as openclip_original
 from vlm_export.models.openclip.config import (
     FILE,
@@ -36,14 +34,15 @@ from vlm_export.models.openclip.config import (
     open_clip_image,
     read_architecture,
 )
+from vlm_export.models.openclip.hf_text import hf_encoder, pooler_of, text_pad_id, text_vocab_size
 from vlm_export.models.openclip.hub_config import hub_config
-from vlm_export.models.openclip.towers import OpenClipEncoders, build_encoders
+from vlm_export.models.openclip.towers import OpenClipEncoders, build_encoders, sees_padding
 from vlm_export.models.openclip.weights import TEXT_MARKS, text_prefix, weight_table
 from vlm_export.models.reading.image_processor import with_chosen_size
 from vlm_export.models.reading.images import ImageExamples, apply_image_size, image_shape
 from vlm_export.models.reading.token_ids import EDGES, random_ids
 from vlm_export.models.reading.weights import Target, load_weights, published_tensors
-from vlm_export.specs import Origins, TextCleaning, TextSpec
+from vlm_export.specs import Origins, TextCleaning, TextPooling, TextSpec
 from vlm_export.specs.codec import Spec
 from vlm_export.specs.signature import Axis, Signature, TensorSpec
 from vlm_export.specs.tasks import EmbedSpec, EncoderSpec, ScoreSpec
@@ -118,7 +117,8 @@ class OpenClipFamily:
     def published_tensors(self, architecture: Mapping[str, Any]) -> dict[str, StoredTensorInfo]:
         parsed = OpenClipArchitecture.from_config(architecture)
         encoders = build_encoders(parsed)
-        table = weight_table(parsed, encoders, "text." if parsed.custom_text else "")
+        is_custom = parsed.custom_text or parsed.text_cfg.hf_model_name
+        table = weight_table(parsed, encoders, "text." if is_custom else "")
         return published_tensors(encoders, table, dtype="float32")
 
     def published_config(self, architecture: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -206,17 +206,13 @@ def _parts(
     )
     yield Part("vision", encoders.vision, vision, ImageExamples(vision))
     context = architecture.text_cfg.context_length
-    sees_padding = _sees_padding(encoders.text)
+    filled = sees_padding(architecture)
     text = Signature(
-        inputs=(TensorSpec("input_ids", "int64", ("batch", context if sees_padding else "sequence")),),
+        inputs=(TensorSpec("input_ids", "int64", ("batch", context if filled else "sequence")),),
         outputs=(TensorSpec("text_embeds", "float32", ("batch", architecture.embed_dim)),),
-        axes=(BATCH,) if sees_padding else (BATCH, Axis("sequence", 1, context)),
+        axes=(BATCH,) if filled else (BATCH, Axis("sequence", 1, context)),
     )
     yield Part("text", encoders.text, text, _TextExamples(architecture, context))
-
-
-def _sees_padding(text: nn.Module) -> bool:
-    return isinstance(text, TextTransformer) and text.form.sees_padding
 
 
 class _TextExamples:
@@ -227,8 +223,8 @@ class _TextExamples:
 
     def __init__(self, architecture: OpenClipArchitecture, context: int) -> None:
         config = architecture.text_cfg
-        self.vocab_size, self.context, self.pad_id = config.vocab_size, context, config.pad_id
-        self.end_id = config.eos_id if config.pool_type == "eos" else config.vocab_size - 1
+        self.vocab_size, self.context, self.pad_id = text_vocab_size(architecture), context, text_pad_id(architecture)
+        self.end_id = config.eos_id if config.pool_type == "eos" else self.vocab_size - 1
 
     def __call__(self, sizes: Mapping[str, int], seed: int) -> dict[str, Array]:
         rng = np.random.default_rng(seed)
@@ -254,7 +250,9 @@ def _notes(architecture: OpenClipArchitecture) -> Iterator[str]:
     vision, text = architecture.vision_cfg, architecture.text_cfg
     if vision.timm_model_name:
         yield f"the image encoder is timm's {vision.timm_model_name}, in timm's own module"
-    if text.no_causal_mask or text.pool_type == "last":
+    if text.hf_model_name:
+        yield f"the text encoder is transformers' {text.hf_model_name}"
+    elif sees_padding(architecture):
         yield f"the text encoder sees its padding: texts are always filled up to {text.context_length} tokens"
     if architecture.quick_gelu:
         yield "QuickGELU (x · sigmoid(1.702 x)), not GELU: a wrong one changes every embedding"
@@ -263,20 +261,29 @@ def _notes(architecture: OpenClipArchitecture) -> Iterator[str]:
 
 
 def _text_spec(architecture: OpenClipArchitecture) -> TextSpec:
-    config = architecture.text_cfg
-    hf = bool(config.hf_tokenizer_name)
-    cleaning: TextCleaning = config.clean if hf else "open_clip"
-    ends_at_id = config.pool_type in ("argmax", "eos")
+    config, vocab_size = architecture.text_cfg, text_vocab_size(architecture)
+    cleaning: TextCleaning = config.clean if config.hf_tokenizer_name else "open_clip"
     return TextSpec(
         context_length=config.context_length,
-        vocab_size=config.vocab_size,
-        end_token_id=config.eos_id if config.pool_type == "eos" else min(_END_ID, config.vocab_size - 1),
-        # What the tokenizer fills with, where it is one of transformers', says so itself.
-        pad_token_id=0 if not hf else min(config.pad_id, config.vocab_size - 1),
+        vocab_size=vocab_size,
+        end_token_id=config.eos_id if config.pool_type == "eos" else min(_END_ID, vocab_size - 1),
+        # A tokenizer of transformers says itself what it fills with.
+        pad_token_id=min(text_pad_id(architecture), vocab_size - 1) if config.hf_tokenizer_name else 0,
         cleaning=cleaning,
-        pooling="end_token" if ends_at_id and not (hf and config.pool_type == "argmax") else "first_token",
-        padding="context" if config.no_causal_mask or config.pool_type == "last" else "longest",
+        pooling=_pooling(architecture),
+        padding="context" if sees_padding(architecture) else "longest",
     )
+
+
+def _pooling(architecture: OpenClipArchitecture) -> TextPooling:
+    config = architecture.text_cfg
+    if (encoder := hf_encoder(architecture)) is not None:
+        return "mean" if pooler_of(encoder, architecture) == "mean_pooler" else "first_token"
+    if config.pool_type == "argmax":
+        # The end token of open_clip's own tokenizer has the highest id.
+        return "highest_id" if config.hf_tokenizer_name else "end_token"
+    named: dict[str, TextPooling] = {"eos": "end_token", "first": "first_token", "last": "last_token"}
+    return named[config.pool_type]
 
 
 def _text_origins(architecture: OpenClipArchitecture) -> Origins:
@@ -286,12 +293,12 @@ def _text_origins(architecture: OpenClipArchitecture) -> Origins:
     return Origins(
         {
             "text.context_length": f"{section}.context_length",
-            "text.vocab_size": f"{section}.vocab_size",
+            "text.vocab_size": f"{section}.{'hf_model_name' if config.hf_model_name else 'vocab_size'}",
             "text.end_token_id": f"{section}.eos_id" if config.pool_type == "eos" else tokenizer,
             "text.pad_token_id": tokenizer,
             "text.cleaning": f"{section}.tokenizer_kwargs" if config.tokenizer_kwargs else tokenizer,
-            "text.padding": f"{section}: no_causal_mask and pool_type",
+            "text.padding": f"{section}: hf_model_name, no_causal_mask and pool_type",
             "text.case": tokenizer,
-            "text.pooling": f"{section}.pool_type",
+            "text.pooling": f"{section}.{'hf_pooler_type' if config.hf_model_name else 'pool_type'}",
         }
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vlm_export.family import Arrays, BuildOptions, Checkpoint, Part, Reference, WeightStore
 from vlm_export.models.openclip.config import FILE, OpenClipArchitecture
+from vlm_export.models.openclip.hf_text import hf_encoder, original_hf_text, text_pad_id
 from vlm_export.models.openclip.towers import fill_computed_tables
 from vlm_export.models.openclip.weights import text_prefix
 from vlm_export.original import OpenClipOriginal, OpenClipTokenizer, Original, SimpleTokenizerOriginal
@@ -60,8 +61,7 @@ def _encoder(checkpoint: Checkpoint, architecture: OpenClipArchitecture, part: P
     if missing:
         raise ValueError(f"open_clip's model has weights that the checkpoint lacks: {', '.join(missing[:5])}")
     tower.load_state_dict(weights, strict=False, assign=True)
-    context = architecture.text_cfg.context_length
-    pad = architecture.text_cfg.pad_id
+    context, pad = architecture.text_cfg.context_length, text_pad_id(architecture)
 
     def run(inputs: Arrays) -> dict[str, Any]:
         (array,) = (inputs[name] for name in part.signature.input_names)
@@ -82,6 +82,11 @@ def original_tower(architecture: OpenClipArchitecture, name: str) -> nn.Module:
     # What training alone needs, and tokens beside the embedding, are left out.
     vision = replace(architecture.vision_cfg, patch_dropout=0.0, output_tokens=False, timm_model_pretrained=False)
     text = replace(architecture.text_cfg, output_tokens=False)
+    encoder = hf_encoder(architecture)
+    if name == "text" and encoder is not None:
+        return original_hf_text(encoder, architecture).eval()
+    # Its own encoder stands in for one of transformers, which the image encoder does not need.
+    text = replace(text, hf_model_name=None)
     with torch.device("meta"):
         model = CustomTextCLIP(
             architecture.embed_dim, _fields(vision), _fields(text), quick_gelu=architecture.quick_gelu

@@ -17,6 +17,7 @@ from vlm_export.models.layers.modified_resnet import ModifiedResNet
 from vlm_export.models.layers.text_transformer import TextForm, TextPool, TextTransformer
 from vlm_export.models.layers.vit import VisionTransformer, VitForm
 from vlm_export.models.openclip.config import FILE, OpenClipArchitecture, TextConfig
+from vlm_export.models.openclip.hf_text import HfText, hf_encoder
 
 _POOLS: dict[str, TextPool] = {"argmax": "highest_id", "eos": "end_token", "first": "first", "last": "last"}
 
@@ -104,7 +105,8 @@ class OpenClipEncoders(nn.Module):
     def __init__(self, architecture: OpenClipArchitecture) -> None:
         super().__init__()
         self.vision = _vision(architecture)
-        self.text = TextTransformer(text_form(architecture))
+        encoder = hf_encoder(architecture)
+        self.text = TextTransformer(text_form(architecture)) if encoder is None else HfText(encoder, architecture)
         self.logit_scale = nn.Parameter(torch.empty(()))
         if architecture.init_logit_bias is not None:
             self.logit_bias = nn.Parameter(torch.empty(()))
@@ -166,6 +168,11 @@ def text_form(architecture: OpenClipArchitecture) -> TextForm:
         activation=config.activation(architecture.quick_gelu),
         eps=config.eps,
     )
+
+
+def sees_padding(architecture: OpenClipArchitecture) -> bool:
+    """Whether what fills a text up to the context changes its embedding."""
+    return hf_encoder(architecture) is None and text_form(architecture).sees_padding
 
 
 def _projection(config: TextConfig) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
 from vlm_export.models.clip.weights import OPENAI_VIT, modified_resnet_table
 from vlm_export.models.layers.vit_weights import OPENAI_BLOCK
 from vlm_export.models.openclip.config import OpenClipArchitecture
+from vlm_export.models.openclip.hf_text import hf_encoder, hf_text_table
 from vlm_export.models.openclip.towers import OpenClipEncoders
 from vlm_export.models.reading.weights import Stacked, Target, Transposed, WeightTable, prefixed, repeat
 
@@ -82,8 +83,10 @@ def _vision_table(architecture: OpenClipArchitecture, vision: nn.Module) -> dict
     return table
 
 
-def _text_table(architecture: OpenClipArchitecture) -> dict[str, Target]:
+def _text_table(architecture: OpenClipArchitecture) -> Mapping[str, Target]:
     config = architecture.text_cfg
+    if (encoder := hf_encoder(architecture)) is not None:
+        return hf_text_table(encoder, architecture)
     blocks = prefixed(_block(config.ls_init_value is not None), "transformer.resblocks.{i}.", "blocks.{i}.")
     table = {**_TEXT, **repeat(blocks, config.layers)}
     if config.proj_type == "linear" and config.proj_bias:

@@ -36,7 +36,7 @@ def save(folder: Path, stated: Config, seed: int = 0) -> Any:
 
     folder.mkdir(exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(stated))
-    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
     shake(model, seed)
     save_file(model.state_dict(), folder / WEIGHTS)
     return open_clip.create_model(f"local-dir:{folder}").eval()

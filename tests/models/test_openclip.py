@@ -19,15 +19,20 @@ import torch
 from open_clip.model import CLIP, CustomTextCLIP
 from PIL import Image
 from timm.models import register_model
+from transformers import AutoConfig
 
+import vlm_export
 from vlm_export.checkpoint.sources.known import known_names, load_known
+from vlm_export.cli.main import main
 from vlm_export.errors import InputError, UsageError
 from vlm_export.exporting.backends import export_part
 from vlm_export.exporting.simplify import finish_graph
 from vlm_export.exporting.writer import write_graph
 from vlm_export.family import BuildOptions, Checkpoint, Model, StoredTensorInfo
+from vlm_export.models.layers.bert import BertSizes
 from vlm_export.models.openclip.config import open_clip_image, read_architecture
 from vlm_export.models.openclip.family import OpenClipFamily
+from vlm_export.models.openclip.hf_text import HF_ENCODERS, HfEncoder, Kind
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
 from vlm_export.runtime.inputs.images import preprocess_image
 from vlm_export.specs import ImageSpec
@@ -50,7 +55,9 @@ POOLER: Config = {"attentional_pool": True, "attn_pooler_queries": 5, "attn_pool
 BLIND: Config = {"no_causal_mask": True}
 
 # One config of each kind of model, whose keys at full size are open_clip's.
-ONE_OF_EACH = re.compile("h-14-378|b-32-laion|eva02-b|eva02-e-14-laion|base-w|mobileclip2-b|siglip2-w|siglip-w")
+ONE_OF_EACH = re.compile(
+    "h-14-378|b-32-laion2b-s34|eva02-b|eva02-e-14-laion|base-w|mobileclip2-b|siglip2-w|siglip-w|roberta-large|p-roberta"
+)
 
 # transformers' CLIPModel computes these.
 CLIP_FORMS = {
@@ -385,6 +392,110 @@ def test_names_of_open_clip_say_what_lone_weights_do_not(build_model: Build, tmp
         build_model(tmp_path / "model", BuildOptions(family_options={"model": "ViT-B-16"}))
 
 
+HF_SIZES = BertSizes(48, 2, 3, 96, 300, 90, 0, 1e-5)
+HF_FORMS: dict[str, tuple[Kind, int, Config]] = {
+    "xlm-r": ("xlm-roberta", 1, {}),
+    "roberta, linear": ("roberta", 1, {"hf_proj_type": "linear", "hf_pooler_type": "cls_last_hidden_state_pooler"}),
+    "bert, pooled first token": ("bert", 0, {"hf_pooler_type": "cls_pooler"}),
+    "bert, no projection": ("bert", 0, {"hf_pooler_type": None, "hf_proj_type": None}),
+}
+
+
+def save_hf(folder: Path, kind: Kind, pad: int, rows: int, stated: Config, patch: pytest.MonkeyPatch) -> Any:
+    """As `save`, where both libraries find a tiny encoder under the name `tiny`."""
+    encoder = HfEncoder(kind, replace(HF_SIZES, vocab_size=rows), 1 if kind == "xlm-roberta" else 2, pad)
+    patch.setitem(HF_ENCODERS, "tiny", encoder)
+    named = AutoConfig.for_model(kind, **encoder.config_fields)
+    patch.setattr("open_clip.hf_model.AutoConfig", SimpleNamespace(from_pretrained={"tiny": named}.__getitem__))
+    return save(folder, stated)
+
+
+@pytest.mark.parametrize("back_end", ["torchscript", "dynamo"])
+@pytest.mark.parametrize("form", HF_FORMS)
+def test_text_encoders_of_transformers(
+    form: str,
+    back_end: str,
+    build_model: Build,
+    tmp_path: Path,
+    assert_same: Same,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kind, pad, fields = HF_FORMS[form]
+    words = {"hf_model_name": "tiny", "context_length": 16, **fields}
+    stated = config(text_cfg=words, embed_dim=48 if "hf_proj_type" in fields and not fields["hf_proj_type"] else 24)
+    original = save_hf(tmp_path / "model", kind, pad, 300, stated, monkeypatch)
+    model = build_model(tmp_path / "model")
+    ids = np.random.default_rng(1).integers(2, 300, (3, 16))
+    ids[1, 5:], ids[2, 12:] = pad, pad
+    # A text may spell the padding.
+    ids[0, 3] = pad
+    with torch.inference_mode():
+        expected = original.encode_text(torch.from_numpy(ids)).numpy()
+    part = replace(model, parts=model.parts[1:])
+    assert_same(graphs(part, tmp_path, back_end, ids)[0], expected)
+    assert_same(graphs(part, tmp_path, back_end, ids[1:, :12])[0], expected[1:])
+    assert model.original is not None
+    got = model.original.encoders["text"]()({"input_ids": ids})["text_embeds"]
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["google/mt5-base", "facebook/nllb-200-distilled-600M", "xlm-roberta-bas", "/tmp/x"])
+def test_other_text_encoders_are_refused_by_name(name: str) -> None:
+    with pytest.raises(InputError, match="not computed here") as caught:
+        described(config(text_cfg={"hf_model_name": name}), like=config())
+    assert "hf_model_name" in caught.value.where
+    assert name in str(caught.value)
+
+
+duals = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("dual_encoders.py"))))
+WITH_TOKENIZERS: dict[str, tuple[Config, Config, Config]] = {
+    "sigmoid, canonical texts, longest edge": (
+        {"no_causal_mask": True, "pool_type": "last", "proj_bias": True, "tokenizer_kwargs": {"clean": "canonicalize"}},
+        {"init_logit_bias": -10, "init_logit_scale": 2.0},
+        {"resize_mode": "longest", "fill_color": 99, "interpolation": "bilinear"},
+    ),
+    "end of text by id, texts as they are": ({"pool_type": "eos", "eos_id": 2, "pad_id": 1}, {}, {"mean": 0.5}),
+    "encoder of transformers": ({"hf_model_name": "tiny"}, {}, {}),
+    "first token, lower case": (
+        {"no_causal_mask": True, "pool_type": "first", "tokenizer_kwargs": {"clean": "lower"}},
+        {},
+        {"resize_mode": "squash"},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", WITH_TOKENIZERS)
+def test_images_and_texts_with_a_tokenizer_of_transformers(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import open_clip
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    words, scores, preprocess = WITH_TOKENIZERS[form]
+    tokenizer = duals.unigram_tokenizer(model_max_length=512)
+    rows = text(vocab_size=len(tokenizer), hf_tokenizer_name="nobody/nothing", **words)
+    source, stated = tmp_path / "model", config(preprocess, text_cfg=rows, **scores)
+    original = save_hf(source, "xlm-roberta", 1, len(tokenizer), stated, monkeypatch)
+    tokenizer.save_pretrained(source)
+    assert main(["export", str(source), "-o", str(tmp_path / "out"), "--threads", "1", "--opset", "17"]) == 0
+    bundle = vlm_export.load(tmp_path / "out")
+    contract = bundle.manifest.export.contract
+    assert contract is not None
+    assert contract["passed"]
+    # No class of transformers reads what the bundle's config.json says.
+    assert [line for line in contract["not_run"] if "open_clip" not in line] == []
+    samples = duals.images(24)
+    transform: Any = image_transform_v2(PreprocessCfg(size=24, **preprocess), is_train=False)
+    tokenize = open_clip.get_tokenizer(f"local-dir:{source}")
+    with torch.inference_mode():
+        images = original.encode_image(torch.stack([transform(image) for image in samples]))
+        texts = original.encode_text(tokenize(list(duals.TEXTS)))
+    duals.assert_equal(bundle.encode_image(samples), images, [f"{i.mode} {i.size}" for i in samples])
+    for batch_size in (1, 7):
+        got = bundle.encode_text(duals.TEXTS, truncate=True, batch_size=batch_size)
+        duals.assert_equal(got, texts, duals.TEXTS)
+
+
 PUBLISHED = [name for name in known_names() if load_known(name).family == "openclip"]
 
 
@@ -414,10 +525,13 @@ def test_configs_are_those_of_open_clip(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if ONE_OF_EACH.search(name)])
-def test_published_keys_are_those_of_open_clip(name: str) -> None:
+def test_published_keys_are_those_of_open_clip(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     known = load_known(name)
     stated = {key: value for key, value in published_by_open_clip(name)[0].items() if key != "custom_text"}
-    cls = CustomTextCLIP if known.architecture.get("custom_text") else CLIP
+    stated["text_cfg"] = {**stated["text_cfg"], "hf_model_pretrained": False}
+    encoders = {name: AutoConfig.for_model(e.kind, **e.config_fields) for name, e in HF_ENCODERS.items()}
+    monkeypatch.setattr("open_clip.hf_model.AutoConfig", SimpleNamespace(from_pretrained=encoders.__getitem__))
+    cls = CustomTextCLIP if known.architecture.get("custom_text") or "hf_model_name" in stated["text_cfg"] else CLIP
     with torch.device("meta"):
         shapes = {key: tuple(tensor.shape) for key, tensor in cls(**stated).state_dict().items()}
     expected = {key: shape for key, shape in shapes.items() if not key.endswith("num_batches_tracked")}

@@ -11,7 +11,7 @@ MAX_CONTEXT_LENGTH = 1 << 20
 MAX_VOCABULARY = (1 << 31) - 1
 
 TextCleaning = Literal["openai", "open_clip", "whitespace", "lower", "canonicalize", "none"]
-TextPooling = Literal["end_token", "highest_id", "first_token"]
+TextPooling = Literal["end_token", "highest_id", "first_token", "last_token", "mean"]
 TextCase = Literal["lower", "kept"]
 TextPadding = Literal["longest", "context"]
 Side = Literal["left", "right"]
@@ -33,8 +33,8 @@ class TextSpec(Spec):
             without punctuation.
         adds_eos: the tokenizer itself ends every text with the end token, as encoders' do; chat models' do not.
         added_tokens: what the checkpoint's own code appends to its tokenizer, in order; the last ids of the vocabulary.
-        pooling: whose state stands for a text: that of the first `end_token_id`, of the highest id, or of the first
-            token.
+        pooling: whose state stands for a text: that of the first `end_token_id`, of the highest id, of the first
+            token, or of the last position, which may be padding; or the mean of all that is not padding.
         case: whether letters become lower case before they are tokenized.
         truncation_side: where a text that is too long is cut; the special tokens around it stay.
         padding: rows become as long as the longest of their batch, or as the context, whatever the batch.
