@@ -36,7 +36,7 @@ from vlm_export.models.openclip.config import (
 )
 from vlm_export.models.openclip.hf_text import hf_encoder, pooler_of, text_pad_id, text_vocab_size
 from vlm_export.models.openclip.hub_config import hub_config
-from vlm_export.models.openclip.towers import OpenClipEncoders, build_encoders, sees_padding
+from vlm_export.models.openclip.towers import OpenClipEncoders, build_encoders, reparameterise, sees_padding
 from vlm_export.models.openclip.weights import TEXT_MARKS, text_prefix, weight_table
 from vlm_export.models.reading.image_processor import with_chosen_size
 from vlm_export.models.reading.images import ImageExamples, apply_image_size, image_shape
@@ -96,6 +96,8 @@ class OpenClipFamily:
         architecture = _architecture(checkpoint, options)
         encoders = build_encoders(architecture)
         dropped = load_weights(encoders, checkpoint, _table(architecture, encoders, checkpoint), store)
+        if architecture.vision_cfg.timm_model_name:
+            reparameterise(encoders.vision)
         size = apply_image_size(encoders.vision, architecture.vision_cfg.image_edge, options)
         parts = tuple(_parts(architecture, encoders, size, dynamic_image_size=options.dynamic_image_size))
         image, origins = with_chosen_size(open_clip_image(checkpoint, architecture.vision_cfg.image_edge), size)

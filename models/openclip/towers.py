@@ -18,6 +18,7 @@ from vlm_export.models.layers.text_transformer import TextForm, TextPool, TextTr
 from vlm_export.models.layers.vit import VisionTransformer, VitForm
 from vlm_export.models.openclip.config import FILE, OpenClipArchitecture, TextConfig
 from vlm_export.models.openclip.hf_text import HfText, hf_encoder
+from vlm_export.models.reading.weights import origins_of, set_origins
 
 _POOLS: dict[str, TextPool] = {"argmax": "highest_id", "eos": "end_token", "first": "first", "last": "last"}
 
@@ -147,6 +148,29 @@ def fill_computed_tables(module: nn.Module) -> None:
         for name, table in missing.items():
             owner._buffers[name] = torch.empty_like(table, device="cpu")
         compute()
+
+
+def reparameterise(tower: nn.Module) -> None:
+    """Merges the branches that some of timm's encoders were trained with (FastViT of MobileCLIP), in place.
+
+    Where each merged weight comes from is noted for the ledger: from every tensor of the block that it stands for.
+    """
+    from timm.models import reparameterize_model
+
+    before = {name: origins_of(tensor) for name, tensor in tower.state_dict(keep_vars=True).items()}
+    with torch.no_grad():
+        reparameterize_model(tower, inplace=True)
+    merged = tower.state_dict(keep_vars=True)
+    gone = [name for name in before if name not in merged]
+    for name, tensor in merged.items():
+        if name in before:
+            continue
+        block = name.rpartition(".")[0]
+        while block and not any(old.startswith(f"{block}.") for old in gone):
+            block = block.rpartition(".")[0]
+        tensor.requires_grad_(False)
+        origins = (origin for old in gone if old.startswith(f"{block}.") for origin in before[old])
+        set_origins(tensor, tuple((key, f"{how}, merged with its block's") for key, how in origins))
 
 
 def text_form(architecture: OpenClipArchitecture) -> TextForm:

@@ -54,4 +54,5 @@ def shake(model: torch.nn.Module, seed: int) -> None:
             if name.endswith("running_mean"):
                 buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
             elif name.endswith("running_var"):
-                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
+                # Several branches are summed behind them.
+                buffer.copy_(4 + 4 * torch.rand(buffer.shape, generator=generator))

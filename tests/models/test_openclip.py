@@ -38,6 +38,7 @@ from vlm_export.runtime.inputs.images import preprocess_image
 from vlm_export.specs import ImageSpec
 from vlm_export.specs.tasks import EmbedSpec
 
+duals = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("dual_encoders.py"))))
 forms = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("open_clip_forms.py"))))
 CONFIG = forms.CONFIG
 TEXT = forms.TEXT
@@ -170,12 +171,16 @@ _BLOCKS = {"embed_dim": 48, "depth": 2, "num_heads": 3}
 _tiny("vit_base_patch16_siglip_224", **_BLOCKS)
 _tiny("eva02_base_patch16_clip_224", **_BLOCKS)
 _tiny("eva02_enormous_patch14_clip_224", embed_dim=48, depth=2, num_heads=3)
+_tiny("fastvit_mci0", layers=(1, 1, 2, 1), embed_dims=(16, 32, 64, 128))
+_tiny("fastvit_mci3", layers=(1, 1, 1, 1, 1), embed_dims=(8, 16, 32, 64, 128))
 _tiny("resnet50", layers=(1, 1, 1, 1), channels=(16, 16, 32, 64))
 _tiny("convnext_base", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32))
 TIMM_FORMS: dict[str, tuple[str, int, Config]] = {
     "siglip": ("tiny_vit_base_patch16_siglip_224", 224, {"timm_pool": "map", "timm_proj": "none"}),
     "eva02": ("tiny_eva02_base_patch16_clip_224", 224, {"timm_pool": "token", "timm_proj": None}),
     "eva02 enormous": ("tiny_eva02_enormous_patch14_clip_224", 224, {"timm_pool": "token", "timm_proj": None}),
+    "mobileclip": ("tiny_fastvit_mci0", 256, {"timm_pool": "avg", "timm_proj": None}),
+    "mobileclip 2": ("tiny_fastvit_mci3", 256, {"timm_pool": "avg", "timm_proj": None}),
     "convnext": ("tiny_convnext_base", 64, {"timm_pool": "", "timm_proj": "linear"}),
     "convnext, mlp": ("tiny_convnext_base", 64, {"timm_pool": "", "timm_proj": "mlp", "timm_proj_bias": True}),
     "resnet, attention pool": ("tiny_resnet50", 224, {"timm_pool": "abs_attn", "timm_proj": ""}),
@@ -197,6 +202,9 @@ def test_image_encoders_of_timm(
     pixels, ids = inputs(stated)
     expected = outputs_of(original, pixels, ids)[0]
     assert_same(graphs(replace(model, parts=model.parts[:1]), tmp_path, back_end, pixels)[0], expected)
+    # Branches are merged before the export. Rows of unit length, as they are compared with texts.
+    merged = eager(replace(model, parts=model.parts[:1]), pixels)[0]
+    assert_same(duals.unit(merged), duals.unit(expected), max_abs=1e-5)
     assert model.original is not None
     got = model.original.encoders["vision"]()({"pixel_values": pixels})["image_embeds"]
     np.testing.assert_allclose(got, expected, atol=1e-6)
@@ -447,7 +455,6 @@ def test_other_text_encoders_are_refused_by_name(name: str) -> None:
     assert name in str(caught.value)
 
 
-duals = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("dual_encoders.py"))))
 WITH_TOKENIZERS: dict[str, tuple[Config, Config, Config]] = {
     "sigmoid, canonical texts, longest edge": (
         {"no_causal_mask": True, "pool_type": "last", "proj_bias": True, "tokenizer_kwargs": {"clean": "canonicalize"}},
