@@ -17,6 +17,7 @@ FAMILIES = {
     "minicpmv": "vlm_export.models.minicpmv.family:MiniCpmVFamily",
     "omnilmm": "vlm_export.models.minicpmv.omnilmm:OmniLmmFamily",
     "blip": "vlm_export.models.blip.family:BlipFamily",
+    "siglip": "vlm_export.models.siglip.family:SiglipFamily",
     "nanovlm": "vlm_export.models.nanovlm.family:NanoVlmFamily",
 }
 

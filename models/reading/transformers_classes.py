@@ -15,12 +15,14 @@ TOKENIZER_CLASSES = frozenset(
     {
         *("BertTokenizer", "BertTokenizerFast", "CLIPTokenizer", "CLIPTokenizerFast", "GPT2Tokenizer"),
         *("GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"),
+        *("SiglipTokenizer", "Siglip2Tokenizer", "GemmaTokenizer", "GemmaTokenizerFast"),
         *("XLMRobertaTokenizer", "XLMRobertaTokenizerFast"),
     }
 )
 MODEL_TYPES = frozenset(
     {
         *("clip", "blip", "clip_text_model", "clip_vision_model", "llava"),
+        *("siglip", "siglip_text_model", "siglip_vision_model"),
         *("metaclip_2", "metaclip_2_text_model", "metaclip_2_vision_model"),
     }
 )

@@ -35,7 +35,6 @@ _TITLES: Mapping[str, str] = {
     "owlvit": "OWL-ViT",
     "paligemma": "PaliGemma",
     "roberta": "RoBERTa",
-    "siglip": "SigLIP",
     "siglip2": "SigLIP 2",
     "vilt": "ViLT",
     "vision-text-dual-encoder": "a dual encoder of two other models",
@@ -56,6 +55,10 @@ _CLASSES: Mapping[str, tuple[str, str]] = {
     "CLIPForImageClassification": (
         "CLIP's image encoder with a classifier instead of its projection",
         "export the CLIPModel that it was made from; what its classifier says is not exported",
+    ),
+    "SiglipForImageClassification": (
+        "SigLIP's image encoder with a classifier instead of its pooling",
+        "export the SiglipModel that it was made from; what its classifier says is not exported",
     ),
     "BlipModel": (
         "BLIP without its heads",
@@ -93,8 +96,6 @@ _DISTINCT: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Kosmos-2", (r"(^|\.)image_to_text_projection\.",)),
     ("ViLT", (r"(^|\.)embeddings\.text_embeddings\.", r"(^|\.)embeddings\.patch_embeddings\.")),
     ("OWL-ViT or OWLv2", (r"(^|\.)vision_model\.pre_layernorm\.", r"(^|\.)text_model\.")),
-    ("SigLIP or SigLIP 2", (r"(^|\.)vision_model\.head\.probe$",)),
-    ("SigLIP's image encoder", (r"^head\.probe$",)),
     ("EVA-CLIP", (r"(^|\.)visual\.blocks\.N\.attn\.",)),
     ("FLAVA", (r"(^|\.)image_to_mm_projection\.",)),
     ("CLAP", (r"(^|\.)audio_(model|projection|branch)\.",)),

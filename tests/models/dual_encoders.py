@@ -138,10 +138,19 @@ def assert_images_equal(source: Path, bundle: Any, encode: Callable[[Any], Any],
     return pixels
 
 
-def assert_texts_equal(source: Path, bundle: Any, encode: Callable[[Any], Any], length: int) -> Any:
+def assert_texts_equal(
+    source: Path, bundle: Any, encode: Callable[[Any], Any], length: int, *, padding: bool | str = True
+) -> Any:
     """Ids, and embeddings in batches of one and of several; returns the original's inputs."""
     tokenize = AutoTokenizer.from_pretrained(source)
-    inputs = tokenize(list(TEXTS), padding=True, truncation=True, max_length=length, return_tensors="pt")
+    inputs = tokenize(
+        list(TEXTS),
+        padding=padding,
+        truncation=True,
+        max_length=length,
+        return_tensors="pt",
+        return_attention_mask=True,
+    )
     rows = [row[mask == 1].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
     assert bundle.session.tokenizer.encode_rows(TEXTS, truncate=True) == rows
     with torch.inference_mode():

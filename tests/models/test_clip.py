@@ -21,7 +21,7 @@ from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint, Model, Part, StoredTensorInfo
 from vlm_export.models.clip import family as clip
 from vlm_export.models.clip import weights as clip_weights
-from vlm_export.models.clip.architecture import CLIP_NAMES, architecture_from_huggingface, architecture_from_openai
+from vlm_export.models.clip.architecture import architecture_from_huggingface, architecture_from_openai
 from vlm_export.models.clip.encoders import build_encoders
 from vlm_export.models.clip.family import ClipFamily
 from vlm_export.models.layers.vit_weights import HUGGINGFACE_BLOCK
@@ -373,4 +373,6 @@ def test_transformers_reference_is_loaded_strictly(tmp_path: Path, make_huggingf
     fewer = {key: info for key, info in checkpoint.tensors.items() if "k_proj" not in key}
     broken = Checkpoint(checkpoint.source, checkpoint.format, (), fewer, checkpoint.read, checkpoint.config)
     with pytest.raises(RuntimeError, match="k_proj"):
-        clip._transformers_reference(broken, architecture_from_huggingface(checkpoint), CLIP_NAMES, model.parts[0])
+        clip._transformers_reference(
+            broken, architecture_from_huggingface(checkpoint), ClipFamily.library, model.parts[0]
+        )

@@ -30,8 +30,7 @@ MIT = {f"mit_{key}": value for key, value in SIZES.items()}
 GROUPS = {"depths": [1, 1], "num_group_tokens": [4, 0], "num_output_groups": [4, 2]}
 # Class of transformers → its configuration beyond two ordinary towers, and what its key names alone are called.
 OTHERS: Mapping[str, tuple[dict[str, Any], str]] = {
-    "SiglipModel": ({}, "SigLIP"),
-    "Siglip2Model": ({"vision_config": {**SIZES, "num_patches": 4, "patch_size": 16}}, "SigLIP 2"),
+    "Siglip2Model": ({"vision_config": {**SIZES, "num_patches": 4, "patch_size": 16}}, ""),
     "ChineseCLIPModel": ({"projection_dim": 16}, "Chinese-CLIP"),
     "AltCLIPModel": ({"projection_dim": 16, "text_config": {**TEXT, "project_dim": 16}}, "AltCLIP"),
     "CLIPSegForImageSegmentation": (

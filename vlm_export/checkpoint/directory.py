@@ -50,6 +50,7 @@ SIDE_FILES = (
     "vocab.json",
     "merges.txt",
     "vocab.txt",
+    "spiece.model",
     "preprocessor_config.json",
     "processor_config.json",
 )

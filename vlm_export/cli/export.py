@@ -62,7 +62,9 @@ def add_parser(verbs: Any) -> None:
 def _add_source_options(parser: argparse.ArgumentParser) -> None:
     tokenizer = parser.add_mutually_exclusive_group()
     tokenizer.add_argument(
-        "--tokenizer", metavar="PATH", help="tokenizer.json, BPE merges, WordPiece vocab.txt, or a directory with one"
+        "--tokenizer",
+        metavar="PATH",
+        help="tokenizer.json, BPE merges, WordPiece vocab.txt, SentencePiece spiece.model, or a directory with one",
     )
     tokenizer.add_argument("--no-tokenizer", action="store_true", help="a bundle that takes token ids only")
     source = parser.add_argument_group("source")

@@ -40,7 +40,7 @@ from vlm_export.original import (
 _IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "vocab.txt"),
+    *("vocab.json", "merges.txt", "vocab.txt", "spiece.model"),
 )
 _CODE_KEYS = frozenset({"auto_map", "chat_template", "custom_pipelines", "trust_remote_code", "tokenizer_file"})
 # SimpleTokenizer's own pattern, after the names of the special tokens.
@@ -161,7 +161,7 @@ def checked_copies(
 
 def transformers_tokenizer(folder: Path, context_length: int, added_tokens: Sequence[str] = ()) -> TextPreparation:
     """AutoTokenizer on a directory of checked files, with the special tokens that the original's code adds."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")):
         raise NotRunError("texts: the checkpoint has no tokenizer files")
     auto = _transformers("AutoTokenizer")
     tokenizer = auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -26,6 +26,7 @@ from vlm_export.exporting.contract import prove_contract, sides_of
 from vlm_export.exporting.fp16_proof import rounded_points, unrounded_report
 from vlm_export.exporting.ledger import account_for, folded_sources
 from vlm_export.exporting.options import FP32, ExportOptions, Precision
+from vlm_export.exporting.originals import quiet_transformers
 from vlm_export.exporting.parts import check_images, needed_bytes, planned_parts, select_parts
 from vlm_export.exporting.preprocessing_part import add_preprocessing
 from vlm_export.exporting.published_files import json_bytes
@@ -209,7 +210,7 @@ class _Job:
     ) -> tuple[PartRecord, tuple[PartReport, ...], tuple[GraphLedger, ...]]:
         part = exported.part
         verification = PartVerification(part, model, known, part_samples(part, model, tokenizer, self.options.images))
-        with self.stages.stage(f"load reference of {part.name}"):
+        with self.stages.stage(f"load reference of {part.name}"), quiet_transformers():
             reference = verification.load_reference()
         results = [
             self._verify_variant(written, exported.raw, verification, reference, staging)

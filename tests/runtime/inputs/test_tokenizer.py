@@ -102,6 +102,17 @@ def test_normalizers_that_swell_texts_are_refused(opened: Callable[..., Tokenize
         opened(normalizer=normalizer)
 
 
+@pytest.mark.parametrize("pattern", ["a*", "a?", "a{0,2}", "a|", "(?=a)", "[ab]*", r"\z", "(a)*", "(?<=b)a*", "a|b*"])
+def test_a_pattern_that_may_match_nothing_swells_texts(opened: Callable[..., Tokenizer], pattern: str) -> None:
+    with pytest.raises(InputError, match="normalizer makes texts too long"):
+        opened(normalizer=replacements(*["a"] * 12, pattern=pattern))
+
+
+@pytest.mark.parametrize("pattern", ["a", "[a-c]+", "a{2,}", "(?<=b)a(?=c)", r"a\z", r"[\t-\r ]+", r"b*\Ka(?!b)"])
+def test_a_pattern_that_matches_a_character_swells_none(opened: Callable[..., Tokenizer], pattern: str) -> None:
+    assert opened(normalizer=replacements(*["a"] * 12, pattern=pattern))
+
+
 @pytest.mark.parametrize(
     "model",
     [

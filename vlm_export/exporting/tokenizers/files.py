@@ -29,6 +29,7 @@ from vlm_export.exporting.tokenizers.parts import (
     JSON,
     MERGES,
     OPEN_CLIP_MERGES,
+    PIECES,
     SPECIAL_TOKENS,
     TOKENIZER_FILES,
     VOCAB,
@@ -62,8 +63,8 @@ _KEPT = (
 _TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _SPECIAL_FIELDS = (*_TOKENS, "additional_special_tokens")
 _FIX = (
-    "pass --tokenizer PATH (a tokenizer.json, BPE merges, BERT's vocab.txt, or a directory that holds them) or "
-    "--no-tokenizer"
+    "pass --tokenizer PATH (a tokenizer.json, BPE merges, BERT's vocab.txt, spiece.model, or a directory that holds "
+    "one) or --no-tokenizer"
 )
 _CHAT_FIX = (
     "pass --tokenizer PATH (the tokenizer.json of the model that the checkpoint's config names as lm_tokenizer, or its "
@@ -98,8 +99,9 @@ def resolve_tokenizer(
 
     Args:
         checkpoint: its `side_files` are used unless `option` is given.
-        option: path of a tokenizer.json, of BPE merges (.txt, .txt.gz), of a WordPiece vocabulary (.txt), or of a
-            directory with tokenizer.json, with vocab.json and merges.txt, or with vocab.txt.
+        option: path of a tokenizer.json, of BPE merges (.txt, .txt.gz), of a WordPiece vocabulary (.txt), of a
+            SentencePiece model (.model), or of a directory with tokenizer.json, with vocab.json and merges.txt, with
+            vocab.txt, or with spiece.model.
         text_spec: what the tokenizer has to fit.
         reserved_rows: as in Model.
 
@@ -187,7 +189,7 @@ def _transformers_tokenizer(
         )
     if not _is_complete(sources):
         raise _no_tokenizer(option or checkpoint.source, spec)
-    path = next(sources[name] for name in (JSON, VOCAB, VOCAB_TEXT, OPEN_CLIP_MERGES) if name in sources)
+    path = next(sources[name] for name in (PIECES, JSON, VOCAB, VOCAB_TEXT, OPEN_CLIP_MERGES) if name in sources)
     if JSON in sources:
         bounded_tokenizer(text_of(path), str(path))
     stated = (checkpoint.config or {}).get("model_type") if option is None else None
@@ -251,7 +253,8 @@ def _published(
         **named,
         **({"additional_special_tokens": extra} if extra else {}),
         "model_max_length": spec.context_length,
-        "model_input_names": ["input_ids", "attention_mask"],
+        # A model that pools the last position reads its padding, so that a mask would change what it says.
+        "model_input_names": ["input_ids", *([] if spec.pooling == "last_token" else ["attention_mask"])],
         **({"truncation_side": spec.truncation_side} if spec.truncation_side != "right" else {}),
     }
     for name in dict.fromkeys((library.class_name, AS_IT_STANDS)):
@@ -275,7 +278,7 @@ def _ids(tokenizer: Any, spec: TextSpec, where: str) -> TokenizerIds:
 
 
 def _is_complete(sources: Mapping[str, Path]) -> bool:
-    one = any(name in sources for name in (JSON, VOCAB_TEXT, OPEN_CLIP_MERGES))
+    one = any(name in sources for name in (JSON, VOCAB_TEXT, OPEN_CLIP_MERGES, PIECES))
     return one or (VOCAB in sources and MERGES in sources)
 
 
@@ -288,7 +291,8 @@ def _no_tokenizer(where: str, spec: TextSpec) -> UsageError:
     return UsageError(
         "there is no tokenizer for this checkpoint",
         where=where,
-        expected="tokenizer.json, or vocab.json and merges.txt, or vocab.txt, or an installed open_clip_torch",
+        expected="tokenizer.json, or vocab.json and merges.txt, or vocab.txt, or spiece.model, or an installed "
+        "open_clip_torch",
         got=f"none of them that fits a vocabulary of {spec.vocab_size}",
         fix=_BERT_FIX if 0 <= spec.vocab_size - BERT_VOCAB_SIZE <= 2 else _FIX,
     )
@@ -330,6 +334,8 @@ def _files_from_option(path: Path) -> dict[str, Path]:
         raise UsageError("--tokenizer names nothing that can be read", where=str(path), got=got, fix=_FIX)
     if path.suffix == ".json":
         return {JSON: path}
+    if path.suffix == ".model":
+        return {PIECES: path}
     wordpiece = path.name == VOCAB_TEXT or is_wordpiece_vocab(read_bounded(path))
     return {VOCAB_TEXT if wordpiece else OPEN_CLIP_MERGES: path}
 

@@ -5,7 +5,8 @@ builds CLIPTokenizer and BertTokenizer anew from the vocabulary and ignores the 
 tokens of added_tokens.json, and reads special_tokens_map.json only where tokenizer_config.json has no
 added_tokens_decoder. So the library's own class decides. It is taken by name from an allow-list and built in a
 directory of its own from checked copies of the files: no field that names code, a template or a path is copied, and the
-result is bounded by `runtime.inputs.tokenizer` as any other.
+result is bounded by `runtime.inputs.tokenizer` as any other. A class that splits texts in Python over a SentencePiece
+model has its steps written out by `sentencepiece`.
 
 Source: transformers 5.23, `AutoTokenizer.from_pretrained` (models/auto/tokenization_auto.py), `_from_pretrained`
 (tokenization_utils_base.py), `TokenizersBackend` (tokenization_utils_tokenizers.py).
@@ -21,15 +22,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from vlm_export.errors import EnvironmentFailure, InputError
-from vlm_export.exporting.tokenizers.openai_bpe import VOCAB_SIZE, vocab_from_bpe_merges
+from vlm_export.exporting.tokenizers.openai_bpe import VOCAB_SIZE, read_bounded, vocab_from_bpe_merges
 from vlm_export.exporting.tokenizers.parts import (
     ADDED_TOKENS,
     CONFIG,
     JSON,
     MERGES,
     OPEN_CLIP_MERGES,
+    PIECES,
     SPECIAL_TOKENS,
+    TOKENIZER_FILES,
     VOCAB,
     VOCAB_TEXT,
     added_tokens_checked,
@@ -39,6 +44,7 @@ from vlm_export.exporting.tokenizers.parts import (
     vocab_checked,
     wordpieces_checked,
 )
+from vlm_export.exporting.tokenizers.sentencepiece import canonical_tokenizer_json, checked_pieces
 from vlm_export.runtime.inputs.tokenizer import named_failures
 from vlm_export.specs import Side
 
@@ -47,7 +53,9 @@ AS_IT_STANDS = "TokenizersBackend"
 
 PUBLISHED_AS_IT_STANDS = "PreTrainedTokenizerFast"
 
-# Each builds a Rust tokenizer from the files below alone.
+# Splits texts in Python, over a SentencePiece model.
+_CANONICAL = "SiglipTokenizer"
+# Each other one builds a Rust tokenizer from the files below alone.
 _CLASSES = (
     "CLIPTokenizer",
     "BertTokenizer",
@@ -55,6 +63,9 @@ _CLASSES = (
     "Qwen2Tokenizer",
     "RobertaTokenizer",
     "XLMRobertaTokenizer",
+    "GemmaTokenizer",
+    "Siglip2Tokenizer",
+    _CANONICAL,
     AS_IT_STANDS,
 )
 _GENERIC = ("PreTrainedTokenizer", "PreTrainedTokenizerFast", "PythonBackend", AS_IT_STANDS)
@@ -105,29 +116,68 @@ def library_tokenizer(
     """
     config = fields_checked(sources[CONFIG]) if CONFIG in sources else {}
     name = _class_name(config.pop("tokenizer_class", None), model_type, sources, where)
+    if name == _CANONICAL:
+        sources = _only_pieces(sources, where)
     with tempfile.TemporaryDirectory(prefix="vlm-export-tokenizer-") as folder:
         for file, content in _copies(sources, config, rows).items():
             (Path(folder) / file).write_bytes(content)
         with named_failures(f"transformers cannot build a {name} from the tokenizer's files", where), _quiet():
-            return _read(_class(name).from_pretrained(folder, local_files_only=True), where)
+            tokenizer = _class(name).from_pretrained(folder, local_files_only=True)
+            return _read(tokenizer, _canonical(tokenizer, sources) if name == _CANONICAL else _rust(tokenizer), where)
 
 
 def reads_back(files: Mapping[str, bytes], class_name: str) -> bool:
-    """Whether that class, which may build a tokenizer anew, makes of a bundle's files the tokenizer.json in them."""
+    """Whether that class, which may build a tokenizer anew, makes of a bundle's files the tokenizer.json in them.
+
+    What is in tokenizer.json is what `tokenizers` reads from it: its reader takes scores of unigrams to the nearest
+    double but one.
+    """
+    stands = Tokenizer.from_str(files[JSON].decode()).to_str()
     with tempfile.TemporaryDirectory(prefix="vlm-export-tokenizer-") as folder:
         for file, content in files.items():
             (Path(folder) / file).write_bytes(content)
         try:
             with named_failures("not this class", folder), _quiet():
-                back = _class(class_name).from_pretrained(folder, local_files_only=True).backend_tokenizer
-                back.no_truncation()
-                back.no_padding()
-                return bool(json.loads(back.to_str()) == json.loads(files[JSON]))
+                back = _rust(_class(class_name).from_pretrained(folder, local_files_only=True))
+                return bool(json.loads(back) == json.loads(stands))
         except InputError:
             return False
 
 
-def _read(tokenizer: Any, where: str) -> LibraryTokenizer:
+def _rust(tokenizer: Any) -> str:
+    """The content of tokenizer.json, without truncation and padding."""
+    rust = tokenizer.backend_tokenizer
+    rust.no_truncation()
+    rust.no_padding()
+    text: str = rust.to_str()
+    return text
+
+
+def _only_pieces(sources: Mapping[str, Path], where: str) -> dict[str, Path]:
+    """The files that a class over a SentencePiece model reads; InputError without the model, or with another one."""
+    if PIECES not in sources:
+        raise InputError(
+            f"{_CANONICAL} reads a SentencePiece model, which is not there",
+            where=where,
+            expected=PIECES,
+            got=", ".join(name for name in TOKENIZER_FILES if name in sources),
+            fix=f"get {PIECES} from the checkpoint's publisher; or, where tokenizer.json says all, state "
+            f"{PUBLISHED_AS_IT_STANDS} as the tokenizer_class in {CONFIG}",
+        )
+    checked_pieces(sources[PIECES])
+    return {name: path for name, path in sources.items() if name not in (JSON, VOCAB, MERGES, VOCAB_TEXT)}
+
+
+def _canonical(tokenizer: Any, sources: Mapping[str, Path]) -> str:
+    return canonical_tokenizer_json(
+        sources[PIECES],
+        lowers=tokenizer.do_lower_case,
+        end=tokenizer.eos_token,
+        added=tokenizer.added_tokens_decoder,
+    )
+
+
+def _read(tokenizer: Any, text: str, where: str) -> LibraryTokenizer:
     if tokenizer.split_special_tokens:
         raise InputError(
             "the tokenizer splits the strings of special tokens, which tokenizer.json cannot say",
@@ -136,9 +186,6 @@ def _read(tokenizer: Any, where: str) -> LibraryTokenizer:
             got="true",
             fix="take the field out; texts with the strings of special tokens are then read as these tokens",
         )
-    rust = tokenizer.backend_tokenizer
-    rust.no_truncation()
-    rust.no_padding()
     limit = tokenizer.model_max_length
     if isinstance(limit, bool) or not isinstance(limit, int | float) or limit < 1:
         raise InputError(
@@ -150,7 +197,7 @@ def _read(tokenizer: Any, where: str) -> LibraryTokenizer:
         )
     named = {key: getattr(tokenizer, key) for key in _NAMED_TOKENS}
     return LibraryTokenizer(
-        json=rust.to_str(),
+        json=text,
         class_name=type(tokenizer).__name__,
         tokens={key: str(token) for key, token in named.items() if token is not None},
         extra_tokens=tuple(str(token) for token in tokenizer.extra_special_tokens),
@@ -172,7 +219,9 @@ def _class_name(stated: Any, model_type: str | None, sources: Mapping[str, Path]
         )
     transformers = _transformers()
     registered = _registered(model_type)
-    name = (stated or registered or _class_of_files(sources)).removesuffix("Fast")
+    name = (_known_better(model_type, registered) or stated or registered or _class_of_files(sources)).removesuffix(
+        "Fast"
+    )
     if name in _GENERIC or (stated is not None and name != registered and name not in dir(transformers)):
         return AS_IT_STANDS
     if name not in _CLASSES:
@@ -196,7 +245,16 @@ def _registered(model_type: str | None) -> str | None:
     return None if name is None else str(name).removesuffix("Fast")
 
 
+def _known_better(model_type: str | None, registered: str | None) -> str | None:
+    """The registered class, where transformers knows that published files of this type state a wrong one."""
+    from transformers.models.auto.tokenization_auto import MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
+
+    return registered if model_type in MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS else None
+
+
 def _class_of_files(sources: Mapping[str, Path]) -> str:
+    if PIECES in sources:
+        return _CANONICAL
     if JSON in sources:
         return AS_IT_STANDS
     return "BertTokenizer" if VOCAB_TEXT in sources else "CLIPTokenizer"
@@ -211,6 +269,8 @@ def _copies(sources: Mapping[str, Path], config: Mapping[str, Any], rows: int) -
         copies[SPECIAL_TOKENS] = _bytes(fields_checked(sources[SPECIAL_TOKENS]))
     if JSON in sources:
         return {**copies, JSON: text_of(sources[JSON]).encode()}
+    if PIECES in sources:
+        copies[PIECES] = read_bounded(sources[PIECES])
     if ADDED_TOKENS in sources:
         copies[ADDED_TOKENS] = _bytes(added_tokens_checked(sources[ADDED_TOKENS]))
     if VOCAB_TEXT in sources:

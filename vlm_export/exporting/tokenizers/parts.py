@@ -19,8 +19,8 @@ JSON = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
-VOCAB, MERGES, VOCAB_TEXT = "vocab.json", "merges.txt", "vocab.txt"
-TOKENIZER_FILES = (JSON, CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, VOCAB, MERGES, VOCAB_TEXT)
+VOCAB, MERGES, VOCAB_TEXT, PIECES = "vocab.json", "merges.txt", "vocab.txt", "spiece.model"
+TOKENIZER_FILES = (JSON, CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, VOCAB, MERGES, VOCAB_TEXT, PIECES)
 OPEN_CLIP_MERGES = "bpe_simple_vocab_16e6.txt.gz"
 
 MAX_ADDED_TOKENS = 1 << 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
@@ -23,6 +24,10 @@ MAX_TOKEN_CHARACTERS = 256
 
 _MAX_STEPS = 64
 _MANY = 10**9
+# One character or class of them, at least once, perhaps only in some places: no match of such a pattern is empty.
+_ONE = r"(?:\[(?:\\.|[^\[\]\\&])+\]|[^\\\[\](){}.*+?|^$])"
+_BEFORE, _AFTER = r"(?:\\A|\(\?<[=!][^()]*\)|[^()|]*\\K)?", r"(?:\\z|\(\?[=!][^()]*\))?"
+_CONSUMES = re.compile(rf"{_BEFORE}{_ONE}(?:\+|\{{[1-9][0-9]{{0,3}},?\}})?{_AFTER}", re.DOTALL)
 _RIGHT_TOKENIZER = "use the tokenizer that the checkpoint was trained with"
 
 
@@ -155,8 +160,10 @@ def _growth(step: Mapping[str, Any]) -> int:
         case "Replace":
             (pattern,) = step["pattern"].items()
             kind, found, made = pattern[0], len(pattern[1]), len(step["content"])
-            # A regular expression may match the empty text before every character.
-            return made + 1 if kind == "Regex" or not found else max(1, -(-made // found))
+            if kind == "Regex":
+                # It may match the empty text before every character, unless it is of the simplest kind.
+                return max(1, made) if _CONSUMES.fullmatch(pattern[1]) else made + 1
+            return max(1, -(-made // found)) if found else made + 1
         case "Prepend":
             return 1 + len(step["prepend"])
         case "Precompiled":
