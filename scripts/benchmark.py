@@ -14,11 +14,23 @@ Without --bundle, one of ViT-B/32 with random weights is exported for the measur
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benchmarks import caption, chat, export, resample, start, text
-from benchmarks.report import REPORTS, write_report
+from benchmarks.report import REPORTS, Report, write_report
+
+MEASURES: dict[str, Callable[..., Report]] = {
+    "export": export.measure,
+    "text": text.measure,
+    "start": start.measure,
+    "resample": resample.measure,
+    "caption": caption.measure,
+    "chat": chat.measure,
+}
 
 EXPORT_NAMES = ("clip-vit-b-32", "clip-rn50", "clip-vit-l-14-336px")
 PAIR_NAME = "clip-vit-b-32"
@@ -35,43 +47,35 @@ def main(arguments: list[str] | None = None) -> int:
     exporting.add_argument("--names", nargs="+", default=EXPORT_NAMES, metavar="NAME", help="names from configs/")
     exporting.add_argument("--precision", nargs="+", default=(), metavar="P", help="variants (default: the export's)")
     exporting.add_argument("--part", nargs="+", default=(), metavar="PART", help="only these parts (default: all)")
-    exporting.add_argument("--report", default="export", metavar="NAME", help="of the files (default: export)")
-    for kind, rounds in (("text", 21), ("start", 5)):
-        measured = kinds.add_parser(kind)
-        measured.add_argument("--name", default=PAIR_NAME, help=f"name from configs/ (default: {PAIR_NAME})")
-        measured.add_argument("--bundle", type=Path, help="measure this bundle of it")
-        measured.add_argument("--rounds", type=int, default=rounds, help=f"default: {rounds}")
-    resampling = kinds.add_parser("resample")
-    resampling.add_argument("--rounds", type=int, default=21, help="default: 21")
-    # With more, each library's idle threads keep the cores busy that the other one is measured on.
-    resampling.add_argument("--threads", type=int, default=1, help="of torch and of the engine (default: 1)")
-    captioning = kinds.add_parser("caption")
-    captioning.add_argument("--name", default=CAPTION_NAME, help=f"an -hf name from configs/ (default: {CAPTION_NAME})")
-    captioning.add_argument("--bundle", type=Path, help="measure this bundle of it, exported with --random-weights 0")
-    captioning.add_argument("--rounds", type=int, default=9, help="default: 9")
-    captioning.add_argument("--threads", type=int, default=1, help="of torch and of the engine (default: 1)")
-    chatting = kinds.add_parser("chat")
-    chatting.add_argument("--name", default=CHAT_NAME, help=f"name from configs/ (default: {CHAT_NAME})")
-    chatting.add_argument("--bundle", type=Path, help="measure this bundle of it, exported with --random-weights 0")
-    chatting.add_argument("--rounds", type=int, default=9, help="default: 9")
-    chatting.add_argument("--threads", type=int, default=2, help="of torch and of the engine (default: 2)")
+    # With more threads, each library's idle ones keep the cores busy that the other one is measured on.
+    _add(kinds, "resample", None, rounds=21, threads=1)
+    _add(kinds, "text", PAIR_NAME, rounds=21)
+    _add(kinds, "start", PAIR_NAME, rounds=5)
+    _add(kinds, "caption", CAPTION_NAME, rounds=9, threads=1)
+    chatting = _add(kinds, "chat", CHAT_NAME, rounds=9, threads=2)
     chatting.add_argument("--prompt-tokens", type=int, default=12, help="of text, besides the image's (default: 12)")
     chatting.add_argument("--new-tokens", type=int, default=32, help="default: 32")
-    chatting.add_argument("--report", default="chat", metavar="NAME", help="of the files (default: chat)")
-    args = parser.parse_args(arguments)
-    if args.kind == "export":
-        report = export.measure(args.names, args.precision, args.part, args.report)
-    elif args.kind == "resample":
-        report = resample.measure(args.rounds, args.threads)
-    elif args.kind == "caption":
-        report = caption.measure(args.name, args.bundle, args.rounds, args.threads)
-    elif args.kind == "chat":
-        prompt = chat.Prompt(args.prompt_tokens, args.new_tokens)
-        report = chat.measure(args.name, args.bundle, args.rounds, args.threads, prompt, args.report)
-    else:
-        report = (text if args.kind == "text" else start).measure(args.name, args.bundle, args.rounds)
-    print(write_report(report, args.output))
+    for each in kinds.choices.values():
+        each.add_argument("--report", metavar="NAME", help="of the files (default: that of the benchmark)")
+    options = vars(parser.parse_args(arguments))
+    output, kind, name = options.pop("output"), options.pop("kind"), options.pop("report")
+    report: Report = MEASURES[kind](**options)
+    words = arguments or sys.argv[1:]
+    command = shlex.join(["python", "scripts/benchmark.py", *words[words.index(kind) :]])
+    print(write_report(report, output, name or kind, command))
     return 0 if report.reached else 1
+
+
+def _add(kinds: Any, kind: str, name: str | None, *, rounds: int, threads: int | None = None) -> Any:
+    """A benchmark, with the defaults of its options; None: it has no such option."""
+    parser = kinds.add_parser(kind)
+    if name is not None:
+        parser.add_argument("--name", default=name, help=f"from configs/ (default: {name})")
+        parser.add_argument("--bundle", type=Path, help="measure this bundle of it, exported with --random-weights 0")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"default: {rounds}")
+    if threads is not None:
+        parser.add_argument("--threads", type=int, default=threads, help=f"of each library (default: {threads})")
+    return parser
 
 
 if __name__ == "__main__":

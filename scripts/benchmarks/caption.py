@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +14,10 @@ import numpy.typing as npt
 import torch
 from transformers import BlipConfig, BlipForConditionalGeneration
 
-from benchmarks.export import export_random
-from benchmarks.report import Bars, Report, Table
+from benchmarks.measuring import bundle_or_random, interleaved, random_original, ratio
+from benchmarks.report import Bars, Report, table
 from vlm_export import Model, load
-from vlm_export.checkpoint.random import random_checkpoint
-from vlm_export.checkpoint.sources.known import load_known
 from vlm_export.family import Checkpoint
-from vlm_export.models.registry import load_family
 from vlm_export.runtime.generation.cross_attention_decoder import CrossAttentionState
 from vlm_export.runtime.generation.loop import generate
 from vlm_export.runtime.generation.options import GenerationOptions
@@ -42,30 +37,18 @@ Rows = list[list[int]]
 def measure(name: str, bundle: Path | None, rounds: int, threads: int) -> Report:
     """Both sides in turn, `rounds` times for each batch size and number of beams, from the same image tokens."""
     torch.set_num_threads(threads)
-    with TemporaryDirectory() as folder:
-        if bundle is None:
-            bundle = Path(folder) / name
-            export_random(name, bundle, "--no-tokenizer")
-        model = load(bundle, threads=threads)
-        contest = Contest(model, build_original(name, Path(folder) / "random.safetensors"))
+    with bundle_or_random(name, bundle) as directory, TemporaryDirectory() as folder:
+        original = random_original(name, Path(folder) / "random.safetensors")
+        contest = Contest(load(directory, threads=threads), model_from_checkpoint(original))
         results = [contest.measure(batch, beams, rounds) for batch in BATCHES for beams in BEAMS]
     return report_from_results(name, results, rounds, threads)
 
 
-def build_original(name: str, path: Path) -> BlipForConditionalGeneration:
-    """transformers' model with the weights that `--random-weights 0` gives a config of Hugging Face key names."""
-    known = load_known(name)
-    family = load_family(known.family)
-    config = family.published_config(known.architecture)
-    if config is None:
-        raise SystemExit(f"{name} has no config.json: name a config that ends in -hf")
-    checkpoint = random_checkpoint(name, family.published_tensors(known.architecture), 0, path, config)
-    return model_from_checkpoint(checkpoint)
-
-
 def model_from_checkpoint(checkpoint: Checkpoint) -> BlipForConditionalGeneration:
     """The checkpoint's weights in transformers' class, in eval mode."""
-    config = dict(checkpoint.config or {})
+    if checkpoint.config is None:
+        raise SystemExit(f"{checkpoint.source} has no config.json: name a config that ends in -hf")
+    config = dict(checkpoint.config)
     sections = {key: value for key, value in config.items() if key in ("text_config", "vision_config")}
     model = BlipForConditionalGeneration(BlipConfig(**sections)).eval()
     weights = {key: checkpoint.read(key) for key in checkpoint.tensors}
@@ -94,24 +77,22 @@ class Contest:
     def measure(self, batch: int, beams: int, rounds: int) -> dict[str, Any]:
         """Seconds of both, interleaved, after one run of each that must give the same ids."""
         tokens, prompt = self._image_tokens(batch), self._prompt(batch)
-        sides: tuple[Callable[[], Rows], ...] = (
-            lambda: self._generate(tokens, prompt, beams),
-            lambda: self._generate_originally(tokens, prompt, beams),
-        )
-        rows, original_rows = (side() for side in sides)
-        times = [tuple(map(_seconds, sides)) for _ in range(rounds)]
-        print(f"batch {batch}, {beams} beams: {rounds} rounds", file=sys.stderr)
+        sides: dict[str, Callable[[], Rows]] = {
+            "ours": lambda: self._generate(tokens, prompt, beams),
+            "theirs": lambda: self._generate_originally(tokens, prompt, beams),
+        }
+        equal = sides["ours"]() == sides["theirs"]()
+        times = interleaved(sides, rounds, f"batch {batch}, {beams} beams")
         made = batch * (MAX_LENGTH - prompt.shape[1])
-        ours, theirs = (median(pair[i] for pair in times) for i in range(2))
         return {
             "batch": batch,
             "beams": beams,
             "tokens": made,
-            "ids_equal": rows == original_rows,
-            "tokens_per_s": made / ours,
-            "original_tokens_per_s": made / theirs,
-            "ratio": median(second / first for first, second in times),
-            "seconds": times,
+            "ids_equal": equal,
+            "tokens_per_s": made / median(times["ours"]),
+            "original_tokens_per_s": made / median(times["theirs"]),
+            "ratio": ratio(times["theirs"], times["ours"]),
+            "seconds": list(zip(*times.values(), strict=True)),
         }
 
     def _image_tokens(self, batch: int) -> Floats:
@@ -150,47 +131,32 @@ class Contest:
         return found
 
 
-def _seconds(side: Callable[[], Rows]) -> float:
-    start = time.perf_counter()
-    side()
-    return time.perf_counter() - start
-
-
 def report_from_results(name: str, results: Sequence[Mapping[str, Any]], rounds: int, threads: int) -> Report:
     """The page of measurements that `Contest.measure` returned."""
     slowest = min(result["ratio"] for result in results)
     equal = all(result["ids_equal"] for result in results)
     rows = [
-        (
-            _label(result),
-            f"{result['tokens_per_s']:.1f}",
-            f"{result['original_tokens_per_s']:.1f}",
-            f"{result['ratio']:.2f}",
-            "yes" if result["ids_equal"] else "no",
-        )
-        for result in results
+        {**result, "label": _label(result), "same_ids": "yes" if result["ids_equal"] else "no"} for result in results
     ]
+    columns = {
+        "": "{label}",
+        "tokens/s": "{tokens_per_s:.1f}",
+        "transformers, tokens/s": "{original_tokens_per_s:.1f}",
+        "ratio": "{ratio:.2f}",
+        "same ids": "{same_ids}",
+    }
     bars = [
         (f"{_label(result)}, {side}", result[key])
         for result in results
         for side, key in (("this project", "tokens_per_s"), ("transformers", "original_tokens_per_s"))
     ]
-    header = ("", "tokens/s", "transformers, tokens/s", "ratio", "same ids")
+    title = f"{name}, random weights, {threads} threads, from image tokens to {MAX_LENGTH} tokens with the prompt"
     return Report(
-        name="caption",
         title="Captions: the cached decoder",
         goal=f"at least {GOAL_RATIO:g} times the tokens per second of transformers' generate, with the same ids.",
         reached=slowest >= GOAL_RATIO and equal,
         conclusion=f"at least {slowest:.2f} times, ids {'equal' if equal else 'differ'}.",
-        command=f"python scripts/benchmark.py caption --name {name} --rounds {rounds} --threads {threads}",
-        tables=(
-            Table(
-                f"{name}, random weights, {threads} threads, from image tokens to {MAX_LENGTH} tokens with the prompt; "
-                f"{rounds} interleaved rounds; medians, ratio: median of the pairs'",
-                header,
-                rows,
-            ),
-        ),
+        tables=(table(f"{title}; {rounds} interleaved rounds; medians, ratio: median of the pairs'", columns, rows),),
         bars=Bars("Generated tokens per second", "tokens/s", bars),
         data={"model": name, "threads": threads, "max_length": MAX_LENGTH, "results": list(results)},
     )

@@ -10,40 +10,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
-from benchmarks.export import export_random
-from benchmarks.report import Bars, Report, Table
+from benchmarks.measuring import bundle_or_random, ratio
+from benchmarks.report import MIB, Bars, Report, table
 
 GOAL_RATIO = 1.3
-MIB = 1 << 20
 OURS = "this project"
 SIDES = {OURS: "bundle", "PyTorch": "original", "PyTorch without a cache": "original-uncached"}
 """Label → the side of `chat_side`. The last is nanoVLM-222M's own way; later versions keep a cache."""
 
 
-class Prompt(NamedTuple):
-    """Tokens of text that go in besides the image's, and tokens that come out."""
-
-    tokens: int = 12
-    new_tokens: int = 32
-
-
-def measure(
-    name: str, bundle: Path | None, rounds: int, threads: int, prompt: Prompt, report_name: str = "chat"
-) -> Report:
+def measure(name: str, bundle: Path | None, rounds: int, threads: int, prompt_tokens: int, new_tokens: int) -> Report:
     """Each side in a process of its own, rounds interleaved, after one round of each that must give the same ids."""
-    with TemporaryDirectory() as folder:
-        if bundle is None:
-            bundle = Path(folder) / "bundle"
-            export_random(name, bundle, "--no-tokenizer")
-        sides = {label: Side(side, name, bundle, Path(folder), threads, prompt.tokens) for label, side in SIDES.items()}
+    with bundle_or_random(name, bundle) as directory, TemporaryDirectory() as folder:
+        sides = {
+            label: Side(side, name, directory, Path(folder), threads, prompt_tokens) for label, side in SIDES.items()
+        }
         try:
-            results = _rounds(sides, rounds, prompt.new_tokens)
+            results = _rounds(sides, rounds, new_tokens)
         finally:
             for side in sides.values():
                 side.close()
-    return report_from_results(name, results, rounds, threads, prompt, report_name)
+    return report_from_results(name, results, rounds, threads, prompt_tokens, new_tokens)
 
 
 class Side:
@@ -96,64 +85,61 @@ def report_from_results(
     results: Mapping[str, Sequence[Mapping[str, Any]]],
     rounds: int,
     threads: int,
-    prompt: Prompt,
-    report_name: str = "chat",
+    prompt_tokens: int,
+    new_tokens: int,
 ) -> Report:
     """The page of what the processes returned, round by round."""
     ids = [result["ids"] for rounds_of_side in results.values() for result in rounds_of_side]
     equal = all(row == ids[0] for row in ids)
-    others = [label for label in results if label != OURS]
-    first = {label: _ratio(results, label, "first_seconds") for label in others}
-    rate = {label: _ratio(results, label, "token_seconds") for label in others}
-    peak = {label: results[label][-1]["peak_bytes"] for label in results}
-    slowest_first, slowest_rate = min(first.values()), min(rate.values())
-    smaller = peak[OURS] < min(peak[label] for label in others)
-    header = ("", "first token, ms", "ratio", "tokens/s", "ratio", "peak memory, MiB", "of it anonymous, MiB")
-    rows = [
-        (
-            label,
-            f"{_median(results[label], 'first_seconds') * 1e3:,.0f}",
-            f"{first[label]:.2f}" if label in first else "",
-            f"{1 / _median(results[label], 'token_seconds'):.1f}",
-            f"{rate[label]:.2f}" if label in rate else "",
-            f"{peak[label] / MIB:,.0f}",
-            f"{results[label][-1]['anonymous_bytes'] / MIB:,.0f}",
-        )
-        for label in results
-    ]
+    rows = [_row(label, results[label], results[OURS]) for label in results]
+    ours, others = next(row for row in rows if row["label"] == OURS), [row for row in rows if row["label"] != OURS]
+    slowest_first, slowest_rate = (min(row[key] for row in others) for key in ("first_ratio", "rate_ratio"))
+    smaller = ours["peak"] < min(row["peak"] for row in others)
+    columns = {
+        "": "{label}",
+        "first token, ms": "{first:,.0f}",
+        "first token, ratio": "{first_ratio:.2f}",
+        "tokens/s": "{rate:.1f}",
+        "tokens/s, ratio": "{rate_ratio:.2f}",
+        "peak memory, MiB": "{peak:,.0f}",
+        "of it anonymous, MiB": "{anonymous:,.0f}",
+    }
+    title = (
+        f"{name}, random weights, {threads} threads, one image, {prompt_tokens} tokens of text, {new_tokens} new "
+        f"tokens, greedy; {rounds} interleaved rounds, each side in its own process; medians; ratio: median of the "
+        "rounds'; memory: VmHWM and RssAnon, mapped files count in the first"
+    )
     return Report(
-        name=report_name,
-        title=f"nanoVLM: image and {prompt.tokens} tokens of text to words",
+        title=f"nanoVLM: image and {prompt_tokens} tokens of text to words",
         goal=f"first token and tokens per second at least {GOAL_RATIO:g} times better than eager PyTorch in fp32, with "
         "the same ids, and less memory.",
         reached=min(slowest_first, slowest_rate) >= GOAL_RATIO and equal and smaller,
         conclusion=f"first token {slowest_first:.2f} times, tokens {slowest_rate:.2f} times, "
         f"memory {'below' if smaller else 'above'}, ids {'equal' if equal else 'differ'}.",
-        command=f"python scripts/benchmark.py chat --name {name} --rounds {rounds} --threads {threads} "
-        f"--prompt-tokens {prompt.tokens} --new-tokens {prompt.new_tokens} --report {report_name}",
-        tables=(
-            Table(
-                f"{name}, random weights, {threads} threads, one image, {prompt.tokens} tokens of text, "
-                f"{prompt.new_tokens} new tokens, greedy; {rounds} "
-                "interleaved rounds, each side in its own process; medians; ratio: median of the rounds'; memory: "
-                "VmHWM and RssAnon, mapped files count in the first",
-                header,
-                rows,
-            ),
-        ),
+        tables=(table(title, columns, rows),),
         bars=Bars(
-            "Generated tokens per second, without the first",
-            "tokens/s",
-            [(label, 1 / _median(results[label], "token_seconds")) for label in results],
+            "Generated tokens per second, without the first", "tokens/s", [(row["label"], row["rate"]) for row in rows]
         ),
-        data={"model": name, "threads": threads, **prompt._asdict(), "results": results},
+        data={
+            "model": name,
+            "threads": threads,
+            "tokens": prompt_tokens,
+            "new_tokens": new_tokens,
+            "results": results,
+        },
     )
 
 
-def _median(rounds: Sequence[Mapping[str, Any]], key: str) -> float:
-    return float(median(result[key] for result in rounds))
-
-
-def _ratio(results: Mapping[str, Sequence[Mapping[str, Any]]], label: str, key: str) -> float:
-    pairs = zip(results[label], results[OURS], strict=True)
-    return float(median(theirs[key] / ours[key] for theirs, ours in pairs))
+def _row(label: str, rounds: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    first, token, our_first, our_token = (
+        [each[key] for each in side] for side in (rounds, ours) for key in ("first_seconds", "token_seconds")
+    )
+    return {
+        "label": label,
+        "first": 1e3 * median(first),
+        "first_ratio": ratio(first, our_first),
+        "rate": 1 / median(token),
+        "rate_ratio": ratio(token, our_token),
+        "peak": rounds[-1]["peak_bytes"] / MIB,
+        "anonymous": rounds[-1]["anonymous_bytes"] / MIB,
+    }

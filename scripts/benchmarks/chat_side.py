@@ -78,16 +78,11 @@ def _original(name: str, weights: Path, threads: int, *, cached: bool) -> tuple[
     import torch
 
     from benchmarks.chat_original import OriginalNanoVlm
-    from vlm_export.checkpoint.random import random_checkpoint
-    from vlm_export.checkpoint.sources.known import load_known
-    from vlm_export.models.registry import load_family
+    from benchmarks.measuring import random_original
 
     torch.set_num_threads(threads)
-    known = load_known(name)
-    family = load_family(known.family)
-    architecture = known.architecture
-    published, config = family.published_tensors(architecture), family.published_config(architecture)
-    model = OriginalNanoVlm(random_checkpoint(name, published, 0, weights, config), cached=cached)
+    checkpoint = random_original(name, weights)
+    model, config = OriginalNanoVlm(checkpoint, cached=cached), checkpoint.config
     assert config is not None
     form = (config["vit_img_size"], config["lm_vocab_size"])
 

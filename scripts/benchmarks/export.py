@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
@@ -11,55 +9,39 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.report import Bars, Report, Table
+from benchmarks.measuring import export_random
+from benchmarks.report import MIB, Bars, Report, Table, table
 
-MIB = 1 << 20
 GOAL_BYTES = 1_000_000_000
 # Verification runs two models in memory on purpose, and what it allocated stays with the process. It comes after all
 # graphs are written, so the stages before it show what exporting takes.
 _VERIFICATION = ("load reference", "verify", "record golden")
+_VARIANT = {"model, part, precision": "{model}, {part}, {precision}"}
 
 
-def export_random(name: str, target: Path, *options: str) -> dict[str, Any]:
-    """Exports a known architecture with random weights in a process of its own; returns what `--json` prints."""
-    command = [sys.executable, "-m", "vlm_export.cli.main", "export", name, "-o", str(target)]
-    done = subprocess.run(
-        [*command, "--random-weights", "0", "--json", *options], stdout=subprocess.PIPE, text=True, check=False
-    )
-    if done.returncode != 0:
-        raise SystemExit(f"exporting {name} ended with status {done.returncode}")
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
-
-
-def measure(
-    names: Sequence[str], precisions: Sequence[str] = (), parts: Sequence[str] = (), report_name: str = "export"
-) -> Report:
+def measure(names: Sequence[str], precision: Sequence[str] = (), part: Sequence[str] = ()) -> Report:
     """Exports each, one after the other.
 
     Args:
-        precisions: variants of each part, () for the default.
-        parts: only these, () for all.
-        report_name: of the files, so that several sets of models keep a page each.
+        precision: variants of each part, () for the default.
+        part: only these, () for all.
     """
-    chosen = [("--precision", precisions), ("--part", parts)]
+    chosen = [("--precision", precision), ("--part", part)]
     options = [text for option, values in chosen for value in values for text in (option, value)]
     results = {}
     for name in names:
         print(f"exporting {name}", file=sys.stderr)
         with TemporaryDirectory() as folder:
-            results[name] = _facts(export_random(name, Path(folder) / name, "--no-tokenizer", *options))
+            results[name] = _facts(export_random(name, Path(folder) / name, *options))
     peaks = {name: result["peak_export_bytes"] for name, result in results.items()}
     worst = max(peaks, key=lambda name: peaks[name])
     memory = [("weights of " + name, result["weights_bytes"] / MIB) for name, result in results.items()]
     return Report(
-        name=report_name,
         title="Exporting full-size models",
         goal="peak anonymous memory of the export stages below 1 GB for every model.",
         reached=all(peak < GOAL_BYTES for peak in peaks.values()),
         conclusion=f"at most {peaks[worst] / MIB:,.0f} MiB, for {worst}.",
-        command=" ".join(("python scripts/benchmark.py export", *_arguments(names, precisions, parts, report_name))),
-        tables=(_summary(results), _variants(results), _stages(results), *_not_run(results)),
+        tables=tuple(_tables(results)),
         bars=Bars(
             "Weights of the bundle against peak anonymous memory of the export stages",
             "MiB",
@@ -67,14 +49,6 @@ def measure(
         ),
         data={"results": results},
     )
-
-
-def _arguments(
-    names: Sequence[str], precisions: Sequence[str], parts: Sequence[str], report_name: str
-) -> Iterator[str]:
-    report = () if report_name == "export" else (report_name,)
-    chosen = (("--names", names), ("--precision", precisions), ("--part", parts), ("--report", report))
-    return (text for option, values in chosen if values for text in (option, *values))
 
 
 def _facts(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,47 +90,33 @@ def _peak(stages: Iterable[Mapping[str, Any]]) -> int:
     return max((stage["peak_anonymous_bytes"] or 0 for stage in stages), default=0)
 
 
-def _summary(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    header = ("model", "weights, MiB", "export stages, s", "all stages, s", "peak of export stages, MiB", "peak, MiB")
-    rows = [
-        (
-            name,
-            f"{result['weights_bytes'] / MIB:,.0f}",
-            f"{result['export_seconds']:.1f}",
-            f"{result['seconds']:.1f}",
-            f"{result['peak_export_bytes'] / MIB:,.0f}",
-            f"{result['peak_bytes'] / MIB:,.0f}",
-        )
+def _tables(results: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
+    models = [
+        {"model": name, **result, "mib": {key: value / MIB for key, value in result.items() if key.endswith("_bytes")}}
         for name, result in results.items()
     ]
-    return Table("Models; export stages are all up to the last written graph, before verification", header, rows)
-
-
-def _variants(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    header = ("model, part, precision", "size, MiB", "points compared", "max-abs", "cosine")
-    rows = [
-        (
-            f"{name}, {variant['part']}, {variant['precision']}",
-            f"{variant['size_bytes'] / MIB:,.1f}",
-            str(variant["points"]),
-            f"{variant['max_abs']:.1e}",
-            f"{variant['cosine']:.6f}",
-        )
+    columns = {
+        "model": "{model}",
+        "weights, MiB": "{mib[weights_bytes]:,.0f}",
+        "export stages, s": "{export_seconds:.1f}",
+        "all stages, s": "{seconds:.1f}",
+        "peak of export stages, MiB": "{mib[peak_export_bytes]:,.0f}",
+        "peak, MiB": "{mib[peak_bytes]:,.0f}",
+    }
+    yield table("Models; export stages are all up to the last written graph, before verification", columns, models)
+    variants = [
+        {"model": name, **variant, "mib": variant["size_bytes"] / MIB}
         for name, result in results.items()
         for variant in result["variants"]
     ]
-    return Table("Graphs with their weights, and the worst numbers of their verification", header, rows)
-
-
-def _not_run(results: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
-    rows = [
-        (f"{name}, {variant['part']}, {variant['precision']}", text)
-        for name, result in results.items()
-        for variant in result["variants"]
-        for text in variant["not_run"]
-    ]
-    if rows:
-        yield Table("What the verification of large parts left out", ("model, part, precision", "not run"), rows)
+    sizes = {"size, MiB": "{mib:,.1f}", "points compared": "{points}"}
+    worst = {"max-abs": "{max_abs:.1e}", "cosine": "{cosine:.6f}"}
+    title = "Graphs with their weights, and the worst numbers of their verification"
+    yield table(title, _VARIANT | sizes | worst, variants)
+    yield _stages(results)
+    left_out = [{**variant, "text": text} for variant in variants for text in variant["not_run"]]
+    if left_out:
+        yield table("What the verification of large parts left out", _VARIANT | {"not run": "{text}"}, left_out)
 
 
 def _stages(results: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 REPORTS = Path(__file__).resolve().parent.parent.parent / "docs" / "benchmarks"
+MIB = 1 << 20
 _TOOLS = ("vlm-export", "torch", "onnx", "onnxruntime", "numpy")
 _BAR_PIXELS, _ROW_PIXELS, _LABEL_PIXELS = 420, 26, 230
 
@@ -24,6 +25,11 @@ class Table:
     title: str
     header: tuple[str, ...]
     rows: Sequence[Sequence[str]]
+
+
+def table(title: str, columns: Mapping[str, str], results: Iterable[Mapping[str, Any]]) -> Table:
+    """A row for each result; columns: header → the format of the cell, with the result's keys as fields."""
+    return Table(title, tuple(columns), [tuple(form.format_map(each) for form in columns.values()) for each in results])
 
 
 @dataclass(frozen=True)
@@ -40,33 +46,29 @@ class Report:
     """A benchmark's result.
 
     Attributes:
-        name: of the files.
         goal: what the project promises, one sentence.
         reached: whether the result keeps it.
         conclusion: the result in one sentence.
-        command: how to measure again.
         data: all measurements.
     """
 
-    name: str
     title: str
     goal: str
     reached: bool
     conclusion: str
-    command: str
     tables: tuple[Table, ...]
     bars: Bars
     data: dict[str, Any] = field(default_factory=dict)
 
 
-def write_report(report: Report, folder: Path) -> str:
-    """Writes NAME.json, NAME.md and NAME.svg; returns the page."""
+def write_report(report: Report, folder: Path, name: str, command: str) -> str:
+    """Writes NAME.json, NAME.md and NAME.svg; returns the page. command: how to measure again."""
     folder.mkdir(parents=True, exist_ok=True)
-    page = _page(report)
     data = {"machine": machine(), "goal": report.goal, "reached": report.reached, **report.data}
-    (folder / f"{report.name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    (folder / f"{report.name}.md").write_text(page, encoding="utf-8")
-    (folder / f"{report.name}.svg").write_text(_svg(report.bars), encoding="utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.svg").write_text(_svg(report.bars), encoding="utf-8")
+    page = _page(report, name, command)
+    (folder / f"{name}.md").write_text(page, encoding="utf-8")
     return page
 
 
@@ -90,28 +92,25 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def _page(report: Report) -> str:
+def _page(report: Report, name: str, command: str) -> str:
     facts = machine()
-    tools = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    tools = ", ".join(f"{tool} {number}" for tool, number in facts["versions"].items())
     lines = [
         f"# {report.title}",
         "",
         f"Goal: {report.goal}",
         f"Result: {report.conclusion} The goal is {'reached' if report.reached else 'missed'}.",
         "",
-        f"![{report.bars.title}]({report.name}.svg)",
+        f"![{report.bars.title}]({name}.svg)",
         "",
     ]
-    for table in report.tables:
-        lines += [f"**{table.title}**", "", *_markdown_table(table), ""]
+    for each in report.tables:
+        rule = ["---", *["---:"] * (len(each.header) - 1)]
+        rows = ["| " + " | ".join(cells) + " |" for cells in (each.header, rule, *each.rows)]
+        lines += [f"**{each.title}**", "", *rows, ""]
     lines += [f"Measured on {facts['processor']}, {facts['cores']} cores, {facts['system']}, with {tools}.", ""]
-    lines += [f"Measure again: `{report.command}`. All figures: [{report.name}.json]({report.name}.json)."]
+    lines += [f"Measure again: `{command}`. All figures: [{name}.json]({name}.json)."]
     return "\n".join(lines) + "\n"
-
-
-def _markdown_table(table: Table) -> list[str]:
-    rule = ["---", *["---:"] * (len(table.header) - 1)]
-    return ["| " + " | ".join(cells) + " |" for cells in (table.header, rule, *table.rows)]
 
 
 def _svg(bars: Bars) -> str:

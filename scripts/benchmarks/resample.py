@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,7 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.report import Bars, Report, Table
+from benchmarks.measuring import interleaved, ratio
+from benchmarks.report import Bars, Report, Table, table
 from vlm_export.exporting.backends import Lowerings, export_part
 from vlm_export.exporting.lowerings.resample import Interpolation
 from vlm_export.exporting.writer import write_graph
@@ -70,25 +69,26 @@ def measure(rounds: int, threads: int) -> Report:
         for kind, goals in GOALS.items()
         for form in goals
     }
-    parts = [f"{form} {ratio:.2f} times torch ({kind})" for (kind, form), ratio in worst.items()]
+    parts = [f"{form} {times:.2f} times torch ({kind})" for (kind, form), times in worst.items()]
     slowest = max(result["ratio"] for result in pipelines)
     return Report(
-        name="resample",
         title="Bicubic interpolation with antialiasing",
         goal="against torch eager, matmul takes at most its time on position grids; on photographs, whether the graph "
         "knows their size or not, resize-op takes at most its time and matmul at most "
         f"{GOALS['photograph']['matmul']:g} times.",
-        reached=all(ratio <= GOALS[kind][form] for (kind, form), ratio in worst.items()),
+        reached=all(times <= GOALS[kind][form] for (kind, form), times in worst.items()),
         conclusion=f"at most {', '.join(parts)}; preprocessing in the graph {slowest:.2f} times Pillow.",
-        command=f"python scripts/benchmark.py resample --rounds {rounds} --threads {threads}",
         tables=(_table(results, rounds, threads), _preprocessing_table(pipelines)),
-        bars=Bars("Time against torch eager", "times", _bars(results)),
+        bars=Bars(
+            "Time against torch eager",
+            "times",
+            [(f"{_label(result)}, {form}", result["ratios"][form]) for result in results for form in FORMS],
+        ),
         data={"rounds": rounds, "threads": threads, "goals": GOALS, "results": results, "preprocessing": pipelines},
     )
 
 
 def _measure_size(kind: str, shape: tuple[int, ...], target: int, rounds: int, threads: int) -> dict[str, Any]:
-    print(f"{kind} {shape} to {target}: {rounds} rounds", file=sys.stderr)
     module = _Resample(target).eval()
     feeds = {"x": torch.rand(1, *shape, generator=torch.Generator().manual_seed(0)).numpy()}
     if kind == "photograph of any size":
@@ -97,11 +97,11 @@ def _measure_size(kind: str, shape: tuple[int, ...], target: int, rounds: int, t
     with TemporaryDirectory() as folder, torch.inference_mode():
         engines = {form: _engine(module, shape, target, form, "like" in feeds, Path(folder), threads) for form in FORMS}
         runs: dict[str, Callable[[], Any]] = {"torch": lambda: module(*tensors)}
-        runs |= {form: _run_of(engine, feeds) for form, engine in engines.items()}
+        runs |= {form: partial(_y, engine, feeds) for form, engine in engines.items()}
         expected = module(*tensors).numpy()
         differences = {form: float(np.abs(runs[form]() - expected).max()) for form in FORMS}
-        times = _times(runs, rounds)
-    ratios = {form: _ratio(times[form], times["torch"]) for form in FORMS}
+        times = interleaved(runs, rounds, f"{kind} {shape} to {target}")
+    ratios = {form: ratio(times[form], times["torch"]) for form in FORMS}
     return {
         "kind": kind,
         "shape": shape,
@@ -110,10 +110,6 @@ def _measure_size(kind: str, shape: tuple[int, ...], target: int, rounds: int, t
         "ratios": ratios,
         "max_abs_differences": differences,
     }
-
-
-def _ratio(times: list[float], others: list[float]) -> float:
-    return median(a / b for a, b in zip(times, others, strict=True))
 
 
 def _engine(
@@ -157,65 +153,44 @@ def _measure_preprocessing(rounds: int, threads: int) -> list[dict[str, Any]]:
     with TemporaryDirectory() as folder, torch.inference_mode():
         engine = _export(module, signature, "matmul", Path(folder) / "graph.onnx", threads)
         for height, width in PHOTOGRAPHS:
-            print(f"preprocessing of {height}×{width}: {rounds} rounds", file=sys.stderr)
             image = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
             runs: dict[str, Callable[[], Any]] = {
                 "Pillow": partial(preprocess_image, Image.fromarray(image[0]), _CLIP),
                 "graph": partial(engine.run, {"pixels": image}),
             }
-            times = _times(runs, rounds)
+            times = interleaved(runs, rounds, f"preprocessing of {height}×{width}")
             ms = {name: 1e3 * median(seconds) for name, seconds in times.items()}
-            results.append({"size": (height, width), "ms": ms, "ratio": _ratio(times["graph"], times["Pillow"])})
+            results.append({"size": (height, width), "ms": ms, "ratio": ratio(times["graph"], times["Pillow"])})
     return results
 
 
-def _run_of(engine: OrtEngine, feeds: Mapping[str, Any]) -> Callable[[], Any]:
-    return lambda: engine.run(feeds)["y"]
-
-
-def _times(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            # The first round warms up.
-            if i:
-                times[name].append(time.perf_counter() - start)
-    return times
+def _y(engine: OrtEngine, feeds: Mapping[str, Any]) -> Any:
+    return engine.run(feeds)["y"]
 
 
 def _table(results: list[dict[str, Any]], rounds: int, threads: int) -> Table:
-    header = ("image", "torch, ms", *(f"{form}, {what}" for form in FORMS for what in ("ms", "ratio", "difference")))
-    rows = []
-    for result in results:
-        cells = [f"{_label(result)}", f"{result['ms']['torch']:.2f}"]
-        for form in FORMS:
-            cells += [
-                f"{result['ms'][form]:.2f}",
-                f"{result['ratios'][form]:.2f}",
-                f"{result['max_abs_differences'][form]:.1e}",
-            ]
-        rows.append(cells)
+    columns = {"image": "{label}", "torch, ms": "{ms[torch]:.2f}"}
+    for form in FORMS:
+        columns |= {
+            f"{form}, ms": f"{{ms[{form}]:.2f}}",
+            f"{form}, ratio": f"{{ratios[{form}]:.2f}}",
+            f"{form}, difference": f"{{max_abs_differences[{form}]:.1e}}",
+        }
     title = f"{rounds} interleaved rounds, {threads} threads; medians, ratio: median of the pairs', difference: max-abs"
-    return Table(f"{title}, of noise in 0 to 1", header, rows)
+    return table(f"{title}, of noise in 0 to 1", columns, [{**result, "label": _label(result)} for result in results])
 
 
 def _preprocessing_table(results: list[dict[str, Any]]) -> Table:
-    header = ("image", "Pillow and numpy, ms", "graph, ms", "ratio")
-    rows = [
-        (f"{height}×{width}", f"{result['ms']['Pillow']:.2f}", f"{result['ms']['graph']:.2f}", f"{result['ratio']:.2f}")
-        for result in results
-        for height, width in (result["size"],)
-    ]
-    return Table(f"Decoded images of any size to {_CLIP.size_pixels} normalised pixels, cropped", header, rows)
+    columns = {
+        "image": "{size[0]}×{size[1]}",
+        "Pillow and numpy, ms": "{ms[Pillow]:.2f}",
+        "graph, ms": "{ms[graph]:.2f}",
+        "ratio": "{ratio:.2f}",
+    }
+    return table(f"Decoded images of any size to {_CLIP.size_pixels} normalised pixels, cropped", columns, results)
 
 
 def _label(result: Mapping[str, Any]) -> str:
     channels, height, width = result["shape"]
     any_size = ", any size" if result["kind"] == "photograph of any size" else ""
     return f"{channels}×{height}×{width} to {result['target']}{any_size}"
-
-
-def _bars(results: list[dict[str, Any]]) -> list[tuple[str, float]]:
-    return [(f"{_label(result)}, {form}", result["ratios"][form]) for result in results for form in FORMS]

@@ -9,7 +9,6 @@ from PIL import Image
 
 from vlm_export.bundle.layout import (
     PREPROCESSOR_NAME,
-    external_data_path,
     golden_directory,
     graph_path,
     hub_config,
@@ -34,8 +33,6 @@ def test_graph_names_are_the_ecosystems() -> None:
         "onnx/text_model_quantized.onnx",
     ]
     assert graph_path("resampler", "fp16") == "onnx/resampler_fp16.onnx"
-    assert external_data_path(names[0]) == "onnx/vision_model.onnx_data"
-    assert external_data_path(names[0], 2) == "onnx/vision_model.onnx_data_2"
     assert checked_relative_name(golden_directory("vision", 0), "") == "golden/vision/test_data_set_0"
     with pytest.raises(UsageError, match="did you mean 'fp16'"):
         graph_path("vision", "f16")

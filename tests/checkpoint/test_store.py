@@ -69,7 +69,7 @@ def test_full_disk_is_noticed_before_writing(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1000, 900, 100))
     with ScratchStore(tmp_path / "scratch") as store, pytest.raises(EnvironmentFailure) as caught:
         store.new((1000,))
-    assert (caught.value.expected, caught.value.got) == ("4000 bytes more", "100 bytes free")
+    assert (caught.value.expected, caught.value.got) == ("4000 bytes free", "100 bytes free")
 
 
 def test_full_disk_is_noticed_while_reserving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ def test_full_disk_is_noticed_while_reserving(tmp_path: Path, monkeypatch: pytes
     with ScratchStore(tmp_path / "scratch") as store:
         kept = store.new((10,))
         monkeypatch.setattr(os, "posix_fallocate", refuse)
-        with pytest.raises(EnvironmentFailure, match="cannot be written"):
+        with pytest.raises(EnvironmentFailure, match="cannot write"):
             store.new((1000,))
         monkeypatch.undo()
         store.new((10,)).fill_(1)

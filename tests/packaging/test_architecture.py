@@ -14,7 +14,7 @@ PACKAGE = ROOT / "vlm_export"
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
 # What every machine has that only uses bundles; the packages of Parquet and of the second engine are optional there.
-BASE = {"PIL", "ftfy", "numpy", "onnxruntime", "openvino", "pyarrow", "tokenizers", "tqdm", "yaml"}
+BASE = {"PIL", "filelock", "ftfy", "numpy", "onnxruntime", "openvino", "pyarrow", "tokenizers", "tqdm", "yaml"}
 TORCH = {"torch", "torchvision", "transformers", "timm"}
 # Foreign text shown, errors, faults of the machine told, and interrupts: for every room.
 EVERYWHERE = {"text_display", "errors", "machine_faults", "interrupts"}
@@ -58,7 +58,7 @@ ROOMS: dict[str, set[str]] = {
 TOP = {"cli", "__main__", "__init__"}
 # Folder → the packages from outside that it may import.
 OUTSIDE = {
-    "bundle": set[str](),
+    "bundle": {"filelock"},
     "specs": set[str](),
     "runtime": BASE,
     "graph": {"numpy", "onnx_ir", "onnx", "google", "onnxruntime", "yaml"},  # google: protobuf

@@ -95,7 +95,7 @@ def test_resample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"GRIDS": ((4, 6),), "CHANNELS": 8, "PHOTOGRAPHS": ((48, 64),), "SIZES": (32,)}.items():
         monkeypatch.setattr(resample, name, value)
     measurement = resample.measure(rounds=2, threads=1)
-    assert "scripts/benchmark.py resample" in report.write_report(measurement, tmp_path)
+    assert "again: `measure`" in report.write_report(measurement, tmp_path, "resample", "measure")
     data = json.loads((tmp_path / "resample.json").read_text(encoding="utf-8"))
     results = data["results"]
     assert [result["kind"] for result in results] == ["grid", "photograph", "photograph of any size"]

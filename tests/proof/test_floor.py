@@ -44,7 +44,7 @@ def test_the_worst_row_counts_and_a_tiny_one_is_measured_against_the_others() ->
 
 def test_blocks_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = measure_deviation(rows(), rows() + 1e-3 * rows(1))
-    monkeypatch.setattr("vlm_export.proof.deviation._BLOCK_VALUES", 7)
+    monkeypatch.setattr("vlm_export.proof.metrics._BLOCK_VALUES", 7)
     blocked = measure_deviation(rows(), rows() + 1e-3 * rows(1))
     assert (blocked.row_error, blocked.max_abs) == pytest.approx((whole.row_error, whole.max_abs), rel=1e-9)
 

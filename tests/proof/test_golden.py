@@ -18,7 +18,7 @@ from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError
 from vlm_export.family import Part, reference_from_module
 from vlm_export.proof import golden
-from vlm_export.proof.golden import GoldenRecord, golden_from_reference, golden_points, read_golden, write_golden
+from vlm_export.proof.golden import GoldenRecord, golden_from_reference, golden_points, iterate_golden, write_golden
 from vlm_export.proof.grid import point_bytes
 from vlm_export.proof.metrics import Array
 from vlm_export.proof.tensor_proto import bytes_from_tensor, tensor_from_bytes
@@ -130,7 +130,7 @@ def test_records_come_back_as_they_were_written(parts: dict[str, Part], tmp_path
     written = write_golden(tmp_path, name, records)
     assert f"golden/{name}/test_data_set_0/input_0.pb" in written
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.pb")) == sorted(written)
-    read = read_golden(_opened(tmp_path, part), name)
+    read = list(iterate_golden(_opened(tmp_path, part), name))
     assert len(read) == len(records) >= 2
     for left, right in zip(records, read, strict=True):
         for mine, theirs in ((left.inputs, right.inputs), (left.outputs, right.outputs)):
@@ -147,14 +147,14 @@ def test_the_records_hold_batches_one_and_two_and_few_rows(parts: dict[str, Part
 
 
 def test_a_bundle_without_records_has_none(parts: dict[str, Part], tmp_path: Path) -> None:
-    assert read_golden(_opened(tmp_path, parts["text"]), "text") == []
+    assert list(iterate_golden(_opened(tmp_path, parts["text"]), "text")) == []
 
 
 def test_an_incomplete_record_is_refused(parts: dict[str, Part], tmp_path: Path, records: list[GoldenRecord]) -> None:
     write_golden(tmp_path, "text", records)
     (tmp_path / "golden/text/test_data_set_1/output_0.pb").unlink()
     with pytest.raises(InputError, match="incomplete"):
-        read_golden(_opened(tmp_path, parts["text"]), "text")
+        list(iterate_golden(_opened(tmp_path, parts["text"]), "text"))
 
 
 def test_a_changed_file_is_refused(parts: dict[str, Part], tmp_path: Path, records: list[GoldenRecord]) -> None:
@@ -163,7 +163,7 @@ def test_a_changed_file_is_refused(parts: dict[str, Part], tmp_path: Path, recor
     path = tmp_path / "golden/text/test_data_set_0/output_0.pb"
     path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(InputError):
-        read_golden(bundle, "text")
+        list(iterate_golden(bundle, "text"))
 
 
 def test_a_huge_file_is_refused_before_it_is_read(
@@ -172,7 +172,7 @@ def test_a_huge_file_is_refused_before_it_is_read(
     write_golden(tmp_path, "text", records)
     monkeypatch.setattr(golden, "MAX_FILE_BYTES", 10)
     with pytest.raises(InputError, match="too large"):
-        read_golden(_opened(tmp_path, parts["text"]), "text")
+        list(iterate_golden(_opened(tmp_path, parts["text"]), "text"))
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_tensor_of_another_signature_is_refused(
 ) -> None:
     write_golden(tmp_path, "text", [GoldenRecord({"input_ids": array}, records[0].outputs)])
     with pytest.raises(InputError) as caught:
-        read_golden(_opened(tmp_path, parts["text"]), "text")
+        list(iterate_golden(_opened(tmp_path, parts["text"]), "text"))
     assert caught.value.got.startswith("input_ids int")
 
 
@@ -194,7 +194,7 @@ def test_a_tensor_of_another_name_is_refused(
 ) -> None:
     write_golden(tmp_path, "text", [GoldenRecord({"tokens": records[0].inputs["input_ids"]}, records[0].outputs)])
     with pytest.raises(InputError, match="does not fit"):
-        read_golden(_opened(tmp_path, parts["text"]), "text")
+        list(iterate_golden(_opened(tmp_path, parts["text"]), "text"))
 
 
 def test_points_that_would_fill_the_bundle_are_not_recorded() -> None:

@@ -20,12 +20,11 @@ VALUES = st.floats(-1e3, 1e3, width=32, allow_subnormal=False)
 MATRICES = hnp.arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 9)), elements=VALUES)
 
 
-def naive(reference: Array, candidate: Array) -> tuple[float, float, float]:
-    """max-abs, p99-abs and smallest cosine, written the obvious way."""
+def naive(reference: Array, candidate: Array) -> tuple[float, float]:
+    """max-abs and smallest cosine, written the obvious way."""
     left, right = reference.astype(np.float64), candidate.astype(np.float64)
-    differences = np.sort(np.abs(left - right).ravel())
     cosines = [float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)) for a, b in zip(left, right, strict=True)]
-    return differences[-1], differences[math.ceil(0.99 * differences.size) - 1], min(cosines)
+    return float(np.abs(left - right).max()), min(cosines)
 
 
 @pytest.mark.parametrize("shape", [(4, 7), (1, 1000), (300, 3), (2, 3, 5)])
@@ -37,7 +36,7 @@ def test_blocks_give_what_the_whole_gives(shape: tuple[int, ...], block: int, mo
     right = left + rng.standard_normal(shape).astype(np.float32) * 0.1
     result = compare(left, right)
     rows = left.reshape(shape[0], -1), right.reshape(shape[0], -1)
-    assert (result.max_abs, result.p99_abs, result.cosine) == pytest.approx(naive(*rows), rel=1e-12)
+    assert (result.max_abs, result.cosine) == pytest.approx(naive(*rows), rel=1e-12)
     ratios = np.linalg.norm(rows[1].astype(float), axis=1) / np.linalg.norm(rows[0].astype(float), axis=1)
     assert (result.norm_ratio_min, result.norm_ratio_max) == pytest.approx((ratios.min(), ratios.max()), rel=1e-12)
     assert result.max_reference_abs == float(np.abs(left).max())
@@ -46,7 +45,7 @@ def test_blocks_give_what_the_whole_gives(shape: tuple[int, ...], block: int, mo
 @given(MATRICES)
 def test_an_array_equals_itself(array: Array) -> None:
     result = compare(array, array.copy())
-    assert (result.max_abs, result.p99_abs) == (0, 0)
+    assert result.max_abs == 0
     assert (result.norm_ratio_min, result.norm_ratio_max) == (1, 1)
     assert result.cosine == pytest.approx(1, abs=1e-12)
     assert judge(result, GATES["fp32"]) == []
@@ -66,7 +65,6 @@ def test_the_order_of_rows_does_not_matter(array: Array, seed: int) -> None:
     order = np.random.default_rng(seed).permutation(len(array))
     left, right = compare(array, other), compare(array[order], other[order])
     assert left.max_abs == right.max_abs
-    assert left.p99_abs == right.p99_abs
     assert left.cosine == pytest.approx(right.cosine, abs=1e-12)
 
 
@@ -82,7 +80,6 @@ def test_one_value_that_is_not_finite_fails_every_gate(array: Array, where: int,
 def test_comparisons_of_nan_fail_number_by_number() -> None:
     result = compare(np.ones((2, 3), np.float32), np.full((2, 3), np.nan, np.float32))
     assert math.isnan(result.max_abs)
-    assert math.isnan(result.p99_abs)
     texts = judge(result, GATES["fp32"])
     assert [text.split(":")[0] for text in texts] == ["finite", "max-abs", "cosine", "norm ratio"]
 

@@ -312,7 +312,7 @@ def test_the_table(parts: dict[str, Part]) -> None:
 def test_importing_the_verifier_does_not_import_torch() -> None:
     modules = "metrics deviation floor gates grid samples points report verifier golden recheck table tensor_proto "
     modules += "original_image"
-    imports = "; ".join(f"import vlm_export.verify.{name}" for name in modules.split())
+    imports = "; ".join(f"import vlm_export.proof.{name}" for name in modules.split())
     code = f"{imports}; import sys; assert 'torch' not in sys.modules and 'onnx' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 

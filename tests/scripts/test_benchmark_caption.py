@@ -53,5 +53,5 @@ def test_both_sides_give_the_same_ids(beams: int, huggingface_directory: Path, t
     assert result["ids_equal"]
     assert (result["tokens"], len(result["seconds"])) == (2 * 16, 2)
     assert min(result["tokens_per_s"], result["original_tokens_per_s"], result["ratio"]) > 0
-    page = write_report(report_from_results("tiny", [result], 2, 1), tmp_path)
-    assert "scripts/benchmark.py caption" in page
+    page = write_report(report_from_results("tiny", [result], 2, 1), tmp_path, "caption", "measure")
+    assert "batch 2, " in page

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.chat import OURS, SIDES, Prompt, report_from_results
+from benchmarks.chat import OURS, SIDES, report_from_results
 from benchmarks.chat_original import OriginalNanoVlm
 from benchmarks.report import write_report
 
@@ -51,9 +51,9 @@ def measured(first: float, token: float, peak: int, ids: tuple[int, ...] = (1, 2
 )
 def test_the_goal_is_all_of_it(ours: list[dict[str, Any]], reached: bool, tmp_path: Path) -> None:
     others = {label: measured(0.14, 0.03, 200) for label in SIDES if label != OURS}
-    report = report_from_results("tiny", {OURS: ours, **others}, 3, 2, Prompt(7, 2), "chat-tiny")
+    report = report_from_results("tiny", {OURS: ours, **others}, 3, 2, 7, 2)
     assert report.reached == reached
-    page = write_report(report, tmp_path)
+    page = write_report(report, tmp_path, "chat-tiny", "measure")
     assert "7 tokens of text, 2 new tokens" in page
-    assert "--prompt-tokens 7 --new-tokens 2 --report chat-tiny" in page
+    assert "again: `measure`" in page
     assert (tmp_path / "chat-tiny.json").is_file()

@@ -71,7 +71,7 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def check_free_space(path: Path, needed_bytes: int) -> None:
+def check_free_space(path: Path, needed_bytes: int, fix: str = CAUSES[errno.ENOSPC][1]) -> None:
     """EnvironmentFailure when the file system of `path` has less than `needed_bytes` free."""
     free = free_bytes(path)
     if free < needed_bytes:
@@ -80,5 +80,5 @@ def check_free_space(path: Path, needed_bytes: int) -> None:
             where=str(path),
             expected=f"{needed_bytes} bytes free",
             got=f"{free} bytes free",
-            fix=CAUSES[errno.ENOSPC][1],
+            fix=fix,
         )

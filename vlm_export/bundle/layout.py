@@ -34,11 +34,6 @@ def graph_path(part: str, precision: str) -> str:
     return f"{GRAPH_DIRECTORY}/{PART_STEMS.get(part, part)}{PRECISION_SUFFIXES[precision]}.onnx"
 
 
-def external_data_path(graph: str, index: int = 0) -> str:
-    """Path of the graph's weight file number `index`, relative to the bundle."""
-    return f"{graph}_data" if index == 0 else f"{graph}_data_{index}"
-
-
 def golden_directory(part: str, index: int) -> str:
     """Directory of one golden input and output set, relative to the bundle (ONNX standard test data)."""
     return f"golden/{part}/test_data_set_{index}"

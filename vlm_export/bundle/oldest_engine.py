@@ -9,12 +9,10 @@ the oldest of these that loads the graph.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-from vlm_export.bundle.onnx_protobuf import BYTES, VARINT, Buffer, WireField, wire_fields
+from vlm_export.bundle.onnx_protobuf import Message
 
 Release: TypeAlias = tuple[int, int, int]
 
@@ -38,7 +36,7 @@ _IR_VERSION, _OPSET_IMPORT, _GRAPH, _FUNCTION = 1, 8, 7, 25
 _OPSET_DOMAIN, _OPSET_NUMBER = 1, 2
 _GRAPH_NODE, _FUNCTION_NODE = 1, 7
 _INITIALIZER, _TENSOR_TYPE, _TENSOR_NAME = 5, 2, 8
-_VALUES = (11, 12, 13)
+_VALUES, _VALUE_NAME, _VALUE_TYPE, _TYPE_TENSOR, _ELEMENT_TYPE = (11, 12, 13), 1, 2, 1, 1
 _NODE_INPUT, _NODE_OUTPUT, _NODE_OPERATOR, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 4, 5, 7
 _ATTRIBUTE_NAME, _ATTRIBUTE_INTEGER, _ATTRIBUTE_GRAPHS = 1, 3, (6, 11)
 _INT64 = 7
@@ -48,116 +46,51 @@ _ARG_OPERATORS = (b"ArgMax", b"ArgMin")
 def oldest_onnxruntime(path: Path) -> tuple[str, int]:
     """The release ("1.23.0"), and the opset of ONNX that the graph imports; InputError when it is malformed."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        ir_version, opset = _versions(data, str(path))
+        model = Message(data, 0, len(data), str(path))
+        ir_version = model.integer(_IR_VERSION) or 0
+        own = (entry for entry in model.inner(_OPSET_IMPORT) if not entry.text(_OPSET_DOMAIN))
+        opset = max((entry.integer(_OPSET_NUMBER) or 0 for entry in own), default=0)
         needed = [
             OLDEST_MEASURED,
             *(release for number, release in BY_OPSET if opset >= number),
             *(release for number, release in BY_IR_VERSION if ir_version >= number),
         ]
-        if _finds_places_in_int64(data, str(path)):
+        if _finds_places_in_int64(model):
             needed.append(ARG_MAX_OF_INT64)
     return ".".join(map(str, max(needed))), opset
 
 
-def _versions(data: Buffer, where: str) -> tuple[int, int]:
-    """IR version and opset of the model at wire level."""
-    ir_version = opset = 0
-    for item in wire_fields(data, 0, len(data), where):
-        if item.number == _IR_VERSION and item.wire == VARINT:
-            ir_version = item.value
-        elif item.number == _OPSET_IMPORT and item.wire == BYTES:
-            fields = list(wire_fields(data, item.start, item.end, where))
-            named = any(field.number == _OPSET_DOMAIN and field.end > field.start for field in fields)
-            numbers = [field.value for field in fields if field.number == _OPSET_NUMBER and field.wire == VARINT]
-            opset = opset if named or not numbers else numbers[-1]
-    return ir_version, opset
-
-
-@dataclass
-class _Names:
-    """The element type of each tensor that the file tells, and the tensors that ArgMax and ArgMin read."""
-
-    types: dict[bytes, int] = field(default_factory=dict)
-    read: set[bytes] = field(default_factory=set)
-
-
-def _finds_places_in_int64(data: Buffer, where: str) -> bool:
+def _finds_places_in_int64(model: Message) -> bool:
     """Whether an ArgMax or ArgMin, in whatever graph of the file, reads int64, or something of an untold type."""
-    names = _Names()
-    # (start, end, number of the field that holds nodes)
-    pending = [
-        (item.start, item.end, _GRAPH_NODE if item.number == _GRAPH else _FUNCTION_NODE)
-        for item in wire_fields(data, 0, len(data), where)
-        if item.wire == BYTES and item.number in (_GRAPH, _FUNCTION)
-    ]
+    types: dict[bytes, int | None] = {}
+    read: set[bytes] = set()
+    pending = [(graph, _GRAPH_NODE) for graph in model.inner(_GRAPH)]
+    pending += [(function, _FUNCTION_NODE) for function in model.inner(_FUNCTION)]
     while pending:
-        start, end, nodes = pending.pop()
-        for item in wire_fields(data, start, end, where):
-            if item.wire != BYTES:
+        graph, nodes = pending.pop()
+        for node in graph.inner(nodes):
+            for attribute in node.inner(_NODE_ATTRIBUTE):
+                pending += [(inner, _GRAPH_NODE) for inner in attribute.inner(*_ATTRIBUTE_GRAPHS)]
+            if node.text(_NODE_DOMAIN):
                 continue
-            if item.number == nodes:
-                inner = _read_node(data, item, where, names)
-                pending += [(graph.start, graph.end, _GRAPH_NODE) for graph in inner]
-            elif nodes == _GRAPH_NODE and item.number == _INITIALIZER:
-                _read_initializer(data, item, where, names)
-            elif nodes == _GRAPH_NODE and item.number in _VALUES:
-                _read_value(data, item, where, names)
-    return any(names.types.get(name, _INT64) == _INT64 for name in names.read)
+            if node.text(_NODE_OPERATOR) in _ARG_OPERATORS:
+                read.update(node.texts(_NODE_INPUT)[:1])
+            if node.text(_NODE_OPERATOR) == b"Cast":
+                types.update(dict.fromkeys(node.texts(_NODE_OUTPUT), _cast_to(node)))
+        if nodes == _GRAPH_NODE:
+            types.update(_stated_types(graph))
+    return any(types.get(name) in (None, _INT64) for name in read)
 
 
-def _read_node(data: Buffer, node: WireField, where: str, names: _Names) -> list[WireField]:
-    """Notes what an ArgMax reads and what a Cast makes; returns the graphs inside the node."""
-    texts: dict[int, list[bytes]] = {}
-    graphs: list[WireField] = []
-    to = None
-    for item in _messages(data, node, where):
-        if item.number in (_NODE_INPUT, _NODE_OUTPUT, _NODE_OPERATOR, _NODE_DOMAIN):
-            texts.setdefault(item.number, []).append(data[item.start : item.end])
-        elif item.number == _NODE_ATTRIBUTE:
-            for entry in wire_fields(data, item.start, item.end, where):
-                if entry.wire == BYTES and entry.number in _ATTRIBUTE_GRAPHS:
-                    graphs.append(entry)
-            to = _integer_attribute(data, item, where, b"to") or to
-    operator, inputs = texts.get(_NODE_OPERATOR, [b""])[-1], texts.get(_NODE_INPUT, [])
-    if not any(texts.get(_NODE_DOMAIN, [])):
-        if operator in _ARG_OPERATORS:
-            names.read.update(inputs[:1])
-        if operator == b"Cast" and to is not None:
-            names.types.update(dict.fromkeys(texts.get(_NODE_OUTPUT, []), to))
-    return graphs
+def _cast_to(node: Message) -> int | None:
+    named = (entry for entry in node.inner(_NODE_ATTRIBUTE) if entry.text(_ATTRIBUTE_NAME) == b"to")
+    return next((entry.integer(_ATTRIBUTE_INTEGER) for entry in named), None)
 
 
-def _integer_attribute(data: Buffer, attribute: WireField, where: str, name: bytes) -> int | None:
-    fields = list(wire_fields(data, attribute.start, attribute.end, where))
-    if not any(field.number == _ATTRIBUTE_NAME and data[field.start : field.end] == name for field in fields):
-        return None
-    numbers = [field.value for field in fields if field.number == _ATTRIBUTE_INTEGER and field.wire == VARINT]
-    return numbers[-1] if numbers else None
-
-
-def _read_initializer(data: Buffer, tensor: WireField, where: str, names: _Names) -> None:
-    name, kind = b"", 0
-    for item in wire_fields(data, tensor.start, tensor.end, where):
-        if item.number == _TENSOR_NAME and item.wire == BYTES:
-            name = data[item.start : item.end]
-        elif item.number == _TENSOR_TYPE and item.wire == VARINT:
-            kind = item.value
-    names.types[name] = kind
-
-
-def _read_value(data: Buffer, value: WireField, where: str, names: _Names) -> None:
-    """A ValueInfoProto: its name (field 1), and of its type (2) the tensor's (1) element type (1)."""
-    name = b""
-    for item in _messages(data, value, where):
-        if item.number == 1:
-            name = data[item.start : item.end]
-            continue
-        for tensor in _messages(data, item, where) if item.number == 2 else ():
-            for entry in wire_fields(data, tensor.start, tensor.end, where) if tensor.number == 1 else ():
-                if entry.number == 1 and entry.wire == VARINT:
-                    names.types[name] = entry.value
-
-
-def _messages(data: Buffer, message: WireField, where: str) -> Iterator[WireField]:
-    """The fields inside a message that are messages or texts themselves."""
-    return (item for item in wire_fields(data, message.start, message.end, where) if item.wire == BYTES)
+def _stated_types(graph: Message) -> dict[bytes, int | None]:
+    """Element types of the graph's initializers, inputs, outputs and of the values that it describes."""
+    types = {tensor.text(_TENSOR_NAME): tensor.integer(_TENSOR_TYPE) for tensor in graph.inner(_INITIALIZER)}
+    for value in graph.inner(*_VALUES):
+        for tensor in (tensor for kind in value.inner(_VALUE_TYPE) for tensor in kind.inner(_TYPE_TENSOR)):
+            types[value.text(_VALUE_NAME)] = tensor.integer(_ELEMENT_TYPE)
+    return types

@@ -38,12 +38,6 @@ KNOWN_DOMAINS = frozenset(
 _REFUSED_OPERATORS = frozenset({("com.microsoft", "EPContext")})
 
 
-def external_locations(path: Path) -> tuple[str, ...]:
-    """Every `location` in the graph's external data, sorted; InputError when the file is not well-formed."""
-    contents = _read_graph_file(path.parent, path.name)
-    return tuple(sorted({location for tensor in contents.tensors for location in _values(tensor, "location")}))
-
-
 def check_variant_files(manifest: Manifest, variant: VariantRecord, where: str) -> None:
     """InputError when the manifest lists no size and sha256 for one of the variant's files."""
     for name in (variant.file, *variant.external_data):

@@ -152,6 +152,35 @@ def wire_fields(data: Buffer, start: int, end: int, where: str) -> Iterator[Wire
         at += size
 
 
+@dataclass(frozen=True)
+class Message:
+    """A message in a file, of which nothing is held: each question reads its fields again; InputError as above."""
+
+    data: Buffer
+    start: int
+    end: int
+    where: str
+
+    def inner(self, *numbers: int) -> Iterator[Message]:
+        """The messages in the fields of these numbers, in the order of the file."""
+        for item in wire_fields(self.data, self.start, self.end, self.where):
+            if item.wire == BYTES and item.number in numbers:
+                yield Message(self.data, item.start, item.end, self.where)
+
+    def integer(self, number: int) -> int | None:
+        """The number in a field, None where it is not there; the last one counts."""
+        fields = wire_fields(self.data, self.start, self.end, self.where)
+        return next(reversed([item.value for item in fields if item.wire == VARINT and item.number == number]), None)
+
+    def texts(self, number: int) -> list[bytes]:
+        """The contents of a repeated field."""
+        return [self.data[item.start : item.end] for item in self.inner(number)]
+
+    def text(self, number: int) -> bytes:
+        """The content of a field, empty where it is not there; the last one counts."""
+        return next(reversed(self.texts(number)), b"")
+
+
 def _varint(data: Buffer, at: int, end: int, where: str) -> tuple[int, int]:
     value, shift = 0, 0
     while at < end and shift < 70:

@@ -21,7 +21,7 @@ from vlm_export.bundle.target_lock import locked_if_free
 from vlm_export.errors import InputError, UsageError, VlmExportError, suggestion
 from vlm_export.machine_faults import machine_fault
 from vlm_export.specs import ImageSpec, TileSpec
-from vlm_export.specs.signature import Signature, TensorSpec
+from vlm_export.specs.signature import Axis, Signature, TensorSpec
 
 _COPY_AGAIN = "copy the bundle again, or export it again with --overwrite"
 
@@ -229,54 +229,42 @@ def _check_stated_sizes(manifest: Manifest, where: str) -> None:
     An image size or a context length is stated twice: in how inputs are prepared, and in the parts' signatures.
     The runtime compares the signatures with the graphs when it opens them.
     """
+    image, text = manifest.image, manifest.text
     for part in manifest.parts:
         for tensor in part.signature.inputs:
-            if isinstance(manifest.image, ImageSpec):
-                _check_image_size(part, tensor, manifest.image.size_pixels, f"{where}: image.size_pixels")
-            if isinstance(manifest.image, TileSpec):
-                _check_image_size(part, tensor, manifest.image.tile_size_pixels, f"{where}: image.tile_size_pixels")
-            if manifest.text is not None and part.name == "text" and tensor.name == "input_ids":
-                _check_context(part, tensor, manifest.text.context_length, f"{where}: text.context_length")
+            is_image = tensor.name == "pixel_values" and tensor.dtype.startswith("float") and len(tensor.shape) == 4
+            if is_image and isinstance(image, ImageSpec):
+                _check_image_size(part, tensor, image.size_pixels, f"{where}: image.size_pixels")
+            if is_image and isinstance(image, TileSpec):
+                _check_image_size(part, tensor, image.tile_size_pixels, f"{where}: image.tile_size_pixels")
+            most = _axis(part.signature, tensor.shape[-1]).maximum if tensor.shape else None
+            is_text = part.name == "text" and tensor.name == "input_ids"
+            if is_text and text is not None and most is not None and text.context_length > most:
+                raise InputError(
+                    f"the manifest prepares texts longer than part {part.name!r} takes",
+                    where=f"{where}: text.context_length",
+                    expected=f"at most {most} tokens",
+                    got=f"{text.context_length} tokens",
+                    fix=_COPY_AGAIN,
+                )
 
 
 def _check_image_size(part: PartRecord, tensor: TensorSpec, size_pixels: int, where: str) -> None:
-    """InputError where a part takes images (float, four axes), and none of this height and width."""
-    if tensor.name != "pixel_values" or not tensor.dtype.startswith("float") or len(tensor.shape) != 4:
-        return
+    """InputError where a part takes images of no such height and width."""
     for entry in tensor.shape[2:]:
-        least, most, step = _range(part.signature, entry)
+        axis = _axis(part.signature, entry)
+        least, most, step = axis.minimum, axis.maximum, axis.multiple_of
         if size_pixels < least or (most is not None and size_pixels > most) or size_pixels % step:
+            upper = "" if most in (None, least) else f" to {most}"
             raise InputError(
                 f"the manifest prepares images in a size that part {part.name!r} does not take",
                 where=where,
-                expected=_range_text(least, most, step),
+                expected=f"{least}{upper} pixels" + (f" in steps of {step}" if step > 1 else ""),
                 got=f"{size_pixels} pixels",
                 fix=_COPY_AGAIN,
             )
 
 
-def _check_context(part: PartRecord, tensor: TensorSpec, context_length: int, where: str) -> None:
-    _, most, _ = _range(part.signature, tensor.shape[-1])
-    if most is not None and context_length > most:
-        raise InputError(
-            f"the manifest prepares texts longer than part {part.name!r} takes",
-            where=where,
-            expected=f"at most {most} tokens",
-            got=f"{context_length} tokens",
-            fix=_COPY_AGAIN,
-        )
-
-
-def _range(signature: Signature, entry: int | str) -> tuple[int, int | None, int]:
-    """Smallest and largest size of an axis, None for no bound, and the steps between."""
-    if isinstance(entry, int):
-        return entry, entry, 1
-    axis = signature.axis(entry)
-    return axis.minimum, axis.maximum, max(axis.multiple_of, 1)
-
-
-def _range_text(least: int, most: int | None, step: int) -> str:
-    if least == most:
-        return f"{least} pixels"
-    upper = "" if most is None else f" to {most}"
-    return f"{least}{upper} pixels" + (f" in steps of {step}" if step > 1 else "")
+def _axis(signature: Signature, entry: int | str) -> Axis:
+    """The axis that an entry of a shape names; a fixed size is one of a single size."""
+    return Axis("", entry, entry) if isinstance(entry, int) else signature.axis(entry)

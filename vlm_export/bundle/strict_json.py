@@ -13,7 +13,6 @@ from vlm_export.errors import InputError
 MAX_JSON_BYTES = 16 << 20
 MAX_JSON_DEPTH = 200
 MAX_INTEGER = 2**63 - 1
-_DAMAGED = "the file is damaged or was changed by hand; copy the bundle again, or export again"
 _MAX_NUMBER_CHARACTERS = 64
 _STRUCTURE = re.compile(rb'\\.|["\[\]{}]', re.DOTALL)
 

@@ -1,7 +1,7 @@
 """One writer at a time per target: a lock file beside it, which the system releases when its owner dies.
 
-The library `filelock` locks the same way. This code stays because it names the process that holds a lock, leaves a
-file, link or pipe that only has a lock's name untouched, and keeps bundles free of packages.
+`filelock` locks the open file. Its `FileLock` is not used: that leaves the file behind, names no process that holds it,
+and takes any file that only has a lock's name for one.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import lock_descriptor
+
 from vlm_export.errors import EnvironmentFailure
 
+# Windows forbids others to read what is locked, which is byte 0.
 _PID_OFFSET = 1
 _MAX_LOCK_BYTES = 32
 # A sweep on behalf of a neighbouring target holds the lock for a moment.
@@ -91,7 +94,7 @@ def _acquire(path: Path) -> int | None:
         _check_regular(path)
         descriptor = os.open(path, flags, 0o644)
         try:
-            if not _try_lock(descriptor):
+            if not lock_descriptor(descriptor, blocking=False):
                 os.close(descriptor)
                 return None
             if _is_same_file(path, descriptor):
@@ -157,25 +160,3 @@ def _owner(path: Path) -> str:
         if text.isdigit():
             return text
     return "unknown"
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _try_lock(descriptor: int) -> bool:
-        # Windows locks byte ranges and forbids others to read them: the process id is written behind byte 0.
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, _PID_OFFSET)
-        except OSError:
-            return False
-        return True
-
-else:
-    import fcntl
-
-    def _try_lock(descriptor: int) -> bool:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True

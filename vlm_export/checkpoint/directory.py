@@ -102,6 +102,11 @@ class Directory:
         index = [self.weights] if self.shards else []
         return [*config, *index, *self.weight_files, *self.side_files.values()]
 
+    def check_unchanged(self) -> None:
+        """InputError where one of them is another file now."""
+        for file in self.files:
+            file.check_unchanged()
+
 
 def scan_directory(path: Path, reads: ReadPrefixes = everything, named: Path | None = None) -> Directory:
     """Finds config, weights and side files.

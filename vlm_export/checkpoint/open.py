@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlm_export.bundle.safe_files import check_utf8
@@ -61,20 +60,33 @@ def open_checkpoint(
         InputError: the files are damaged, unsafe, or not the pinned ones.
         EnvironmentFailure: no network where it is needed, or a full disk.
     """
+    wanted = _Wanted(source, base, expected_sha256, revision, progress, reads)
     if _exists(source) and (folder := adapter_folder(Path(source))) is not None:
-        return _open_adapter(source, folder, base, expected_sha256, revision, progress, reads)
+        return _open_adapter(wanted, folder)
     from_hub = not _exists(source) and source not in known_names() and is_hub_id(source)
     if from_hub and not source.endswith(_FILE_SUFFIXES):
-        return _open_hub(source, source, expected_sha256, revision, progress, reads, base)
+        return _open_hub(wanted, source)
     if base is not None:
         raise _no_adapter(source)
     if _exists(source):
         with _telling_of_hidden_name(source):
-            _refuse_revision(revision, source)
-            return _open_path(source, Path(source), expected_sha256, progress, reads)
+            _refuse_revision(wanted)
+            return _open_path(wanted, Path(source))
     if source in known_names():
-        return _open_known(source, load_known(source), expected_sha256, revision, progress, reads)
+        return _open_known(wanted, load_known(source))
     raise _names_nothing(source)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The arguments of `open_checkpoint`."""
+
+    source: str
+    base: str | None
+    sha256: str | None
+    revision: str | None
+    progress: Progress | None
+    reads: ReadPrefixes
 
 
 def _names_nothing(source: str) -> UsageError:
@@ -90,34 +102,32 @@ def _names_nothing(source: str) -> UsageError:
     )
 
 
-def _open_adapter(
-    source: str,
-    path: Path,
-    base: str | None,
-    sha256: str | None,
-    revision: str | None,
-    progress: Progress | None,
-    reads: ReadPrefixes,
-) -> Checkpoint:
+def _open_adapter(wanted: _Wanted, path: Path) -> Checkpoint:
     adapter = read_adapter(path)
-    name = base_of(adapter, base)
+    name = base_of(adapter, wanted.base)
     if _exists(name) and adapter_folder(Path(name)) is not None:
         raise InputError(
             "the base of the adapter is an adapter itself",
-            where=source,
+            where=wanted.source,
             got=name,
             fix="merge that one first (peft: merge_and_unload, then save_pretrained), and name the result with --base",
         )
     try:
-        opened = open_checkpoint(name, expected_sha256=sha256, revision=revision, progress=progress, reads=reads)
+        opened = open_checkpoint(
+            name,
+            expected_sha256=wanted.sha256,
+            revision=wanted.revision,
+            progress=wanted.progress,
+            reads=wanted.reads,
+        )
     except VlmExportError as error:
-        if base is None:
-            error.where = f"{name}, which {source}/{ADAPTER_CONFIG_FILE} names as the base" + (
+        if wanted.base is None:
+            error.where = f"{name}, which {wanted.source}/{ADAPTER_CONFIG_FILE} names as the base" + (
                 f" ({error.where})" if error.where not in (None, name) else ""
             )
             error.fix = f"name the base's directory or file with --base{f'; or {error.fix}' if error.fix else ''}"
         raise
-    return merge_adapter(source, adapter, opened, progress)
+    return merge_adapter(wanted.source, adapter, opened, wanted.progress)
 
 
 def _no_adapter(source: str) -> UsageError:
@@ -146,57 +156,55 @@ def _exists(source: str) -> bool:
         return False
 
 
-def _refuse_revision(revision: str | None, source: str) -> None:
-    if revision is not None:
-        raise UsageError("only hub ids have revisions", where=source, got=f"revision {revision}")
+def _refuse_revision(wanted: _Wanted) -> None:
+    if wanted.revision is not None:
+        raise UsageError("only hub ids have revisions", where=wanted.source, got=f"revision {wanted.revision}")
 
 
-def _open_path(
-    source: str, path: Path, sha256: str | None, progress: Progress | None, reads: ReadPrefixes
-) -> Checkpoint:
+def _open_path(wanted: _Wanted, path: Path) -> Checkpoint:
     what = "the source's path is not valid UTF-8, and torch opens no other"
     check_utf8(path, UsageError, what, fix="rename it, or copy it to another place")
     if path.is_dir():
-        return _open_directory(source, scan_directory(path, reads), sha256, progress)
+        return _open_directory(wanted, scan_directory(path, wanted.reads))
     if not path.is_file():
-        raise InputError("the source is neither a file nor a directory", where=source)
+        raise InputError("the source is neither a file nor a directory", where=wanted.source)
     if path.name.endswith(".index.json"):
-        return _open_directory(source, scan_directory(path.parent, reads, path), sha256, progress)
+        return _open_directory(wanted, scan_directory(path.parent, wanted.reads, path))
     # The pinned sha256 before anything is parsed.
     seen = see_file(path)
-    file = hash_file(seen, path.name, progress)
-    check_sha256(file, sha256, where=source)
+    file = hash_file(seen, path.name, wanted.progress)
+    check_sha256(file, wanted.sha256, where=wanted.source)
     stored = read_weights_file(seen)
     if has_described_config(path.parent, stored):
-        return _open_directory(source, scan_directory(path.parent, reads, path), sha256, progress)
+        return _open_directory(wanted, scan_directory(path.parent, wanted.reads, path))
     opened = Checkpoint(
-        source,
+        wanted.source,
         stored.format,
         (file,),
         stored.tensors,
         stored.read,
         notes=stored.notes,
-        check_unchanged=partial(_check_unchanged, [seen]),
+        check_unchanged=seen.check_unchanged,
     )
-    return _with_side_configs(opened, find_side_configs(path.parent, stored), progress)
+    return _with_side_configs(opened, find_side_configs(path.parent, stored), wanted.progress)
 
 
-def _open_directory(source: str, directory: Directory, sha256: str | None, progress: Progress | None) -> Checkpoint:
-    if sha256 is not None and len(directory.weight_files) != 1:
+def _open_directory(wanted: _Wanted, directory: Directory) -> Checkpoint:
+    if wanted.sha256 is not None and len(directory.weight_files) != 1:
         raise UsageError(
             "a sha256 pins one weights file, and this checkpoint has several",
-            where=source,
+            where=wanted.source,
             got=f"{len(directory.weight_files)} shards",
             fix="pin a hub revision instead",
         )
     files = []
     for file in directory.files:
-        files.append(hash_file(file, file.path.name, progress))
-        if sha256 is not None and file in directory.weight_files:
-            check_sha256(files[-1], sha256, where=str(file))
+        files.append(hash_file(file, file.path.name, wanted.progress))
+        if wanted.sha256 is not None and file in directory.weight_files:
+            check_sha256(files[-1], wanted.sha256, where=str(file))
     stored = read_directory(directory)
     opened = Checkpoint(
-        source=source,
+        source=wanted.source,
         format=stored.format,
         files=tuple(files),
         tensors=stored.tensors,
@@ -205,78 +213,53 @@ def _open_directory(source: str, directory: Directory, sha256: str | None, progr
         side_files={name: file.path for name, file in directory.side_files.items()},
         notes=stored.notes,
         shards_left_aside=directory.left_aside,
-        check_unchanged=partial(_check_unchanged, directory.files),
+        check_unchanged=directory.check_unchanged,
     )
-    return _with_side_configs(opened, find_side_configs(directory.path, stored), progress)
+    return _with_side_configs(opened, find_side_configs(directory.path, stored), wanted.progress)
 
 
 def _with_side_configs(opened: Checkpoint, files: Sequence[SeenFile], progress: Progress | None) -> Checkpoint:
     if not files:
         return opened
-    check_weights = opened.check_unchanged
-
-    def check_unchanged() -> None:
-        check_weights()
-        _check_unchanged(files)
-
-    return replace(
-        opened,
-        files=(*opened.files, *(hash_file(file, file.path.name, progress) for file in files)),
-        # A config.json beside it describes other weights, which transformers reads.
-        config=None,
-        side_configs={file.path.name: read_side_config(file) for file in files},
-        check_unchanged=check_unchanged,
-    )
-
-
-def _check_unchanged(files: Sequence[SeenFile]) -> None:
     for file in files:
-        file.check_unchanged()
+        opened = _with_file(opened, file, file.path.name, progress)
+    # A config.json beside them describes other weights, which transformers reads.
+    return replace(opened, config=None, side_configs={file.path.name: read_side_config(file) for file in files})
 
 
-def _open_hub(
-    source: str,
-    hub_id: str,
-    sha256: str | None,
-    revision: str | None,
-    progress: Progress | None,
-    reads: ReadPrefixes,
-    base: str | None = None,
-) -> Checkpoint:
-    snapshot = fetch_snapshot(hub_id, revision, reads)
-    if adapter_folder(snapshot.directory) is not None:
-        adapted = _open_adapter(source, snapshot.directory, base, sha256, None, progress, reads)
-        return replace(adapted, revision=snapshot.revision)
-    if base is not None:
-        raise _no_adapter(source)
-    opened = _open_directory(source, scan_directory(snapshot.directory, reads), sha256, progress)
-    return replace(opened, revision=snapshot.revision)
-
-
-def _open_known(
-    source: str,
-    known: KnownCheckpoint,
-    sha256: str | None,
-    revision: str | None,
-    progress: Progress | None,
-    reads: ReadPrefixes,
-) -> Checkpoint:
-    pinned = sha256 or known.sha256
-    if known.source.hub is not None:
-        return _open_hub(source, known.source.hub, pinned, revision or known.revision, progress, reads)
-    _refuse_revision(revision, source)
-    if known.source.url is not None:
-        path = fetch_url(known.source.url, pinned, progress)
-    else:
-        path = packaged_path(known.source.file or "")
-    opened = _open_path(source, path, pinned, progress, reads)
-    if known.tokenizer is None:
-        return opened
-    tokenizer = see_file(packaged_path(known.tokenizer))
-    files = (*opened.files, hash_file(tokenizer, TOKENIZER_FILE, progress))
+def _with_file(opened: Checkpoint, file: SeenFile, name: str, progress: Progress | None) -> Checkpoint:
+    """The checkpoint with one more file that is read, which must stay as it is, too."""
 
     def check_unchanged() -> None:
         opened.check_unchanged()
-        tokenizer.check_unchanged()
+        file.check_unchanged()
 
-    return replace(opened, files=files, side_files={TOKENIZER_FILE: tokenizer.path}, check_unchanged=check_unchanged)
+    return replace(opened, files=(*opened.files, hash_file(file, name, progress)), check_unchanged=check_unchanged)
+
+
+def _open_hub(wanted: _Wanted, hub_id: str) -> Checkpoint:
+    snapshot = fetch_snapshot(hub_id, wanted.revision, wanted.reads)
+    if adapter_folder(snapshot.directory) is not None:
+        opened = _open_adapter(replace(wanted, revision=None), snapshot.directory)
+    elif wanted.base is not None:
+        raise _no_adapter(wanted.source)
+    else:
+        opened = _open_directory(wanted, scan_directory(snapshot.directory, wanted.reads))
+    return replace(opened, revision=snapshot.revision)
+
+
+def _open_known(wanted: _Wanted, known: KnownCheckpoint) -> Checkpoint:
+    wanted = replace(wanted, sha256=wanted.sha256 or known.sha256)
+    if known.source.hub is not None:
+        return _open_hub(replace(wanted, revision=wanted.revision or known.revision), known.source.hub)
+    _refuse_revision(wanted)
+    if known.source.url is not None:
+        path = fetch_url(known.source.url, wanted.sha256, wanted.progress)
+    else:
+        path = packaged_path(known.source.file or "")
+    opened = _open_path(wanted, path)
+    if known.tokenizer is None:
+        return opened
+    tokenizer = see_file(packaged_path(known.tokenizer))
+    opened = _with_file(opened, tokenizer, TOKENIZER_FILE, wanted.progress)
+    return replace(opened, side_files={TOKENIZER_FILE: tokenizer.path})

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vlm_export.checkpoint.disk import check_free, failure_from_write
+from vlm_export.bundle.environment import check_free_space, environment_errors
 from vlm_export.checkpoint.formats.safetensors_file import read_safetensors
 from vlm_export.checkpoint.seen_file import see_file
 from vlm_export.family import Checkpoint, CheckpointFile, StoredTensorInfo
@@ -66,15 +66,12 @@ def random_checkpoint(
     """
     header = _header(tensors)
     needed_bytes = len(header) + sum(tensor_bytes(info) for info in tensors.values())
-    check_free(path, needed_bytes)
+    check_free_space(path.parent, needed_bytes)
     digest = hashlib.sha256()
-    try:
-        with path.open("wb") as file:
-            for piece in chain([header], *(_pieces(key, info, seed) for key, info in tensors.items())):
-                file.write(piece)
-                digest.update(piece)
-    except OSError as error:
-        raise failure_from_write(path, needed_bytes, error) from error
+    with environment_errors("writing random weights", path.parent, needed_bytes), path.open("wb") as file:
+        for piece in chain([header], *(_pieces(key, info, seed) for key, info in tensors.items())):
+            file.write(piece)
+            digest.update(piece)
     stored = read_safetensors(see_file(path))
     files = (CheckpointFile(path.name, needed_bytes, digest.hexdigest()),)
     return Checkpoint(source_name, "random", files, stored.tensors, stored.read, config)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlm_export.checkpoint.disk import check_free, failure_from_write
+from vlm_export.bundle.environment import check_free_space, environment_errors
 from vlm_export.errors import EnvironmentFailure
 from vlm_export.machine_faults import machine_fault
 
@@ -65,13 +65,14 @@ class ScratchStore:
 
     def _grow(self, size_bytes: int) -> None:
         needed = size_bytes - self.size_bytes
-        check_free(self.path, needed)
-        try:
-            self._reserve(self.size_bytes, needed)
-        except OSError as error:
-            with suppress(OSError):
-                os.ftruncate(self._handle, self.size_bytes)
-            raise failure_from_write(self.path, needed, error) from error
+        check_free_space(self.path.parent, needed)
+        with environment_errors(f"reserving room for weights in {self.path}", self.path.parent, needed):
+            try:
+                self._reserve(self.size_bytes, needed)
+            except OSError:
+                with suppress(OSError):
+                    os.ftruncate(self._handle, self.size_bytes)
+                raise
         self.size_bytes = size_bytes
 
     def _reserve(self, offset: int, length: int) -> None:

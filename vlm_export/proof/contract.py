@@ -27,7 +27,7 @@ from vlm_export.proof.contract_record import (
     read_record,
 )
 from vlm_export.proof.declared import first_difference, version_difference
-from vlm_export.proof.gates import GATES, gate_name, judge
+from vlm_export.proof.gates import GATES, Gate, gate_name, judge
 from vlm_export.proof.metrics import Array, Comparison, compare, worst_of
 from vlm_export.proof.points import Arrays, EngineRun
 from vlm_export.runtime.engines.runs import batches
@@ -276,40 +276,38 @@ def _check_vectors(
     for name, expected in record.vectors.items():
         part = bundle.manifest.part(name)
         takes_images = _PIXELS in part.signature.input_names
-        names = images if takes_images else texts
-        ready = len(pixels) == len(images) if takes_images else bool(feeds)
+        names, given = (images, {_PIXELS: np.stack(pixels)} if pixels else {}) if takes_images else (texts, feeds)
         for variant in part.chosen_variants(precision):
+            compared, comparison = 0, None
+            missing = ", ".join(key for key in part.signature.input_names if key not in given)
+            if not given or (takes_images and len(pixels) < len(images)):
+                failures = ["the graph cannot be run: its inputs could not be prepared"]
+            elif missing:
+                failures = [f"the manifest names inputs that the record does not have: {missing}"]
+            else:
+                count = min(len(rows) for rows in expected.values())
+                inputs = {key: given[key][:count] for key in part.signature.input_names}
+                gate = GATES[gate_name(name, variant.precision)]
+                try:
+                    got = condensed(encode(start_engine(name, variant.precision), inputs))
+                    compared = len(names)
+                    failures, comparison = _compare_vectors(expected, got, gate, names)
+                except InputError as error:
+                    failures = [f"the graph cannot be run: {error.what}: {error.got}"]
             stage = f"{name} vectors"
-            if not ready:
-                failure = ("the graph cannot be run: its inputs could not be prepared",)
-                yield ContractCheck(stage, variant.file, 0, failure, variant.precision)
-                continue
-            count = min(len(rows) for rows in expected.values())
-            given = {_PIXELS: np.stack(pixels)} if takes_images else feeds
-            missing = [key for key in part.signature.input_names if key not in given]
-            if missing:
-                failure = (f"the manifest names inputs that the record does not have: {', '.join(missing)}",)
-                yield ContractCheck(stage, variant.file, 0, failure, variant.precision)
-                continue
-            inputs = {key: given[key][:count] for key in part.signature.input_names}
-            try:
-                got = condensed(encode(start_engine(name, variant.precision), inputs))
-            except InputError as error:
-                failure = (f"the graph cannot be run: {error.what}: {error.got}",)
-                yield ContractCheck(stage, variant.file, 0, failure, variant.precision)
-                continue
-            gate = GATES[gate_name(name, variant.precision)]
-            failures, worst = [], []
-            for output, reference in expected.items():
-                if output not in got:
-                    failures.append(f"{output}: the graph has no such output")
-                    continue
-                comparison = compare(reference, got[output])
-                worst.append(comparison)
-                broken = judge(comparison, gate)
-                failures += [f"{output}: {text}{_farthest(reference, got[output], names)}" for text in broken]
-            worst_numbers = worst_of(worst) if worst else None
-            yield ContractCheck(stage, variant.file, len(names), tuple(failures), variant.precision, worst_numbers)
+            yield ContractCheck(stage, variant.file, compared, tuple(failures), variant.precision, comparison)
+
+
+def _compare_vectors(
+    expected: Mapping[str, Array], got: Mapping[str, Array], gate: Gate, names: Sequence[str]
+) -> tuple[list[str], Comparison | None]:
+    """What breaks the gate, and the worst numbers; names: what the rows are."""
+    failures, worst = [f"{output}: the graph has no such output" for output in expected if output not in got], []
+    for output in [name for name in expected if name in got]:
+        worst.append(compare(expected[output], got[output]))
+        broken = judge(worst[-1], gate)
+        failures += [f"{output}: {text}{_farthest(expected[output], got[output], names)}" for text in broken]
+    return failures, worst_of(worst) if worst else None
 
 
 def compare_records(own: ContractRecord, again: ContractRecord) -> Iterator[ContractCheck]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 
-from vlm_export.proof.metrics import Array, json_number
+from vlm_export.proof.metrics import Array, json_number, paired_blocks, rows_of
 
-_BLOCK_VALUES = 1 << 20
 # A row far smaller than the others is measured against them: its own noise comes from what they share.
 _SMALLEST_ROW = 1e-2
 
@@ -21,8 +20,7 @@ class Deviation:
     """One output against another of the same shape; all numbers are ratios, and 0 where the two are equal.
 
     Attributes:
-        row_error: the norm of a row's difference over the row's norm, at its largest. A row is all that one index of
-            axis 0 holds; an array with fewer than two axes is one row.
+        row_error: the norm of a row's difference over the row's norm, at its largest (rows: `metrics.rows_of`).
         max_abs: the largest difference over the largest value.
         scale: how far the factor that fits one output to the other best is from 1. Noise is random and cancels in it;
             a wrong scale does not.
@@ -43,11 +41,12 @@ def measure_deviation(reference: Array, candidate: Array) -> Deviation:
     """
     if reference.shape != candidate.shape:
         return Deviation(math.nan, math.nan, math.nan)
-    left, right = _rows(reference), _rows(candidate)
+    left, right = rows_of(reference), rows_of(candidate)
     squares, errors, products = np.zeros(len(left)), np.zeros(len(left)), 0.0
     largest = largest_difference = 0.0
     with np.errstate(invalid="ignore", over="ignore"):
-        for rows, a, b in _blocks(left, right):
+        for rows, *pair in paired_blocks(left, right):
+            a, b = (block.astype(np.float64) for block in pair)
             difference = b - a
             squares[rows] += (a * a).sum(axis=1)
             errors[rows] += (difference * difference).sum(axis=1)
@@ -82,20 +81,3 @@ def _ratio(part: float, whole: float) -> float:
     if whole == 0:
         return 0.0 if part == 0 else math.inf
     return float(part / whole)
-
-
-def _rows(array: Array) -> Array:
-    if array.ndim < 2:
-        return array.reshape(1, -1)
-    return array.reshape(array.shape[0], -1) if array.size else array.reshape(0, 1)
-
-
-def _blocks(left: Array, right: Array) -> Iterator[tuple[slice, Array, Array]]:
-    rows, columns = left.shape
-    if not columns:
-        return
-    step = max(1, _BLOCK_VALUES // columns)
-    for row in range(0, rows, step):
-        for column in range(0, columns, _BLOCK_VALUES):
-            block = (slice(row, min(row + step, rows)), slice(column, column + _BLOCK_VALUES))
-            yield block[0], left[block].astype(np.float64), right[block].astype(np.float64)

@@ -81,13 +81,8 @@ def write_golden(directory: Path, part: str, records: Iterable[GoldenRecord]) ->
     return tuple(written)
 
 
-def read_golden(bundle: OpenBundle, part: str) -> list[GoldenRecord]:
-    """The records of a part, checked against its signature; an empty list when the bundle has none."""
-    return list(iterate_golden(bundle, part))
-
-
 def iterate_golden(bundle: OpenBundle, part: str) -> Iterator[GoldenRecord]:
-    """As `read_golden`, one record at a time."""
+    """The records of a part, checked against its signature, one at a time; none when the bundle has none."""
     signature = bundle.manifest.part(part).signature
     index = 0
     while f"{golden_directory(part, index)}/input_0.pb" in bundle.manifest.files:

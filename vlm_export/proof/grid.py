@@ -58,7 +58,6 @@ def grid_for(
     signature: Signature,
     *,
     seeds: Sequence[int] = SEEDS,
-    thorough: bool = False,
     budget_rows: int | None = None,
     budget_bytes: int | None = None,
     attention: Attention | None = None,
@@ -66,7 +65,7 @@ def grid_for(
     """The points for a signature; the same arguments give the same points.
 
     Every size of every axis appears at least once, and both ends of each pair of axes in all four combinations, but
-    for axes that others bound. The seeds alternate, and each appears; `thorough` takes every point with every seed.
+    for axes that others bound. The seeds alternate, and each appears.
 
     Args:
         budget_rows: bound of the total of batch rows, for large models: first the combinations of ends are left out,
@@ -80,7 +79,7 @@ def grid_for(
     for batches, pairs in ((BATCHES, True), (BATCHES, False), (BATCHES[:3], False), (BATCHES[:2], False)):
         combined = _combined(signature, batches, pairs)
         sizes = [_within_bytes(signature, point, budget_bytes, attention) for point in combined]
-        points = _seeded(_distinct(sizes), seeds, thorough)
+        points = _seeded(_distinct(sizes), seeds)
         if budget_rows is None or sum(point.rows for point in points) <= budget_rows:
             break
     return points
@@ -299,9 +298,7 @@ def _half(axis: Axis, size: int) -> int:
     return max(size // 2 // axis.multiple_of * axis.multiple_of, axis.minimum)
 
 
-def _seeded(combinations_: list[dict[str, int]], seeds: Sequence[int], thorough: bool) -> tuple[GridPoint, ...]:
-    if thorough:
-        return tuple(GridPoint(sizes, seed) for sizes in combinations_ for seed in seeds)
+def _seeded(combinations_: list[dict[str, int]], seeds: Sequence[int]) -> tuple[GridPoint, ...]:
     # Fewer points than seeds: the points come again, so that each seed appears.
     count = max(len(combinations_), len(seeds))
     return tuple(GridPoint(combinations_[i % len(combinations_)], seeds[i % len(seeds)]) for i in range(count))

@@ -14,7 +14,6 @@ from vlm_export.errors import InputError
 
 Array = npt.NDArray[Any]
 _BLOCK_VALUES = 1 << 20
-_PERCENTILE = 0.99
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Comparison:
     Attributes:
         reference_type, candidate_type: dtype and shape, e.g. "float32 (2, 32)".
         reference_finite, candidate_finite: neither NaN nor infinity occurs.
-        max_abs, p99_abs: largest absolute difference, and the smallest that 99 % of the values do not exceed.
+        max_abs: largest absolute difference.
         cosine: minimum over rows. A row is all that one index of axis 0 holds; an array with fewer than two axes is
             one row. Two zero rows have cosine 1, a zero row and another one 0.
         norm_ratio_min, norm_ratio_max: candidate's norm over reference's, over rows; 1 for two zero rows.
@@ -38,7 +37,6 @@ class Comparison:
     reference_finite: bool
     candidate_finite: bool
     max_abs: float
-    p99_abs: float
     cosine: float
     norm_ratio_min: float
     norm_ratio_max: float
@@ -60,7 +58,7 @@ def json_number(value: Any) -> Any:
 
 
 def compare(reference: Array, candidate: Array) -> Comparison:
-    """Compares two arrays of real numbers or truth values; needs a few blocks and 1 % of the values as extra memory.
+    """Compares two arrays of real numbers or truth values; needs a few blocks as extra memory.
 
     Raises:
         InputError: complex numbers, texts or objects.
@@ -69,15 +67,9 @@ def compare(reference: Array, candidate: Array) -> Comparison:
         # Kind V: bfloat16 and others that numpy itself lacks.
         if array.dtype.kind not in "biufV":
             raise InputError("only real numbers can be compared", got=describe_array(array))
-    accumulated = _Accumulator(reference.size)
     shape_equal = reference.shape == candidate.shape
-    if shape_equal:
-        rows = _rows(reference), _rows(candidate)
-        scales = _row_scales(rows[0]), _row_scales(rows[1])
-        for first_row, left, right in _paired_blocks(*rows):
-            accumulated.add(first_row, left, right, scales)
-    max_abs, p99_abs = accumulated.differences() if shape_equal else (math.nan, math.nan)
-    cosine, smallest, largest = accumulated.rows() if shape_equal else (math.nan, math.nan, math.nan)
+    numbers = _measured(rows_of(reference), rows_of(candidate)) if shape_equal else (math.nan,) * 4
+    max_abs, cosine, smallest, largest = numbers
     return Comparison(
         reference_type=describe_array(reference),
         candidate_type=describe_array(candidate),
@@ -86,7 +78,6 @@ def compare(reference: Array, candidate: Array) -> Comparison:
         reference_finite=_is_finite(reference),
         candidate_finite=_is_finite(candidate),
         max_abs=max_abs,
-        p99_abs=p99_abs,
         cosine=cosine,
         norm_ratio_min=smallest,
         norm_ratio_max=largest,
@@ -107,7 +98,6 @@ def worst_of(comparisons: Iterable[Comparison]) -> Comparison:
         candidate_finite=all(item.candidate_finite for item in items),
         # np.max and np.min hand NaN on, unlike max and min.
         max_abs=float(np.max([item.max_abs for item in items])),
-        p99_abs=float(np.max([item.p99_abs for item in items])),
         cosine=float(np.min([item.cosine for item in items])),
         norm_ratio_min=float(np.min([item.norm_ratio_min for item in items])),
         norm_ratio_max=float(np.max([item.norm_ratio_max for item in items])),
@@ -120,55 +110,30 @@ def describe_array(array: Array) -> str:
     return f"{array.dtype} {array.shape}"
 
 
-class _Accumulator:
-    """Sums and extremes of pairs of blocks."""
+def _measured(left: Array, right: Array) -> tuple[float, float, float, float]:
+    """Largest absolute difference, smallest cosine, smallest and largest ratio of norms over the rows.
 
-    def __init__(self, values: int) -> None:
-        # The rank from above of the 99th percentile: only that many of the largest differences are kept.
-        self._kept = values - math.ceil(_PERCENTILE * values) + 1
-        self._largest = np.empty(0)
-        self._sums: dict[int, Array] = {}
-        # Per row, the power of two of the candidate's scale over the reference's.
-        self._scales: dict[int, Array] = {}
-
-    def add(self, first_row: int, left: Array, right: Array, scales: tuple[Array, Array]) -> None:
-        """left, right: (rows, columns); rows of one `first_row` may come in several blocks of columns.
-
-        scales: int (all rows,): the powers of two by which the rows of either side are divided before their products.
-        """
-        self._keep_largest(_differences(left, right).ravel())
+    Of empty arrays the first is 0, and the others are 1.
+    """
+    # Powers of two by which the rows are divided before their products.
+    scales = _row_scales(left), _row_scales(right)
+    sums, max_abs = np.zeros((3, len(left))), 0.0
+    for rows, a, b in paired_blocks(left, right):
+        # np.maximum hands NaN on, unlike max.
+        max_abs = float(np.maximum(max_abs, _differences(a, b).max()))
         with np.errstate(invalid="ignore", over="ignore"):
-            rows = slice(first_row, first_row + len(left))
-            left, right = _scaled(left, scales[0][rows]), _scaled(right, scales[1][rows])
-            sums = np.stack([(left * right).sum(1), (left * left).sum(1), (right * right).sum(1)])
-        self._sums[first_row] = self._sums.get(first_row, 0.0) + sums
-        self._scales[first_row] = scales[1][rows] - scales[0][rows]
-
-    def _keep_largest(self, differences: Array) -> None:
-        joined = np.concatenate([self._largest, differences])
-        if joined.size > self._kept:
-            joined = np.partition(joined, joined.size - self._kept)[-self._kept :]  # NaN counts as largest
-        self._largest = joined
-
-    def differences(self) -> tuple[float, float]:
-        """Largest and 99th percentile of the absolute differences; 0 for empty arrays."""
-        if not self._largest.size:
-            return 0.0, 0.0
-        return float(np.max(self._largest)), float(self._largest.min() if not _has_nan(self._largest) else math.nan)
-
-    def rows(self) -> tuple[float, float, float]:
-        """Smallest cosine, smallest and largest ratio of norms over the rows; 1 for empty arrays."""
-        if not self._sums:
-            return 1.0, 1.0, 1.0
-        dot, left, right = np.concatenate(list(self._sums.values()), axis=1)
-        left, right = np.sqrt(left), np.sqrt(right)
-        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            cosine, ratio = dot / left / right, np.ldexp(right / left, np.concatenate(list(self._scales.values())))
-        both_zero, one_zero = (left == 0) & (right == 0), (left == 0) != (right == 0)
-        cosine = np.where(both_zero, 1.0, np.where(one_zero, 0.0, cosine))
-        ratio = np.where(both_zero, 1.0, ratio)
-        # Rounding may put the cosine of equal rows an ulp above 1.
-        return float(np.min(np.minimum(cosine, 1.0))), float(np.min(ratio)), float(np.max(ratio))
+            a, b = _scaled(a, scales[0][rows]), _scaled(b, scales[1][rows])
+            sums[:, rows] += np.stack([(a * b).sum(1), (a * a).sum(1), (b * b).sum(1)])
+    if not left.size:
+        return max_abs, 1.0, 1.0, 1.0
+    norms = np.sqrt(sums[1:])
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        cosine, ratio = sums[0] / norms[0] / norms[1], np.ldexp(norms[1] / norms[0], scales[1] - scales[0])
+    zeros = (norms == 0).sum(0)
+    cosine = np.where(zeros == 2, 1.0, np.where(zeros == 1, 0.0, cosine))
+    ratio = np.where(zeros == 2, 1.0, ratio)
+    # Rounding may put the cosine of equal rows an ulp above 1.
+    return max_abs, float(np.min(np.minimum(cosine, 1.0))), float(np.min(ratio)), float(np.max(ratio))
 
 
 def _differences(left: Array, right: Array) -> Array:
@@ -189,9 +154,8 @@ def _row_scales(rows: Array) -> Array:
     if rows.dtype != np.float64:
         return np.zeros(len(rows), np.int32)
     largest = np.zeros(len(rows))
-    for first_row, block, _ in _paired_blocks(rows, rows):
-        some = largest[first_row : first_row + len(block)]
-        np.maximum(some, np.abs(block).max(1), out=some)
+    for some, block, _ in paired_blocks(rows, rows):
+        largest[some] = np.maximum(largest[some], np.abs(block).max(1))
     return np.frexp(np.where(np.isfinite(largest), largest, 0.0))[1]
 
 
@@ -201,26 +165,23 @@ def _scaled(block: Array, scales: Array) -> Array:
     return np.ldexp(block, -scales[:, np.newaxis]) if scales.any() else block
 
 
-def _has_nan(array: Array) -> bool:
-    return bool(np.isnan(array).any())
-
-
-def _rows(array: Array) -> Array:
+def rows_of(array: Array) -> Array:
+    """(rows, columns): a row is all that one index of axis 0 holds; an array with fewer than two axes is one row."""
     if array.ndim < 2:
         return array.reshape(1, -1)
     return array.reshape(array.shape[0], -1) if array.size else array.reshape(0, 1)
 
 
-def _paired_blocks(left: Array, right: Array) -> Iterator[tuple[int, Array, Array]]:
-    """Pairs of blocks of at most `_BLOCK_VALUES` values, with the index of their first row."""
+def paired_blocks(left: Array, right: Array) -> Iterator[tuple[slice, Array, Array]]:
+    """Pairs of blocks of at most `_BLOCK_VALUES` values, with their rows; a row may come in several blocks."""
     rows, columns = left.shape
     if not columns:
         return
-    step_rows = max(1, _BLOCK_VALUES // columns)
-    for row in range(0, rows, step_rows):
+    step = max(1, _BLOCK_VALUES // columns)
+    for row in range(0, rows, step):
         for column in range(0, columns, _BLOCK_VALUES):
-            block = (slice(row, row + step_rows), slice(column, column + _BLOCK_VALUES))
-            yield row, left[block], right[block]
+            block = (slice(row, min(row + step, rows)), slice(column, column + _BLOCK_VALUES))
+            yield block[0], left[block], right[block]
 
 
 def _flat_blocks(array: Array) -> Iterator[Array]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeAlias, TypeVar
 
 from vlm_export.specs.codec import Spec, above, below, between
 from vlm_export.specs.text import TokenId
@@ -25,6 +25,22 @@ the temperature last."""
 Tokens: TypeAlias = Annotated[int, between(1, 1 << 20)]
 Beams: TypeAlias = Annotated[int, between(1, 1000)]
 _MAX_LOG_SCALE = 100.0
+
+
+class _Task(Spec):
+    """What every task tells of itself; `PARTS` are the fields that name the parts that it runs."""
+
+    PARTS: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that the task runs."""
+        return tuple(getattr(self, name) for name in self.PARTS)
+
+    @property
+    def token_ids(self) -> frozenset[int]:
+        """Ids that the task writes, or that end what it writes."""
+        return frozenset()
 
 
 @dataclass(frozen=True)
@@ -62,7 +78,7 @@ class EncoderSpec(Spec):
 
 
 @dataclass(frozen=True)
-class EmbedSpec(Spec):
+class EmbedSpec(_Task):
     """Images and texts to unit-length embeddings in one space.
 
     Attributes:
@@ -85,11 +101,6 @@ class EmbedSpec(Spec):
     def parts(self) -> tuple[str, ...]:
         """The parts that the task runs."""
         return tuple(encoder.part for encoder in (self.image, self.text) if encoder is not None)
-
-    @property
-    def token_ids(self) -> frozenset[int]:
-        """It writes none."""
-        return frozenset()
 
     def limited_to(self, parts: Collection[str]) -> EmbedSpec | None:
         """The task with the encoders among those parts, None where there is none; one alone scores nothing."""
@@ -126,7 +137,7 @@ class SpecialTokens(Spec):
 
 
 @dataclass(frozen=True)
-class MatchSpec(Spec):
+class MatchSpec(_Task):
     """Whether a text fits an image, from both together.
 
     Attributes:
@@ -143,11 +154,7 @@ class MatchSpec(Spec):
     text: str = "text"
     multimodal: str = "multimodal_text"
     kind: Literal["match"] = "match"
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The parts that the task runs."""
-        return (self.vision, self.text, self.multimodal)
+    PARTS = ("vision", "text", "multimodal")
 
     @property
     def token_ids(self) -> frozenset[int]:
@@ -156,7 +163,7 @@ class MatchSpec(Spec):
 
 
 @dataclass(frozen=True)
-class CaptionSpec(Spec):
+class CaptionSpec(_Task):
     """A sentence about an image; lengths count the prompt's tokens.
 
     Attributes:
@@ -173,14 +180,10 @@ class CaptionSpec(Spec):
     cross_key_values: str = "cross_key_values"
     decoder: str = "text_decoder"
     kind: Literal["caption"] = "caption"
+    PARTS = ("vision", "cross_key_values", "decoder")
 
     def check(self) -> None:
         _check_lengths(self)
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The parts that the task runs."""
-        return (self.vision, self.cross_key_values, self.decoder)
 
     @property
     def token_ids(self) -> frozenset[int]:
@@ -189,7 +192,7 @@ class CaptionSpec(Spec):
 
 
 @dataclass(frozen=True)
-class AnswerSpec(Spec):
+class AnswerSpec(_Task):
     """An answer to a question about an image, decoded or ranked among candidates.
 
     Attributes:
@@ -214,14 +217,10 @@ class AnswerSpec(Spec):
     cross_key_values: str = "cross_key_values"
     decoder: str = "text_decoder"
     kind: Literal["answer"] = "answer"
+    PARTS = ("vision", "encoder", "cross_key_values", "decoder")
 
     def check(self) -> None:
         _check_lengths(self)
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The parts that the task runs."""
-        return (self.vision, self.encoder, self.cross_key_values, self.decoder)
 
     @property
     def token_ids(self) -> frozenset[int]:
@@ -253,7 +252,7 @@ class PromptSpec(Spec):
 
 
 @dataclass(frozen=True)
-class ChatSpec(Spec):
+class ChatSpec(_Task):
     """How a prompt of images and words is written and answered by one decoder.
 
     Attributes:
@@ -291,11 +290,7 @@ class ChatSpec(Spec):
     embed_tokens: str = "embed_tokens"
     decoder: str = "decoder"
     kind: Literal["chat"] = "chat"
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The parts that the task runs."""
-        return (self.vision, self.embed_tokens, self.decoder)
+    PARTS = ("vision", "embed_tokens", "decoder")
 
     @property
     def token_ids(self) -> frozenset[int]:
@@ -315,7 +310,7 @@ class ChatSpec(Spec):
 
 
 @dataclass(frozen=True)
-class FeatureSpec(Spec):
+class FeatureSpec(_Task):
     """Features of an image's slices, for a language model that this project does not run.
 
     Attributes:
@@ -324,16 +319,7 @@ class FeatureSpec(Spec):
 
     part: str
     kind: Literal["features"] = "features"
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The parts that the task runs."""
-        return (self.part,)
-
-    @property
-    def token_ids(self) -> frozenset[int]:
-        """It writes none."""
-        return frozenset()
+    PARTS = ("part",)
 
 
 TaskSpec: TypeAlias = EmbedSpec | MatchSpec | CaptionSpec | AnswerSpec | ChatSpec | FeatureSpec

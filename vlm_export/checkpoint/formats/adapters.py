@@ -12,10 +12,10 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from vlm_export.checkpoint.hashing import Progress, hash_file
 from vlm_export.checkpoint.seen_file import SeenFile, see_file
 from vlm_export.errors import InputError, UsageError
 from vlm_export.family import Checkpoint, StoredTensorInfo
+from vlm_export.specs.codec import Check, Spec, between, field_words
 
 _PREFIX = "base_model.model."
 # Ends of keys; what is left of them is a module's name. An embedding's matrices have no `.weight` behind them.
@@ -41,22 +42,47 @@ _ROLES = {
     "lora_magnitude_vector.weight": "magnitude",
     "lora_magnitude_vector": "magnitude",
 }
-# Settings that change how weights are merged, with the values that are computed here.
-_COMPUTED: Mapping[str, tuple[Any, ...]] = {
-    "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "layer_replication": (None,),
-    "megatron_config": (None,),
-    "kasa_config": (None,),
-    "use_qalora": (None, False),
-    "use_bdlora": (None, False),
-    "use_monte_clora": (None, False),
-}
-_LARGEST_RANK = 1 << 16
+_MERGE = "merge it with peft (merge_and_unload, then save_pretrained), and export what that saves"
 Layer = dict[str, str]
 """Role of a tensor (`a`, `b`, …) → its stored key."""
+Names: TypeAlias = str | tuple[str, ...] | None
+Pattern: TypeAlias = Mapping[str, float] | None
+Off: TypeAlias = Literal[False] | None
+
+
+@dataclass(frozen=True)
+class _Settings(Spec):
+    """What of `adapter_config.json` decides how weights are merged.
+
+    Fields that allow one value alone stand for methods that are not computed here.
+    """
+
+    peft_type: Literal["LORA"]
+    base_model_name_or_path: str | None = None
+    r: Annotated[int, between(1, 1 << 16)] = 8
+    lora_alpha: float = 8.0
+    rank_pattern: Pattern = None
+    alpha_pattern: Pattern = None
+    use_rslora: bool | None = False
+    use_dora: bool | None = False
+    target_modules: Names = None
+    exclude_modules: Names = None
+    layers_to_transform: int | tuple[int, ...] | None = None
+    trainable_token_indices: None = None
+    target_parameters: Annotated[tuple[str, ...], Check("no entries", lambda names: not names)] | None = None
+    alora_invocation_tokens: None = None
+    arrow_config: None = None
+    layer_replication: None = None
+    megatron_config: None = None
+    kasa_config: None = None
+    use_qalora: Off = False
+    use_bdlora: Off = False
+    use_monte_clora: Off = False
+
+    def check(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not all(re.fullmatch(r"[\w.^$]+", key) for key in getattr(self, name) or ()):
+                raise self.refusal(name, "ends of module names as its keys")
 
 
 @dataclass(frozen=True)
@@ -65,32 +91,41 @@ class Adapter:
 
     Attributes:
         path: its directory.
-        base: what its settings name as the base, or None.
-        rank, alpha: of every layer that `rank_pattern` and `alpha_pattern` do not name otherwise.
-        rank_stabilised: the scaling is alpha / sqrt(rank).
-        has_magnitudes: every layer has a magnitude vector (DoRA).
-        targets: says of a module's name whether the settings put an adapter there.
+        settings: what `adapter_config.json` says.
         stored: its tensors.
         files: the files that were read.
     """
 
     path: Path
-    base: str | None
-    rank: int
-    alpha: float
-    rank_pattern: Mapping[str, Any]
-    alpha_pattern: Mapping[str, Any]
-    rank_stabilised: bool
-    has_magnitudes: bool
-    targets: Callable[[str], bool]
+    settings: _Settings
     stored: StoredTensors
     files: tuple[SeenFile, ...]
 
+    def rank(self, module: str) -> float:
+        """The rank in that module."""
+        return _by_pattern(self.settings.rank_pattern, module, self.settings.r)
+
     def scaling(self, module: str) -> float:
         """What B A is multiplied with in that module."""
-        rank = _by_pattern(self.rank_pattern, module, self.rank)
-        alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
-        return float(alpha / math.sqrt(rank) if self.rank_stabilised else alpha / rank)
+        rank = self.rank(module)
+        alpha = _by_pattern(self.settings.alpha_pattern, module, self.settings.lora_alpha)
+        return float(alpha / math.sqrt(rank) if self.settings.use_rslora else alpha / rank)
+
+    def targets(self, module: str) -> bool:
+        """Whether the settings put an adapter there; peft leaves tensors of others aside (tuners_utils.py, 0.18).
+
+        A list names ends of module names, and so is what is excluded. A string is a regular expression, or
+        "all-linear": it is not run here, where a hostile one could take forever, and what the file holds is what was
+        trained.
+        """
+        layers, wanted = self.settings.layers_to_transform, self.settings.target_modules
+        if layers is not None:
+            numbers = {layers} if isinstance(layers, int) else set(layers)
+            if not numbers & {int(part) for part in module.split(".") if part.isdecimal()}:
+                return False
+        excluded = self.settings.exclude_modules
+        is_wanted = not isinstance(wanted, tuple) or _is_named(wanted, module)
+        return is_wanted and not (isinstance(excluded, tuple) and _is_named(excluded, module))
 
 
 def adapter_folder(path: Path) -> Path | None:
@@ -111,8 +146,8 @@ def read_adapter(path: Path) -> Adapter:
     """
     config_file = see_file(path / ADAPTER_CONFIG_FILE)
     config = json_object_from_bytes(read_bounded(config_file), str(config_file))
-    where = str(config_file)
-    _check_method(config, where)
+    known = {key: value for key, value in config.items() if key in field_words(_Settings)}
+    settings = _Settings.from_json(known, str(config_file), complete=False, fix=_MERGE)
     weights = next((path / name for name in ADAPTER_WEIGHTS if (path / name).is_file()), None)
     if weights is None:
         raise InputError(
@@ -122,21 +157,8 @@ def read_adapter(path: Path) -> Adapter:
             got="neither",
             fix="copy the whole directory that save_pretrained wrote",
         )
-    base = config.get("base_model_name_or_path")
     seen = see_file(weights)
-    return Adapter(
-        path=path,
-        base=base if isinstance(base, str) and base else None,
-        rank=int(_number(config, "r", 8, where)),
-        alpha=_number(config, "lora_alpha", 8, where),
-        rank_pattern=_patterns(config, "rank_pattern", where),
-        alpha_pattern=_patterns(config, "alpha_pattern", where),
-        rank_stabilised=bool(config.get("use_rslora", False)),
-        has_magnitudes=bool(config.get("use_dora", False)),
-        targets=_targets(config, where),
-        stored=read_weights_file(seen),
-        files=(config_file, seen),
-    )
+    return Adapter(path, settings, read_weights_file(seen), (config_file, seen))
 
 
 def base_of(adapter: Adapter, given: str | None) -> str:
@@ -145,8 +167,8 @@ def base_of(adapter: Adapter, given: str | None) -> str:
     Raises:
         UsageError: neither names a base.
     """
-    base = given or adapter.base
-    if base is None:
+    base = given or adapter.settings.base_model_name_or_path
+    if not base:
         raise UsageError(
             "a LoRA adapter needs the model that it was trained on",
             where=str(adapter.path / ADAPTER_CONFIG_FILE),
@@ -224,96 +246,14 @@ def _is_tokenizer_file(name: str) -> bool:
     return "processor" not in name
 
 
-def _check_method(config: Mapping[str, Any], where: str) -> None:
-    method = config.get("peft_type")
-    if method != "LORA":
-        raise InputError(
-            "the adapter was made with a method that is not merged here",
-            where=f"{where}: peft_type",
-            expected="'LORA'",
-            got=f"{method!r:.80}",
-            fix="merge it with peft (merge_and_unload, then save_pretrained), and export what that saves",
-        )
-    for key, values in _COMPUTED.items():
-        if config.get(key) not in values and key in config:
-            raise InputError(
-                f"{key} changes weights in a way that is not merged here",
-                where=f"{where}: {key}",
-                expected=" or ".join(map(repr, values)),
-                got=f"{config[key]!r:.200}",
-                fix="merge it with peft (merge_and_unload, then save_pretrained), and export what that saves",
-            )
+def _is_named(names: Sequence[str], module: str) -> bool:
+    return any(module == name or module.endswith(f".{name}") for name in names)
 
 
-def _number(config: Mapping[str, Any], key: str, default: float, where: str) -> float:
-    value = config.get(key, default)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or (key == "r" and not 1 <= value <= _LARGEST_RANK):
-        raise InputError(
-            "the adapter's settings are malformed",
-            where=f"{where}: {key}",
-            expected=f"a whole number from 1 to {_LARGEST_RANK}" if key == "r" else "a number",
-            got=f"{value!r:.80}",
-        )
-    return float(value)
-
-
-def _targets(config: Mapping[str, Any], where: str) -> Callable[[str], bool]:
-    """Which modules the settings put an adapter on; peft leaves tensors of others aside (tuners_utils.py, 0.18).
-
-    A list names ends of module names, and so is what is excluded. A string is a regular expression, or "all-linear":
-    it is not run here, where a hostile one could take forever, and what the file holds is what was trained.
-    """
-    wanted, excluded, layers = (config.get(key) for key in ("target_modules", "exclude_modules", "layers_to_transform"))
-    for key, value in (("target_modules", wanted), ("exclude_modules", excluded)):
-        names = [value] if isinstance(value, str) else value
-        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-            raise InputError(
-                "the adapter's settings are malformed",
-                where=f"{where}: {key}",
-                expected="names of modules",
-                got=f"{value!r:.80}",
-            )
-    numbers = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
-
-    def named(names: Any, module: str) -> bool:
-        return any(module == name or module.endswith(f".{name}") for name in names)
-
-    def is_target(module: str) -> bool:
-        if numbers is not None and not numbers & {int(part) for part in module.split(".") if part.isdecimal()}:
-            return False
-        if isinstance(wanted, list) and not named(wanted, module):
-            return False
-        return not (isinstance(excluded, list) and named(excluded, module))
-
-    return is_target
-
-
-def _patterns(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
-    value = config.get(key) or {}
-    if not isinstance(value, dict):
-        raise InputError(
-            "the adapter's settings are malformed", where=f"{where}: {key}", expected="an object", got=f"{value!r:.80}"
-        )
-    for name in value:
-        _number(value, name, 0, f"{where}: {key}")
-        if re.fullmatch(r"[\w.^$]+", name) is None:
-            raise InputError(
-                "the adapter's settings name layers by a pattern that is not read here",
-                where=f"{where}: {key}",
-                expected="ends of module names",
-                got=f"{name!r:.200}",
-                fix="merge it with peft (merge_and_unload, then save_pretrained), and export what that saves",
-            )
-    return value
-
-
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: float) -> float:
+def _by_pattern(patterns: Pattern, module: str, default: float) -> float:
     """The value of the first name that the module's own ends with."""
-    for name, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({name})", module):
-            return float(value)
-    return default
+    found = (value for name, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({name})", module))
+    return next(found, default)
 
 
 def _sorted_keys(adapter: Adapter, base: Checkpoint) -> tuple[dict[str, Layer], dict[str, str]]:
@@ -344,7 +284,7 @@ def _layer_problems(
     problems = []
     if not adapter.targets(module):
         problems.append(f"{module}: the settings put no adapter there")
-    if adapter.has_magnitudes and "magnitude" not in layer:
+    if adapter.settings.use_dora and "magnitude" not in layer:
         problems.append(f"{module}: the settings say use_dora, and there is no magnitude vector")
     if problem := _shape_problem(adapter, module, layer, tensors[key].shape):
         problems.append(f"{module}: {problem}")
@@ -375,7 +315,7 @@ def _shape_problem(adapter: Adapter, module: str, layer: Layer, shape: tuple[int
         expected_a, expected_b = (a[0], shape[0]), (shape[1], a[0])
     if a != expected_a or b != expected_b:
         return f"A {a} and B {b} do not fit the base's weight {shape}"
-    if a[0] != (rank := _by_pattern(adapter.rank_pattern, module, adapter.rank)):
+    if a[0] != (rank := adapter.rank(module)):
         return f"A {a} has {a[0]} rows, and the settings say rank {rank:g}"
     if "magnitude" in layer and (len(shape) != 2 or names[0] != "a"):
         return "weight decomposition (DoRA) of a layer that is not linear is not merged here"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
-import shutil
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import BinaryIO, Protocol
 from urllib.parse import urlsplit
 
+from vlm_export.bundle.environment import check_free_space
 from vlm_export.bundle.staging import put_file, staging
 from vlm_export.checkpoint.hashing import Progress, hash_file
 from vlm_export.checkpoint.names import check_plain_name
@@ -86,7 +86,9 @@ def _download(url: str, staged: Path, target: Path, sha256: str | None, progress
             raise OSError("the server redirects away from https")
         stated = response.headers.get("Content-Length") or ""
         total = int(stated) if stated.isdecimal() else 0
-        _check_space(target, total)
+        check_free_space(
+            target.parent, total, fix=f"free some space, or set {CACHE_VARIABLE} to a directory on a larger disk"
+        )
         found = _stream(response, file, target.name, total, progress)
     if sha256 is not None and found != sha256:
         raise InputError(
@@ -111,15 +113,3 @@ def _stream(response: Response, file: BinaryIO, name: str, total: int, progress:
     if done < total:
         raise OSError(f"the connection ended after {done} of {total} bytes")
     return digest.hexdigest()
-
-
-def _check_space(target: Path, needed_bytes: int) -> None:
-    free_bytes = shutil.disk_usage(target.parent).free
-    if needed_bytes > free_bytes:
-        raise EnvironmentFailure(
-            "the download does not fit on the disk",
-            where=str(target.parent),
-            expected=f"{needed_bytes} bytes free",
-            got=f"{free_bytes} bytes free",
-            fix=f"free some space, or set {CACHE_VARIABLE} to a directory on a larger disk",
-        )

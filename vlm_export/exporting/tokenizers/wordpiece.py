@@ -32,11 +32,6 @@ def is_wordpiece_vocab(raw: bytes) -> bool:
     return {_START.encode(), _END.encode()} <= {line.rstrip(b"\r") for line in raw.split(b"\n")}
 
 
-def is_wordpiece(tokenizer: Any) -> bool:
-    """Whether a `tokenizers.Tokenizer` splits words into WordPieces."""
-    return isinstance(tokenizer.model, models.WordPiece)
-
-
 def tokenizer_json_from_wordpiece_vocab(text: str, where: str) -> str:
     """`tokenizer.json` from an uncased `vocab.txt`, whose line numbers are the ids; texts become [CLS] … [SEP].
 
