@@ -7,14 +7,13 @@ types say which values are computed here; any other is refused with its key.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeAlias
 
 from vlm_export.errors import InputError, VlmExportError
-from vlm_export.family import Checkpoint
 from vlm_export.models.layers.blocks import Activation
-from vlm_export.models.reading.image_processor import Prepared, processor_files, same_origin
+from vlm_export.models.reading.image_processor import Prepared, same_origin
 from vlm_export.models.reading.images import IMAGE_MEAN, IMAGE_STD, Channels
 from vlm_export.models.reading.shapes import LARGEST_CONTEXT, is_number
 from vlm_export.specs import Origins, Resample, torchvision_image_spec
@@ -232,13 +231,16 @@ _RESIZES: Mapping[str, Literal["shortest_edge", "longest_edge", "stretch"]] = {
 _DEFAULT_FOR_EMPTY = ("mean", "std", "interpolation", "resize_mode")
 
 
-def open_clip_image(checkpoint: Checkpoint, image_size: int) -> Prepared:
-    """How `open_clip_config.json` has images prepared; InputError for what is not done here.
+def open_clip_image(section: Any, image_size: int, where: str = FILE, ignored: Iterable[str] = ()) -> Prepared:
+    """How a `preprocess_cfg` has images prepared; InputError for what is not done here.
 
     Missing and null fields have open_clip's defaults; of four fields it takes the default for zero and empty values
     too. It ignores the stated size, and fields that it does not know.
+
+    Args:
+        where: what states it.
+        ignored: other files about the preparation, which open_clip does not read.
     """
-    section = checkpoint.side_configs.get(FILE, {}).get("preprocess_cfg", {})
     if not isinstance(section, Mapping):
         raise _malformed("preprocess_cfg", "an object", section)
     config = {k: v for k, v in section.items() if v is not None and (v or k not in _DEFAULT_FOR_EMPTY)}
@@ -257,10 +259,9 @@ def open_clip_image(checkpoint: Checkpoint, image_size: int) -> Prepared:
     spec = replace(spec, fill=fill if resize == "longest_edge" else 0)
     stated = {"resample": "interpolation", "mean": "mean", "std": "std", "fill": "fill_color"}
     stated |= dict.fromkeys(("resize", "resize_pixels", "crop"), "resize_mode")
-    own = {f"image.{name}": f"{FILE}: preprocess_cfg.{key}" for name, key in stated.items() if key in config}
-    defaults = {**same_origin(spec, "default of open_clip"), "image.size_pixels": f"{FILE}: model_cfg.vision_cfg"}
-    ignored = dict.fromkeys(processor_files(checkpoint), f"open_clip reads {FILE} alone")
-    return spec, Origins({**defaults, **own}, ignored)
+    own = {f"image.{name}": f"{where}: preprocess_cfg.{key}" for name, key in stated.items() if key in config}
+    defaults = {**same_origin(spec, "default of open_clip"), "image.size_pixels": f"{where}: model_cfg.vision_cfg"}
+    return spec, Origins({**defaults, **own}, dict.fromkeys(ignored, f"open_clip reads {FILE} alone"))
 
 
 def _choose(section: Mapping[str, Any], key: str, choices: tuple[str, ...]) -> str:

@@ -28,6 +28,7 @@ from vlm_export.family import (
 )
 from vlm_export.models.clip.weights import OPENAI_ROOTS
 from vlm_export.models.openclip import original as openclip_original
+from vlm_export.models.openclip.apple import is_apple, with_open_clip_names
 from vlm_export.models.openclip.config import (
     FILE,
     OpenClipArchitecture,
@@ -38,7 +39,7 @@ from vlm_export.models.openclip.hf_text import hf_encoder, pooler_of, text_pad_i
 from vlm_export.models.openclip.hub_config import hub_config
 from vlm_export.models.openclip.towers import OpenClipEncoders, build_encoders, reparameterise, sees_padding
 from vlm_export.models.openclip.weights import TEXT_MARKS, text_prefix, weight_table
-from vlm_export.models.reading.image_processor import with_chosen_size
+from vlm_export.models.reading.image_processor import Prepared, processor_files, with_chosen_size
 from vlm_export.models.reading.images import ImageExamples, apply_image_size, image_shape
 from vlm_export.models.reading.token_ids import EDGES, random_ids
 from vlm_export.models.reading.weights import Target, load_weights, published_tensors
@@ -71,18 +72,21 @@ class OpenClipFamily:
     reads: tuple[str, ...] = ()
     options: type[Spec] = OpenClipOptions
     marks: tuple[str, ...] = ("logit_scale", "visual.conv1.weight")
-    roots: tuple[str, ...] = (*OPENAI_ROOTS, "text_projection")
+    roots: tuple[str, ...] = (*OPENAI_ROOTS, "text_projection", "image_encoder", "text_encoder")
     config_types: Mapping[str, tuple[str, ...]] = {}
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         keys = checkpoint.tensors
         has_encoders = any(key.startswith("visual.") for key in keys) and any(map(_is_text_key, keys))
-        return has_encoders and (_config(checkpoint) is not None or any(map(_is_no_clip_key, keys)))
+        made = checkpoint.config if checkpoint.format == "random" else None
+        has_config = FILE in checkpoint.side_configs or "model_cfg" in (made or {})
+        return is_apple(checkpoint) or (has_encoders and (has_config or any(map(_is_no_clip_key, keys))))
 
     def describe(self, checkpoint: Checkpoint) -> Description:
-        architecture = _architecture(checkpoint)
+        stated = _stated(checkpoint)
+        architecture = stated.architecture
         encoders = build_encoders(architecture)
-        image, origins = open_clip_image(checkpoint, architecture.vision_cfg.image_edge)
+        image, origins = stated.image(checkpoint)
         return Description(
             architecture.to_json(),
             outlines(_parts(architecture, encoders)),
@@ -93,14 +97,15 @@ class OpenClipFamily:
         )
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
-        architecture = _architecture(checkpoint, options)
+        stated = _stated(checkpoint, options)
+        architecture, checkpoint = stated.architecture, with_open_clip_names(checkpoint)
         encoders = build_encoders(architecture)
         dropped = load_weights(encoders, checkpoint, _table(architecture, encoders, checkpoint), store)
         if architecture.vision_cfg.timm_model_name:
             reparameterise(encoders.vision)
         size = apply_image_size(encoders.vision, architecture.vision_cfg.image_edge, options)
         parts = tuple(_parts(architecture, encoders, size, dynamic_image_size=options.dynamic_image_size))
-        image, origins = with_chosen_size(open_clip_image(checkpoint, architecture.vision_cfg.image_edge), size)
+        image, origins = with_chosen_size(stated.image(checkpoint), size)
         return Model(
             family=self.name,
             architecture=architecture.to_json(),
@@ -112,7 +117,8 @@ class OpenClipFamily:
             dropped_keys=dropped,
             references={part.name: partial(reference_from_module, part) for part in parts},
             reference_name="unpatched eager module",
-            original=openclip_original.original(checkpoint, architecture, parts, store, options),
+            warnings=stated.warnings,
+            original=openclip_original.original(checkpoint, architecture, stated.preprocess, parts, store, options),
             origins=origins | _text_origins(architecture),
         )
 
@@ -138,53 +144,78 @@ def _is_no_clip_key(key: str) -> bool:
     return key.startswith("visual.trunk.") or text == "text_projection.weight" or of_transformers
 
 
-def _config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
-    """The config's data; of random weights, what `published_config` made."""
-    if FILE in checkpoint.side_configs:
-        return checkpoint.side_configs[FILE]
-    made = checkpoint.config if checkpoint.format == "random" else None
-    return made if made is not None and "model_cfg" in made else None
+@dataclass(frozen=True)
+class _Stated:
+    """What a config, or open_clip under a name that the user tells, says of weights."""
+
+    architecture: OpenClipArchitecture
+    preprocess: Any
+    where: str = FILE
+    warnings: tuple[str, ...] = ()
+
+    def image(self, checkpoint: Checkpoint) -> Prepared:
+        """How images are prepared."""
+        edge = self.architecture.vision_cfg.image_edge
+        return open_clip_image(self.preprocess, edge, self.where, processor_files(checkpoint))
 
 
-def _architecture(checkpoint: Checkpoint, options: BuildOptions = DEFAULT_BUILD) -> OpenClipArchitecture:
-    """The architecture that the config describes, or the option names.
+def _stated(checkpoint: Checkpoint, options: BuildOptions = DEFAULT_BUILD) -> _Stated:
+    """What the config says, or open_clip of the model that the option names.
 
     Raises:
         InputError: the config describes a model that is not computed here, or there is none.
         UsageError: the options say what the checkpoint says itself, or open_clip has no such model.
     """
     told = options.family_options.get(_MODEL_OPTION)
-    config = _config(checkpoint)
-    if config is not None:
-        if told is not None:
-            raise UsageError(
-                "this checkpoint says itself which model it is",
-                where=checkpoint.source,
-                expected=f"no --set {_MODEL_OPTION}",
-                got=f"{told}, beside {FILE}",
-                fix="leave the option out",
-            )
-        return read_architecture(config, FILE)
-    if told is None:
+    config = checkpoint.side_configs.get(FILE)
+    if config is None and checkpoint.format == "random":
+        # What `published_config` made.
+        config = checkpoint.config
+    if config is None:
+        return _told(checkpoint, None if told is None else str(told))
+    if told is not None:
+        raise UsageError(
+            "this checkpoint says itself which model it is",
+            where=checkpoint.source,
+            expected=f"no --set {_MODEL_OPTION}",
+            got=f"{told}, beside {FILE}",
+            fix="leave the option out",
+        )
+    return _Stated(read_architecture(config, FILE), config.get("preprocess_cfg", {}))
+
+
+def _told(checkpoint: Checkpoint, name: str | None) -> _Stated:
+    if name is None:
         raise InputError(
             f"nothing says which model of open_clip these weights are: there is no {FILE} beside them",
             where=checkpoint.source,
             expected=f"{FILE} beside the weights, or the name of open_clip's model",
-            got="key names of open_clip",
+            got="key names of MobileCLIP" if is_apple(checkpoint) else "key names of open_clip",
             fix=f"put the model's {FILE} beside the weights, or export with --set {_MODEL_OPTION}=NAME, "
-            "such as ViT-B-16-SigLIP",
+            f"such as {'MobileCLIP-S1' if is_apple(checkpoint) else 'ViT-B-16-SigLIP'}",
         )
     from open_clip import get_model_config
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
-    found = get_model_config(str(told))
+    found = get_model_config(name)
     if found is None:
         raise UsageError(
             "open_clip has no model of this name",
             where=f"--set {_MODEL_OPTION}",
             expected="a name of open_clip.list_models()",
-            got=str(told),
+            got=name,
         )
-    return read_architecture({"model_cfg": found}, f"{told} of open_clip")
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    weights = [get_pretrained_cfg(name, tag) for tag in list_pretrained_tags_by_model(name)]
+    ways = {tuple(published.get(key) for key in keys) for published in weights}
+    where = f"open_clip's {name}"
+    if len(ways) == 1:
+        preprocess = dict(zip(keys, ways.pop(), strict=True))
+        how = f"as open_clip does for the weights of {name} that it knows"
+    else:
+        preprocess, how = {}, "as open_clip does by default"
+    warning = f"the weights do not say how images are prepared: it is done {how}. Their {FILE} beside them would say it"
+    return _Stated(read_architecture({"model_cfg": found}, where), preprocess, where, (warning,))
 
 
 def _table(architecture: OpenClipArchitecture, encoders: OpenClipEncoders, checkpoint: Checkpoint) -> dict[str, Target]:

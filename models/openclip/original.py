@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_export.family import Arrays, BuildOptions, Checkpoint, Part, Reference, WeightStore
-from vlm_export.models.openclip.config import FILE, OpenClipArchitecture
+from vlm_export.models.openclip.config import OpenClipArchitecture
 from vlm_export.models.openclip.hf_text import hf_encoder, original_hf_text, text_pad_id
 from vlm_export.models.openclip.towers import fill_computed_tables
 from vlm_export.models.openclip.weights import text_prefix
@@ -22,6 +22,7 @@ from vlm_export.original import OpenClipOriginal, OpenClipTokenizer, Original, S
 def original(
     checkpoint: Checkpoint,
     architecture: OpenClipArchitecture,
+    preprocess: Any,
     parts: Sequence[Part],
     store: WeightStore,
     options: BuildOptions,
@@ -29,6 +30,7 @@ def original(
     """What the proof of the contract runs.
 
     Args:
+        preprocess: what the config says about images.
         store: where weights live that are not float32.
     """
     text = architecture.text_cfg
@@ -39,14 +41,13 @@ def original(
         for part in parts
         if same_size or part.name == "text"
     }
-    preprocess = dict(checkpoint.side_configs.get(FILE, {}).get("preprocess_cfg") or {})
     score = {
         key: float(checkpoint.read(key).float().reshape(-1)[0])
         for key in ("logit_scale", "logit_bias")
         if key in checkpoint.tensors
     }
     texts = OpenClipTokenizer(text.clean) if text.hf_tokenizer_name else SimpleTokenizerOriginal(None)
-    return Original(OpenClipOriginal(preprocess), texts, encoders, "open_clip CustomTextCLIP", score)
+    return Original(OpenClipOriginal(dict(preprocess or {})), texts, encoders, "open_clip CustomTextCLIP", score)
 
 
 def _encoder(checkpoint: Checkpoint, architecture: OpenClipArchitecture, part: Part, store: WeightStore) -> Reference:

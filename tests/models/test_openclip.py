@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pytest
 import timm
 import torch
+from open_clip.convert import convert_state_dict
 from open_clip.model import CLIP, CustomTextCLIP
 from PIL import Image
 from timm.models import register_model
@@ -30,8 +31,9 @@ from vlm_export.exporting.simplify import finish_graph
 from vlm_export.exporting.writer import write_graph
 from vlm_export.family import BuildOptions, Checkpoint, Model, StoredTensorInfo
 from vlm_export.models.layers.bert import BertSizes
+from vlm_export.models.openclip import apple
 from vlm_export.models.openclip.config import open_clip_image, read_architecture
-from vlm_export.models.openclip.family import OpenClipFamily
+from vlm_export.models.openclip.family import OpenClipFamily, _stated
 from vlm_export.models.openclip.hf_text import HF_ENCODERS, HfEncoder, Kind
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
 from vlm_export.runtime.inputs.images import preprocess_image
@@ -57,7 +59,7 @@ BLIND: Config = {"no_causal_mask": True}
 
 # One config of each kind of model, whose keys at full size are open_clip's.
 ONE_OF_EACH = re.compile(
-    "h-14-378|b-32-laion2b-s34|eva02-b|eva02-e-14-laion|base-w|mobileclip2-b|siglip2-w|siglip-w|roberta-large|p-roberta"
+    "h-14-378|b-32-laion2b-s34|eva02-b|eva02-e-14-laion|base-w|mobileclip2-b|mobileclip2-s0|mobileclip2-s4|siglip2-w|siglip-w|roberta-large|p-roberta"
 )
 
 # transformers' CLIPModel computes these.
@@ -210,6 +212,78 @@ def test_image_encoders_of_timm(
     np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
+_tiny("vit_base_mci_224", depth=1)
+
+
+def in_apples_names(state: Mapping[str, torch.Tensor], *, is_vit: bool) -> dict[str, torch.Tensor]:
+    """The inverse of what open_clip converts; it has no bias of the projection."""
+    stages = sorted({int(key.split(".")[3]) for key in state if key.startswith("visual.trunk.stages.")})
+    starts, position = dict[str, str](), 0
+    for stage in stages:
+        for part, theirs in (("downsample.proj.", "proj."), ("pos_emb.pos_enc.", "pe."), ("blocks.", "")):
+            if any(key.startswith(f"visual.trunk.stages.{stage}.{part}") for key in state):
+                starts[f"stages.{stage}.{part}"] = f"network.{position}.{theirs}"
+                position += 1
+    made = {}
+    for key, value in state.items():
+        if key == "logit_scale":
+            made[key] = value
+        elif key.startswith("text."):
+            name = _back(key.removeprefix("text."), apple._TEXT_NAMES)
+            made[f"text_encoder.{name}"] = value[None, None] if name.startswith("positional") else value
+        elif not key.endswith(("head.fc.bias", "head.bias")):
+            name = key.removeprefix("visual.trunk.")
+            for ours, theirs in starts.items():
+                name = theirs + name.removeprefix(ours) if name.startswith(ours) else name
+            name = re.sub(r"(layer_scale(_\d)?)\.gamma$", r"\1", name)
+            name = _back(name, apple._VIT_NAMES if is_vit else apple._FASTVIT_NAMES)
+            value = value.T.contiguous() if name.endswith(("head.proj", "classifier.proj")) else value
+            made[f"image_encoder.model.{name}"] = value[None] if name.startswith("pos_embed") else value
+    return made
+
+
+def _back(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
+    for old, new in reversed(pairs):
+        name = name.replace(new, old)
+    return name
+
+
+@pytest.mark.parametrize(("name", "size"), [("tiny_fastvit_mci0", 256), ("tiny_vit_base_mci_224", 224)])
+def test_mobileclip_as_apple_publishes_it(
+    name: str, size: int, build_model: Build, tmp_path: Path, assert_same: Same
+) -> None:
+    import open_clip
+
+    pool = "avg" if "fastvit" in name else "token"
+    tower: Config = {"timm_model_name": name, "image_size": size, "timm_pool": pool, "timm_proj": None}
+    words = text(**BLIND, width=64, heads=2)
+    stated = config(vision_cfg=tower, text_cfg=words)
+    original = save(tmp_path / "model", stated)
+    with torch.no_grad():
+        (original.visual.trunk.head.fc if "fastvit" in name else original.visual.trunk.head).bias.zero_()
+    weights = in_apples_names(original.state_dict(), is_vit="vit_base" in name)
+    for key, value in convert_state_dict(original, weights).items():
+        assert torch.equal(value, original.state_dict()[key]), key
+    torch.save(weights, tmp_path / "mobileclip.pt")
+    with pytest.raises(InputError, match="nothing says which model of open_clip"):
+        build_model(tmp_path / "mobileclip.pt")
+    (tmp_path / "Tiny-Mobile.json").write_text(json.dumps(stated["model_cfg"]))
+    open_clip.add_model_config(tmp_path / "Tiny-Mobile.json")
+    model = build_model(tmp_path / "mobileclip.pt", BuildOptions(family_options={"model": "Tiny-Mobile"}))
+    (warning,) = model.warnings
+    assert "how images are prepared" in warning
+    feeds = inputs(stated)
+    for got, expected in zip(eager(model, *feeds), outputs_of(original, *feeds), strict=True):
+        assert_same(duals.unit(got), duals.unit(expected), max_abs=1e-5)
+
+
+def test_a_told_name_brings_the_preparation_of_its_published_weights() -> None:
+    unread = Checkpoint("model", "safetensors", (), {}, lambda key: torch.empty(0))
+    image = _stated(unread, BuildOptions(family_options={"model": "MobileCLIP2-S0"})).image(unread)[0]
+    assert isinstance(image, ImageSpec)
+    assert (image.mean, image.std, image.resample) == ((0.0,) * 3, (1.0,) * 3, "bilinear")
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -356,9 +430,7 @@ def test_defaults_may_be_written_out() -> None:
 def test_images_are_prepared_as_by_open_clip(stated: Config) -> None:
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    configs = {CONFIG: {"preprocess_cfg": stated}}
-    unread = Checkpoint("model", "safetensors", (), {}, lambda key: torch.empty(0), side_configs=configs)
-    image, _ = open_clip_image(unread, 24)
+    image, _ = open_clip_image(stated, 24)
     assert isinstance(image, ImageSpec)
     known = {key: value for key, value in stated.items() if key not in ("size", "later") and value is not None}
     original: Any = image_transform_v2(PreprocessCfg(size=24, **known), is_train=False)
@@ -526,9 +598,7 @@ def test_configs_are_those_of_open_clip(name: str) -> None:
     found = read_architecture({"model_cfg": known.architecture}, name)
     assert found == read_architecture({"model_cfg": stated}, name)
     preprocess = {key: weights[key] for key in ("mean", "std", "interpolation", "resize_mode")}
-    configs = {CONFIG: {"preprocess_cfg": preprocess}}
-    unread = Checkpoint("model", "safetensors", (), {}, lambda key: torch.empty(0), side_configs=configs)
-    assert known.image == open_clip_image(unread, found.vision_cfg.image_edge)[0]
+    assert known.image == open_clip_image(preprocess, found.vision_cfg.image_edge)[0]
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if ONE_OF_EACH.search(name)])
