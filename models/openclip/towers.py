@@ -64,6 +64,7 @@ class VisionTower(VisionTransformer):
             eps=config.eps,
             patch_bias=False,
             norm_first=not config.no_ln_pre,
+            antialias=True,
         )
         super().__init__(form)
         self.averages, self.norm_last = config.pool_type == "avg", config.final_ln_after_pool

@@ -316,6 +316,24 @@ def test_texts_that_see_no_padding_may_be_short(build_model: Build, tmp_path: Pa
     assert_same(short, outputs_of(original, pixels, ids[1:])[1])
 
 
+@pytest.mark.parametrize("size", [16, 40])
+def test_other_sizes_of_images_as_open_clip_loads_them(
+    size: int, build_model: Build, tmp_path: Path, assert_same: Same
+) -> None:
+    import open_clip
+
+    save(tmp_path / "model", FORMS["mean, then normalised"])
+    original = open_clip.create_model(f"local-dir:{tmp_path / 'model'}", force_image_size=size).eval()
+    pixels = np.random.default_rng(1).standard_normal((2, 3, size, size)).astype(np.float32)
+    with torch.inference_mode():
+        expected = original.encode_image(torch.from_numpy(pixels)).numpy()
+    for options in (BuildOptions(image_size=size), BuildOptions(dynamic_image_size=True)):
+        model = build_model(tmp_path / "model", options)
+        assert_same(eager(replace(model, parts=model.parts[:1]), pixels)[0], expected)
+        assert isinstance(model.image, ImageSpec)
+        assert model.image.size_pixels == (size if options.image_size else 24)
+
+
 def described(stated: Config, like: Config | None = None) -> Mapping[str, Any]:
     """The architecture that the family finds: a config beside the shapes of another one's model."""
     made = {key: value for key, value in (like or stated)["model_cfg"].items() if key != "custom_text"}
