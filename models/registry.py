@@ -11,6 +11,7 @@ from vlm_export.family import Checkpoint, Family, StoredTensorInfo
 from vlm_export.models.recognition.claims import claimed_by, error_from_unknown, refuse_other_models, seen_by
 
 FAMILIES = {
+    "openclip": "vlm_export.models.openclip.family:OpenClipFamily",
     "altclip": "vlm_export.models.chineseclip.altclip:AltClipFamily",
     "chineseclip": "vlm_export.models.chineseclip.family:ChineseClipFamily",
     "metaclip2": "vlm_export.models.clip.metaclip2:MetaClip2Family",

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from doc_pages import read_pages, write_or_check
 
@@ -111,21 +112,25 @@ def _cell(text: str) -> str:
 
 
 def _checkpoint_row(known: KnownCheckpoint) -> tuple[str, ...]:
-    architecture = known.architecture
-    vision, source = architecture["vision"], known.source
-    if "stages" in vision:
-        encoder = f"ModifiedResNet {'-'.join(map(str, vision['stages']))}, width {vision['width']}"
-    else:
-        encoder = f"ViT, {vision['layers']} layers of {vision['width']}, patch {vision['patch_size']}"
+    architecture, source = known.architecture, known.source
+    vision = architecture.get("vision") or architecture["vision_cfg"]
     return (
         f"`{known.name}`",
         known.title.partition(" (")[0],
-        encoder,
+        _encoder(vision),
         str(vision.get("image_size") or architecture.get("image_size") or vision["grid"] * vision["patch_size"]),
         ", ".join(_parts(known)),
         f"Hub: {source.hub}" if source.hub else "download" if source.url else "part of this project",
         "pinned" if known.sha256 else "recorded",
     )
+
+
+def _encoder(vision: Mapping[str, Any]) -> str:
+    if name := vision.get("timm_model_name"):
+        return f"{name} of timm"
+    if "stages" in vision:
+        return f"ModifiedResNet {'-'.join(map(str, vision['stages']))}, width {vision['width']}"
+    return f"ViT, {vision['layers']} layers of {vision['width']}, patch {vision['patch_size']}"
 
 
 def _parts(known: KnownCheckpoint) -> list[str]:

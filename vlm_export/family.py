@@ -53,7 +53,7 @@ class Checkpoint:
         config: `config.json` as data, or None.
         side_files: tokenizer and preprocessing files by name (`tokenizer.json`, `preprocessor_config.json`, …).
         revision: the resolved commit of a hub id, or None.
-        open_clip_config: `open_clip_config.json` beside weights with OpenAI's key names, as data, or None.
+        side_configs: by name, other configs that describe the weights, as data; `config` is then None.
         notes: what was decided while reading, one sentence each: which of several state dicts, which prefix.
         left_out: stored keys of modules beside the model, which the family does not see.
         shards_left_aside: shards that the index names and nobody opened: they hold no key that the family reads.
@@ -69,7 +69,7 @@ class Checkpoint:
     config: Mapping[str, Any] | None = None
     side_files: Mapping[str, Path] = field(default_factory=dict)
     revision: str | None = None
-    open_clip_config: Mapping[str, Any] | None = None
+    side_configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     shards_left_aside: tuple[str, ...] = ()

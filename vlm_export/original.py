@@ -114,6 +114,13 @@ class OriginalTask:
 
 
 @dataclass(frozen=True)
+class OpenClipTokenizer:
+    """open_clip's `HFTokenizer`: the checkpoint's tokenizer of transformers, behind `get_clean_fn(clean)`."""
+
+    clean: Literal["lower", "whitespace", "canonicalize"]
+
+
+@dataclass(frozen=True)
 class Original:
     """Whose code prepares images and texts for the original; None where that is remote code, which is never run.
 
@@ -125,7 +132,7 @@ class Original:
     """
 
     images: TransformersOriginal | OpenClipOriginal | TorchvisionPipeline | None = None
-    texts: TransformersOriginal | SimpleTokenizerOriginal | None = None
+    texts: TransformersOriginal | SimpleTokenizerOriginal | OpenClipTokenizer | None = None
     encoders: Mapping[str, Callable[[], Encode]] = field(default_factory=dict)
     encoders_name: str = ""
     score: Mapping[str, float] = field(default_factory=dict)

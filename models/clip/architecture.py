@@ -1,6 +1,6 @@
 """CLIP's sizes: from tensor shapes (OpenAI), from shapes and `config.json` (Hugging Face), from `configs/`.
 
-What shapes do not tell about weights with OpenAI's key names comes as ClipChoices; `clip_open.py` finds them.
+What shapes do not tell about weights with OpenAI's key names comes as ClipChoices; `choices.py` finds them.
 
 Source of the rules for shapes: `build_model` in openai/CLIP model.py (d05afc4).
 """

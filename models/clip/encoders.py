@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from vlm_export.models.clip.architecture import ClipArchitecture, TextSizes, VitSizes
-from vlm_export.models.layers.blocks import TransformerBlock, build_causal_mask, meta_modules
+from vlm_export.models.layers.blocks import meta_modules
 from vlm_export.models.layers.modified_resnet import ModifiedResNet
+from vlm_export.models.layers.text_transformer import TextForm, TextTransformer
 from vlm_export.models.layers.vit import VisionTransformer, VitForm
 
 
@@ -35,45 +36,21 @@ class ClipVisionTransformer(VisionTransformer):
         return embeds
 
 
-class TextTransformer(nn.Module):
-    """input_ids int64 (B, T), 1 ≤ T ≤ context length → text_embeds float32 (B, D), not normalised.
-
-    Causal, so tokens after end-of-text cannot change the row: a batch needs only its longest row's T.
-    """
-
-    causal_mask: Tensor
-
-    def __init__(self, architecture: ClipArchitecture, sizes: TextSizes) -> None:
-        super().__init__()
-        width, eps = sizes.width, architecture.eps
-        self.width = width
-        self.end_token_id = sizes.end_token_id if sizes.pooling == "first_end_token" else None
-        self.token_embedding = nn.Embedding(sizes.vocab_size, width)
-        self.position_embedding = nn.Parameter(torch.empty(sizes.context_length, width))
-        self.register_buffer("causal_mask", build_causal_mask(sizes.context_length), persistent=False)
-        self.blocks = nn.ModuleList(
-            TransformerBlock(width, sizes.heads, sizes.hidden, architecture.activation, eps)
-            for _ in range(sizes.layers)
-        )
-        self.norm = nn.LayerNorm(width, eps=eps)
-        self.projection = nn.Parameter(torch.empty(width, architecture.embed_dim))
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        tokens = input_ids.shape[1]
-        x = self.token_embedding(input_ids) + self.position_embedding[:tokens]
-        mask = self.causal_mask[:tokens, :tokens]
-        for block in self.blocks:
-            x = block(x, mask)
-        # The norm acts on each token alone, so pooling first gives the same row for a T-th of the work.
-        end = self._end_positions(input_ids).reshape(-1, 1, 1).expand(-1, 1, self.width)
-        pooled = x.gather(1, end).reshape(-1, self.width)
-        embeds: Tensor = self.norm(pooled) @ self.projection
-        return embeds
-
-    def _end_positions(self, input_ids: Tensor) -> Tensor:
-        if self.end_token_id is None:
-            return input_ids.argmax(dim=-1)
-        return (input_ids == self.end_token_id).to(torch.int32).argmax(dim=-1)
+def text_form(architecture: ClipArchitecture, sizes: TextSizes) -> TextForm:
+    """The text encoder's form."""
+    return TextForm(
+        width=sizes.width,
+        layers=sizes.layers,
+        heads=sizes.heads,
+        hidden=sizes.hidden,
+        context_length=sizes.context_length,
+        vocab_size=sizes.vocab_size,
+        output=architecture.embed_dim,
+        pool="highest_id" if sizes.pooling == "argmax" else "end_token",
+        end_token_id=sizes.end_token_id,
+        activation=architecture.activation,
+        eps=architecture.eps,
+    )
 
 
 class ClipEncoders(nn.Module):
@@ -90,7 +67,7 @@ class ClipEncoders(nn.Module):
             self.vision = ModifiedResNet(vision.stages, vision.width, vision.image_size, vision.heads, embed_dim)
         text = architecture.text
         if text is not None:
-            self.text = TextTransformer(architecture, text)
+            self.text = TextTransformer(text_form(architecture, text))
         if vision is not None and text is not None:
             self.logit_scale = nn.Parameter(torch.empty(()))
 

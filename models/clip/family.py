@@ -1,7 +1,7 @@
 """CLIP: image encoder (ViT or ModifiedResNet) and causal text encoder, each with its projection.
 
 Ports of openai/CLIP model.py (d05afc4) and transformers 5.23 models/clip/modeling_clip.py, valid for the nine
-OpenAI downloads, state dicts with the same keys (fine-tuned, or of open_clip: `clip_open.py`), and Hugging Face
+OpenAI downloads, state dicts with the same keys (fine-tuned, or of open_clip: `choices.py`), and Hugging Face
 `CLIPModel` directories.
 """
 
@@ -30,7 +30,7 @@ from vlm_export.family import (
     reference_from_module,
 )
 from vlm_export.models.clip import architecture as clip_architecture
-from vlm_export.models.clip import open_clip as clip_open
+from vlm_export.models.clip import choices as clip_choices
 from vlm_export.models.clip import original as clip_original
 from vlm_export.models.clip import weights as clip_weights
 from vlm_export.models.clip.architecture import (
@@ -63,7 +63,7 @@ from vlm_export.models.reading.images import (
 from vlm_export.models.reading.token_ids import EDGES, random_ids
 from vlm_export.models.reading.transformers_model import reference_from_encoder, transformers_model
 from vlm_export.models.reading.weights import Target, load_weights, published_tensors
-from vlm_export.specs import ImageSpec, Origins, TextCleaning, TextSpec, torchvision_image_spec
+from vlm_export.specs import ImageSpec, Origins, TextSpec, torchvision_image_spec
 from vlm_export.specs.codec import Spec
 from vlm_export.specs.signature import Axis, Signature, TensorSpec
 from vlm_export.specs.tasks import EmbedSpec, EncoderSpec, ScoreSpec
@@ -89,21 +89,21 @@ class ClipFamily:
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         keys = checkpoint.tensors
-        words = ("token_embedding.weight", clip_open.TEXT_MARK)
+        words = ("token_embedding.weight", clip_choices.TEXT_MARK)
         openai = "visual.conv1.weight" in keys and any(key in keys for key in words)
         vision = "visual_projection.weight" in keys and "vision_model.pre_layrnorm.weight" in keys
         text = "text_projection.weight" in keys and {_HF_WORDS, "text_model.final_layer_norm.weight"} <= set(keys)
         return openai or vision or (text and not any(key.startswith("vision_model.") for key in keys))
 
     def describe(self, checkpoint: Checkpoint) -> Description:
-        checkpoint = clip_open.with_plain_text_names(checkpoint)
-        clip_open.refuse_sigmoid(checkpoint)
+        checkpoint = clip_choices.with_plain_text_names(checkpoint)
+        clip_choices.refuse_sigmoid(checkpoint)
         is_huggingface = _is_huggingface(checkpoint)
         architecture = (
-            self._architecture(checkpoint) if is_huggingface else clip_open.described_architecture(checkpoint)
+            self._architecture(checkpoint) if is_huggingface else clip_choices.described_architecture(checkpoint)
         )
         parts = outlines(_parts(architecture, build_encoders(architecture)))
-        warnings = clip_open.assumptions(checkpoint, architecture)
+        warnings = clip_choices.assumptions(checkpoint, architecture)
         image, origins = _image(architecture, architecture, checkpoint)
         return Description(
             architecture.to_json(),
@@ -116,7 +116,7 @@ class ClipFamily:
         )
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
-        checkpoint = clip_open.with_plain_text_names(checkpoint)
+        checkpoint = clip_choices.with_plain_text_names(checkpoint)
         architecture = self._architecture(checkpoint, options)
         encoders = build_encoders(architecture)
         dropped = load_weights(encoders, checkpoint, _table(architecture), store)
@@ -145,7 +145,7 @@ class ClipFamily:
             reference_name=f"transformers {_class_name(architecture, self.library)}"
             if huggingface
             else "unpatched eager module",
-            warnings=clip_open.assumptions(checkpoint, architecture, options),
+            warnings=clip_choices.assumptions(checkpoint, architecture, options),
             original=clip_original.original(checkpoint, published, parts, store, options, self.library.model_type),
             origins=origins | _text_origins(architecture, checkpoint),
         )
@@ -159,11 +159,11 @@ class ClipFamily:
         return _config_from_architecture(parsed, self.library) if parsed.key_names == "huggingface" else None
 
     def _architecture(self, checkpoint: Checkpoint, options: BuildOptions = DEFAULT_BUILD) -> ClipArchitecture:
-        clip_open.refuse_sigmoid(checkpoint)
+        clip_choices.refuse_sigmoid(checkpoint)
         if _is_huggingface(checkpoint):
-            clip_open.refuse_choices(options, checkpoint)
+            clip_choices.refuse_choices(options, checkpoint)
             return clip_architecture.architecture_from_huggingface(checkpoint, self.library)
-        return clip_open.clip_architecture(checkpoint, options)
+        return clip_choices.clip_architecture(checkpoint, options)
 
 
 def _is_huggingface(checkpoint: Checkpoint) -> bool:
@@ -295,8 +295,6 @@ def _image(
     if published.vision is None or architecture.vision is None:
         return None, Origins()
     size = published.vision.image_size
-    if stated := clip_open.open_clip_image(checkpoint, size):
-        return with_chosen_size(stated, architecture.vision.image_size)
     if architecture.key_names == "openai" and not processor_files(checkpoint):
         spec = torchvision_image_spec(size, "bicubic", "after_crop", IMAGE_MEAN, IMAGE_STD)
         origins = {**same_origin(spec, "openai/CLIP clip.py"), "image.size_pixels": "the image encoder's weights"}
@@ -309,7 +307,6 @@ def _text_spec(architecture: ClipArchitecture, checkpoint: Checkpoint) -> TextSp
     text = architecture.text
     if text is None:
         return None
-    original: TextCleaning = "openai" if checkpoint.open_clip_config is None else "open_clip"
     openai = architecture.key_names == "openai"
     return TextSpec(
         context_length=text.context_length,
@@ -317,7 +314,7 @@ def _text_spec(architecture: ClipArchitecture, checkpoint: Checkpoint) -> TextSp
         end_token_id=text.end_token_id,
         # OpenAI fills with id 0, transformers with end-of-text; neither is visible to the pooled token.
         pad_token_id=0 if openai else text.end_token_id,
-        cleaning=original if openai else "none",
+        cleaning="openai" if openai else "none",
         # OpenAI's own models end texts with the last id, so that the two are one.
         pooling="highest_id" if text.pooling == "argmax" and not openai else "end_token",
     )
@@ -328,14 +325,13 @@ def _text_origins(architecture: ClipArchitecture, checkpoint: Checkpoint) -> Ori
     if architecture.text is None:
         return Origins()
     if architecture.key_names == "openai":
-        library = "openai/CLIP" if checkpoint.open_clip_config is None else "open_clip"
-        tokenizer = f"{library}'s SimpleTokenizer"
+        tokenizer = "openai/CLIP's SimpleTokenizer"
         return Origins(
             {
                 "text.context_length": "shape of positional_embedding",
                 "text.vocab_size": "shape of token_embedding.weight",
                 "text.end_token_id": f"{tokenizer}: the vocabulary's last id",
-                "text.pad_token_id": f"{library}: zeros",
+                "text.pad_token_id": "openai/CLIP: zeros",
                 "text.cleaning": tokenizer,
                 "text.padding": "the model does not see padding",
                 "text.case": tokenizer,

@@ -20,7 +20,6 @@ from vlm_export.models.reading.image_processor import processor_files
 from vlm_export.models.reading.images import IMAGE_MEAN, IMAGE_STD
 from vlm_export.models.reading.weights import unboxed
 from vlm_export.original import (
-    OpenClipOriginal,
     Original,
     SimpleTokenizerOriginal,
     TorchvisionPipeline,
@@ -53,19 +52,14 @@ def original(
     if architecture.key_names == "huggingface":
         classes = TransformersOriginal(model_type, "CLIPImageProcessor")
         return Original(classes, classes, score=scale)
-    config = checkpoint.open_clip_config
-    model = None if config is None else config.get("model_cfg")
     # Other sizes are computed by this project alone: open_clip resamples positions only while it loads a file.
     same_size = options.image_size is None and not options.dynamic_image_size
     encoders = {
-        part.name: partial(encoder, checkpoint, model or _model_config(architecture), part, store)
+        part.name: partial(encoder, checkpoint, _model_config(architecture), part, store)
         for part in parts
         if same_size and None not in (architecture.vision, architecture.text)
     }
     name = "open_clip CLIP" if encoders else ""
-    if config is not None:
-        preprocess = OpenClipOriginal(config.get("preprocess_cfg") or {})
-        return Original(preprocess, SimpleTokenizerOriginal(None), encoders, name, scale)
     if processor_files(checkpoint):
         return Original(
             TransformersOriginal("clip", "CLIPImageProcessor"), SimpleTokenizerOriginal(), encoders, name, scale

@@ -7,23 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlm_export.models.layers.vit_weights import HUGGINGFACE_BLOCK
+from vlm_export.models.layers.vit_weights import HUGGINGFACE_BLOCK, OPENAI_BLOCK
 from vlm_export.models.reading.weights import Target, Transposed, WeightTable, prefixed, repeat
 
-OPENAI_BLOCK: WeightTable = {
-    "attn.in_proj_weight": "attn.qkv.weight",
-    "attn.in_proj_bias": "attn.qkv.bias",
-    "attn.out_proj.weight": "attn.out.weight",
-    "attn.out_proj.bias": "attn.out.bias",
-    "ln_1.weight": "norm1.weight",
-    "ln_1.bias": "norm1.bias",
-    "mlp.c_fc.weight": "mlp.fc1.weight",
-    "mlp.c_fc.bias": "mlp.fc1.bias",
-    "mlp.c_proj.weight": "mlp.fc2.weight",
-    "mlp.c_proj.bias": "mlp.fc2.bias",
-    "ln_2.weight": "norm2.weight",
-    "ln_2.bias": "norm2.bias",
-}
 OPENAI_TEXT: WeightTable = {
     "token_embedding.weight": "text.token_embedding.weight",
     "positional_embedding": "text.position_embedding",
@@ -98,6 +84,11 @@ def openai_vit_table(vision_layers: int, text_layers: int) -> dict[str, Target]:
 
 def openai_resnet_table(stages: Sequence[int], text_layers: int) -> dict[str, Target]:
     """OpenAI's key names, ModifiedResNet image encoder."""
+    return {**modified_resnet_table(stages), **_openai_text_table(text_layers)}
+
+
+def modified_resnet_table(stages: Sequence[int]) -> dict[str, Target]:
+    """The keys of the image encoder alone."""
     table: dict[str, Target] = {}
     for i in (1, 2, 3):
         table |= _convolution(f"visual.conv{i}", f"visual.bn{i}", f"vision.conv{i}", f"vision.bn{i}")
@@ -109,8 +100,7 @@ def openai_resnet_table(stages: Sequence[int], text_layers: int) -> dict[str, Ta
             if block == 0:
                 down, ours = f"{key}downsample.", f"{name}downsample."
                 table |= _convolution(f"{down}0", f"{down}1", f"{ours}1", f"{ours}2")
-    table |= prefixed(OPENAI_ATTENTION_POOL, "visual.attnpool.", "vision.attnpool.")
-    return {**table, **_openai_text_table(text_layers)}
+    return {**table, **prefixed(OPENAI_ATTENTION_POOL, "visual.attnpool.", "vision.attnpool.")}
 
 
 def huggingface_table(vision_layers: int, text_layers: int) -> dict[str, Target]:

@@ -152,6 +152,20 @@ class TransformerBlock(nn.Module):
         return y
 
 
+class ScaledBlock(TransformerBlock):
+    """As TransformerBlock, with a learned factor for each channel of both branches (LayerScale)."""
+
+    def __init__(self, width: int, heads: int, hidden: int, activation: Activation, eps: float = 1e-5) -> None:
+        super().__init__(width, heads, hidden, activation, eps)
+        self.scale1 = nn.Parameter(torch.empty(width))
+        self.scale2 = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.scale1 * self.attn(self.norm1(x), mask)
+        y: Tensor = x + self.scale2 * self.mlp(self.norm2(x))
+        return y
+
+
 class PostNormBlock(TransformerBlock):
     """Residual block of EVA-02 enormous (timm `EvaBlockPostNorm`): x + norm(attention(x)), then x + norm(mlp(x))."""
 

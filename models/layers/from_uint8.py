@@ -33,8 +33,8 @@ def unsupported_steps(spec: ImageSpec) -> list[str]:
     reasons = []
     if spec.resample not in _SUPPORT:
         reasons.append(f"resample {spec.resample} (the graph has {' and '.join(_SUPPORT)})")
-    if spec.resize == "none":
-        reasons.append("no resize")
+    if spec.resize in ("none", "longest_edge"):
+        reasons.append("no resize" if spec.resize == "none" else "a resize of the longest edge, which pads")
     if spec.resize == "shortest_edge" and spec.crop == "none":
         reasons.append("no crop after a resize of the shortest edge")
     if any(edge < spec.size_pixels for edge in spec.resize_pixels):

@@ -35,6 +35,21 @@ _QV_BIAS: WeightTable = {
     "attn.v_bias": Rows("attn.qkv.bias", 2, 3),
 }
 
+# A block of OpenAI's CLIP (d05afc4), as open_clip has it.
+OPENAI_BLOCK: WeightTable = {
+    "attn.in_proj_weight": "attn.qkv.weight",
+    "attn.in_proj_bias": "attn.qkv.bias",
+    "attn.out_proj.weight": "attn.out.weight",
+    "attn.out_proj.bias": "attn.out.bias",
+    "ln_1.weight": "norm1.weight",
+    "ln_1.bias": "norm1.bias",
+    "mlp.c_fc.weight": "mlp.fc1.weight",
+    "mlp.c_fc.bias": "mlp.fc1.bias",
+    "mlp.c_proj.weight": "mlp.fc2.weight",
+    "mlp.c_proj.bias": "mlp.fc2.bias",
+    "ln_2.weight": "norm2.weight",
+    "ln_2.bias": "norm2.bias",
+}
 # A block of transformers' CLIP and SigLIP classes (5.23).
 HUGGINGFACE_BLOCK: WeightTable = {
     "self_attn.q_proj.weight": Rows("attn.qkv.weight", 0, 3),

@@ -1,4 +1,4 @@
-"""Which model a checkpoint is: what config.json says, what `open_clip_config.json` says, and names of tensors.
+"""Which model a checkpoint is: what config.json says, and names of tensors.
 
 All of them decide together. A family takes only what it computes; anything else is refused under its own name.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint, Family
-from vlm_export.models.recognition.foreign import class_described, distinct_model, open_clip_form, other_model, title_of
+from vlm_export.models.recognition.foreign import class_described, distinct_model, other_model, title_of
 from vlm_export.text_display import shown
 
 # Copies of a model that training keeps beside it.
@@ -35,15 +35,6 @@ class Claim:
 def refuse_other_models(checkpoint: Checkpoint, families: Sequence[Family]) -> None:
     """InputError for a model that a config or distinct key names call by the name of another one."""
     _refuse_by_config(checkpoint, families)
-    config = checkpoint.open_clip_config
-    if config is not None and (form := open_clip_form(config)):
-        raise InputError(
-            f"open_clip_config.json describes {form}, which is not supported",
-            where=f"{checkpoint.source}: open_clip_config.json: model_cfg",
-            expected="a CLIP whose two encoders are open_clip's own",
-            got=form,
-            fix=_supported_fix(),
-        )
     if name := distinct_model(checkpoint.tensors):
         raise _error_from_name(checkpoint, families, name)
 
@@ -214,7 +205,7 @@ def _supported(families: Sequence[Family]) -> str:
         for family in families
         for name, classes in family.config_types.items()
     ]
-    return f"{', '.join(stated)}; or CLIP of OpenAI or open_clip, BLIP of Salesforce, nanoVLM"
+    return f"{', '.join(stated)}; or CLIP of OpenAI, models of open_clip, BLIP of Salesforce, nanoVLM"
 
 
 def _supported_fix() -> str:

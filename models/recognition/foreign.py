@@ -1,16 +1,13 @@
 """Checkpoints of models that are not exported here, called by their names: from configs and from names of tensors.
 
 Sources of the names: transformers 5.23 (`model_type` of the configuration classes, keys of the model classes),
-open_clip 3.3.0 (fields of `model_cfg`), peft 0.18, timm 1.0, LAVIS' BLIP-2.
+peft 0.18, timm 1.0, LAVIS' BLIP-2.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
-
-from vlm_export.text_display import shown
 
 # How people call what config.json says; other types are called as they stand there.
 _TITLES: Mapping[str, str] = {
@@ -95,16 +92,7 @@ _DISTINCT: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Kosmos-2", (r"(^|\.)image_to_text_projection\.",)),
     ("ViLT", (r"(^|\.)embeddings\.text_embeddings\.", r"(^|\.)embeddings\.patch_embeddings\.")),
     ("OWL-ViT or OWLv2", (r"(^|\.)vision_model\.pre_layernorm\.", r"(^|\.)text_model\.")),
-    (
-        "a model of open_clip whose text projection has a bias",
-        (r"(^|\.)visual\.convN\.weight$", r"(^|\.)text_projection\.weight$"),
-    ),
-    ("a model of open_clip with an image encoder of timm", (r"(^|\.)visual\.trunk\.",)),
     ("EVA-CLIP", (r"(^|\.)visual\.blocks\.N\.attn\.",)),
-    (
-        "a model of open_clip with a text encoder of transformers",
-        (r"(^|\.)text\.transformer\.(embeddings|encoder|layer|shared)\.",),
-    ),
     ("FLAVA", (r"(^|\.)image_to_mm_projection\.",)),
     ("CLAP", (r"(^|\.)audio_(model|projection|branch)\.",)),
     ("ImageBind", (r"(^|\.)modality_trunks\.",)),
@@ -158,20 +146,6 @@ def distinct_model(keys: Iterable[str]) -> str | None:
 def other_model(keys: Iterable[str]) -> str | None:
     """What keys that no family claims look like, or None."""
     return _named(_OTHERS, keys)
-
-
-def open_clip_form(config: Mapping[str, Any]) -> str | None:
-    """What `open_clip_config.json` describes, where it is not a CLIP with both of open_clip's own encoders."""
-    model = config.get("model_cfg")
-    sections = model if isinstance(model, Mapping) else {}
-    vision, text = sections.get("vision_cfg"), sections.get("text_cfg")
-    if sections.get("multimodal_cfg") is not None:
-        return "CoCa"
-    if isinstance(vision, Mapping) and (name := vision.get("timm_model_name")):
-        return f"a model with the image encoder {shown(str(name))} of timm"
-    if isinstance(text, Mapping) and (name := text.get("hf_model_name")):
-        return f"a model with the text encoder {shown(str(name))} of transformers"
-    return None
 
 
 def _named(table: tuple[tuple[str, tuple[str, ...]], ...], keys: Iterable[str]) -> str | None:

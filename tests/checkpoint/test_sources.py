@@ -224,12 +224,12 @@ def test_open_clip_config_is_read_beside_weights_that_it_describes(tmp_path: Pat
         save_file(weights, tmp_path / name)
     for source in (tmp_path, tmp_path / "open_clip_model.safetensors"):
         checkpoint = open_checkpoint(str(source))
-        assert checkpoint.open_clip_config == {"model_cfg": {"quick_gelu": True}}
+        assert checkpoint.side_configs == {"open_clip_config.json": {"model_cfg": {"quick_gelu": True}}}
         assert [file.name for file in checkpoint.files] == ["open_clip_model.safetensors", "open_clip_config.json"]
     # Others in the same directory are not its: neither their files nor what they are change.
     save_file({"visual_projection.weight": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(str(tmp_path))
-    assert checkpoint.open_clip_config is None
+    assert checkpoint.side_configs == {}
     assert [file.name for file in checkpoint.files] == ["model.safetensors"]
     (tmp_path / "open_clip_config.json").write_text('{"model_cfg": 1, "model_cfg": 2}')
     assert "stands twice" in refusal(tmp_path / "open_clip_model.safetensors")

@@ -86,7 +86,8 @@ def test_a_config_beside_the_weights_is_part_of_the_source(
     assert (result.status, result.err) == (0, "")
     manifest = result.data["manifest"]
     assert [file["name"] for file in manifest["source"]["files"]] == ["epoch_1.pt", config.name]
-    assert (manifest["architecture"]["activation"], manifest["image"]["mean"]) == ("gelu", [0.5] * 3)
+    assert manifest["image"]["mean"] == [0.5] * 3
+    assert manifest["architecture"]["text_cfg"]["heads"] == text["heads"]
     assert cli("verify", target, "--source", silent.parent, "--quiet").status == 0
     config.write_text("{")
     cli("inspect", silent).refused(3, config.name)

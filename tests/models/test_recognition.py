@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -101,17 +100,11 @@ def test_other_models_of_transformers(tmp_path: Path, name: str) -> None:
     [
         (("base_model.model.vision_model.encoder.layers.0.self_attn.q_proj.lora_A.weight",), "LoRA"),
         (("visual.conv1.weight", "token_embedding.weight", "text_decoder.resblocks.0.ln_1.weight"), "CoCa"),
-        (("visual.trunk.blocks.0.norm1.weight", "text.token_embedding.weight"), "timm"),
-        (("visual.conv1.weight", "text.transformer.embeddings.word_embeddings.weight"), "text encoder of transformers"),
         (("blocks.3.attn.qkv.weight", "patch_embed.proj.weight", "head.weight"), "vision transformer of timm"),
         (("model.layers.11.self_attn.q_proj.weight", "model.embed_tokens.weight"), "a language model"),
         (("bert.embeddings.word_embeddings.weight",), "BERT"),
         (("layer1.0.conv1.weight", "fc.weight"), "ResNet"),
         (("visual.conv1.weight", "visual.proj"), "image encoder of CLIP alone"),
-        (
-            ("visual.conv1.weight", "text.token_embedding.weight", "text.text_projection.weight"),
-            "projection has a bias",
-        ),
         (("a", "b"), "no family recognises"),
     ],
 )
@@ -122,17 +115,20 @@ def test_key_names_without_a_config(keys: tuple[str, ...], name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "name"),
+    "keys",
     [
-        ({"multimodal_cfg": {"layers": 1}}, "CoCa"),
-        ({"vision_cfg": {"timm_model_name": "vit_base_patch16_siglip_224"}}, "vit_base_patch16_siglip_224 of timm"),
-        ({"text_cfg": {"hf_model_name": "xlm-roberta-base"}}, "xlm-roberta-base of transformers"),
+        ("visual.trunk.blocks.0.norm1.weight", "text.token_embedding.weight"),
+        ("visual.conv1.weight", "text.transformer.embeddings.word_embeddings.weight"),
+        ("visual.conv1.weight", "text.token_embedding.weight", "text.text_projection.weight"),
     ],
+    ids=["timm", "transformers", "a bias"],
 )
-def test_other_models_of_open_clip(tmp_path: Path, model: dict[str, Any], name: str) -> None:
-    torch.save({"visual.trunk.norm.weight": torch.ones(1)}, tmp_path / "open_clip_pytorch_model.bin")
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {}}))
-    assert name in refusal(tmp_path).what
+def test_forms_of_open_clip_need_its_config(tmp_path: Path, keys: tuple[str, ...]) -> None:
+    torch.save({key: torch.ones(1) for key in keys}, tmp_path / "open_clip_pytorch_model.bin")
+    family = recognise(open_checkpoint(str(tmp_path)))
+    assert family.name == "openclip"
+    with pytest.raises(InputError, match="nothing says which model of open_clip"):
+        family.describe(open_checkpoint(str(tmp_path)))
 
 
 def test_no_published_checkpoint_is_another_model() -> None:

@@ -52,6 +52,8 @@ def preprocessor_config(image: ImageSpec | PatchSpec) -> dict[str, Any]:
     size = square
     if image.resize == "shortest_edge":
         size = {"shortest_edge": image.resize_pixels[0]}
+    elif image.resize == "longest_edge":
+        size = {"longest_edge": image.resize_pixels[0]}
     elif image.resize == "stretch":
         size = dict(zip(("height", "width"), image.resize_pixels, strict=True))
     only_stretched = image.resize == "stretch" and image.crop == "none"
@@ -88,6 +90,11 @@ def preprocessor_differences(image: ImageSpec | PatchSpec) -> list[str]:
             differences.append(
                 "transformers rounds the offset of the centre crop down, this model's original to the even side: "
                 "images whose resized margin is 3 more than a multiple of 4 are cut one pixel apart"
+            )
+        if image.resize == "longest_edge":
+            differences.append(
+                "no processor of transformers resizes the longest edge and pads to a square as this model's original "
+                "does: prepare images with this bundle's own runtime"
             )
         if image.transparency == "drop":
             differences.append(

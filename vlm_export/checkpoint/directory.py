@@ -33,7 +33,6 @@ from vlm_export.machine_faults import machine_fault
 from vlm_export.text_display import shown
 
 CONFIG_FILE = "config.json"
-OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
 # peft 0.18, utils/constants.py.
 # Of a LoRA adapter, which is no model (`adapters.py`).
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -47,8 +46,9 @@ WEIGHTS_PRECEDENCE = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
-# open_clip's image encoders, whichever they are, stand under this name, behind a prefix perhaps.
-_OPEN_CLIP_KEY = re.compile(r"(^|\.)visual\.")
+# Configs beside config.json, and a key of the weights that each describes: open_clip's image encoders, whichever they
+# are, stand under this name, behind a prefix perhaps.
+SIDE_CONFIGS: Mapping[str, re.Pattern[str]] = {"open_clip_config.json": re.compile(r"(^|\.)visual\.")}
 SIDE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -164,18 +164,19 @@ def has_described_config(folder: Path, stored: StoredTensors) -> bool:
     return not is_undescribed and (folder / CONFIG_FILE).is_file()
 
 
-def find_open_clip_config(folder: Path, stored: StoredTensors) -> SeenFile | None:
-    """`open_clip_config.json` beside weights with the key names of the models that it describes.
+def find_side_configs(folder: Path, stored: StoredTensors) -> list[SeenFile]:
+    """The `SIDE_CONFIGS` beside weights with the key names of the models that they describe.
 
     Beside others it is not read: some publishers put transformers' weights into the same directory. OpenAI's
     TorchScript archives need none.
     """
-    path = folder / OPEN_CLIP_CONFIG_FILE
-    is_described = stored.format != "torchscript" and any(map(_OPEN_CLIP_KEY.search, stored.tensors))
-    return see_file(path) if is_described and path.is_file() else None
+    if stored.format == "torchscript":
+        return []
+    described = [name for name, key in SIDE_CONFIGS.items() if any(map(key.search, stored.tensors))]
+    return [see_file(folder / name) for name in described if (folder / name).is_file()]
 
 
-def read_open_clip_config(file: SeenFile) -> dict[str, Any]:
+def read_side_config(file: SeenFile) -> dict[str, Any]:
     """The config as data; InputError when it is malformed."""
     return _read_json(file)
 

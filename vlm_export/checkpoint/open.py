@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,10 +11,10 @@ from vlm_export.bundle.safe_files import check_utf8
 from vlm_export.checkpoint.directory import (
     ADAPTER_CONFIG_FILE,
     Directory,
-    find_open_clip_config,
+    find_side_configs,
     has_described_config,
     read_directory,
-    read_open_clip_config,
+    read_side_config,
     scan_directory,
 )
 from vlm_export.checkpoint.formats.adapters import adapter_folder, base_of, merge_adapter, read_adapter
@@ -160,7 +160,7 @@ def _open_path(wanted: _Wanted, path: Path) -> Checkpoint:
         notes=stored.notes,
         check_unchanged=seen.check_unchanged,
     )
-    return _with_open_clip_config(opened, find_open_clip_config(path.parent, stored), wanted.progress)
+    return _with_side_configs(opened, find_side_configs(path.parent, stored), wanted.progress)
 
 
 def _open_directory(wanted: _Wanted, directory: Directory) -> Checkpoint:
@@ -189,14 +189,16 @@ def _open_directory(wanted: _Wanted, directory: Directory) -> Checkpoint:
         shards_left_aside=directory.left_aside,
         check_unchanged=directory.check_unchanged,
     )
-    return _with_open_clip_config(opened, find_open_clip_config(directory.path, stored), wanted.progress)
+    return _with_side_configs(opened, find_side_configs(directory.path, stored), wanted.progress)
 
 
-def _with_open_clip_config(opened: Checkpoint, file: SeenFile | None, progress: Progress | None) -> Checkpoint:
-    if file is None:
+def _with_side_configs(opened: Checkpoint, files: Sequence[SeenFile], progress: Progress | None) -> Checkpoint:
+    if not files:
         return opened
-    opened = _with_file(opened, file, file.path.name, progress)
-    return replace(opened, open_clip_config=read_open_clip_config(file))
+    for file in files:
+        opened = _with_file(opened, file, file.path.name, progress)
+    # A config.json beside them describes other weights, which transformers reads.
+    return replace(opened, config=None, side_configs={file.path.name: read_side_config(file) for file in files})
 
 
 def _with_file(opened: Checkpoint, file: SeenFile, name: str, progress: Progress | None) -> Checkpoint:

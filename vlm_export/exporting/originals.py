@@ -30,6 +30,7 @@ from vlm_export.models.reading.transformers_classes import IMAGE_CLASSES, TOKENI
 from vlm_export.original import (
     OPENAI_SPECIAL_TOKENS,
     OpenClipOriginal,
+    OpenClipTokenizer,
     Original,
     SimpleTokenizerOriginal,
     TorchvisionPipeline,
@@ -133,6 +134,9 @@ def text_preparation(
         return transformers_tokenizer(copies, context_length, original.texts.added_tokens)
     if isinstance(original.texts, SimpleTokenizerOriginal):
         return _simple_tokenizer(original.texts, files, context_length)
+    if isinstance(original.texts, OpenClipTokenizer):
+        copies = checked_copies(files, TOKENIZER_FILES, folder, TransformersOriginal("", ""))
+        return _open_clip_tokenizer(copies, original.texts, context_length)
     raise NotRunError("texts: the original is remote code; recorded outputs of it stand in, in the project's tests")
 
 
@@ -153,7 +157,8 @@ def checked_copies(
         if name.endswith(".json") and name not in ("tokenizer.json", "vocab.json"):
             raw = json.dumps(_without_code(json_object_from_bytes(raw, str(files[name])), name)).encode()
         (folder / name).write_bytes(raw)
-    (folder / "config.json").write_text(json.dumps({"model_type": original.model_type}), encoding="ascii")
+    if original.model_type:
+        (folder / "config.json").write_text(json.dumps({"model_type": original.model_type}), encoding="ascii")
     return folder
 
 
@@ -266,6 +271,29 @@ def _open_clip_images(original: OpenClipOriginal, edge: int) -> ImagePreparation
     pipeline = transform.image_transform_v2(transform.PreprocessCfg(**stated), is_train=False)
     name = f"image_transform_v2 of open_clip {version('open_clip_torch')}"
     return ImagePreparation(name, lambda image: np.asarray(pipeline(image).numpy(), dtype=np.float32))
+
+
+def _open_clip_tokenizer(folder: Path, original: OpenClipTokenizer, context_length: int) -> TextPreparation:
+    """HFTokenizer on a directory of checked files. It fills texts up to the context; the rows are those before that."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
+        raise NotRunError("texts: the checkpoint has no tokenizer files")
+    library = _open_clip("tokenizer").HFTokenizer(
+        str(folder), context_length, clean=original.clean, local_files_only=True, trust_remote_code=False
+    )
+    tokenizer = library.tokenizer
+
+    def run(texts: Sequence[str]) -> list[list[int]]:
+        filled = library(list(texts)).tolist()
+        cleaned = [library.clean_fn(text) for text in texts]
+        rows = tokenizer(cleaned, truncation=True, max_length=context_length, padding=False)["input_ids"]
+        for row, whole in zip(rows, filled, strict=True):
+            if [*row, *[tokenizer.pad_token_id] * (context_length - len(row))] != whole:
+                raise NotRunError("texts: HFTokenizer fills rows with something else than padding on the right")
+        return [list(map(int, row)) for row in rows]
+
+    kind = f"{type(tokenizer).__name__} of transformers {version('transformers')}"
+    name = f"HFTokenizer of open_clip {version('open_clip_torch')}, with {kind}"
+    return TextPreparation(name, run, int(tokenizer.pad_token_id), own=False)
 
 
 def _torchvision_run(pipeline: TorchvisionPipeline, edge: int) -> Callable[[Image.Image], Array]:

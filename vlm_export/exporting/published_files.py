@@ -34,7 +34,8 @@ from vlm_export.proof.contract import ContractCheck
 from vlm_export.proof.contract_files import config_failures, differences
 from vlm_export.proof.contract_record import ContractRecord, digest, levels
 from vlm_export.proof.metrics import Array
-from vlm_export.specs import ImageSpec, PatchSpec
+from vlm_export.runtime.inputs.texts import cleaned_text
+from vlm_export.specs import ImageSpec, PatchSpec, TextCleaning
 
 _TOKENIZER_FILES = (layout.TOKENIZER_NAME, layout.TOKENIZER_CONFIG_NAME, "special_tokens_map.json")
 _MAX_NAMED = 6
@@ -120,7 +121,9 @@ def _check_images(
     farthest, refused = 0, ""
     for item in record.images:
         name, image = item.file.rpartition("/")[2], Image.open(io.BytesIO(contents[item.file]))
-        plain = own or _is_plain(image, edge, crops=isinstance(spec, ImageSpec) and spec.crop == "nearest_even")
+        crops_even = isinstance(spec, ImageSpec) and spec.crop == "nearest_even"
+        pads = isinstance(spec, ImageSpec) and spec.resize == "longest_edge"
+        plain = own or (not pads and _is_plain(image, edge, crops=crops_even))
         pixels = _outcome(reader.run, image)
         if isinstance(pixels, str) or digest(levels(pixels, record.black, record.white)[0]) != item.sha256:
             (failures if plain else other).append(f"{name}{f': {pixels}' if isinstance(pixels, str) else ''}")
@@ -165,7 +168,7 @@ def _check_texts(
         return
     for item, row in zip(record.texts, rows, strict=True):
         if tuple(row) != item.ids:
-            plain = own or (item.text.isascii() and item.text.isprintable() and not set("&<>") & set(item.text))
+            plain = own or _is_plain_text(item.text, bundle.manifest.text.cleaning)
             (failures if plain else other).append(ascii(item.text[:40]))
     if own and record.pad_token_id not in (None, reader.pad_token_id):
         failures.append(f"padding with id {reader.pad_token_id} instead of {record.pad_token_id}")
@@ -175,6 +178,12 @@ def _check_texts(
             f"{original.name}, which repairs texts first"
         )
     yield _check(layout.TOKENIZER_CONFIG_NAME, "AutoTokenizer", reader.name, len(record.texts) - len(other), failures)
+
+
+def _is_plain_text(text: str, cleaning: TextCleaning) -> bool:
+    """Whether a tokenizer of transformers alone reads the text as the original does, which repairs texts first."""
+    unchanged = cleaning in ("openai", "open_clip") or cleaned_text(text, cleaning) == text
+    return unchanged and text.isascii() and text.isprintable() and not set("&<>") & set(text)
 
 
 def _check_config(bundle: OpenBundle, folder: Path) -> Iterator[ContractCheck]:

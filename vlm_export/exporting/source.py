@@ -107,7 +107,8 @@ def build_model(opened: RecognisedSource, store: WeightStore, options: ExportOpt
 
 def adapt_model(model: Model, checkpoint: Checkpoint, known: KnownCheckpoint | None, build: BuildOptions) -> Model:
     """The model with what our config states about preparing inputs, unless the checkpoint brings a config itself."""
-    if known is None or checkpoint.config is not None:
+    brings_config = checkpoint.config is not None or bool(checkpoint.side_configs)
+    if known is None or (brings_config and checkpoint.format != "random"):
         return model
     image = known.image or model.image
     if isinstance(image, ImageSpec) and build.image_size is not None:

@@ -50,7 +50,13 @@ def original_pixel_values(image: Image.Image, spec: ImageSpec | PatchSpec) -> Ar
     filter_ = transforms.InterpolationMode(spec.resample)
     size: Any = spec.resize_pixels[0] if spec.resize == "shortest_edge" else spec.resize_pixels
     cut = [] if spec.resize == "none" else [transforms.Resize(size, interpolation=filter_)]
-    if spec.crop != "none":
+    if spec.resize == "longest_edge":
+        library = import_module("open_clip.transform")
+        cut = [
+            library.ResizeKeepRatio(spec.size_pixels, interpolation=filter_, longest=1),
+            library.CenterCropOrPad(spec.size_pixels, fill=spec.fill),
+        ]
+    elif spec.crop != "none":
         cut.append(transforms.CenterCrop(spec.size_pixels))
     ordered = [convert, *cut] if spec.rgb_stage == "before_resize" else [*cut, convert]
     pipeline = transforms.Compose([*ordered, transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)])

@@ -10,7 +10,7 @@ from vlm_export.specs.codec import Spec, between
 MAX_IMAGE_SIZE_PIXELS = 8192
 
 RgbStage = Literal["after_crop", "before_resize", "never"]
-Resize = Literal["shortest_edge", "stretch", "none"]
+Resize = Literal["shortest_edge", "longest_edge", "stretch", "none"]
 Resample = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 Crop = Literal["down", "nearest_even", "none"]
 Transparency = Literal["white", "drop"]
@@ -19,7 +19,7 @@ MAX_NORMALISER = 1e6
 """Of a mean, a deviation and a factor of pixels; and one over it the least of the last two. float32 holds them all."""
 Mean: TypeAlias = Annotated[float, between(-MAX_NORMALISER, MAX_NORMALISER)]
 Positive: TypeAlias = Annotated[float, between(1 / MAX_NORMALISER, MAX_NORMALISER)]
-_RESIZE_EDGES = {"shortest_edge": 1, "stretch": 2, "none": 0}
+_RESIZE_EDGES = {"shortest_edge": 1, "longest_edge": 1, "stretch": 2, "none": 0}
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,16 @@ class ImageSpec(Spec):
         rgb_stage: transformers converts to RGB before the resize, OpenAI's pipeline and open_clip after the crop;
             palettes and transparent images differ. "never": only images in RGB are taken.
         mean, std: per channel (R, G, B), applied to the rescaled values.
-        resize: "shortest_edge" keeps the aspect ratio, "stretch" does not, "none" leaves the image as it is.
-        resize_pixels: the shortest edge; or height and width of a stretched image; or nothing.
+        resize: "shortest_edge" and "longest_edge" keep the aspect ratio, "stretch" does not, "none" leaves the image
+            as it is.
+        resize_pixels: the shortest or longest edge; or height and width of a stretched image; or nothing.
         crop: how the centre crop rounds half of an odd margin: "down" as transformers, "nearest_even" as torchvision.
-            An image that is smaller than the crop is padded with zeros (black). "none": there is no crop, and an
+            An image that is smaller than the crop is padded with `fill`. "none": there is no crop, and an
             image that does not come out as a square of that size is refused.
         transparency: what conversion to RGB makes of transparent pixels: "white" puts the image on a white ground (as
             transformers 5), "drop" shows the colour that they hide.
         rescale_factor: each value from 0 to 255 times this.
+        fill: level of every band where a crop pads; 0 is black.
 
     Raises:
         InputError: a value is of another type or out of range, or the steps contradict each other.
@@ -55,6 +57,7 @@ class ImageSpec(Spec):
     crop: Crop
     transparency: Transparency
     rescale_factor: Positive = 1 / 255
+    fill: Annotated[int, between(0, 255)] = 0
 
     @property
     def edge_pixels(self) -> int:
@@ -75,7 +78,7 @@ def torchvision_image_spec(
     rgb_stage: RgbStage,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
-    resize: Literal["shortest_edge", "stretch"] = "shortest_edge",
+    resize: Literal["shortest_edge", "longest_edge", "stretch"] = "shortest_edge",
 ) -> ImageSpec:
     """The spec of `Resize`, `CenterCrop` (of a stretched image: none), `ToTensor` and `Normalize` of torchvision.
 

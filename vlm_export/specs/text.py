@@ -10,8 +10,8 @@ from vlm_export.specs.codec import Spec, between
 MAX_CONTEXT_LENGTH = 1 << 20
 MAX_VOCABULARY = (1 << 31) - 1
 
-TextCleaning = Literal["openai", "open_clip", "none"]
-TextPooling = Literal["end_token", "highest_id", "first_token", "last_token"]
+TextCleaning = Literal["openai", "open_clip", "whitespace", "lower", "canonicalize", "none"]
+TextPooling = Literal["end_token", "highest_id", "first_token", "last_token", "mean"]
 TextCase = Literal["lower", "kept"]
 TextPadding = Literal["longest", "context"]
 Side = Literal["left", "right"]
@@ -28,11 +28,13 @@ class TextSpec(Spec):
         end_token_id: id of end-of-text, kept by truncation.
         pad_token_id: fills the rows of a batch on the right; the model does not see it, or it was trained with it.
         cleaning: "openai" repairs mojibake, unescapes HTML twice and collapses white space before tokenizing; so does
-            "open_clip", whose texts spell special tokens in another way.
+            "open_clip", whose texts spell special tokens in another way. The next three do the same before a tokenizer
+            that finds special tokens itself: "whitespace" without lower case, "lower" with it, "canonicalize" also
+            without punctuation.
         adds_eos: the tokenizer itself ends every text with the end token, as encoders' do; chat models' do not.
         added_tokens: what the checkpoint's own code appends to its tokenizer, in order; the last ids of the vocabulary.
         pooling: whose state stands for a text: that of the first `end_token_id`, of the highest id, of the first
-            token, or of the last position, which may be padding.
+            token, or of the last position, which may be padding; or the mean of all that is not padding.
         case: whether letters become lower case before they are tokenized.
         truncation_side: where a text that is too long is cut; the special tokens around it stay.
         padding: rows become as long as the longest of their batch, or as the context, whatever the batch.

@@ -11,7 +11,7 @@ from vlm_export.checkpoint.directory import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS,
     CONFIG_FILE,
-    OPEN_CLIP_CONFIG_FILE,
+    SIDE_CONFIGS,
     SIDE_FILES,
     WEIGHTS_PRECEDENCE,
 )
@@ -21,7 +21,7 @@ from vlm_export.errors import EnvironmentFailure, InputError, UsageError, instal
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT_SECONDS = 15.0
-_CONFIGS = (CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, ADAPTER_CONFIG_FILE, *SIDE_FILES)
+_CONFIGS = (CONFIG_FILE, *SIDE_CONFIGS, ADAPTER_CONFIG_FILE, *SIDE_FILES)
 # Shards are named by an index; these are the only forms that transformers writes.
 _SHARDS = {
     "model.safetensors.index.json": re.compile(r"model-\d{5}-of-\d{5}\.safetensors"),

@@ -121,7 +121,7 @@ def resolve_tokenizer(
     sources = tokenizer_sources(checkpoint, option)
     if not text_spec.adds_eos:
         return _chat_tokenizer(sources, text_spec, option or checkpoint.source)
-    if text_spec.cleaning != "none":
+    if text_spec.cleaning in ("openai", "open_clip"):
         return _openai_tokenizer(sources, text_spec, option, checkpoint)
     return _transformers_tokenizer(sources, text_spec, option, checkpoint, reserved_rows)
 

@@ -25,7 +25,7 @@ from typing import BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vlm_export.errors import EnvironmentFailure, InputError, VlmExportError
 from vlm_export.machine_faults import machine_fault
@@ -283,6 +283,10 @@ def _target_size(size: tuple[int, int], spec: ImageSpec | PatchSpec) -> tuple[in
         return columns * spec.patch_size, rows * spec.patch_size
     if spec.resize == "shortest_edge":
         return resized_size(size, spec.resize_pixels[0])
+    if spec.resize == "longest_edge":
+        # As `ResizeKeepRatio` of open_clip and timm: a ratio first, then rounded to even.
+        ratio = max(edge / spec.resize_pixels[0] for edge in size)
+        return max(round(size[0] / ratio), 1), max(round(size[1] / ratio), 1)
     return (spec.resize_pixels[1], spec.resize_pixels[0]) if spec.resize == "stretch" else size
 
 
@@ -295,6 +299,8 @@ def _resized(image: Image.Image, spec: ImageSpec | PatchSpec) -> Image.Image:
 def _cropped(image: Image.Image, spec: ImageSpec, name: str) -> Image.Image:
     edge = spec.size_pixels
     if spec.crop != "none":
+        if spec.fill and min(image.size) < edge:
+            image = _padded(image, edge, spec.fill)
         left, top = (crop_offset(extent - edge, spec.crop) for extent in image.size)
         return image.crop((left, top, left + edge, top + edge))
     if image.size != (edge, edge):
@@ -306,6 +312,17 @@ def _cropped(image: Image.Image, spec: ImageSpec, name: str) -> Image.Image:
             fix=f"crop it first to {'a square' if spec.resize == 'shortest_edge' else f'{edge} x {edge} pixels'}",
         )
     return image
+
+
+def _padded(image: Image.Image, edge: int, fill: int) -> Image.Image:
+    """At least a square of `edge`, every band at `fill` around the image, as torchvision's `pad` has it."""
+    missing = [max(edge - extent, 0) for extent in image.size]
+    border = (*(m // 2 for m in missing), *((m + 1) // 2 for m in missing))
+    level = fill if len(image.getbands()) == 1 else (fill,) * len(image.getbands())
+    padded = ImageOps.expand(image, border=border, fill=level)
+    if image.mode == "P":
+        padded.putpalette(image.getpalette() or [])
+    return padded
 
 
 def crop_offset(margin: int, crop: Crop) -> int:

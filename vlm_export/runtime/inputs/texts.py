@@ -3,7 +3,8 @@
 `TextSpec.cleaning` "openai" reproduces `tokenize` and `SimpleTokenizer` of openai/CLIP (d05afc4): ftfy repairs the
 text (control characters vanish, lone surrogates become U+FFFD), HTML entities are unescaped twice, white space
 collapses, letters become lower case. "open_clip" is the same with the strings that open_clip 3.3 (tokenizer.py) reads
-as special tokens. "none" leaves all of it to `tokenizer.json`.
+as special tokens. "whitespace", "lower" and "canonicalize" are open_clip 3.3's functions of these names, and
+`tokenizer.json` does the rest, as its `HFTokenizer` has it. "none" leaves all of it to `tokenizer.json`.
 Token ids that callers hand over are checked before a graph sees them.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import html
 import re
+import string
 import unicodedata
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -23,7 +25,7 @@ import numpy.typing as npt
 from vlm_export.errors import InputError, UsageError
 from vlm_export.machine_faults import machine_fault
 from vlm_export.runtime.inputs.tokenizer import named_failures, tokenizer_from_json
-from vlm_export.specs import TextSpec
+from vlm_export.specs import TextCleaning, TextSpec
 
 Ids: TypeAlias = npt.NDArray[np.int64]
 
@@ -31,6 +33,7 @@ MAX_CHARACTERS = 10_000
 """Longest text that is tokenized: far above any context, and the cost of one text stays in milliseconds, or below
 seconds with the worst tokenizer that `tokenizer` lets pass."""
 
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _PREVIEW_CHARACTERS = 60
 _DIGITS = re.compile(r"&#([0-9]{8,})")
 _LONGEST_CODE_POINT_DIGITS = 7
@@ -54,7 +57,8 @@ class Tokenizer:
         self._specials = _special_ids(self._rust)
         if spec.cleaning == "open_clip":
             self._specials = {"<start_of_text>": self._start_ids[0], "<end_of_text>": spec.end_token_id}
-        if spec.cleaning != "none":
+        self._splits = spec.cleaning in ("openai", "open_clip")
+        if self._splits:
             # `clean_text` has normalised; composing characters again (NFC) would depart from the original.
             self._rust.normalizer = None
             # `_split_at_specials` decides where a special token counts; elsewhere its letters are plain text.
@@ -90,7 +94,7 @@ class Tokenizer:
         if isinstance(texts, str):
             raise UsageError("texts is a single string", expected="a list of strings", fix="pass [text]")
         bounded = [self._bounded(i, text, truncate) for i, text in enumerate(texts)]
-        rows = self._tokenize_plain(bounded) if self.spec.cleaning == "none" else self._tokenize_openai(bounded)
+        rows = self._tokenize_openai(bounded) if self._splits else self._tokenize_plain(bounded)
         return [self._fitted(i, texts[i], row, truncate) for i, row in enumerate(rows)]
 
     def pad(self, rows: Sequence[Sequence[int]], *, pad_to: int | None = None) -> Ids:
@@ -173,9 +177,10 @@ class Tokenizer:
         return [*self._start_ids, *(words[len(words) - room :] if left else words[:room]), self.spec.end_token_id]
 
     def _tokenize_plain(self, texts: list[str]) -> list[list[int]]:
-        for i, text in enumerate(texts):
+        cleaned = [cleaned_text(text, self.spec.cleaning) for text in texts]
+        for i, text in enumerate(cleaned):
             check_unicode(text, f"text {i}")
-        return self._encoded(texts, add_special_tokens=self.spec.adds_eos)
+        return self._encoded(cleaned, add_special_tokens=self.spec.adds_eos)
 
     def _tokenize_openai(self, texts: list[str]) -> list[list[int]]:
         pieces = [_split_at_specials(clean_text(text), self._specials) for text in texts]
@@ -197,10 +202,28 @@ class Tokenizer:
 
 def clean_text(text: str) -> str:
     """The text as the original's BPE sees it: repaired, unescaped twice, one space between words, lower case."""
+    return _collapsed(_repaired(text)).lower()
+
+
+def cleaned_text(text: str, cleaning: TextCleaning) -> str:
+    """The text as a tokenizer of transformers sees it."""
+    if cleaning == "none":
+        return text
+    text = _repaired(text)
+    if cleaning == "canonicalize":
+        text = text.replace("_", " ").translate(_NO_PUNCTUATION)
+    # In the original's order: letters that become lower case may be several, but never white space.
+    return _collapsed(text) if cleaning == "whitespace" else _collapsed(text.lower())
+
+
+def _repaired(text: str) -> str:
     import ftfy  # A tenth of a second, which image-only work need not spend.
 
-    text = _unescaped(_unescaped(ftfy.fix_text(text)))
-    return re.sub(r"\s+", " ", text).strip().lower()
+    return _unescaped(_unescaped(ftfy.fix_text(text)))
+
+
+def _collapsed(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()
 
 
 def _unescaped(text: str) -> str:

@@ -1,0 +1,58 @@
+"""Tiny models of open_clip with random weights, in the forms that it publishes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Config = dict[str, Any]
+WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
+VISION: Config = {"layers": 2, "width": 64, "patch_size": 8, "image_size": 24, "head_width": 32}
+TEXT: Config = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+TIMM: Config = {"timm_model_name": "test_vit", "image_size": 160, "timm_pool": "token", "timm_proj": None}
+
+
+def config(preprocess: Config | None = None, /, **fields: Any) -> Config:
+    """The content of open_clip_config.json."""
+    model = {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT, "custom_text": True, **fields}
+    return {"model_cfg": model, "preprocess_cfg": preprocess or {}}
+
+
+def vision(**fields: Any) -> Config:
+    return {**VISION, **fields}
+
+
+def text(**fields: Any) -> Config:
+    return {**TEXT, **fields}
+
+
+def save(folder: Path, stated: Config, seed: int = 0) -> Any:
+    """Saves a model with random weights as `push_to_hf_hub` of open_clip does; returns what open_clip reads there."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(stated))
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
+    shake(model, seed)
+    save_file(model.state_dict(), folder / WEIGHTS)
+    return open_clip.create_model(f"local-dir:{folder}").eval()
+
+
+def shake(model: torch.nn.Module, seed: int) -> None:
+    """Random weights in which no parameter keeps what it was initialised with."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            width = max(parameter[0].numel(), 1) if parameter.ndim > 1 else 25
+            parameter.copy_((parameter.mean() if parameter.ndim < 2 else 0.0) + noise / width**0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
+            elif name.endswith("running_var"):
+                # Several branches are summed behind them.
+                buffer.copy_(4 + 4 * torch.rand(buffer.shape, generator=generator))
