@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from vlm_export.errors import VerificationError
-from vlm_export.exporting.preprocessing_part import add_preprocessing
+from vlm_export.exporting.parts import add_preprocessing
 from vlm_export.family import Model, Part, reference_from_module
 from vlm_export.models.layers.from_uint8 import PreprocessedVision
 from vlm_export.proof import image_samples
