@@ -17,13 +17,12 @@ import pytest
 import timm
 import torch
 from open_clip.convert import convert_state_dict
-from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.model import CustomTextCLIP
 from PIL import Image
 from timm.models import register_model
 from transformers import AutoConfig
 
 import vlm_export
-from vlm_export.checkpoint.sources.known import known_names, load_known
 from vlm_export.cli.main import main
 from vlm_export.errors import InputError, UsageError
 from vlm_export.exporting.backends import export_part
@@ -32,7 +31,7 @@ from vlm_export.exporting.writer import write_graph
 from vlm_export.family import BuildOptions, Checkpoint, Model, StoredTensorInfo
 from vlm_export.models.layers.bert import BertSizes
 from vlm_export.models.openclip import apple
-from vlm_export.models.openclip.config import open_clip_image, read_architecture
+from vlm_export.models.openclip.config import open_clip_image
 from vlm_export.models.openclip.family import OpenClipFamily, _stated
 from vlm_export.models.openclip.hf_text import HF_ENCODERS, HfEncoder, Kind
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
@@ -56,11 +55,6 @@ Same = Callable[..., None]
 RESNET: Config = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32, "patch_size": None}
 POOLER: Config = {"attentional_pool": True, "attn_pooler_queries": 5, "attn_pooler_heads": 4}
 BLIND: Config = {"no_causal_mask": True}
-
-# One config of each kind of model, whose keys at full size are open_clip's.
-ONE_OF_EACH = re.compile(
-    "h-14-378|b-32-laion2b-s34|eva02-b|eva02-e-14-laion|base-w|mobileclip2-b|mobileclip2-s0|mobileclip2-s4|siglip2-w|siglip-w|roberta-large|p-roberta"
-)
 
 # transformers' CLIPModel computes these.
 CLIP_FORMS = {
@@ -591,44 +585,3 @@ def test_images_and_texts_with_a_tokenizer_of_transformers(
     for batch_size in (1, 7):
         got = bundle.encode_text(duals.TEXTS, truncate=True, batch_size=batch_size)
         duals.assert_equal(got, texts, duals.TEXTS)
-
-
-PUBLISHED = [name for name in known_names() if load_known(name).family == "openclip"]
-
-
-def published_by_open_clip(name: str) -> tuple[Config, Config]:
-    """open_clip's own config of a model that our config names in its notes, and how it prepares images."""
-    import open_clip
-
-    model, tag = str(load_known(name).notes).rpartition(" for ")[2].split()
-    weights = open_clip.pretrained.get_pretrained_cfg(model, tag)
-    stated = open_clip.get_model_config(model)
-    if weights.get("quick_gelu"):
-        stated["quick_gelu"] = True
-    return stated, {**weights, "hub": str(weights["hf_hub"]).rstrip("/")}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_configs_are_those_of_open_clip(name: str) -> None:
-    known = load_known(name)
-    stated, weights = published_by_open_clip(name)
-    assert known.source.hub == weights["hub"]
-    found = read_architecture({"model_cfg": known.architecture}, name)
-    assert found == read_architecture({"model_cfg": stated}, name)
-    preprocess = {key: weights[key] for key in ("mean", "std", "interpolation", "resize_mode")}
-    assert known.image == open_clip_image(preprocess, found.vision_cfg.image_edge)[0]
-
-
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if ONE_OF_EACH.search(name)])
-def test_published_keys_are_those_of_open_clip(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = load_known(name)
-    stated = {key: value for key, value in published_by_open_clip(name)[0].items() if key != "custom_text"}
-    stated["text_cfg"] = {**stated["text_cfg"], "hf_model_pretrained": False}
-    encoders = {name: AutoConfig.for_model(e.kind, **e.config_fields) for name, e in HF_ENCODERS.items()}
-    monkeypatch.setattr("open_clip.hf_model.AutoConfig", SimpleNamespace(from_pretrained=encoders.__getitem__))
-    cls = CustomTextCLIP if known.architecture.get("custom_text") or "hf_model_name" in stated["text_cfg"] else CLIP
-    with torch.device("meta"):
-        shapes = {key: tuple(tensor.shape) for key, tensor in cls(**stated).state_dict().items()}
-    expected = {key: shape for key, shape in shapes.items() if not key.endswith("num_batches_tracked")}
-    found = OpenClipFamily().published_tensors(known.architecture)
-    assert {key: info.shape for key, info in found.items()} == expected

@@ -39,7 +39,7 @@ def test_a_config_states_the_first_five_fields() -> None:
         ("adds_eos", 1),
         ("added_tokens", "abc"),
         ("added_tokens", [1]),
-        ("pooling", "mean"),
+        ("pooling", "middle"),
         ("case", "upper"),
         ("truncation_side", "both"),
         ("padding", "none"),
