@@ -53,13 +53,14 @@ def reference_from_encoder(model: Any, part: Part, image_size: int | None) -> Re
 
     Args:
         image_size: edge of the square that the checkpoint's image encoder takes; at another one positions are
-            resampled. None without an image encoder.
+            resampled. None without an image encoder, and where images have any size.
     """
     is_pair = hasattr(model, "get_image_features")
     encode = model
     if is_pair:
         encode = model.get_image_features if part.name == "vision" else model.get_text_features
-    is_resized = part.name == "vision" and part.signature.inputs[0].shape[2:] != (image_size, image_size)
+    has_size = part.name == "vision" and image_size is not None
+    is_resized = has_size and part.signature.inputs[0].shape[2:] != (image_size, image_size)
     other_size = {"interpolate_pos_encoding": True} if is_resized else {}
     output = part.signature.output_names[0]
 

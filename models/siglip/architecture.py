@@ -24,6 +24,7 @@ from vlm_export.models.reading.shapes import (
     config_number,
     config_section,
     image_size_of,
+    needed_config,
 )
 from vlm_export.specs.codec import Spec, between
 from vlm_export.specs.patches import MAX_PATCHES
@@ -120,14 +121,7 @@ def architecture_of(checkpoint: Checkpoint) -> SiglipArchitecture:
     Raises:
         InputError: there is no config.json, it is malformed, or it and the tensors contradict each other.
     """
-    if checkpoint.config is None:
-        raise InputError(
-            "a SigLIP checkpoint needs its config.json",
-            where=checkpoint.source,
-            expected="config.json beside the weights: it says the number of heads",
-            got="no config.json",
-            fix="put the model's config.json beside the weights file; the code that made both saves them together",
-        )
+    needed_config(checkpoint, "SigLIP", "the number of heads")
     _check_towers(checkpoint)
     shapes, configs = Shapes(checkpoint), {tower: _tower_config(checkpoint, tower) for tower in _TOWERS}
     vision_config, text_config = configs["vision"], configs["text"]

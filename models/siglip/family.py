@@ -12,13 +12,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
 from vlm_export.errors import UsageError
 from vlm_export.family import (
     DEFAULT_BUILD,
     Array,
-    Arrays,
     BuildOptions,
     Checkpoint,
     Description,
@@ -38,7 +36,8 @@ from vlm_export.models.reading.image_processor import (
 )
 from vlm_export.models.reading.images import ImageExamples, apply_image_size, config_of_size, image_shape
 from vlm_export.models.reading.token_ids import random_ids
-from vlm_export.models.reading.weights import load_weights, published_tensors, unboxed
+from vlm_export.models.reading.transformers_model import reference_from_encoder, transformers_model
+from vlm_export.models.reading.weights import load_weights, published_tensors
 from vlm_export.models.siglip.architecture import (
     ACTIVATION_NAMES,
     NaflexChoices,
@@ -332,34 +331,8 @@ def _config_from_architecture(architecture: SiglipArchitecture) -> dict[str, Any
 
 
 def _reference(checkpoint: Checkpoint, architecture: SiglipArchitecture, part: Part) -> Reference:
-    import transformers
-
-    # Of checked sizes alone: whatever else the checkpoint's own config states may be made to hurt.
-    kind = getattr(transformers, _class_name(architecture))
-    config = kind.config_class.from_dict(_config_from_architecture(architecture))
-    config._attn_implementation = "eager"
-    with torch.device("meta"):
-        model = kind(config).eval()
-    both = architecture.vision is not None and architecture.text is not None
-    weights = {
-        key if both else key.removeprefix(f"{part.name}_model."): checkpoint.read(key).float()
-        for key in checkpoint.tensors
-        if not key.endswith("position_ids")
-    }
-    model.load_state_dict(unboxed(weights, model), strict=True, assign=True)
-    tower = getattr(model, f"{part.name}_model") if both else model
-    embeddings = tower.embeddings
-    if hasattr(embeddings, "position_ids"):
-        embeddings.position_ids = torch.arange(embeddings.position_ids.shape[-1])[None]
-    vision, is_vision = architecture.vision, part.name == "vision"
-    is_resized = (
-        isinstance(vision, VisionSizes) and is_vision and part.signature.inputs[0].shape[2] != vision.image_size
-    )
-    other_size = {"interpolate_pos_encoding": True} if is_resized else {}
-
-    def run(inputs: Arrays) -> dict[str, Array]:
-        with torch.inference_mode():
-            features = tower(**{name: torch.from_numpy(array) for name, array in inputs.items()}, **other_size)
-        return {part.signature.output_names[0]: features.pooler_output.numpy()}
-
-    return run
+    config = _config_from_architecture(architecture)
+    # A class of one tower has no prefix before its keys.
+    model = transformers_model(checkpoint, _class_name(architecture), config, renamed=(f"{part.name}_model.", ""))
+    vision = architecture.vision
+    return reference_from_encoder(model, part, vision.image_size if isinstance(vision, VisionSizes) else None)
