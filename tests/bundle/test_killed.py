@@ -1,4 +1,4 @@
-"""Killed and competing exports (section C of the reliability table): the bundle is the old or the new one, whole."""
+"""Killed and competing exports: the bundle is the old or the new one, whole."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_killed_at_each_file_operation(
     read_generation: Read, tmp_path: Path, publish_generation: Publish, harness: ModuleType, way: str, no_sync: None
 ) -> None:
-    """C2 and C3. The next export makes a whole bundle of what is left, and clears the rest."""
+    """The next export makes a whole bundle of what is left, and clears the rest."""
     target = tmp_path / "out" / "bundle"
     publish_generation(target, 1)
     seen: list[int] = []
@@ -134,7 +134,6 @@ def test_first_export_killed_at_each_file_operation(
 def test_a_second_export_to_one_target_is_refused(
     read_generation: Read, tmp_path: Path, publish_generation: Publish, harness: ModuleType
 ) -> None:
-    """C6."""
     target = tmp_path / "bundle"
     publish_generation(target, 1)
 
@@ -176,7 +175,7 @@ def test_concurrent_exports_end_with_one_whole_bundle(
 
 
 def test_leftovers_of_a_dead_export_are_swept(tmp_path: Path, publish_generation: Publish) -> None:
-    """C2, also those of another target in the same directory; what only looks alike is left."""
+    """Also those of another target in the same directory; what only looks alike is left."""
     dead = [tmp_path / f".{name}.vlm-export-4194304-0123456789ab.tmp" for name in ("bundle", "other")]
     for directory in dead:
         (directory / "onnx").mkdir(parents=True)

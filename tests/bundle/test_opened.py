@@ -1,4 +1,4 @@
-"""Section B of the reliability table: what an engine would load, or refuse late, is refused when a bundle is opened."""
+"""What an engine would load, or refuse late, is refused when a bundle is opened."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section C of the reliability table: faults while a bundle is written leave the old one or the new one, whole."""
+"""Faults while a bundle is written leave the old one or the new one, whole."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_what_appears_during_an_export_is_not_replaced(
 def test_an_interrupted_export_leaves_nothing(
     read_generation: Read, tmp_path: Path, publish_generation: Publish, error: Any, exists: bool
 ) -> None:
-    """C5: Ctrl-C, exporter errors, out of memory, disk full in the middle of the work."""
+    """Ctrl-C, exporter errors, out of memory, disk full in the middle of the work."""
     target = tmp_path / "bundle"
     if exists:
         publish_generation(target, 1)
@@ -166,7 +166,7 @@ def test_an_interrupted_export_leaves_nothing(
 def test_file_size_limit(
     read_generation: Read, tmp_path: Path, publish_generation: Publish, harness: ModuleType, exists: bool
 ) -> None:
-    """C1: writing stops in the middle; Python ignores SIGXFSZ, so the write fails with EFBIG."""
+    """Writing stops in the middle; Python ignores SIGXFSZ, so the write fails with EFBIG."""
     target = tmp_path / "bundle"
     if exists:
         publish_generation(target, 1)
@@ -228,7 +228,7 @@ def test_errors_that_are_not_the_machines_pass() -> None:
 
 
 def test_read_only_parent(publish_generation: Publish) -> None:
-    """C6; not below `tmp_path`, which only its owner may enter."""
+    """Not below `tmp_path`, which only its owner may enter."""
     with tempfile.TemporaryDirectory() as parent:
         os.chmod(parent, 0o555)
         with without_root(), pytest.raises(EnvironmentFailure, match="Permission denied") as caught:
@@ -351,7 +351,7 @@ def test_a_graph_that_names_other_files_is_not_published(
 def test_an_open_bundle_survives_being_overwritten(
     read_generation: Read, tmp_path: Path, publish_generation: Publish
 ) -> None:
-    """C4: what was opened before keeps its content; what is opened after is new, and nothing is mixed."""
+    """What was opened before keeps its content; what is opened after is new, and nothing is mixed."""
     target = tmp_path / "bundle"
     publish_generation(target, 1)
     bundle = open_bundle(target)

@@ -28,7 +28,7 @@ HTML = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>\n"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
 
 
-# A1: safetensors
+# Safetensors
 @pytest.mark.parametrize(
     ("damage", "cause"),
     [
@@ -45,14 +45,16 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b
         (lambda raw: raw.replace(b'"shape":[5,3]', b'"shape":[5,9]'), "180 bytes"),
     ],
 )
-def test_a1_safetensors(safetensors_file: Path, damage: Callable[[bytes], bytes], cause: str, refusal: Refusal) -> None:
+def test_damaged_safetensors(
+    safetensors_file: Path, damage: Callable[[bytes], bytes], cause: str, refusal: Refusal
+) -> None:
     safetensors_file.write_bytes(damage(safetensors_file.read_bytes()))
     message = refusal(safetensors_file)
     assert cause in message or (cause == "cut off" and "in a file of" in message)
     assert "fix:" in message
 
 
-def test_a1_overlapping_tensors(tmp_path: Path, refusal: Refusal) -> None:
+def test_overlapping_tensors(tmp_path: Path, refusal: Refusal) -> None:
     entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     header = json.dumps({"a": entry, "b": entry}).encode()
     path = tmp_path / "x.safetensors"
@@ -60,10 +62,10 @@ def test_a1_overlapping_tensors(tmp_path: Path, refusal: Refusal) -> None:
     assert "starts at byte 8" in refusal(path)
 
 
-# A2: .pt
+# .pt
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("kept", [0, 3, 0.3, 0.9, -1])
-def test_a2_truncated_pt(tmp_path: Path, weights: Weights, legacy: bool, kept: float, refusal: Refusal) -> None:
+def test_truncated_pt(tmp_path: Path, weights: Weights, legacy: bool, kept: float, refusal: Refusal) -> None:
     path = tmp_path / "x.pt"
     torch.save(weights, path, _use_new_zipfile_serialization=not legacy)
     raw = path.read_bytes()
@@ -72,28 +74,28 @@ def test_a2_truncated_pt(tmp_path: Path, weights: Weights, legacy: bool, kept: f
 
 
 @pytest.mark.parametrize(("raw", "cause"), [(HTML, "HTML"), (LFS, "Git LFS"), (b'{"error": 1}', "JSON")])
-def test_a2_pages_and_pointers(tmp_path: Path, raw: bytes, cause: str, refusal: Refusal) -> None:
+def test_web_pages_and_lfs_pointers(tmp_path: Path, raw: bytes, cause: str, refusal: Refusal) -> None:
     path = tmp_path / "x.pt"
     path.write_bytes(raw)
     assert cause in refusal(path)
 
 
-def test_a2_truncated_torchscript(tmp_path: Path, clip_data: Path, refusal: Refusal) -> None:
+def test_truncated_torchscript(tmp_path: Path, clip_data: Path, refusal: Refusal) -> None:
     raw = (clip_data / "vit_w128" / "jit_archive.pt").read_bytes()
     path = tmp_path / "x.pt"
     path.write_bytes(raw[: len(raw) // 2])
     assert "cut off" in refusal(path)
 
 
-# A3: __reduce__
+# __reduce__
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a3_reduce_in_a_state_dict(tmp_path: Path, sentinel: Any, legacy: bool, refusal: Refusal) -> None:
+def test_reduce_in_a_state_dict(tmp_path: Path, sentinel: Any, legacy: bool, refusal: Refusal) -> None:
     path = tmp_path / "x.pt"
     torch.save({"w": sentinel}, path, _use_new_zipfile_serialization=not legacy)
     assert "mkdir" in refusal(path)
 
 
-def test_a3_no_environment_variable_lifts_the_protection(
+def test_no_environment_variable_lifts_the_protection(
     tmp_path: Path, sentinel: Any, monkeypatch: pytest.MonkeyPatch, refusal: Refusal
 ) -> None:
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
@@ -103,7 +105,7 @@ def test_a3_no_environment_variable_lifts_the_protection(
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a3_reduce_in_a_torchscript_archive(
+def test_reduce_in_a_torchscript_archive(
     tmp_path: Path, sentinel: Any, writer: Any, protocol: int, refusal: Refusal
 ) -> None:
     path = tmp_path / "x.pt"
@@ -113,19 +115,19 @@ def test_a3_reduce_in_a_torchscript_archive(
     assert "pickle" in refusal(path)
 
 
-def test_a3_bare_pickle(tmp_path: Path, sentinel: Any, refusal: Refusal) -> None:
+def test_bare_pickle(tmp_path: Path, sentinel: Any, refusal: Refusal) -> None:
     path = tmp_path / "x.pt"
     path.write_bytes(pickle.dumps(sentinel))
     assert "pickle that torch.save did not write" in refusal(path)
 
 
-def test_a3_reduce_in_a_directory(tmp_path: Path, sentinel: Any, refusal: Refusal) -> None:
+def test_reduce_in_a_directory(tmp_path: Path, sentinel: Any, refusal: Refusal) -> None:
     torch.save(sentinel, tmp_path / "pytorch_model.bin")
     assert "mkdir" in refusal(tmp_path)
 
 
-# A4: DEFLATE bombs
-def test_a4_bomb(tmp_path: Path, weights: Weights, state_dict_file: Path, refusal: Refusal) -> None:
+# DEFLATE bombs
+def test_deflate_bomb(tmp_path: Path, weights: Weights, state_dict_file: Path, refusal: Refusal) -> None:
     path = tmp_path / "bomb.pt"
     zeros = bytes(1 << 20)
     with zipfile.ZipFile(state_dict_file) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
@@ -140,7 +142,7 @@ def test_a4_bomb(tmp_path: Path, weights: Weights, state_dict_file: Path, refusa
     assert "compressed members" in refusal(path)
 
 
-def test_a4_any_compression_of_a_state_dict(tmp_path: Path, state_dict_file: Path, refusal: Refusal) -> None:
+def test_any_compression_of_a_state_dict(tmp_path: Path, state_dict_file: Path, refusal: Refusal) -> None:
     path = tmp_path / "packed.pt"
     with zipfile.ZipFile(state_dict_file) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
         for name in source.namelist():
@@ -149,13 +151,13 @@ def test_a4_any_compression_of_a_state_dict(tmp_path: Path, state_dict_file: Pat
 
 
 @pytest.mark.parametrize("name", ["/etc/x", "../x", "arch/../../x", "arch\\x", "alone", "other/x"])
-def test_a4_member_names(tmp_path: Path, state_dict_file: Path, name: str, refusal: Refusal) -> None:
+def test_member_names(tmp_path: Path, state_dict_file: Path, name: str, refusal: Refusal) -> None:
     with zipfile.ZipFile(state_dict_file, "a") as archive:
         archive.writestr(name, b"x")
     assert "zip archive is not one that torch writes" in refusal(state_dict_file)
 
 
-def test_a4_stated_size(state_dict_file: Path, refusal: Refusal) -> None:
+def test_stated_size_of_a_member(state_dict_file: Path, refusal: Refusal) -> None:
     with zipfile.ZipFile(state_dict_file) as archive:
         name = next(info.filename for info in archive.infolist() if info.filename.endswith("data/0"))
     raw = bytearray(state_dict_file.read_bytes())
@@ -166,9 +168,9 @@ def test_a4_stated_size(state_dict_file: Path, refusal: Refusal) -> None:
     assert "data before byte" in refusal(state_dict_file)
 
 
-# A5: one payload bit flipped
+# One payload bit flipped
 @pytest.mark.parametrize("form", ["safetensors_file", "state_dict_file"])
-def test_a5_bit_flip(form: str, request: pytest.FixtureRequest, refusal: Refusal) -> None:
+def test_flipped_bit(form: str, request: pytest.FixtureRequest, refusal: Refusal) -> None:
     path: Path = request.getfixturevalue(form)
     raw = bytearray(path.read_bytes())
     sha256 = hashlib.sha256(raw).hexdigest()
@@ -181,7 +183,7 @@ def test_a5_bit_flip(form: str, request: pytest.FixtureRequest, refusal: Refusal
     assert sha256 in message
 
 
-# A6, A7, A8: what the tensors are, checked when the family loads them
+# What the tensors are, checked when the family loads them
 def clip_weights(clip_data: Path) -> Weights:
     checkpoint = open_checkpoint(str(clip_data / "vit_p14" / "state_dict_fp32.pt"))
     return {key: checkpoint.read(key).clone() for key in checkpoint.tensors}
@@ -196,7 +198,7 @@ def build_error(tmp_path: Path, weights: Weights) -> str:
     return str(caught.value)
 
 
-def test_a6_missing_and_unexpected_keys(tmp_path: Path, clip_data: Path) -> None:
+def test_missing_and_unexpected_keys(tmp_path: Path, clip_data: Path) -> None:
     weights = clip_weights(clip_data)
     del weights["ln_final.bias"]
     weights["visual.surprise"] = torch.zeros(2)
@@ -207,7 +209,7 @@ def test_a6_missing_and_unexpected_keys(tmp_path: Path, clip_data: Path) -> None
     assert "shape: visual.ln_post.weight" in message
 
 
-def test_a6_prefixed_keys(tmp_path: Path, clip_data: Path) -> None:
+def test_prefixed_keys(tmp_path: Path, clip_data: Path) -> None:
     weights = {f"module.{key}": tensor for key, tensor in clip_weights(clip_data).items()}
     path = tmp_path / "prefixed.pt"
     torch.save(weights, path)
@@ -216,7 +218,7 @@ def test_a6_prefixed_keys(tmp_path: Path, clip_data: Path) -> None:
     assert "module." in checkpoint.notes[0]
 
 
-def test_a6_one_prefixed_key(tmp_path: Path, clip_data: Path) -> None:
+def test_one_prefixed_key(tmp_path: Path, clip_data: Path) -> None:
     weights = clip_weights(clip_data)
     weights["module.ln_final.bias"] = weights.pop("ln_final.bias")
     message = build_error(tmp_path, weights)
@@ -224,7 +226,7 @@ def test_a6_one_prefixed_key(tmp_path: Path, clip_data: Path) -> None:
     assert "unexpected: module.ln_final.bias" in message
 
 
-def test_a6_known_leftovers_are_dropped(tmp_path: Path, clip_data: Path) -> None:
+def test_known_leftovers_are_dropped(tmp_path: Path, clip_data: Path) -> None:
     weights = clip_weights(clip_data)
     leftovers = {"input_resolution", "context_length", "vocab_size"}
     weights |= dict.fromkeys(leftovers, torch.tensor(1))
@@ -235,7 +237,7 @@ def test_a6_known_leftovers_are_dropped(tmp_path: Path, clip_data: Path) -> None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a7_not_finite(tmp_path: Path, clip_data: Path, value: float) -> None:
+def test_weights_that_are_not_finite(tmp_path: Path, clip_data: Path, value: float) -> None:
     weights = clip_weights(clip_data)
     weights["token_embedding.weight"][3, :2] = value
     message = build_error(tmp_path, weights)
@@ -243,7 +245,7 @@ def test_a7_not_finite(tmp_path: Path, clip_data: Path, value: float) -> None:
     assert "2 of" in message
 
 
-def test_a8_integer_weights(tmp_path: Path, clip_data: Path) -> None:
+def test_integer_weights(tmp_path: Path, clip_data: Path) -> None:
     weights = clip_weights(clip_data)
     weights["visual.proj"] = weights["visual.proj"].to(torch.int8)
     message = build_error(tmp_path, weights)
@@ -251,7 +253,7 @@ def test_a8_integer_weights(tmp_path: Path, clip_data: Path) -> None:
     assert "int8" in message
 
 
-# A9: shards
+# Shards
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
@@ -265,7 +267,7 @@ def test_a8_integer_weights(tmp_path: Path, clip_data: Path) -> None:
         (lambda index: index["weight_map"].update({"a.bias": 3}), "no weight_map"),
     ],
 )
-def test_a9_index(
+def test_damaged_index_of_shards(
     tmp_path: Path, safetensors_file: Path, weights: Weights, change: Callable[[Any], Any], cause: str, refusal: Refusal
 ) -> None:
     save_file(weights, tmp_path.parent / "outside.safetensors")
@@ -275,7 +277,7 @@ def test_a9_index(
     assert cause in refusal(tmp_path)
 
 
-def test_a9_a_key_in_two_shards(tmp_path: Path, weights: Weights, refusal: Refusal) -> None:
+def test_a_key_in_two_shards(tmp_path: Path, weights: Weights, refusal: Refusal) -> None:
     save_file(weights, tmp_path / "one.safetensors")
     save_file({"a.bias": weights["a.bias"]}, tmp_path / "two.safetensors")
     index = {"weight_map": {**dict.fromkeys(weights, "one.safetensors"), "a.bias": "two.safetensors"}}
@@ -283,8 +285,8 @@ def test_a9_a_key_in_two_shards(tmp_path: Path, weights: Weights, refusal: Refus
     assert "disagree" in refusal(tmp_path)
 
 
-# A10: names of code and of files in configs
-def test_a10_code_keys_are_not_followed(tmp_path: Path, weights: Weights) -> None:
+# Names of code and of files in configs
+def test_code_keys_are_not_followed(tmp_path: Path, weights: Weights) -> None:
     save_file(weights, tmp_path / "model.safetensors")
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
     config = {
@@ -302,7 +304,7 @@ def test_a10_code_keys_are_not_followed(tmp_path: Path, weights: Weights) -> Non
 @pytest.mark.parametrize(
     "templates", [[{"name": "../x", "template": "t"}], {"a/b": "t"}, [{"template": "t"}]], ids=["list", "dict", "none"]
 )
-def test_a10_chat_template_names(tmp_path: Path, weights: Weights, templates: Any, refusal: Refusal) -> None:
+def test_chat_template_names(tmp_path: Path, weights: Weights, templates: Any, refusal: Refusal) -> None:
     save_file(weights, tmp_path / "model.safetensors")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
     assert "chat template" in refusal(tmp_path)
@@ -318,7 +320,7 @@ def test_a10_chat_template_names(tmp_path: Path, weights: Weights, templates: An
         (b"", "empty"),
     ],
 )
-def test_a10_malformed_config(tmp_path: Path, weights: Weights, config: bytes, cause: str, refusal: Refusal) -> None:
+def test_malformed_config(tmp_path: Path, weights: Weights, config: bytes, cause: str, refusal: Refusal) -> None:
     save_file(weights, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes(config)
     assert cause in refusal(tmp_path)

@@ -1,4 +1,4 @@
-"""Section A of the reliability table at the command line: status 3, the real cause, and no bundle."""
+"""Damaged and hostile checkpoints at the command line: status 3, the real cause, and no bundle."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def refuse(cli: Cli, tmp_path: Path, fast: tuple[str, ...]) -> Callable[..., Non
     ],
     ids=["truncated", "longer", "huge header", "page", "pointer"],
 )
-def test_a1_safetensors(
+def test_damaged_safetensors(
     tmp_path: Path, weights: Weights, refuse: Cli, damage: Callable[[bytes], bytes], cause: str
 ) -> None:
     path = tmp_path / "model.safetensors"
@@ -63,7 +63,7 @@ def test_a1_safetensors(
 
 
 @pytest.mark.parametrize("damage", [lambda raw: b"", lambda raw: raw[: len(raw) // 2], lambda raw: HTML])
-def test_a2_state_dict(tmp_path: Path, checkpoint: Path, refuse: Cli, damage: Callable[[bytes], bytes]) -> None:
+def test_damaged_state_dict(tmp_path: Path, checkpoint: Path, refuse: Cli, damage: Callable[[bytes], bytes]) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(damage(checkpoint.read_bytes()))
     refuse(path, "fix: ")
@@ -80,7 +80,7 @@ class Sentinel:
 
 
 @pytest.mark.parametrize("bare", [False, True])
-def test_a3_reduce_is_not_executed(tmp_path: Path, weights: Weights, refuse: Cli, bare: bool) -> None:
+def test_reduce_is_not_executed(tmp_path: Path, weights: Weights, refuse: Cli, bare: bool) -> None:
     path, sentinel = tmp_path / "model.pt", tmp_path / "executed"
     if bare:
         path.write_bytes(pickle.dumps({"w": Sentinel(sentinel)}))
@@ -90,7 +90,7 @@ def test_a3_reduce_is_not_executed(tmp_path: Path, weights: Weights, refuse: Cli
     assert not sentinel.exists()
 
 
-def test_a4_deflate_bomb(tmp_path: Path, checkpoint: Path, refuse: Cli) -> None:
+def test_deflate_bomb(tmp_path: Path, checkpoint: Path, refuse: Cli) -> None:
     path = tmp_path / "bomb.pt"
     with zipfile.ZipFile(checkpoint) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
         for name in source.namelist():
@@ -98,7 +98,7 @@ def test_a4_deflate_bomb(tmp_path: Path, checkpoint: Path, refuse: Cli) -> None:
     refuse(path, "compressed")
 
 
-def test_a5_flipped_bit_against_a_pinned_sha256(tmp_path: Path, checkpoint: Path, refuse: Cli) -> None:
+def test_flipped_bit_against_a_pinned_sha256(tmp_path: Path, checkpoint: Path, refuse: Cli) -> None:
     raw = bytearray(checkpoint.read_bytes())
     pinned = hashlib.sha256(raw).hexdigest()
     raw[len(raw) // 2] ^= 1
@@ -107,7 +107,7 @@ def test_a5_flipped_bit_against_a_pinned_sha256(tmp_path: Path, checkpoint: Path
     refuse(path, f"expected: {pinned}", f"got: {hashlib.sha256(raw).hexdigest()}", options=("--sha256", pinned))
 
 
-def test_a6_keys(tmp_path: Path, weights: Weights, refuse: Cli) -> None:
+def test_missing_and_unexpected_keys(tmp_path: Path, weights: Weights, refuse: Cli) -> None:
     path = tmp_path / "model.pt"
     weights["visual.surprise"] = weights.pop("ln_final.bias")
     torch.save(weights, path)
@@ -117,14 +117,14 @@ def test_a6_keys(tmp_path: Path, weights: Weights, refuse: Cli) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a7_not_finite(tmp_path: Path, weights: Weights, refuse: Cli, value: float) -> None:
+def test_weights_that_are_not_finite(tmp_path: Path, weights: Weights, refuse: Cli, value: float) -> None:
     path = tmp_path / "model.pt"
     weights["visual.proj"][1, :3] = value
     torch.save(weights, path)
     refuse(path, "visual.proj", "3 of")
 
 
-def test_a8_integer_weights(tmp_path: Path, weights: Weights, refuse: Cli) -> None:
+def test_integer_weights(tmp_path: Path, weights: Weights, refuse: Cli) -> None:
     path = tmp_path / "model.pt"
     weights["visual.proj"] = weights["visual.proj"].to(torch.int8)
     torch.save(weights, path)
@@ -134,7 +134,7 @@ def test_a8_integer_weights(tmp_path: Path, weights: Weights, refuse: Cli) -> No
 @pytest.mark.parametrize(
     ("shard", "cause"), [("absent.safetensors", "not there"), ("../model.safetensors", "outside its directory")]
 )
-def test_a9_shards(tmp_path: Path, weights: Weights, refuse: Cli, shard: str, cause: str) -> None:
+def test_damaged_shards(tmp_path: Path, weights: Weights, refuse: Cli, shard: str, cause: str) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     save_file(weights, tmp_path / "model.safetensors")
@@ -143,7 +143,7 @@ def test_a9_shards(tmp_path: Path, weights: Weights, refuse: Cli, shard: str, ca
     refuse(folder, cause)
 
 
-def test_a10_remote_code_is_not_executed(
+def test_remote_code_is_not_executed(
     tmp_path: Path, cli: Cli, make_huggingface_clip: Callable[..., Any], fast: tuple[str, ...]
 ) -> None:
     folder, sentinel = tmp_path / "model", tmp_path / "executed"
@@ -160,7 +160,7 @@ def test_a10_remote_code_is_not_executed(
     assert "someone/kernel" not in published
 
 
-def test_a10_template_named_outside(tmp_path: Path, make_huggingface_clip: Callable[..., Any], refuse: Cli) -> None:
+def test_template_named_outside(tmp_path: Path, make_huggingface_clip: Callable[..., Any], refuse: Cli) -> None:
     folder = tmp_path / "model"
     make_huggingface_clip(folder)
     template = [{"name": "../../outside", "template": "x"}]

@@ -1,4 +1,4 @@
-"""Exit statuses and messages of the verbs that use bundles; sections B and D of the reliability table."""
+"""Exit statuses and messages of the verbs that use bundles."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_errors_as_json(refused_json: RefusedJson, pair: Path, tmp_path: Path, i
 # Section B: what lies in a bundle is what was exported.
 @pytest.mark.parametrize("name", ["onnx/vision_model.onnx", "onnx/text_model.onnx", "tokenizer.json"])
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "link"])
-def test_b_changed_bundle(cli: Cli, pair: Path, image_path: Path, name: str, damage: str) -> None:
+def test_changed_bundle(cli: Cli, pair: Path, image_path: Path, name: str, damage: str) -> None:
     path = pair / name
     raw = path.read_bytes()
     path.unlink()
@@ -133,7 +133,7 @@ def test_b_changed_bundle(cli: Cli, pair: Path, image_path: Path, name: str, dam
 
 
 @pytest.mark.parametrize("kind", ["nothing", "empty directory", "graph", "checkpoint"])
-def test_b_no_bundle(cli: Cli, tmp_path: Path, pair: Path, checkpoint: Path, image_path: Path, kind: str) -> None:
+def test_no_bundle(cli: Cli, tmp_path: Path, pair: Path, checkpoint: Path, image_path: Path, kind: str) -> None:
     (tmp_path / "empty").mkdir()
     path = {
         "nothing": tmp_path / "none",
@@ -145,7 +145,7 @@ def test_b_no_bundle(cli: Cli, tmp_path: Path, pair: Path, checkpoint: Path, ima
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b'{"schema_version": 99}', b"\xff"])
-def test_b_broken_manifest(cli: Cli, pair: Path, raw: bytes, image_path: Path) -> None:
+def test_broken_manifest(cli: Cli, pair: Path, raw: bytes, image_path: Path) -> None:
     (pair / "vlm_export.json").write_bytes(raw)
     for verb in (("inspect", pair), ("classify", pair, image_path, "cat"), ("verify", pair)):
         cli(*verb).refused(3, "vlm_export.json")
@@ -164,7 +164,7 @@ def _png_of_zeros(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-def test_d1_too_many_pixels(cli: Cli, pair: Path, tmp_path: Path) -> None:
+def test_too_many_pixels(cli: Cli, pair: Path, tmp_path: Path) -> None:
     path = tmp_path / "large.png"
     path.write_bytes(_png_of_zeros(13_000, 13_000))
     assert path.stat().st_size < 200 << 10
@@ -173,13 +173,13 @@ def test_d1_too_many_pixels(cli: Cli, pair: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "x.npy").exists()
 
 
-def test_d2_too_long_and_thin(cli: Cli, pair: Path, tmp_path: Path) -> None:
+def test_too_long_and_thin(cli: Cli, pair: Path, tmp_path: Path) -> None:
     path = tmp_path / "line.png"
     Image.new("L", (1, 200_000)).save(path)
     cli("classify", pair, path, "cat", "--template", "{}").refused(3, "too long and thin", str(path), "fix: ")
 
 
-def test_d3_unusual_images_have_an_embedding(cli: Cli, pair: Path, tmp_path: Path) -> None:
+def test_unusual_images_have_an_embedding(cli: Cli, pair: Path, tmp_path: Path) -> None:
     ramp = np.arange(48 * 36, dtype=np.uint16).reshape(36, 48) * 37
     images = {
         "deep.png": Image.fromarray(ramp),
@@ -196,7 +196,7 @@ def test_d3_unusual_images_have_an_embedding(cli: Cli, pair: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "truncated", "directory"])
-def test_d4_no_image(cli: Cli, pair: Path, tmp_path: Path, kind: str) -> None:
+def test_no_image(cli: Cli, pair: Path, tmp_path: Path, kind: str) -> None:
     path, buffer = tmp_path / "x.png", io.BytesIO()
     Image.effect_noise((64, 64), 50).save(buffer, "PNG")
     if kind == "directory":
@@ -206,7 +206,7 @@ def test_d4_no_image(cli: Cli, pair: Path, tmp_path: Path, kind: str) -> None:
     cli("classify", pair, path, "cat", "--template", "{}").refused(3, str(path))
 
 
-def test_d5_endless_word(cli: Cli, pair: Path, tmp_path: Path, image_path: Path) -> None:
+def test_endless_word(cli: Cli, pair: Path, tmp_path: Path, image_path: Path) -> None:
     path = tmp_path / "word.txt"
     path.write_text("a" * 64_000)
     cli("embed", pair, path, "-o", tmp_path / "x.npy", "--quiet").refused(3, "too many characters", "64,000")
@@ -218,7 +218,7 @@ def test_d5_endless_word(cli: Cli, pair: Path, tmp_path: Path, image_path: Path)
 @pytest.mark.parametrize(
     ("raw", "text"), [(b"", "no lines"), (b"\n \n", "no lines"), (b"caf\xe9", "UTF-8"), (b"one two " * 30, "too long")]
 )
-def test_d_texts(cli: Cli, pair: Path, tmp_path: Path, raw: bytes, text: str) -> None:
+def test_unusual_texts(cli: Cli, pair: Path, tmp_path: Path, raw: bytes, text: str) -> None:
     path = tmp_path / "lines.txt"
     path.write_bytes(raw)
     cli("embed", pair, path, "-o", tmp_path / "x.npy", "--quiet").refused(3, text)

@@ -1,9 +1,8 @@
-"""Section C of the reliability table at the command line: the old bundle stays, and nothing is left beside it."""
+"""Faults while the command line exports: the old bundle stays, and nothing is left beside it."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -21,13 +20,11 @@ import torch.nn.functional as F
 
 from vlm_export.bundle.environment import environment_errors
 from vlm_export.bundle.target_lock import locked
-from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.exporting import pipeline
 
 Cli = Callable[..., Any]
 Spawn = Callable[..., Any]
 Snapshot = Callable[[Path], dict[str, bytes]]
-HARNESS = Path(__file__).parents[1] / "bundle" / "kill_harness.py"
 STAGES = ["read", "load weights"] + [
     f"{stage} {part}"
     for stage in ("export", "simplify", "write", "load reference of", "verify", "record golden of")
@@ -41,9 +38,7 @@ def old(tmp_path: Path, exported: Path) -> Path:
     return Path(shutil.copytree(exported, tmp_path / "old" / "bundle"))
 
 
-def test_c1_file_size_limit(
-    spawn: Spawn, old: Path, snapshot: Snapshot, checkpoint: Path, fast: tuple[str, ...]
-) -> None:
+def test_file_size_limit(spawn: Spawn, old: Path, snapshot: Snapshot, checkpoint: Path, fast: tuple[str, ...]) -> None:
     before = snapshot(old.parent)
     limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
     result = spawn("export", checkpoint, "-o", old, "--overwrite", "--quiet", *fast, code=limit)
@@ -52,7 +47,7 @@ def test_c1_file_size_limit(
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_c1_too_little_space_is_told_before_anything_starts(
+def test_too_little_space_is_told_before_anything_starts(
     cli: Cli,
     old: Path,
     snapshot: Snapshot,
@@ -73,7 +68,7 @@ def test_c1_too_little_space_is_told_before_anything_starts(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
-def test_c1_writing_a_graph_fails(
+def test_writing_a_graph_fails(
     cli: Cli,
     old: Path,
     snapshot: Snapshot,
@@ -93,7 +88,7 @@ def test_c1_writing_a_graph_fails(
     assert snapshot(old.parent) == before
 
 
-def test_c4_open_session_survives_an_overwrite(cli: Cli, old: Path, checkpoint: Path, fast: tuple[str, ...]) -> None:
+def test_open_session_survives_an_overwrite(cli: Cli, old: Path, checkpoint: Path, fast: tuple[str, ...]) -> None:
     from vlm_export import load
 
     pair = load(old)
@@ -109,7 +104,7 @@ def test_c4_open_session_survives_an_overwrite(cli: Cli, old: Path, checkpoint: 
     [(stage, KeyboardInterrupt) for stage in STAGES]
     + [(stage, MemoryError) for stage in ("load weights", "export vision", "verify vision")],
 )
-def test_c5_fault_in_each_stage(
+def test_fault_in_each_stage(
     cli: Cli,
     old: Path,
     snapshot: Snapshot,
@@ -155,7 +150,7 @@ class _Raising:
 
 @pytest.mark.usefixtures("default_interrupts")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_c5_signals(
+def test_signals_while_a_stage_runs(
     old: Path, snapshot: Snapshot, checkpoint: Path, fast: tuple[str, ...], number: signal.Signals
 ) -> None:
     before = snapshot(old.parent)
@@ -177,32 +172,7 @@ def test_c5_signals(
     assert snapshot(old.parent) == before
 
 
-def test_c2_killed_exports_leave_one_bundle_or_the_other(tmp_path: Path, checkpoint: Path) -> None:
-    """At points from the first stage to publication; each file equals one bundle's or the other's, and the last run
-    clears what all killed ones left."""
-    target = tmp_path / "out" / "bundle"
-    opened = open_checkpoint(str(checkpoint))
-    torch.save({key: 0.9 * opened.read(key) for key in opened.tensors}, tmp_path / "other.pt")
-    sources = [str(checkpoint), str(tmp_path / "other.pt")]
-    script = Path(__file__).with_name("kill_exports.py")
-    arguments = [str(target), *sources, str(tmp_path / "references"), str(HARNESS)]
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["killed"] >= 20
-    assert found["seen"] == sorted(found["seen"])
-    assert (found["seen"][0], found["seen"][-1]) == (0, 1)
-    assert found["left"] == ["bundle"]
-
-
-def test_c6_two_exports_to_one_target(
+def test_two_exports_to_one_target(
     cli: Cli, old: Path, snapshot: Snapshot, checkpoint: Path, fast: tuple[str, ...]
 ) -> None:
     before = snapshot(old.parent)
@@ -212,9 +182,7 @@ def test_c6_two_exports_to_one_target(
     assert snapshot(old.parent) == before
 
 
-def test_c6_target_that_exists(
-    cli: Cli, old: Path, snapshot: Snapshot, checkpoint: Path, fast: tuple[str, ...]
-) -> None:
+def test_target_that_exists(cli: Cli, old: Path, snapshot: Snapshot, checkpoint: Path, fast: tuple[str, ...]) -> None:
     (old.parent / "photos").mkdir()
     (old.parent / "photos" / "holiday.jpg").write_bytes(b"dear")
     before = snapshot(old.parent)
@@ -227,7 +195,7 @@ def test_c6_target_that_exists(
     assert snapshot(old.parent) == before
 
 
-def test_c6_read_only_target(
+def test_read_only_target(
     cli: Cli, tmp_path: Path, checkpoint: Path, fast: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file system that refuses; permissions alone do not stop every user that tests run as."""
@@ -244,7 +212,7 @@ def test_c6_read_only_target(
     assert not list(tmp_path.iterdir())
 
 
-def test_c6_path_that_is_not_utf8(cli: Cli, tmp_path: Path, checkpoint: Path, fast: tuple[str, ...]) -> None:
+def test_path_that_is_not_utf8(cli: Cli, tmp_path: Path, checkpoint: Path, fast: tuple[str, ...]) -> None:
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     cli("export", checkpoint, "-o", folder, *fast).refused(2, "UTF-8", r"caf\xe9")
     assert not list(tmp_path.iterdir())
@@ -264,7 +232,7 @@ def test_images_whose_names_are_not_utf8(spawn: Spawn, tmp_path: Path, pair: Pat
     assert "caf\\udce9.png" in spawn("search", pair, tmp_path / "x.npy", "cat").out
 
 
-def test_c6_other_working_directory(
+def test_other_working_directory(
     cli: Cli, tmp_path: Path, checkpoint: Path, fast: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "here").mkdir()

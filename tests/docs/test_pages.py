@@ -164,6 +164,14 @@ def test_the_walk_over_fields_reaches_all_tasks() -> None:
     ) == {"rank"}
 
 
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_files_that_a_page_names_exist(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    paths = set(re.findall(r"`((?:vlm_export|tests|scripts|models|configs|docs)/[\w./-]+)`", text))
+    assert paths
+    assert sorted(path for path in paths if not (ROOT / path).exists()) == []
+
+
 def test_what_people_read_says_image() -> None:
     """One word for one thing, in all that no script writes."""
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md")]:
