@@ -159,17 +159,21 @@ def assert_same() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def wordpiece_json() -> Callable[[str], str]:
-    """The content of a tokenizer.json from lines of an uncased BERT vocabulary; tokens in brackets are special."""
+    """The content of a tokenizer.json from lines of an uncased BERT vocabulary; tokens in brackets are special.
+
+    As transformers 4 read it, so that words close up before marks."""
 
     def build(lines: str) -> str:
         from tokenizers import AddedToken
         from tokenizers.implementations import BertWordPieceTokenizer
 
+        from vlm_export.exporting.tokenizers.fit import closed_up
+
         words = lines.removesuffix("\n").split("\n")
         tokenizer = BertWordPieceTokenizer(vocab={word: i for i, word in enumerate(words)})
         special = [word for word in words if re.fullmatch(r"\[[A-Z]+\]", word)]
         tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
-        return str(tokenizer.to_str())
+        return closed_up(str(tokenizer.to_str()))
 
     return build
 

@@ -6,7 +6,8 @@ vlm_export.verify("out", source="clip-demo").raise_if_failed()
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_export.bundle.opened import open_bundle
 from vlm_export.bundle.safe_files import check_path
 from vlm_export.checkpoint.names import source_kind
-from vlm_export.errors import UsageError, VerificationError, suggestion
+from vlm_export.errors import UsageError, VerificationError, missing_package, suggestion
 from vlm_export.exporting.stages import SilentListener, StageListener, StageRecord, Stages
 from vlm_export.proof.contract import ContractReport, replay
 from vlm_export.proof.engine import verifying_start
@@ -79,10 +80,13 @@ def export(source: str | Path, bundle: str | Path, *, progress: Progress | None 
         InputError: the source is bad or unsafe, or no family computes it.
         EnvironmentFailure: disk, memory, a missing package or the network.
     """
+    check_path(source, "a source")
+    check_path(bundle, "a bundle")
     source_kind(str(source))  # What is not there is told before what is not installed.
-    from vlm_export.exporting.options import ExportOptions
-    from vlm_export.exporting.pipeline import export_bundle
-    from vlm_export.family import BuildOptions
+    with _told_if_missing():
+        from vlm_export.exporting.options import ExportOptions
+        from vlm_export.exporting.pipeline import export_bundle
+        from vlm_export.family import BuildOptions
 
     built = {field.name for field in fields(BuildOptions)}
     known = {field.name for field in fields(ExportOptions)} - {"build"} | built
@@ -91,8 +95,6 @@ def export(source: str | Path, bundle: str | Path, *, progress: Progress | None 
             raise UsageError(f"export has no option {name!r}", fix=suggestion(name, sorted(known)))
     build = BuildOptions(**{name: value for name, value in options.items() if name in built})
     rest = {name: value for name, value in options.items() if name not in built}
-    check_path(source, "a source")
-    check_path(bundle, "a bundle")
     return export_bundle(str(source), Path(bundle), ExportOptions(**rest, build=build), Stages(_listener(progress)))
 
 
@@ -124,6 +126,7 @@ def verify(
         VerificationError: nothing was compared, or the manifest states something else than the source.
         UsageError: `base` without a source, or no part has that variant.
         InputError: a file of the bundle is not the one that was exported, or the source is another one.
+        EnvironmentFailure: a missing package.
     """
     if base is not None and source is None:
         raise UsageError("a base goes with a source", got="a base alone", fix="name the adapter as the source")
@@ -136,7 +139,8 @@ def verify(
         reports = verify_bundle(opened, engine_factory=start, engine_name=name, precision=precision)
     else:
         source_kind(str(source))
-        from vlm_export.exporting.reverify import verify_against_source
+        with _told_if_missing():
+            from vlm_export.exporting.reverify import verify_against_source
 
         stages = Stages(_listener(progress))
         reports, contract = verify_against_source(opened, str(source), providers, threads, stages, precision, base)
@@ -145,6 +149,14 @@ def verify(
             "nothing was compared, so nothing is proved", where=str(bundle), fix="export the model again"
         )
     return VerificationResult(tuple(reports), contract)
+
+
+@contextmanager
+def _told_if_missing() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise missing_package(error, "export") or error from error
 
 
 class _Calls(SilentListener):

@@ -89,10 +89,28 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else listed
 
 
+_EXTRA_PACKAGES = {"torch", "transformers", "timm", "onnx", "onnx_ir", "onnxscript", "onnxsim", "safetensors"}
+_EXTRA_PACKAGES |= {"huggingface_hub", "yaml", "torchvision", "google"}  # google: protobuf
+
+
 def install_fix(extra: str = "") -> str:
     """The command that installs this project with an extra, as README has it."""
     wanted = f"'.[{extra}]'" if extra else "."
     return f"in your clone: pip install {wanted} -c constraints.txt"
+
+
+def missing_package(error: ImportError, extra: str) -> EnvironmentFailure | None:
+    """What to install: `extra`, the smallest of this project's that is needed; None for a module of our own."""
+    name = (error.name or "").partition(".")[0]
+    if name == "vlm_export":
+        return None
+    what = "is not installed" if isinstance(error, ModuleNotFoundError) else "cannot be loaded"
+    return EnvironmentFailure(
+        f"a package that this needs {what}",
+        where=name,
+        got=str(error),
+        fix=install_fix(extra if name in _EXTRA_PACKAGES else ""),
+    )
 
 
 class GraphError(InputError):

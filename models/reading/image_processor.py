@@ -441,6 +441,7 @@ def _origins(stated: _Stated, size_origin: str) -> dict[str, str]:
         "image.crop": f"{stated.origin('do_center_crop')}; rounded as in {_TRANSFORMERS}",
         "image.transparency": f"{_TRANSFORMERS} (convert_to_rgb)",
         "image.rescale_factor": by("do_rescale", "rescale_factor"),
+        "image.fill": f"{_TRANSFORMERS} (center_crop pads with zeros)",
     }
 
 

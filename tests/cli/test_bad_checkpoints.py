@@ -104,7 +104,12 @@ def test_flipped_bit_against_a_pinned_sha256(tmp_path: Path, checkpoint: Path, r
     raw[len(raw) // 2] ^= 1
     path = tmp_path / "model.pt"
     path.write_bytes(raw)
-    refuse(path, f"expected: {pinned}", f"got: {hashlib.sha256(raw).hexdigest()}", options=("--sha256", pinned))
+    refuse(
+        path,
+        f"expected: sha256 {pinned}",
+        f"got: sha256 {hashlib.sha256(raw).hexdigest()}",
+        options=("--sha256", pinned),
+    )
 
 
 def test_missing_and_unexpected_keys(tmp_path: Path, weights: Weights, refuse: Cli) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vlm_export.family import Checkpoint, Description
     from vlm_export.specs import AnyImageSpec, Origins, TextSpec
 
+_WIDE = 100
 _RECORDED = "golden/"
 _LAYER_NUMBER = re.compile(r"\.\d+\.")
 # Where no file says it and no default of a library: what every checkpoint of the family has.
@@ -341,15 +342,16 @@ def _value_text(value: Any) -> str:
 
 
 def list_known(*, as_json: bool) -> None:
-    """Print all known names with their family and title, within the terminal's width; as JSON all about them."""
+    """Print all known names with their family, and with their title where there is room; as JSON all about them."""
     from vlm_export.checkpoint.sources.known import known_names, load_known
 
     entries = [known_data(load_known(name)) for name in known_names()]
     if as_json:
         print_json({"what": "known checkpoints", "checkpoints": entries})
     else:
-        rows = [(entry["name"], entry["family"], entry["title"]) for entry in entries]
-        print_table(("name", "family", "checkpoint"), rows, width=terminal_width())
+        # A name is there to be copied, so it is never broken; a terminal of 80 columns has no room beside the longest.
+        columns = ("name", "family", "title") if terminal_width() >= _WIDE else ("name", "family")
+        print_table(columns, [[entry[column] for column in columns] for entry in entries], width=terminal_width())
         print_line("vlm-export inspect NAME tells source and licence of one, --json those of all")
 
 

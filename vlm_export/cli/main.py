@@ -22,7 +22,7 @@ from vlm_export.errors import (
     InputError,
     UsageError,
     VlmExportError,
-    install_fix,
+    missing_package,
     suggestion,
 )
 from vlm_export.interrupts import INTERRUPTED, remembered_interrupts
@@ -33,8 +33,6 @@ from vlm_export.text_display import Lines, shown
 VERBS = ("inspect", "export", "verify", "classify", "caption", "ask", "match", "embed", "search", "graph")
 """Each is a module of `vlm_export.cli`, in the order of the help."""
 
-_EXTRA_PACKAGES = {"torch", "transformers", "timm", "onnx", "onnx_ir", "onnxscript", "onnxsim", "safetensors"}
-_EXTRA_PACKAGES |= {"huggingface_hub", "yaml", "torchvision", "google"}  # google: protobuf
 _DEFAULT_EXTRA = "export"
 _LONGEST_FIX = 100
 _EPILOG = """exit status: 0 done; 1 verification failed; 2 usage; 3 bad or unsafe input; 4 environment
@@ -117,7 +115,7 @@ def _told(error: Exception, extra: str) -> VlmExportError | None:
     if fault is not None:
         return fault
     if isinstance(error, ImportError):
-        return _missing_package(error, extra)
+        return missing_package(error, extra)
     return _refused_by_system(error) if isinstance(error, OSError) else None
 
 
@@ -167,21 +165,6 @@ def _refused_by_system(error: OSError) -> EnvironmentFailure:
         f"the system refused: {error.strerror or error}",
         where=os.fsdecode(named) if isinstance(named, str | bytes) else "",
         fix="check the paths of the command, and where its output goes",
-    )
-
-
-def _missing_package(error: ImportError, extra: str) -> EnvironmentFailure | None:
-    """What to install: `extra`, the smallest of this project's that the verb needs, which it states beside `run`; None
-    for a module of our own."""
-    name = (error.name or "").partition(".")[0]
-    if name == "vlm_export":
-        return None
-    what = "is not installed" if isinstance(error, ModuleNotFoundError) else "cannot be loaded"
-    return EnvironmentFailure(
-        f"a package that this verb needs {what}",
-        where=name,
-        got=str(error),
-        fix=install_fix(extra if name in _EXTRA_PACKAGES else ""),
     )
 
 

@@ -16,4 +16,4 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     with pytest.raises(EnvironmentFailure) as caught:
         OpenVinoEngine(tmp_path / "graph.onnx")
     assert caught.value.exit_status == 4
-    assert "vlm-export[openvino]" in caught.value.fix
+    assert "pip install '.[openvino]'" in caught.value.fix

@@ -196,7 +196,7 @@ def test_images_without_pixels_are_refused(version: str) -> None:
 
 def test_a_plan_prints_as_json() -> None:
     assert json.loads(json.dumps(plan_of(640, 480).to_json())) == {
-        "image": [640, 480],
+        "size": [640, 480],
         "grid": {"columns": 2, "rows": 1},
         "slices": [
             {"size": [518, 392], "patches": [28, 37]},

@@ -70,6 +70,7 @@ def test_mask_follows_the_rows_not_the_padding_token(clip_tokenizer: Tokenizer) 
         clip_tokenizer.encode_masked(texts, pad_to=78)
 
 
+@pytest.mark.needs_torch
 @pytest.mark.parametrize(
     ("pieces", "text"),
     [

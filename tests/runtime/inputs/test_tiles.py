@@ -50,7 +50,7 @@ def test_sizes(size: tuple[int, int], whole: bool, resized: tuple[int, int], gri
     plan = plan_tiles(size, TileSpec(512, 1536, resize_to_max_side=whole, global_tile=True))
     assert (plan.resized_size, plan.grid) == (resized, grid)
     assert plan.to_json() == {
-        "image": list(size),
+        "size": list(size),
         "resized": list(resized),
         "grid": {"rows": grid[0], "columns": grid[1]},
     }
