@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import TypeAlias, TypeVar
 
@@ -183,14 +184,29 @@ def find_value(model: ir.Model, tensor: TensorRef, function: str = "") -> ir.Val
     Raises:
         GraphError: unknown, or defined in several nested graphs and in none around them.
     """
-    if isinstance(tensor, ir.Value):
-        if not any(value is tensor for value in all_values(model)):
-            raise GraphError("the tensor is not part of the model", got=str(tensor.name))
-        return tensor
+    return find_values(model, [tensor], function)[0]
+
+
+def find_values(model: ir.Model, tensors: Iterable[TensorRef], function: str = "") -> list[ir.Value]:
+    """`find_value` of each; the model is walked once for all of them."""
     root = find_root(model, function)
-    found = [value for value in defined_values(root) if tensor and value.name == tensor]
-    found = found or [value for value in nested_values(root) if tensor and value.name == tensor]
-    return _only(found, "tensor", tensor, {str(value.name) for value in nested_values(root)})
+    own: defaultdict[str, list[ir.Value]] = defaultdict(list)
+    nested: defaultdict[str, list[ir.Value]] = defaultdict(list)
+    for graph in nested_graphs(root):
+        for value in defined_values(graph):
+            (own if graph is root else nested)[value.name or ""].append(value)
+    members: set[ir.Value] = set()
+    found: list[ir.Value] = []
+    for tensor in tensors:
+        if isinstance(tensor, ir.Value):
+            members = members or set(all_values(model))
+            if tensor not in members:
+                raise GraphError("the tensor is not part of the model", got=str(tensor.name))
+            found.append(tensor)
+        else:
+            candidates = (own.get(tensor) or nested.get(tensor) or []) if tensor else []
+            found.append(_only(candidates, "tensor", tensor, own.keys() | nested.keys()))
+    return found
 
 
 def find_node(model: ir.Model, node: NodeRef, function: str = "") -> ir.Node:

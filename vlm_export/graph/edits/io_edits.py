@@ -16,6 +16,7 @@ from vlm_export.graph.core.names import (
     captured_or_read,
     defined_values,
     find_value,
+    find_values,
     fresh_name,
     fresh_node_name,
     graph_of,
@@ -49,22 +50,28 @@ def rename_tensor(model: ir.Model, old: TensorRef, new: str, *, function: str = 
 
 def rename_tensors(model: ir.Model, names: Mapping[str, str], *, function: str = "") -> int:
     """Renames several tensors at once, so that names can be swapped; returns how many were renamed."""
-    _rename(model, {find_value(model, old, function): new for old, new in names.items()})
+    _rename(model, dict(zip(find_values(model, names, function), names.values(), strict=True)))
     return len(names)
 
 
 def _rename(model: ir.Model, names: dict[ir.Value, str]) -> None:
-    by_root: defaultdict[ir.Graph, dict[ir.Value, str]] = defaultdict(dict)
+    by_graph: defaultdict[ir.Graph, dict[ir.Value, str]] = defaultdict(dict)
     for value, new in names.items():
-        root = root_of(model, graph_of(value))
-        if not new:
-            raise GraphError(f"tensor {value.name!r} needs a name", fix="give a name that is not empty")
-        for other in (other for graph in related_graphs(root, graph_of(value)) for other in defined_values(graph)):
-            if other is not value and names.get(other, other.name) == new:
+        by_graph[graph_of(value)][value] = new
+    by_root: defaultdict[ir.Graph, dict[ir.Value, str]] = defaultdict(dict)
+    for graph, values in by_graph.items():
+        root = root_of(model, graph)
+        holders: defaultdict[str, set[ir.Value]] = defaultdict(set)
+        for other in (other for related in related_graphs(root, graph) for other in defined_values(related)):
+            holders[names.get(other, other.name or "")].add(other)
+        for value, new in values.items():
+            if not new:
+                raise GraphError(f"tensor {value.name!r} needs a name", fix="give a name that is not empty")
+            if holders[new] - {value}:
                 raise GraphError(
                     f"a tensor is already named {new!r}", fix="choose another name, or rename that tensor too"
                 )
-        by_root[root][value] = new
+        by_root[root].update(values)
     for root, values in by_root.items():
         rename_values(root, values)
 
@@ -79,7 +86,7 @@ def add_output(model: ir.Model, tensors: TensorRef | Sequence[TensorRef]) -> int
         GraphError: unknown, an output already, inside a subgraph or function, or of a type that cannot be told.
     """
     names = [tensors] if isinstance(tensors, str | ir.Value) else tensors
-    values = list(dict.fromkeys(find_value(model, name) for name in names))
+    values = list(dict.fromkeys(find_values(model, names)))
     for value in values:
         if graph_of(value) is not model.graph:
             raise GraphError(
