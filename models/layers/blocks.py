@@ -19,11 +19,15 @@ HIDDEN = -10000.0
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 
 
+_FILLING = frozenset({"add_", "clamp_", "erfinv_", "fill_", "mul_", "normal_", "uniform_", "zero_"})
+
+
 @contextmanager
 def meta_modules() -> Iterator[None]:
     """Modules that are built inside have shapes without weights, and nothing initialises them.
 
-    torch fills embeddings on the meta device by Python code that imports its compiler, for longer than `inspect` takes.
+    torch fills embeddings on the meta device by Python code that imports its compiler, for longer than `inspect` takes;
+    and timm fills weights by steps of its own, each of which goes through that code.
     """
     with _NoInitialisation(), torch.device("meta"):
         yield
@@ -36,6 +40,9 @@ class _NoInitialisation(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        # What has no values keeps its shape under these.
+        if getattr(func, "__name__", None) in _FILLING and isinstance(args[0], Tensor) and args[0].is_meta:
+            return args[0]
         return func(*args, **kwargs)
 
 
