@@ -18,10 +18,10 @@ from vlm_export.models.clip.architecture import (
     VitSizes,
     activation_of,
     checked,
+    clip_tower_config,
     huggingface_vision,
     openai_resnet,
     openai_vit,
-    tower_config,
 )
 from vlm_export.models.layers.bert import BertSizes
 from vlm_export.models.layers.bert_weights import bert_sizes
@@ -167,7 +167,7 @@ def _original_vision(checkpoint: Checkpoint) -> VitSizes | ResNetSizes:
 
 def _from_huggingface(checkpoint: Checkpoint, library: LibraryNames) -> ChineseClipArchitecture:
     config = needed_config(checkpoint, library.title, "the number of heads, the activation and the epsilons")
-    vision, text = tower_config(checkpoint, "vision") or {}, tower_config(checkpoint, "text") or {}
+    vision, text = (clip_tower_config(checkpoint, tower) or {} for tower in ("vision", "text"))
     published = {"hidden_act": ("gelu",), "position_embedding_type": ("absolute",)}
     check_implemented("config.json: text_config", text, published)
     shapes, embed_dim = Shapes(checkpoint), Shapes(checkpoint).of("visual_projection.weight", 2)[0]

@@ -7,9 +7,9 @@ Source of the rules for shapes: `build_model` in openai/CLIP model.py (d05afc4).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from vlm_export.errors import InputError
 from vlm_export.family import Checkpoint
@@ -26,17 +26,16 @@ from vlm_export.models.reading.shapes import (
     image_size_of,
     needed_config,
 )
+from vlm_export.models.reading.towers import check_towers, one_tower, section_name, stated_alike, tower_config
 from vlm_export.specs.codec import Spec, between
 
 KeyNames = Literal["openai", "huggingface"]
 Pooling = Literal["argmax", "first_end_token"]
-Value = TypeVar("Value")
 HEAD_WIDTH = 64
 # transformers marks checkpoints older than its fix of the end-of-text id with this value; it then pools by argmax.
 LEGACY_END_TOKEN_ID = 2
 LAYER_NORM_EPS = 1e-5
 # Endings of the `model_type` of transformers' classes of one tower and its projection (5.23, configuration_clip.py).
-_TOWERS = {"_vision_model": "vision", "_text_model": "text"}
 
 
 @dataclass(frozen=True)
@@ -187,14 +186,17 @@ def architecture_from_huggingface(checkpoint: Checkpoint, library: LibraryNames 
         InputError: there is no config.json, it is malformed, or it and the tensors contradict each other.
     """
     config = needed_config(checkpoint, "CLIP", "the number of heads and the activation")
-    _check_towers(checkpoint)
-    vision_config, text_config = tower_config(checkpoint, "vision"), tower_config(checkpoint, "text")
+    projections = {"vision": "visual_projection.weight", "text": "text_projection.weight"}
+    check_towers(checkpoint, [tower for tower, key in projections.items() if key in checkpoint.tensors], "CLIP")
+    vision_config, text_config = clip_tower_config(checkpoint, "vision"), clip_tower_config(checkpoint, "text")
     shapes = Shapes(checkpoint)
     towers = [config for config in (vision_config, text_config) if config is not None]
     activation = activation_of(
-        _same(checkpoint, "hidden_act", [tower.get("hidden_act", "quick_gelu") for tower in towers])
+        stated_alike(checkpoint, "hidden_act", [tower.get("hidden_act", "quick_gelu") for tower in towers])
     )
-    eps = _same(checkpoint, "layer_norm_eps", [config_number(t, "layer_norm_eps", LAYER_NORM_EPS) for t in towers])
+    eps = stated_alike(
+        checkpoint, "layer_norm_eps", [config_number(t, "layer_norm_eps", LAYER_NORM_EPS) for t in towers]
+    )
     vision = None if vision_config is None else huggingface_vision(shapes, vision_config)
     text = None if text_config is None else _huggingface_text(shapes, text_config, library)
     projection = "text_projection.weight" if vision is None else "visual_projection.weight"
@@ -215,22 +217,6 @@ def activation_of(stated: object) -> Activation:
     return stated
 
 
-def _check_towers(checkpoint: Checkpoint) -> None:
-    """InputError when config.json is of other towers than the weights are."""
-    projections = {"vision": "visual_projection.weight", "text": "text_projection.weight"}
-    found = [tower for tower, key in projections.items() if key in checkpoint.tensors]
-    alone = one_tower(checkpoint)
-    stated = list(projections) if alone is None else [alone]
-    if found != stated:
-        raise InputError(
-            "config.json and the weights are of different encoders of CLIP",
-            where=f"{checkpoint.source}: config.json: model_type",
-            expected=f"that of the {' and the '.join(found)} encoder, as the weights are",
-            got=f"that of the {' and the '.join(stated)} encoder",
-            fix="take the config.json that was saved with these weights",
-        )
-
-
 def huggingface_vision(shapes: Shapes, config: Mapping[str, Any]) -> VitSizes:
     """Sizes of the image encoder under transformers' key names, with the heads that its section of config.json states.
 
@@ -249,12 +235,12 @@ def huggingface_vision(shapes: Shapes, config: Mapping[str, Any]) -> VitSizes:
         ),
     )
     stated = {**stated_vision(sizes), "num_channels": 3}
-    check_stated(shapes.checkpoint, _section_name(shapes.checkpoint, "vision"), config, stated)
+    check_stated(shapes.checkpoint, section_name(shapes.checkpoint, "vision"), config, stated)
     return sizes
 
 
 def _huggingface_text(shapes: Shapes, config: Mapping[str, Any], library: LibraryNames) -> TextSizes:
-    section = _section_name(shapes.checkpoint, "text")
+    section = section_name(shapes.checkpoint, "text")
     in_section = f"{section}: " if section else ""
     if isinstance(config.get("eos_token_id"), list):
         raise InputError(
@@ -282,27 +268,12 @@ def _huggingface_text(shapes: Shapes, config: Mapping[str, Any], library: Librar
     return sizes
 
 
-def one_tower(checkpoint: Checkpoint) -> str | None:
-    """ "vision" or "text" for a Hugging Face checkpoint of that tower alone, None for one of both."""
-    model_type = str((checkpoint.config or {}).get("model_type"))
-    return next((tower for ending, tower in _TOWERS.items() if model_type.endswith(ending)), None)
-
-
-def _section_name(checkpoint: Checkpoint, tower: str) -> str:
-    """The section of config.json that is about a tower; "" where all of it is."""
-    return "" if one_tower(checkpoint) else f"{tower}_config"
-
-
-def tower_config(checkpoint: Checkpoint, tower: str) -> Mapping[str, Any] | None:
-    """What config.json says of a tower, None where the checkpoint is the other one alone.
-
-    Where old files have `text_config_dict`, transformers reads nothing else.
-    """
-    if alone := one_tower(checkpoint):
-        return (checkpoint.config or {}) if tower == alone else None
+def clip_tower_config(checkpoint: Checkpoint, tower: str) -> Mapping[str, Any] | None:
+    """`tower_config`; where old files have `text_config_dict`, transformers reads nothing else of them."""
     old = f"{tower}_config_dict"
-    has_old = (checkpoint.config or {}).get(old) is not None
-    return config_section(checkpoint, old if has_old else f"{tower}_config")
+    if one_tower(checkpoint) is None and (checkpoint.config or {}).get(old) is not None:
+        return config_section(checkpoint, old)
+    return tower_config(checkpoint, tower)
 
 
 def stated_in(checkpoint: Checkpoint, tower: str, key: str) -> str:
@@ -310,21 +281,8 @@ def stated_in(checkpoint: Checkpoint, tower: str, key: str) -> str:
     old = f"{tower}_config_dict"
     section = old if (checkpoint.config or {}).get(old) is not None else f"{tower}_config"
     place = key if one_tower(checkpoint) else f"{section}.{key}"
-    has_it = key in (tower_config(checkpoint, tower) or {})
+    has_it = key in (clip_tower_config(checkpoint, tower) or {})
     return f"config.json: {place}" if has_it else f"default of CLIP{tower.capitalize()}Config"
-
-
-def _same(checkpoint: Checkpoint, key: str, stated: Sequence[Value]) -> Value:
-    """What the vision and the text tower state alike; one tower states it alone."""
-    vision, text = stated[0], stated[-1]
-    if vision != text:
-        raise InputError(
-            f"the two towers disagree on {key}",
-            where=f"{checkpoint.source}: config.json",
-            got=f"vision {vision!r:.80}, text {text!r:.80}",
-            fix="such a checkpoint is not supported; please report it",
-        )
-    return vision
 
 
 def stated_vision(sizes: VitSizes) -> dict[str, int]:

@@ -22,10 +22,10 @@ from vlm_export.models.reading.shapes import (
     check_stated,
     config_integer,
     config_number,
-    config_section,
     image_size_of,
     needed_config,
 )
+from vlm_export.models.reading.towers import TOWERS, check_towers, section_name, stated_alike, tower_config
 from vlm_export.specs.codec import Spec, between
 from vlm_export.specs.patches import MAX_PATCHES
 
@@ -33,7 +33,6 @@ EPS = 1e-6
 # By transformers' names; "gelu_pytorch_tanh" is its default for both towers.
 _ACTIVATIONS: Mapping[str, Activation] = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "quick_gelu": "quick_gelu"}
 ACTIVATION_NAMES = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
-_TOWERS = ("vision", "text")
 
 
 @dataclass(frozen=True)
@@ -122,8 +121,9 @@ def architecture_of(checkpoint: Checkpoint) -> SiglipArchitecture:
         InputError: there is no config.json, it is malformed, or it and the tensors contradict each other.
     """
     needed_config(checkpoint, "SigLIP", "the number of heads")
-    _check_towers(checkpoint)
-    shapes, configs = Shapes(checkpoint), {tower: _tower_config(checkpoint, tower) for tower in _TOWERS}
+    found = [tower for tower in TOWERS if any(key.startswith(f"{tower}_model.") for key in checkpoint.tensors)]
+    check_towers(checkpoint, found, "SigLIP")
+    shapes, configs = Shapes(checkpoint), {tower: tower_config(checkpoint, tower) for tower in TOWERS}
     vision_config, text_config = configs["vision"], configs["text"]
     naflex = is_naflex(checkpoint)
     vision = None if vision_config is None else (_naflex if naflex else _vision)(shapes, vision_config)
@@ -133,7 +133,9 @@ def architecture_of(checkpoint: Checkpoint) -> SiglipArchitecture:
         _check_embed_dim(shapes, embed_dim)
         check_stated(checkpoint, section_name(checkpoint, "text"), text_config, {"projection_size": embed_dim})
     stated = [config for config in configs.values() if config is not None]
-    activation = _same(checkpoint, "hidden_act", [config.get("hidden_act", "gelu_pytorch_tanh") for config in stated])
+    activation = stated_alike(
+        checkpoint, "hidden_act", [config.get("hidden_act", "gelu_pytorch_tanh") for config in stated]
+    )
     if activation not in _ACTIVATIONS:
         raise InputError(
             "the activation is not one that is exported",
@@ -141,20 +143,11 @@ def architecture_of(checkpoint: Checkpoint) -> SiglipArchitecture:
             expected=" or ".join(_ACTIVATIONS),
             got=f"{activation!r:.200}",
         )
-    eps = _same(checkpoint, "layer_norm_eps", [config_number(config, "layer_norm_eps", EPS) for config in stated])
+    eps = stated_alike(
+        checkpoint, "layer_norm_eps", [config_number(config, "layer_norm_eps", EPS) for config in stated]
+    )
     kind = _ACTIVATIONS[cast(str, activation)]
-    return SiglipArchitecture(embed_dim, kind, cast(float, eps), vision, text, "siglip2" if naflex else "siglip")
-
-
-def one_tower(checkpoint: Checkpoint) -> str | None:
-    """ "vision" or "text" for a checkpoint of that tower alone, None for one of both."""
-    stated = str((checkpoint.config or {}).get("model_type"))
-    return next((tower for tower in _TOWERS if stated.endswith(f"_{tower}_model")), None)
-
-
-def section_name(checkpoint: Checkpoint, tower: str) -> str:
-    """The section of config.json that is about a tower; "" where all of it is."""
-    return "" if one_tower(checkpoint) else f"{tower}_config"
+    return SiglipArchitecture(embed_dim, kind, eps, vision, text, "siglip2" if naflex else "siglip")
 
 
 def stated_vision(sizes: VisionSizes | NaflexSizes) -> dict[str, int]:
@@ -178,27 +171,6 @@ def stated_text(sizes: TextSizes) -> dict[str, int]:
         "max_position_embeddings": sizes.context_length,
         "vocab_size": sizes.vocab_size,
     }
-
-
-def _check_towers(checkpoint: Checkpoint) -> None:
-    """InputError when config.json is of other towers than the weights are."""
-    found = [tower for tower in _TOWERS if any(key.startswith(f"{tower}_model.") for key in checkpoint.tensors)]
-    alone = one_tower(checkpoint)
-    stated = list(_TOWERS) if alone is None else [alone]
-    if found != stated:
-        raise InputError(
-            "config.json and the weights are of different encoders of SigLIP",
-            where=f"{checkpoint.source}: config.json: model_type",
-            expected=f"that of the {' and the '.join(found)} encoder, as the weights are",
-            got=f"that of the {' and the '.join(stated)} encoder",
-            fix="take the config.json that was saved with these weights",
-        )
-
-
-def _tower_config(checkpoint: Checkpoint, tower: str) -> Mapping[str, Any] | None:
-    if alone := one_tower(checkpoint):
-        return (checkpoint.config or {}) if tower == alone else None
-    return config_section(checkpoint, f"{tower}_config")
 
 
 def _vision(shapes: Shapes, config: Mapping[str, Any]) -> VisionSizes:
@@ -279,15 +251,3 @@ def _check_embed_dim(shapes: Shapes, embed_dim: int) -> None:
             got=str(found),
             fix="such a checkpoint compares nothing; export each tower from a checkpoint of its own",
         )
-
-
-def _same(checkpoint: Checkpoint, key: str, stated: list[Any]) -> Any:
-    """What the towers state alike; one tower states it alone."""
-    if stated[0] != stated[-1]:
-        raise InputError(
-            f"the two towers disagree on {key}",
-            where=f"{checkpoint.source}: config.json",
-            got=f"vision {stated[0]!r:.80}, text {stated[-1]!r:.80}",
-            fix="such a checkpoint is not supported; please report it",
-        )
-    return stated[0]

@@ -36,6 +36,7 @@ from vlm_export.models.reading.image_processor import (
 )
 from vlm_export.models.reading.images import ImageExamples, apply_image_size, config_of_size, image_shape
 from vlm_export.models.reading.token_ids import random_ids
+from vlm_export.models.reading.towers import TOWERS, section_name
 from vlm_export.models.reading.transformers_model import reference_from_encoder, transformers_model
 from vlm_export.models.reading.weights import load_weights, published_tensors
 from vlm_export.models.siglip.architecture import (
@@ -47,7 +48,6 @@ from vlm_export.models.siglip.architecture import (
     VisionSizes,
     architecture_of,
     is_naflex,
-    section_name,
     stated_text,
     stated_vision,
 )
@@ -183,10 +183,9 @@ def _parts(
 
 def _output_names(architecture: SiglipArchitecture) -> dict[str, str]:
     both = architecture.vision is not None and architecture.text is not None
-    return {"vision": "image_embeds", "text": "text_embeds"} if both else dict.fromkeys(_TOWERS, "pooler_output")
+    return {"vision": "image_embeds", "text": "text_embeds"} if both else dict.fromkeys(TOWERS, "pooler_output")
 
 
-_TOWERS = ("vision", "text")
 # What the names of transformers' classes begin with.
 _CLASSES = {"siglip": "Siglip", "siglip2": "Siglip2"}
 
