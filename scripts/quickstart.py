@@ -14,7 +14,7 @@ from bootstrap import ROOT, SetupError, ensure_environment, run
 EXPORT_ENVIRONMENT = ROOT / ".venv"
 RUNTIME_ENVIRONMENT = ROOT / ".venv-runtime"
 IMAGES = Path("configs", "demo", "images")
-LABELS = ("a red circle", "a blue circle", "a red square", "a blue square")
+LABELS = ("red circle", "blue circle", "red square", "blue square")
 QUERY = "two green triangles"
 _NO_TORCH = "import importlib.util as u; print('PyTorch here:', 'yes' if u.find_spec('torch') else 'no')"
 

@@ -54,9 +54,11 @@ def config_failures(bundle: OpenBundle, config: Mapping[str, Any]) -> tuple[int,
     """How many sizes of a config the graphs and the manifest tell too, and those that differ."""
     stated = [(name, config, key, expected) for name, key, expected in _top_sizes(bundle, config)]
     for section in ("vision", "text"):
-        inner = config.get(f"{section}_config")
+        # A config of one tower alone has no sections.
+        is_alone = str(config.get("model_type")).endswith(f"_{section}_model")
+        inner, place = (config, "") if is_alone else (config.get(f"{section}_config"), f"{section}_config.")
         if isinstance(inner, Mapping):
-            stated += [(f"{section}_config.{key}", inner, key, size) for key, size in _section_sizes(bundle, section)]
+            stated += [(f"{place}{key}", inner, key, size) for key, size in _section_sizes(bundle, section)]
     compared = [(name, data[key], expected) for name, data, key, expected in stated if key in data]
     return len(compared), [
         f"{name}: expected {expected!r}, as the graphs have it, got {value!r:.80}"
