@@ -198,7 +198,7 @@ class OpenClipArchitecture(Spec):
         if vision.attentional_pool and self.embed_dim % vision.attn_pooler_heads:
             raise self.refusal("embed_dim", f"a multiple of the {vision.attn_pooler_heads} heads of the pooler")
         text = self.text_cfg
-        if text.proj_type != "linear" and not text.hf_model_name and text.width != self.embed_dim:
+        if text.proj_type == "none" and not text.hf_model_name and text.width != self.embed_dim:
             raise self.refusal("embed_dim", f"{text.width}, the text encoder's width, which has no projection")
 
 

@@ -57,7 +57,7 @@ def is_clip(architecture: OpenClipArchitecture) -> bool:
     """Whether transformers' CLIPModel computes the same, but for a ModifiedResNet, which is OpenAI's."""
     vision, text = architecture.vision_cfg, architecture.text_cfg
     plain_vision = not (vision.timm_model_name or vision.attentional_pool or vision.no_ln_pre)
-    plain_text = not (text.hf_model_name or text.no_causal_mask or text.proj_bias) and text.proj_type == "linear"
+    plain_text = not (text.hf_model_name or text.no_causal_mask or text.proj_bias) and text.proj_type != "none"
     pools = (vision.pool_type, text.pool_type) == ("tok", "argmax")
     alike = vision.activation(architecture.quick_gelu) == text.activation(architecture.quick_gelu)
     unscaled = vision.ls_init_value is None and text.ls_init_value is None

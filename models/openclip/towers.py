@@ -201,7 +201,8 @@ def sees_padding(architecture: OpenClipArchitecture) -> bool:
 
 
 def _projection(config: TextConfig) -> Any:
-    if config.proj_type != "linear":
+    # open_clip reads null as a projection, too.
+    if config.proj_type == "none":
         return "none"
     return "biased" if config.proj_bias else "linear"
 

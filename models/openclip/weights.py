@@ -89,9 +89,9 @@ def _text_table(architecture: OpenClipArchitecture) -> Mapping[str, Target]:
         return hf_text_table(encoder, architecture)
     blocks = prefixed(_block(config.ls_init_value is not None), "transformer.resblocks.{i}.", "blocks.{i}.")
     table = {**_TEXT, **repeat(blocks, config.layers)}
-    if config.proj_type == "linear" and config.proj_bias:
+    if config.proj_type != "none" and config.proj_bias:
         table |= {"text_projection.weight": Transposed("projection"), "text_projection.bias": "projection_bias"}
-    elif config.proj_type == "linear":
+    elif config.proj_type != "none":
         table["text_projection"] = "projection"
     return table
 

@@ -237,7 +237,17 @@ def _with_tokenizer(
     if library.pad_token_id is not None:
         changes["pad_token_id"] = library.pad_token_id
         origins["text.pad_token_id"] = f"pad_token in {config}"
-    if library.longest is not None and library.longest < spec.context_length:
+    # open_clip's own cleaning comes with its own length: its tokenizer takes no note of `model_max_length`.
+    takes_limit = spec.cleaning in ("none", "openai", "open_clip")
+    if takes_limit and library.longest is not None and library.longest < spec.context_length:
+        if spec.padding == "context":
+            raise InputError(
+                "the tokenizer fills texts up to fewer tokens than the model was built for, which sees its padding",
+                where=f"{sources.get(CONFIG, path)}: model_max_length",
+                expected=str(spec.context_length),
+                got=str(library.longest),
+                fix="state the model's own length there, if it was trained with texts of that length",
+            )
         changes["context_length"] = library.longest
         origins["text.context_length"] = f"{CONFIG}: model_max_length"
     return replace(spec, **changes), Origins(origins)
