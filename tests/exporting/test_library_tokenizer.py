@@ -245,6 +245,22 @@ def test_what_cannot_be_reproduced_is_refused(
     assert str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.parametrize("cleaning", ["none", "whitespace"])
+def test_a_shorter_limit_than_the_context_of_a_model_that_sees_its_padding(
+    cleaning: Any, clip: Any, tmp_path: Path
+) -> None:
+    """It is refused where the library follows it; open_clip's own cleaning takes no note of it."""
+    write_clip_files(tmp_path, clip)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 16}), encoding="utf-8")
+    spec = replace(CLIP_SPEC, pooling="last_token", padding="context", cleaning=cleaning)
+    if cleaning == "none":
+        with pytest.raises(InputError, match="which sees its padding") as caught:
+            resolved(tmp_path, "clip", spec)
+        assert (caught.value.expected, caught.value.got) == ("77", "16")
+    else:
+        assert resolved(tmp_path, "clip", spec).text.context_length == 77
+
+
 def test_fields_that_name_code_or_files_reach_nobody(clip: Any, tmp_path: Path) -> None:
     write_clip_files(tmp_path, clip)
     named = {

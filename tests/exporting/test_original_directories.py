@@ -163,6 +163,19 @@ def test_images_of_transformers_clip(settings: dict[str, Any], tmp_path: Path) -
     assert_images(tmp_path, CLIPModel.from_pretrained(tmp_path / "clip").get_image_features, "clip")
 
 
+@pytest.mark.parametrize("has_processor", [False, True])
+def test_a_preparation_that_no_file_states_is_a_warning(has_processor: bool, tmp_path: Path) -> None:
+    """transformers' own AutoImageProcessor refuses such a folder."""
+    tiny_clip(600).save_pretrained(tmp_path / "clip")
+    if has_processor:
+        processor().save_pretrained(tmp_path / "clip")
+    options = ExportOptions(opset=17, parts=("vision",), threads=1, simplify=False)
+    warnings = export_bundle(str(tmp_path / "clip"), tmp_path / "out", options).manifest.export.warnings
+    assert [warning.partition(":")[0] for warning in warnings] == (
+        [] if has_processor else ["no file says how images are prepared"]
+    )
+
+
 def assert_images(folder: Path, encode: Callable[..., Any], name: str) -> None:
     images = odd_images()
     prepare = AutoImageProcessor.from_pretrained(folder / name, backend="pil")

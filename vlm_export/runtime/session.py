@@ -123,7 +123,7 @@ class Session:
                 "this bundle has no tokenizer",
                 where=self.manifest.name,
                 expected=TOKENIZER_NAME,
-                fix="export again with --tokenizer PATH, or work with token ids (encode_ids)",
+                fix="export again with --tokenizer PATH, or work with token ids (encode_ids; of chat, generate_ids)",
             )
         return self.bundle.file(TOKENIZER_NAME)
 
