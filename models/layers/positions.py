@@ -45,7 +45,7 @@ def positions_of_grids(table: Tensor, grid: int, shapes: Tensor, tokens: int) ->
 
     The filter is a triangle in each direction (torch's `upsample_bilinear2d_aa`), so that a patch's position is a
     weighted sum over the table: one product of matrices for all images, whatever their shapes. For images one patch
-    wide, the vertical pass of torch 2.13 on the CPU gives something else; here they are resampled as all others.
+    wide, the vertical pass of torch 2.15 on the CPU gives something else; here they are resampled as all others.
 
     Args:
         table: float32 (grid², width), row by row.

@@ -79,7 +79,7 @@ def naflex_signature(sizes: NaflexSizes, output: TensorSpec, fixed_patches: int 
 class NaflexExamples:
     """Normal noise as patches of grids of any shape that fits, another one in each row; the first is all of its row.
 
-    None is one patch wide and many high: there torch (2.13) does not resample the original's positions as elsewhere.
+    None is one patch wide and many high: there torch (2.15) does not resample the original's positions as elsewhere.
     """
 
     signature: Signature
