@@ -237,9 +237,8 @@ def _with_tokenizer(
     if library.pad_token_id is not None:
         changes["pad_token_id"] = library.pad_token_id
         origins["text.pad_token_id"] = f"pad_token in {config}"
-    # open_clip's own cleaning comes with its own length: its tokenizer takes no note of `model_max_length`.
-    takes_limit = spec.cleaning in ("none", "openai", "open_clip")
-    if takes_limit and library.longest is not None and library.longest < spec.context_length:
+    # Where another library cleans texts first, as open_clip does, it cuts them at its own length.
+    if spec.cleaning == "none" and library.longest is not None and library.longest < spec.context_length:
         if spec.padding == "context":
             raise InputError(
                 "the tokenizer fills texts up to fewer tokens than the model was built for, which sees its padding",
