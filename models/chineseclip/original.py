@@ -14,9 +14,10 @@ from torch import Tensor
 
 from vlm_export.family import Array, Arrays, BuildOptions, Checkpoint, Part, Reference, WeightStore
 from vlm_export.models.chineseclip.architecture import ChineseClipArchitecture, LibraryNames, stated_text
-from vlm_export.models.clip.original import encoder, float32, vision_config
+from vlm_export.models.clip.original import encoder, vision_config
 from vlm_export.models.reading.image_processor import processor_files
 from vlm_export.models.reading.images import IMAGE_MEAN, IMAGE_STD
+from vlm_export.models.reading.weights import float32, published_score
 from vlm_export.original import Original, TorchvisionPipeline, TransformersOriginal
 
 _TRANSFORM = TorchvisionPipeline(
@@ -41,7 +42,7 @@ def original(
     library: LibraryNames,
 ) -> Original:
     """What the proof of the contract runs; `architecture` is as the checkpoint has it, before any option."""
-    scale = {"logit_scale": float(checkpoint.read("logit_scale").float().reshape(-1)[0])}
+    scale = published_score(checkpoint)
     classes = TransformersOriginal(library.model_type, library.image_class)
     if architecture.key_names == "huggingface":
         return Original(classes, classes, score=scale)

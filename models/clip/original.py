@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vlm_export.family import Arrays, BuildOptions, Checkpoint, Part, Reference, WeightStore
 from vlm_export.models.clip.architecture import ClipArchitecture, ResNetSizes, VitSizes
 from vlm_export.models.reading.image_processor import processor_files
 from vlm_export.models.reading.images import IMAGE_MEAN, IMAGE_STD
-from vlm_export.models.reading.weights import unboxed
+from vlm_export.models.reading.weights import float32, published_score, unboxed
 from vlm_export.original import (
     Original,
     SimpleTokenizerOriginal,
@@ -46,9 +46,7 @@ def original(
         store: where weights live that are not float32.
         model_type: transformers' name for such models.
     """
-    scale: dict[str, float] = {}
-    if "logit_scale" in checkpoint.tensors:
-        scale["logit_scale"] = float(checkpoint.read("logit_scale").float().reshape(-1)[0])
+    scale = published_score(checkpoint)
     if architecture.key_names == "huggingface":
         classes = TransformersOriginal(model_type, "CLIPImageProcessor")
         return Original(classes, classes, score=scale)
@@ -134,15 +132,6 @@ def encoder(checkpoint: Checkpoint, config: Mapping[str, Any], part: Part, store
         return {part.signature.output_names[0]: features.numpy()}
 
     return run
-
-
-def float32(tensor: Tensor, store: WeightStore) -> Tensor:
-    """The tensor as it is mapped, or converted into the store: a copy in memory would be as large as the model."""
-    if not tensor.is_floating_point() or tensor.dtype == torch.float32:
-        return tensor
-    converted = store.new(tuple(tensor.shape))
-    converted.copy_(tensor)
-    return converted
 
 
 def _check_loaded(model: nn.Module, is_vision: bool) -> None:

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vlm_export.family import Arrays, BuildOptions, Checkpoint, Part, Reference, WeightStore
 from vlm_export.models.openclip.config import OpenClipArchitecture
 from vlm_export.models.openclip.hf_text import hf_encoder, original_hf_text, text_pad_id
 from vlm_export.models.openclip.towers import fill_computed_tables
 from vlm_export.models.openclip.weights import text_prefix
+from vlm_export.models.reading.weights import float32, published_score
 from vlm_export.original import OpenClipOriginal, OpenClipTokenizer, Original, SimpleTokenizerOriginal
 
 
@@ -41,13 +42,14 @@ def original(
         for part in parts
         if same_size or part.name == "text"
     }
-    score = {
-        key: float(checkpoint.read(key).float().reshape(-1)[0])
-        for key in ("logit_scale", "logit_bias")
-        if key in checkpoint.tensors
-    }
     texts = OpenClipTokenizer(text.clean) if text.hf_tokenizer_name else SimpleTokenizerOriginal(None)
-    return Original(OpenClipOriginal(dict(preprocess or {})), texts, encoders, "open_clip CustomTextCLIP", score)
+    return Original(
+        OpenClipOriginal(dict(preprocess or {})),
+        texts,
+        encoders,
+        "open_clip CustomTextCLIP",
+        published_score(checkpoint),
+    )
 
 
 def _encoder(checkpoint: Checkpoint, architecture: OpenClipArchitecture, part: Part, store: WeightStore) -> Reference:
@@ -56,7 +58,7 @@ def _encoder(checkpoint: Checkpoint, architecture: OpenClipArchitecture, part: P
     prefix = "visual." if part.name == "vision" else text_prefix(checkpoint.tensors)
     keys = {key.removeprefix(prefix): key for key in checkpoint.tensors if key.startswith(prefix)}
     weights = {
-        name: _float32(checkpoint.read(keys[name]), store) for name in tower.state_dict(keep_vars=True) if name in keys
+        name: float32(checkpoint.read(keys[name]), store) for name in tower.state_dict(keep_vars=True) if name in keys
     }
     missing = [name for name, _ in tower.named_parameters() if name not in weights]
     if missing:
@@ -103,12 +105,3 @@ def _fields(config: Any) -> dict[str, Any]:
     """A section as open_clip reads it."""
     removed = ("global_average_pool", "input_patchnorm")
     return {key: value for key, value in config.to_json().items() if key not in removed}
-
-
-def _float32(tensor: Tensor, store: WeightStore) -> Tensor:
-    """The tensor as it is mapped, or converted into the store: a copy in memory would be as large as the model."""
-    if not tensor.is_floating_point() or tensor.dtype == torch.float32:
-        return tensor
-    converted = store.new(tuple(tensor.shape))
-    converted.copy_(tensor)
-    return converted

@@ -214,6 +214,21 @@ def _is_boxed_scalar(expected: tuple[int, ...], found: tuple[int, ...]) -> bool:
     return expected == () and math.prod(found) == 1
 
 
+def float32(tensor: Tensor, store: WeightStore) -> Tensor:
+    """The tensor as it is mapped, or converted into the store: a copy in memory would be as large as the model."""
+    if not tensor.is_floating_point() or tensor.dtype == torch.float32:
+        return tensor
+    converted = store.new(tuple(tensor.shape))
+    converted.copy_(tensor)
+    return converted
+
+
+def published_score(checkpoint: Checkpoint) -> dict[str, float]:
+    """The numbers with which a dual encoder's cosines become scores, by their published names."""
+    names = ("logit_scale", "logit_bias")
+    return {name: float(checkpoint.read(name).float().reshape(-1)[0]) for name in names if name in checkpoint.tensors}
+
+
 def unboxed(weights: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
     """The tensors with the module's shapes, where one number was stored with other axes of size 1."""
     shapes = {key: tensor.shape for key, tensor in module.state_dict().items()}

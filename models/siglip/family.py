@@ -38,7 +38,7 @@ from vlm_export.models.reading.images import ImageExamples, apply_image_size, co
 from vlm_export.models.reading.token_ids import random_ids
 from vlm_export.models.reading.towers import TOWERS, section_name
 from vlm_export.models.reading.transformers_model import reference_from_encoder, transformers_model
-from vlm_export.models.reading.weights import load_weights, published_tensors
+from vlm_export.models.reading.weights import load_weights, published_score, published_tensors
 from vlm_export.models.siglip.architecture import (
     ACTIVATION_NAMES,
     NaflexChoices,
@@ -127,7 +127,7 @@ class SiglipFamily:
             dropped_keys=dropped,
             references={part.name: partial(_reference, checkpoint, published, part) for part in parts},
             reference_name=f"transformers {_class_name(architecture)}",
-            original=Original(classes, classes, score=_score(checkpoint)),
+            original=Original(classes, classes, score=published_score(checkpoint)),
             origins=origins | _text_origins(architecture, checkpoint),
         )
 
@@ -209,11 +209,6 @@ def _embed_task(architecture: SiglipArchitecture, encoders: SiglipEncoders) -> E
     if image is None or text is None:
         return EmbedSpec(image, text)
     return EmbedSpec(image, text, ScoreSpec("sigmoid", float(encoders.logit_scale), float(encoders.logit_bias)))
-
-
-def _score(checkpoint: Checkpoint) -> dict[str, float]:
-    names = ("logit_scale", "logit_bias")
-    return {name: float(checkpoint.read(name).float().reshape(-1)[0]) for name in names if name in checkpoint.tensors}
 
 
 def _class_name(architecture: SiglipArchitecture) -> str:
