@@ -1,7 +1,7 @@
 """The text transformer of dual encoders: tokens, learned positions, blocks, one pooled token, a projection.
 
-One module for what is published: OpenAI's and Hugging Face's CLIP (causal, pooled at the end of the text) and what
-open_clip trains besides (all tokens see each other, other pooled tokens, a projection with a bias or none).
+One module for what is published: OpenAI's and Hugging Face's CLIP (causal, pooled at the end of the text), and SigLIP
+and what open_clip trains besides (all tokens see each other, other pooled tokens, a projection with a bias or none).
 """
 
 from __future__ import annotations

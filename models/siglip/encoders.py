@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vlm_export.models.layers.blocks import TransformerBlock, meta_modules
+from vlm_export.models.layers.blocks import meta_modules
+from vlm_export.models.layers.text_transformer import TextForm, TextTransformer
 from vlm_export.models.layers.vit import VisionTransformer, VitForm
 from vlm_export.models.siglip.architecture import NaflexSizes, SiglipArchitecture, TextSizes, VisionSizes
 from vlm_export.models.siglip.naflex import NaflexVisionTransformer
@@ -35,31 +36,26 @@ class SiglipVisionTransformer(VisionTransformer):
         return embeds
 
 
-class SiglipTextTransformer(nn.Module):
-    """input_ids int64 (B, context length) → text_embeds float32 (B, D), not normalised.
+def text_form(architecture: SiglipArchitecture, sizes: TextSizes) -> TextForm:
+    """The text encoder's form.
 
     Every token sees every other one, padding too, and the last position is pooled, whatever stands there: the model
     was trained with rows that are filled up to the context, so that no other length is its own.
     """
-
-    def __init__(self, architecture: SiglipArchitecture, sizes: TextSizes) -> None:
-        super().__init__()
-        width, eps = sizes.width, architecture.eps
-        self.token_embedding = nn.Embedding(sizes.vocab_size, width)
-        self.position_embedding = nn.Parameter(torch.empty(sizes.context_length, width))
-        self.blocks = nn.ModuleList(
-            TransformerBlock(width, sizes.heads, sizes.hidden, architecture.activation, eps)
-            for _ in range(sizes.layers)
-        )
-        self.norm = nn.LayerNorm(width, eps=eps)
-        self.head = nn.Linear(width, architecture.embed_dim)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        x = self.token_embedding(input_ids) + self.position_embedding
-        for block in self.blocks:
-            x = block(x)
-        embeds: Tensor = self.head(self.norm(x[:, -1]))
-        return embeds
+    return TextForm(
+        width=sizes.width,
+        layers=sizes.layers,
+        heads=sizes.heads,
+        hidden=sizes.hidden,
+        context_length=sizes.context_length,
+        vocab_size=sizes.vocab_size,
+        output=architecture.embed_dim,
+        pool="last",
+        causal=False,
+        projection="biased",
+        activation=architecture.activation,
+        eps=architecture.eps,
+    )
 
 
 class SiglipEncoders(nn.Module):
@@ -70,7 +66,7 @@ class SiglipEncoders(nn.Module):
         if architecture.vision is not None:
             self.vision = _vision(architecture, architecture.vision)
         if architecture.text is not None:
-            self.text = SiglipTextTransformer(architecture, architecture.text)
+            self.text = TextTransformer(text_form(architecture, architecture.text))
         if architecture.vision is not None and architecture.text is not None:
             self.logit_scale = nn.Parameter(torch.empty(()))
             self.logit_bias = nn.Parameter(torch.empty(()))

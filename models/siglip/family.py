@@ -1,7 +1,7 @@
-"""SigLIP and SigLIP 2 of a fixed resolution: an image encoder with attention pooling, a text encoder without a mask.
+"""SigLIP and SigLIP 2: an image encoder with attention pooling, a text encoder without a mask.
 
-Port of transformers 5.23 models/siglip/modeling_siglip.py, valid for Hugging Face directories of `SiglipModel` and of
-its towers alone, whose embedding is `pooler_output`.
+Ports of transformers 5.23 models/siglip and models/siglip2, valid for Hugging Face directories of `SiglipModel`, of
+`Siglip2Model` (NaFlex), and of their towers alone, whose embedding is `pooler_output`.
 """
 
 from __future__ import annotations

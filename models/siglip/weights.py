@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from vlm_export.family import Checkpoint
 from vlm_export.models.layers.vit_weights import HUGGINGFACE_BLOCK
-from vlm_export.models.reading.weights import Stacked, Target, Unsqueezed, WeightTable, prefixed, repeat
+from vlm_export.models.reading.weights import Stacked, Target, Transposed, Unsqueezed, WeightTable, prefixed, repeat
 from vlm_export.models.siglip.architecture import NaflexSizes, SiglipArchitecture
 
 _HEAD: WeightTable = {
@@ -41,8 +41,8 @@ _TEXT: WeightTable = {
     "embeddings.position_embedding.weight": "position_embedding",
     "final_layer_norm.weight": "norm.weight",
     "final_layer_norm.bias": "norm.bias",
-    "head.weight": "head.weight",
-    "head.bias": "head.bias",
+    "head.weight": Transposed("projection"),
+    "head.bias": "projection_bias",
     "embeddings.position_ids": None,
 }
 _SCORE: WeightTable = {"logit_scale": Unsqueezed("logit_scale"), "logit_bias": Unsqueezed("logit_bias")}
