@@ -37,7 +37,8 @@ from vlm_export.models.chineseclip.architecture import (
 from vlm_export.models.chineseclip.original import original
 from vlm_export.models.chineseclip.parts import build_encoders, build_parts
 from vlm_export.models.chineseclip.weights import ROOTS, weight_table
-from vlm_export.models.clip.architecture import ResNetSizes, stated_vision
+from vlm_export.models.clip.architecture import ResNetSizes
+from vlm_export.models.clip.hub_config import hub_tower_config
 from vlm_export.models.reading.image_processor import (
     Prepared,
     image_size_origin,
@@ -186,20 +187,7 @@ def _text_origins(architecture: ChineseClipArchitecture, checkpoint: Checkpoint,
 
 def _config_from_architecture(architecture: ChineseClipArchitecture, library: LibraryNames) -> dict[str, Any]:
     """`config.json` in transformers' form."""
-    vision, text = architecture.vision, architecture.text
-    image: dict[str, Any] = {
-        "model_type": f"{library.model_type}_vision_model",
-        "image_size": vision.image_size,
-        "num_attention_heads": vision.heads,
-        "num_channels": 3,
-        "hidden_act": architecture.activation,
-        "layer_norm_eps": architecture.eps,
-    }
-    if isinstance(vision, ResNetSizes):
-        # transformers has no ModifiedResNet; the sizes are told for the reader.
-        image |= {"hidden_size": vision.width * 32, "stages": list(vision.stages)}
-    else:
-        image |= stated_vision(vision)
+    text = architecture.text
     return {
         "model_type": library.model_type,
         "architectures": [library.class_name],
@@ -211,7 +199,7 @@ def _config_from_architecture(architecture: ChineseClipArchitecture, library: Li
             "layer_norm_eps": text.eps,
             "pad_token_id": library.pad_token_id if architecture.padding_id is None else architecture.padding_id,
         },
-        "vision_config": image,
+        "vision_config": hub_tower_config(architecture.image_encoder, architecture.vision, library.model_type),
     }
 
 

@@ -41,10 +41,9 @@ from vlm_export.models.clip.architecture import (
     TextSizes,
     VitSizes,
     stated_in,
-    stated_text,
-    stated_vision,
 )
 from vlm_export.models.clip.encoders import ClipEncoders, build_encoders
+from vlm_export.models.clip.hub_config import class_name, config_from_architecture
 from vlm_export.models.reading.image_processor import (
     image_size_origin,
     processor_files,
@@ -136,13 +135,13 @@ class ClipFamily:
             image=image,
             text=_text_spec(architecture, checkpoint),
             hub_config=config_of_size(
-                (checkpoint.config if huggingface else None) or _config_from_architecture(architecture, self.library),
+                (checkpoint.config if huggingface else None) or config_from_architecture(architecture, self.library),
                 None if architecture.vision is None else architecture.vision.image_size,
             ),
             tasks=(_embed_task(architecture, encoders),),
             dropped_keys=dropped,
             references={part.name: partial(build_reference, part) for part in parts},
-            reference_name=f"transformers {_class_name(architecture, self.library)}"
+            reference_name=f"transformers {class_name(architecture, self.library)}"
             if huggingface
             else "unpatched eager module",
             warnings=clip_choices.assumptions(checkpoint, architecture, options),
@@ -156,7 +155,7 @@ class ClipFamily:
 
     def published_config(self, architecture: Mapping[str, Any]) -> dict[str, Any] | None:
         parsed = ClipArchitecture.from_config(architecture)
-        return _config_from_architecture(parsed, self.library) if parsed.key_names == "huggingface" else None
+        return config_from_architecture(parsed, self.library) if parsed.key_names == "huggingface" else None
 
     def _architecture(self, checkpoint: Checkpoint, options: BuildOptions = DEFAULT_BUILD) -> ClipArchitecture:
         clip_choices.refuse_sigmoid(checkpoint)
@@ -192,13 +191,6 @@ def _embed_task(architecture: ClipArchitecture, encoders: ClipEncoders) -> Embed
     text = None if architecture.text is None else EncoderSpec("text", "text_embeds")
     has_both = image is not None and text is not None
     return EmbedSpec(image, text, ScoreSpec("softmax", float(encoders.logit_scale)) if has_both else None)
-
-
-def _class_name(architecture: ClipArchitecture, library: LibraryNames) -> str:
-    """transformers' class of such a checkpoint."""
-    if architecture.text is None:
-        return f"{library.classes}VisionModelWithProjection"
-    return f"{library.classes}{'Model' if architecture.vision is not None else 'TextModelWithProjection'}"
 
 
 def _table(architecture: ClipArchitecture) -> dict[str, Target]:
@@ -352,50 +344,12 @@ def _text_origins(architecture: ClipArchitecture, checkpoint: Checkpoint) -> Ori
     )
 
 
-def _config_from_architecture(architecture: ClipArchitecture, library: LibraryNames) -> dict[str, Any]:
-    """`config.json` in the form of transformers' `CLIPConfig`."""
-    vision, text = (
-        _tower_config(architecture, sizes, library.model_type) for sizes in (architecture.vision, architecture.text)
-    )
-    stated = {"architectures": [_class_name(architecture, library)], "projection_dim": architecture.embed_dim}
-    if text is None or vision is None:
-        return {**(vision or text or {}), **stated}
-    return {"model_type": library.model_type, **stated, "text_config": text, "vision_config": vision}
-
-
-def _tower_config(
-    architecture: ClipArchitecture, sizes: VitSizes | ResNetSizes | TextSizes | None, model_type: str
-) -> dict[str, Any] | None:
-    common = {"hidden_act": architecture.activation, "layer_norm_eps": architecture.eps}
-    if sizes is None:
-        return None
-    if isinstance(sizes, TextSizes):
-        legacy = architecture.key_names == "huggingface" and sizes.pooling == "argmax"
-        return {
-            "model_type": f"{model_type}_text_model",
-            **stated_text(sizes),
-            "num_attention_heads": sizes.heads,
-            "eos_token_id": clip_architecture.LEGACY_END_TOKEN_ID if legacy else sizes.end_token_id,
-            **common,
-        }
-    config = {
-        "model_type": f"{model_type}_vision_model",
-        "image_size": sizes.image_size,
-        "num_channels": 3,
-        **common,
-    }
-    if isinstance(sizes, VitSizes):
-        return {**config, **stated_vision(sizes), "num_attention_heads": sizes.heads}
-    # transformers has no ModifiedResNet; the sizes are told for the reader.
-    return {**config, "hidden_size": sizes.width * 32, "stages": list(sizes.stages)}
-
-
 def _transformers_reference(
     checkpoint: Checkpoint, architecture: ClipArchitecture, library: LibraryNames, part: Part
 ) -> Reference:
-    stated = _config_from_architecture(architecture, library)
+    stated = config_from_architecture(architecture, library)
     # No ids that only generation reads, which transformers would compare with the vocabulary.
     if architecture.text is not None:
         stated.get("text_config", stated).update({"bos_token_id": None, "pad_token_id": None})
-    model = transformers_model(checkpoint, _class_name(architecture, library), stated)
+    model = transformers_model(checkpoint, class_name(architecture, library), stated)
     return reference_from_encoder(model, part, None if architecture.vision is None else architecture.vision.image_size)

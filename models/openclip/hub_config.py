@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from vlm_export.models.clip.architecture import (
+    CLIP_NAMES,
+    ClipArchitecture,
+    ResNetSizes,
+    TextSizes,
+    VitSizes,
+)
+from vlm_export.models.clip.hub_config import config_from_architecture
 from vlm_export.models.openclip.config import OpenClipArchitecture
 
 _END_ID = 49407
@@ -14,43 +22,29 @@ def hub_config(architecture: OpenClipArchitecture, image_size: int) -> dict[str,
     if not is_clip(architecture):
         kind = "CustomTextCLIP" if architecture.custom_text else "CLIP"
         return {"model_type": "open_clip", "architectures": [kind], "model_cfg": architecture.to_json()}
+    return config_from_architecture(_as_clip(architecture, image_size), CLIP_NAMES)
+
+
+def _as_clip(architecture: OpenClipArchitecture, image_size: int) -> ClipArchitecture:
     vision, text = architecture.vision_cfg, architecture.text_cfg
-    common = {"hidden_act": vision.activation(architecture.quick_gelu), "layer_norm_eps": vision.eps}
-    text_config = {
-        "model_type": "clip_text_model",
-        "hidden_size": text.width,
-        "intermediate_size": int(text.width * text.mlp_ratio),
-        "num_hidden_layers": text.layers,
-        "max_position_embeddings": text.context_length,
-        "vocab_size": text.vocab_size,
-        "num_attention_heads": text.heads,
-        "eos_token_id": min(_END_ID, text.vocab_size - 1),
-        **common,
-    }
-    vision_config: dict[str, Any] = {
-        "model_type": "clip_vision_model",
-        "image_size": image_size,
-        "num_channels": 3,
-        **common,
-    }
+    sizes: VitSizes | ResNetSizes
     if isinstance(vision.layers, tuple):
-        # transformers has no ModifiedResNet; the sizes are told for the reader.
-        vision_config |= {"hidden_size": vision.width * 32, "stages": list(vision.layers)}
+        sizes = ResNetSizes(vision.width, vision.layers, vision.width * 32 // vision.head_width, image_size)
     else:
-        vision_config |= {
-            "hidden_size": vision.width,
-            "intermediate_size": int(vision.width * vision.mlp_ratio),
-            "num_hidden_layers": vision.layers,
-            "patch_size": vision.patch_edge,
-            "num_attention_heads": vision.width // vision.head_width,
-        }
-    return {
-        "model_type": "clip",
-        "architectures": ["CLIPModel"],
-        "projection_dim": architecture.embed_dim,
-        "text_config": text_config,
-        "vision_config": vision_config,
-    }
+        hidden, heads = int(vision.width * vision.mlp_ratio), vision.width // vision.head_width
+        sizes = VitSizes(vision.width, vision.layers, heads, hidden, vision.patch_edge, image_size)
+    words = TextSizes(
+        width=text.width,
+        layers=text.layers,
+        heads=text.heads,
+        hidden=int(text.width * text.mlp_ratio),
+        context_length=text.context_length,
+        vocab_size=text.vocab_size,
+        pooling="argmax",
+        end_token_id=min(_END_ID, text.vocab_size - 1),
+    )
+    activation = vision.activation(architecture.quick_gelu)
+    return ClipArchitecture("openai", architecture.embed_dim, activation, vision.eps, sizes, words)
 
 
 def is_clip(architecture: OpenClipArchitecture) -> bool:
