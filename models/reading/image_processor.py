@@ -28,6 +28,8 @@ Channels: TypeAlias = tuple[float, float, float]
 Prepared: TypeAlias = tuple[ImageSpec, Origins]
 
 _SECTION = "image_processor"
+# What a model is trained with; the rest follows from the size that it takes.
+_PREPARATION = ("image.resize", "image.resample", "image.mean", "image.std")
 _TRANSFORMERS = "transformers 5"
 # By Pillow's numbers.
 _RESAMPLE: tuple[Resample, ...] = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
@@ -217,6 +219,22 @@ def transformers_patches(checkpoint: Checkpoint, patch_size: int) -> tuple[Patch
     )
     keys = {"max_patches": "max_num_patches", "rgb_stage": "do_convert_rgb", "mean": "image_mean", "std": "image_std"}
     return spec, Origins({f"image.{name}": stated.origin(keys.get(name, name)) for name in spec.to_json()}, ignored)
+
+
+def assumed_preparation(checkpoint: Checkpoint, origins: Origins) -> tuple[str, ...]:
+    """A warning where a class's defaults stand for a processor file that is not there; none for another library's.
+
+    Weights that nobody trained, and names of which no file is here, are prepared anyhow.
+    """
+    kinds = {f"default of {kind}": kind for kind in CLASS_DEFAULTS}
+    found = {origin for field in _PREPARATION if (origin := origins.values.get(field)) is not None}
+    if checkpoint.format == "random" or not found or not found <= kinds.keys():
+        return ()
+    return (
+        f"no file says how images are prepared: the defaults of {', '.join(sorted(kinds[origin] for origin in found))} "
+        "are taken; a model that was trained with another preparation gets wrong embeddings from them, and "
+        f"verification cannot see it. Put its {IMAGE_PROCESSOR_FILE} or {PROCESSOR_FILE} beside the weights",
+    )
 
 
 def with_image_size(spec: ImageSpec, image_size: int) -> ImageSpec:

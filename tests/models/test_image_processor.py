@@ -20,6 +20,7 @@ from vlm_export.models.reading.image_processor import (
     CLASS_DEFAULTS,
     IMAGE_PROCESSOR_FILE,
     PROCESSOR_FILE,
+    assumed_preparation,
     transformers_image,
     with_chosen_size,
 )
@@ -326,3 +327,22 @@ def read_bytes_spec(resample: int) -> ImageSpec:
     spec, _ = transformers_image(checkpoint, "CLIPImageProcessor", 224, "the test")
     plain: dict[str, Any] = {"rescale_factor": 1.0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     return replace(spec, resample="bilinear" if resample == 2 else "bicubic", **plain)
+
+
+@pytest.mark.parametrize(
+    ("origin", "format_", "warns"),
+    [
+        ("default of CLIPImageProcessor", "hf_directory", True),
+        ("default of Siglip2ImageProcessor", "hf_directory", True),
+        ("default of CLIPImageProcessor", "random", False),
+        ("default of open_clip", "safetensors", False),
+        ("preprocessor_config.json: image_mean", "hf_directory", False),
+    ],
+)
+def test_a_preparation_that_no_file_states_is_told(origin: str, format_: Any, warns: bool) -> None:
+    """A class whose images keep their shape has no field for the resize."""
+    checkpoint = Checkpoint("x", format_, (), {}, lambda key: pytest.fail(key))
+    origins = Origins({f"image.{field}": origin for field in ("resample", "mean", "std")})
+    assert len(assumed_preparation(checkpoint, origins)) == warns
+    assert not assumed_preparation(checkpoint, Origins({**origins.values, "image.std": "config.json: image_std"}))
+    assert not assumed_preparation(checkpoint, Origins())

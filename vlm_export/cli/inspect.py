@@ -142,6 +142,7 @@ def _data_from_config(known: KnownCheckpoint) -> dict[str, Any]:
 def _data_from_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     from vlm_export.checkpoint.random import tensor_bytes
     from vlm_export.checkpoint.sources.known import is_pinned
+    from vlm_export.models.reading.image_processor import assumed_preparation
     from vlm_export.models.recognition.claims import left_out_warnings
     from vlm_export.models.registry import identify
     from vlm_export.specs.codec import field_words
@@ -178,7 +179,12 @@ def _data_from_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "preparation": preparation_data(description.image, text, origins),
         "options": dict(field_words(family.options)),
         "notes": notes,
-        "warnings": [*assumed, *left_out_warnings(checkpoint), *warnings],
+        "warnings": [
+            *assumed,
+            *assumed_preparation(checkpoint, origins),
+            *left_out_warnings(checkpoint),
+            *warnings,
+        ],
     }
 
 

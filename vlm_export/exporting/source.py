@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from vlm_export.exporting.options import ExportOptions
 from vlm_export.exporting.parts import add_preprocessing, select_parts
 from vlm_export.exporting.stages import StepProgress
 from vlm_export.family import BuildOptions, Checkpoint, Family, Model, WeightStore
-from vlm_export.models.reading.image_processor import IMAGE_SIZE_OPTION, with_image_size
+from vlm_export.models.reading.image_processor import IMAGE_SIZE_OPTION, assumed_preparation, with_image_size
 from vlm_export.models.recognition.claims import left_out_warnings
 from vlm_export.models.registry import identify, load_family, read_prefixes
 from vlm_export.specs import ImageSpec, Origins
@@ -98,23 +98,11 @@ def build_model(opened: RecognisedSource, store: WeightStore, options: ExportOpt
     assumed = () if is_pinned(checkpoint.files) else model.warnings
     model = replace(
         model,
-        warnings=(*assumed, *_assumed_preparation(model, checkpoint), *left_out_warnings(checkpoint)),
+        warnings=(*assumed, *assumed_preparation(checkpoint, model.origins), *left_out_warnings(checkpoint)),
         notes=checkpoint.notes,
         dropped_keys=(*model.dropped_keys, *checkpoint.left_out),
     )
     return select_parts(add_preprocessing(model) if options.with_preprocessing else model, options.parts)
-
-
-def _assumed_preparation(model: Model, checkpoint: Checkpoint) -> Iterator[str]:
-    """A warning where no file says how images are prepared; weights that nobody trained are prepared anyhow."""
-    fields = ("image.resize", "image.resample", "image.mean", "image.std")
-    assumed = {model.origins.values.get(field, "") for field in fields}
-    if checkpoint.format != "random" and all(origin.startswith("default of ") for origin in assumed):
-        yield (
-            f"no file says how images are prepared: the {', '.join(sorted(assumed))} is taken; a model that was "
-            "trained with another preparation gets wrong embeddings from it, and verification cannot see it. Put its "
-            "preprocessor_config.json or processor_config.json beside the weights"
-        )
 
 
 def adapt_model(model: Model, checkpoint: Checkpoint, known: KnownCheckpoint | None, build: BuildOptions) -> Model:
