@@ -104,6 +104,8 @@ class VisionConfig(_TowerConfig):
                 raise self.refusal(name, "a square")
         if self.timm_model_name:
             return
+        if self.attentional_pool and self.pool_type == "avg" and self.attn_pooler_queries < 2:
+            raise self.refusal("attn_pooler_queries", "at least 2: the mean leaves the first one out")
         if isinstance(self.layers, tuple):
             heads, width = self.width * 32 // self.head_width, self.width * 32
         else:

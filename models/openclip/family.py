@@ -181,7 +181,7 @@ def _stated(checkpoint: Checkpoint, options: BuildOptions = DEFAULT_BUILD) -> _S
             got=f"{told}, beside {FILE}",
             fix="leave the option out",
         )
-    return _Stated(read_architecture(config, FILE), config.get("preprocess_cfg", {}))
+    return _Stated(read_architecture(config, FILE), config.get("preprocess_cfg") or {})
 
 
 def _told(checkpoint: Checkpoint, name: str | None) -> _Stated:

@@ -379,6 +379,12 @@ def test_what_is_not_computed_is_refused_by_name(section: str | None, field: str
     assert field in shown or (field, value) == ("proj_type", "none")
 
 
+def test_a_mean_of_no_queries_is_refused() -> None:
+    pooler = {**POOLER, "attn_pooler_queries": 1, "pool_type": "avg"}
+    with pytest.raises(InputError, match="attn_pooler_queries"):
+        described(config(vision_cfg=vision(**pooler)), like=config())
+
+
 @pytest.mark.parametrize(
     ("section", "field", "value"),
     [
@@ -424,6 +430,7 @@ def test_defaults_may_be_written_out() -> None:
     seen = {**VISION, **off, "timm_model_name": None, "timm_pool": "avg", "image_size": [24, 24], "pool_type": "tok"}
     words = {**TEXT, **off, "hf_model_name": None, "hf_tokenizer_name": "", "pool_type": "argmax"}
     stated = config(vision_cfg=seen, text_cfg=words, init_logit_bias=None)
+    stated["model_cfg"]["text_cfg"]["proj_type"] = stated["preprocess_cfg"] = None
     assert described(stated, like=config())["embed_dim"] == described(config())["embed_dim"] == 24
 
 

@@ -382,10 +382,13 @@ def _words(
     """What the original says of a few images and texts, where it can be run and the bundle has its task."""
     kinds = {task.kind for task in model.tasks} & set(get_args(WordsKind))
     task = model.original.task
-    if not kinds or texts is None or texts.decode is None or not pixels:
+    if not kinds:
         return
     if task is None or task.kind not in kinds:
         not_run.append(f"words ({', '.join(sorted(kinds))}): {_NO_WORDS}")
+        return
+    if texts is None or texts.decode is None or not pixels:
+        not_run.append(f"words ({task.kind}): they need images and texts, prepared by the original")
         return
     size = sum(tensor.nbytes for part in model.parts for tensor in part.module.state_dict().values())
     if size > _HUGE_PART_BYTES:
