@@ -68,7 +68,7 @@ def ensure_environment(environment: Path, extras: Sequence[str], tool: str = "au
         f"setting up {environment.name} with {'uv' if uv else 'venv and pip'} (extras: {', '.join(extras) or 'none'})"
     )
     (environment / STAMP).unlink(missing_ok=True)
-    _install(environment, extras, uv)
+    install_project(environment, extras, uv)
     (environment / STAMP).write_text(json.dumps(_stamp(extras)) + "\n", encoding="utf-8")
     return python
 
@@ -93,23 +93,23 @@ def run(command: Sequence[str | Path], environment: dict[str, str] | None = None
     return subprocess.run(arguments, cwd=ROOT, env=environment, check=False).returncode
 
 
-def _install(environment: Path, extras: Sequence[str], uv: str | None) -> None:
+def install_project(environment: Path, extras: Sequence[str], uv: str | None) -> None:
     project = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
     python = str(script_in(environment, "python"))
     # On a terminal the installers show the progress of their large downloads.
     options = [*([] if sys.stdout.isatty() else ["--quiet"]), "-c", str(CONSTRAINTS), "-e", project]
     if not Path(python).exists():
         make = [uv, "venv", "--quiet", "--python", sys.executable] if uv else [sys.executable, "-m", "venv"]
-        _step([*make, str(environment)])
+        run_step([*make, str(environment)])
     # pip compiles what it installs, uv only when told. Where a shell forbids Python to write bytecode, every command
     # would otherwise compile PyTorch anew, for longer than a small export takes.
     install = (
         [uv, "pip", "install", "--compile-bytecode", "--python", python] if uv else [python, "-m", "pip", "install"]
     )
-    _step([*install, *options])
+    run_step([*install, *options])
 
 
-def _step(command: Sequence[str]) -> None:
+def run_step(command: Sequence[str]) -> None:
     done = subprocess.run(command, cwd=ROOT, check=False)
     if done.returncode != 0:
         raise SetupError(

@@ -24,7 +24,7 @@ from vlm_export.exporting.tokenizers.openai_bpe import read_bounded
 from vlm_export.graph.recipe import read_recipe
 from vlm_export.machine_faults import CAUSES, machine_fault
 from vlm_export.runtime.inputs.images import named_decoding, open_image, read_stream
-from vlm_export.runtime.inputs.texts import _read as read_tokenizer
+from vlm_export.runtime.inputs.texts import read_tokenizer_file
 from vlm_export.runtime.inputs.tokenizer import named_failures
 from vlm_export.runtime.search.store import read_embeddings
 
@@ -45,7 +45,7 @@ class Failing(io.BytesIO):
 
 READERS: dict[str, Callable[[Path], Any]] = {
     "image": open_image,
-    "tokenizer": read_tokenizer,
+    "tokenizer": read_tokenizer_file,
     "tokenizer of a checkpoint": read_bounded,
     "bundle": lambda _: open_bundle(BUNDLE),
     "file of a bundle": lambda path: record_of_file(path.parent, path.name),

@@ -124,7 +124,7 @@ class ClipFamily:
         image, origins = _image(published, architecture, checkpoint)
         huggingface = architecture.key_names == "huggingface"
         build_reference = (
-            partial(_transformers_reference, checkpoint, published, self.library)
+            partial(transformers_reference, checkpoint, published, self.library)
             if huggingface
             else reference_from_module
         )
@@ -181,7 +181,7 @@ def _parts(
         vision = vision_signature(architecture, architecture.vision, dynamic_image_size)
         yield Part("vision", encoders.vision, vision, ImageExamples(vision))
     if architecture.text is not None:
-        text = _text_signature(architecture, architecture.text)
+        text = text_signature(architecture, architecture.text)
         yield Part("text", encoders.text, text, _TextExamples(architecture.text))
 
 
@@ -250,7 +250,7 @@ def vision_signature(
     )
 
 
-def _text_signature(architecture: ClipArchitecture, text: TextSizes) -> Signature:
+def text_signature(architecture: ClipArchitecture, text: TextSizes) -> Signature:
     return Signature(
         inputs=(TensorSpec("input_ids", "int64", ("batch", "sequence")),),
         outputs=(TensorSpec("text_embeds", "float32", ("batch", architecture.embed_dim)),),
@@ -344,7 +344,7 @@ def _text_origins(architecture: ClipArchitecture, checkpoint: Checkpoint) -> Ori
     )
 
 
-def _transformers_reference(
+def transformers_reference(
     checkpoint: Checkpoint, architecture: ClipArchitecture, library: LibraryNames, part: Part
 ) -> Reference:
     stated = config_from_architecture(architecture, library)

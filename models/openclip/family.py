@@ -83,7 +83,7 @@ class OpenClipFamily:
         return is_apple(checkpoint) or (has_encoders and (has_config or any(map(_is_no_clip_key, keys))))
 
     def describe(self, checkpoint: Checkpoint) -> Description:
-        stated = _stated(checkpoint)
+        stated = stated_by(checkpoint)
         architecture = stated.architecture
         encoders = build_encoders(architecture)
         image, origins = stated.image(checkpoint)
@@ -97,7 +97,7 @@ class OpenClipFamily:
         )
 
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
-        stated = _stated(checkpoint, options)
+        stated = stated_by(checkpoint, options)
         architecture, checkpoint = stated.architecture, with_open_clip_names(checkpoint)
         encoders = build_encoders(architecture)
         dropped = load_weights(encoders, checkpoint, _table(architecture, encoders, checkpoint), store)
@@ -159,7 +159,7 @@ class _Stated:
         return open_clip_image(self.preprocess, edge, self.where, processor_files(checkpoint))
 
 
-def _stated(checkpoint: Checkpoint, options: BuildOptions = DEFAULT_BUILD) -> _Stated:
+def stated_by(checkpoint: Checkpoint, options: BuildOptions = DEFAULT_BUILD) -> _Stated:
     """What the config says, or open_clip of the model that the option names.
 
     Raises:

@@ -373,6 +373,6 @@ def test_transformers_reference_is_loaded_strictly(tmp_path: Path, make_huggingf
     fewer = {key: info for key, info in checkpoint.tensors.items() if "k_proj" not in key}
     broken = Checkpoint(checkpoint.source, checkpoint.format, (), fewer, checkpoint.read, checkpoint.config)
     with pytest.raises(RuntimeError, match="k_proj"):
-        clip._transformers_reference(
+        clip.transformers_reference(
             broken, architecture_from_huggingface(checkpoint), ClipFamily.library, model.parts[0]
         )

@@ -32,7 +32,7 @@ from vlm_export.family import BuildOptions, Checkpoint, Model, StoredTensorInfo
 from vlm_export.models.layers.bert import BertSizes
 from vlm_export.models.openclip import apple
 from vlm_export.models.openclip.config import open_clip_image
-from vlm_export.models.openclip.family import OpenClipFamily, _stated
+from vlm_export.models.openclip.family import OpenClipFamily, stated_by
 from vlm_export.models.openclip.hf_text import HF_ENCODERS, HfEncoder, Kind
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
 from vlm_export.runtime.inputs.images import preprocess_image
@@ -273,7 +273,7 @@ def test_mobileclip_as_apple_publishes_it(
 
 def test_a_told_name_brings_the_preparation_of_its_published_weights() -> None:
     unread = Checkpoint("model", "safetensors", (), {}, lambda key: torch.empty(0))
-    image = _stated(unread, BuildOptions(family_options={"model": "MobileCLIP2-S0"})).image(unread)[0]
+    image = stated_by(unread, BuildOptions(family_options={"model": "MobileCLIP2-S0"})).image(unread)[0]
     assert isinstance(image, ImageSpec)
     assert (image.mean, image.std, image.resample) == ((0.0,) * 3, (1.0,) * 3, "bilinear")
 

@@ -39,7 +39,7 @@ def installs(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Installs
         python.parent.mkdir(parents=True, exist_ok=True)
         python.touch()
 
-    monkeypatch.setattr(bootstrap, "_install", install)
+    monkeypatch.setattr(bootstrap, "install_project", install)
     monkeypatch.setattr(bootstrap, "find_uv", lambda: "uv")
     return done
 
@@ -71,15 +71,15 @@ def test_a_failed_installation_is_tried_again(
     bootstrap: ModuleType, installs: Installs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bootstrap.ensure_environment(tmp_path / "env", ())
-    works: Callable[..., None] = bootstrap._install
+    works: Callable[..., None] = bootstrap.install_project
 
     def fail(*_: object) -> None:
         raise bootstrap.SetupError("no network")
 
-    monkeypatch.setattr(bootstrap, "_install", fail)
+    monkeypatch.setattr(bootstrap, "install_project", fail)
     with pytest.raises(bootstrap.SetupError):
         bootstrap.ensure_environment(tmp_path / "env", ("export",))
-    monkeypatch.setattr(bootstrap, "_install", works)
+    monkeypatch.setattr(bootstrap, "install_project", works)
     bootstrap.ensure_environment(tmp_path / "env", ("export",))
     assert installs[-1][1] == ["export"]
 
@@ -107,15 +107,15 @@ def test_old_python_is_refused(bootstrap: ModuleType, tmp_path: Path, monkeypatc
 
 def test_a_failing_step_says_which(bootstrap: ModuleType) -> None:
     with pytest.raises(bootstrap.SetupError, match=r"status 3: .*raise SystemExit"):
-        bootstrap._step([sys.executable, "-c", "raise SystemExit(3)"])
+        bootstrap.run_step([sys.executable, "-c", "raise SystemExit(3)"])
 
 
 @pytest.mark.parametrize("uv", ["uv", None])
 def test_what_is_installed_is_compiled(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, uv: str | None) -> None:
     """uv does so when told, pip by itself."""
     steps: list[list[str]] = []
-    monkeypatch.setattr(bootstrap, "_step", lambda command: steps.append([str(part) for part in command]))
-    bootstrap._install(Path("env"), [], uv)
+    monkeypatch.setattr(bootstrap, "run_step", lambda command: steps.append([str(part) for part in command]))
+    bootstrap.install_project(Path("env"), [], uv)
     assert "install" in steps[-1]
     assert ("--compile-bytecode" in steps[-1]) is (uv is not None)
     assert "--no-compile" not in steps[-1]

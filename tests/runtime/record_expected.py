@@ -128,10 +128,10 @@ def record_images() -> None:
 
 def tiny_tokenizer() -> tuple[str, int]:
     """tokenizer.json with CLIP's byte symbols and a few merges, and its vocabulary size."""
-    from vlm_export.exporting.tokenizers.openai_bpe import _byte_symbols
+    from vlm_export.exporting.tokenizers.openai_bpe import byte_symbols
 
     merges = [(left, right) for left, right in (line.split() for line in MERGES)]
-    symbols = _byte_symbols()
+    symbols = byte_symbols()
     tokens = [*symbols, *(s + "</w>" for s in symbols), *(left + right for left, right in merges)]
     vocab = {token: i for i, token in enumerate([*tokens, START_TOKEN, END_TOKEN])}
     return tokenizer_json_from_vocab(vocab, merges, "tiny"), len(vocab)
@@ -168,7 +168,7 @@ def record_bundle() -> None:
     vision_signature = clip.vision_signature(architecture, vision_sizes, dynamic_image_size=False)
     parts = (
         (encoders.vision, vision_signature, torch.randn(2, 3, SIZE_PIXELS, SIZE_PIXELS)),
-        (encoders.text, clip._text_signature(architecture, text_sizes), torch.randint(1, vocab_size - 1, (2, 7))),
+        (encoders.text, clip.text_signature(architecture, text_sizes), torch.randint(1, vocab_size - 1, (2, 7))),
     )
     with publication(DATA / "tiny_bundle", overwrite=True) as staging:
         records = []

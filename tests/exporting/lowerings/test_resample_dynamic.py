@@ -89,9 +89,9 @@ def test_windows_that_are_too_short_would_show(
 ) -> None:
     x = torch.rand(1, 3, 500, 20) + 1
     expected = reference(x, size=(64, 20), **options_of(form))
-    full = resample_matmul._window
+    full = resample_matmul.window_size
     assert float((in_graph(x, (64, 20), form) - expected).abs().max()) <= 2e-5
-    monkeypatch.setattr(resample_matmul, "_window", lambda axis: full(axis) - 12)
+    monkeypatch.setattr(resample_matmul, "window_size", lambda axis: full(axis) - 12)
     # Or NaN, where no sample is left.
     assert not float((in_graph(x, (64, 20), form) - expected).abs().max()) <= 1e-4
 

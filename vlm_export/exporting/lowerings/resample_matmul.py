@@ -157,7 +157,7 @@ def _resample_rows(x: Tensor, axis: Axis) -> Tensor:
 
 def _multiply_windows(x: Tensor, axis: Axis) -> Tensor:
     """In groups of target rows, each of which meets a window of the source."""
-    window, groups = _window(axis), _groups(axis.target.size)
+    window, groups = window_size(axis), _groups(axis.target.size)
     targets = indices(groups, x.dtype).unsqueeze(1) * _GROUP + indices(_GROUP, x.dtype)
     centres = find_centres(axis, torch.minimum(targets, axis.wanted - 1)).unsqueeze(2)
     reach = SUPPORT[axis.form.mode] * axis.step.clamp(min=1.0)
@@ -178,7 +178,7 @@ def _groups(n: Any) -> Any:
     return needed + 1 if isinstance(n, torch.SymInt) else needed
 
 
-def _window(axis: Axis) -> Any:
+def window_size(axis: Axis) -> Any:
     """Source samples that `_GROUP` target samples need, at most."""
     support, scale = SUPPORT[axis.form.mode], axis.target.scale
     source, size = cast(Any, axis.source), cast(Any, axis.target.size)

@@ -48,7 +48,7 @@ def vocab_from_bpe_merges(
     raw = source if isinstance(source, bytes) else read_bounded(Path(source))
     lines = _decompressed(raw, where).decode("utf-8", "replace").split("\n")
     merges = _checked_merges(lines, vocab_size - 2 * _BYTES - 2, where)
-    symbols = _byte_symbols()
+    symbols = byte_symbols()
     tokens = [*symbols, *(symbol + _WORD_END for symbol in symbols), *(left + right for left, right in merges)]
     return {token: i for i, token in enumerate([*tokens, START_TOKEN, END_TOKEN])}, merges
 
@@ -132,7 +132,7 @@ def _checked_merges(lines: Sequence[str], count: int, where: str) -> list[tuple[
     return merges
 
 
-def _byte_symbols() -> list[str]:
+def byte_symbols() -> list[str]:
     """A printable character for each byte, in the order in which CLIP numbers them (GPT-2's byte-level alphabet)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [chr(byte) for byte in printable] + [chr(_BYTES + i) for i in range(_BYTES - len(printable))]

@@ -52,7 +52,7 @@ class Tokenizer:
         self.spec = spec
         self.max_characters = max_characters
         self._where = str(tokenizer_json)
-        self._rust = tokenizer_from_json(_read(Path(tokenizer_json)), spec, self._where)
+        self._rust = tokenizer_from_json(read_tokenizer_file(Path(tokenizer_json)), spec, self._where)
         self._start_ids: list[int] = self._rust.encode("").ids[:-1]
         self._specials = _special_ids(self._rust)
         if spec.cleaning == "open_clip":
@@ -280,7 +280,7 @@ def _place(name: str, text: str) -> str:
     return f"{name}: {shown!r}"
 
 
-def _read(path: Path) -> str:
+def read_tokenizer_file(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
