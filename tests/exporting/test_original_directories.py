@@ -6,12 +6,12 @@ Both sides start from the same files: the library's own processor, tokenizer and
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import runpy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import open_clip
 import pytest
 import torch
@@ -41,8 +41,8 @@ from vlm_export.exporting.pipeline import export_bundle
 from vlm_export.exporting.tokenizers.files import find_open_clip_merges
 from vlm_export.exporting.tokenizers.openai_bpe import vocab_from_bpe_merges
 
-Array = npt.NDArray[Any]
-COSINE, MAX_ABS = 0.99999, 1e-4
+_shared = runpy.run_path(str(Path(__file__).parents[1] / "models" / "dual_encoders.py"))
+spread, assert_equal, MAX_ABS = (_shared[name] for name in ("spread", "assert_equal", "MAX_ABS"))
 HALF = (0.5, 0.5, 0.5)
 TEXTS = (
     "a photo of a cat",
@@ -83,33 +83,6 @@ def odd_images() -> list[Image.Image]:
     palette = large.resize((60, 80)).convert("P", palette=Image.Palette.ADAPTIVE)
     others = [transparent, grey, palette, large.resize((61, 80)).convert("CMYK"), large.resize((61, 83)).convert("L")]
     return [large.resize(size) for size in sizes] + others
-
-
-def spread(model: Any) -> Any:
-    """The model with no parameter at its default, so that each of them is seen in the outputs."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim >= 2:
-                parameter.copy_(noise * (0.6 if "embed" in name else parameter[0].numel() ** -0.5))
-            elif "scale" not in name:
-                parameter.add_(0.2 * noise)
-    return model.eval()
-
-
-def unit(rows: Any) -> Array:
-    array: Array = np.asarray(rows, np.float64)
-    lengths: Array = np.linalg.norm(array, axis=-1, keepdims=True)
-    unit_rows: Array = array / lengths
-    return unit_rows
-
-
-def assert_equal(got: Any, expected: Any, what: Sequence[object]) -> None:
-    left, right = unit(got), unit(expected)
-    cosines, largest = (left * right).sum(axis=-1), np.abs(left - right).max(axis=-1)
-    wrong = [what[i] for i in range(len(what)) if not (cosines[i] >= COSINE and largest[i] <= MAX_ABS)]
-    assert not wrong, f"cosine {cosines.min():.6f}, max-abs {largest.max():.2e} at {wrong}"
 
 
 @pytest.fixture(scope="module")
