@@ -112,15 +112,6 @@ def _data_from_source(source: str, revision: str | None, base: str | None) -> di
 
 def _data_from_config(known: KnownCheckpoint) -> dict[str, Any]:
     """What our config alone says of a known checkpoint, for a machine that has no PyTorch to plan an export with."""
-    from vlm_export.specs import Origins
-
-    fields = {"image": known.image, "text": known.text}
-    stated = {
-        f"{kind}.{field}": f"configs/{known.name}.yaml"
-        for kind, spec in fields.items()
-        if spec is not None
-        for field in spec.to_json()
-    }
     note = "how it would be split is told where the extra 'export' is installed"
     return {
         "what": "checkpoint",
@@ -132,7 +123,7 @@ def _data_from_config(known: KnownCheckpoint) -> dict[str, Any]:
         "revision": known.revision,
         "architecture": dict(known.architecture),
         "parts": [],
-        "preparation": preparation_data(known.image, known.text, Origins(stated)),
+        "preparation": preparation_data(known.image, known.text, known.origins),
         "notes": [note],
         "warnings": [],
         "known": known_data(known),

@@ -113,17 +113,10 @@ def adapt_model(model: Model, checkpoint: Checkpoint, known: KnownCheckpoint | N
     image = known.image or model.image
     if isinstance(image, ImageSpec) and build.image_size is not None:
         image = with_image_size(image, build.image_size)
-    where = f"configs/{known.name}.yaml"
-    stated = {"image": known.image, "text": known.text}
-    origins = {
-        f"{kind}.{field}": f"{where}: {kind}.{field}"
-        for kind, spec in stated.items()
-        if spec is not None
-        for field in spec.to_json()
-    }
+    origins = model.origins | known.origins
     if build.image_size is not None:
-        origins |= dict.fromkeys(("image.size_pixels", "image.resize_pixels"), IMAGE_SIZE_OPTION)
-    return replace(model, image=image, text=known.text or model.text, origins=model.origins | Origins(origins))
+        origins |= Origins(dict.fromkeys(("image.size_pixels", "image.resize_pixels"), IMAGE_SIZE_OPTION))
+    return replace(model, image=image, text=known.text or model.text, origins=origins)
 
 
 def source_record(checkpoint: Checkpoint, options: ExportOptions) -> SourceRecord:

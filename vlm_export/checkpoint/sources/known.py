@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError, suggestion
-from vlm_export.specs import ImageSpec, PatchSpec, TextSpec
+from vlm_export.specs import ImageSpec, Origins, PatchSpec, TextSpec
 from vlm_export.specs.codec import Check, Spec, matches
 
 if TYPE_CHECKING:
@@ -91,6 +91,13 @@ class KnownCheckpoint(Spec):
     paper: str | None = None
     notes: str | None = None
     tokenizer: Inside | None = None
+
+    @property
+    def origins(self) -> Origins:
+        """That this config states each value of `image` and `text`."""
+        specs = {"image": self.image, "text": self.text}
+        fields = [f"{kind}.{field}" for kind, spec in specs.items() if spec is not None for field in spec.to_json()]
+        return Origins({field: f"configs/{self.name}.yaml: {field}" for field in fields})
 
 
 def known_names() -> tuple[str, ...]:
