@@ -52,10 +52,11 @@ def hub_tower_config(
     config = {
         "model_type": f"{model_type}_vision_model",
         "image_size": sizes.image_size,
+        "num_attention_heads": sizes.heads,
         "num_channels": 3,
         **common,
     }
     if isinstance(sizes, VitSizes):
-        return {**config, **stated_vision(sizes), "num_attention_heads": sizes.heads}
-    # transformers has no ModifiedResNet; the sizes are told for the reader.
+        return {**config, **stated_vision(sizes)}
+    # transformers has no ModifiedResNet; the sizes are told for the reader. It refuses a width that the heads don't share.
     return {**config, "hidden_size": sizes.width * 32, "stages": list(sizes.stages)}
