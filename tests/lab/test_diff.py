@@ -14,7 +14,6 @@ import onnx_ir as ir
 import pytest
 from onnx import version_converter
 
-import vlm_export
 from vlm_export.errors import UsageError, VerificationError
 from vlm_export.lab.diff import DiffOptions, diff
 from vlm_export.lab.differences import Diff
@@ -115,6 +114,7 @@ def lose_the_mask(model: ir.Model) -> None:
     mask = scores.producer()
     assert mask is not None
     assert mask.op_type == "Add"
+    assert mask.inputs[0] is not None
     scores.replace_all_uses_with(mask.inputs[0])
     model.graph.remove(mask, safe=True)
 

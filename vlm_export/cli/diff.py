@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Any
 
 from vlm_export.cli.common import add_common_options, existing_path, positive_integer
 from vlm_export.cli.graph_look import add_proof_options
-from vlm_export.cli.output import print_json, print_line, print_table, size_text, terminal_width
+from vlm_export.cli.output import StagePrinter, print_json, print_line, print_table, size_text, terminal_width
 from vlm_export.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -22,9 +21,10 @@ def add_parser(verbs: Any) -> None:
         "diff",
         help="what differs between two bundles, two graphs, or a bundle and its source",
         description=(
-            "Compare two bundles, two .onnx files, or a bundle and a checkpoint (which is exported again): interface, preparation, tokenizer, tasks, opset, structure, "
-            "weights, and outputs on the same inputs. Names of nodes and tensors, the order of nodes and how weights "
-            "are stored are no difference. The status is 0 where nothing differs, and 1 where something does."
+            "Compare two bundles, two .onnx files, or a bundle and a checkpoint, which is exported again: interface, "
+            "preparation, tokenizer, tasks, opset, structure, weights, and outputs on the same inputs. Names of nodes "
+            "and tensors, the order of nodes and how weights are stored are no difference. The status is 0 where "
+            "nothing differs, and 1 where something does."
         ),
     )
     parser.add_argument("left", metavar="A", help="directory of a bundle, or a graph")
@@ -47,18 +47,12 @@ def run(args: argparse.Namespace) -> int:
         latency=args.latency,
         threads=args.threads,
     )
-    found = diff(args.left, args.right, options)
+    found = diff(args.left, args.right, options, progress=None if args.quiet else StagePrinter())
     if args.json:
         print_json(found.to_json())
-    else:
-        _print(found)
-    try:
-        found.raise_if_different()
-    except VerificationError as error:
-        if args.json:
-            return error.exit_status
-        print(f"vlm-export: {error}", file=sys.stderr)
-        return error.exit_status
+        return 0 if found.equal else VerificationError.exit_status
+    _print(found)
+    found.raise_if_different()
     return 0
 
 

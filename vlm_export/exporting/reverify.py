@@ -15,10 +15,10 @@ from vlm_export.bundle.manifest import MANIFEST_NAME, VariantRecord
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import InputError, UsageError
+from vlm_export.exporting.backends import OPSETS, Target
 from vlm_export.exporting.bundle_manifest import planned_manifest
 from vlm_export.exporting.contract import repeat_contract, source_tokenizer
 from vlm_export.exporting.ledger import account_for, recorded_constants
-from vlm_export.exporting.backends import OPSETS, Exporter, Target
 from vlm_export.exporting.options import ExportOptions, Precision
 from vlm_export.exporting.parts import PART_NAME
 from vlm_export.exporting.source import build_model, recognise_source
@@ -97,7 +97,7 @@ def declared_options(bundle: OpenBundle, source: str, base: str | None = None) -
         )
     return ExportOptions(
         opset=first.opset,
-        exporter=cast(Exporter, first.exporter),
+        exporter=first.exporter,
         target=cast("Target | None", manifest.export.target),
         simplify=any(variant.simplified for variant in variants.values()),
         with_tokenizer=layout.TOKENIZER_NAME in manifest.files,

@@ -295,9 +295,8 @@ def _readers(value: ir.Value) -> dict[tuple[object, int], list[ir.Node]]:
     """Operator and place of the input → the nodes that read the tensor there."""
     found: dict[tuple[object, int], list[ir.Node]] = {}
     for use in value.uses():
-        found.setdefault((_operator(use.node), 0 if _operator(use.node) in _COMMUTATIVE else use.idx), []).append(
-            use.node
-        )
+        operator = _operator(use.node)
+        found.setdefault((operator, 0 if operator in _COMMUTATIVE else use.idx), []).append(use.node)
     return found
 
 

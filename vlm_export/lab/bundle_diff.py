@@ -23,11 +23,11 @@ def bundle_differences(left: OpenBundle, right: OpenBundle) -> Iterator[Differen
     yield from _parts(before, after)
     yield from _fields("model", "", {"family": before.family}, {"family": after.family})
     yield from _fields("model", "architecture", before.architecture, after.architecture)
-    for section, name in (("preparation", "image"), ("preparation", "text")):
-        yield from _fields(section, name, *(_spec_json(getattr(manifest, name)) for manifest in (before, after)))
-    yield from _tokenizer(left, right)
-    tasks = [{task.kind: task.to_json() for task in manifest.tasks} for manifest in (before, after)]
-    yield from _fields("tasks", "tasks", *tasks)
+    yield from _fields("preparation", "image", _spec_json(before.image), _spec_json(after.image))
+    yield from _fields("preparation", "text", _spec_json(before.text), _spec_json(after.text))
+    yield from _json_file("tokenizer", layout.TOKENIZER_NAME, left, right)
+    mine, theirs = ({str(task.kind): task.to_json() for task in manifest.tasks} for manifest in (before, after))
+    yield from _fields("tasks", "tasks", mine, theirs)
     for name in _SIDE_FILES:
         yield from _json_file("files", name, left, right)
 
@@ -42,10 +42,6 @@ def _parts(before: Manifest, after: Manifest) -> Iterator[Difference]:
 
 def _spec_json(spec: Any) -> Mapping[str, Any]:
     return {} if spec is None else spec.to_json()
-
-
-def _tokenizer(left: OpenBundle, right: OpenBundle) -> Iterator[Difference]:
-    yield from _json_file("tokenizer", layout.TOKENIZER_NAME, left, right)
 
 
 def _json_file(section: Section, name: str, left: OpenBundle, right: OpenBundle) -> Iterator[Difference]:

@@ -9,13 +9,14 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+from vlm_export.api import Progress, export_again
 from vlm_export.bundle.manifest import MANIFEST_NAME, PartRecord, VariantRecord
-from vlm_export.api import export_again
 from vlm_export.bundle.opened import OpenBundle, open_bundle
+from vlm_export.bundle.safe_files import check_path
 from vlm_export.errors import UsageError
 from vlm_export.graph.core.files import open_model
 from vlm_export.lab.bundle_diff import bundle_differences
-from vlm_export.lab.differences import Diff, Difference, Measurement, OutputComparison, in_order
+from vlm_export.lab.differences import Diff, Measurement, OutputComparison, in_order
 from vlm_export.lab.graph_diff import graph_differences
 from vlm_export.lab.output_diff import (
     Arrays,
@@ -50,7 +51,9 @@ class DiffOptions:
     threads: int | None = None
 
 
-def diff(left: str | Path, right: str | Path, options: DiffOptions | None = None) -> Diff:
+def diff(
+    left: str | Path, right: str | Path, options: DiffOptions | None = None, *, progress: Progress | None = None
+) -> Diff:
     """Compares two bundles, two graphs, or a bundle with its source, which is exported again in the same way.
 
     Bundles run on the golden records of the left one.
@@ -58,6 +61,7 @@ def diff(left: str | Path, right: str | Path, options: DiffOptions | None = None
     Args:
         left: the directory of a bundle, or a file with a graph.
         right: the same, or, of a bundle, a checkpoint as `vlm_export.export` takes it.
+        progress: told of the stages of that export; None for silence.
 
     Raises:
         UsageError: a bundle and a graph, or inputs for bundles.
@@ -65,6 +69,8 @@ def diff(left: str | Path, right: str | Path, options: DiffOptions | None = None
         EnvironmentFailure: a source, without the packages that exporting needs.
     """
     options = options or DiffOptions()
+    for side in (left, right):
+        check_path(side, "a bundle, a graph or a source")
     graphs = [_is_graph(Path(side)) for side in (left, right)]
     if all(graphs):
         return _diff_graphs(Path(left), Path(right), options)
@@ -80,7 +86,7 @@ def diff(left: str | Path, right: str | Path, options: DiffOptions | None = None
     if (Path(right) / MANIFEST_NAME).exists():
         return diff_bundles(bundle, open_bundle(right), options, names)
     with TemporaryDirectory(prefix="vlm-export-") as folder:
-        return diff_bundles(bundle, export_again(bundle, str(right), Path(folder)), options, names)
+        return diff_bundles(bundle, export_again(bundle, str(right), Path(folder), progress), options, names)
 
 
 def _is_graph(path: Path) -> bool:
@@ -103,7 +109,7 @@ def diff_bundles(
             first, second = map(open_model, paths)
             differences += graph_differences(first, second, where, options.tolerance)
             sizes = [variant_bytes(bundle.manifest, entry) for bundle, entry in ((left, variant), (right, other))]
-            measured.append(Measurement(f"{where} size", *map(float, sizes), "bytes"))
+            measured.append(Measurement(f"{where} size", sizes[0], sizes[1], "bytes"))
             if part.signature.input_names != right.manifest.part(part.name).signature.input_names:
                 not_run.append(f"outputs of {where}: the two take other inputs")
                 continue
@@ -140,7 +146,7 @@ def _outputs_of(
 def _diff_graphs(left: Path, right: Path, options: DiffOptions) -> Diff:
     first, second = open_model(left), open_model(right)
     differences = list(graph_differences(first, second, "", options.tolerance))
-    measured = [Measurement("size", *(float(_graph_bytes(path)) for path in (left, right)), "bytes")]
+    measured = [Measurement("size", _graph_bytes(left), _graph_bytes(right), "bytes")]
     outputs, not_run = tuple[OutputComparison, ...](), list[str]()
     if {str(value.name) for value in first.graph.inputs} == {str(value.name) for value in second.graph.inputs}:
         inputs = sample_inputs(first, options.inputs)
@@ -169,4 +175,5 @@ def _latency(runs: Sequence[RunGraph], feeds: Arrays, where: str) -> Measurement
             run(feeds)
             if number:
                 seconds[side].append(time.perf_counter() - start)
-    return Measurement(f"{where} latency".strip(), *(1000 * median(side) for side in seconds), "ms")
+    first, second = (1000 * median(side) for side in seconds)
+    return Measurement(f"{where} latency".strip(), first, second, "ms")

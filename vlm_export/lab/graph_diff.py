@@ -1,4 +1,4 @@
-"""Two graphs compared by what they are: interface, opset, structure and weights. Names of nodes and tensors are none."""
+"""Two graphs compared by what they are: interface, opset, structure and weights, whatever nodes are called."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from vlm_export.graph.core.onnxruntime_session import Array
+from vlm_export.graph.look.show import type_text
 from vlm_export.lab.alignment import Alignment, align
 from vlm_export.lab.differences import Difference, named
 from vlm_export.lab.module_paths import constant_of, module_paths, parameter_name
@@ -69,9 +70,7 @@ def _joined(where: str, path: str) -> str:
 def _interface(left: ir.Model, right: ir.Model, where: str) -> Iterator[Difference]:
     ends = (("input", left.graph.inputs, right.graph.inputs), ("output", left.graph.outputs, right.graph.outputs))
     for kind, before, after in ends:
-        mine, theirs = (
-            {str(v.name): _type_text(v) for v in values if not v.is_initializer()} for values in (before, after)
-        )
+        mine, theirs = _types(before), _types(after)
         for name in dict.fromkeys([*mine, *theirs]):
             if mine.get(name) != theirs.get(name):
                 what = f"{kind} {name!r}"
@@ -80,54 +79,48 @@ def _interface(left: ir.Model, right: ir.Model, where: str) -> Iterator[Differen
             yield Difference("interface", where, f"order of {kind}s", ", ".join(mine), ", ".join(theirs))
 
 
-def _type_text(value: ir.Value) -> str:
-    shape = "(…)" if value.shape is None else f"({', '.join(_axis_text(axis) for axis in value.shape)})"
-    return f"{'?' if value.dtype is None else value.dtype.name.lower()} {shape}"
-
-
-def _axis_text(axis: int | ir.SymbolicDim) -> str:
-    return str(axis) if isinstance(axis, int) else str(axis.value or "?")
+def _types(values: Sequence[ir.Value]) -> dict[str, str]:
+    return {str(value.name): type_text(value) for value in values if not value.is_initializer()}
 
 
 def _versions(left: ir.Model, right: ir.Model, where: str) -> Iterator[Difference]:
     before, after = _opsets(left), _opsets(right)
     if before != after:
-        yield Difference(
-            "opset", where, "opset", *(", ".join(f"{d} {v}" for d, v in o.items()) for o in (before, after))
-        )
+        yield Difference("opset", where, "opset", before, after)
     if left.ir_version != right.ir_version:
         yield Difference("opset", where, "IR version", str(left.ir_version), str(right.ir_version))
 
 
-def _opsets(model: ir.Model) -> dict[str, int]:
-    """Domain → version, of the domains that nodes use: exporters list others, too."""
+def _opsets(model: ir.Model) -> str:
+    """Domains with versions, of those that nodes use: exporters list others, too."""
     used = {"" if node.domain == "ai.onnx" else node.domain for node in model.graph.all_nodes()}
-    stated = {"" if name == "ai.onnx" else name: version for name, version in model.opset_imports.items()}
-    return {name or "ai.onnx": stated[name] for name in sorted(used) if name in stated}
+    declared = {"" if name == "ai.onnx" else name: version for name, version in model.opset_imports.items()}
+    return ", ".join(f"{name or 'ai.onnx'} {declared[name]}" for name in sorted(used) if name in declared)
 
 
 def _structure(alignment: Alignment, paths: PairedPaths) -> Iterator[Difference]:
     """Nodes that one side lacks, by module; equal changes of several layers are one difference."""
     only: dict[str, tuple[list[str], list[str]]] = {}
-    for side, nodes, places in ((0, alignment.left_only, paths.left), (1, alignment.right_only, paths.right)):
+    for side, nodes, own in ((0, alignment.left_only, paths.left), (1, alignment.right_only, paths.right)):
         for node in nodes:
-            only.setdefault(places.get(node, ""), ([], []))[side].append(_operator_text(node))
+            only.setdefault(own.get(node, ""), ([], []))[side].append(_operator_text(node))
     found: dict[tuple[str, str, str], list[str]] = {}
     for path, (before, after) in only.items():
         gone, new = Counter(before), Counter(after)
-        key = ("operators", _counted(before if gone != new else [*before, "(otherwise connected)"]), _counted(after))
-        found.setdefault(key, []).append(path)
+        what = "operators" if gone != new else "connections of operators"
+        found.setdefault((what, _counted(before), _counted(after)), []).append(path)
     for change in alignment.changed:
         key = (f"{_operator_text(change.left)}'s {change.name}", change.before, change.after)
         found.setdefault(key, []).append(paths.left.get(change.left, ""))
     for left, right in alignment.weights():
         if _is_parameter(left) or _is_parameter(right):
             continue
-        before, after = (_small_text(value) for value in (left, right))
-        if before != after:
-            found.setdefault(("a constant", before, after), []).append(_reader_path(left, paths.left))
-    for (what, before, after), places in found.items():
-        yield Difference("structure", _places(places), what, before, after)
+        values = _small_text(left), _small_text(right)
+        if values[0] != values[1]:
+            readers = [paths.left[use.node] for use in left.uses() if use.node in paths.left]
+            found.setdefault(("a constant", *values), []).extend(readers)
+    for (what, mine, theirs), places in found.items():
+        yield Difference("structure", _places(places), what, mine, theirs)
 
 
 def _places(paths: Sequence[str]) -> str:
@@ -165,10 +158,6 @@ def _small_text(value: ir.Value) -> str:
     return text if array.ndim == 0 else f"[{text}]"
 
 
-def _reader_path(value: ir.Value, paths: Mapping[ir.Node, str]) -> str:
-    return next((paths[use.node] for use in value.uses() if use.node in paths), "")
-
-
 def _weights(alignment: Alignment, paths: PairedPaths, where: str, tolerance: float) -> Iterator[Difference]:
     """Weights in one place with other values, the most changed first; then other dtypes, which concern many."""
     changed: list[tuple[float, Difference]] = []
@@ -177,7 +166,8 @@ def _weights(alignment: Alignment, paths: PairedPaths, where: str, tolerance: fl
         if not (_is_parameter(left) or _is_parameter(right)):
             continue
         before, after = constant_of(left), constant_of(right)
-        assert before is not None and after is not None
+        assert before is not None
+        assert after is not None
         name = _joined(where, parameter_name(str(left.name)) or str(left.name))
         if before.shape != after.shape:
             shapes = (str(list(tensor.shape.numpy())) for tensor in (before, after))
