@@ -251,8 +251,16 @@ def open_clip_image(section: Any, image_size: int, where: str = FILE, ignored: I
     resample = _choose(config, "interpolation", ("bicubic", "bilinear", "random"))
     resize = _RESIZES[_choose(config, "resize_mode", tuple(_RESIZES))]
     mean, std = _channels(config, "mean", IMAGE_MEAN), _channels(config, "std", IMAGE_STD)
-    if min(std) <= 0:
-        raise _malformed("preprocess_cfg.std", "positive numbers", std)
+    if 0 in std:
+        raise _malformed("preprocess_cfg.std", "numbers other than zero", std)
+    if min(std) < 0:
+        raise InputError(
+            "a negative deviation, by which open_clip divides, is not computed here",
+            where=f"{FILE}: preprocess_cfg.std",
+            expected="positive numbers",
+            got=f"{list(std)}",
+            fix="correct the file: no training prepares images so",
+        )
     fill = config.get("fill_color", 0)
     if type(fill) is not int or not 0 <= fill <= 255:
         raise _malformed("preprocess_cfg.fill_color", "an integer from 0 to 255", fill)

@@ -37,11 +37,12 @@ from vlm_export.models.openclip.hf_text import HF_ENCODERS, HfEncoder, Kind
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
 from vlm_export.runtime.inputs.images import preprocess_image
 from vlm_export.specs import ImageSpec
-from vlm_export.specs.tasks import EmbedSpec
+from vlm_export.specs.tasks import EmbedSpec, ScoreSpec
 
 duals = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("dual_encoders.py"))))
 forms = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("open_clip_forms.py"))))
 CONFIG = forms.CONFIG
+WEIGHTS = forms.WEIGHTS
 TEXT = forms.TEXT
 VISION = forms.VISION
 config = forms.config
@@ -400,7 +401,6 @@ def test_a_mean_of_no_queries_is_refused() -> None:
         ("text_cfg", "layers", 1),
         ("text_cfg", "proj_bias", True),
         (None, "embed_dim", 32),
-        (None, "init_logit_bias", -10),
     ],
 )
 def test_a_config_of_other_weights_is_refused(
@@ -479,6 +479,29 @@ def test_other_preprocessing_is_refused(stated: Config) -> None:
         described({**config(), "preprocess_cfg": stated}, like=config())
 
 
+def test_a_negative_deviation_is_refused_as_what_it_is() -> None:
+    """open_clip divides by it."""
+    with pytest.raises(InputError, match="negative deviation, by which open_clip divides") as caught:
+        described({**config(), "preprocess_cfg": {"std": [0.5, -0.5, 0.5]}}, like=config())
+    assert "preprocess_cfg.std" in caught.value.where
+
+
+def test_a_bias_that_the_weights_lack_is_zero(saved: Path, build_model: Build, tmp_path: Path) -> None:
+    """As where open_clip loads weights that were trained without one."""
+    import open_clip
+
+    (tmp_path / WEIGHTS).symlink_to(saved / WEIGHTS)
+    (tmp_path / CONFIG).write_text(json.dumps(config(init_logit_bias=-10)))
+    original = open_clip.create_model(f"local-dir:{tmp_path}")
+    assert original.logit_bias.item() == 0
+    model = build_model(tmp_path)
+    (task,) = model.tasks
+    assert isinstance(task, EmbedSpec)
+    assert task.score == ScoreSpec("sigmoid", original.logit_scale.item(), 0.0)
+    (warning,) = model.warnings
+    assert "init_logit_bias" in warning
+
+
 def test_names_of_open_clip_say_what_lone_weights_do_not(build_model: Build, tmp_path: Path) -> None:
     stated = FORMS["sigmoid, last of all tokens, projection with a bias"]
     save(tmp_path / "model", stated)
@@ -546,6 +569,41 @@ def test_other_text_encoders_are_refused_by_name(name: str) -> None:
     assert name in str(caught.value)
 
 
+def exported(source: Path, target: Path) -> Any:
+    """The bundle, opened. Its contract left nothing out but transformers, no class of which reads its config.json."""
+    assert main(["export", str(source), "-o", str(target), "--threads", "1", "--opset", "17"]) == 0
+    bundle = vlm_export.load(target)
+    contract = bundle.manifest.export.contract
+    assert contract is not None
+    assert contract["passed"]
+    assert [line for line in contract["not_run"] if "open_clip" not in line] == []
+    return bundle
+
+
+def assert_ids_equal(bundle: Any, tokenize: Any) -> None:
+    """Those of sixty texts of many scripts, which open_clip fills up."""
+    expected = tokenize(list(duals.TEXTS)).tolist()
+    got, _ = bundle.session.tokenizer.pad_masked(
+        bundle.session.tokenizer.encode_rows(duals.TEXTS, truncate=True), pad_to=len(expected[0])
+    )
+    assert got.tolist() == expected
+
+
+@pytest.mark.parametrize("form", ["gelu", "sigmoid, last of all tokens, projection with a bias"])
+def test_texts_with_the_tokenizer_of_open_clip(form: str, tmp_path: Path) -> None:
+    """That of its own models and of MobileCLIP."""
+    import open_clip
+
+    source = tmp_path / "model"
+    original = save(source, FORMS[form])
+    bundle = exported(source, tmp_path / "out")
+    tokenize = open_clip.get_tokenizer(f"local-dir:{source}")
+    assert_ids_equal(bundle, tokenize)
+    with torch.inference_mode():
+        expected = original.encode_text(tokenize(list(duals.TEXTS)))
+    duals.assert_equal(bundle.encode_text(duals.TEXTS, truncate=True), expected, duals.TEXTS)
+
+
 WITH_TOKENIZERS: dict[str, tuple[Config, Config, Config]] = {
     "sigmoid, canonical texts, longest edge": (
         {"no_causal_mask": True, "pool_type": "last", "proj_bias": True, "tokenizer_kwargs": {"clean": "canonicalize"}},
@@ -575,16 +633,11 @@ def test_images_and_texts_with_a_tokenizer_of_transformers(
     source, stated = tmp_path / "model", config(preprocess, text_cfg=rows, **scores)
     original = save_hf(source, "xlm-roberta", 1, len(tokenizer), stated, monkeypatch)
     tokenizer.save_pretrained(source)
-    assert main(["export", str(source), "-o", str(tmp_path / "out"), "--threads", "1", "--opset", "17"]) == 0
-    bundle = vlm_export.load(tmp_path / "out")
-    contract = bundle.manifest.export.contract
-    assert contract is not None
-    assert contract["passed"]
-    # No class of transformers reads what the bundle's config.json says.
-    assert [line for line in contract["not_run"] if "open_clip" not in line] == []
+    bundle = exported(source, tmp_path / "out")
     samples = duals.images(24)
     transform: Any = image_transform_v2(PreprocessCfg(size=24, **preprocess), is_train=False)
     tokenize = open_clip.get_tokenizer(f"local-dir:{source}")
+    assert_ids_equal(bundle, tokenize)
     with torch.inference_mode():
         images = original.encode_image(torch.stack([transform(image) for image in samples]))
         texts = original.encode_text(tokenize(list(duals.TEXTS)))
