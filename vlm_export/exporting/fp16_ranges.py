@@ -42,14 +42,16 @@ def measure_wide(
         if np.issubdtype(runs[0][name].dtype, np.floating)
     }
     measured, names = graph_of_ranges(graph)
-    with TemporaryDirectory(dir=scratch) as folder:
-        path = Path(folder) / _GRAPH
-        write_graph(measured, path)
-        engine = OrtEngine(path, threads=threads, exact=True, mapped=True)
-        for inputs in runs:
-            for output, end in engine.run(inputs).items():
-                name = names[output]
-                peaks[name] = max(peaks.get(name, 0.0), _magnitude(end))
+    # A table of tokens computes nothing.
+    if names:
+        with TemporaryDirectory(dir=scratch) as folder:
+            path = Path(folder) / _GRAPH
+            write_graph(measured, path)
+            engine = OrtEngine(path, threads=threads, exact=True, mapped=True)
+            for inputs in runs:
+                for output, end in engine.run(inputs).items():
+                    name = names[output]
+                    peaks[name] = max(peaks.get(name, 0.0), _magnitude(end))
     return {name: peak for name, peak in peaks.items() if peak > MOST}
 
 
