@@ -288,8 +288,8 @@ def _published(name: Any) -> _Published:
             expected=" or ".join(_PUBLISHED),
             got=f"{name!r:.200}",
             fix=suggestion(str(name), tuple(_PUBLISHED))
-            or "where it is a copy of one of these, name that one; what the copy's config.json has otherwise may stand in "
-            "hf_model_config_kwargs",
+            or "where it is a copy of one of these, name that one, and put what the copy's config.json has otherwise "
+            "into hf_model_config_kwargs",
         )
     return _PUBLISHED[str(name)]
 
