@@ -49,8 +49,14 @@ EVA_NAMES = {
 
 
 def eva(reference: int, **changes: Any) -> Any:
-    sizes = {"img_size": EDGE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": LAYERS, "num_heads": HEADS}
-    form = {"qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True}
+    sizes: dict[str, Any] = {
+        "img_size": EDGE,
+        "patch_size": PATCH,
+        "embed_dim": WIDTH,
+        "depth": LAYERS,
+        "num_heads": HEADS,
+    }
+    form: dict[str, Any] = {"qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True}
     form |= {"num_classes": 0, "global_pool": "token", "use_rot_pos_emb": True}
     sizes |= {"mlp_ratio": HIDDEN / WIDTH, "ref_feat_shape": (reference, reference)}
     return Eva(**{**sizes, **form, **changes})
@@ -262,7 +268,14 @@ def test_version_1(options: tuple[str, ...], tmp_path: Path) -> None:
 
 
 def small(version: int) -> dict[str, Any]:
-    text = {"width": WIDTH, "layers": 1, "heads": HEADS, "hidden": HIDDEN, "vocab_size": 32, "eps": 1e-5}
+    text: dict[str, Any] = {
+        "width": WIDTH,
+        "layers": 1,
+        "heads": HEADS,
+        "hidden": HIDDEN,
+        "vocab_size": 32,
+        "eps": 1e-5,
+    }
     if version == 1:
         text |= {"kind": "jina-bert", "token_types": 2, "rotary_base": 0.0, "pad_id": 0}
     else:
@@ -367,7 +380,7 @@ def test_published_keys(name: str, numbers: int | None) -> None:
     vision, text = architecture.vision, architecture.text
     sizes = {"hidden_size": text.width, "num_hidden_layers": text.layers, "num_attention_heads": text.heads}
     sizes |= {"intermediate_size": text.hidden, "vocab_size": text.vocab_size, "type_vocab_size": text.token_types}
-    edges = {"img_size": vision.image_size, "patch_size": vision.patch_size, "embed_dim": vision.width}
+    edges: dict[str, Any] = {"img_size": vision.image_size, "patch_size": vision.patch_size, "embed_dim": vision.width}
     edges |= {"depth": vision.layers, "num_heads": vision.heads, "mlp_ratio": vision.hidden / vision.width}
     with torch.device("meta"):
         expected = published_vision(eva(vision.reference_grid, **edges))
