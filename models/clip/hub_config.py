@@ -58,5 +58,5 @@ def hub_tower_config(
     }
     if isinstance(sizes, VitSizes):
         return {**config, **stated_vision(sizes)}
-    # transformers has no ModifiedResNet; the sizes are told for the reader. It refuses a width that the heads don't share.
+    # transformers has no ModifiedResNet; the sizes are for the reader. It refuses a width that the heads don't share.
     return {**config, "hidden_size": sizes.width * 32, "stages": list(sizes.stages)}

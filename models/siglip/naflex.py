@@ -23,6 +23,8 @@ from vlm_export.specs.signature import Axis, Signature, TensorSpec
 
 # Four times the area that the published processors make of an image.
 LARGEST_PATCHES = 1024
+# With fewer, images that are hardly taller than wide become one patch wide and several high.
+LEAST_PATCHES = 6
 
 
 class NaflexVisionTransformer(nn.Module):
@@ -55,7 +57,19 @@ class NaflexVisionTransformer(nn.Module):
 
 
 def check_patches(spec: PatchSpec, choices: NaflexChoices) -> None:
-    """InputError where the processor makes more patches of an image than the graph takes."""
+    """InputError where the processor makes more patches of an image than the graph takes, or too few to prove it.
+
+    A single patch is no column, and is resampled as it should be.
+    """
+    if 1 < spec.max_patches < LEAST_PATCHES:
+        raise InputError(
+            "with so few patches usual images become one patch wide, and torch resamples the positions of such images "
+            "otherwise than those of all others (a defect of torch 2.15 on the CPU): nothing would prove the export",
+            where="max_num_patches of the image processor",
+            expected=f"at least {LEAST_PATCHES}",
+            got=str(spec.max_patches),
+            fix="state more patches in a copy of the checkpoint's processor file; published ones make 256",
+        )
     limit = choices.fixed_patches or LARGEST_PATCHES
     if spec.max_patches > limit:
         raise InputError(

@@ -26,18 +26,21 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_s
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 
 from vlm_export.checkpoint.sources.known import known_names, load_known
+from vlm_export.exporting.backends import example_tensors
+from vlm_export.family import Part
 from vlm_export.models.layers.blocks import meta_modules
 from vlm_export.models.layers.positions import positions_of_grids
 from vlm_export.models.registry import load_family
 from vlm_export.models.siglip.family import Siglip2Family
+from vlm_export.models.siglip.naflex import NaflexExamples
 from vlm_export.runtime.inputs.patches import patch_shape
 from vlm_export.specs import PatchSpec
 
 duals = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("dual_encoders.py"))))
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 PATCH, PATCHES, LENGTH = 8, 36, 64
-# Width and height: none of these grids is one that a graph is traced with, and all share a batch.
-SHAPES = ((64, 48), (48, 64), (200, 20), (30, 170), (8, 8), (97, 101))
+# Width and height: six grids of patches that share a batch.
+SHAPES = ((64, 48), (48, 64), (200, 20), (30, 170), (8, 8), (150, 40))
 
 
 def tokenizer() -> Any:
@@ -85,16 +88,32 @@ def images() -> list[Image.Image]:
 
 
 def assert_images_equal(source: Path, bundle: Any, encode: Any) -> None:
-    """By themselves and all in one batch; the original pads each to its most patches, the runtime to the longest."""
+    """Alone, in batches of several sizes and all in one; the original pads each to its most patches, the runtime to
+    the longest."""
     prepare = AutoProcessor.from_pretrained(source, backend="pil")
     prepare = getattr(prepare, "image_processor", prepare)
     for chosen in (images(), [*images()][::-1][:3]):
         inputs = prepare(images=chosen, return_tensors="pt")
         with torch.inference_mode():
             expected = encode(inputs)
-        for batch_size in (1, 6):
+        for batch_size in (1, 4, 6):
             got = bundle.encode_image(chosen, batch_size=batch_size)
             duals.assert_equal(got, expected, [str(image.size) for image in chosen])
+
+
+def assert_never_traced(bundle: Any) -> None:
+    """The images are of six grids, and the back end saw none of them."""
+    signature = bundle.manifest.part("vision").signature
+    traced = dict(
+        zip(
+            signature.input_names,
+            example_tensors(Part("vision", torch.nn.Module(), signature, NaflexExamples(signature))),
+            strict=True,
+        )
+    )
+    grids = {patch_shape(size, bundle.manifest.image) for size in SHAPES}
+    assert len(grids) == 6
+    assert grids.isdisjoint(map(tuple, traced["spatial_shapes"].tolist()))
 
 
 @pytest.mark.parametrize("options", duals.BACK_ENDS, ids=" ".join)
@@ -105,6 +124,7 @@ def test_both_encoders(naflex: tuple[Path, Any], options: tuple[str, ...], tmp_p
     assert manifest.family == "siglip2"
     assert manifest.image == PatchSpec(PATCH, PATCHES, "bilinear", "before_resize", (0.5,) * 3, (0.5,) * 3)
     assert (manifest.text.case, manifest.text.padding, manifest.text.pad_token_id) == ("lower", "context", 0)
+    assert_never_traced(bundle)
     assert_images_equal(source, bundle, lambda inputs: model.get_image_features(**inputs).pooler_output)
     encode = lambda inputs: model.text_model(inputs["input_ids"]).pooler_output  # noqa: E731
     texts = duals.assert_texts_equal(source, bundle, encode, LENGTH, padding="max_length")
@@ -165,6 +185,7 @@ def test_options_that_do_not_fit(
         ({"max_num_patches": 0}, "malformed"),
         ({"max_num_patches": None}, "malformed"),
         ({"max_num_patches": 4096}, "more patches of an image"),
+        ({"max_num_patches": 5}, "become one patch wide"),
         ({"do_resize": False}, "not computed here"),
         ({"image_std": [0, 1, 1]}, "malformed"),
         ({"image_processor_type": "SiglipImageProcessor"}, "class of image processors"),

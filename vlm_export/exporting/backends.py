@@ -107,8 +107,9 @@ def _interpolation(part: Part, opset: int, lowerings: Lowerings) -> Interpolatio
     return InterpolationLowering(form, static_sizes)
 
 
-def _example_tensors(part: Part) -> tuple[torch.Tensor, ...]:
-    """Sizes of at least 2, each axis its own, so that no axis is specialised to 1 or tied to another."""
+def example_tensors(part: Part) -> tuple[torch.Tensor, ...]:
+    """What a back end traces: sizes of at least 2, each axis its own, so that none is specialised to 1 or tied to
+    another."""
     axes = [axis for axis in part.signature.axes if not axis.sum_of]
     sizes = {axis.name: (_OTHER + i) * axis.multiple_of for i, axis in enumerate(axes)}
     sizes |= {"batch": _BATCH}
@@ -124,7 +125,7 @@ def _export_dynamo(part: Part, opset: int) -> ir.Model:
     shapes = [{i: dims[a] for i, a in enumerate(t.shape) if isinstance(a, str)} for t in signature.inputs]
     program = torch.onnx.export(
         part.module,
-        _example_tensors(part),
+        example_tensors(part),
         dynamo=True,
         # torch's own optimizer folds weights into new ones in memory; ours works on the graph without weights.
         optimize=False,
@@ -169,7 +170,7 @@ def _export_torchscript(part: Part, opset: int) -> ir.Model:
 def _trace(part: Part, opset: int, path: Path) -> None:
     torch.onnx.export(
         part.module,
-        _example_tensors(part),
+        example_tensors(part),
         path,
         dynamo=False,
         # Weights stay out of the protobuf, which is limited to 2 GB and would copy them; they come back below.
