@@ -138,9 +138,8 @@ def _main_values(model: ir.Model, names: Iterable[str]) -> list[ir.Value]:
     values = find_values(model, names)
     for value in values:
         if graph_of(value) is not model.graph:
-            raise GraphError(
-                f"tensor {value.name!r} is inside a subgraph, which cannot be cut", fix="name a tensor of the main graph"
-            )
+            what = f"tensor {value.name!r} is inside a subgraph, which cannot be cut"
+            raise GraphError(what, fix="name a tensor of the main graph")
     return values
 
 
