@@ -7,6 +7,7 @@ import re
 import runpy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -185,13 +186,11 @@ TIMM_FORMS: dict[str, tuple[str, int, Config]] = {
 
 
 # Each kind of encoder once; the others of a kind have the same operators.
-TIMM_BY_DYNAMO = ("siglip", "eva02", "mobileclip 2", "convnext", "resnet, attention pool")
+BY_DYNAMO = ("siglip", "eva02", "mobileclip 2", "convnext", "resnet, attention pool")
+TIMM_CASES = [*product(TIMM_FORMS, ["torchscript"]), *product(BY_DYNAMO, ["dynamo"])]
 
 
-@pytest.mark.parametrize(
-    ("form", "back_end"),
-    [*((form, "torchscript") for form in TIMM_FORMS), *((form, "dynamo") for form in TIMM_BY_DYNAMO)],
-)
+@pytest.mark.parametrize(("form", "back_end"), TIMM_CASES)
 def test_image_encoders_of_timm(
     form: str, back_end: str, build_model: Build, tmp_path: Path, assert_same: Same
 ) -> None:
@@ -516,20 +515,12 @@ def save_hf(folder: Path, kind: Kind, pad: int, rows: int, stated: Config, patch
 
 
 # Positions that follow the padding, and pooled tokens behind positions that do not.
-HF_BY_DYNAMO = ("xlm-r", "bert, pooled first token")
+HF_CASES = [*product(HF_FORMS, ["torchscript"]), *product(["xlm-r", "bert, pooled first token"], ["dynamo"])]
 
 
-@pytest.mark.parametrize(
-    ("form", "back_end"),
-    [*((form, "torchscript") for form in HF_FORMS), *((form, "dynamo") for form in HF_BY_DYNAMO)],
-)
+@pytest.mark.parametrize(("form", "back_end"), HF_CASES)
 def test_text_encoders_of_transformers(
-    form: str,
-    back_end: str,
-    build_model: Build,
-    tmp_path: Path,
-    assert_same: Same,
-    monkeypatch: pytest.MonkeyPatch,
+    form: str, back_end: str, build_model: Build, tmp_path: Path, assert_same: Same, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind, pad, fields = HF_FORMS[form]
     words = {"hf_model_name": "tiny", "context_length": 16, **fields}
