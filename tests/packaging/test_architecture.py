@@ -56,6 +56,10 @@ ROOMS: dict[str, set[str]] = {
         *("graph.passes", "precision", "checkpoint", "models", "proof"),
     },
     "api": {"bundle", "checkpoint", "family", "proof", "exporting"},
+    "lab": {
+        *("specs", "bundle", "runtime.engines", "runtime.inputs", "runtime.session", "graph.core", "graph.look"),
+        *("graph.prove", "proof", "api"),
+    },
 }
 # These see everything below them; nothing sees them but the package's own door.
 TOP = {"cli", "__main__", "__init__"}
@@ -67,6 +71,7 @@ OUTSIDE = {
     "graph": {"numpy", "onnx_ir", "onnx", "google", "onnxruntime", "yaml"},  # google: protobuf
     "precision": {"numpy", "onnx_ir", "onnx"},
     "proof": BASE - {"onnxruntime", "openvino", "pyarrow", "tqdm"},
+    "lab": {"numpy", "PIL", "onnx_ir", "onnx"},
     "cli": set[str](),
     "api.py": set[str](),
     "__main__.py": set[str](),
