@@ -51,6 +51,10 @@ ROOMS: dict[str, set[str]] = {
         *("specs", "bundle", "family", "original", "runtime.engines", "runtime.inputs", "runtime.session"),
         "runtime.model",
     },
+    "lab": {
+        *("specs", "bundle", "proof", "graph.core"),
+        *("runtime.inputs", "runtime.session"),
+    },
     "exporting": {
         *("specs", "bundle", "family", "original", "runtime.engines", "runtime.inputs", "graph", "graph.core"),
         *("graph.passes", "precision", "checkpoint", "models", "proof"),
@@ -67,6 +71,7 @@ OUTSIDE = {
     "graph": {"numpy", "onnx_ir", "onnx", "google", "onnxruntime", "yaml"},  # google: protobuf
     "precision": {"numpy", "onnx_ir", "onnx"},
     "proof": BASE - {"onnxruntime", "openvino", "pyarrow", "tqdm"},
+    "lab": {"numpy", "PIL", "onnx_ir"},
     "cli": set[str](),
     "api.py": set[str](),
     "__main__.py": set[str](),

@@ -30,7 +30,7 @@ from vlm_export.machine_faults import machine_fault
 from vlm_export.runtime.inputs.panic_text import own_process
 from vlm_export.text_display import Lines, shown
 
-VERBS = ("inspect", "export", "verify", "classify", "caption", "ask", "match", "embed", "search", "graph")
+VERBS = ("inspect", "export", "verify", "classify", "caption", "ask", "match", "embed", "search", "doctor", "graph")
 """Each is a module of `vlm_export.cli`, in the order of the help."""
 
 _DEFAULT_EXTRA = "export"

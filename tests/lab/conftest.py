@@ -1,0 +1,42 @@
+"""The demo checkpoint as a bundle, which tests copy before they change it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import vlm_export
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The exported demo checkpoint; tests must not change it."""
+    target = tmp_path_factory.mktemp("lab") / "clip-demo"
+    vlm_export.export("clip-demo", target, precisions=("fp32", "fp16"), threads=1)
+    return target
+
+
+@pytest.fixture
+def copied(demo: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may change."""
+    return Path(shutil.copytree(demo, tmp_path / "copied"))
+
+
+@pytest.fixture(scope="session")
+def relist() -> Callable[[Path], None]:
+    """Makes a bundle's manifest state the files that are there now."""
+
+    def write(bundle: Path) -> None:
+        manifest = bundle / "vlm_export.json"
+        data = json.loads(manifest.read_text(encoding="utf-8"))
+        for name in data["files"]:
+            raw = (bundle / name).read_bytes()
+            data["files"][name] = {"size_bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+        manifest.write_text(json.dumps(data), encoding="utf-8")
+
+    return write
