@@ -19,6 +19,7 @@ FAMILIES = {
     "minicpmv": "vlm_export.models.minicpmv.family:MiniCpmVFamily",
     "omnilmm": "vlm_export.models.minicpmv.omnilmm:OmniLmmFamily",
     "blip": "vlm_export.models.blip.family:BlipFamily",
+    "fgclip2": "vlm_export.models.siglip.fgclip2:FgClip2Family",
     "siglip2": "vlm_export.models.siglip.family:Siglip2Family",
     "siglip": "vlm_export.models.siglip.family:SiglipFamily",
     "nanovlm": "vlm_export.models.nanovlm.family:NanoVlmFamily",

@@ -6,6 +6,8 @@ of its own, is never loaded.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 IMAGE_CLASSES = frozenset(
     f"{name}ImageProcessor{suffix}"
     for name in ("CLIP", "ChineseCLIP", "Blip", "Siglip", "Siglip2", "ViT")
@@ -19,6 +21,8 @@ TOKENIZER_CLASSES = frozenset(
         *("XLMRobertaTokenizer", "XLMRobertaTokenizerFast"),
     }
 )
+READ_AS: Mapping[str, str] = {"fgclip2": "siglip2"}
+"""Types that transformers does not know → the one whose classes read such checkpoints; bundles state that one."""
 MODEL_TYPES = frozenset(
     {
         *("clip", "blip", "clip_text_model", "clip_vision_model", "llava", "chinese_clip", "altclip"),

@@ -139,12 +139,22 @@ def assert_images_equal(source: Path, bundle: Any, encode: Callable[[Any], Any],
 
 
 def assert_texts_equal(
-    source: Path, bundle: Any, encode: Callable[[Any], Any], length: int, *, padding: bool | str = True
+    source: Path,
+    bundle: Any,
+    encode: Callable[[Any], Any],
+    length: int,
+    *,
+    padding: bool | str = True,
+    first: Callable[[str], str] = str,
 ) -> Any:
-    """Ids, and embeddings in batches of one and of several; returns the original's inputs."""
+    """Ids, and embeddings in batches of one and of several; returns the original's inputs.
+
+    Args:
+        first: what the original's users do with a text before its tokenizer.
+    """
     tokenize = AutoTokenizer.from_pretrained(source)
     inputs = tokenize(
-        list(TEXTS),
+        list(map(first, TEXTS)),
         padding=padding,
         truncation=True,
         max_length=length,

@@ -50,6 +50,7 @@ from vlm_export.exporting.tokenizers.parts import (
     vocab_checked,
 )
 from vlm_export.machine_faults import machine_fault
+from vlm_export.models.reading.transformers_classes import READ_AS
 from vlm_export.runtime.inputs.texts import check_unicode
 from vlm_export.runtime.inputs.tokenizer import bounded_tokenizer, ids_around, tokenizer_from_json
 from vlm_export.specs import Origins, TextSpec
@@ -203,7 +204,7 @@ def _transformers_tokenizer(
     if JSON in sources:
         bounded_tokenizer(text_of(path), str(path))
     stated = (checkpoint.config or {}).get("model_type") if option is None else None
-    model_type = stated if isinstance(stated, str) else None
+    model_type = READ_AS.get(stated, stated) if isinstance(stated, str) else None
     library = library_tokenizer(sources, model_type=model_type, rows=spec.vocab_size, where=str(path))
     tokenizer = bounded_tokenizer(library.json, str(path))
     # transformers 4, which original code of its time runs on, closes up unless it is told not to; transformers 5 the
