@@ -36,7 +36,8 @@ VERBS = ("inspect", "export", "verify", "classify", "caption", "ask", "match", "
 _DEFAULT_EXTRA = "export"
 _LONGEST_FIX = 100
 _EPILOG = """exit status: 0 done; 1 verification failed, or doctor found a mistake; 2 usage;
-3 bad or unsafe input; 4 environment (disk, memory, missing package, no network); 70 a defect of vlm-export; 130 interrupted"""
+3 bad or unsafe input; 4 environment (disk, memory, missing package, no network);
+70 a defect of vlm-export; 130 interrupted"""
 
 
 class Parser(argparse.ArgumentParser):
