@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_export.bundle.opened import open_bundle
+from vlm_export.bundle.opened import OpenBundle, open_bundle
 from vlm_export.bundle.safe_files import check_path
 from vlm_export.checkpoint.names import source_kind
 from vlm_export.errors import UsageError, VerificationError, missing_package, suggestion
@@ -149,6 +149,23 @@ def verify(
             "nothing was compared, so nothing is proved", where=str(bundle), fix="export the model again"
         )
     return VerificationResult(tuple(reports), contract)
+
+
+def export_again(bundle: OpenBundle, source: str, folder: Path, progress: Progress | None = None) -> OpenBundle:
+    """Exports a source with the options that a bundle declares, into a folder that is there.
+
+    Raises:
+        InputError: the source is bad or unsafe, or the bundle declares options that it does not take.
+        EnvironmentFailure: a missing package.
+    """
+    source_kind(source)
+    with _told_if_missing():
+        from vlm_export.exporting.pipeline import export_bundle
+        from vlm_export.exporting.reverify import declared_options
+
+    target = folder / "exported-again"
+    export_bundle(source, target, declared_options(bundle, source), Stages(_listener(progress)))
+    return open_bundle(target)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import cast
 
 from vlm_export.bundle import layout
 from vlm_export.bundle.ledger import check_ledger, read_ledger
@@ -14,10 +15,11 @@ from vlm_export.bundle.manifest import MANIFEST_NAME, VariantRecord
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import InputError, UsageError
+from vlm_export.exporting.backends import OPSETS, Target
 from vlm_export.exporting.bundle_manifest import planned_manifest
 from vlm_export.exporting.contract import repeat_contract, source_tokenizer
 from vlm_export.exporting.ledger import account_for, recorded_constants
-from vlm_export.exporting.options import ExportOptions
+from vlm_export.exporting.options import ExportOptions, Precision
 from vlm_export.exporting.parts import PART_NAME
 from vlm_export.exporting.source import build_model, recognise_source
 from vlm_export.exporting.stages import Stages
@@ -52,7 +54,7 @@ def verify_against_source(
     """
     manifest = bundle.manifest
     bundle.verify(manifest.files)
-    options = _declared_options(bundle, source, base)
+    options = declared_options(bundle, source, base)
     with TemporaryDirectory(prefix="vlm-export-") as folder:
         scratch = Path(folder)
         with stages.stage("read") as progress:
@@ -79,11 +81,27 @@ def verify_against_source(
     return reports, contract
 
 
-def _declared_options(bundle: OpenBundle, source: str, base: str | None) -> ExportOptions:
-    """What the bundle was exported with, so far as it changes the parts."""
+def declared_options(bundle: OpenBundle, source: str, base: str | None = None) -> ExportOptions:
+    """What the bundle was exported with, so that its source can be exported in the same way again."""
     manifest = bundle.manifest
     parts = [part.name for part in manifest.parts]
+    variants = {variant.precision: variant for part in manifest.parts for variant in part.variants}
+    first = next(iter(variants.values()))
+    if first.exporter not in OPSETS:
+        raise InputError(
+            "the manifest names a back end that there is none of",
+            where=str(bundle.root / MANIFEST_NAME),
+            expected=" or ".join(OPSETS),
+            got=repr(first.exporter),
+            fix="do not use this bundle; export the model again",
+        )
     return ExportOptions(
+        opset=first.opset,
+        exporter=first.exporter,
+        target=cast("Target | None", manifest.export.target),
+        simplify=any(variant.simplified for variant in variants.values()),
+        with_tokenizer=layout.TOKENIZER_NAME in manifest.files,
+        precisions=cast("list[Precision]", list(variants)),
         random_weights_seed=manifest.source.random_weights_seed,
         # Of a Hub id the commit that was exported: its branch may have moved since.
         revision=None if Path(source).exists() else manifest.source.revision,

@@ -1,0 +1,264 @@
+"""`diff`: empty for what changes no computation, and the cause first for what does."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import version_converter
+
+from vlm_export.errors import UsageError, VerificationError
+from vlm_export.lab.diff import DiffOptions, diff
+from vlm_export.lab.differences import Diff
+
+Change = Callable[[ir.Model], None]
+
+
+def graph_of(bundle: Path) -> Path:
+    return bundle / "onnx" / "text_model.onnx"
+
+
+def changed_graph(bundle: Path, folder: Path, change: Change) -> Diff:
+    """The text part against itself after a change."""
+    model = ir.load(graph_of(bundle))
+    change(model)
+    ir.save(model, folder / "changed.onnx")
+    return diff(graph_of(bundle), folder / "changed.onnx")
+
+
+def node_of(model: ir.Model, kind: str, number: int = 0) -> ir.Node:
+    return [node for node in model.graph if node.op_type == kind][number]
+
+
+def rename(model: ir.Model) -> None:
+    """Everything but the interface."""
+    ends = {*model.graph.inputs, *model.graph.outputs}
+    for number, value in enumerate(list(model.graph.initializers.values())):
+        value.name = f"w{number}"
+    for number, node in enumerate(model.graph):
+        node.name = f"n{number}"
+        for index, value in enumerate(node.outputs):
+            if value not in ends:
+                value.name = f"t{number}_{index}"
+
+
+def reorder(model: ir.Model) -> None:
+    """Another order of nodes that is sorted, of weights, and of the inputs of sums."""
+    nodes, drawn = list(model.graph), random.Random(0)
+    model.graph.remove(nodes)
+    drawn.shuffle(nodes)
+    model.graph.extend(nodes)
+    model.graph.sort()
+    for node in model.graph:
+        if node.op_type in ("Add", "Mul"):
+            first, second = node.inputs
+            node.replace_input_with(0, second)
+            node.replace_input_with(1, first)
+    weights = list(model.graph.initializers.items())
+    model.graph.initializers.clear()
+    model.graph.initializers.update(reversed(weights))
+
+
+@pytest.mark.parametrize("change", [rename, reorder])
+def test_names_and_order_are_no_difference(change: Change, demo: Path, tmp_path: Path) -> None:
+    found = changed_graph(demo, tmp_path, change)
+    assert found.differences == ()
+    assert found.outputs[0].samples > 4
+
+
+def test_weights_stored_elsewhere_are_no_difference(demo: Path, tmp_path: Path) -> None:
+    model = onnx.load(graph_of(demo))
+    onnx.save(model, tmp_path / "again.onnx", save_as_external_data=True, location="again.bin", size_threshold=0)
+    assert diff(graph_of(demo), tmp_path / "again.onnx").equal
+
+
+def test_another_export_of_the_same_source_is_no_difference(demo: Path) -> None:
+    found = diff(demo, "clip-demo", DiffOptions(threads=1))
+    assert found.differences == ()
+    assert {entry.where for entry in found.outputs} >= {"vision.image_embeds", "text(fp16).text_embeds"}
+    assert found.not_run == ()
+
+
+def flip_a_row(model: ir.Model) -> None:
+    weight = model.graph.initializers["blocks.1.mlp.fc1.bias"]
+    assert weight.const_value is not None
+    values = weight.const_value.numpy().copy()
+    values[5] *= -1
+    weight.const_value = ir.tensor(values)
+
+
+def other_epsilon(model: ir.Model) -> None:
+    node_of(model, "LayerNormalization", 1).attributes["epsilon"] = ir.AttrFloat32("epsilon", 1e-6)
+
+
+def other_quick_gelu(model: ir.Model) -> None:
+    for node in model.graph:
+        if node.op_type == "Mul":
+            tensor = ir.convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] is not None else None
+            if tensor is not None and tensor.size == 1 and abs(float(tensor.numpy()) - 1.702) < 1e-3:
+                value = ir.val("gelu_factor", ir.DataType.FLOAT, [], const_value=ir.tensor(np.float32(1.6)))
+                model.graph.initializers["gelu_factor"] = value
+                node.replace_input_with(1, value)
+
+
+def lose_the_mask(model: ir.Model) -> None:
+    scores = next(node for node in model.graph if node.op_type == "Softmax").inputs[0]
+    assert scores is not None
+    mask = scores.producer()
+    assert mask is not None
+    assert mask.op_type == "Add"
+    assert mask.inputs[0] is not None
+    scores.replace_all_uses_with(mask.inputs[0])
+    model.graph.remove(mask, safe=True)
+
+
+def swap_axes(model: ir.Model) -> None:
+    node_of(model, "Transpose", 1).attributes["perm"] = ir.AttrInt64s("perm", [0, 1, 2, 3])
+
+
+def scale_the_output(model: ir.Model) -> None:
+    last = model.graph.outputs[0]
+    factor = ir.val("factor", ir.DataType.FLOAT, [], const_value=ir.tensor(np.float32(1.005)))
+    model.graph.initializers["factor"] = factor
+    node = ir.node("Mul", [last, factor])
+    node.outputs[0].name, last.name = last.name, "unscaled"
+    node.outputs[0].type, node.outputs[0].shape = last.type, last.shape
+    model.graph.append(node)
+    model.graph.outputs[0] = node.outputs[0]
+
+
+def relu_for_sigmoid(model: ir.Model) -> None:
+    old = node_of(model, "Sigmoid", 1)
+    new = ir.node("Relu", list(old.inputs))
+    ir.convenience.replace_nodes_and_values(model.graph, old, [old], [new], old.outputs, new.outputs)
+
+
+def rename_an_input(model: ir.Model) -> None:
+    model.graph.inputs[0].name = "tokens"
+
+
+def halve_a_weight(model: ir.Model) -> None:
+    weight = model.graph.initializers["projection"]
+    assert weight.const_value is not None
+    weight.const_value = ir.tensor(weight.const_value.numpy().astype(np.float16))
+    weight.dtype = ir.DataType.FLOAT16
+    reader = next(iter(weight.uses())).node
+    cast = ir.node("Cast", [weight], {"to": ir.DataType.FLOAT})
+    model.graph.insert_before(reader, cast)
+    reader.replace_input_with(1, cast.outputs[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "section", "where", "what"),
+    [
+        (flip_a_row, "weights", "blocks.1.mlp.fc1.bias", "1 of 512 values differ"),
+        (other_epsilon, "structure", "blocks.0.norm2", "LayerNormalization's epsilon: 1e-05 → 1e-06"),
+        (other_quick_gelu, "structure", "blocks.*.mlp (2 places)", "a constant: 1.702 → 1.6"),
+        (lose_the_mask, "structure", "blocks.0.attn", "operators: Add → none"),
+        (swap_axes, "structure", "blocks.0.attn", "Transpose's perm"),
+        (scale_the_output, "structure", "projection", "operators: none → Mul"),
+        (relu_for_sigmoid, "structure", "blocks.1.mlp", "operators: Sigmoid → Relu"),
+        (rename_an_input, "interface", "", "input 'input_ids'"),
+        (halve_a_weight, "structure", "projection", "operators: none → Cast"),
+    ],
+)
+def test_a_changed_graph_is_told_by_its_cause(
+    change: Change, section: str, where: str, what: str, demo: Path, tmp_path: Path
+) -> None:
+    found = changed_graph(demo, tmp_path, change)
+    first = found.differences[0]
+    assert (first.section, first.where) == (section, where)
+    assert what in str(first)
+    with pytest.raises(VerificationError):
+        found.raise_if_different()
+
+
+def test_another_opset_is_told_first(demo: Path, tmp_path: Path) -> None:
+    onnx.save(version_converter.convert_version(onnx.load(graph_of(demo)), 21), tmp_path / "later.onnx")
+    found = diff(graph_of(demo), tmp_path / "later.onnx")
+    assert str(found.differences[0]) == "opset: ai.onnx 18 → ai.onnx 21"
+
+
+def set_field(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = bundle / "vlm_export.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    change(data)
+    path.write_text(json.dumps(data), encoding="utf-8")
+
+
+def other_mean(data: dict[str, Any]) -> None:
+    data["image"]["mean"][0] = 0.5
+
+
+def other_scale(data: dict[str, Any]) -> None:
+    embed: dict[str, Any] = next(task for task in data["tasks"] if task["kind"] == "embed")
+    embed["score"]["logit_scale"] = 1.0
+
+
+def without_half(data: dict[str, Any]) -> None:
+    for part in data["parts"]:
+        part["variants"] = part["variants"][:1]
+
+
+@pytest.mark.parametrize(
+    ("change", "section", "where"),
+    [
+        (other_mean, "preparation", "image.mean[0]"),
+        (other_scale, "tasks", "tasks.embed.score.logit_scale"),
+        (without_half, "parts", "vision"),
+    ],
+)
+def test_what_the_manifest_says_is_compared(
+    change: Callable[[dict[str, Any]], None], section: str, where: str, demo: Path, copied: Path
+) -> None:
+    set_field(copied, change)
+    first = diff(demo, copied).differences[0]
+    assert (first.section, first.where) == (section, where)
+
+
+def test_another_tokenizer_is_told_before_what_follows(
+    demo: Path, copied: Path, relist: Callable[[Path], None]
+) -> None:
+    path = copied / "tokenizer.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["model"]["merges"] = data["model"]["merges"][:-1]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    relist(copied)
+    first = diff(demo, copied).differences[0]
+    assert (first.section, first.where) == ("tokenizer", "tokenizer.json.model.merges")
+
+
+def test_within_a_tolerance_nothing_differs(demo: Path, tmp_path: Path) -> None:
+    def nudge(model: ir.Model) -> None:
+        weight = model.graph.initializers["projection"]
+        assert weight.const_value is not None
+        weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(1 + 1e-6))
+
+    exact = changed_graph(demo, tmp_path, nudge)
+    assert [difference.section for difference in exact.differences] == ["weights", "outputs"]
+    assert diff(graph_of(demo), tmp_path / "changed.onnx", DiffOptions(tolerance=1e-4)).equal
+
+
+def test_a_graph_and_a_bundle_are_not_compared(demo: Path) -> None:
+    with pytest.raises(UsageError, match="a graph is compared with a graph"):
+        diff(demo, graph_of(demo))
+
+
+def test_the_command_prints_and_ends_with_1(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from vlm_export.cli.main import main
+
+    changed_graph(demo, tmp_path, other_epsilon)
+    graphs = [str(graph_of(demo)), str(tmp_path / "changed.onnx")]
+    assert main(["diff", *graphs, "--json", "--latency"]) == 1
+    data: Mapping[str, Any] = json.loads(capsys.readouterr().out)
+    assert data["differences"][0]["where"] == "blocks.0.norm2"
+    assert {entry["unit"] for entry in data["measured"]} == {"bytes", "ms"}
+    assert main(["diff", graphs[0], graphs[0]]) == 0
+    assert capsys.readouterr().out.startswith("no difference")

@@ -1,0 +1,361 @@
+"""Which node of one graph is which of another: told by weights and by how nodes are connected, never by nodes' names.
+
+Two graphs are walked backwards from the outputs that they share: where two nodes compute the same operator, what they
+read is compared next. Where they differ, the walk looks for the pair a few steps up (a cast that one side lacks), and
+begins anew at weights that both sides have (`blocks.7.mlp.fc1.weight`, or equal values).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import onnx
+import onnx_ir as ir
+
+from vlm_export.graph.core.names import graphs_in
+from vlm_export.lab.module_paths import constant_of, parameter_name
+
+_COMMUTATIVE = frozenset(("", name) for name in ("Add", "Mul", "And", "Or", "Xor", "Equal", "Max", "Min", "Sum"))
+_CASTS = frozenset(("", name) for name in ("Cast", "CastLike", "Identity"))
+# How far up a walk looks for what corresponds, where one side has nodes that the other lacks.
+_LONGEST_DETOUR = 6
+# Weights up to this size tell little: many have equal values.
+_SPEAKING_BYTES = 64
+
+
+@dataclass(frozen=True)
+class AttributeChange:
+    """A node that both graphs have, with another attribute."""
+
+    left: ir.Node
+    right: ir.Node
+    name: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What corresponds.
+
+    Attributes:
+        nodes: node of the left graph → node of the right.
+        values: tensor of the left graph → tensor of the right: inputs, weights, and what paired nodes compute.
+        left_only, right_only: nodes without a partner, in the order of their graph; constants are none.
+        changed: attributes that differ between partners.
+    """
+
+    nodes: dict[ir.Node, ir.Node]
+    values: dict[ir.Value, ir.Value]
+    left_only: tuple[ir.Node, ...]
+    right_only: tuple[ir.Node, ...]
+    changed: tuple[AttributeChange, ...]
+
+    def weights(self) -> Iterator[tuple[ir.Value, ir.Value]]:
+        """Constants of the left graph with those in their place in the right, in the left graph's order."""
+        for left, right in self.values.items():
+            if constant_of(left) is not None and constant_of(right) is not None:
+                yield left, right
+
+
+def align(left: ir.Model, right: ir.Model) -> Alignment:
+    """Aligns two models whose functions are inlined."""
+    walk = _Walk(_Side(left), _Side(right))
+    for first, second in _matched_ends(left.graph.inputs, right.graph.inputs):
+        walk.pair_values(first, second)
+    for first, second in _matched_ends(left.graph.outputs, right.graph.outputs):
+        walk.reach(first, second)
+    walk.run()
+    walk.restart_at_weights()
+    return walk.result()
+
+
+@dataclass
+class _Side:
+    """One graph, with what is looked up in it."""
+
+    model: ir.Model
+    position: dict[ir.Node, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.position = {node: index for index, node in enumerate(self.model.graph) if not _is_constant_node(node)}
+
+    def opset(self, node: ir.Node) -> int | None:
+        return node.version or self.model.graph.opset_imports.get(node.domain)
+
+
+class _Walk:
+    def __init__(self, left: _Side, right: _Side) -> None:
+        self._left, self._right = left, right
+        self._nodes: dict[ir.Node, ir.Node] = {}
+        self._partners: set[ir.Node] = set()
+        self._values: dict[ir.Value, ir.Value] = {}
+        self._taken: set[ir.Value] = set()
+        self._queue: deque[tuple[ir.Value, ir.Value]] = deque()
+
+    def reach(self, left: ir.Value, right: ir.Value) -> None:
+        """Two tensors that should correspond; they do if what computes them does."""
+        self._queue.append((left, right))
+
+    def pair_values(self, left: ir.Value, right: ir.Value) -> None:
+        if left not in self._values and right not in self._taken:
+            self._values[left] = right
+            self._taken.add(right)
+
+    def run(self) -> None:
+        """Walks until nothing is left to compare: backwards, and forwards from every pair."""
+        while self._queue:
+            left, right = self._queue.popleft()
+            if left in self._values or right in self._taken:
+                continue
+            if constant_of(left) is not None or constant_of(right) is not None:
+                if constant_of(left) is not None and constant_of(right) is not None:
+                    self.pair_values(left, right)
+                continue
+            first, second = left.producer(), right.producer()
+            if first is None or second is None:
+                continue
+            if self._alike(first, second) and left.index() == right.index():
+                self._pair_nodes(first, second)
+            elif _operator(first) != _operator(second) and (_passes_on(first) or _passes_on(second)):
+                self.reach(*(_behind_casts(value, node) for value, node in ((left, first), (right, second))))
+            else:
+                self._detour(first, second)
+
+    def restart_at_weights(self) -> None:
+        """Pairs nodes that read the same weight and were not reached, and walks on from each."""
+        for left, right in [*self._same_weights(_by_parameter), *self._same_weights(_by_content)]:
+            if left in self._values or right in self._taken:
+                continue
+            for first, second in zip(self._free_readers(left), self._free_readers(right), strict=False):
+                if self._alike(first, second):
+                    self._pair_nodes(first, second)
+            self.run()
+
+    def _free_readers(self, value: ir.Value) -> list[ir.Node]:
+        return [use.node for use in value.uses() if use.node not in self._nodes and use.node not in self._partners]
+
+    def result(self) -> Alignment:
+        for first, second in self._nodes.items():
+            for left, right in zip(first.outputs, second.outputs, strict=False):
+                self.pair_values(left, right)
+        nodes = {node: self._nodes[node] for node in self._left.position if node in self._nodes}
+        changed = [change for first, second in nodes.items() for change in self._changes(first, second)]
+        left_only = tuple(node for node in self._left.position if node not in self._nodes)
+        right_only = tuple(node for node in self._right.position if node not in self._partners)
+        return Alignment(nodes, self._values, left_only, right_only, tuple(changed))
+
+    def _alike(self, left: ir.Node, right: ir.Node) -> bool:
+        """Whether the two may be one node: one operator, with as many inputs, and neither has a partner."""
+        return (
+            _operator(left) == _operator(right)
+            and len(_inputs(left)) == len(_inputs(right))
+            and len(left.outputs) == len(right.outputs)
+            and left not in self._nodes
+            and right not in self._partners
+        )
+
+    def _pair_nodes(self, left: ir.Node, right: ir.Node) -> None:
+        self._nodes[left] = right
+        self._partners.add(right)
+        for first, second in zip(left.outputs, right.outputs, strict=True):
+            self.pair_values(first, second)
+        theirs = _inputs(right)
+        if _operator(left) in _COMMUTATIVE and self._swapped(_inputs(left), theirs):
+            theirs = theirs[::-1]
+        for mine, other in zip(_inputs(left), theirs, strict=True):
+            if mine is not None and other is not None:
+                self.reach(mine, other)
+        for first, second in zip(left.outputs, right.outputs, strict=True):
+            self._go_on(first, second)
+
+    def _go_on(self, left: ir.Value, right: ir.Value) -> None:
+        """Looks at the readers of two tensors, which correspond where what else they read does."""
+        theirs = _readers(right)
+        for key, readers in _readers(left).items():
+            others = theirs.get(key, [])
+            if len(readers) == len(others) == 1:
+                self.reach(readers[0].outputs[0], others[0].outputs[0])
+                continue
+            for reader in readers:
+                ranked = sorted(others, key=lambda other: -self._shared_inputs(reader, other))
+                if ranked and self._shared_inputs(reader, ranked[0]) > 0:
+                    self.reach(reader.outputs[0], ranked[0].outputs[0])
+
+    def _shared_inputs(self, left: ir.Node, right: ir.Node) -> int:
+        """How much speaks for two readers of one tensor being one node: what they read beside it."""
+        pairs = zip(_inputs(left), _inputs(right), strict=False)
+        return sum(self._affinity(a, b) for a, b in pairs if a not in self._values)
+
+    def _swapped(self, mine: Sequence[ir.Value | None], theirs: Sequence[ir.Value | None]) -> bool:
+        """Whether a commutative operator has its two inputs the other way round."""
+        if len(mine) != 2:
+            return False
+        straight = sum(self._affinity(a, b) for a, b in zip(mine, theirs, strict=True))
+        crossed = sum(self._affinity(a, b) for a, b in zip(mine, theirs[::-1], strict=True))
+        return crossed > straight
+
+    def _affinity(self, left: ir.Value | None, right: ir.Value | None) -> int:
+        """How much speaks for two tensors being one."""
+        if left is None or right is None:
+            return 0
+        if left in self._values or right in self._taken:
+            return 4 if self._values.get(left) is right else 0
+        first, second = constant_of(left), constant_of(right)
+        if first is not None or second is not None:
+            if first is None or second is None or first.shape != second.shape:
+                return 0
+            return 3 if parameter_name(str(left.name)) == parameter_name(str(right.name)) else 2
+        above, other = (_behind_casts(value, value.producer()).producer() for value in (left, right))
+        if above is None or other is None or _operator(above) != _operator(other):
+            return 0
+        weights = [{_by_parameter(value) for value in _inputs(node) if value is not None} for node in (above, other)]
+        return 1 + len((weights[0] & weights[1]) - {None})
+
+    def _detour(self, left: ir.Node, right: ir.Node) -> None:
+        """One side has nodes that the other lacks: looks above each for what the other has."""
+        for steps in range(1, _LONGEST_DETOUR + 1):
+            for near, far, forwards in ((left, right, True), (right, left, False)):
+                for node in _above(far, steps):
+                    first, second = (near, node) if forwards else (node, near)
+                    if self._alike(first, second) and self._speaks_for(first, second):
+                        self._pair_nodes(first, second)
+                        return
+
+    def _speaks_for(self, left: ir.Node, right: ir.Node) -> bool:
+        pairs = list(zip(_inputs(left), _inputs(right), strict=True))
+        constants = [(a, b) for a, b in pairs if constant_of(a) is not None or constant_of(b) is not None]
+        if constants:
+            return all(self._affinity(a, b) == 3 for a, b in constants)
+        return any(self._affinity(a, b) > 0 for a, b in pairs)
+
+    def _same_weights(self, key: Callable[[ir.Value], Hashable]) -> Iterator[tuple[ir.Value, ir.Value]]:
+        found = []
+        for side, done in ((self._left, set(self._values)), (self._right, self._taken)):
+            weights = [value for value in side.model.graph.initializers.values() if value not in done]
+            keyed = [(key(value), value) for value in weights]
+            counts = Counter(name for name, _ in keyed)
+            found.append({name: value for name, value in keyed if name is not None and counts[name] == 1})
+        for name, value in found[0].items():
+            if name in found[1]:
+                yield value, found[1][name]
+
+    def _changes(self, left: ir.Node, right: ir.Node) -> Iterator[AttributeChange]:
+        before, after = _settings(left, self._left.opset(left)), _settings(right, self._right.opset(right))
+        for name in dict.fromkeys([*before, *after]):
+            if before.get(name) != after.get(name):
+                yield AttributeChange(left, right, name, before.get(name, "none"), after.get(name, "none"))
+
+
+def _matched_ends(left: Sequence[ir.Value], right: Sequence[ir.Value]) -> Iterator[tuple[ir.Value, ir.Value]]:
+    """By name, and those whose name the other side lacks by position."""
+    names = {str(value.name): value for value in right}
+    rest = [value for value in right if str(value.name) not in {str(other.name) for other in left}]
+    for value in left:
+        other = names.get(str(value.name))
+        if other is None and rest:
+            other = rest.pop(0)
+        if other is not None:
+            yield value, other
+
+
+def _operator(node: ir.Node) -> tuple[str, str]:
+    return ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
+
+
+def _passes_on(node: ir.Node) -> bool:
+    """Whether the operator changes no more than how numbers are held."""
+    return _operator(node) in _CASTS
+
+
+def _behind_casts(value: ir.Value, node: ir.Node | None) -> ir.Value:
+    """What a tensor was before it was cast."""
+    while node is not None and _passes_on(node) and node.inputs[0] is not None:
+        value = node.inputs[0]
+        node = value.producer()
+    return value
+
+
+def _inputs(node: ir.Node) -> list[ir.Value | None]:
+    """The inputs, without those at the end that are left out."""
+    found = list(node.inputs)
+    while found and found[-1] is None:
+        found.pop()
+    return found
+
+
+def _is_constant_node(node: ir.Node) -> bool:
+    return node.op_type == "Constant" and not node.domain
+
+
+def _readers(value: ir.Value) -> dict[tuple[object, int], list[ir.Node]]:
+    """Operator and place of the input → the nodes that read the tensor there."""
+    found: dict[tuple[object, int], list[ir.Node]] = {}
+    for use in value.uses():
+        operator = _operator(use.node)
+        found.setdefault((operator, 0 if operator in _COMMUTATIVE else use.idx), []).append(use.node)
+    return found
+
+
+def _above(node: ir.Node, steps: int) -> list[ir.Node]:
+    """Nodes that are exactly so many steps above, by their shortest way."""
+    seen, frontier = {node}, [node]
+    for _ in range(steps):
+        producers = [value.producer() for below in frontier for value in below.inputs if value is not None]
+        frontier = [above for above in dict.fromkeys(producers) if above is not None and above not in seen]
+        seen |= set(frontier)
+    return frontier
+
+
+def _by_parameter(value: ir.Value) -> str | None:
+    if constant_of(value) is None:
+        return None
+    return parameter_name(str(value.name)) or None
+
+
+def _by_content(value: ir.Value) -> Hashable:
+    tensor = constant_of(value)
+    if tensor is None or tensor.nbytes <= _SPEAKING_BYTES:
+        return None
+    return tensor.dtype, tuple(tensor.shape.numpy()), hashlib.sha256(tensor.tobytes()).digest()
+
+
+def _settings(node: ir.Node, opset: int | None) -> dict[str, str]:
+    """The attributes of a node as texts, those that are left out with the operator's defaults."""
+    found = {name: str(onnx.helper.get_attribute_value(entry)) for name, entry in _defaults(node, opset)}
+    for name, attribute in node.attributes.items():
+        graphs = graphs_in(attribute)
+        found[name] = "; ".join(map(_shape_of_graph, graphs)) if graphs else str(_plain(attribute))
+    return found
+
+
+def _plain(attribute: ir.Attr) -> object:
+    value = attribute.value
+    if attribute.type == ir.AttributeType.TENSOR:
+        tensor = attribute.as_tensor()
+        return f"{tensor.dtype} {tuple(tensor.shape.numpy())} {hashlib.sha256(tensor.tobytes()).hexdigest()[:16]}"
+    if attribute.type == ir.AttributeType.STRING:
+        return attribute.as_string().encode()
+    if attribute.type == ir.AttributeType.FLOAT:
+        return round(float(value), 9)
+    return list(value) if isinstance(value, tuple | list) else value
+
+
+def _defaults(node: ir.Node, opset: int | None) -> Iterator[tuple[str, onnx.AttributeProto]]:
+    if opset is None or not onnx.defs.has(node.op_type, node.domain):
+        return
+    try:
+        schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
+    except onnx.defs.SchemaError:
+        return
+    for name, attribute in schema.attributes.items():
+        if attribute.default_value.type:
+            yield name, attribute.default_value
+
+
+def _shape_of_graph(graph: ir.Graph) -> str:
+    """What a subgraph computes, without names."""
+    return ", ".join(f"{node.op_type}({len(node.inputs)})" for node in graph)

@@ -1,0 +1,131 @@
+"""Which module of the model each node of a graph belongs to, told by the names of the weights that nodes read.
+
+Exporters keep the names of parameters on initializers (`blocks.7.attn.out.weight`), and lose those of modules. A node
+that reads a weight stands in the weight's module. Any other stands between the last such node before it and the first
+behind it: a softmax between `blocks.7.attn.qkv` and `blocks.7.attn.out` is of `blocks.7.attn`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import onnx_ir as ir
+
+# What exporters and optimisers call values that are no parameter of the module.
+_NO_PARAMETER = re.compile(r"(_?v(al)?_?\d+|onnx::.*|.*::.*|/.*|_.*|\d+|constant.*|const_.*)", re.IGNORECASE)
+# What this project's passes, and the fp16 conversion, put behind a parameter's name.
+_MADE_FROM = re.compile(r"\.(transposed|float16|float32|\([\d, ]+\)|folded(\.\d+)?)$")
+
+
+def module_paths(graph: ir.Graph, names: Mapping[ir.Value, str] | None = None) -> dict[ir.Node, str]:
+    """Node → dotted path of its module; "" where no weight with a name is near.
+
+    Args:
+        graph: sorted, as a model that was opened is.
+        names: of weights whose own names are not to be used.
+    """
+    nodes = list(graph)
+    own = [_path_of_weights(node, names or {}) for node in nodes]
+    position = {node: index for index, node in enumerate(nodes)}
+    before = _latest_before(nodes, own, position)
+    after = _earliest_behind(nodes, own, position)
+    return {
+        node: path if path is not None else _between(before[node], after[node], own)
+        for node, path in zip(nodes, own, strict=True)
+    }
+
+
+def parameter_name(name: str) -> str:
+    """The parameter that an initializer was made of by its name; "" where the name is none of a parameter."""
+    if _NO_PARAMETER.fullmatch(name):
+        return ""
+    while match := _MADE_FROM.search(name):
+        name = name[: match.start()]
+    return name
+
+
+def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor of an initializer or of a Constant node's output, None for anything that is computed."""
+    if value is None or value.is_graph_input():
+        return None
+    if value.const_value is not None:
+        return value.const_value
+    node = value.producer()
+    if node is None or node.op_type != "Constant" or node.domain:
+        return None
+    attribute = node.attributes.get("value")
+    if attribute is not None and attribute.type == ir.AttributeType.TENSOR:
+        return attribute.as_tensor()
+    return ir.convenience.get_const_tensor(value)
+
+
+def _path_of_weights(node: ir.Node, names: Mapping[ir.Value, str]) -> str | None:
+    """The module whose weights a node reads, None where it reads none with a name."""
+    parameters = [
+        parameter_name(names.get(value, str(value.name)))
+        for value in node.inputs
+        if value is not None and value.is_initializer() and not value.is_graph_input() and _is_weight(value)
+    ]
+    paths = [_module_of(name) for name in parameters if name]
+    return paths[0] if paths else None
+
+
+def _is_weight(value: ir.Value) -> bool:
+    """Numbers of the code and scales of quantised tensors are scalars, and no place in the model."""
+    tensor = value.const_value
+    return tensor is not None and tensor.dtype.is_floating_point() and tensor.size > 1
+
+
+def _module_of(parameter: str) -> str:
+    head, _, last = parameter.rpartition(".")
+    # A parameter of the model itself, such as a position embedding, is its own place.
+    return head or last
+
+
+def _latest_before(
+    nodes: Iterable[ir.Node], own: list[str | None], position: Mapping[ir.Node, int]
+) -> dict[ir.Node, int | None]:
+    """Node → position of the last node with weights that it depends on."""
+    found: dict[ir.Node, int | None] = {}
+    for node in nodes:
+        above = [value.producer() for value in node.inputs if value is not None]
+        places = [
+            index if own[index] is not None else found[parent]
+            for parent in above
+            if parent is not None and (index := position.get(parent)) is not None
+        ]
+        found[node] = max((place for place in places if place is not None), default=None)
+    return found
+
+
+def _earliest_behind(
+    nodes: list[ir.Node], own: list[str | None], position: Mapping[ir.Node, int]
+) -> dict[ir.Node, int | None]:
+    """Node → position of the first node with weights that depends on it."""
+    found: dict[ir.Node, int | None] = {}
+    for node in reversed(nodes):
+        readers = [use.node for value in node.outputs for use in value.uses()]
+        places = [
+            index if own[index] is not None else found[reader]
+            for reader in readers
+            if (index := position.get(reader)) is not None
+        ]
+        found[node] = min((place for place in places if place is not None), default=None)
+    return found
+
+
+def _between(before: int | None, after: int | None, own: list[str | None]) -> str:
+    first = None if before is None else own[before]
+    last = None if after is None else own[after]
+    if first is None or last is None:
+        return first or last or ""
+    left, right = first.split("."), last.split(".")
+    shared = 0
+    while shared < min(len(left), len(right)) and left[shared] == right[shared]:
+        shared += 1
+    # Between two parts of the model, or two blocks of a list: what ends there belongs to the first.
+    shared = shared or 1
+    if shared < len(left) and left[shared].isdigit():
+        shared += 1
+    return ".".join(left[:shared])
