@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 def main(answers: Path, target: Path) -> None:
-    def read(name: str) -> np.ndarray:
+    def read(name: str) -> np.ndarray[Any, Any]:
         npy = answers / f"{name}.npy"
         return np.load(npy) if npy.exists() else np.array(json.loads((answers / f"{name}.json").read_text()), object)
 
@@ -30,9 +31,16 @@ def main(answers: Path, target: Path) -> None:
     pixels = np.array([read("pixels")[images.index(name)] for name in kept], np.float64)
     exact = (pixels * np.reshape(STD, (3, 1, 1)) + np.reshape(MEAN, (3, 1, 1))) * 255
     assert np.abs(exact - exact.round()).max() < 0.01
-    vectors = {name: np.array(list(read(name)), np.float32) for name in ("text_vectors", "image_vectors")}
-    names = {"texts": json.dumps(texts), "images": json.dumps(images), "kept": json.dumps(kept)}
-    np.savez_compressed(target, ids=ids, levels=exact.round().astype(np.uint8), **vectors, **names)
+    np.savez_compressed(
+        target,
+        ids=ids,
+        levels=exact.round().astype(np.uint8),
+        text_vectors=np.array(list(read("text_vectors")), np.float32),
+        image_vectors=np.array(list(read("image_vectors")), np.float32),
+        texts=np.array(json.dumps(texts)),
+        images=np.array(json.dumps(images)),
+        kept=np.array(json.dumps(kept)),
+    )
 
 
 if __name__ == "__main__":

@@ -92,7 +92,8 @@ def sampled(tensor: torch.Tensor) -> torch.Tensor:
     shorter = min(tensor.shape[1:])
     size = [EDGE if edge == shorter else int(EDGE * edge / shorter) for edge in tensor.shape[1:]]
     resized = torch.nn.functional.interpolate(tensor[None], size, mode="bilinear", align_corners=False)
-    return CenterCrop(EDGE)(resized[0])
+    square: torch.Tensor = CenterCrop(EDGE)(resized[0])
+    return square
 
 
 def on_black(image: Image.Image) -> Image.Image:

@@ -26,7 +26,7 @@ CORPUS = ["a photo of two cats on the mat", "the dog's cafe, 3.14", "a crowded m
 def siglip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
     """The bundle, and the original's tokenizer and model."""
     folder, pieces = tmp_path_factory.mktemp("siglip"), io.BytesIO()
-    settings = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "num_threads": 1, "minloglevel": 2}
+    settings: dict[str, Any] = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "num_threads": 1, "minloglevel": 2}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS * 3), model_writer=pieces, vocab_size=60, hard_vocab_limit=False, **settings
     )
