@@ -14,6 +14,7 @@ FAMILIES = {
     "openclip": "vlm_export.models.openclip.family:OpenClipFamily",
     "altclip": "vlm_export.models.chineseclip.altclip:AltClipFamily",
     "chineseclip": "vlm_export.models.chineseclip.family:ChineseClipFamily",
+    "jinaclip": "vlm_export.models.jinaclip.family:JinaClipFamily",
     "metaclip2": "vlm_export.models.clip.metaclip2:MetaClip2Family",
     "clip": "vlm_export.models.clip.family:ClipFamily",
     "minicpmv": "vlm_export.models.minicpmv.family:MiniCpmVFamily",

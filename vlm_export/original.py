@@ -30,9 +30,15 @@ class TransformersOriginal:
 
 @dataclass(frozen=True)
 class OpenClipOriginal:
-    """open_clip's `image_transform_v2`; `preprocess` is the checkpoint's `preprocess_cfg`."""
+    """open_clip's `image_transform_v2`, for originals that prepare images with it or with a copy of it.
+
+    Attributes:
+        preprocess: the checkpoint's `preprocess_cfg`.
+        rgb_first: the original converts images to RGB before it, which converts them after the crop.
+    """
 
     preprocess: Mapping[str, Any]
+    rgb_first: bool = False
 
 
 @dataclass(frozen=True)

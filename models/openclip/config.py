@@ -233,7 +233,15 @@ _RESIZES: Mapping[str, Literal["shortest_edge", "longest_edge", "stretch"]] = {
 _DEFAULT_FOR_EMPTY = ("mean", "std", "interpolation", "resize_mode")
 
 
-def open_clip_image(section: Any, image_size: int, where: str = FILE, ignored: Iterable[str] = ()) -> Prepared:
+def open_clip_image(
+    section: Any,
+    image_size: int,
+    where: str = FILE,
+    ignored: Iterable[str] = (),
+    *,
+    fields: str = "preprocess_cfg.",
+    library: str = "open_clip",
+) -> Prepared:
     """How a `preprocess_cfg` has images prepared; InputError for what is not done here.
 
     Missing and null fields have open_clip's defaults; of four fields it takes the default for zero and empty values
@@ -242,50 +250,61 @@ def open_clip_image(section: Any, image_size: int, where: str = FILE, ignored: I
     Args:
         where: what states it.
         ignored: other files about the preparation, which open_clip does not read.
+        fields: how the fields are named there, before their own names.
+        library: whose defaults they are: another one may have copied open_clip's transform.
     """
     if not isinstance(section, Mapping):
-        raise _malformed("preprocess_cfg", "an object", section)
+        raise _malformed(f"{where}: {fields.rstrip('.')}", "an object", section)
     config = {k: v for k, v in section.items() if v is not None and (v or k not in _DEFAULT_FOR_EMPTY)}
-    _choose(config, "mode", ("RGB",))
+    place = f"{where}: {fields}"
+    _choose(config, "mode", ("RGB",), place)
     # "random" is for training; images are then resized with the default.
-    resample = _choose(config, "interpolation", ("bicubic", "bilinear", "random"))
-    resize = _RESIZES[_choose(config, "resize_mode", tuple(_RESIZES))]
-    mean, std = _channels(config, "mean", IMAGE_MEAN), _channels(config, "std", IMAGE_STD)
-    if min(std) <= 0:
-        raise _malformed("preprocess_cfg.std", "positive numbers", std)
+    resample = _choose(config, "interpolation", ("bicubic", "bilinear", "random"), place)
+    resize = _RESIZES[_choose(config, "resize_mode", tuple(_RESIZES), place)]
+    mean, std = _channels(config, "mean", IMAGE_MEAN, place), _channels(config, "std", IMAGE_STD, place)
+    if 0 in std:
+        raise _malformed(f"{place}std", "numbers other than zero", std)
+    if min(std) < 0:
+        raise InputError(
+            f"a negative deviation, by which {library} divides, is not computed here",
+            where=f"{place}std",
+            expected="positive numbers",
+            got=f"{list(std)}",
+            fix="correct the file: no training prepares images so",
+        )
     fill = config.get("fill_color", 0)
     if type(fill) is not int or not 0 <= fill <= 255:
-        raise _malformed("preprocess_cfg.fill_color", "an integer from 0 to 255", fill)
+        raise _malformed(f"{place}fill_color", "an integer from 0 to 255", fill)
     filter_: Resample = "bilinear" if resample == "bilinear" else "bicubic"
     spec = torchvision_image_spec(image_size, filter_, "after_crop", mean, std, resize)
     spec = replace(spec, fill=fill if resize == "longest_edge" else 0)
     stated = {"resample": "interpolation", "mean": "mean", "std": "std", "fill": "fill_color"}
     stated |= dict.fromkeys(("resize", "resize_pixels", "crop"), "resize_mode")
-    own = {f"image.{name}": f"{where}: preprocess_cfg.{key}" for name, key in stated.items() if key in config}
-    defaults = {**same_origin(spec, "default of open_clip"), "image.size_pixels": f"{where}: model_cfg.vision_cfg"}
+    own = {f"image.{name}": f"{place}{key}" for name, key in stated.items() if key in config}
+    defaults = {**same_origin(spec, f"default of {library}"), "image.size_pixels": f"{where}: model_cfg.vision_cfg"}
     return spec, Origins({**defaults, **own}, dict.fromkeys(ignored, f"open_clip reads {FILE} alone"))
 
 
-def _choose(section: Mapping[str, Any], key: str, choices: tuple[str, ...]) -> str:
+def _choose(section: Mapping[str, Any], key: str, choices: tuple[str, ...], place: str) -> str:
     """The field's value, the first choice without it; InputError when it is no choice."""
     value = section.get(key, choices[0])
     if value not in choices:
-        raise _malformed(f"preprocess_cfg.{key}", " or ".join(choices), value)
+        raise _malformed(f"{place}{key}", " or ".join(choices), value)
     return str(value)
 
 
-def _channels(config: Mapping[str, Any], key: str, default: Channels) -> Channels:
+def _channels(config: Mapping[str, Any], key: str, default: Channels, place: str) -> Channels:
     value = config.get(key, default)
     values = [value] * 3 if isinstance(value, int | float) else value
     if isinstance(values, list) and len(values) == 1:
         values = values * 3
     is_triple = isinstance(values, list | tuple) and len(values) == 3
     if not is_triple or not all(map(is_number, values)):
-        raise _malformed(f"preprocess_cfg.{key}", "a number or three", value)
+        raise _malformed(f"{place}{key}", "a number or three", value)
     red, green, blue = map(float, values)
     return red, green, blue
 
 
-def _malformed(field: str, expected: str, got: Any) -> InputError:
-    what = f"{FILE} is malformed, or asks for a preparation of images that open_clip does not have"
-    return InputError(what, where=f"{FILE}: {field}", expected=expected, got=f"{got!r:.200}")
+def _malformed(where: str, expected: str, got: Any) -> InputError:
+    what = f"{where.partition(':')[0]} is malformed, or asks for a preparation of images that open_clip does not have"
+    return InputError(what, where=where, expected=expected, got=f"{got!r:.200}")

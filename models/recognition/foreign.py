@@ -27,6 +27,9 @@ _TITLES: Mapping[str, str] = {
     "git": "GIT",
     "groupvit": "GroupViT",
     "instructblip": "InstructBLIP",
+    "jina_clip_text": "the text encoder of Jina CLIP alone",
+    "jina_clip_vision": "the image encoder of Jina CLIP alone",
+    "jina_embeddings_v3": "jina-embeddings-v3, a text encoder alone,",
     "kosmos-2": "Kosmos-2",
     "llava": "LLaVA",
     "llava_next": "LLaVA-NeXT",
@@ -68,7 +71,11 @@ _CLASSES: Mapping[str, tuple[str, str]] = {
 _ENCODERS = {"_vision_model": "image encoder", "_text_model": "text encoder"}
 # Names of tensors, numbers written as N. A model is named where each pattern is found; these are in no family's files.
 _DISTINCT: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("a model with a PEFT adapter that is not merged (LoRA)", (r"(^|\.)lora_(embedding_)?[AB](\.|$)",)),
+    # Jina's own adapters are a parametrization of each weight, with all tasks in one tensor.
+    (
+        "a model with a PEFT adapter that is not merged (LoRA)",
+        (r"(?<!\.parametrizations\.weight\.N)(^|\.)lora_(embedding_)?[AB](\.|$)",),
+    ),
     ("CoCa of open_clip", (r"(^|\.)text_decoder\.(resblocks|cross_attn)\.",)),
     ("CLIPSeg", (r"(^|\.)decoder\.(film_mul|transposed_convolution)\.",)),
     ("OWL-ViT", (r"(^|\.)owlvit\.",)),

@@ -150,6 +150,7 @@ def test_a_config_of_another_family(tmp_path: Path, make_huggingface_clip: Calla
         ({"model_type": "clip", "architectures": ["MyClip"]}, "config.json says clip (MyClip)"),
         ({"model_type": None, "architectures": ["Other"]}, "config.json says Other"),
         ({"model_type": "new_model"}, "config.json says new_model (CLIPModel): this model is not supported"),
+        ({"model_type": "jina_clip_text"}, "the text encoder of Jina CLIP alone is not supported"),
         ({"model_type": 5}, "malformed"),
         ({"architectures": "CLIPModel"}, "malformed"),
     ):

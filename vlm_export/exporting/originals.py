@@ -270,7 +270,11 @@ def _open_clip_images(original: OpenClipOriginal, edge: int) -> ImagePreparation
     stated = transform.merge_preprocess_dict(transform.PreprocessCfg(), {**original.preprocess, "size": edge})
     pipeline = transform.image_transform_v2(transform.PreprocessCfg(**stated), is_train=False)
     name = f"image_transform_v2 of open_clip {version('open_clip_torch')}"
-    return ImagePreparation(name, lambda image: np.asarray(pipeline(image).numpy(), dtype=np.float32))
+
+    def run(image: Image.Image) -> Array:
+        return np.asarray(pipeline(image.convert("RGB") if original.rgb_first else image).numpy(), dtype=np.float32)
+
+    return ImagePreparation(f"{name}, in RGB first" if original.rgb_first else name, run)
 
 
 def _open_clip_tokenizer(folder: Path, original: OpenClipTokenizer, context_length: int) -> TextPreparation:

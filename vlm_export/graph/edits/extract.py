@@ -12,7 +12,7 @@ from vlm_export.graph.core.dead_code import remove_unused_initializers
 from vlm_export.graph.core.inference import Copy, copy_of, known_infos
 from vlm_export.graph.core.names import (
     captured_or_read,
-    find_value,
+    find_values,
     fresh_name,
     graph_of,
     rename_values,
@@ -57,12 +57,12 @@ def extract(model: ir.Model, inputs: Sequence[str] | None, outputs: Sequence[str
         GraphError: an unknown tensor, one of a subgraph or function, an input that the outputs do not need, an input of
             the model that they need besides, or a tensor whose dtype cannot be told.
     """
-    ends = [_main_value(model, name) for name in outputs]
+    ends = _main_values(model, outputs)
     if inputs is None:
         _, read = _between([], ends)
         starts = [value for value in model.graph.inputs if value in read or value in ends]
     else:
-        starts = [_main_value(model, name) for name in inputs]
+        starts = _main_values(model, inputs)
     for kind, values in (("input", starts), ("output", ends)):
         if len(set(values)) < len(values) or (not values and kind == "output"):
             what = f"each {kind} is named once, and there is at least one output"
@@ -94,7 +94,7 @@ def split(model: ir.Model, tensors: Sequence[str]) -> Split:
         GraphError: an unknown tensor, or one of a subgraph; an input or initializer; tensors that do not separate the
             model, since the rest reads more of what is before them, or no output depends on them.
     """
-    cut = [_main_value(model, name) for name in dict.fromkeys(tensors)]
+    cut = _main_values(model, dict.fromkeys(tensors))
     if not cut or any(value.producer() is None for value in cut):
         raise GraphError(
             "a model is split at tensors that its nodes make", got=str(list(tensors)), fix="name outputs of nodes"
@@ -133,13 +133,14 @@ def _names(values: Iterable[ir.Value]) -> list[str]:
     return [str(value.name) for value in values]
 
 
-def _main_value(model: ir.Model, name: str) -> ir.Value:
-    value = find_value(model, name)
-    if graph_of(value) is not model.graph:
-        raise GraphError(
-            f"tensor {name!r} is inside a subgraph, which cannot be cut", fix="name a tensor of the main graph"
-        )
-    return value
+def _main_values(model: ir.Model, names: Iterable[str]) -> list[ir.Value]:
+    """The tensors of these names, looked up in one walk over the model."""
+    values = find_values(model, names)
+    for value in values:
+        if graph_of(value) is not model.graph:
+            what = f"tensor {value.name!r} is inside a subgraph, which cannot be cut"
+            raise GraphError(what, fix="name a tensor of the main graph")
+    return values
 
 
 def _between(starts: Sequence[ir.Value], ends: Iterable[ir.Value]) -> tuple[set[ir.Node], set[ir.Value]]:
