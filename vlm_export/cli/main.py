@@ -41,11 +41,8 @@ VERBS = (
     "embed",
     "search",
     "diff",
-<<<<<<< HEAD
     "bisect",
-=======
     "doctor",
->>>>>>> main
     "graph",
 )
 """Each is a module of `vlm_export.cli`, in the order of the help."""
