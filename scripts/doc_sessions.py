@@ -21,6 +21,7 @@ from doc_pages import README, ROOT, read_pages, write_or_check
 
 SESSION = re.compile(r"(<!-- session -->\n```console\n)(.*?)(```\n<!-- /session -->\n)", re.DOTALL)
 _PROMPT = "$ "
+_STATUS = re.compile(r" # status (\d+)$")
 _NUMBER = re.compile(r"[0-9][0-9.,]*(?:e[-+]?[0-9]+)?")
 _HASH = re.compile(r"\b[0-9a-f]{16,64}\b")
 
@@ -49,7 +50,7 @@ def replayed(page: str, folder: Path) -> str:
     """The page with the output of its sessions, which run one after the other in `folder`.
 
     Raises:
-        RuntimeError: a command failed.
+        RuntimeError: a command ended with another status.
     """
     shutil.copytree(ROOT / "configs" / "demo", folder / "configs" / "demo", dirs_exist_ok=True)
 
@@ -61,8 +62,8 @@ def replayed(page: str, folder: Path) -> str:
 
 
 def output_of(line: str, folder: Path) -> str:
-    """What `$ vlm-export …` prints, both streams together as a terminal shows them."""
-    program, *arguments = shlex.split(line.removeprefix(_PROMPT))
+    """What `$ vlm-export …` prints, both streams together as a terminal shows them; `# status 1` tells how it ends."""
+    program, *arguments = shlex.split(line.removeprefix(_PROMPT), comments=True)
     if program != "vlm-export":
         raise RuntimeError(f"sessions run vlm-export only: {line}")
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "80"}
@@ -70,7 +71,8 @@ def output_of(line: str, folder: Path) -> str:
     done = subprocess.run(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
-    if done.returncode != 0:
+    stated = _STATUS.search(line)
+    if done.returncode != (int(stated[1]) if stated else 0):
         raise RuntimeError(f"{line}\nended with status {done.returncode}:\n{done.stdout}")
     return done.stdout
 

@@ -10,18 +10,32 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from vlm_export.api import VerificationResult, export, verify
     from vlm_export.exporting.pipeline import ExportResult
+    from vlm_export.lab.consumer.report import Diagnosis
+    from vlm_export.lab.doctor import doctor
     from vlm_export.runtime.load import load
     from vlm_export.runtime.model import Model
 
 _HOMES = {
+    "Diagnosis": "vlm_export.lab.consumer.report",
     "ExportResult": "vlm_export.exporting.pipeline",
     "Model": "vlm_export.runtime.model",
     "VerificationResult": "vlm_export.api",
+    "doctor": "vlm_export.lab.doctor",
     "export": "vlm_export.api",
     "load": "vlm_export.runtime.load",
     "verify": "vlm_export.api",
 }
-__all__ = ["ExportResult", "Model", "VerificationResult", "__version__", "export", "load", "verify"]
+__all__ = [
+    "Diagnosis",
+    "ExportResult",
+    "Model",
+    "VerificationResult",
+    "__version__",
+    "doctor",
+    "export",
+    "load",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -30,7 +30,7 @@ def names_in(wheel: Path) -> set[str]:
 
 def expected_names() -> set[str]:
     """Every source file of the package, as the wheel has to name it."""
-    names = {"vlm_export/py.typed"}
+    names = {"vlm_export/py.typed", "vlm_export/lab/consumer/collectors/collect.mjs"}
     for path in [*ROOT.glob("vlm_export/**/*.py"), *ROOT.glob("vlm_export/models/**/*.py")]:
         names.add(path.relative_to(ROOT).as_posix())
     configs = [*ROOT.glob("configs/*.yaml"), ROOT / "configs" / "__init__.py", *ROOT.glob("configs/demo/**/*")]

@@ -30,13 +30,27 @@ from vlm_export.machine_faults import machine_fault
 from vlm_export.runtime.inputs.panic_text import own_process
 from vlm_export.text_display import Lines, shown
 
-VERBS = ("inspect", "export", "verify", "classify", "caption", "ask", "match", "embed", "search", "diff", "graph")
+VERBS = (
+    "inspect",
+    "export",
+    "verify",
+    "classify",
+    "caption",
+    "ask",
+    "match",
+    "embed",
+    "search",
+    "diff",
+    "doctor",
+    "graph",
+)
 """Each is a module of `vlm_export.cli`, in the order of the help."""
 
 _DEFAULT_EXTRA = "export"
 _LONGEST_FIX = 100
-_EPILOG = """exit status: 0 done; 1 verification failed; 2 usage; 3 bad or unsafe input; 4 environment
-(disk, memory, missing package, no network); 70 a defect of vlm-export; 130 interrupted"""
+_EPILOG = """exit status: 0 done; 1 verification failed, or a difference found; 2 usage;
+3 bad or unsafe input; 4 environment (disk, memory, missing package, no network);
+70 a defect of vlm-export; 130 interrupted"""
 
 
 class Parser(argparse.ArgumentParser):

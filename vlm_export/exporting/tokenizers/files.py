@@ -171,7 +171,8 @@ def _openai_tokenizer(
     config = {
         # A tokenizer.json that somebody else wrote may be none that transformers' CLIPTokenizer would make.
         "tokenizer_class": "PreTrainedTokenizerFast" if path.name == JSON else "CLIPTokenizer",
-        "add_prefix_space": False,
+        # transformers 4 sets its own default in a tokenizer.json that says otherwise.
+        "add_prefix_space": bool((json.loads(text).get("pre_tokenizer") or {}).get("add_prefix_space", False)),
         "do_lower_case": True,
         **{key: value for key, value in given.items() if key in _KEPT},
         **named,

@@ -1,0 +1,66 @@
+// Asks transformers.js what it makes of the questions beside this file:
+//   npm install @huggingface/transformers
+//   node collect.mjs MODEL_DIRECTORY [DTYPE]
+// MODEL_DIRECTORY is what your program loads (a bundle is one), DTYPE its variant (default: fp32). The answers go to
+// `answers/` here. Change the calls below to what your own program does.
+import fs from 'node:fs';
+import path from 'node:path';
+import { fileURLToPath } from 'node:url';
+import {
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+    RawImage,
+    env,
+} from '@huggingface/transformers';
+
+const here = path.dirname(fileURLToPath(import.meta.url));
+const model = path.resolve(process.argv[2]);
+env.allowRemoteModels = false;
+env.localModelPath = path.dirname(model);
+const name = path.basename(model);
+const options = { dtype: process.argv[3] ?? 'fp32' };
+
+const tokenizer = await AutoTokenizer.from_pretrained(name);
+const textModel = await CLIPTextModelWithProjection.from_pretrained(name, options);
+const processor = await CLIPImageProcessor.from_pretrained(name);
+const visionModel = await CLIPVisionModelWithProjection.from_pretrained(name, options);
+
+async function answerText(text) {
+    const inputs = await tokenizer([text], { padding: true, truncation: true });
+    const { text_embeds } = await textModel(inputs);
+    return { ids: inputs.input_ids.tolist()[0].map(Number), text_vectors: text_embeds.normalize(2, -1).tolist()[0] };
+}
+
+async function answerImage(file) {
+    const inputs = await processor(await RawImage.read(file));
+    const { image_embeds } = await visionModel(inputs);
+    return { pixels: inputs.pixel_values.tolist()[0], image_vectors: image_embeds.normalize(2, -1).tolist()[0] };
+}
+
+const answers = path.join(here, 'answers');
+fs.mkdirSync(answers, { recursive: true });
+for (const [kind, items, answer, label] of [
+    ['texts', JSON.parse(fs.readFileSync(path.join(here, 'texts.json'), 'utf8')), answerText, (text) => text],
+    [
+        'images',
+        fs.readdirSync(path.join(here, 'images')).sort().map((file) => path.join(here, 'images', file)),
+        answerImage,
+        (file) => path.basename(file),
+    ],
+]) {
+    const kept = [];
+    const columns = {};
+    for (const item of items) {
+        try {
+            for (const [column, value] of Object.entries(await answer(item))) (columns[column] ??= []).push(value);
+            kept.push(label(item));
+        } catch (error) {
+            console.error(`${label(item)}: left out: ${error}`);
+        }
+    }
+    for (const [column, rows] of Object.entries({ ...columns, [kind]: kept })) {
+        fs.writeFileSync(path.join(answers, `${column}.json`), JSON.stringify(rows));
+    }
+}

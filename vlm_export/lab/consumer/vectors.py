@@ -1,0 +1,268 @@
+"""The stages of a model: vectors of texts and of images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from vlm_export.lab.consumer.case import Case, Outputs, Run, unit
+from vlm_export.lab.consumer.inputs import pixel_options
+from vlm_export.lab.consumer.pixels import geometries, scales
+from vlm_export.lab.consumer.report import LEFT, Finding, Stage, explained, named
+from vlm_export.lab.consumer.texts import follows, text_hypotheses
+from vlm_export.proof.metrics import Array
+
+_UNIT = 1e-3
+_SEARCHED = 8
+"""Items that mistakes are tried on."""
+_EXACT, _COARSE, _FOREIGN = 0.9999, 0.98, 0.3
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """What a mistake makes of some items.
+
+    Attributes:
+        rows: float (N, D).
+        left: the share of a difference that it may leave: tokens and graphs are exact, another resize is not.
+    """
+
+    word: str
+    detail: str
+    fix: str
+    rows: Array
+    left: float = 0.05
+
+
+@dataclass(frozen=True)
+class _Side:
+    """What texts and images differ in.
+
+    Attributes:
+        kind: "text" or "image".
+        names: of the items.
+        before: the stage whose results the model is fed.
+        runs: outputs of the model, or of a changed graph, for some items as they should be prepared; the consumer's own
+            preparation where it is known. All but the first are forms in which right consumers may feed the same.
+        others: rows that right consumers may have, for some items.
+        tried: what mistakes in the preparation make of some items.
+    """
+
+    kind: str
+    names: Sequence[str]
+    before: Stage
+    runs: Sequence[Callable[[Sequence[int], Run | None], Outputs]]
+    others: Callable[[Sequence[int]], Iterator[Array]]
+    tried: Callable[[Sequence[int]], Iterator[_Tried]]
+
+
+def text_vector_stage(case: Case, ids: Stage) -> Stage:
+    """A consumer's vectors of texts against the original's."""
+    encoder, given = case.encoder("text"), case.answers.ids
+    output = "" if encoder is None else encoder.output
+
+    def run(numbers: Sequence[int], graph: Run | None) -> Outputs:
+        if given is not None:
+            own = [len(case.rows[i]) if follows(given[i], case.rows[i]) else len(given[i]) for i in numbers]
+            return case.run_texts([given[i] for i in numbers], own, graph)
+        return case.run_texts([case.rows[i] for i in numbers], None, graph)
+
+    def filled(numbers: Sequence[int], graph: Run | None) -> Outputs:
+        rows, limit = [(given or case.rows)[i] for i in numbers], case.session.text_spec.context_length
+        lengths = [len(row) for row in rows]
+        return case.run_texts([row + (case.pad,) * (limit - len(row)) for row in rows], lengths, graph)
+
+    def others(numbers: Sequence[int]) -> Iterator[Array]:
+        yield from _of(case.run_texts([case.rows_alone[i] for i in numbers]), output)
+
+    def tried(numbers: Sequence[int]) -> Iterator[_Tried]:
+        for found in text_hypotheses(case.session.bundle, case.texts, case.rows, case.pad):
+            lengths = None if found.lengths is None else [found.lengths[i] for i in numbers]
+            for rows in _of(case.run_texts([found.rows[i] for i in numbers], lengths), output):
+                yield _Tried(found.word, "", found.fix, rows)
+
+    side = _Side("text", case.text_names, ids, (run, filled), others, tried)
+    return _stage(case, "text vectors", case.answers.text_vectors, side)
+
+
+def image_vector_stage(case: Case, pixels: Stage) -> Stage:
+    """A consumer's vectors of images against the original's."""
+    encoder, given = case.encoder("image"), case.answers.pixels
+    output = "" if encoder is None else encoder.output
+
+    def run(numbers: Sequence[int], graph: Run | None) -> Outputs:
+        made = given if given is not None else case.pixels
+        return {} if made is None else case.run_images([made[i] for i in numbers], graph)
+
+    def others(numbers: Sequence[int]) -> Iterator[Array]:
+        forms = [case.other_pixels[i] for i in numbers]
+        for some in zip(*forms, strict=False):
+            yield from _of(case.run_images(some), output)
+
+    def tried(numbers: Sequence[int]) -> Iterator[_Tried]:
+        spec = case.image_spec
+        if spec is None or case.pixels is None:
+            return
+        for geometry in geometries(spec):
+            options = pixel_options(case, numbers, geometry)
+            if all(options):
+                for rows in _of(case.run_images([choices[0] for choices in options]), output):
+                    yield _Tried(geometry.word, geometry.detail, geometry.fix, rows, LEFT)
+        for scale in scales(spec):
+            made = [scale.change(case.pixels[i], spec).astype(np.float32) for i in numbers]
+            for rows in _of(case.run_images(made), output):
+                yield _Tried(scale.word, scale.detail, scale.fix, rows)
+
+    side = _Side("image", case.image_names, pixels, (run,), others, tried)
+    return _stage(case, "image vectors", case.answers.image_vectors, side)
+
+
+def _of(outputs: Outputs, name: str) -> Iterator[Array]:
+    if name in outputs:
+        yield outputs[name]
+
+
+def _stage(case: Case, name: str, given: Array | None, side: _Side) -> Stage:
+    if given is None:
+        return Stage(name, "not given")
+    encoder, expected = case.encoder(side.kind), case.recorded(side.kind)
+    if encoder is None or expected is None:
+        return Stage(name, "not compared", notes=(f"the bundle has no record of embeddings of {side.kind}s",))
+    stage = Stage(name, "differs", len(given))
+    finite = np.isfinite(given).all(axis=1)
+    if not finite.all():
+        names = tuple(side.names[i] for i in np.flatnonzero(~finite).tolist())
+        fix = "run the model in float32: half precision overflows beyond 65504"
+        finding = Finding("not finite", f"NaN or infinity in {len(names)} rows", fix)
+        return replace(stage, differing=names, findings=(finding,))
+    if given.shape[1] != expected.shape[1]:
+        return replace(stage, differing=tuple(side.names), findings=(_of_width(case, side, given, expected),))
+    wrong, notes = _wrong_rows(case, side, given, expected)
+    scaled = _unscaled(given, expected)
+    if not wrong:
+        return replace(stage, verdict="differs" if scaled else "equal", findings=scaled, notes=notes)
+    stage = replace(stage, differing=tuple(side.names[i] for i in wrong), notes=notes)
+    own = side.runs[0](wrong, None).get(encoder.output) if side.before.verdict == "differs" else None
+    if side.before.verdict == "differs" and own is None:
+        note = f"the bundle's graph does not take your {side.before.name}: mend them first"
+        return replace(stage, verdict="not compared", notes=(*notes, note))
+    if own is not None and case.close(given[wrong], own).all():
+        note = f"the bundle's graph makes these vectors of your {side.before.name}"
+        return replace(stage, verdict="differs" if scaled else "follows", findings=scaled, notes=(*notes, note))
+    cosines = (unit(given) * unit(expected)).sum(axis=1)
+    # Spread over those that differ much and those that differ little: they may differ by other mistakes.
+    ranked = sorted(wrong, key=lambda i: cosines[i])
+    chosen = [ranked[i] for i in np.unique(np.linspace(0, len(ranked) - 1, _SEARCHED).astype(int))]
+    found = tuple(_explained(case, side, given, expected, cosines, chosen))
+    tried = tuple(side.names[i] for i in chosen) if any(finding.items for finding in found) or not found else ()
+    untried = (case.untried[side.kind],) if side.kind in case.untried else ()
+    return replace(stage, tried=tried, findings=(*found, *scaled), notes=(*notes, *untried))
+
+
+def _wrong_rows(case: Case, side: _Side, given: Array, expected: Array) -> tuple[list[int], tuple[str, ...]]:
+    """The rows that are none of a right consumer's, and what is to be said of those that are not the original's."""
+    encoder = case.encoder(side.kind)
+    assert encoder is not None
+    wrong = [int(i) for i in np.flatnonzero(~case.close(given, expected))]
+    first = wrong
+    if wrong and side.before.verdict == "equal":
+        own = side.runs[0](wrong, None).get(encoder.output)
+        if own is not None:
+            wrong = [i for i, near in zip(wrong, case.close(given[wrong], own), strict=True) if not near]
+    elif wrong and side.before.verdict == "not given":
+        fine = np.zeros(len(wrong), bool)
+        for rows in side.others(wrong):
+            fine |= case.close(given[wrong], rows)
+        wrong = [i for i, near in zip(wrong, fine, strict=True) if not near]
+    accepted = tuple(side.names[i] for i in first if i not in wrong)
+    if not accepted:
+        return wrong, ()
+    files = "tokenizer.json" if side.kind == "text" else "preprocessor_config.json"
+    return wrong, (f"as {files} says, which cannot say all that the original does: {named(accepted)}",)
+
+
+def _unscaled(given: Array, expected: Array) -> tuple[Finding, ...]:
+    lengths = np.linalg.norm(given, axis=1)
+    if np.abs(lengths - 1).max() <= _UNIT:
+        return ()
+    raw = np.linalg.norm(expected.astype(np.float64), axis=1)
+    is_raw = np.allclose(lengths, raw, rtol=1e-2)
+    what = ", as the graph gives them" if is_raw else ""
+    evidence = f"rows are {lengths.min():.3g} to {lengths.max():.3g} long{what}, where cosines need rows of length 1"
+    return (Finding("un-normalised", evidence, "divide each vector by its length before products are compared"),)
+
+
+def _of_width(case: Case, side: _Side, given: Array, expected: Array) -> Finding:
+    """A value of the graph that is theirs, or another model."""
+    numbers = list(range(len(given)))[:_SEARCHED]
+    before = np.ones(len(numbers))
+    found = explained(_left(_graph_changes(case, side, numbers), given[numbers], before), before)
+    if found:
+        return _finding(found[0][0], given[numbers], None, ())
+    evidence = f"vectors of {given.shape[1]} numbers; this model's have {expected.shape[1]}"
+    return Finding("another model", evidence, "take the output that the manifest names, of this bundle's graph")
+
+
+def _explained(
+    case: Case, side: _Side, given: Array, expected: Array, cosines: Array, chosen: Sequence[int]
+) -> Iterator[Finding]:
+    """The mistakes that explain the chosen items, or what all items tell."""
+    if _in_another_order(given, expected):
+        fix = "keep the order of the questions: that of texts.json, and images by name"
+        yield Finding("another order", "each vector is one of ours, of another item", fix)
+        return
+
+    def every() -> Iterator[_Tried]:
+        if side.before.verdict == "not given":
+            yield from side.tried(chosen)
+        yield from _graph_changes(case, side, chosen)
+
+    before = 1 - cosines[chosen]
+    mistakes = explained(_left(every(), given[chosen], before), before)
+    for mistake, items in mistakes:
+        names = tuple(side.names[chosen[i]] for i in items)
+        rows = replace(mistake, rows=mistake.rows[items])
+        yield _finding(rows, given[[chosen[i] for i in items]], float(before[items].mean()), names)
+    if not mistakes:
+        yield from _unexplained(cosines)
+
+
+def _in_another_order(given: Array, expected: Array) -> bool:
+    matrix = unit(given) @ unit(expected).T
+    nearest = matrix.argmax(axis=1).tolist()
+    return sorted(nearest) == list(range(len(given))) != nearest and bool((matrix.max(axis=1) >= _EXACT).all())
+
+
+def _unexplained(cosines: Array) -> Iterator[Finding]:
+    if cosines.min() >= _COARSE:
+        evidence = f"cosines are {cosines.min():.6f} to {cosines.max():.6f}, and no other mistake explains them"
+        yield Finding("lower precision", evidence, "compare with --precision fp16 if that is what you run, or run fp32")
+    elif np.abs(cosines).mean() <= _FOREIGN:
+        evidence = f"cosines with ours are {cosines.min():.2f} to {cosines.max():.2f}"
+        yield Finding("another model", evidence, "load this bundle's graphs, and compare vectors of one model alone")
+
+
+def _graph_changes(case: Case, side: _Side, numbers: Sequence[int]) -> Iterator[_Tried]:
+    for graph, changes in case.changed_graphs(side.kind):
+        for run in side.runs:
+            outputs = run(numbers, graph)
+            for change in changes:
+                if change.output in outputs:
+                    yield _Tried(change.word, change.detail, change.fix, outputs[change.output])
+
+
+def _left(tried: Iterator[_Tried], given: Array, before: Array) -> Iterator[tuple[_Tried, Array]]:
+    """What mistakes leave of each row's difference, 1 - cosine; infinity where it is too much."""
+    for found in tried:
+        if found.rows.shape == given.shape and np.isfinite(found.rows).all():
+            left = 1 - (unit(given) * unit(found.rows)).sum(axis=1)
+            yield found, np.where(left <= found.left * before, left, np.inf)
+
+
+def _finding(tried: _Tried, given: Array, before: float | None, items: tuple[str, ...]) -> Finding:
+    left = float(1 - (unit(given) * unit(tried.rows)).sum(axis=1).mean())
+    evidence = f"your vectors equal ours made so: 1 - cosine is {left:.1e}"
+    evidence += "" if before is None else f"; as they should be made: {before:.1e}"
+    return Finding(tried.word, f"{tried.detail}: {evidence}" if tried.detail else evidence, tried.fix, items)
