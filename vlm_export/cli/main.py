@@ -43,6 +43,7 @@ VERBS = (
     "diff",
     "bisect",
     "doctor",
+    "report",
     "graph",
 )
 """Each is a module of `vlm_export.cli`, in the order of the help."""
