@@ -7,7 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,22 @@ def test_bad_files_are_refused(demo: Path, tmp_path: Path) -> None:
     (tmp_path / "ids.npy").write_bytes(b"x")
     with pytest.raises(InputError, match="there twice"):
         vlm_export.doctor(demo, tmp_path)
+
+
+def test_a_graph_is_changed_only_with_the_extra(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith(("vlm_export.lab.consumer.graphs", "onnx_ir"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "onnx_ir", None)
+    answers, _ = recorded("fastembed")
+    vectors = np.random.default_rng(0).standard_normal((16, 128))
+    (stage,) = vlm_export.doctor(demo, {"ids": answers["ids"], "text_vectors": vectors}).wrong
+    assert stage.notes[-1].startswith("pooling, projection and activation were not tried: in your clone: pip install")
+
+
+def test_a_program_of_a_bundle_without_embeddings(nanovlm_bundle: Callable[[str], Path]) -> None:
+    bundle = nanovlm_bundle("450m")
+    with pytest.raises(InputError, match="none of the answers can be compared"):
+        vlm_export.doctor(bundle, {"image_vectors": np.ones((15, 8))})
 
 
 def test_questions_need_a_new_folder_and_a_record(demo: Path, questions: Path, tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ class Case:
             run: a changed graph; None for the bundle's own.
 
         Returns:
-            float32 (N, D) by name; nothing where the graph does not take the rows.
+            float32 (N, D) by name, of outputs of that form; nothing where the graph does not take the rows.
         """
         encoder, spec = self.encoder("text"), self.session.text_spec
         if encoder is None or not rows:
@@ -168,13 +168,14 @@ class Case:
             if not outputs:
                 return {}
             for name, array in outputs.items():
-                found.setdefault(name, []).append(array)
+                if array.ndim == 2:
+                    found.setdefault(name, []).append(array)
         return {name: np.concatenate(arrays) for name, arrays in found.items()}
 
     def run_images(self, pixels: Sequence[Array], run: Run | None = None) -> Outputs:
         """Outputs of the vision part for arrays (3, S, S), as `run_texts`."""
         encoder = self.encoder("image")
-        if encoder is None or not pixels or len({array.shape for array in pixels}) > 1:
+        if encoder is None or self.image_spec is None or len({array.shape for array in pixels}) != 1:
             return {}
         (entry,) = self.session.engine(encoder.part).inputs
         feeds = {entry.name: np.stack(pixels).astype(np.float32)}
