@@ -101,13 +101,21 @@ class Case:
         return made
 
     @cached_property
-    def other_pixels(self) -> list[list[Array]]:
-        """For each image what libraries make of preprocessor_config.json, where they make something else."""
+    def other_forms(self) -> list[list[tuple[ImageSpec, Array]]]:
+        """For each image what libraries may make of preprocessor_config.json, and how, where it is something else."""
         spec, own = self.image_spec, self.pixels
         if spec is None or own is None or PREPROCESSOR_NAME not in self.session.manifest.files:
             return [[] for _ in self.images]
-        made = [[prepared(image, other, preprocess_image) for other in consumer_specs(spec)] for image in self.images]
-        return [[array for array in arrays if array is not None] for arrays in made]
+        found: list[list[tuple[ImageSpec, Array]]] = []
+        for image, ours in zip(self.images, own, strict=True):
+            seen, forms = [ours], list[tuple[ImageSpec, Array]]()
+            for other in consumer_specs(spec):
+                made = prepared(image, other, preprocess_image)
+                if made is not None and not any(np.array_equal(made, known) for known in seen):
+                    seen.append(made)
+                    forms.append((other, made))
+            found.append(forms)
+        return found
 
     def _digest(self, number: int) -> str:
         return asked_images(self.record)[number][1].sha256
