@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 from packaging.requirements import Requirement
 
@@ -259,23 +260,41 @@ def _link_distribution(dist: Distribution, site: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def blip_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The bundle of a variant of BLIP's oracle ("caption", "vqa", …), exported once; tests must not change it."""
-    bundles: dict[str, Path] = {}
+def shared_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`shared_bundle(name, export)`: the bundle of that name, which the first worker exports that needs it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder = folder / "shared"
 
-    def export(variant: str) -> Path:
+    def share(name: str, export: Callable[[Path], object]) -> Path:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Publication is atomic: a bundle that is there is whole.
+        with FileLock(f"{target}.lock"):
+            if not target.exists():
+                export(target)
+        return target
+
+    return share
+
+
+@pytest.fixture(scope="session")
+def blip_bundle(shared_bundle: Callable[..., Path]) -> Callable[[str], Path]:
+    """The bundle of a variant of BLIP's oracle ("caption", "vqa", …), exported once; tests must not change it."""
+
+    def bundle(variant: str) -> Path:
+        return shared_bundle(f"blip/{variant}", lambda target: export(variant, target))
+
+    def export(variant: str, target: Path) -> None:
         from vlm_export.exporting.options import ExportOptions
         from vlm_export.exporting.pipeline import export_bundle
 
-        if variant not in bundles:
-            (checkpoint,) = (BLIP_DATA / variant).glob("*.pth")
-            target = tmp_path_factory.mktemp("blip") / variant
-            options = ExportOptions(opset=17, threads=1, tokenizer=str(BLIP_DATA / "vocab.txt"))
-            export_bundle(str(checkpoint), target, options)
-            bundles[variant] = target
-        return bundles[variant]
+        (checkpoint,) = (BLIP_DATA / variant).glob("*.pth")
+        options = ExportOptions(opset=17, threads=1, tokenizer=str(BLIP_DATA / "vocab.txt"))
+        export_bundle(str(checkpoint), target, options)
 
-    return export
+    return bundle
 
 
 @pytest.fixture(scope="session")
@@ -292,27 +311,25 @@ def blip_record() -> Callable[[str], dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def slice_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def slice_bundle(shared_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The bundle of a variant of MiniCPM-V's oracle ("v1_0" … "v4_5", "omnilmm"), exported once; tests must not change
     it. Slices are as small as those of the recorded images, and it is verified at few sizes."""
-    bundles: dict[str, Path] = {}
 
-    def export(variant: str) -> Path:
+    def bundle(variant: str) -> Path:
+        return shared_bundle(f"minicpmv/{variant}", lambda target: export(variant, target))
+
+    def export(variant: str, target: Path) -> None:
         from vlm_export.exporting import verification
         from vlm_export.exporting.options import ExportOptions
         from vlm_export.exporting.pipeline import export_bundle
 
-        if variant not in bundles:
-            folder = tmp_path_factory.mktemp("minicpmv")
-            source, target = Path(shutil.copytree(MINICPMV_DATA / variant, folder / "source")), folder / variant
-            _shrink_slices(source / "config.json", variant)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(verification, "_LARGE_PART_BYTES", 0)
-                export_bundle(str(source), target, ExportOptions(opset=17, threads=1, with_tokenizer=False))
-            bundles[variant] = target
-        return bundles[variant]
+        source = Path(shutil.copytree(MINICPMV_DATA / variant, tmp_path_factory.mktemp("minicpmv") / "source"))
+        _shrink_slices(source / "config.json", variant)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(verification, "_LARGE_PART_BYTES", 0)
+            export_bundle(str(source), target, ExportOptions(opset=17, threads=1, with_tokenizer=False))
 
-    return export
+    return bundle
 
 
 def _shrink_slices(path: Path, variant: str) -> None:
@@ -328,26 +345,25 @@ def _shrink_slices(path: Path, variant: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def nanovlm_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def nanovlm_bundle(shared_bundle: Callable[..., Path]) -> Callable[[str], Path]:
     """The bundle of a variant of nanoVLM's oracle ("222m", "450m", "split"), exported once; not to be changed."""
-    bundles: dict[str, Path] = {}
 
-    def export(variant: str) -> Path:
+    def bundle(variant: str) -> Path:
+        return shared_bundle(f"nanovlm/{variant}", lambda target: export(variant, target))
+
+    def export(variant: str, target: Path) -> None:
         from vlm_export.exporting import verification
         from vlm_export.exporting.options import ExportOptions
         from vlm_export.exporting.pipeline import export_bundle
 
-        if variant not in bundles:
-            source, target = NANOVLM_DATA / variant, tmp_path_factory.mktemp("nanovlm") / variant
-            with pytest.MonkeyPatch.context() as patch:
-                # Verified at few sizes, as large parts are: the export's own tests look at all of them.
-                patch.setattr(verification, "_LARGE_PART_BYTES", 0)
-                options = ExportOptions(opset=17, threads=1, tokenizer=str(source / "tokenizer"))
-                export_bundle(str(source), target, options)
-            bundles[variant] = target
-        return bundles[variant]
+        source = NANOVLM_DATA / variant
+        with pytest.MonkeyPatch.context() as patch:
+            # Verified at few sizes, as large parts are: the export's own tests look at all of them.
+            patch.setattr(verification, "_LARGE_PART_BYTES", 0)
+            options = ExportOptions(opset=17, threads=1, tokenizer=str(source / "tokenizer"))
+            export_bundle(str(source), target, options)
 
-    return export
+    return bundle
 
 
 @pytest.fixture(scope="session")

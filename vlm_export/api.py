@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,6 +167,34 @@ def export_again(bundle: OpenBundle, source: str, folder: Path, progress: Progre
     target = folder / "exported-again"
     export_bundle(source, target, declared_options(bundle, source), Stages(_listener(progress)))
     return open_bundle(target)
+
+
+@dataclass(frozen=True)
+class SourceModule:
+    """A part as the PyTorch module that a source fills.
+
+    Attributes:
+        names: of its submodules.
+        values: what submodules give and are given; `vlm_export.exporting.module_outputs.module_values`.
+    """
+
+    names: tuple[str, ...]
+    values: Callable[..., dict[str, list[Any]]]
+
+
+@contextmanager
+def source_modules(bundle: OpenBundle, source: str) -> Iterator[dict[str, SourceModule]]:
+    """The parts of a bundle as PyTorch modules, by name; they last as long as the context.
+
+    Raises:
+        InputError: the source's files are not those that the manifest records.
+        EnvironmentFailure: a missing package.
+    """
+    source_kind(source)
+    with _told_if_missing():
+        from vlm_export.exporting.module_outputs import module_values, source_parts, submodules
+    with source_parts(bundle, source) as parts:
+        yield {name: SourceModule(submodules(part), partial(module_values, part)) for name, part in parts.items()}
 
 
 @contextmanager

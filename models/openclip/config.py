@@ -262,8 +262,16 @@ def open_clip_image(
     resample = _choose(config, "interpolation", ("bicubic", "bilinear", "random"), place)
     resize = _RESIZES[_choose(config, "resize_mode", tuple(_RESIZES), place)]
     mean, std = _channels(config, "mean", IMAGE_MEAN, place), _channels(config, "std", IMAGE_STD, place)
-    if min(std) <= 0:
-        raise _malformed(f"{place}std", "positive numbers", std)
+    if 0 in std:
+        raise _malformed(f"{place}std", "numbers other than zero", std)
+    if min(std) < 0:
+        raise InputError(
+            f"a negative deviation, by which {library} divides, is not computed here",
+            where=f"{place}std",
+            expected="positive numbers",
+            got=f"{list(std)}",
+            fix="correct the file: no training prepares images so",
+        )
     fill = config.get("fill_color", 0)
     if type(fill) is not int or not 0 <= fill <= 255:
         raise _malformed(f"{place}fill_color", "an integer from 0 to 255", fill)

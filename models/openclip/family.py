@@ -38,7 +38,7 @@ from vlm_export.models.openclip.config import (
 from vlm_export.models.openclip.hf_text import hf_encoder, pooler_of, text_pad_id, text_vocab_size
 from vlm_export.models.openclip.hub_config import hub_config
 from vlm_export.models.openclip.towers import OpenClipEncoders, build_encoders, reparameterise, sees_padding
-from vlm_export.models.openclip.weights import TEXT_MARKS, text_prefix, weight_table
+from vlm_export.models.openclip.weights import BIAS_KEY, TEXT_MARKS, text_prefix, weight_table, with_zero_bias
 from vlm_export.models.reading.image_processor import Prepared, processor_files, with_chosen_size
 from vlm_export.models.reading.images import ImageExamples, apply_image_size, image_shape
 from vlm_export.models.reading.token_ids import EDGES, random_ids
@@ -63,6 +63,9 @@ class OpenClipOptions(Spec):
     """
 
     model: str = ""
+
+
+_NO_BIAS = "the config states init_logit_bias and the weights have none: it is zero, as where open_clip loads them"
 
 
 class OpenClipFamily:
@@ -99,6 +102,9 @@ class OpenClipFamily:
     def build(self, checkpoint: Checkpoint, store: WeightStore, options: BuildOptions = DEFAULT_BUILD) -> Model:
         stated = stated_by(checkpoint, options)
         architecture, checkpoint = stated.architecture, with_open_clip_names(checkpoint)
+        warnings = stated.warnings
+        if architecture.init_logit_bias is not None and BIAS_KEY not in checkpoint.tensors:
+            checkpoint, warnings = with_zero_bias(checkpoint), (*warnings, _NO_BIAS)
         encoders = build_encoders(architecture)
         dropped = load_weights(encoders, checkpoint, _table(architecture, encoders, checkpoint), store)
         if architecture.vision_cfg.timm_model_name:
@@ -117,7 +123,7 @@ class OpenClipFamily:
             dropped_keys=dropped,
             references={part.name: partial(reference_from_module, part) for part in parts},
             reference_name="unpatched eager module",
-            warnings=stated.warnings,
+            warnings=warnings,
             original=openclip_original.original(checkpoint, architecture, stated.preprocess, parts, store, options),
             origins=origins | _text_origins(architecture),
         )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
+import torch
 from torch import nn
 
+from vlm_export.family import Checkpoint, StoredTensorInfo
 from vlm_export.models.clip.weights import OPENAI_VIT, modified_resnet_table
 from vlm_export.models.layers.vit_weights import OPENAI_BLOCK
 from vlm_export.models.openclip.config import OpenClipArchitecture
@@ -13,6 +16,7 @@ from vlm_export.models.openclip.hf_text import hf_encoder, hf_text_table
 from vlm_export.models.openclip.towers import OpenClipEncoders
 from vlm_export.models.reading.weights import Stacked, Target, Transposed, WeightTable, prefixed, repeat
 
+BIAS_KEY = "logit_bias"
 TEXT_MARKS = ("token_embedding.weight", "text.token_embedding.weight")
 _TEXT: WeightTable = {
     "token_embedding.weight": "token_embedding.weight",
@@ -54,7 +58,7 @@ def weight_table(architecture: OpenClipArchitecture, encoders: OpenClipEncoders,
     """Every key of a checkpoint, whose text encoder's keys begin with `prefix`."""
     table: dict[str, Target] = {"logit_scale": "logit_scale"}
     if architecture.init_logit_bias is not None:
-        table["logit_bias"] = "logit_bias"
+        table[BIAS_KEY] = "logit_bias"
     table |= _vision_table(architecture, encoders.vision)
     # Sizes that OpenAI's archives carry as 0-d integers.
     table |= {"input_resolution": None, "context_length": None, "vocab_size": None}
@@ -98,3 +102,14 @@ def _text_table(architecture: OpenClipArchitecture) -> Mapping[str, Target]:
 
 def _block(layer_scale: bool) -> WeightTable:
     return {**OPENAI_BLOCK, **_SCALES} if layer_scale else OPENAI_BLOCK
+
+
+def with_zero_bias(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the bias that `load_checkpoint` of open_clip (factory.py) puts where a file has none."""
+    read = checkpoint.read
+    return replace(
+        checkpoint,
+        tensors={**checkpoint.tensors, BIAS_KEY: StoredTensorInfo((), "float32")},
+        read=lambda key: torch.zeros(()) if key == BIAS_KEY else read(key),
+        computed=checkpoint.computed | {BIAS_KEY},
+    )

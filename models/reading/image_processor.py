@@ -380,6 +380,15 @@ def _edge(stated: _Stated, key: str, value: Any) -> int:
 
 def _check_size(stated: _Stated, size: Size, crop: tuple[int, int] | None, image_size: int, size_origin: str) -> None:
     """That images come out in the size that the encoder takes; without resize and crop, each image must have it."""
+    if size.resize == "shortest_edge" and crop is None:
+        raise InputError(
+            "the image processor keeps the shape of an image and cuts nothing off, and the image encoder takes squares",
+            where=stated.origin("size"),
+            expected="height and width, or do_center_crop",
+            got=f"{stated.value('size')!r:.200}",
+            fix=f"state what the model was trained with in the file: size as height and width of {image_size}, or "
+            f"do_center_crop with a crop_size of {image_size}",
+        )
     key, made = ("size", size.edges) if crop is None else ("crop_size", crop)
     if any(edge != image_size for edge in made):
         raise InputError(

@@ -163,7 +163,7 @@ def test_embeddings_of_the_bundle_are_those_of_peft(
     import vlm_export
 
     merged = save_adapter(tmp_path, build(), r=4, lora_alpha=8, target_modules=targets)
-    options = ExportOptions(base=str(tmp_path / "base"), with_tokenizer=False)
+    options = ExportOptions(opset=17, threads=1, base=str(tmp_path / "base"), with_tokenizer=False)
     manifest = export_bundle(str(tmp_path / "adapter"), tmp_path / "out", options).manifest
     names = [file.name for file in manifest.source.files]
     assert {"adapter_config.json", "adapter_model.safetensors", "model.safetensors"} <= set(names)

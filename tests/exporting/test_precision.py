@@ -276,9 +276,11 @@ def test_activations_that_overflow_are_not_published(
     tmp_path: Path,
     checkpoint: Path,
     export_fast: Export,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Where they were not measured, as in a huge part."""
+    monkeypatch.setattr(pipeline, "measure_wide", lambda *_: {})
     source = changed_checkpoint(checkpoint, tmp_path, change)
-    export_fast(source, tmp_path / "full", parts=("vision",))
     with pytest.raises(VerificationError, match="vision") as caught:
         export_fast(source, tmp_path / "half", precisions=("fp16",), parts=("vision",))
     assert f"at {seen_by} " in caught.value.where
@@ -287,7 +289,32 @@ def test_activations_that_overflow_are_not_published(
     assert sorted(path.name for path in tmp_path.iterdir() if "half" in path.name) == []
 
 
-def test_weights_that_overflow_are_named(tmp_path: Path, checkpoint: Path, export_fast: Export) -> None:
+def test_activations_that_overflow_stay_in_float32(tmp_path: Path, checkpoint: Path, export_fast: Export) -> None:
+    """The two products around the hidden values of one MLP, and no other matrix."""
+    made = {}
+    for name, source in (
+        ("plain", checkpoint),
+        ("wide", changed_checkpoint(checkpoint, tmp_path, enlarge_hidden_values)),
+    ):
+        result = export_fast(source, tmp_path / name, precisions=("fp16",), parts=("vision",))
+        (variant,) = result.manifest.part("vision").variants
+        graph = ir.load(tmp_path / name / variant.file).graph
+        products = [node for node in graph if node.op_type in ("Gemm", "MatMul")]
+        made[name] = variant, sum(node.outputs[0].dtype == ir.DataType.FLOAT for node in products)
+    assert made["plain"][0].warnings == ()
+    assert made["wide"][1] == made["plain"][1] + 2
+    (warning,) = made["wide"][0].warnings
+    assert "float16's range" in warning
+    model = load(tmp_path / "wide")
+    assert np.isfinite(model.encode_image([DATA / "clip" / "vit_p14" / "image.png"])).all()
+
+
+def test_weights_that_overflow_are_named(
+    tmp_path: Path, checkpoint: Path, export_fast: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing was measured. Else what they make is seen to overflow, and they stay as they are."""
+    monkeypatch.setattr(pipeline, "measure_wide", lambda *_: {})
+
     def enlarge(state: dict[str, torch.Tensor]) -> None:
         state["visual.conv1.weight"][0] *= 1e8
 

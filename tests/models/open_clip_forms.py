@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
+from transformers import AutoConfig
+
+from vlm_export.models.layers.bert import BertSizes
+from vlm_export.models.openclip.hf_text import HF_ENCODERS, HfEncoder, Kind
 
 Config = dict[str, Any]
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 VISION: Config = {"layers": 2, "width": 64, "patch_size": 8, "image_size": 24, "head_width": 32}
 TEXT: Config = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 TIMM: Config = {"timm_model_name": "test_vit", "image_size": 160, "timm_pool": "token", "timm_proj": None}
+
+HF_SIZES = BertSizes(48, 2, 3, 96, 300, 90, 0, 1e-5)
 
 
 def config(preprocess: Config | None = None, /, **fields: Any) -> Config:
@@ -56,3 +65,12 @@ def shake(model: torch.nn.Module, seed: int) -> None:
             elif name.endswith("running_var"):
                 # Several branches are summed behind them.
                 buffer.copy_(4 + 4 * torch.rand(buffer.shape, generator=generator))
+
+
+def save_hf(folder: Path, kind: Kind, pad: int, rows: int, stated: Config, patch: pytest.MonkeyPatch) -> Any:
+    """As `save`, where both libraries find a tiny encoder under the name `tiny`."""
+    encoder = HfEncoder(kind, replace(HF_SIZES, vocab_size=rows), 1 if kind == "xlm-roberta" else 2, pad)
+    patch.setitem(HF_ENCODERS, "tiny", encoder)
+    named = AutoConfig.for_model(kind, **encoder.config_fields)
+    patch.setattr("open_clip.hf_model.AutoConfig", SimpleNamespace(from_pretrained={"tiny": named}.__getitem__))
+    return save(folder, stated)

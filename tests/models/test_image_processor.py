@@ -216,6 +216,7 @@ def test_without_a_file_the_librarys_defaults_are_named(tmp_path: Path) -> None:
         ({**FITTING, "size": {"shortest_edge": "32"}}, "size"),
         ({"size": {"height": 32, "width": 48}, "do_center_crop": False}, "size"),
         ({"size": 40, "do_center_crop": False}, "size"),
+        ({"image_processor_type": "SiglipImageProcessor", "size": {"shortest_edge": SIZE}}, "size"),
         ({**FITTING, "crop_size": {"shortest_edge": 32}}, "crop_size"),
         ({**FITTING, "crop_size": {"height": 32, "width": 24}}, "crop_size"),
         ({**FITTING, "crop_size": None}, "crop_size"),
@@ -243,6 +244,13 @@ def test_what_cannot_be_reproduced_is_refused_by_name(tmp_path: Path, stated: di
     assert caught.value.got
 
 
+def test_a_shortest_edge_without_a_crop_is_the_files_fault(tmp_path: Path) -> None:
+    """Any image but a square would come out in a shape that the model does not take."""
+    stated = {"size": {"shortest_edge": SIZE}, "do_center_crop": False}
+    with pytest.raises(InputError, match="the image encoder takes squares"):
+        read(save(tmp_path / "model", {PROCESSOR_FILE: {"image_processor": stated}}))
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -261,7 +269,7 @@ def test_a_malformed_file_is_named(tmp_path: Path, text: str) -> None:
 
 
 def test_images_that_the_original_refuses_are_refused(tmp_path: Path) -> None:
-    """Without conversion to RGB, transformers fails on all other modes; without a crop, the model on other shapes."""
+    """Without conversion to RGB, transformers fails on all other modes."""
     as_it_is = {"image_processor_type": "ViTImageProcessor", "size": SIZE}
     spec, _ = read(save(tmp_path / "vit", {IMAGE_PROCESSOR_FILE: as_it_is}))
     assert spec.rgb_stage == "never"
@@ -270,10 +278,6 @@ def test_images_that_the_original_refuses_are_refused(tmp_path: Path) -> None:
         preprocess_image(noise(40, 30).convert("L"), spec)
     with pytest.raises(ValueError, match="mean must have"):
         originals(tmp_path / "vit")(images=[noise(40, 30).convert("L")])
-    uncropped, _ = read(save(tmp_path / "uncropped", {IMAGE_PROCESSOR_FILE: {**FITTING, "do_center_crop": False}}))
-    assert_equal(uncropped, originals(tmp_path / "uncropped"), [noise(40, 40)])
-    with pytest.raises(InputError, match="crops nothing"):
-        preprocess_image(noise(40, 30), uncropped)
 
 
 def test_another_size_follows_only_where_it_is_defined(tmp_path: Path) -> None:

@@ -21,30 +21,30 @@ from open_clip.convert import convert_state_dict
 from open_clip.model import CustomTextCLIP
 from PIL import Image
 from timm.models import register_model
-from transformers import AutoConfig
 
 from vlm_export.errors import InputError, UsageError
 from vlm_export.exporting.backends import export_part
 from vlm_export.exporting.simplify import finish_graph
 from vlm_export.exporting.writer import write_graph
 from vlm_export.family import BuildOptions, Checkpoint, Model, StoredTensorInfo
-from vlm_export.models.layers.bert import BertSizes
 from vlm_export.models.openclip import apple
 from vlm_export.models.openclip.config import open_clip_image
 from vlm_export.models.openclip.family import OpenClipFamily, stated_by
-from vlm_export.models.openclip.hf_text import HF_ENCODERS, HfEncoder, Kind
+from vlm_export.models.openclip.hf_text import Kind
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
 from vlm_export.runtime.inputs.images import preprocess_image
 from vlm_export.specs import ImageSpec
-from vlm_export.specs.tasks import EmbedSpec
+from vlm_export.specs.tasks import EmbedSpec, ScoreSpec
 
 duals = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("dual_encoders.py"))))
 forms = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("open_clip_forms.py"))))
 CONFIG = forms.CONFIG
+WEIGHTS = forms.WEIGHTS
 TEXT = forms.TEXT
 VISION = forms.VISION
 config = forms.config
 save = forms.save
+save_hf = forms.save_hf
 text = forms.text
 vision = forms.vision
 Config = dict[str, Any]
@@ -403,7 +403,6 @@ def test_a_mean_of_no_queries_is_refused() -> None:
         ("text_cfg", "layers", 1),
         ("text_cfg", "proj_bias", True),
         (None, "embed_dim", 32),
-        (None, "init_logit_bias", -10),
     ],
 )
 def test_a_config_of_other_weights_is_refused(
@@ -482,6 +481,29 @@ def test_other_preprocessing_is_refused(stated: Config) -> None:
         described({**config(), "preprocess_cfg": stated}, like=config())
 
 
+def test_a_negative_deviation_is_refused_as_what_it_is() -> None:
+    """open_clip divides by it."""
+    with pytest.raises(InputError, match="negative deviation, by which open_clip divides") as caught:
+        described({**config(), "preprocess_cfg": {"std": [0.5, -0.5, 0.5]}}, like=config())
+    assert "preprocess_cfg.std" in caught.value.where
+
+
+def test_a_bias_that_the_weights_lack_is_zero(saved: Path, build_model: Build, tmp_path: Path) -> None:
+    """As where open_clip loads weights that were trained without one."""
+    import open_clip
+
+    (tmp_path / WEIGHTS).symlink_to(saved / WEIGHTS)
+    (tmp_path / CONFIG).write_text(json.dumps(config(init_logit_bias=-10)))
+    original = open_clip.create_model(f"local-dir:{tmp_path}")
+    assert original.logit_bias.item() == 0
+    model = build_model(tmp_path)
+    (task,) = model.tasks
+    assert isinstance(task, EmbedSpec)
+    assert task.score == ScoreSpec("sigmoid", original.logit_scale.item(), 0.0)
+    (warning,) = model.warnings
+    assert "init_logit_bias" in warning
+
+
 def test_names_of_open_clip_say_what_lone_weights_do_not(build_model: Build, tmp_path: Path) -> None:
     stated = FORMS["sigmoid, last of all tokens, projection with a bias"]
     save(tmp_path / "model", stated)
@@ -494,22 +516,12 @@ def test_names_of_open_clip_say_what_lone_weights_do_not(build_model: Build, tmp
         build_model(tmp_path / "model", BuildOptions(family_options={"model": "ViT-B-16"}))
 
 
-HF_SIZES = BertSizes(48, 2, 3, 96, 300, 90, 0, 1e-5)
 HF_FORMS: dict[str, tuple[Kind, int, Config]] = {
     "xlm-r": ("xlm-roberta", 1, {}),
     "roberta, linear": ("roberta", 1, {"hf_proj_type": "linear", "hf_pooler_type": "cls_last_hidden_state_pooler"}),
     "bert, pooled first token": ("bert", 0, {"hf_pooler_type": "cls_pooler"}),
     "bert, no projection": ("bert", 0, {"hf_pooler_type": None, "hf_proj_type": None}),
 }
-
-
-def save_hf(folder: Path, kind: Kind, pad: int, rows: int, stated: Config, patch: pytest.MonkeyPatch) -> Any:
-    """As `save`, where both libraries find a tiny encoder under the name `tiny`."""
-    encoder = HfEncoder(kind, replace(HF_SIZES, vocab_size=rows), 1 if kind == "xlm-roberta" else 2, pad)
-    patch.setitem(HF_ENCODERS, "tiny", encoder)
-    named = AutoConfig.for_model(kind, **encoder.config_fields)
-    patch.setattr("open_clip.hf_model.AutoConfig", SimpleNamespace(from_pretrained={"tiny": named}.__getitem__))
-    return save(folder, stated)
 
 
 # Positions that follow the padding, and pooled tokens behind positions that do not.
@@ -545,45 +557,3 @@ def test_other_text_encoders_are_refused_by_name(name: str) -> None:
         described(config(text_cfg={"hf_model_name": name}), like=config())
     assert "hf_model_name" in caught.value.where
     assert name in str(caught.value)
-
-
-WITH_TOKENIZERS: dict[str, tuple[Config, Config, Config]] = {
-    "sigmoid, canonical texts, longest edge": (
-        {"no_causal_mask": True, "pool_type": "last", "proj_bias": True, "tokenizer_kwargs": {"clean": "canonicalize"}},
-        {"init_logit_bias": -10, "init_logit_scale": 2.0},
-        {"resize_mode": "longest", "fill_color": 99, "interpolation": "bilinear"},
-    ),
-    "end of text by id, texts as they are": ({"pool_type": "eos", "eos_id": 2, "pad_id": 1}, {}, {"mean": 0.5}),
-    "encoder of transformers": ({"hf_model_name": "tiny"}, {}, {}),
-    "first token, lower case": (
-        {"no_causal_mask": True, "pool_type": "first", "tokenizer_kwargs": {"clean": "lower"}},
-        {},
-        {"resize_mode": "squash"},
-    ),
-}
-
-
-@pytest.mark.parametrize("form", WITH_TOKENIZERS)
-def test_images_and_texts_with_a_tokenizer_of_transformers(
-    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import open_clip
-    from open_clip.transform import PreprocessCfg, image_transform_v2
-
-    words, scores, preprocess = WITH_TOKENIZERS[form]
-    tokenizer = duals.unigram_tokenizer(model_max_length=512)
-    rows = text(vocab_size=len(tokenizer), hf_tokenizer_name="nobody/nothing", **words)
-    source, stated = tmp_path / "model", config(preprocess, text_cfg=rows, **scores)
-    original = save_hf(source, "xlm-roberta", 1, len(tokenizer), stated, monkeypatch)
-    tokenizer.save_pretrained(source)
-    bundle = duals.export(source, tmp_path / "out", "--opset", "17", model_type="open_clip")
-    samples = duals.images(24)
-    transform: Any = image_transform_v2(PreprocessCfg(size=24, **preprocess), is_train=False)
-    tokenize = open_clip.get_tokenizer(f"local-dir:{source}")
-    with torch.inference_mode():
-        images = original.encode_image(torch.stack([transform(image) for image in samples]))
-        texts = original.encode_text(tokenize(list(duals.TEXTS)))
-    duals.assert_equal(bundle.encode_image(samples), images, [f"{i.mode} {i.size}" for i in samples])
-    for batch_size in (1, 7):
-        got = bundle.encode_text(duals.TEXTS, truncate=True, batch_size=batch_size)
-        duals.assert_equal(got, texts, duals.TEXTS)

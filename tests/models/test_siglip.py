@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import runpy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import sentencepiece
 import torch
@@ -29,10 +31,16 @@ from transformers import (
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.sources.known import known_names, load_known
 from vlm_export.errors import InputError, UsageError
+from vlm_export.exporting.backends import export_part
+from vlm_export.exporting.simplify import finish_graph, simplify_graph
+from vlm_export.exporting.writer import write_graph
 from vlm_export.family import DEFAULT_BUILD, BuildOptions, Checkpoint, Model
 from vlm_export.models.layers.blocks import meta_modules
 from vlm_export.models.registry import identify, load_family
 from vlm_export.models.siglip.family import SiglipFamily
+from vlm_export.precision.fp16 import convert_to_fp16
+from vlm_export.precision.fp16_rounding import round_every_float16
+from vlm_export.runtime.engines.onnxruntime import OrtEngine
 
 duals = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("dual_encoders.py"))))
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -141,6 +149,43 @@ def test_float16(siglip: tuple[Path, Any], tmp_path: Path) -> None:
     bundle = duals.export(siglip[0], tmp_path / "out", "--opset", "17", "--precision", "fp16")
     precisions = {part.name: [variant.precision for variant in part.variants] for part in bundle.session.manifest.parts}
     assert precisions == {"vision": ["fp16"], "text": ["fp16"]}
+
+
+def spread_mlp(model: Any, factor: float) -> None:
+    """Hidden values of the image encoder's last MLP that are so much larger, and a projection that takes it back.
+
+    Its activation passes values through that are far from zero, so that the embeddings stay what they are, all but.
+    """
+    mlp = model.vision_model.encoder.layers[-1].mlp
+    with torch.no_grad():
+        mlp.fc1.bias.add_(4)
+        for parameter in (mlp.fc1.weight, mlp.fc1.bias):
+            parameter.mul_(factor)
+        mlp.fc2.weight.div_(factor)
+
+
+def test_float16_of_hidden_values_beyond_its_range(siglip: tuple[Path, Any], tmp_path: Path) -> None:
+    """As in SigLIP so400m: float32 is kept where values were seen that float16 does not hold, and only there."""
+    source, _ = siglip
+    shutil.copytree(source, tmp_path / "model")
+    model = SiglipModel.from_pretrained(tmp_path / "model").eval()
+    spread_mlp(model, 2.0**15)
+    model.save_pretrained(tmp_path / "model")
+    bundle = duals.export(tmp_path / "model", tmp_path / "out", "--opset", "17", "--precision", "fp16")
+    assert np.isfinite(bundle.encode_image(duals.images(34))).all()
+    warnings = {part.name: part.variants[0].warnings for part in bundle.manifest.parts}
+    assert len(warnings["vision"]) == 1
+    assert warnings["text"] == ()
+    graph = ir.load(tmp_path / "out" / "onnx" / "vision_model_fp16.onnx").graph
+    products = [node.outputs[0].dtype for node in graph if node.op_type in ("Gemm", "MatMul")]
+    assert products.count(ir.DataType.FLOAT) == 2
+    # Without the measured ranges the same part overflows wherever float16 is computed as hardware does.
+    part = built(identify(open_checkpoint(str(tmp_path / "model")))[1]).parts[0]
+    half = convert_to_fp16(finish_graph(simplify_graph(export_part(part, 17, "torchscript")), part.signature))
+    round_every_float16(half)
+    write_graph(half, tmp_path / "unplanned.onnx")
+    inputs = part.examples({"batch": 2}, 0)
+    assert not np.isfinite(OrtEngine(tmp_path / "unplanned.onnx", threads=1).run(inputs)["image_embeds"]).all()
 
 
 def test_preprocessing_in_the_graph(tmp_path: Path) -> None:

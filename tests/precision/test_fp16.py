@@ -17,6 +17,7 @@ from onnx import numpy_helper
 
 from vlm_export.errors import InputError
 from vlm_export.precision.fp16 import convert_to_fp16
+from vlm_export.precision.fp16_ranges import graph_of_ranges
 from vlm_export.precision.fp16_rounding import round_every_float16
 
 Array = npt.NDArray[Any]
@@ -97,6 +98,27 @@ def test_weights_and_activations_are_halved_and_the_border_stays() -> None:
     feeds = {"x": matrix(3)}
     for rounded in (False, True):
         np.testing.assert_allclose(run(half, feeds, rounded)[0], run(model, feeds)[0], atol=0.05)
+
+
+WIDE = """(float[8, 8] x) => (float[8, 8] p, float[8, 8] y) {
+    p = MatMul(x, w) t = Transpose <perm = [1, 0]> (p) q = MatMul(t, v) y = MatMul(q, v) }"""
+
+
+def test_what_makes_moves_and_reads_a_wide_value_stays_in_float32() -> None:
+    """Such a value was measured to leave the range of float16; what is computed of its readers is halved again."""
+    model = model_of(WIDE, w=np.full((WIDTH, WIDTH), 3e4, np.float32), v=np.full((WIDTH, WIDTH), 1e-3, np.float32))
+    feeds = {"x": np.ones((WIDTH, WIDTH), np.float32)}
+    assert not np.isfinite(run(checked(model), feeds, rounded=True)[1]).all()
+    measured, names = graph_of_ranges(model)
+    ranges = list(zip(names.values(), map(float, run(measured, feeds)), strict=True))
+    assert ranges[:2] == [("p", 240000), ("p", 240000)]
+    assert [name for name, _ in ranges] == ["p", "p", "q", "q", "y", "y"]
+    half = convert_to_fp16(model, {"p"})
+    onnx.checker.check_model(ir.to_proto(half), full_check=True)
+    assert precisions(half, "MatMul") == ["FLOAT", "FLOAT", "FLOAT16"]
+    assert precisions(half, "Transpose") == ["FLOAT"]
+    for found, expected in zip(run(half, feeds, rounded=True), run(model, feeds), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=2e-3)
 
 
 def test_values_that_are_outputs_and_read_on_keep_their_names() -> None:

@@ -41,6 +41,7 @@ VERBS = (
     "embed",
     "search",
     "diff",
+    "bisect",
     "doctor",
     "graph",
 )

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from vlm_export.exporting.options import FP32
 from vlm_export.family import Array, Arrays, Reference
+from vlm_export.precision.fp16_ranges import MOST
 from vlm_export.proof.cached_reference import CachedReference
 from vlm_export.proof.floor import Floor, FloorJudge
 from vlm_export.proof.golden import golden_points
@@ -190,8 +191,10 @@ def _marked(value: Any) -> Any:
 
 
 def _rounded(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.dtype == torch.float32:
-        return value.half().float()
+    """To float16, unless it holds what a graph keeps in float32 for its range (`precision/fp16_ranges.py`)."""
+    if isinstance(value, Tensor) and value.dtype == torch.float32 and value.numel():
+        low, high = torch.aminmax(value)
+        return value if max(-float(low), float(high)) > MOST else value.half().float()
     return value
 
 

@@ -21,6 +21,7 @@ from vlm_export.errors import VerificationError, VlmExportError
 from vlm_export.exporting.backends import Exporter, choose_exporter, choose_lowerings, export_part
 from vlm_export.exporting.bundle_manifest import check_publishable, manifest_from_model, with_contract
 from vlm_export.exporting.contract import prove_contract, sides_of
+from vlm_export.exporting.fp16_ranges import measure_wide, wide_warning
 from vlm_export.exporting.ledger import account_for, folded_sources
 from vlm_export.exporting.options import FP32, ExportOptions, Precision
 from vlm_export.exporting.parts import check_images, needed_bytes, planned_parts
@@ -149,7 +150,7 @@ class _Written:
 class _Exported:
     """A part's written graphs, and the back end's own graph in case a simplified one turns out to differ."""
 
-    part: Part
+    verification: PartVerification
     raw: ir.Model
     variants: tuple[_Written, ...]
 
@@ -192,36 +193,48 @@ class _Job:
                 except (RuntimeError, ValueError, VerificationError) as error:
                     warnings.append(f"simplification failed, so the graph is not simplified: {error}")
         raw = finish_graph(raw, part.signature)
+        samples = part_samples(part, self.model, self.tokenizer, self.options.images)
+        verification = PartVerification(part, self.model, self.opened.known, samples)
         variants = tuple(
-            self._write(simplified or raw, part, precision, warnings, simplified=simplified is not None)
+            self._write(simplified or raw, verification, precision, warnings, simplified=simplified is not None)
             for precision in self.options.precisions
         )
-        return _Exported(part, raw, variants)
+        return _Exported(verification, raw, variants)
 
     def _write(
-        self, graph: ir.Model, part: Part, precision: Precision, warnings: Sequence[str], *, simplified: bool
+        self,
+        graph: ir.Model,
+        verification: PartVerification,
+        precision: Precision,
+        warnings: Sequence[str],
+        *,
+        simplified: bool,
     ) -> _Written:
+        part, wide = verification.part, {}
+        if precision != FP32:
+            with self.stages.stage(f"measure {part.name}"):
+                wide = measure_wide(graph, verification, self.staging.path / _SCRATCH, self.options.threads)
+            warnings = [*warnings, *wide_warning(wide)]
         with self.stages.stage(f"write {variant_label(part, precision)}"):
             path = self.staging.file(layout.graph_path(part.name, precision))
             computed = folded_sources(graph)
             if precision != FP32:
-                graph = convert_to_fp16(graph)
+                graph = convert_to_fp16(graph, wide)
             with _own_errors():
                 paths = write_graph(graph, path, self.options.external_data_threshold_bytes)
             return _Written(precision, paths, computed, rounded_from(graph), simplified, tuple(warnings))
 
     def verify(self, exported: _Exported) -> _Proved:
         """Proves the part's variants, accounts for their weights and records golden inputs and outputs."""
-        part = exported.part
-        samples = part_samples(part, self.model, self.tokenizer, self.options.images)
-        verification = PartVerification(part, self.model, self.opened.known, samples)
+        verification = exported.verification
+        part = verification.part
         with self.stages.stage(f"load reference of {part.name}"):
             reference = verification.load_reference()
         results = [
             self._verify_variant(written, exported.raw, verification, reference) for written in exported.variants
         ]
         with self.stages.stage(f"record golden of {part.name}"):
-            records = golden_from_reference(part, reference, verification.golden_points(), samples[:1])
+            records = golden_from_reference(part, reference, verification.golden_points(), verification.samples[:1])
             write_golden(self.staging.path, part.name, records)
         variants = tuple(self._record(written, report) for written, report in results)
         ledgers = tuple(
@@ -239,8 +252,7 @@ class _Job:
             why = f"the simplified graph differs, so this one is not simplified: {report.first_failure()}"
             for path in written.paths:
                 path.unlink()
-            warnings = (*written.warnings, why)
-            written = self._write(raw, verification.part, written.precision, warnings, simplified=False)
+            written = self._write(raw, verification, written.precision, [why], simplified=False)
             report = self._compare(written, verification, reference)
         try:
             report.raise_if_failed()

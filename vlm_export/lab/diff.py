@@ -69,17 +69,8 @@ def diff(
         EnvironmentFailure: a source, without the packages that exporting needs.
     """
     options = options or DiffOptions()
-    for side in (left, right):
-        check_path(side, "a bundle, a graph or a source")
-    graphs = [_is_graph(Path(side)) for side in (left, right)]
-    if all(graphs):
+    if are_graphs(left, right):
         return _diff_graphs(Path(left), Path(right), options)
-    if any(graphs):
-        raise UsageError(
-            "a graph is compared with a graph, a bundle with a bundle or its source",
-            got=f"{left} and {right}",
-            fix="name the graph inside the bundle, such as DIR/onnx/text_model.onnx",
-        )
     if options.inputs:
         raise UsageError("inputs are for two graphs", got="bundles, which hold inputs of their own")
     bundle, names = open_bundle(left), (str(left), str(right))
@@ -89,8 +80,18 @@ def diff(
         return diff_bundles(bundle, export_again(bundle, str(right), Path(folder), progress), options, names)
 
 
-def _is_graph(path: Path) -> bool:
-    return path.suffix == ".onnx" and not path.is_dir()
+def are_graphs(left: str | Path, right: str | Path) -> bool:
+    """Whether two sides are graphs, and not bundles; UsageError where one is and the other is not."""
+    for side in (left, right):
+        check_path(side, "a bundle, a graph or a source")
+    graphs = [Path(side).suffix == ".onnx" and not Path(side).is_dir() for side in (left, right)]
+    if any(graphs) and not all(graphs):
+        raise UsageError(
+            "a graph is compared with a graph, a bundle with a bundle or its source",
+            got=f"{left} and {right}",
+            fix="name the graph inside the bundle, such as DIR/onnx/text_model.onnx",
+        )
+    return all(graphs)
 
 
 def diff_bundles(

@@ -15,7 +15,7 @@ from vlm_export.graph.core.onnxruntime_session import Array
 from vlm_export.graph.look.show import type_text
 from vlm_export.lab.alignment import Alignment, align
 from vlm_export.lab.differences import Difference, named
-from vlm_export.lab.module_paths import constant_of, module_paths, parameter_name
+from vlm_export.lab.module_paths import constant_of, joined, module_paths, parameter_name
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _BLOCK_VALUES = 1 << 22
@@ -58,13 +58,9 @@ class PairedPaths:
     def of(cls, left: ir.Model, right: ir.Model, alignment: Alignment, where: str) -> PairedPaths:
         """Nodes that only the right has are named by their neighbours, whose names are the left's."""
         names = {other: str(value.name) for value, other in alignment.weights()}
-        own = {node: _joined(where, path) for node, path in module_paths(left.graph).items()}
-        other = {node: _joined(where, path) for node, path in module_paths(right.graph, names).items()}
+        own = {node: joined(where, path) for node, path in module_paths(left.graph).items()}
+        other = {node: joined(where, path) for node, path in module_paths(right.graph, names).items()}
         return cls(own, other | {second: own[first] for first, second in alignment.nodes.items()})
-
-
-def _joined(where: str, path: str) -> str:
-    return f"{where}.{path}" if where and path else where or path
 
 
 def _interface(left: ir.Model, right: ir.Model, where: str) -> Iterator[Difference]:
@@ -168,7 +164,7 @@ def _weights(alignment: Alignment, paths: PairedPaths, where: str, tolerance: fl
         before, after = constant_of(left), constant_of(right)
         assert before is not None
         assert after is not None
-        name = _joined(where, parameter_name(str(left.name)) or str(left.name))
+        name = joined(where, parameter_name(str(left.name)) or str(left.name))
         if before.shape != after.shape:
             shapes = (str(list(tensor.shape.numpy())) for tensor in (before, after))
             changed.append((float("inf"), Difference("weights", name, "shape", *shapes)))

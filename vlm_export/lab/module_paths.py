@@ -8,7 +8,8 @@ behind it: a softmax between `blocks.7.attn.qkv` and `blocks.7.attn.out` is of `
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 
 import onnx_ir as ir
 
@@ -43,6 +44,17 @@ def parameter_name(name: str) -> str:
     while match := _MADE_FROM.search(name):
         name = name[: match.start()]
     return name
+
+
+def joined(where: str, path: str) -> str:
+    """The path with what stands before it, such as a part's name; either may be empty."""
+    return f"{where}.{path}" if where and path else where or path
+
+
+def shared_path(paths: Sequence[str]) -> str:
+    """The module that all the paths lie in: the longest beginning that they share."""
+    steps = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(step[0] for step in takewhile(lambda step: len(set(step)) == 1, steps))
 
 
 def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 
 import numpy as np
@@ -16,22 +17,31 @@ _ROUNDED_FROM = "vlm_export.rounded_from"
 _SUFFIXES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16"}
 
 
-def convert_to_fp16(model: ir.Model) -> ir.Model:
+def convert_to_fp16(model: ir.Model, wide: Collection[str] = ()) -> ir.Model:
     """A copy in half precision whose inputs and outputs are the model's own; the model is left as it was.
 
     Weights are converted one at a time, when they are written: memory stays flat.
+
+    Args:
+        wide: names of values that float16 does not hold, as measured (`fp16_ranges`): what makes or reads them stays
+            in float32.
 
     Raises:
         InputError: the graph has nested graphs or values of unknown dtype; when it is written, also for a weight that
             float16 cannot hold.
     """
+    work, plan = planned_copy(model, wide)
+    _Conversion(work.graph, plan).run()
+    return work
+
+
+def planned_copy(model: ir.Model, wide: Collection[str] = ()) -> tuple[ir.Model, Plan]:
+    """A copy as it is before its conversion, and the plan for it; arguments and errors as in `convert_to_fp16`."""
     work = model.clone()
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(work)
     _require_dtypes(work)
     work.graph.sort()
-    plan = plan_fp16(work)
-    _Conversion(work.graph, plan).run()
-    return work
+    return work, plan_fp16(work, wide)
 
 
 def rounded_from(model: ir.Model) -> dict[str, ir.TensorProtocol]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -49,9 +49,13 @@ class Plan:
     float32_weights: frozenset[str]
 
 
-def plan_fp16(model: ir.Model) -> Plan:
-    """The plan for a graph in topological order, whose values all have a dtype, without nested graphs."""
-    planner = _Planner(model.graph, model.graph.opset_imports.get("", 0))
+def plan_fp16(model: ir.Model, wide: Collection[str] = ()) -> Plan:
+    """The plan for a graph in topological order, whose values all have a dtype, without nested graphs.
+
+    Args:
+        wide: names of activations that float16 does not hold.
+    """
+    planner = _Planner(model.graph, model.graph.opset_imports.get("", 0), set(wide))
     for node in model.graph:
         planner.visit(node)
     planner.settle_moves()
@@ -84,6 +88,7 @@ class _Planner:
     """Visits nodes in the order of the graph.
 
     Attributes:
+        wide: names of activations that float16 does not hold; what moves one gives another.
         origins: of every float32 value, and of sequences.
         unfit: values that float16 cannot hold: constants out of its range, and what is made of them and no activation.
         float32: nodes that stay, but for moves before `settle_moves`.
@@ -92,6 +97,7 @@ class _Planner:
 
     graph: ir.Graph
     opset: int
+    wide: set[str]
     origins: dict[ir.Value, Origin] = field(default_factory=dict)
     unfit: set[ir.Value] = field(default_factory=set)
     float32: set[ir.Node] = field(default_factory=set)
@@ -116,6 +122,8 @@ class _Planner:
             self.unfit.update(outputs)
         if not inputs and not outputs:
             return
+        if node.op_type in MOVES and self._is_wide(inputs):
+            self.wide.update(str(value.name) for value in outputs)
         if self._stays(node, origin, has_unfit):
             self.float32.add(node)
         elif node.op_type in MOVES:
@@ -136,9 +144,14 @@ class _Planner:
             return bool(float_inputs(node)) or origin is Origin.COUNT
         if node.op_type in FLOAT32_OPERATORS or is_bound_to_float32(node) or not takes_float16(node, self.opset):
             return True
+        if self._is_wide((*float_inputs(node), *float_outputs(node))):
+            return True
         if node.op_type in MOVES:
             return False
         return has_unfit or (node.op_type in ARITHMETIC and _is_beside_a_reduction(node))
+
+    def _is_wide(self, values: Iterable[ir.Value]) -> bool:
+        return any(value.name in self.wide for value in values)
 
     def settle_moves(self) -> None:
         """Moves between nodes of float32 stay, so that nothing is rounded between; those of weights follow readers."""

@@ -1,4 +1,4 @@
-"""Graphs run in ONNX Runtime as they are written: one thread, none of its optimisations."""
+"""Graphs run in ONNX Runtime as they are written: one thread, and none of its optimisations unless asked for."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ _NUMPY_KINDS: Mapping[str, str] = {
 }
 
 
-def start_session(model: bytes | str) -> onnxruntime.InferenceSession:
+def start_session(model: bytes | str, *, optimised: bool = False) -> onnxruntime.InferenceSession:
     """Starts a session of a serialised graph, or of a file."""
     options = onnxruntime.SessionOptions()
     # Its messages go to the caller as errors; nothing is printed beside them.
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return interrupts.start_session(model, options, providers=["CPUExecutionProvider"])
 
 

@@ -62,8 +62,12 @@ class Program(Protocol):
 class ModelProgram:
     """One model. Its sessions, one per set of wanted tensors, start when they are first run."""
 
-    def __init__(self, model: ir.Model) -> None:
-        self._model = model
+    def __init__(self, model: ir.Model, *, optimised: bool = False) -> None:
+        """
+        Args:
+            optimised: let onnxruntime rewrite the graph, which gives other roundings.
+        """
+        self._model, self._optimised = model, optimised
         self.inputs = {str(value.name): value for value in model.graph.inputs}
         self.outputs = {str(value.name): value for value in model.graph.outputs}
         self.weights = weights_among_inputs(model)
@@ -81,7 +85,7 @@ class ModelProgram:
         fed = {name: feeds[name] if name in feeds else self._default(name) for name in wanted if name in self.inputs}
         computed = tuple(name for name in dict.fromkeys(wanted) if name not in fed)
         if computed and computed not in self._sessions:
-            self._sessions[computed] = _Session(self._model, computed)
+            self._sessions[computed] = _Session(self._model, computed, self._optimised)
         outputs = self._sessions[computed].run(feeds) if computed else []
         results = fed | dict(zip(computed, outputs, strict=True))
         return [results[name] for name in wanted]
@@ -95,20 +99,20 @@ class ModelProgram:
 
 
 class _Session:
-    def __init__(self, model: ir.Model, wanted: Sequence[str]) -> None:
+    def __init__(self, model: ir.Model, wanted: Sequence[str], optimised: bool = False) -> None:
         scratch = copy_of(model).model
         known = {str(value.name): value for node in scratch.graph for value in node.outputs}
         known |= {str(value.name): value for value in (*scratch.graph.initializers.values(), *scratch.graph.outputs)}
         scratch.graph.outputs[:] = [known[name] for name in wanted]
         self._weights = _detached(scratch)
         try:
-            self._session = start_session(ir.to_proto(scratch).SerializeToString())
+            self._session = start_session(ir.to_proto(scratch).SerializeToString(), optimised=optimised)
             ends = zip(scratch.graph.outputs, self._session.get_outputs(), strict=True)
             odd_outputs = [value for value, entry in ends if numpy_lacks(entry.type)]
             odd_inputs = [entry.name for entry in self._session.get_inputs() if numpy_lacks(entry.type)]
             if odd_outputs or odd_inputs:
                 _cast_ends(scratch.graph, odd_inputs, odd_outputs)
-                self._session = start_session(ir.to_proto(scratch).SerializeToString())
+                self._session = start_session(ir.to_proto(scratch).SerializeToString(), optimised=optimised)
         # onnxruntime's own classes share no base but Exception.
         except Exception as error:
             raise machine_fault(error, "onnxruntime") or GraphError(

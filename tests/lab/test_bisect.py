@@ -1,0 +1,218 @@
+"""`bisect`: names the module that differs, whatever differs before and behind it, and is silent about rounding."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from vlm_export.errors import GraphError, InputError, UsageError, VerificationError
+from vlm_export.lab.bisect import Bisection, BisectOptions, bisect, bisection_plot
+
+Change = Callable[[ir.Model], None]
+
+
+def graph_of(bundle: Path, part: str) -> Path:
+    return bundle / "onnx" / f"{part}_model.onnx"
+
+
+def planted(bundle: Path, part: str, folder: Path, change: Change, output: Path | None = None) -> Bisection:
+    """A part against itself with a fault."""
+    model = ir.load(graph_of(bundle, part))
+    change(model)
+    ir.save(model, folder / "faulty.onnx")
+    (found,) = bisect(graph_of(bundle, part), folder / "faulty.onnx", BisectOptions(output=output))
+    return found
+
+
+def weight_change(name: str, change: Callable[[np.ndarray], None]) -> Change:
+    def apply(model: ir.Model) -> None:
+        tensor = model.graph.initializers[name].const_value
+        assert tensor is not None
+        values = tensor.numpy().copy()
+        change(values)
+        model.graph.initializers[name].const_value = ir.tensor(values)
+
+    return apply
+
+
+def negate_one(values: np.ndarray) -> None:
+    values.reshape(-1)[7] *= -1
+
+
+def double(values: np.ndarray) -> None:
+    values *= 1.001
+
+
+def epsilon(number: int) -> Change:
+    def apply(model: ir.Model) -> None:
+        norm = [node for node in model.graph if node.op_type == "LayerNormalization"][number]
+        norm.attributes["epsilon"] = ir.AttrFloat32("epsilon", 1.1e-5)
+
+    return apply
+
+
+def without_mask(model: ir.Model) -> None:
+    softmax = [node for node in model.graph if node.op_type == "Softmax"][1]
+    assert softmax.inputs[0] is not None
+    mask = softmax.inputs[0].producer()
+    assert mask is not None
+    softmax.replace_input_with(0, mask.inputs[0])
+
+
+def plain_gelu(model: ir.Model) -> None:
+    """x · sigmoid(1.702 x) becomes Gelu(x) in one block."""
+    product = [node for node in model.graph if node.op_type == "Mul" and reads_sigmoid(node)][2]
+    new = ir.node("Gelu", [product.inputs[0]], version=20)
+    model.graph.opset_imports[""] = 20
+    ir.convenience.replace_nodes_and_values(model.graph, product, [product], [new], product.outputs, new.outputs)
+
+
+def reads_sigmoid(node: ir.Node) -> bool:
+    makers = [value.producer() for value in node.inputs if value is not None]
+    return any(maker is not None and maker.op_type == "Sigmoid" for maker in makers)
+
+
+def other_heads(model: ir.Model) -> None:
+    """The axes of one block's heads are mixed up in a way that shapes do not show."""
+    softmax = next(node for node in model.graph if node.op_type == "Softmax")
+    softmax.attributes["axis"] = ir.AttrInt64("axis", -2)
+
+
+def scaled_output(model: ir.Model) -> None:
+    last = model.graph.outputs[0].producer()
+    assert last is not None
+    half = ir.val("half", ir.DataType.FLOAT, [], const_value=ir.tensor(np.float32(1.0001)))
+    model.graph.initializers["half"] = half
+    scaled = ir.node("Mul", [last.inputs[0], half])
+    model.graph.insert_before(last, scaled)
+    last.replace_input_with(0, scaled.outputs[0])
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "module"),
+    [
+        ("vision", weight_change("blocks.2.mlp.fc2.bias", negate_one), "blocks.2.mlp.fc2"),
+        ("vision", weight_change("blocks.0.attn.qkv.weight.transposed", negate_one), "blocks.0.attn.qkv"),
+        ("vision", weight_change("position_embedding", double), "position_embedding"),
+        ("text", weight_change("norm.weight", double), "norm"),
+        ("text", epsilon(3), "blocks.1.norm2"),
+        ("text", without_mask, "blocks.1.attn"),
+        ("vision", plain_gelu, "blocks.2.mlp"),
+        ("text", other_heads, "blocks.0.attn"),
+        ("vision", scaled_output, "projection"),
+    ],
+)
+def test_the_module_that_differs_is_named(part: str, change: Change, module: str, demo: Path, tmp_path: Path) -> None:
+    found = planted(demo, part, tmp_path, change)
+    assert found.samples >= 8
+    assert [region.path for region in found.regions if region.parts] == [module]
+    with pytest.raises(VerificationError, match="the two part") as error:
+        found.raise_if_parted()
+    assert error.value.where == module
+
+
+def test_each_of_two_faults_is_named_and_the_first_comes_first(demo: Path, tmp_path: Path) -> None:
+    def both(model: ir.Model) -> None:
+        weight_change("blocks.3.norm1.bias", negate_one)(model)
+        weight_change("blocks.1.attn.out.bias", negate_one)(model)
+
+    found = planted(demo, "vision", tmp_path, both)
+    assert [region.path for region in found.regions if region.parts] == ["blocks.1.attn.out", "blocks.3.norm1"]
+    assert "blocks.1.attn.out.bias" in str(found.causes)
+    behind = found.regions[[region.path for region in found.regions].index("blocks.1.attn.out") + 1]
+    assert behind.own == 0 < behind.total
+
+
+def test_an_equal_graph_parts_nowhere(demo: Path, tmp_path: Path) -> None:
+    found = planted(demo, "text", tmp_path, lambda _model: None)
+    assert {(region.own, region.total) for region in found.regions} == {(0.0, 0.0)}
+    found.raise_if_parted()
+
+
+def test_rounding_to_half_is_no_fault_and_an_overflow_is(demo: Path, copied: Path) -> None:
+    for found in bisect(demo, demo, BisectOptions(right_precision="fp16")):
+        assert found.first is None
+        assert 1e-5 < found.regions[-1].total < 1e-2
+
+    half = copied / "onnx" / "vision_model_fp16.onnx"
+    model = ir.load(half)
+    weight_change("blocks.1.mlp.fc1.bias", lambda values: values.__setitem__(0, 60000))(model)
+    whole = ir.load(graph_of(demo, "vision"))
+    weight_change("blocks.1.mlp.fc1.bias", lambda values: values.__setitem__(0, 60000))(whole)
+    weight_change("blocks.1.mlp.fc2.weight.transposed", lambda values: values.__setitem__((0, 0), 3))(model)
+    weight_change("blocks.1.mlp.fc2.weight.transposed", lambda values: values.__setitem__((0, 0), 3))(whole)
+    ir.save(model, half)
+    ir.save(whole, copied / "whole.onnx")
+    (found,) = bisect(copied / "whole.onnx", half)
+    assert found.first is not None
+    assert found.first.path == "blocks.1.mlp.fc2"
+    assert found.first.own == np.inf
+
+
+def test_the_original_in_pytorch_agrees_and_a_fault_of_the_graph_is_named(
+    demo: Path, copied: Path, relist: Callable[[Path], None]
+) -> None:
+    agreed = bisect(demo, "clip-demo")
+    assert [found.first for found in agreed] == [None, None]
+    assert all(found.regions[-1].tensor in ("image_embeds", "text_embeds") for found in agreed)
+
+    path = copied / "onnx" / "vision_model.onnx"
+    model = ir.load(path)
+    plain_gelu(model)
+    ir.save(model, path)
+    relist(copied)
+    (found,) = bisect(copied, "clip-demo", BisectOptions(part="vision", output=copied / "culprit"))
+    assert found.first is not None
+    assert found.first.path == "vision.blocks.2.mlp"
+    assert (copied / "culprit" / "vision" / "region.onnx").is_file()
+
+
+def test_the_module_is_written_as_a_model_that_shows_the_fault(demo: Path, tmp_path: Path) -> None:
+    found = planted(demo, "text", tmp_path, epsilon(1), tmp_path / "culprit")
+    session = onnxruntime.InferenceSession(found.subgraph)
+    inputs = dict(np.load(tmp_path / "culprit" / "inputs.npz"))
+    (expected,) = np.load(tmp_path / "culprit" / "expected.npz").values()
+    (got,) = session.run(None, inputs)
+    assert got.shape == expected.shape
+    assert not np.array_equal(got, expected)
+    assert len(ir.load(found.subgraph).graph) == 1
+
+
+def test_the_plot_is_an_image_with_a_line_for_each_error(demo: Path, tmp_path: Path) -> None:
+    root = ET.fromstring(bisection_plot(planted(demo, "text", tmp_path, epsilon(2))))
+    assert len(root.findall("{http://www.w3.org/2000/svg}polyline")) == 3
+
+
+def test_sides_that_cannot_be_compared_are_refused(demo: Path, tmp_path: Path) -> None:
+    ids = ir.val("ids", ir.DataType.INT64, [1])
+    shape = ir.node("Shape", [ids])
+    shape.outputs[0].name = "shape"
+    graph = ir.Graph([ids], shape.outputs, nodes=[shape], name="other", opset_imports={"": 18})
+    ir.save(ir.Model(graph, ir_version=10), tmp_path / "empty.onnx")
+    with pytest.raises(GraphError, match="corresponds"):
+        bisect(graph_of(demo, "text"), tmp_path / "empty.onnx")
+    with pytest.raises(UsageError, match="float32"):
+        bisect(demo, "clip-demo", BisectOptions(precision="fp16"))
+    with pytest.raises(InputError):
+        bisect(demo, demo, BisectOptions(part="decoder"))
+
+
+def test_the_command(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from vlm_export.cli.main import main
+
+    assert main(["bisect", str(demo), "--part", "text", "--plot", str(tmp_path / "errors.svg")]) == 0
+    assert "no module differs by more than rounding" in capsys.readouterr().out
+    assert (tmp_path / "errors.svg").read_text(encoding="utf-8").startswith("<svg")
+    planted(demo, "text", tmp_path, epsilon(0))
+    graphs = [str(graph_of(demo, "text")), str(tmp_path / "faulty.onnx")]
+    assert main(["bisect", *graphs, "--json"]) == 1
+    data = json.loads(capsys.readouterr().out)
+    assert data["parted"] is True
+    assert data["bisections"][0]["first"]["path"] == "blocks.0.norm1"

@@ -1,0 +1,254 @@
+"""Where two graphs that should compute the same part: the error of every module by itself, and along the depth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from vlm_export.api import source_modules
+from vlm_export.bundle.manifest import MANIFEST_NAME
+from vlm_export.bundle.opened import OpenBundle, open_bundle
+from vlm_export.errors import GraphError, InputError, UsageError, VerificationError
+from vlm_export.graph.core.files import Storage, open_model, save_model
+from vlm_export.graph.core.onnxruntime_session import Array
+from vlm_export.lab.alignment import align
+from vlm_export.lab.diff import are_graphs
+from vlm_export.lab.differences import Difference
+from vlm_export.lab.graph_diff import graph_differences, inlined
+from vlm_export.lab.module_walk import compare_with_modules
+from vlm_export.lab.output_diff import LEAST_SAMPLES, row_count, sample_inputs
+from vlm_export.lab.plots import error_plot
+from vlm_export.lab.region_walk import MARGIN, RegionError, RegionWalk
+from vlm_export.lab.regions import Arrays, last_uses, region_model, region_pairs
+from vlm_export.proof.golden import iterate_golden
+
+
+@dataclass(frozen=True)
+class Bisection:
+    """What was found.
+
+    Attributes:
+        left, right: what was compared, as the user named it.
+        samples: rows of inputs that every region was run on.
+        regions: in the order of the left graph.
+        operator: where in the first region that differs: the first operator whose result differs; "" where none is.
+        causes: what of `diff` concerns that region.
+        subgraph: where the region was written to, "" where it was not.
+    """
+
+    left: str
+    right: str
+    samples: int
+    regions: tuple[RegionError, ...]
+    operator: str = ""
+    causes: tuple[Difference, ...] = ()
+    subgraph: str = ""
+
+    @property
+    def first(self) -> RegionError | None:
+        """The first region that differs, None where none does."""
+        return next((region for region in self.regions if region.parts), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `bisect --json` prints."""
+        return {
+            "left": self.left,
+            "right": self.right,
+            "samples": self.samples,
+            "first": None if self.first is None else self.first.to_json(),
+            "operator": self.operator,
+            "causes": [asdict(cause) for cause in self.causes],
+            "subgraph": self.subgraph,
+            "regions": [region.to_json() for region in self.regions],
+        }
+
+    def raise_if_parted(self) -> None:
+        """VerificationError that names the first region that differs."""
+        if self.first is None:
+            return
+        raise VerificationError(
+            "the two part",
+            where=self.first.path,
+            expected=f"an error of at most {MARGIN * self.first.floor:.1e} on equal inputs",
+            got=f"{self.first.own:.1e}" + (f", at {self.operator}" if self.operator else ""),
+            fix="; ".join(map(str, self.causes[:3])),
+        )
+
+
+@dataclass(frozen=True)
+class BisectOptions:
+    """What the user may choose.
+
+    Attributes:
+        part: only this part of bundles; None for all.
+        precision: the variant of the left bundle.
+        right_precision: the variant of the right one; None for the same.
+        inputs: files for the inputs of two graphs (one .npz, or .pb files in order); none: random values.
+        output: directory for the first region that differs, of each part in a folder of its own.
+    """
+
+    part: str | None = None
+    precision: str = "fp32"
+    right_precision: str | None = None
+    inputs: Sequence[Path] = ()
+    output: Path | None = None
+
+
+def bisect(left: str | Path, right: str | Path, options: BisectOptions | None = None) -> tuple[Bisection, ...]:
+    """Finds where two graphs, the parts of two bundles, or the graphs of a bundle and the modules of its source, part.
+
+    Args:
+        left: the directory of a bundle, or a file with a graph.
+        right: the same (it may be the left bundle, at another precision), or a checkpoint.
+
+    Raises:
+        UsageError: a bundle and a graph, or inputs for bundles.
+        InputError: one of them is no bundle or graph, or the two have no part in common.
+    """
+    options = options or BisectOptions()
+    if are_graphs(left, right):
+        first, second = open_model(left), open_model(right)
+        inputs = sample_inputs(first, options.inputs)
+        names = (str(left), str(right))
+        return (bisect_graphs(first, second, inputs, names=names, output=options.output),)
+    if options.inputs:
+        raise UsageError("inputs are for two graphs", got="bundles, which hold inputs of their own")
+    names = (str(left), str(right))
+    if not (Path(right) / MANIFEST_NAME).exists():
+        return _bisect_source(open_bundle(left), names, options)
+    return _bisect_bundles(open_bundle(left), open_bundle(right), names, options)
+
+
+def _bisect_bundles(
+    left: OpenBundle, right: OpenBundle, names: tuple[str, str], options: BisectOptions
+) -> tuple[Bisection, ...]:
+    shared = [part.name for part in left.manifest.parts if part.name in {p.name for p in right.manifest.parts}]
+    chosen = shared if options.part is None else [left.manifest.part(options.part).name]
+    if not chosen or not set(chosen) <= set(shared):
+        raise InputError("the two bundles have no such part in common", where=" and ".join(names), got=str(chosen))
+    precisions = options.precision, options.right_precision or options.precision
+    found = []
+    for name in chosen:
+        first, second = (
+            open_model(bundle.model_files(bundle.manifest.part(name).variant(precision)))
+            for bundle, precision in zip((left, right), precisions, strict=True)
+        )
+        labels = [f"{side} {name} {precision}" for side, precision in zip(names, precisions, strict=True)]
+        output = None if options.output is None else options.output / name
+        inputs = part_inputs(left, name, first)
+        found.append(bisect_graphs(first, second, inputs, name, names=(labels[0], labels[1]), output=output))
+    return tuple(found)
+
+
+def _bisect_source(bundle: OpenBundle, names: tuple[str, str], options: BisectOptions) -> tuple[Bisection, ...]:
+    """The float32 graphs against the PyTorch modules that the source fills."""
+    if options.precision != "fp32":
+        raise UsageError(
+            "a source is compared with the float32 graphs",
+            got=options.precision,
+            fix=f"compare the variants: vlm-export bisect {names[0]} --against {options.precision}",
+        )
+    found = []
+    with source_modules(bundle, names[1]) as modules:
+        for part in bundle.manifest.parts:
+            if options.part not in (None, part.name):
+                continue
+            graph = inlined(open_model(bundle.model_files(part.variant(options.precision))))
+            inputs, own = part_inputs(bundle, part.name, graph), modules[part.name]
+            errors, subgraph = list[RegionError](), ""
+            walk = compare_with_modules(graph, own.names, partial(own.values, inputs=inputs), inputs, part.name)
+            for error, region, feeds, expected in walk:
+                if error.parts and not any(before.parts for before in errors) and options.output is not None:
+                    model = region_model(graph, region, feeds[0])
+                    subgraph = _written(options.output / part.name, model, feeds[0], expected[0])
+                errors.append(error)
+            labels = (f"{names[1]} {part.name} in PyTorch", f"{names[0]} {part.name}")
+            rows = sum(row_count(feeds) for feeds in inputs)
+            found.append(Bisection(*labels, rows, tuple(errors), subgraph=subgraph))
+    if not found:
+        raise InputError("the bundle has no such part", where=names[0], got=str(options.part))
+    return tuple(found)
+
+
+def part_inputs(bundle: OpenBundle, part: str, model: ir.Model) -> list[Arrays]:
+    """The golden records' inputs of a part, and random ones where those have fewer than 8 rows."""
+    inputs: list[Arrays] = [record.inputs for record in iterate_golden(bundle, part)]
+    if sum(map(row_count, inputs)) < LEAST_SAMPLES:
+        inputs += sample_inputs(model)
+    return inputs
+
+
+def bisect_graphs(
+    left: ir.Model,
+    right: ir.Model,
+    inputs: Sequence[Arrays],
+    where: str = "",
+    *,
+    names: tuple[str, str] = ("left", "right"),
+    output: Path | None = None,
+) -> Bisection:
+    """Compares two graphs region by region.
+
+    Args:
+        inputs: sets of inputs that both take, by name; together at least 8 rows say something about most faults.
+        where: what stands before the names of modules, such as the part.
+        names: what the two are called in the result.
+        output: a directory for the first region that differs, as a model with its inputs and what is expected; made.
+
+    Raises:
+        GraphError: no tensor of the two corresponds, or the left graph does not run.
+    """
+    left, right = inlined(left), inlined(right)
+    alignment = align(left, right)
+    pairs = region_pairs(left, right, alignment)
+    if not pairs:
+        raise GraphError("no tensor of the two graphs corresponds", fix="compare them by their outputs: diff")
+    walk = RegionWalk(left, right, alignment, inputs)
+    errors, failing = [], None
+    for pair, done in zip(pairs, last_uses(pairs), strict=True):
+        error = walk.compare(pair, where)
+        errors.append(error)
+        if failing is None and error.parts:
+            failing = walk.explained(pair)
+            subgraph = "" if output is None else _written(output, *walk.saved(pair))
+        walk.forget(done)
+    rows = sum(row_count(feeds) for feeds in inputs)
+    if failing is None:
+        return Bisection(*names, rows, tuple(errors))
+    pair, operator = failing
+    causes = [cause for cause in graph_differences(left, right, where) if _concerns(cause, errors, where)]
+    return Bisection(*names, rows, tuple(errors), operator, tuple(causes), subgraph)
+
+
+def _concerns(cause: Difference, errors: Sequence[RegionError], where: str) -> bool:
+    path = next(error.path for error in errors if error.parts)
+    places = cause.where.replace("*", "").split(" ")[0]
+    return cause.where.startswith(path) or "*" in cause.where or places in ("", where)
+
+
+def _written(folder: Path, model: ir.Model, inputs: Arrays, expected: Array) -> str:
+    """Writes the region's model, its inputs and what the left graph makes of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "region.onnx"
+    save_model(model, path, storage=Storage(), overwrite=True)
+    for name, arrays in (("inputs", dict(inputs)), ("expected", {str(model.graph.outputs[0].name): expected})):
+        np.savez(folder / f"{name}.npz", allow_pickle=False, **arrays)
+    return str(path)
+
+
+def bisection_plot(found: Bisection) -> str:
+    """The errors along the depth as an SVG document, the floor drawn in."""
+    labels = [region.path for region in found.regions]
+    first = next((index for index, region in enumerate(found.regions) if region.parts), None)
+    lines = {
+        "error of all before": [region.total for region in found.regions],
+        "error of the module": [region.own for region in found.regions],
+        "floor": [region.floor for region in found.regions],
+    }
+    return error_plot(f"{found.left} against {found.right}", labels, lines, first)

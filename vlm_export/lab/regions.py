@@ -1,0 +1,142 @@
+"""Two aligned graphs cut into regions: what lies between tensors that both have, at the borders of modules.
+
+A region is run on the left graph's own values, so that an error of an earlier region does not reach it, and one of its
+own is not hidden. No engine ever holds more than one region.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from vlm_export.errors import GraphError
+from vlm_export.graph.core.inference import completed_infos
+from vlm_export.graph.core.onnxruntime_session import Array
+from vlm_export.graph.prove.program import ModelProgram
+from vlm_export.lab.alignment import Alignment
+from vlm_export.lab.module_paths import constant_of, module_paths, shared_path
+
+Arrays = Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Region:
+    """What one of the two graphs computes between borders.
+
+    Attributes:
+        inputs: borders and inputs of the graph that it reads.
+        output: the border that it ends at.
+        nodes: in the graph's order.
+    """
+
+    inputs: tuple[ir.Value, ...]
+    output: ir.Value
+    nodes: tuple[ir.Node, ...]
+
+
+@dataclass(frozen=True)
+class RegionPair:
+    """The same region in both graphs; path: dotted path of its module, in the left graph's names."""
+
+    path: str
+    left: Region
+    right: Region
+
+
+def region_pairs(left: ir.Model, right: ir.Model, alignment: Alignment) -> list[RegionPair]:
+    """All regions, in the left graph's order; the last end at the graph's outputs."""
+    paths = module_paths(left.graph)
+    borders = [value for value in _borders(left, paths) if value in alignment.values]
+    partners = {value: alignment.values[value] for value in borders}
+    mine, theirs = set(borders), set(partners.values())
+    order = [{node: index for index, node in enumerate(model.graph)} for model in (left, right)]
+    left_only = set(alignment.left_only)
+    pairs = []
+    for value in borders:
+        producer = value.producer()
+        assert producer is not None
+        regions = region_of(value, mine, order[0]), region_of(partners[value], theirs, order[1])
+        alone = [paths[node] for node in regions[0].nodes if node in left_only]
+        pairs.append(RegionPair(shared_path(alone) if alone else paths[producer], *regions))
+    return pairs
+
+
+def _borders(model: ir.Model, paths: Mapping[ir.Node, str]) -> list[ir.Value]:
+    """Tensors of numbers that one module hands to another, and the graph's outputs."""
+    varying = varying_values(model.graph)
+    candidates = [
+        value
+        for node in model.graph
+        for value in node.outputs
+        if value in varying
+        and (value.is_graph_output() or any(paths.get(use.node) != paths[node] for use in value.uses()))
+    ]
+    infos = completed_infos(model, candidates)
+    return [value for value in candidates if _is_float(infos[value].type)]
+
+
+def _is_float(kind: ir.TypeProtocol | None) -> bool:
+    return kind is not None and kind.dtype.is_floating_point()
+
+
+def varying_values(graph: ir.Graph) -> set[ir.Value]:
+    """Tensors that depend on an input."""
+    found = {value for value in graph.inputs if not value.is_initializer()}
+    for node in graph:
+        if any(value in found for value in node.inputs if value is not None):
+            found.update(node.outputs)
+    return found
+
+
+def region_of(end: ir.Value, borders: set[ir.Value], order: Mapping[ir.Node, int]) -> Region:
+    """What lies between a tensor and the borders before it; order: places of the graph's nodes."""
+    nodes, inputs = set[ir.Node](), dict[ir.Value, None]()
+    waiting = [end]
+    while waiting:
+        value = waiting.pop()
+        producer = value.producer()
+        if (value is not end and value in borders) or (producer is None and constant_of(value) is None):
+            inputs[value] = None
+        elif producer is not None and producer not in nodes:
+            nodes.add(producer)
+            waiting += [item for item in producer.inputs if item is not None]
+    return Region(tuple(inputs), end, tuple(sorted(nodes, key=order.__getitem__)))
+
+
+def region_model(model: ir.Model, region: Region, examples: Arrays, outputs: Sequence[ir.Value] = ()) -> ir.Model:
+    """A region as a model of its own; weights are shared.
+
+    Args:
+        examples: a value of each input, by name, for its dtype.
+        outputs: tensors inside the region to return as well.
+    """
+    ends = list(dict.fromkeys([*outputs, region.output]))
+    try:
+        graph = ir.convenience.extract(model.graph, list(region.inputs), ends)
+    except ValueError as error:
+        raise GraphError(
+            "a part of the graph cannot be cut out", where=str(region.output.name), got=str(error)
+        ) from error
+    for value in graph.inputs:
+        array = examples[str(value.name)]
+        value.dtype = ir.DataType.from_numpy(array.dtype)
+        value.shape = ir.Shape([None] * array.ndim)
+    return ir.Model(graph, ir_version=model.ir_version)
+
+
+def run_region(model: ir.Model, feeds: Sequence[Arrays], *, optimised: bool = False) -> list[dict[str, Array]]:
+    """Runs a model on every set of inputs; outputs by name, floats as float32."""
+    program = ModelProgram(model, optimised=optimised)
+    names = list(program.outputs)
+    return [dict(zip(names, program.run(feed, names), strict=True)) for feed in feeds]
+
+
+def last_uses(pairs: Sequence[RegionPair]) -> Iterator[set[ir.Value]]:
+    """For each pair the borders that no later region reads, so that their values can go."""
+    last: dict[ir.Value, int] = {}
+    for index, pair in enumerate(pairs):
+        last |= dict.fromkeys([*pair.left.inputs, pair.left.output, *pair.right.inputs, pair.right.output], index)
+    for index in range(len(pairs)):
+        yield {value for value, place in last.items() if place == index}
