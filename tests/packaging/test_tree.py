@@ -28,7 +28,9 @@ def text_files() -> Iterator[Path]:
     for folder, folders, names in os.walk(ROOT):
         hidden = {name for name in folders if name.startswith(".") and name != ".ci"}
         folders[:] = sorted(set(folders) - _SKIPPED_FOLDERS - hidden - {n for n in folders if n.endswith(".egg-info")})
-        yield from (Path(folder, name) for name in sorted(names) if Path(name).suffix in _TEXT_SUFFIXES)
+        # In a worktree of Git, `.git` is a file that names the clone's folder.
+        own = sorted(name for name in names if name != ".git" and Path(name).suffix in _TEXT_SUFFIXES)
+        yield from (Path(folder, name) for name in own)
 
 
 @pytest.mark.parametrize("what", _FORBIDDEN)
