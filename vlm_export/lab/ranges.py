@@ -209,7 +209,7 @@ def _add_saturation(stats: TensorStats, node: ir.Node | None, array: Any) -> Non
 
 @dataclass(frozen=True)
 class _Plan:
-    """What half precision makes of a part; halved: names of what it would hold in float16, None where that is unknown."""
+    """What half precision makes of a part; halved: names of what float16 would hold, None where that is unknown."""
 
     halved: Collection[str] | None
     wide: Mapping[str, float]
@@ -312,7 +312,7 @@ def _content_findings(stats: TensorStats) -> Iterator[tuple[Kind, str, float]]:
 
 
 def _weight_findings(model: ir.Model, part: str) -> Iterator[Finding]:
-    """Weights beyond float16, and those that are zero or become it; numbers of the code are the conversion's own care."""
+    """Weights beyond float16, and those that are zero or become it; lone numbers are the conversion's own care."""
     paths = module_paths(model.graph)
     for value in model.graph.initializers.values():
         tensor = constant_of(value)
