@@ -181,7 +181,7 @@ def _sampled(kernel: str, centred: bool) -> Prepare:
         levels = np.asarray(image.convert("RGB"), np.float64)
         levels = _weights(levels.shape[0], height, kernel, centred) @ levels.transpose(2, 0, 1)
         levels = levels @ _weights(levels.shape[2], width, kernel, centred).T
-        left, top = (crop_offset(extent - edge, "down") for extent in (width, height))
+        left, top = (crop_offset(extent - edge, spec.crop) for extent in (width, height))
         square = levels[:, top : top + edge, left : left + edge].transpose(1, 2, 0)
         return _of_square(square.round().clip(0, 255).astype(np.uint8), spec)
 
