@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from vlm_export.cli.common import add_common_options, add_engine_options, check_output, providers
 from vlm_export.cli.output import print_json, print_line
-from vlm_export.errors import VerificationError, VlmExportError
+from vlm_export.errors import VerificationError
 
 
 def add_parser(verbs: Any) -> None:
@@ -56,14 +55,7 @@ def run(args: argparse.Namespace) -> int:
             staged.write_text(text, encoding="utf-8", errors="backslashreplace")
     if args.json:
         print_json({**found.to_json(), "output": str(args.output)})
-    else:
-        verdict = "everything that was compared agrees" if found.proof.passed else "the bundle fails"
-        print_line(f"{verdict}: {', '.join(map(str, outputs))}")
-    return 0 if found.proof.passed else _told(found.proof.problems)
-
-
-def _told(problems: tuple[VlmExportError, ...]) -> int:
-    """The first problem on stderr; the status is that of a failed verification, whatever fails."""
-    if problems:
-        print(f"vlm-export: {problems[0]}", file=sys.stderr)
-    return VerificationError.exit_status
+        return 0 if found.proof.passed else VerificationError.exit_status
+    print_line("written: " + ", ".join(map(str, outputs)))
+    found.proof.raise_if_failed()
+    return 0

@@ -19,6 +19,7 @@ from vlm_export.graph.look.show import describe_model
 from vlm_export.lab.module_paths import module_of, parameter_name
 from vlm_export.lab.output_diff import median_seconds
 from vlm_export.lab.plots import PlottedPoint
+from vlm_export.lab.ranges import PartRanges, ranges
 from vlm_export.lab.report.findings import GraphFacts, OutputProof, Proof, Report, StageProof
 from vlm_export.lab.report.pictures import contract_pictures
 from vlm_export.lab.report.recorded import recorded_proof
@@ -78,7 +79,9 @@ def report(bundle: str | Path, options: ReportOptions | None = None) -> Report:
     if options.latency:
         graphs = tuple(replace(facts, latency=_latency(opened, facts, start)) for facts in graphs)
     pixels = [failure for stage in proof.stages for failure in stage.failures] if options.run else []
-    return Report(opened, proof, recorded, graphs, contract_pictures(opened, pixels), options.run)
+    measured, unmeasured = _measured_ranges(opened) if options.run else ((), ())
+    proof = replace(proof, not_run=(*proof.not_run, *unmeasured))
+    return Report(opened, proof, recorded, graphs, contract_pictures(opened, pixels), measured, options.run)
 
 
 class _Problems:
@@ -117,12 +120,15 @@ def _proved(
 
     for part, variant in variants:
         problems.attempt(partial(verify, part, variant))
+        if (part.name, variant.precision) not in {(output.part, output.variant) for output in outputs}:
+            not_run.append(f"{part.name} {variant.precision}: the graph could not be compared")
     contracts: list[ContractReport] = []
     problems.attempt(lambda: contracts.append(replay(bundle, start, precision=options.precision)))
     for contract in contracts:
         for check in contract.checks:
             problems.attempt(replace(contract, checks=(check,)).raise_if_failed)
         not_run += [f"contract: {text}" for text in contract.not_run]
+    not_run += [] if contracts else ["contract: it could not be compared"]
     stages = tuple(
         StageProof(check.stage, check.where, check.variant, check.compared, not check.failures, check.failures)
         for contract in contracts
@@ -190,6 +196,19 @@ def _layer(parameter: str) -> str:
     steps = module_of(parameter).split(".") if parameter else [NO_LAYER]
     number = next((index for index, step in enumerate(steps) if step.isdigit()), len(steps))
     return ".".join(steps[: number + 1])
+
+
+def _measured_ranges(bundle: OpenBundle) -> tuple[tuple[PartRanges, ...], tuple[str, ...]]:
+    """What the tensors of each part are on real inputs, and which parts could not be measured."""
+    found, refused = list[PartRanges](), list[str]()
+    for part in bundle.manifest.parts:
+        try:
+            found += ranges(bundle.root, parts=[part.name]).parts
+        except EnvironmentFailure:
+            raise
+        except VlmExportError as error:
+            refused.append(f"ranges of {part.name}: {error.what}")
+    return tuple(found), tuple(refused)
 
 
 def _latency(bundle: OpenBundle, facts: GraphFacts, start: Callable[[str, str], EngineRun]) -> str:

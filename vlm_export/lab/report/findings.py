@@ -9,8 +9,9 @@ from typing import Any
 
 from vlm_export.bundle.ledger import LedgerEntry
 from vlm_export.bundle.opened import OpenBundle
-from vlm_export.errors import VlmExportError
+from vlm_export.errors import VerificationError, VlmExportError
 from vlm_export.lab.plots import PlottedPoint
+from vlm_export.lab.ranges import PartRanges
 from vlm_export.proof.metrics import json_number
 
 
@@ -84,6 +85,16 @@ class Proof:
         compared = bool(self.outputs) and all(not output.failed for output in self.outputs)
         return compared and not self.problems and all(stage.passed for stage in self.stages)
 
+    def raise_if_failed(self) -> None:
+        """VerificationError that tells the first problem, of whatever kind it is."""
+        if self.passed:
+            return
+        if not self.problems:
+            raise VerificationError("nothing was compared, so nothing is proved", fix="export the model again")
+        first, more = self.problems[0], len(self.problems) - 1
+        what = f"{first.what} (and {more} more)" if more else first.what
+        raise VerificationError(what, where=first.where, expected=first.expected, got=first.got, fix=first.fix)
+
 
 @dataclass(frozen=True)
 class GraphFacts:
@@ -133,6 +144,7 @@ class Report:
     Attributes:
         proof: of this run, or what the export recorded where nothing was run.
         recorded: what the export recorded.
+        ranges: of the parts whose tensors were measured.
         compared_pixels: whether the pictures were compared with the original's pixels in this run.
     """
 
@@ -141,6 +153,7 @@ class Report:
     recorded: Proof
     graphs: tuple[GraphFacts, ...]
     pictures: tuple[Picture, ...]
+    ranges: tuple[PartRanges, ...]
     compared_pixels: bool
 
     def to_json(self) -> dict[str, Any]:

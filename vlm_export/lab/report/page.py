@@ -17,11 +17,12 @@ from vlm_export.lab.report.collect import NO_LAYER
 from vlm_export.lab.report.findings import GraphFacts, OutputProof, Picture, Proof, Report
 from vlm_export.lab.report.usage import usage_samples
 from vlm_export.lab.report.words import failed_outputs, headline, number_text, share_text, verdict_text
+from vlm_export.precision.fp16_rules import LARGEST_FLOAT16
 from vlm_export.specs.signature import TensorSpec
 from vlm_export.text_display import LONGEST_FIELD, shown, size_text
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-_MOST_LAYERS, _MOST_WEIGHTS, _MOST_FILES = 60, 2000, 20
+_MOST_LAYERS, _MOST_WEIGHTS, _MOST_FILES, _MOST_FINDINGS = 60, 2000, 20, 20
 _STYLE = """
 :root { color-scheme: light; --red: #c0392b; --green: #1e8449; --line: #d5d8dc; }
 * { box-sizing: border-box; }
@@ -46,7 +47,7 @@ dt { color: #566573; } dd { margin: 0; }
 table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; }
 th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { white-space: nowrap; color: #566573; font-weight: 600; } td.number { text-align: right; white-space: nowrap; }
-tr.bad td { background: #fdedec; color: var(--red); font-weight: 600; }
+tr.bad td { background: #fdedec; color: var(--red); }
 pre { background: #f4f6f7; padding: .7rem; overflow-x: auto; font-size: .85rem; }
 code, .code { font-family: ui-monospace, monospace; font-size: .9em; }
 nav a { margin-right: .9rem; white-space: nowrap; } a { color: #1f618d; }
@@ -76,6 +77,7 @@ def html_page(report: Report) -> str:
         ("ledger", "Where the weights come from", _ledger(report)),
         ("operators", "Operators", _operators(report)),
         ("sizes", "Sizes by layer", _sizes(report)),
+        ("ranges", "Ranges", _ranges(report)),
         ("latency", "Latency", _latency(report)),
         ("use", "How to load it", _usage(report)),
     ]
@@ -317,6 +319,25 @@ def _bars(graph: GraphFacts) -> list[tuple[str, float, str]]:
         rest = sum(graph.layer_bytes.get(layer, 0) for layer in layers)
         sizes |= {name: rest} if rest else {}
     return [(shown(layer, 28), size, size_text(size)) for layer, size in sizes.items()]
+
+
+def _ranges(report: Report) -> str:
+    """The largest value of each part against what float16 holds, and what float16 would lose."""
+    if not report.ranges:
+        return ""
+    rows = list[Sequence[_Cell]]()
+    for part in report.ranges:
+        name, stats = max(part.tensors.items(), key=lambda item: item[1].peak, default=("-", None))
+        peak = "–" if stats is None else f"{stats.peak:.3g}"
+        rows.append((part.part, len(part.tensors), part.samples, peak, name, len(part.keep)))
+    header = ("part", "tensors", "samples", "largest value", "in", "operators that must stay in float32")
+    told = (
+        f"<p>What the tensors of the float32 graphs are on real inputs. float16 holds up to {LARGEST_FLOAT16:.0f}.</p>"
+    )
+    found = [(each.kind, each.where, each.operator, each.what) for part in report.ranges for each in part.findings]
+    more = f"<p>and {len(found) - _MOST_FINDINGS} more: see vlm-export ranges</p>" if found[_MOST_FINDINGS:] else ""
+    table = _table(("finding", "module", "operator", "what"), found[:_MOST_FINDINGS]) + more if found else ""
+    return told + _table(header, rows) + table
 
 
 def _latency(report: Report) -> str:
