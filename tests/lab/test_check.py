@@ -47,7 +47,9 @@ def manifest_changed(bundle: Path, change: Callable[[dict[str, Any]], None]) -> 
 def constant(model: ir.Model, name: str, values: Any) -> ir.Value:
     """A new initializer."""
     tensor = ir.tensor(values, name=name)
-    value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape))
+    value = ir.Value(
+        name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy())
+    )
     model.graph.register_initializer(value)
     return value
 
@@ -79,7 +81,7 @@ def give_instead(model: ir.Model, operator: str, *inputs: ir.Value, **attributes
 
 def dropout_that_drops(model: ir.Model) -> None:
     (ids,) = model.graph.inputs
-    value = ids.uses()[0].node.outputs[0]
+    value = next(iter(ids.uses())).node.outputs[0]
     ratio, training = constant(model, "ratio", np.array(0.5, np.float32)), constant(model, "mode", np.array(True))
     read_instead(value, add(model, "Dropout", value, ratio, training))
 

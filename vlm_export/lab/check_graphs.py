@@ -51,7 +51,7 @@ def check_eval_mode(variants: Sequence[OpenedVariant], seen: Seen) -> None:
             count += 1
             if node.op_type == "Dropout" and _drops(node):
                 seen.failures.append(f"{variant.label}: Dropout {node.name!r} may be in training mode")
-            if node.op_type == "BatchNormalization" and node.attributes.get_int("training_mode", 0):
+            if node.op_type == "BatchNormalization" and node.attributes.get_int("training_mode", False):
                 seen.failures.append(f"{variant.label}: BatchNormalization {node.name!r} is in training mode")
     seen.evidence.append(f"{count} Dropout and BatchNormalization nodes looked at")
 

@@ -26,7 +26,7 @@ from vlm_export.proof.grid import BATCH_AXIS, BATCHES
 from vlm_export.proof.memory import anonymous_bytes, thread_count
 from vlm_export.proof.metrics import compare
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
-from vlm_export.runtime.inputs.sources import Images
+from vlm_export.runtime.inputs.images import MAX_PIXELS, ImageSource
 from vlm_export.runtime.model import Model
 from vlm_export.runtime.session import Session
 from vlm_export.specs.tasks import EmbedSpec
@@ -65,9 +65,14 @@ class Runs:
             self._sessions[precision] = self._opened(precision)
         return self._sessions[precision]
 
-    def _opened(self, precision: str | None, **options: int) -> Session:
-        threads = options.pop("threads", self._threads)
-        return Session(self.bundle, precision=precision, providers=self._providers, threads=threads, **options)
+    def _opened(self, precision: str | None, threads: int | None = None, max_pixels: int = MAX_PIXELS) -> Session:
+        return Session(
+            self.bundle,
+            precision=precision,
+            providers=self._providers,
+            threads=threads or self._threads,
+            max_pixels=max_pixels,
+        )
 
     @cached_property
     def first_records(self) -> Mapping[str, GoldenRecord]:
@@ -252,13 +257,13 @@ def _resized(arrays: Mapping[str, Array], size: int) -> dict[str, Array]:
     return {name: array[rows % len(array)] if array.ndim else array for name, array in arrays.items()}
 
 
-def _image_call(model: Model) -> Callable[[Images], Any] | None:
+def _image_call(model: Model) -> Callable[[Sequence[ImageSource]], Any] | None:
     """What the bundle does with images, None where it takes none by themselves."""
     embed = model.manifest.task(EmbedSpec)
     if embed is not None and embed.image is not None:
         return model.encode_image
     if "features" in model.tasks:
-        return lambda images: np.concatenate([one.features.ravel() for one in model.features(images)])
+        return lambda images: np.concatenate([one.image_features.ravel() for one in model.features(images)])
     if {"caption", "chat"} & set(model.tasks):
         return model.caption
     if "answer" in model.tasks:
