@@ -133,10 +133,17 @@ def run_region(model: ir.Model, feeds: Sequence[Arrays], *, optimised: bool = Fa
     return [dict(zip(names, program.run(feed, names), strict=True)) for feed in feeds]
 
 
-def last_uses(pairs: Sequence[RegionPair]) -> Iterator[set[ir.Value]]:
-    """For each pair the borders that no later region reads, so that their values can go."""
+def last_uses(pairs: Sequence[RegionPair], alignment: Alignment) -> Iterator[set[ir.Value]]:
+    """For each pair the left graph's tensors that no later region reads, in either graph, and their partners."""
+    partners = {other: value for value, other in alignment.values.items()}
     last: dict[ir.Value, int] = {}
     for index, pair in enumerate(pairs):
-        last |= dict.fromkeys([*pair.left.inputs, pair.left.output, *pair.right.inputs, pair.right.output], index)
+        read = [
+            *pair.left.inputs,
+            pair.left.output,
+            *(partners[value] for value in pair.right.inputs if value in partners),
+        ]
+        last |= dict.fromkeys(read, index)
     for index in range(len(pairs)):
-        yield {value for value, place in last.items() if place == index}
+        done = {value for value, place in last.items() if place == index}
+        yield done | {alignment.values[value] for value in done if value in alignment.values}
