@@ -58,7 +58,7 @@ ROOMS: dict[str, set[str]] = {
     "api": {"bundle", "checkpoint", "family", "proof", "exporting"},
     "lab": {
         *("specs", "bundle", "runtime.engines", "runtime.inputs", "runtime.session", "graph.core", "graph.look"),
-        *("graph.prove", "proof", "api"),
+        *("graph.prove", "precision", "proof", "api"),
     },
 }
 # These see everything below them; nothing sees them but the package's own door.

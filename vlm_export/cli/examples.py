@@ -16,6 +16,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "search": ("search bundle photos.npy 'a red circle' -k 3", "search retrieval photos.npy query.jpg --rerank"),
     "diff": ("diff before after", "diff bundle clip-demo --json"),
     "bisect": ("bisect bundle --against fp16", "bisect before after -o culprit --plot errors.svg"),
+    "ranges": ("ranges bundle", "ranges bundle --part vision --fail-on overflow --fail-on non-finite"),
     "doctor": ("doctor bundle --questions questions", "doctor bundle questions/answers"),
     "graph": ("graph show model.onnx", "graph verify original.onnx changed.onnx"),
     "graph show": ("graph show model.onnx", "graph show model.onnx --json"),

@@ -42,6 +42,7 @@ VERBS = (
     "search",
     "diff",
     "bisect",
+    "ranges",
     "doctor",
     "graph",
 )
