@@ -32,12 +32,12 @@ class ModuleFault:
     Attributes:
         name: for people.
         fits: whether a node can be damaged in this way.
-        plant: damages it.
+        plant: damages it, and returns a node that stands where the fault is.
     """
 
     name: str
     fits: Callable[[ir.Node], bool]
-    plant: Callable[[ir.Node], None]
+    plant: Callable[[ir.Node], ir.Node]
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,9 @@ def planted_faults(family: str, bundle: OpenBundle, part: str) -> Iterator[Named
         if not places:
             continue
         place = places[len(places) // 2]
-        planted = joined(part, module_paths(faulty.graph)[place])
-        fault.plant(place)
+        before = module_paths(faulty.graph)
+        node = fault.plant(place)
+        planted = joined(part, before[node] if node in before else module_paths(faulty.graph)[node])
         found = bisect_graphs(sound, faulty, inputs, part)
         yield Named(fault, family, planted, found)
 
@@ -105,7 +106,7 @@ def _size(value: ir.Value) -> int:
 
 
 def _weight_fault(name: str, change: Callable[[np.ndarray], np.ndarray], *operators: str) -> ModuleFault:
-    def plant(node: ir.Node) -> None:
+    def plant(node: ir.Node) -> ir.Node:
         weight = _weight(node)
         assert weight is not None
         assert weight.const_value is not None
@@ -117,6 +118,7 @@ def _weight_fault(name: str, change: Callable[[np.ndarray], np.ndarray], *operat
         weight.name = f"sound.{next(_fresh)}"
         graph.initializers[str(value.name)] = value
         node.replace_input_with(list(node.inputs).index(weight), value)
+        return node
 
     return ModuleFault(name, lambda node: node.op_type in operators and _weight(node) is not None, plant)
 
@@ -127,8 +129,8 @@ def _negate_one(values: np.ndarray) -> np.ndarray:
     return values
 
 
-def _behind(node: ir.Node, make: Callable[[ir.Value], list[ir.Node]]) -> None:
-    """Puts nodes between a node's first output and its readers."""
+def _behind(node: ir.Node, make: Callable[[ir.Value], list[ir.Node]]) -> ir.Node:
+    """Puts nodes between a node's first output and its readers; returns the last of them."""
     value, graph = node.outputs[0], node.graph
     assert isinstance(graph, ir.Graph)
     uses = list(value.uses())
@@ -136,6 +138,7 @@ def _behind(node: ir.Node, make: Callable[[ir.Value], list[ir.Node]]) -> None:
     graph.insert_after(node, new)
     for use in uses:
         use.node.replace_input_with(use.idx, new[-1].outputs[0])
+    return new[-1]
 
 
 def _constant(number: float) -> ir.Value:
@@ -149,7 +152,7 @@ def _held(node: ir.Node, value: ir.Value) -> ir.Value:
     return value
 
 
-def _overflow(node: ir.Node) -> None:
+def _overflow(node: ir.Node) -> ir.Node:
     """A part of the layer in float16, whose values are beyond it."""
     large, small = _held(node, _constant(1e6)), _held(node, _constant(1e-6))
 
@@ -159,10 +162,10 @@ def _overflow(node: ir.Node) -> None:
         whole = ir.node("Cast", half.outputs, {"to": ir.DataType.FLOAT})
         return [scaled, half, whole, ir.node("Mul", [whole.outputs[0], small])]
 
-    _behind(node, make)
+    return _behind(node, make)
 
 
-def _wrong_at_one_size(node: ir.Node) -> None:
+def _wrong_at_one_size(node: ir.Node) -> ir.Node:
     """A fused operator that is wrong where the first axis is 2."""
     two = ir.val(f"planted.{next(_fresh)}", ir.DataType.INT64, [1], const_value=ir.tensor(np.array([2], np.int64)))
     _held(node, two)
@@ -176,13 +179,14 @@ def _wrong_at_one_size(node: ir.Node) -> None:
         added = ir.node("Mul", [value, share.outputs[0]])
         return [size, equal, number, share, added, ir.node("Add", [value, added.outputs[0]])]
 
-    _behind(node, make)
+    return _behind(node, make)
 
 
-def _attribute(name: str, value: float, *operators: str) -> Callable[[ir.Node], None]:
-    def plant(node: ir.Node) -> None:
+def _attribute(name: str, value: float) -> Callable[[ir.Node], ir.Node]:
+    def plant(node: ir.Node) -> ir.Node:
         is_whole = isinstance(value, int)
         node.attributes[name] = ir.AttrInt64(name, int(value)) if is_whole else ir.AttrFloat32(name, value)
+        return node
 
     return plant
 
@@ -201,22 +205,25 @@ def _is_residual(node: ir.Node) -> bool:
     )
 
 
-def _first_for_sum(node: ir.Node) -> None:
+def _first_for_sum(node: ir.Node) -> ir.Node:
+    """Readers take the first term alone; the sum stays where it is, and nobody needs it."""
     first = node.inputs[0]
     assert first is not None
     for use in list(node.outputs[0].uses()):
         use.node.replace_input_with(use.idx, first)
+    return node
 
 
 def _reads_activation(node: ir.Node) -> bool:
     return node.op_type in ("Erf", "Sigmoid", "Tanh")
 
 
-def _other_activation(node: ir.Node) -> None:
+def _other_activation(node: ir.Node) -> ir.Node:
     graph = node.graph
     assert isinstance(graph, ir.Graph)
     new = ir.node("Softsign", list(node.inputs))
     ir.convenience.replace_nodes_and_values(graph, node, [node], [new], node.outputs, new.outputs)
+    return new
 
 
 def _scales_by_constant(node: ir.Node) -> bool:
@@ -224,11 +231,12 @@ def _scales_by_constant(node: ir.Node) -> bool:
     return any(tensor is not None and tensor.size == 1 and tensor.dtype == ir.DataType.FLOAT for tensor in tensors)
 
 
-def _other_scale(node: ir.Node) -> None:
+def _other_scale(node: ir.Node) -> ir.Node:
     index = next(i for i, value in enumerate(node.inputs) if constant_of(value) is not None)
     tensor = constant_of(node.inputs[index])
     assert tensor is not None
     node.replace_input_with(index, _held(node, _constant(float(tensor.numpy().reshape(-1)[0]) * 0.94)))
+    return node
 
 
 FAULTS = (

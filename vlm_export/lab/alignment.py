@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx
 import onnx_ir as ir
 
 from vlm_export.graph.core.names import captured_or_read, graphs_in
-from vlm_export.lab.module_paths import constant_of, parameter_name
+from vlm_export.lab.module_paths import constant_of, mapped_for_a_while, parameter_name
 
 _COMMUTATIVE = frozenset(("", name) for name in ("Add", "Mul", "And", "Or", "Xor", "Equal", "Max", "Min", "Sum"))
 _CASTS = frozenset(("", name) for name in ("Cast", "CastLike", "Identity"))
@@ -103,10 +103,10 @@ class _Walk:
         self._values: dict[ir.Value, ir.Value] = {}
         self._taken: set[ir.Value] = set()
         self._queue: deque[tuple[ir.Value, ir.Value]] = deque()
-        self._keys = [_weight_keys(side.model, key) for key in (_by_parameter, _by_content) for side in (left, right)]
         # Names where the two share most of them, and otherwise values, which tell the weights of a renamed model.
-        named = len(set(self._keys[0].values()) & set(self._keys[1].values()))
-        self._keys = self._keys[:2] if 2 * named > min(map(len, self._keys[:2])) else self._keys[2:]
+        self._keys = [_weight_keys(side.model, _by_parameter) for side in (left, right)]
+        if 2 * len(set(self._keys[0].values()) & set(self._keys[1].values())) <= min(map(len, self._keys)):
+            self._keys = [_weight_keys(side.model, _by_content) for side in (left, right)]
         self._shared_keys = set(self._keys[0].values()) & set(self._keys[1].values())
 
     def reach(self, left: ir.Value, right: ir.Value) -> None:
@@ -189,8 +189,9 @@ class _Walk:
         )
         return bool(mine and theirs and not mine & theirs)
 
-    def _weights_of(self, node: ir.Node, keys: Mapping[ir.Value | None, Hashable]) -> set[Hashable]:
-        return {keys[value] for value in node.inputs if value in keys and keys[value] in self._shared_keys}
+    def _weights_of(self, node: ir.Node, keys: Mapping[ir.Value, Hashable]) -> set[Hashable]:
+        found = {keys[value] for value in node.inputs if value is not None and value in keys}
+        return found & self._shared_keys
 
     def _pair_nodes(self, left: ir.Node, right: ir.Node) -> None:
         self._nodes[left] = right
@@ -268,11 +269,11 @@ class _Walk:
 
     def _same_weights(self, key: Callable[[ir.Value], Hashable]) -> Iterator[tuple[ir.Value, ir.Value]]:
         """Weights without a partner that the key tells to be the same."""
-        theirs = {name: value for value, name in _weight_keys(self._right.model, key).items()}
-        for value, name in _weight_keys(self._left.model, key).items():
-            other = theirs.get(name)
-            if value is not None and other is not None and value not in self._values and other not in self._taken:
-                yield value, other
+        left = _weight_keys(self._left.model, key, self._values)
+        theirs = {name: value for value, name in _weight_keys(self._right.model, key, self._taken).items()}
+        for value, name in left.items():
+            if name in theirs:
+                yield value, theirs[name]
 
     def _changes(self, left: ir.Node, right: ir.Node) -> Iterator[AttributeChange]:
         before, after = _settings(left, self._left.opset(left)), _settings(right, self._right.opset(right))
@@ -347,9 +348,11 @@ def _by_parameter(value: ir.Value) -> str | None:
     return parameter_name(str(value.name)) or None
 
 
-def _weight_keys(model: ir.Model, key: Callable[[ir.Value], Hashable]) -> dict[ir.Value | None, Hashable]:
+def _weight_keys(
+    model: ir.Model, key: Callable[[ir.Value], Hashable], done: Container[ir.Value] = ()
+) -> dict[ir.Value, Hashable]:
     """Weights → what tells them, where no other weight of the graph has the same."""
-    found = {value: key(value) for value in model.graph.initializers.values()}
+    found = {value: key(value) for value in model.graph.initializers.values() if value not in done}
     counts = Counter(found.values())
     return {value: name for value, name in found.items() if name is not None and counts[name] == 1}
 
@@ -358,7 +361,8 @@ def _by_content(value: ir.Value) -> Hashable:
     tensor = constant_of(value)
     if tensor is None or tensor.nbytes <= _SPEAKING_BYTES:
         return None
-    return tensor.dtype, tuple(tensor.shape.numpy()), hashlib.sha256(tensor.tobytes()).digest()
+    with mapped_for_a_while(tensor):
+        return tensor.dtype, tuple(tensor.shape.numpy()), hashlib.sha256(tensor.tobytes()).digest()
 
 
 def _settings(node: ir.Node, opset: int | None) -> dict[str, str]:
