@@ -17,6 +17,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "diff": ("diff before after", "diff bundle clip-demo --json"),
     "bisect": ("bisect bundle --against fp16", "bisect before after -o culprit --plot errors.svg"),
     "ranges": ("ranges bundle", "ranges bundle --part vision --fail-on overflow --fail-on non-finite"),
+    "check": ("check bundle", "check bundle --items items.yaml --json"),
     "doctor": ("doctor bundle --questions questions", "doctor bundle questions/answers"),
     "graph": ("graph show model.onnx", "graph verify original.onnx changed.onnx"),
     "graph show": ("graph show model.onnx", "graph show model.onnx --json"),

@@ -43,6 +43,7 @@ VERBS = (
     "diff",
     "bisect",
     "ranges",
+    "check",
     "doctor",
     "graph",
 )
