@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def test_preprocessing_stands_before_any_familys_images(cli: Cli, tmp_path: Path
     assert "vision_from_uint8" in result.out
 
 
-def test_one_part_leaves_out_the_tasks_that_need_others(cli: Cli, fast: list[str], tmp_path: Path) -> None:
+def test_one_part_leaves_out_the_tasks_that_need_others(cli: Cli, fast: tuple[str, ...], tmp_path: Path) -> None:
     """Also where the tokenizer tells the tokens of a task."""
     result = cli("export", "blip-demo-caption", "-o", tmp_path / "b", "--part", "vision", "--quiet", *fast)
     assert result.status == 0
