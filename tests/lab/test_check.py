@@ -114,8 +114,8 @@ def product_of_constants(model: ir.Model) -> None:
     bias = norm.inputs[2]
     assert bias is not None
     assert bias.const_value is not None
-    rows = constant(model, "row", bias.const_value.numpy().reshape(1, -1))
-    unit = constant(model, "unit", np.eye(rows.shape[1], dtype=np.float32))
+    row = bias.const_value.numpy().reshape(1, -1)
+    rows, unit = constant(model, "row", row), constant(model, "unit", np.eye(row.size, dtype=np.float32))
     shape = constant(model, "flat", np.array([-1], np.int64))
     norm.replace_input_with(2, add(model, "Reshape", add(model, "MatMul", rows, unit), shape))
 
