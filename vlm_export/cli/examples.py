@@ -19,6 +19,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "ranges": ("ranges bundle", "ranges bundle --part vision --fail-on overflow --fail-on non-finite"),
     "check": ("check bundle", "check bundle --items items.yaml --json"),
     "doctor": ("doctor bundle --questions questions", "doctor bundle questions/answers"),
+    "report": ("report bundle -o page.html", "report bundle -o page.html --markdown summary.md --latency"),
     "graph": ("graph show model.onnx", "graph verify original.onnx changed.onnx"),
     "graph show": ("graph show model.onnx", "graph show model.onnx --json"),
     "graph find": ("graph find model.onnx 'MatMul -> Add'", "graph find model.onnx '*Gelu' --json"),

@@ -45,6 +45,7 @@ VERBS = (
     "ranges",
     "check",
     "doctor",
+    "report",
     "graph",
 )
 """Each is a module of `vlm_export.cli`, in the order of the help."""

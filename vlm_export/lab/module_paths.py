@@ -91,7 +91,7 @@ def _path_of_weights(node: ir.Node, names: Mapping[ir.Value, str]) -> str | None
         for value in node.inputs
         if value is not None and value.is_initializer() and not value.is_graph_input() and _is_weight(value)
     ]
-    paths = [_module_of(name) for name in parameters if name]
+    paths = [module_of(name) for name in parameters if name]
     return paths[0] if paths else None
 
 
@@ -101,9 +101,9 @@ def _is_weight(value: ir.Value) -> bool:
     return tensor is not None and tensor.dtype.is_floating_point() and tensor.size > 1
 
 
-def _module_of(parameter: str) -> str:
+def module_of(parameter: str) -> str:
+    """The module of a parameter; a parameter of the model itself, such as a position embedding, is its own place."""
     head, _, last = parameter.rpartition(".")
-    # A parameter of the model itself, such as a position embedding, is its own place.
     return head or last
 
 
