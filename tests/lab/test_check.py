@@ -108,6 +108,18 @@ def identity_inside(model: ir.Model) -> None:
     read_instead(node.outputs[0], add(model, "Identity", node.outputs[0]))
 
 
+def product_of_constants(model: ir.Model) -> None:
+    """A bias that is computed at every run."""
+    norm = next(node for node in model.graph if node.op_type == "LayerNormalization")
+    bias = norm.inputs[2]
+    assert bias is not None
+    assert bias.const_value is not None
+    row = bias.const_value.numpy().reshape(1, -1)
+    rows, unit = constant(model, "row", row), constant(model, "unit", np.eye(row.size, dtype=np.float32))
+    shape = constant(model, "flat", np.array([-1], np.int64))
+    norm.replace_input_with(2, add(model, "Reshape", add(model, "MatMul", rows, unit), shape))
+
+
 def seventeen_tokens(model: ir.Model) -> None:
     (ids,) = model.graph.inputs
     bounds = [constant(model, name, np.array([value], np.int64)) for name, value in (("start", 0), ("stop", 17))]
@@ -145,6 +157,7 @@ def infinite(model: ir.Model) -> None:
         ("names", "text_model.onnx", one_name_twice, "several nodes have one name"),
         ("axes", "text_model.onnx", fixed_length, "'sequence' is fixed at 32"),
         ("simplified", "vision_model.onnx", identity_inside, "1 Identity"),
+        ("simplified", "text_model.onnx", product_of_constants, "products of constants"),
         ("several sizes", "text_model.onnx", seventeen_tokens, "[1, 32]"),
         ("several batches", "vision_model.onnx", two_rows, "[3, 3, 64, 64]"),
         ("boundary inputs", "vision_model.onnx", divided_by_contrast, "NaN"),
@@ -234,6 +247,11 @@ def test_a_demo_passes_every_item(demo: Path, capsys: pytest.CaptureFixture[str]
     assert {item["verdict"] for item in data["items"]} == {"PASS"}
     assert len(data["items"]) == 15
     assert all(item["evidence"] for item in data["items"])
+
+
+@pytest.mark.slow
+def test_a_bundle_of_slices_passes(slice_bundle: Callable[[str], Path]) -> None:
+    check(slice_bundle("v2_6")).raise_if_failed()
 
 
 @pytest.mark.slow

@@ -232,8 +232,7 @@ def _shapes(inputs: Mapping[str, Array]) -> str:
 
 def _first_shape(inputs: Mapping[str, Array]) -> str:
     name, array = next(iter(inputs.items()))
-    others = f" and {len(inputs) - 1} other inputs" if len(inputs) > 1 else ""
-    return f"{name} {list(array.shape)}{others}"
+    return f"{name} {list(array.shape)}" + (f", the first of {len(inputs)} inputs" if len(inputs) > 1 else "")
 
 
 def _check_finite(result: object, what: str, seen: Seen) -> None:

@@ -8,7 +8,8 @@ behind it: a softmax between `blocks.7.attn.qkv` and `blocks.7.attn.out` is of `
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 
 import onnx_ir as ir
@@ -70,6 +71,17 @@ def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
     if attribute is not None and attribute.type == ir.AttributeType.TENSOR:
         return attribute.as_tensor()
     return ir.convenience.get_const_tensor(value)
+
+
+@contextmanager
+def mapped_for_a_while(*tensors: ir.TensorProtocol | None) -> Iterator[None]:
+    """Lets go of the files that tensors map, so that memory does not grow with what was read."""
+    try:
+        yield
+    finally:
+        for tensor in tensors:
+            if isinstance(tensor, ir.ExternalTensor):
+                tensor.release()
 
 
 def _path_of_weights(node: ir.Node, names: Mapping[ir.Value, str]) -> str | None:

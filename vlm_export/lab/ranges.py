@@ -278,7 +278,9 @@ class _Findings:
             text = f"holds -inf in {stats.share(stats.minus_infinities):.1%} of its values, as masks do"
             yield "mask", text, stats.share(stats.minus_infinities)
         yield from _range_findings(stats, is_halved)
-        yield from _content_findings(stats)
+        # Positions and masks are counts, which the rules keep: of those a constant says nothing.
+        if is_halved:
+            yield from _content_findings(stats)
         if stats.saturable and stats.saturated / stats.saturable > _LEAST_SATURATED:
             share = stats.saturated / stats.saturable
             yield "saturated", f"is 0 or 1 to float16 in {share:.1%} of its rows", share
