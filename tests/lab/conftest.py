@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,11 +15,14 @@ import vlm_export
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo(shared_bundle: Callable[..., Path]) -> Path:
     """The exported demo checkpoint; tests must not change it."""
-    target = tmp_path_factory.mktemp("lab") / "clip-demo"
-    vlm_export.export("clip-demo", target, precisions=("fp32", "fp16"), threads=1)
-    return target
+
+    def export(target: Path) -> None:
+        options: dict[str, Any] = {"exporter": "torchscript", "opset": 18, "threads": 1}
+        vlm_export.export("clip-demo", target, precisions=("fp32", "fp16"), **options)
+
+    return shared_bundle("clip-demo", export)
 
 
 @pytest.fixture

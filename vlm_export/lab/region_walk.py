@@ -87,7 +87,8 @@ class RegionWalk:
         model = region_model(self._left, pair.left, feeds[0])
         expected = self._values[pair.left.output] = _only(run_region(model, feeds))
         given = self._feeds_right(pair.right)
-        got = None if given is None else self._right_run(pair.right, given)
+        own = self._feeds_own(pair.right) if all(value in self._own for value in pair.right.inputs) else None
+        got, total = self._right_runs(pair.right, given, own)
         floor = 0.0
         if not (self._one_engine and self._has_same_operators(pair)):
             floor = max(LEAST_FLOOR, relative_error(expected, _only(run_region(model, feeds, optimised=True))))
@@ -95,11 +96,9 @@ class RegionWalk:
             rounded = [{name: _rounded(array) for name, array in feed.items()} for feed in feeds]
             held = [_rounded(array) for array in _only(run_region(_with_rounded_weights(model), rounded))]
             floor = max(floor, relative_error(expected, held))
-        has_own = all(value in self._own for value in pair.right.inputs)
-        total = self._right_run(pair.right, self._feeds_own(pair.right)) if has_own else None
         self._own[pair.right.output] = expected if total is None else total
-        own, among = relative_error(expected, got), relative_error(expected, total)
-        return RegionError(joined(where, pair.path), str(pair.left.output.name), own, among, floor)
+        path, errors = joined(where, pair.path), (relative_error(expected, got), relative_error(expected, total))
+        return RegionError(path, str(pair.left.output.name), *errors, floor)
 
     def _has_same_operators(self, pair: RegionPair) -> bool:
         """Whether every node of either has its partner in the other; attributes and weights may differ."""
@@ -147,12 +146,17 @@ class RegionWalk:
             self._values.pop(value, None)
             self._own.pop(value, None)
 
-    def _right_run(self, region: Region, feeds: Sequence[Arrays]) -> list[Array] | None:
-        """What the right region gives, None where it cannot be run on these values."""
+    def _right_runs(self, region: Region, *groups: Sequence[Arrays] | None) -> list[list[Array] | None]:
+        """What the right region gives for each group of inputs, None where it cannot be run on them."""
+        feeds = [feed for group in groups for feed in group or ()]
+        if not feeds:
+            return [None for _ in groups]
         try:
-            return _only(self._run_right(region_model(self._right, region, feeds[0]), feeds))
+            found = iter(_only(self._run_right(region_model(self._right, region, feeds[0]), feeds)))
         except InputError:
-            return None
+            # One of them; each alone tells which.
+            return [None] if len(groups) == 1 else [self._right_runs(region, group)[0] for group in groups]
+        return [None if group is None else [next(found) for _ in group] for group in groups]
 
     def _feeds_left(self, region: Region) -> list[dict[str, Array]]:
         return self._feeds(region, lambda value, number: self._values[value][number])
