@@ -16,6 +16,10 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "search": ("search bundle photos.npy 'a red circle' -k 3", "search retrieval photos.npy query.jpg --rerank"),
     "diff": ("diff before after", "diff bundle clip-demo --json"),
     "bisect": ("bisect bundle --against fp16", "bisect before after -o culprit --plot errors.svg"),
+    "regress": (
+        "regress tests/exports.yaml --junit report.xml",
+        "regress --bundles bundles/a bundles/b --strict",
+    ),
     "doctor": ("doctor bundle --questions questions", "doctor bundle questions/answers"),
     "graph": ("graph show model.onnx", "graph verify original.onnx changed.onnx"),
     "graph show": ("graph show model.onnx", "graph show model.onnx --json"),

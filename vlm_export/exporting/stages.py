@@ -8,14 +8,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
-from vlm_export.bundle.environment import environment_errors
+from vlm_export.bundle.environment import anonymous_bytes, environment_errors
 from vlm_export.errors import VlmExportError
 from vlm_export.interrupts import raise_remembered
 
-_STATUS = Path("/proc/self/status")
 _SAMPLE_SECONDS = 0.02
 
 StepProgress = Callable[[int, int], None]
@@ -121,13 +119,3 @@ class _PeakMemory:
         size = anonymous_bytes()
         if size is not None:
             self.peak_bytes = max(self.peak_bytes or 0, size)
-
-
-def anonymous_bytes() -> int | None:
-    """RssAnon of this process: memory that is no file's; None outside Linux."""
-    try:
-        lines = _STATUS.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    fields = [line.split() for line in lines if line.startswith("RssAnon:")]
-    return int(fields[0][1]) * 1024 if fields else None

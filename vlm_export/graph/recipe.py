@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from vlm_export.bundle.strict_yaml import read_yaml
 from vlm_export.errors import UsageError, suggestion
 from vlm_export.graph.verb_arguments import value_from_yaml
 from vlm_export.graph.verbs import BY_NAME, Verb
-from vlm_export.machine_faults import machine_fault
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -45,36 +43,13 @@ class Applied:
     renamed: dict[str, str]
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain data; a key that stands twice in a mapping is refused."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        # Keys that come by `<<` are meant to be replaced.
-        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        keys = [self.construct_object(key, deep=True) for key in own]
-        twice = [key for number, key in enumerate(keys) if key in keys[:number]]
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def read_recipe(path: Path) -> list[Step]:
     """Reads the steps of a file; each entry is a verb's name, or that name with a mapping of its arguments.
 
     Raises:
         UsageError: no such file, no YAML, or an unknown verb or argument (with the nearest known one).
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise machine_fault(error, str(path)) or UsageError(
-            "the recipe cannot be read", where=str(path), got=str(error)
-        ) from error
-    try:
-        data = yaml.load(text, _Loader)
-    # Its constructors raise what int, datetime and others raise, too.
-    except Exception as error:
-        raise UsageError("the recipe is not YAML", where=str(path), got=str(error).replace("\n", " ")[:200]) from error
+    data = read_yaml(path, "recipe")
     if not isinstance(data, list) or not data:
         raise UsageError("a recipe is a list of verbs", where=str(path), got=type(data).__name__)
     return [_step(entry, f"{path}, step {number}") for number, entry in enumerate(data, 1)]
