@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from vlm_export.bundle.manifest import Manifest
+from vlm_export.errors import InputError
 from vlm_export.proof.floor import RULES
 
 STRICT_RATIO = 10.0
@@ -70,9 +71,14 @@ def figures_of(reports: Iterable[Mapping[str, Any]], contract: Mapping[str, Any]
 
 
 def recorded_figures(manifest: Manifest) -> dict[str, float]:
-    """The figures that the export recorded in a bundle."""
+    """The figures that the export recorded in a bundle; InputError where they are none."""
     reports = [variant.verification for part in manifest.parts for variant in part.variants if variant.verification]
-    return figures_of(reports, manifest.export.contract)
+    try:
+        return figures_of(reports, manifest.export.contract)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        got = f"{type(error).__name__}: {error}"
+        fix = "export the model again"
+        raise InputError("the verification that a manifest records cannot be read", got=got, fix=fix) from error
 
 
 def compare_figures(

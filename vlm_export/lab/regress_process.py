@@ -24,7 +24,7 @@ from vlm_export.errors import (
 )
 from vlm_export.text_display import Lines
 
-Progress = Callable[[str, float, "int | None"], None]
+Progress = Callable[[str, float, int | None], None]
 """Told of each stage that has ended: its name, seconds, and peak of anonymous memory in bytes."""
 
 _COMMAND = [sys.executable, "-m", "vlm_export.lab.regress_worker"]

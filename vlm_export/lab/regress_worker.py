@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from vlm_export.api import export, options_from_data, verify
 from vlm_export.bundle.opened import open_bundle
-from vlm_export.errors import Defect, InputError, VerificationError, VlmExportError
+from vlm_export.errors import InputError, VerificationError, VlmExportError
 from vlm_export.lab.figures import figures_of, recorded_figures
 from vlm_export.machine_faults import machine_fault
 
@@ -29,17 +29,20 @@ def main() -> int:
     try:
         result = _JOBS[job["kind"]](job, answers)
     except Exception as error:
-        _say(answers, error=_told(error).to_json())
+        told = _told(error)
+        if told is None:
+            raise  # A defect, whose traceback the parent shows the end of.
+        _say(answers, error=told.to_json())
         return 0
     _say(answers, result=result)
     return 0
 
 
-def _told(error: Exception) -> VlmExportError:
-    fault = machine_fault(error) if not isinstance(error, VlmExportError) or isinstance(error, InputError) else None
-    if fault is not None or isinstance(error, VlmExportError):
-        return fault or error  # type: ignore[return-value]
-    return Defect("this is a defect of vlm-export", got=f"{type(error).__name__}: {error}", fix="report it")
+def _told(error: Exception) -> VlmExportError | None:
+    """What to tell about an exception; what the machine refused also where a reader took it for damage of a file."""
+    if isinstance(error, VlmExportError) and not isinstance(error, InputError):
+        return error
+    return machine_fault(error) or (error if isinstance(error, InputError) else None)
 
 
 def _say(answers: TextIO, **answer: Any) -> None:
