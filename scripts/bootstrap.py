@@ -86,6 +86,11 @@ def find_uv() -> str | None:
     return None
 
 
+def installed_browser() -> str | None:
+    """The path of Chromium, which opens pages in tests and draws pictures for docs/; None where there is none."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
 def run(command: Sequence[str | Path], environment: dict[str, str] | None = None, show: str = "") -> int:
     """Runs a command in the project's folder after printing it; returns its exit status."""
     arguments = [str(part) for part in command]

@@ -2,7 +2,7 @@
 
 Each fault is planted in a copy of a bundle of a tiny CLIP that transformers saved, and verified twice: by the record in
 the bundle alone (`verify DIR`), and with the original (`verify DIR --source`). Faults of float16 graphs are planted in
-each layer of a tiny CLIP.
+each layer of a tiny CLIP. Faults of modules are planted in graphs of five families, for `bisect`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from unittest import mock
 
 from faults.checkpoint import write_checkpoint
 from faults.half import HalfVerdict, part_graphs, verdicts
+from faults.modules import Named, exported_parts, planted_faults
 from faults.plant import FAULTS, Fault
 
 from vlm_export.bundle.opened import OpenBundle, open_bundle
@@ -56,6 +57,15 @@ with weights that are not rounded ([numerics](numerics.md#noise)); both name the
 
 | fault | part | layer | rounded | of gate | float32 | of gate | found by |
 | --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+_MODULE_HEAD = """
+## Modules that `bisect` names
+
+Each fault is planted in one module of a graph, which `vlm-export bisect` then compares with the sound graph. A row is
+right where the module with the fault is named, and no other.
+
+| fault | family | module with the fault | named | its own error | right |
+| --- | --- | --- | --- | --- | --- |
 """
 _LONGEST_MESSAGE = 160
 _COPY = "copy"
@@ -161,12 +171,29 @@ def half_row(found: HalfVerdict) -> str:
     return f"| {name} | {found.part} | {found.layer} | {' | '.join(numbers)} | {found.found_by or 'passes'} |\n"
 
 
+def module_row(found: Named) -> str:
+    """A line of the table of modules."""
+    first = found.found.first
+    named = "none" if first is None else first.path
+    error = "" if first is None else f"{first.own:.1e}"
+    right = "yes" if found.right else "no"
+    return f"| {found.fault.name} | {found.family} | {found.planted} | {named} | {error} | {right} |\n"
+
+
+def module_rows(folder: Path) -> Iterator[str]:
+    """The lines of all families."""
+    for family, bundle, part in exported_parts(folder):
+        yield from map(module_row, planted_faults(family, bundle, part))
+
+
 def page(folder: Path) -> str:
     """The whole page."""
     with proved(folder) as at:
         contract_rows = "".join(row(fault, verdict(fault, at, folder)) for fault in FAULTS)
     with part_graphs(folder / "half") as parts:
-        return _HEAD + contract_rows + _HALF_HEAD + "".join(map(half_row, verdicts(parts)))
+        half_rows = "".join(map(half_row, verdicts(parts)))
+    modules = "".join(module_rows(folder / "modules"))
+    return _HEAD + contract_rows + _HALF_HEAD + half_rows + _MODULE_HEAD + modules
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from bootstrap import ROOT, SetupError, ensure_environment, run, script_in
+from bootstrap import ROOT, SetupError, ensure_environment, installed_browser, run, script_in
 
 ENVIRONMENT = ROOT / ".venv"
 EXTRAS = ("dev", "export", "parquet")
@@ -28,8 +28,12 @@ def main(pytest_arguments: list[str]) -> int:
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     # The tests start hundreds of processes; without bytecode each compiles this project and its libraries anew.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    marks = "not slow"
+    if installed_browser() is None:
+        print("not run: tests marked browser, since there is no Chromium on PATH", flush=True)
+        marks += " and not browser"
     workers = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
-    status = run([python, "-m", "pytest", *workers, "-m", "not slow", *pytest_arguments], environment)
+    status = run([python, "-m", "pytest", *workers, "-m", marks, *pytest_arguments], environment)
     print("$ mypy --strict\n" + typing.communicate()[0], end="", flush=True)
     failed += ["mypy"] if typing.returncode else []
     if failed:

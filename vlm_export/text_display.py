@@ -50,6 +50,16 @@ def shown_field(text: str) -> str:
     return str(text) if isinstance(text, Lines) else shown(text, LONGEST_FIELD)
 
 
+def size_text(size_bytes: int) -> str:
+    """A size for people: 340.1 MiB."""
+    size = float(size_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
 def _is_hidden(character: str) -> bool:
     return unicodedata.category(character) in _HIDDEN_CATEGORIES
 

@@ -45,7 +45,16 @@ from vlm_export.models.reading.weights import Target, load_weights, published_te
 from vlm_export.original import Original, TorchvisionPipeline, TransformersOriginal
 from vlm_export.specs import Origins, TextSpec, torchvision_image_spec
 from vlm_export.specs.codec import Spec
-from vlm_export.specs.tasks import AnswerSpec, CaptionSpec, EmbedSpec, EncoderSpec, FirstToken, MatchSpec, TaskSpec
+from vlm_export.specs.tasks import (
+    AnswerSpec,
+    CaptionSpec,
+    EmbedSpec,
+    EncoderSpec,
+    FirstToken,
+    MatchSpec,
+    TaskSpec,
+    limited_tasks,
+)
 
 # Where the original truncates captions for retrieval (train_retrieval.py) and questions (blip_vqa.py).
 MAX_TEXT_TOKENS = 35
@@ -254,7 +263,8 @@ def _with_tokenizer(model: Model, ids: TokenizerIds) -> Model:
         decoder_start = ids.vocabulary.get(DECODER_TOKEN, tokens.decoder_start)
         tokens = replace(tokens, sep=ids.end, decoder_start=decoder_start)
     architecture = replace(architecture, tokens=tokens)
-    return replace(model, tasks=tuple(_tasks(architecture)), architecture=architecture.to_json())
+    tasks = limited_tasks(tuple(_tasks(architecture)), [part.name for part in model.parts])
+    return replace(model, tasks=tasks, architecture=architecture.to_json())
 
 
 def _tasks(architecture: BlipArchitecture) -> Iterator[TaskSpec]:

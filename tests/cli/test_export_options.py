@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,3 +66,11 @@ def test_preprocessing_stands_before_any_familys_images(cli: Cli, tmp_path: Path
     result = cli("export", DATA / "nanovlm" / "222m", "-o", tmp_path / "bundle", *arguments, *fast)
     assert result.status == 0, result.err
     assert "vision_from_uint8" in result.out
+
+
+def test_one_part_leaves_out_the_tasks_that_need_others(cli: Cli, fast: tuple[str, ...], tmp_path: Path) -> None:
+    """Also where the tokenizer tells the tokens of a task."""
+    result = cli("export", "blip-demo-caption", "-o", tmp_path / "b", "--part", "vision", "--quiet", *fast)
+    assert result.status == 0
+    manifest = json.loads((tmp_path / "b" / "vlm_export.json").read_text(encoding="utf-8"))
+    assert (manifest["tasks"], [part["name"] for part in manifest["parts"]]) == ([], ["vision"])

@@ -15,7 +15,14 @@ PAGES = [page for page in sorted(DOCS.glob("*.md")) if "<!-- session -->" in pag
 
 
 def test_pages_with_sessions_are_found() -> None:
-    assert {page.stem for page in PAGES} == {"deploying", "exporting", "graphs", "regression-testing"}
+    assert {page.stem for page in PAGES} == {
+        "deploying",
+        "doctor",
+        "exporting",
+        "graphs",
+        "numerics",
+        "regression-testing",
+    }
 
 
 @pytest.mark.slow

@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer as RustTokenizer
 
+from vlm_export.checkpoint.sources.known import packaged_path
 from vlm_export.errors import InputError, UsageError
 from vlm_export.exporting.tokenizers import files as tokenizer_files
 from vlm_export.exporting.tokenizers.files import (
@@ -97,6 +99,16 @@ def test_option_names_a_tokenizer_json_or_its_directory(clip_json: str, tmp_path
     for option in (path, tmp_path):
         files = resolve_tokenizer(checkpoint(), str(option), SPEC)
         assert files["tokenizer.json"].decode() == clip_json
+
+
+@pytest.mark.parametrize("name", ["clip-demo", "clip"])
+def test_the_config_says_of_the_prefix_space_what_the_tokenizer_says(name: str, clip_json: str, tmp_path: Path) -> None:
+    """transformers 4 sets its own default over the tokenizer.json's where the config says nothing, or otherwise."""
+    text = packaged_path("demo/tokenizer.json").read_text(encoding="utf-8") if name == "clip-demo" else clip_json
+    (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
+    spec = replace(SPEC, vocab_size=438, end_token_id=437) if name == "clip-demo" else SPEC
+    config = json.loads(resolve_tokenizer(checkpoint(), str(tmp_path), spec)["tokenizer_config.json"])
+    assert config["add_prefix_space"] is (name == "clip-demo")
 
 
 def test_vocab_and_merges_give_the_same_tokenizer(two_files: Path, clip_json: str) -> None:

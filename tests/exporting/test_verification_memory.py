@@ -23,8 +23,8 @@ import sys
 from pathlib import Path
 import numpy as np
 import onnx_ir as ir
-from vlm_export.bundle.environment import anonymous_bytes
 from vlm_export.exporting.stages import Stages
+from vlm_export.proof.memory import anonymous_bytes
 from vlm_export.exporting.writer import write_graph
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
 

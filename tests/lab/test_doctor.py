@@ -180,6 +180,24 @@ def test_mistakes_with_ids(demo: Path, program: Program, name: str) -> None:
     assert word in mistakes_of(vlm_export.doctor(demo, {"text_vectors": vectors}))["text vectors"]
 
 
+def test_a_mistake_without_the_cleaning_of_texts(demo: Path, program: Program) -> None:
+    """As a library would read the bundle's tokenizer.json, which cleans nothing."""
+    rows = [program.tokenizer.encode(text).ids for text in program.texts]
+    rows = [row if len(row) <= CONTEXT else [*row[: CONTEXT - 1], END] for row in rows]
+    assert vlm_export.doctor(demo, {"ids": rows, "text_vectors": program.text_vectors(rows)}).passed
+    rows = [row[1:] for row in rows]
+    for given in ({"ids": rows}, {"text_vectors": program.text_vectors(rows)}):
+        assert list(mistakes_of(vlm_export.doctor(demo, given)).values()) == [["no BOS"]]
+
+
+def test_images_that_are_converted_first(demo: Path, program: Program) -> None:
+    """Palettes and transparency then look otherwise, also to a program with another mistake."""
+    assert vlm_export.doctor(demo, {"pixels": program.pixels(convert, *SQUARE, *SCALED).numpy()}).passed
+    pixels = program.pixels(convert, Resize((EDGE, EDGE), interpolation=BICUBIC), *SCALED)
+    for given in ({"pixels": pixels.numpy()}, {"image_vectors": program.image_vectors(pixels)}):
+        assert list(mistakes_of(vlm_export.doctor(demo, given)).values()) == [["stretch instead of crop"]]
+
+
 def test_words_of_another_vocabulary(demo: Path, program: Program) -> None:
     letters = [[START, *(ord(letter) % 400 for letter in text[: CONTEXT - 2]), END] for text in program.texts]
     assert mistakes_of(vlm_export.doctor(demo, {"ids": letters})) == {"ids": ["another tokenizer"]}

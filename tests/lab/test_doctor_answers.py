@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -93,10 +96,35 @@ def test_the_collector_asks_a_program(demo: Path, questions: Path, tmp_path: Pat
     ]
 
 
+def test_the_collector_asks_an_endpoint(questions: Path) -> None:
+    """In OpenAI's form for texts, in Jina's for images."""
+    asked: list[Any] = []
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"data": [{"embedding": [0.6, 0.8]}]}).encode())
+
+        def log_message(self, *_: object) -> None:
+            """Nothing on stderr."""
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = runpy.run_path(str(questions / "collect.py"))["Endpoint"](
+            f"http://127.0.0.1:{server.server_port}/v1"
+        )
+        assert endpoint.text_vector("a cat") == endpoint.image_vector(questions / "images" / "tiny.png") == [0.6, 0.8]
+        server.shutdown()
+    assert asked[0] == {"model": "default", "input": ["a cat"]}
+    content = (questions / "images" / "tiny.png").read_bytes()
+    assert base64.b64decode(asked[1]["input"][0]["image"]) == content
+
+
 def test_the_verb_tells_and_ends_with_the_verdict(
     demo: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "16 texts, 15 images" in capsys.readouterr().out or (questions / "collect.mjs").exists()
     answers, _ = recorded("transformers-js")
     given = tmp_path / "answers.json"
     given.write_text(json.dumps({key: np.asarray(value, object).tolist() for key, value in answers.items()}))
@@ -145,6 +173,22 @@ def test_bad_files_are_refused(demo: Path, tmp_path: Path) -> None:
     (tmp_path / "ids.npy").write_bytes(b"x")
     with pytest.raises(InputError, match="there twice"):
         vlm_export.doctor(demo, tmp_path)
+
+
+def test_a_graph_is_changed_only_with_the_extra(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith(("vlm_export.lab.consumer.graphs", "onnx_ir"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "onnx_ir", None)
+    answers, _ = recorded("fastembed")
+    vectors = np.random.default_rng(0).standard_normal((16, 128))
+    (stage,) = vlm_export.doctor(demo, {"ids": answers["ids"], "text_vectors": vectors}).wrong
+    assert stage.notes[-1].startswith("pooling, projection and activation were not tried: in your clone: pip install")
+
+
+def test_a_program_of_a_bundle_without_embeddings(nanovlm_bundle: Callable[[str], Path]) -> None:
+    bundle = nanovlm_bundle("450m")
+    with pytest.raises(InputError, match="none of the answers can be compared"):
+        vlm_export.doctor(bundle, {"image_vectors": np.ones((15, 8))})
 
 
 def test_questions_need_a_new_folder_and_a_record(demo: Path, questions: Path, tmp_path: Path) -> None:

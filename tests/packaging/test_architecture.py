@@ -57,8 +57,8 @@ ROOMS: dict[str, set[str]] = {
     },
     "api": {"specs", "bundle", "checkpoint", "family", "proof", "exporting"},
     "lab": {
-        *("specs", "bundle", "runtime.engines", "runtime.inputs", "runtime.session", "graph.core", "graph.look"),
-        *("graph.prove", "proof", "api"),
+        *("specs", "bundle", "runtime.engines", "runtime.inputs", "runtime.session", "runtime.model"),
+        *("graph.core", "graph.look", "graph.passes", "graph.prove", "precision", "proof", "api"),
     },
 }
 # These see everything below them; nothing sees them but the package's own door.

@@ -82,13 +82,3 @@ def check_free_space(path: Path, needed_bytes: int, fix: str = CAUSES[errno.ENOS
             got=f"{free} bytes free",
             fix=fix,
         )
-
-
-def anonymous_bytes(process: int | str = "self") -> int | None:
-    """RssAnon of a process: memory that is no file's; None outside Linux, and of a process that has ended."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    fields = [line.split() for line in lines if line.startswith("RssAnon:")]
-    return int(fields[0][1]) * 1024 if fields else None

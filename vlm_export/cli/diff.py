@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_export.cli.common import add_common_options, existing_path, positive_integer
 from vlm_export.cli.graph_look import add_proof_options
-from vlm_export.cli.output import StagePrinter, print_json, print_line, print_table, size_text, terminal_width
+from vlm_export.cli.output import StagePrinter, print_json, print_line, print_table, terminal_width
 from vlm_export.errors import VerificationError
+from vlm_export.text_display import size_text
 
 if TYPE_CHECKING:
     from vlm_export.lab.differences import Diff, Measurement

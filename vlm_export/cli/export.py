@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_export.cli.common import add_common_options, checked_depth, natural_number, positive_integer
-from vlm_export.cli.output import print_json, print_line, print_text, print_warnings, size_text
+from vlm_export.cli.output import print_json, print_line, print_text, print_warnings
+from vlm_export.text_display import size_text
 
 if TYPE_CHECKING:
     from vlm_export.exporting.pipeline import ExportResult

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_export.cli.output import print_json, print_line, print_table, size_text
+from vlm_export.cli.output import print_json, print_line, print_table
+from vlm_export.text_display import size_text
 
 
 def add_parsers(verbs: Any) -> Iterator[argparse.ArgumentParser]:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_export.cli.common import add_common_options
 from vlm_export.cli.cutting_report import report_cutting
-from vlm_export.cli.output import print_json, print_line, print_table, print_warnings, size_text, terminal_width
+from vlm_export.cli.output import print_json, print_line, print_table, print_warnings, terminal_width
 from vlm_export.errors import UsageError
+from vlm_export.text_display import size_text
 
 if TYPE_CHECKING:
     from vlm_export.bundle.manifest import Manifest

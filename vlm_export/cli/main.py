@@ -43,7 +43,10 @@ VERBS = (
     "diff",
     "bisect",
     "regress",
+    "ranges",
+    "check",
     "doctor",
+    "report",
     "graph",
 )
 """Each is a module of `vlm_export.cli`, in the order of the help."""

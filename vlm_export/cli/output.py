@@ -12,7 +12,7 @@ from contextlib import suppress
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from vlm_export.text_display import escaped_json, shown, shown_lines
+from vlm_export.text_display import escaped_json, shown, shown_lines, size_text
 
 if TYPE_CHECKING:
     from vlm_export.exporting.stages import StageRecord
@@ -97,16 +97,6 @@ def print_warnings(warnings: Iterable[object]) -> None:
     """One line each on stderr, also with --quiet and --json."""
     for warning in warnings:
         print(f"warning: {shown(warning, LONGEST_LINE)}", file=sys.stderr)
-
-
-def size_text(size_bytes: int) -> str:
-    """A size for people: 340.1 MiB."""
-    size = float(size_bytes)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
 
 
 class StagePrinter:

@@ -10,9 +10,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-from vlm_export.bundle.environment import anonymous_bytes, environment_errors
+from vlm_export.bundle.environment import environment_errors
 from vlm_export.errors import VlmExportError
 from vlm_export.interrupts import raise_remembered
+from vlm_export.proof.memory import anonymous_bytes
 
 _SAMPLE_SECONDS = 0.02
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_export.bundle.strict_yaml import read_yaml
 from vlm_export.errors import UsageError, suggestion
+from vlm_export.graph.core.plain_yaml import read_yaml
 from vlm_export.graph.verb_arguments import value_from_yaml
 from vlm_export.graph.verbs import BY_NAME, Verb
 
@@ -49,7 +49,7 @@ def read_recipe(path: Path) -> list[Step]:
     Raises:
         UsageError: no such file, no YAML, or an unknown verb or argument (with the nearest known one).
     """
-    data = read_yaml(path, "recipe")
+    data = read_yaml(path, "the recipe")
     if not isinstance(data, list) or not data:
         raise UsageError("a recipe is a list of verbs", where=str(path), got=type(data).__name__)
     return [_step(entry, f"{path}, step {number}") for number, entry in enumerate(data, 1)]

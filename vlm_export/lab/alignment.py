@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx
 import onnx_ir as ir
 
-from vlm_export.graph.core.names import graphs_in
-from vlm_export.lab.module_paths import constant_of, parameter_name
+from vlm_export.graph.core.names import captured_or_read, graphs_in
+from vlm_export.lab.module_paths import constant_of, mapped_for_a_while, parameter_name
 
 COMMUTATIVE = frozenset(("", name) for name in ("Add", "Mul", "And", "Or", "Xor", "Equal", "Max", "Min", "Sum"))
 _CASTS = frozenset(("", name) for name in ("Cast", "CastLike", "Identity"))
@@ -81,7 +81,15 @@ class _Side:
     position: dict[ir.Node, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.position = {node: index for index, node in enumerate(self.model.graph) if not _is_constant_node(node)}
+        """Nodes that no output needs are none of the graph."""
+        needed, waiting = set[ir.Node](), [value.producer() for value in self.model.graph.outputs]
+        while waiting:
+            node = waiting.pop()
+            if node is not None and node not in needed:
+                needed.add(node)
+                waiting += [value.producer() for value in captured_or_read(node)]
+        nodes = [node for node in self.model.graph if node in needed and not _is_constant_node(node)]
+        self.position = {node: index for index, node in enumerate(nodes)}
 
     def opset(self, node: ir.Node) -> int | None:
         return node.version or self.model.graph.opset_imports.get(node.domain)
@@ -95,6 +103,11 @@ class _Walk:
         self._values: dict[ir.Value, ir.Value] = {}
         self._taken: set[ir.Value] = set()
         self._queue: deque[tuple[ir.Value, ir.Value]] = deque()
+        # Names where the two share most of them, and otherwise values, which tell the weights of a renamed model.
+        self._keys = [_weight_keys(side.model, _by_parameter) for side in (left, right)]
+        if 2 * len(set(self._keys[0].values()) & set(self._keys[1].values())) <= min(map(len, self._keys)):
+            self._keys = [_weight_keys(side.model, _by_content) for side in (left, right)]
+        self._shared_keys = set(self._keys[0].values()) & set(self._keys[1].values())
 
     def reach(self, left: ir.Value, right: ir.Value) -> None:
         """Two tensors that should correspond; they do if what computes them does."""
@@ -154,9 +167,31 @@ class _Walk:
             _operator(left) == _operator(right)
             and len(_inputs(left)) == len(_inputs(right))
             and len(left.outputs) == len(right.outputs)
+            and left in self._left.position
+            and right in self._right.position
             and left not in self._nodes
             and right not in self._partners
+            and not self._contradict(left, right)
         )
+
+    def _contradict(self, left: ir.Node, right: ir.Node) -> bool:
+        """Whether two nodes, or those right above them, read weights that both graphs have, and other ones."""
+        mine, theirs = (self._weights_of(node, keys) for node, keys in zip((left, right), self._keys, strict=True))
+        if mine and theirs and not mine & theirs:
+            return True
+        makers = [
+            [node for value in _inputs(side) if value is not None and (node := value.producer()) is not None]
+            for side in (left, right)
+        ]
+        mine, theirs = (
+            {weight for node in nodes for weight in self._weights_of(node, keys)}
+            for nodes, keys in zip(makers, self._keys, strict=True)
+        )
+        return bool(mine and theirs and not mine & theirs)
+
+    def _weights_of(self, node: ir.Node, keys: Mapping[ir.Value, Hashable]) -> set[Hashable]:
+        found = {keys[value] for value in node.inputs if value is not None and value in keys}
+        return found & self._shared_keys
 
     def _pair_nodes(self, left: ir.Node, right: ir.Node) -> None:
         self._nodes[left] = right
@@ -233,15 +268,12 @@ class _Walk:
         return any(self._affinity(a, b) > 0 for a, b in pairs)
 
     def _same_weights(self, key: Callable[[ir.Value], Hashable]) -> Iterator[tuple[ir.Value, ir.Value]]:
-        found = []
-        for side, done in ((self._left, set(self._values)), (self._right, self._taken)):
-            weights = [value for value in side.model.graph.initializers.values() if value not in done]
-            keyed = [(key(value), value) for value in weights]
-            counts = Counter(name for name, _ in keyed)
-            found.append({name: value for name, value in keyed if name is not None and counts[name] == 1})
-        for name, value in found[0].items():
-            if name in found[1]:
-                yield value, found[1][name]
+        """Weights without a partner that the key tells to be the same."""
+        left = _weight_keys(self._left.model, key, self._values)
+        theirs = {name: value for value, name in _weight_keys(self._right.model, key, self._taken).items()}
+        for value, name in left.items():
+            if name in theirs:
+                yield value, theirs[name]
 
     def _changes(self, left: ir.Node, right: ir.Node) -> Iterator[AttributeChange]:
         before, after = node_settings(left, self._left.opset(left)), node_settings(right, self._right.opset(right))
@@ -316,11 +348,21 @@ def _by_parameter(value: ir.Value) -> str | None:
     return parameter_name(str(value.name)) or None
 
 
+def _weight_keys(
+    model: ir.Model, key: Callable[[ir.Value], Hashable], done: Container[ir.Value] = ()
+) -> dict[ir.Value, Hashable]:
+    """Weights → what tells them, where no other weight of the graph has the same."""
+    found = {value: key(value) for value in model.graph.initializers.values() if value not in done}
+    counts = Counter(found.values())
+    return {value: name for value, name in found.items() if name is not None and counts[name] == 1}
+
+
 def _by_content(value: ir.Value) -> Hashable:
     tensor = constant_of(value)
     if tensor is None or tensor.nbytes <= _SPEAKING_BYTES:
         return None
-    return tensor.dtype, tuple(tensor.shape.numpy()), hashlib.sha256(tensor.tobytes()).digest()
+    with mapped_for_a_while(tensor):
+        return tensor.dtype, tuple(tensor.shape.numpy()), hashlib.sha256(tensor.tobytes()).digest()
 
 
 def node_settings(node: ir.Node, opset: int | None) -> dict[str, str]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 
 from vlm_export.api import Progress, export_again
@@ -23,13 +21,12 @@ from vlm_export.lab.output_diff import (
     RunGraph,
     compare_outputs,
     graph_runner,
+    median_seconds,
     output_differences,
     sample_inputs,
 )
 from vlm_export.proof.engine import variant_bytes, verifying_engine
 from vlm_export.proof.golden import iterate_golden
-
-_ROUNDS = 7
 
 
 @dataclass(frozen=True)
@@ -168,13 +165,5 @@ def _graph_bytes(path: Path) -> int:
 
 
 def _latency(runs: Sequence[RunGraph], feeds: Arrays, where: str) -> Measurement:
-    """Medians of several rounds, both sides in turn, after one run that warms up."""
-    seconds: list[list[float]] = [[], []]
-    for number in range(_ROUNDS + 1):
-        for side, run in enumerate(runs):
-            start = time.perf_counter()
-            run(feeds)
-            if number:
-                seconds[side].append(time.perf_counter() - start)
-    first, second = (1000 * median(side) for side in seconds)
+    first, second = (1000 * seconds for seconds in median_seconds(runs, feeds))
     return Measurement(f"{where} latency".strip(), first, second, "ms")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_export.bundle.opened import open_bundle
+from vlm_export.errors import InputError
 from vlm_export.lab.consumer.answers import checked_answers, read_answers
 from vlm_export.lab.consumer.case import Case
 from vlm_export.lab.consumer.inputs import ids_stage, pixel_stage
@@ -38,7 +39,8 @@ def doctor(
         precision: the variant that the consumer runs, which decides how near its vectors must be.
 
     Raises:
-        InputError: the answers do not fit the questions, or the bundle has no record of the contract.
+        InputError: the answers do not fit the questions, none can be compared, or the bundle has no record of the
+            contract.
     """
     opened = open_bundle(bundle)
     session = Session(opened, precision=precision, providers=providers, threads=threads)
@@ -49,4 +51,8 @@ def doctor(
     checked = checked_answers(given, [text.text for text in record.texts], names, where)
     case = Case(session, record, checked)
     ids, pixels = ids_stage(case), pixel_stage(case)
-    return Diagnosis((ids, pixels, text_vector_stage(case, ids), image_vector_stage(case, pixels)))
+    found = Diagnosis((ids, pixels, text_vector_stage(case, ids), image_vector_stage(case, pixels)))
+    if all(stage.verdict in ("not given", "not compared") for stage in found.stages):
+        notes = "; ".join(f"{stage.name}: {note}" for stage in found.stages for note in stage.notes)
+        raise InputError("none of the answers can be compared", where=where, got=notes)
+    return found

@@ -15,7 +15,7 @@ from vlm_export.graph.core.onnxruntime_session import Array
 from vlm_export.graph.look.show import type_text
 from vlm_export.lab.alignment import Alignment, align
 from vlm_export.lab.differences import Difference, named
-from vlm_export.lab.module_paths import constant_of, joined, module_paths, parameter_name
+from vlm_export.lab.module_paths import constant_of, joined, mapped_for_a_while, module_paths, parameter_name
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _BLOCK_VALUES = 1 << 22
@@ -171,7 +171,8 @@ def _weights(alignment: Alignment, paths: PairedPaths, where: str, tolerance: fl
             continue
         if before.dtype != after.dtype:
             dtypes.setdefault((before.dtype.name.lower(), after.dtype.name.lower()), []).append(name)
-        difference = weight_difference(before, after)
+        with mapped_for_a_while(before, after):
+            difference = weight_difference(before, after)
         bound = tolerance * difference.largest
         if difference.max_abs > max(bound, _rounding(before, after) * difference.largest):
             changed.append((difference.relative, Difference("weights", name, str(difference))))

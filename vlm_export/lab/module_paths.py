@@ -8,7 +8,8 @@ behind it: a softmax between `blocks.7.attn.qkv` and `blocks.7.attn.out` is of `
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 
 import onnx_ir as ir
@@ -72,6 +73,17 @@ def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
     return ir.convenience.get_const_tensor(value)
 
 
+@contextmanager
+def mapped_for_a_while(*tensors: ir.TensorProtocol | None) -> Iterator[None]:
+    """Lets go of the files that tensors map, so that memory does not grow with what was read."""
+    try:
+        yield
+    finally:
+        for tensor in tensors:
+            if isinstance(tensor, ir.ExternalTensor):
+                tensor.release()
+
+
 def _path_of_weights(node: ir.Node, names: Mapping[ir.Value, str]) -> str | None:
     """The module whose weights a node reads, None where it reads none with a name."""
     parameters = [
@@ -79,7 +91,7 @@ def _path_of_weights(node: ir.Node, names: Mapping[ir.Value, str]) -> str | None
         for value in node.inputs
         if value is not None and value.is_initializer() and not value.is_graph_input() and _is_weight(value)
     ]
-    paths = [_module_of(name) for name in parameters if name]
+    paths = [module_of(name) for name in parameters if name]
     return paths[0] if paths else None
 
 
@@ -89,9 +101,9 @@ def _is_weight(value: ir.Value) -> bool:
     return tensor is not None and tensor.dtype.is_floating_point() and tensor.size > 1
 
 
-def _module_of(parameter: str) -> str:
+def module_of(parameter: str) -> str:
+    """The module of a parameter; a parameter of the model itself, such as a position embedding, is its own place."""
     head, _, last = parameter.rpartition(".")
-    # A parameter of the model itself, such as a position embedding, is its own place.
     return head or last
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import onnx_ir as ir
@@ -22,6 +24,7 @@ RunGraph = Callable[[Arrays], Arrays]
 
 LEAST_SAMPLES = 8
 """Fewer rows say little: many faults touch few of them."""
+_ROUNDS = 7
 
 
 def compare_outputs(
@@ -143,3 +146,15 @@ def graph_runner(model: ir.Model) -> RunGraph:
         return dict(zip(names, program.run(feeds, names), strict=True))
 
     return run
+
+
+def median_seconds(runs: Sequence[RunGraph], feeds: Arrays) -> list[float]:
+    """What one run of each takes: the median of several rounds, all in turn, after one run that warms up."""
+    seconds: list[list[float]] = [[] for _ in runs]
+    for number in range(_ROUNDS + 1):
+        for run, taken in zip(runs, seconds, strict=True):
+            start = time.perf_counter()
+            run(feeds)
+            if number:
+                taken.append(time.perf_counter() - start)
+    return [median(taken) for taken in seconds]

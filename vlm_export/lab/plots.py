@@ -1,15 +1,20 @@
-"""Plots as SVG: lines over positions, with a logarithmic scale. A page or a browser shows them as they are."""
+"""Plots as SVG: errors on a logarithmic scale, and bars. A page or a browser shows them as they are."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 _WIDTH, _HEIGHT = 900, 360
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 28, 130
-_COLOURS = ("#c0392b", "#2471a3", "#7f8c8d", "#229954")
+_RED, _BLUE, _GREY, _GREEN = _COLOURS = ("#c0392b", "#2471a3", "#7f8c8d", "#229954")
 _MOST_LABELS = 30
+_BAR_HEIGHT, _BAR_LEFT, _BAR_RIGHT, _BAR_WIDTH = 20, 180, 70, 480
+_NARROW, _MOST_LEVEL_LABELS, _LEGEND_HEIGHT = 480, 3, 20
+MOST_NARROW_POINTS = 24
+"""A plot of more points is as wide as a page, others half as wide."""
 
 
 def error_plot(
@@ -24,22 +29,12 @@ def error_plot(
         lines: name of a series → its values, one for each label, at least 0.
         marked: position that a vertical line points out.
     """
-    known = [value for series in lines.values() for value in series if 0 < value < math.inf]
-    low = math.floor(math.log10(min(known))) if known else -8
-    high = max(math.ceil(math.log10(max(known))) if known else 0, low + 1)
-    frame = _Frame(len(labels), low, high)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        'font-family="sans-serif" font-size="11">',
-        f"<title>{escape(title)}</title>",
-        f'<text x="{_LEFT}" y="16" font-size="13">{escape(title)}</text>',
-        *frame.grid(),
-        *frame.labels(labels),
-    ]
+    frame = _Frame(len(labels), (value for series in lines.values() for value in series))
+    parts = [*_head(title, _WIDTH, _HEIGHT, _LEFT), *frame.grid(), *frame.labels(labels)]
     if marked is not None:
         x = frame.x(marked)
         parts.append(
-            f'<line x1="{x:.1f}" y1="{_TOP}" x2="{x:.1f}" y2="{_HEIGHT - _BOTTOM}" stroke="#c0392b" '
+            f'<line x1="{x:.1f}" y1="{_TOP}" x2="{x:.1f}" y2="{_HEIGHT - _BOTTOM}" stroke="{_RED}" '
             'stroke-dasharray="4 3"/>'
         )
     for number, (name, series) in enumerate(lines.items()):
@@ -51,14 +46,109 @@ def error_plot(
     return "\n".join([*parts, "</svg>", ""])
 
 
-class _Frame:
-    """Where values lie on the canvas."""
+@dataclass(frozen=True)
+class PlottedPoint:
+    """What a point is called, its error (at least 0, or no number), and whether it failed."""
 
-    def __init__(self, count: int, low: int, high: int) -> None:
-        self._count, self._low, self._high = count, low, high
+    label: str
+    error: float
+    failed: bool
+
+
+@dataclass(frozen=True)
+class PointGroup:
+    """The errors of one output at several points; floor and gate are NaN where they are unknown."""
+
+    name: str
+    points: Sequence[PlottedPoint]
+    floor: float
+    gate: float
+
+
+def point_plot(title: str, groups: Sequence[PointGroup]) -> str:
+    """An SVG document with one dot for each point, red where it failed; floor and gate of its group are drawn in.
+
+    What is no number lies at the top. Dots say which point they are when one points at them.
+    """
+    count = sum(len(group.points) for group in groups)
+    limits = [limit for group in groups for limit in (group.floor, group.gate)]
+    width = _NARROW if count <= MOST_NARROW_POINTS else _WIDTH
+    frame = _Frame(count, [*limits, *(point.error for group in groups for point in group.points)], width)
+    level = len(groups) <= _MOST_LEVEL_LABELS
+    height = _HEIGHT - _BOTTOM + _LEGEND_HEIGHT + (_LEGEND_HEIGHT if level else _BOTTOM)
+    parts = [*_head(title, width, height, _LEFT), *frame.grid(), *_legend(height - 6)]
+    position, labels = 0, [""] * count
+    for group in groups:
+        if not group.points:
+            continue
+        left, right = frame.x(position) - frame.step / 2, frame.x(position + len(group.points) - 1) + frame.step / 2
+        parts += _limits(frame, group, left, right)
+        labels[position + (len(group.points) - 1) // 2] = group.name
+        for point in group.points:
+            colour, radius = (_RED, 5) if point.failed else (_GREEN, 3.5)
+            text = escape(f"{group.name}, {point.label}: {point.error:.2g} (gate {group.gate:.2g})")
+            parts.append(
+                f'<circle cx="{frame.x(position):.1f}" cy="{frame.y(point.error):.1f}" r="{radius}" fill="{colour}">'
+                f"<title>{text}</title></circle>"
+            )
+            position += 1
+    return "\n".join([*parts, *(frame.level_labels(labels) if level else frame.labels(labels)), "</svg>", ""])
+
+
+def bar_plot(title: str, bars: Sequence[tuple[str, float, str]]) -> str:
+    """An SVG document with one horizontal bar for each label, value (at least 0) and text of the value."""
+    most = max((value for _, value, _ in bars), default=0) or 1
+    height = _TOP + _BAR_HEIGHT * len(bars) + 6
+    parts = _head(title, _BAR_WIDTH, height, 6)
+    for number, (label, value, text) in enumerate(bars):
+        y = _TOP + _BAR_HEIGHT * number
+        width = (_BAR_WIDTH - _BAR_LEFT - _BAR_RIGHT) * value / most
+        parts += [
+            f'<text x="{_BAR_LEFT - 6}" y="{y + 13}" text-anchor="end">{escape(label)}</text>',
+            f'<rect x="{_BAR_LEFT}" y="{y + 3}" width="{max(width, 1):.1f}" height="14" fill="{_BLUE}"/>',
+            f'<text x="{_BAR_LEFT + width + 6:.1f}" y="{y + 13}">{escape(text)}</text>',
+        ]
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _head(title: str, width: int, height: int, left: int) -> list[str]:
+    return [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
+        'font-family="sans-serif" font-size="11">',
+        f"<title>{escape(title)}</title>",
+        f'<text x="{left}" y="16" font-size="13">{escape(title)}</text>',
+    ]
+
+
+def _legend(y: int) -> list[str]:
+    words = ((_GREEN, "● passed"), (_RED, "● failed"), (_RED, "— gate"), (_GREY, "┄ floor (noise)"))
+    return [
+        f'<text x="{_LEFT + 85 * i}" y="{y}" fill="{colour}">{word}</text>' for i, (colour, word) in enumerate(words)
+    ]
+
+
+def _limits(frame: _Frame, group: PointGroup, left: float, right: float) -> list[str]:
+    drawn = ((group.gate, f'stroke="{_RED}"'), (group.floor, f'stroke="{_GREY}" stroke-dasharray="4 3"'))
+    return [
+        f'<line x1="{left:.1f}" y1="{frame.y(value):.1f}" x2="{right:.1f}" y2="{frame.y(value):.1f}" '
+        f'stroke-width="1.6" {style}/>'
+        for value, style in drawn
+        if not math.isnan(value)
+    ]
+
+
+class _Frame:
+    """Where values lie on the canvas: `count` positions, and a scale that holds the values."""
+
+    def __init__(self, count: int, values: Iterable[float], width: int = _WIDTH) -> None:
+        known = [value for value in values if 0 < value < math.inf]
+        self._right = width - _RIGHT
+        self._low = math.floor(math.log10(min(known))) if known else -8
+        self._high = max(math.ceil(math.log10(max(known))) if known else 0, self._low + 1)
+        self.step = (self._right - _LEFT) / max(count, 1)
 
     def x(self, position: int) -> float:
-        return _LEFT + (position + 0.5) * (_WIDTH - _LEFT - _RIGHT) / max(self._count, 1)
+        return _LEFT + (position + 0.5) * self.step
 
     def y(self, value: float) -> float:
         if not value > 0:
@@ -72,15 +162,24 @@ class _Frame:
         lines = []
         for exponent in range(self._low, self._high + 1):
             y = self.y(10.0**exponent)
-            lines.append(f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{_WIDTH - _RIGHT}" y2="{y:.1f}" stroke="#e5e7e9"/>')
+            lines.append(f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{self._right}" y2="{y:.1f}" stroke="#e5e7e9"/>')
             lines.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">1e{exponent}</text>')
         return lines
 
+    def level_labels(self, labels: Sequence[str]) -> list[str]:
+        y = _HEIGHT - _BOTTOM + 14
+        return [
+            f'<text x="{self.x(i):.1f}" y="{y}" text-anchor="middle">{escape(label)}</text>'
+            for i, label in enumerate(labels)
+            if label
+        ]
+
     def labels(self, labels: Sequence[str]) -> list[str]:
-        step = max(1, math.ceil(len(labels) / _MOST_LABELS))
+        """Those that are not empty, as many as have room."""
+        given = [i for i, label in enumerate(labels) if label]
+        step = max(1, math.ceil(len(given) / _MOST_LABELS))
         y = _HEIGHT - _BOTTOM + 12
         return [
-            f'<text transform="translate({self.x(i):.1f} {y}) rotate(60)" font-size="10">{escape(label)}</text>'
-            for i, label in enumerate(labels)
-            if i % step == 0
+            f'<text transform="translate({self.x(i):.1f} {y}) rotate(60)" font-size="10">{escape(labels[i])}</text>'
+            for i in given[::step]
         ]

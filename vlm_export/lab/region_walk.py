@@ -75,15 +75,16 @@ class RegionWalk:
         model = region_model(self._left, pair.left, feeds[0])
         expected = self._values[pair.left.output] = _only(run_region(model, feeds))
         given = self._feeds_right(pair.right)
-        got = self._right_run(pair.right, given)
+        got = None if given is None else self._right_run(pair.right, given)
         floor = 0.0
         if not self._has_same_operators(pair):
             floor = max(LEAST_FLOOR, relative_error(expected, _only(run_region(model, feeds, optimised=True))))
-        if _is_half(pair.right, [*given[0].values(), *(got or ())]):
+        if _is_half(pair.right, [*(given[0].values() if given else ()), *(got or ())]):
             rounded = [{name: _rounded(array) for name, array in feed.items()} for feed in feeds]
             held = [_rounded(array) for array in _only(run_region(_with_rounded_weights(model), rounded))]
             floor = max(floor, relative_error(expected, held))
-        total = self._right_run(pair.right, self._feeds_own(pair.right))
+        has_own = all(value in self._own for value in pair.right.inputs)
+        total = self._right_run(pair.right, self._feeds_own(pair.right)) if has_own else None
         self._own[pair.right.output] = expected if total is None else total
         own, among = relative_error(expected, got), relative_error(expected, total)
         return RegionError(joined(where, pair.path), str(pair.left.output.name), own, among, floor)
@@ -105,6 +106,8 @@ class RegionWalk:
             if mine in self._alignment.values and self._alignment.values[mine].producer() in pair.right.nodes
         ]
         feeds, given = self._feeds_left(pair.left), self._feeds_right(pair.right)
+        if given is None:
+            return pair, ""
         mine, theirs = [left for left, _ in inside], [right for _, right in inside]
         try:
             expected = run_region(region_model(self._left, pair.left, feeds[0], mine), feeds)
@@ -120,11 +123,12 @@ class RegionWalk:
                 return pair, f"{node.op_type} {node.name or right.name!s}"
         return pair, ""
 
-    def saved(self, pair: RegionPair) -> tuple[ir.Model, Arrays, Array]:
-        """The right region, its inputs in the first set, and what the left computes of them."""
+    def saved(self, pair: RegionPair) -> tuple[ir.Model, Arrays, Array] | None:
+        """The right region, its inputs in the first set, and what the left computes of them; None without inputs."""
         given = self._feeds_right(pair.right)
-        model = region_model(self._right, pair.right, given[0])
-        return model, given[0], self._values[pair.left.output][0]
+        if given is None:
+            return None
+        return region_model(self._right, pair.right, given[0]), given[0], self._values[pair.left.output][0]
 
     def forget(self, done: set[ir.Value]) -> None:
         for value in done:
@@ -141,8 +145,10 @@ class RegionWalk:
     def _feeds_left(self, region: Region) -> list[dict[str, Array]]:
         return self._feeds(region, lambda value, number: self._values[value][number])
 
-    def _feeds_right(self, region: Region) -> list[dict[str, Array]]:
-        """The left graph's values, in the dtypes that the right one has there."""
+    def _feeds_right(self, region: Region) -> list[dict[str, Array]] | None:
+        """The left graph's values in the dtypes that the right one has there; None where the left has none yet."""
+        if any(self._partner.get(value) not in self._values for value in region.inputs):
+            return None
         return self._feeds(region, lambda value, number: held_as(self._values[self._partner[value]][number], value))
 
     def _feeds_own(self, region: Region) -> list[dict[str, Array]]:

@@ -16,7 +16,7 @@ from vlm_export.graph.core.inference import completed_infos
 from vlm_export.graph.core.onnxruntime_session import Array
 from vlm_export.graph.prove.program import ModelProgram
 from vlm_export.lab.alignment import Alignment
-from vlm_export.lab.module_paths import constant_of, module_paths, shared_path
+from vlm_export.lab.module_paths import constant_of, mapped_for_a_while, module_paths, shared_path
 
 Arrays = Mapping[str, Array]
 
@@ -130,13 +130,21 @@ def run_region(model: ir.Model, feeds: Sequence[Arrays], *, optimised: bool = Fa
     """Runs a model on every set of inputs; outputs by name, floats as float32."""
     program = ModelProgram(model, optimised=optimised)
     names = list(program.outputs)
-    return [dict(zip(names, program.run(feed, names), strict=True)) for feed in feeds]
+    with mapped_for_a_while(*(value.const_value for value in model.graph.initializers.values())):
+        return [dict(zip(names, program.run(feed, names), strict=True)) for feed in feeds]
 
 
-def last_uses(pairs: Sequence[RegionPair]) -> Iterator[set[ir.Value]]:
-    """For each pair the borders that no later region reads, so that their values can go."""
+def last_uses(pairs: Sequence[RegionPair], alignment: Alignment) -> Iterator[set[ir.Value]]:
+    """For each pair the left graph's tensors that no later region reads, in either graph, and their partners."""
+    partners = {other: value for value, other in alignment.values.items()}
     last: dict[ir.Value, int] = {}
     for index, pair in enumerate(pairs):
-        last |= dict.fromkeys([*pair.left.inputs, pair.left.output, *pair.right.inputs, pair.right.output], index)
+        read = [
+            *pair.left.inputs,
+            pair.left.output,
+            *(partners[value] for value in pair.right.inputs if value in partners),
+        ]
+        last |= dict.fromkeys(read, index)
     for index in range(len(pairs)):
-        yield {value for value, place in last.items() if place == index}
+        done = {value for value, place in last.items() if place == index}
+        yield done | {alignment.values[value] for value in done if value in alignment.values}

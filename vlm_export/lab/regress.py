@@ -16,8 +16,8 @@ from typing import Any, Literal
 import yaml
 
 from vlm_export.bundle.environment import environment_errors
-from vlm_export.bundle.strict_yaml import read_yaml
 from vlm_export.errors import UsageError, VerificationError, VlmExportError, suggestion
+from vlm_export.graph.core.plain_yaml import read_yaml
 from vlm_export.lab.differences import SECTIONS
 from vlm_export.lab.figures import Figure, compare_figures
 from vlm_export.lab.regress_process import Progress, run_job
@@ -204,7 +204,7 @@ def regress_bundles(
         )
     known = Baseline()
     if baseline is not None and not options.update:
-        known = Baseline.from_config(read_yaml(baseline, "baseline"), str(baseline))
+        known = Baseline.from_config(read_yaml(baseline, "the baseline"), str(baseline))
     found = dict[str, Mapping[str, float]]()
 
     def run(bundle: str) -> CaseResult:

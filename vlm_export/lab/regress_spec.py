@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
-from vlm_export.bundle.strict_yaml import read_yaml
 from vlm_export.errors import UsageError
+from vlm_export.graph.core.plain_yaml import read_yaml
 from vlm_export.specs.codec import Check, Spec, above, matches, not_empty
 
 _NAME = matches(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "letters, digits, '.', '_' and '-'")
@@ -72,7 +72,7 @@ def read_cases(path: Path) -> tuple[Case, ...]:
         UsageError: no such file, no YAML, or a name that stands twice.
         InputError: an unknown or missing field, or a value of another type.
     """
-    spec = RegressSpec.from_config(read_yaml(path, "specification"), str(path))
+    spec = RegressSpec.from_config(read_yaml(path, "the specification"), str(path))
     cases = tuple(case for entry in spec.entries for case in _cases_of(entry, spec, path.parent))
     names = [case.name for case in cases]
     for number, name in enumerate(names):

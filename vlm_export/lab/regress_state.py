@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from vlm_export.bundle.strict_yaml import read_yaml
+from vlm_export.graph.core.plain_yaml import read_yaml
 from vlm_export.lab.bundle_diff import field_differences
 from vlm_export.lab.differences import SECTIONS, Difference, in_order, named
 from vlm_export.specs.codec import Check, Spec
@@ -45,7 +45,7 @@ class State(Spec):
 def read_state(path: Path) -> State:
     """What is recorded; UsageError or InputError where the file is no state."""
     fix = "restore it from your version control, or record it again with --update"
-    return State.from_json(read_yaml(path, "recorded state"), str(path), fix=fix)
+    return State.from_json(read_yaml(path, "the recorded state"), str(path), fix=fix)
 
 
 def compare_states(then: State, now: State) -> tuple[Difference, ...]:

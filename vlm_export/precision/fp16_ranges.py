@@ -31,7 +31,7 @@ def graph_of_ranges(model: ir.Model) -> tuple[ir.Model, dict[str, str]]:
     """
     work, plan = planned_copy(model)
     ends: dict[ir.Value, str] = {}
-    for value in _halved_values(work.graph, plan):
+    for value in halved_values(work.graph, plan):
         for op_type in ("ReduceMin", "ReduceMax"):
             node = ir.node(op_type, [value], {"keepdims": 0}, name=f"{_MARK}{len(ends)}")
             (end,) = node.outputs
@@ -45,8 +45,8 @@ def graph_of_ranges(model: ir.Model) -> tuple[ir.Model, dict[str, str]]:
     return work, {str(end.name): name for end, name in ends.items()}
 
 
-def _halved_values(graph: ir.Graph, plan: Plan) -> list[ir.Value]:
-    """Results of nodes that are no moves, which a float16 node makes or reads."""
+def halved_values(graph: ir.Graph, plan: Plan) -> list[ir.Value]:
+    """Results of nodes that are no moves, which a float16 node makes or reads: what a conversion rounds."""
     halved = [node for node in graph if node not in plan.float32_nodes]
     read = {value for node in halved for value in float_inputs(node)}
     return [

@@ -286,7 +286,7 @@ def _check_vectors(
     for name, expected in record.vectors.items():
         part = bundle.manifest.part(name)
         takes_images = _PIXELS in part.signature.input_names
-        names, given = (images, _image_feeds(bundle, pixels)) if takes_images else (texts, feeds)
+        names, given = (images, image_feeds(bundle, pixels)) if takes_images else (texts, feeds)
         for variant in part.chosen_variants(precision):
             compared, comparison = 0, None
             missing = ", ".join(key for key in part.signature.input_names if key not in given)
@@ -320,7 +320,8 @@ def _compare_vectors(
     return failures, worst_of(worst) if worst else None
 
 
-def _image_feeds(bundle: OpenBundle, pixels: Sequence[Array]) -> Mapping[str, Array]:
+def image_feeds(bundle: OpenBundle, pixels: Sequence[Array]) -> Mapping[str, Array]:
+    """The inputs of a vision part for prepared images (3, H, W), all in one batch; none for no image."""
     if not pixels:
         return {}
     if isinstance(spec := bundle.manifest.image, PatchSpec):

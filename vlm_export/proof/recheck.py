@@ -10,7 +10,7 @@ from vlm_export.bundle.manifest import PartRecord, VariantRecord
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError
 from vlm_export.proof.floor import ELSEWHERE, Floor, FloorJudge, floor_from_json
-from vlm_export.proof.gates import GATES, Gate, gate_name
+from vlm_export.proof.gates import GATES, gate_name
 from vlm_export.proof.golden import iterate_golden
 from vlm_export.proof.points import EngineRun, PointResult, judge_point
 from vlm_export.proof.report import PartReport
@@ -41,19 +41,23 @@ def verify_bundle(
     todo = [(part, variant) for part in bundle.manifest.parts for variant in part.chosen_variants(precision)]
     reports = []
     for part, variant in todo:
-        gate = GATES[gate_name(part.name, variant.precision)]
         unchecked = check_ledger(bundle, variant)
-        engine = engine_factory(part.name, variant.precision)
-        report = _verify_variant(bundle, part, variant, engine, gate, engine_name)
+        report = verify_variant(bundle, part, variant, engine_factory(part.name, variant.precision), engine_name)
         reports.append(replace(report, not_run=(*report.not_run, *unchecked)))
         if progress is not None:
             progress(len(reports), len(todo))
     return reports
 
 
-def _verify_variant(
-    bundle: OpenBundle, part: PartRecord, variant: VariantRecord, engine: EngineRun, gate: Gate, engine_name: str
+def verify_variant(
+    bundle: OpenBundle, part: PartRecord, variant: VariantRecord, engine: EngineRun, engine_name: str
 ) -> PartReport:
+    """Runs one variant on the golden records; its weights are not looked at.
+
+    Raises:
+        InputError: the part has no golden records.
+    """
+    gate = GATES[gate_name(part.name, variant.precision)]
     points: list[PointResult] = []
     floor = _recorded_floor(variant, bundle.manifest.name, part.name)
     judge = None if floor is None else FloorJudge(floor)

@@ -101,13 +101,21 @@ class Case:
         return made
 
     @cached_property
-    def other_pixels(self) -> list[list[Array]]:
-        """For each image what libraries make of preprocessor_config.json, where they make something else."""
+    def other_forms(self) -> list[list[tuple[ImageSpec, Array]]]:
+        """For each image what libraries may make of preprocessor_config.json, and how, where it is something else."""
         spec, own = self.image_spec, self.pixels
         if spec is None or own is None or PREPROCESSOR_NAME not in self.session.manifest.files:
             return [[] for _ in self.images]
-        made = [[prepared(image, other, preprocess_image) for other in consumer_specs(spec)] for image in self.images]
-        return [[array for array in arrays if array is not None] for arrays in made]
+        found: list[list[tuple[ImageSpec, Array]]] = []
+        for image, ours in zip(self.images, own, strict=True):
+            seen, forms = [ours], list[tuple[ImageSpec, Array]]()
+            for other in consumer_specs(spec):
+                made = prepared(image, other, preprocess_image)
+                if made is not None and not any(np.array_equal(made, known) for known in seen):
+                    seen.append(made)
+                    forms.append((other, made))
+            found.append(forms)
+        return found
 
     def _digest(self, number: int) -> str:
         return asked_images(self.record)[number][1].sha256
@@ -150,7 +158,7 @@ class Case:
             run: a changed graph; None for the bundle's own.
 
         Returns:
-            float32 (N, D) by name; nothing where the graph does not take the rows.
+            float32 (N, D) by name, of outputs of that form; nothing where the graph does not take the rows.
         """
         encoder, spec = self.encoder("text"), self.session.text_spec
         if encoder is None or not rows:
@@ -168,13 +176,14 @@ class Case:
             if not outputs:
                 return {}
             for name, array in outputs.items():
-                found.setdefault(name, []).append(array)
+                if array.ndim == 2:
+                    found.setdefault(name, []).append(array)
         return {name: np.concatenate(arrays) for name, arrays in found.items()}
 
     def run_images(self, pixels: Sequence[Array], run: Run | None = None) -> Outputs:
         """Outputs of the vision part for arrays (3, S, S), as `run_texts`."""
         encoder = self.encoder("image")
-        if encoder is None or not pixels or len({array.shape for array in pixels}) > 1:
+        if encoder is None or self.image_spec is None or len({array.shape for array in pixels}) != 1:
             return {}
         (entry,) = self.session.engine(encoder.part).inputs
         feeds = {entry.name: np.stack(pixels).astype(np.float32)}

@@ -111,7 +111,7 @@ def pixel_stage(case: Case) -> Stage:
         finding = Finding("another size", f"arrays of {got}", fix)
         return Stage("pixels", "differs", len(given), findings=(finding,))
     wrong = [i for i, array in enumerate(given) if not _is_close(array, ours[i], spec)]
-    forms = [i for i in wrong if any(_is_close(given[i], other, spec) for other in case.other_pixels[i])]
+    forms = [i for i in wrong if any(_is_close(given[i], other, spec) for _, other in case.other_forms[i])]
     wrong = [i for i in wrong if i not in forms]
     notes = []
     if forms:
@@ -163,9 +163,10 @@ def pixel_options(case: Case, numbers: Sequence[int], geometry: Geometry | None)
     assert spec is not None
     assert ours is not None
     if geometry is None:
-        return [[ours[i], *case.other_pixels[i]] for i in numbers]
-    made = [prepared(case.images[i], spec, geometry.prepare) for i in numbers]
-    return [[] if array is None else [array] for array in made]
+        return [[ours[i], *(made for _, made in case.other_forms[i])] for i in numbers]
+    forms = ((case.images[i], (spec, *(other for other, _ in case.other_forms[i]))) for i in numbers)
+    made = ([prepared(image, form, geometry.prepare) for form in some] for image, some in forms)
+    return [[array for array in arrays if array is not None] for arrays in made]
 
 
 def _distances(

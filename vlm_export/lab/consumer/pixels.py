@@ -21,9 +21,12 @@ from vlm_export.specs import ImageSpec
 from vlm_export.specs.image import Crop, Resample, Transparency
 
 Prepare: TypeAlias = Callable[[Image.Image, ImageSpec], Array]
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+# The means and deviations that libraries have as defaults: of ImageNet, of OpenAI's models, and of none.
+_DEFAULTS = (
+    ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+)
 _NONE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 _CUBIC = {"bicubic": -0.75, "bicubic as Pillow's": -0.5}
 _CROP_PERCENT = 0.875
@@ -99,7 +102,7 @@ def geometries(spec: ImageSpec) -> Iterator[Geometry]:
         changes = {"rgb_stage": other.rgb_stage, "transparency": other.transparency}
         yield Geometry("conversion to RGB", f"before the resize, {other.transparency}", fix, _spec_with(**changes))
     yield Geometry("grey levels", "", "keep the colours", _as_mode("L"))
-    fix = "clip levels of 16 bits at 255, as the original (Pillow) does"
+    fix = "cut levels of 16 bits off at 255, as the original (Pillow) does"
     yield Geometry("16-bit levels", "scaled to 8 bits", fix, _as_eight_bits)
 
 
@@ -110,9 +113,9 @@ def scales(spec: ImageSpec) -> Iterator[Scale]:
     yield Scale("BGR", "channels swapped after the normalisation", "hand over R, G, B", lambda x, _: x[::-1])
     yield Scale("not normalised", "levels from 0 to 1", fix, lambda x, s: _rescaled(x, s, *_NONE))
     yield Scale("not normalised", "levels from 0 to 255", fix, lambda x, s: 255 * _rescaled(x, s, *_NONE))
-    for name, (mean, std) in {"ImageNet's": _IMAGENET, "CLIP's": _CLIP, "0.5, as SigLIP's": _HALF}.items():
+    for mean, std in _DEFAULTS:
         if max(np.abs(np.subtract((mean, std), (spec.mean, spec.std))).flat) > 1e-4:
-            yield Scale("mean and std", name, fix, lambda x, s, m=mean, d=std: _rescaled(x, s, m, d))  # type: ignore[misc]
+            yield Scale("mean and std", f"{mean} and {std}", fix, lambda x, s, m=mean, d=std: _rescaled(x, s, m, d))  # type: ignore[misc]
     yield Scale("mean and std", "no mean", fix, lambda x, s: _rescaled(x, s, _NONE[0], s.std))
     yield Scale("mean and std", "no std", fix, lambda x, s: _rescaled(x, s, s.mean, _NONE[1]))
     fix = "rescale levels by 1/255 once, then normalise once"
@@ -181,7 +184,7 @@ def _sampled(kernel: str, centred: bool) -> Prepare:
         levels = np.asarray(image.convert("RGB"), np.float64)
         levels = _weights(levels.shape[0], height, kernel, centred) @ levels.transpose(2, 0, 1)
         levels = levels @ _weights(levels.shape[2], width, kernel, centred).T
-        left, top = (crop_offset(extent - edge, "down") for extent in (width, height))
+        left, top = (crop_offset(extent - edge, spec.crop) for extent in (width, height))
         square = levels[:, top : top + edge, left : left + edge].transpose(1, 2, 0)
         return _of_square(square.round().clip(0, 255).astype(np.uint8), spec)
 

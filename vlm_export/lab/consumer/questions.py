@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError, UsageError
-from vlm_export.proof.contract_record import ContractRecord, ImageRecord, image_content, read_record
+from vlm_export.proof.contract_record import RECORD_NAME, ContractRecord, ImageRecord, image_content, read_record
 
 COLLECTORS = ("collect.py", "collect.mjs")
 TEXTS_NAME, IMAGES_FOLDER, README_NAME = "texts.json", "images", "README.txt"
@@ -38,15 +38,15 @@ Their heads say how. Then:
 
 
 def required_record(bundle: OpenBundle) -> ContractRecord:
-    """The bundle's record of the contract; InputError where it has none."""
+    """The bundle's record of the contract; InputError where it has none, or no texts and images in it."""
     record = read_record(bundle)
-    if record is None:
+    if record is None or not (record.texts or record.images):
         raise InputError(
             "this bundle holds no record of what the original makes of images and texts",
             where=str(bundle.root),
-            expected="golden/contract/record.json",
-            got="none",
-            fix="export the model again",
+            expected=f"{RECORD_NAME} with texts or images",
+            got="none" if record is None else "; ".join(record.not_run) or "neither",
+            fix="export the model again" if record is None else "",
         )
     return record
 

@@ -25,7 +25,7 @@ class _Tried:
     """What a mistake makes of some items.
 
     Attributes:
-        rows: float (N, D).
+        rows: float (K, N, D): K forms of the same mistake, the nearest of which counts for each item.
         left: the share of a difference that it may leave: tokens and graphs are exact, another resize is not.
     """
 
@@ -78,10 +78,15 @@ def text_vector_stage(case: Case, ids: Stage) -> Stage:
         yield from _of(case.run_texts([case.rows_alone[i] for i in numbers]), output)
 
     def tried(numbers: Sequence[int]) -> Iterator[_Tried]:
+        forms: dict[str, list[Array]] = {}
+        fixes: dict[str, str] = {}
         for found in text_hypotheses(case.session.bundle, case.texts, case.rows, case.pad):
             lengths = None if found.lengths is None else [found.lengths[i] for i in numbers]
             for rows in _of(case.run_texts([found.rows[i] for i in numbers], lengths), output):
-                yield _Tried(found.word, "", found.fix, rows)
+                forms.setdefault(found.word, []).append(rows)
+                fixes.setdefault(found.word, found.fix)
+        for word, made in forms.items():
+            yield _Tried(word, "", fixes[word], np.stack(made))
 
     side = _Side("text", case.text_names, ids, (run, filled), others, tried)
     return _stage(case, "text vectors", case.answers.text_vectors, side)
@@ -97,9 +102,19 @@ def image_vector_stage(case: Case, pixels: Stage) -> Stage:
         return {} if made is None else case.run_images([made[i] for i in numbers], graph)
 
     def others(numbers: Sequence[int]) -> Iterator[Array]:
-        forms = [case.other_pixels[i] for i in numbers]
-        for some in zip(*forms, strict=False):
-            yield from _of(case.run_images(some), output)
+        if case.pixels is not None:
+            yield from forms_of(pixel_options(case, numbers, None))
+
+    def forms_of(options: Sequence[Sequence[Array]]) -> Iterator[Array]:
+        """Rows of each item's first option, of its second, and so on; of items with fewer, of the first."""
+        for rows in _of(case.run_images([choices[0] for choices in options]), output):
+            yield rows
+            for number in range(1, max(map(len, options))):
+                items = [i for i, choices in enumerate(options) if len(choices) > number]
+                for some in _of(case.run_images([options[i][number] for i in items]), output):
+                    form = rows.copy()
+                    form[items] = some
+                    yield form
 
     def tried(numbers: Sequence[int]) -> Iterator[_Tried]:
         spec = case.image_spec
@@ -107,13 +122,13 @@ def image_vector_stage(case: Case, pixels: Stage) -> Stage:
             return
         for geometry in geometries(spec):
             options = pixel_options(case, numbers, geometry)
-            if all(options):
-                for rows in _of(case.run_images([choices[0] for choices in options]), output):
-                    yield _Tried(geometry.word, geometry.detail, geometry.fix, rows, LEFT)
+            if all(options) and (rows := list(forms_of(options))):
+                yield _Tried(geometry.word, geometry.detail, geometry.fix, np.stack(rows), LEFT)
         for scale in scales(spec):
-            made = [scale.change(case.pixels[i], spec).astype(np.float32) for i in numbers]
-            for rows in _of(case.run_images(made), output):
-                yield _Tried(scale.word, scale.detail, scale.fix, rows)
+            ours = pixel_options(case, numbers, None)
+            changed = [[scale.change(array, spec).astype(np.float32) for array in choices] for choices in ours]
+            if rows := list(forms_of(changed)):
+                yield _Tried(scale.word, scale.detail, scale.fix, np.stack(rows))
 
     side = _Side("image", case.image_names, pixels, (run,), others, tried)
     return _stage(case, "image vectors", case.answers.image_vectors, side)
@@ -223,7 +238,7 @@ def _explained(
     mistakes = explained(_left(every(), given[chosen], before), before)
     for mistake, items in mistakes:
         names = tuple(side.names[chosen[i]] for i in items)
-        rows = replace(mistake, rows=mistake.rows[items])
+        rows = replace(mistake, rows=mistake.rows[:, items])
         yield _finding(rows, given[[chosen[i] for i in items]], float(before[items].mean()), names)
     if not mistakes:
         yield from _unexplained(cosines)
@@ -250,19 +265,26 @@ def _graph_changes(case: Case, side: _Side, numbers: Sequence[int]) -> Iterator[
             outputs = run(numbers, graph)
             for change in changes:
                 if change.output in outputs:
-                    yield _Tried(change.word, change.detail, change.fix, outputs[change.output])
+                    yield _Tried(change.word, change.detail, change.fix, outputs[change.output][None])
 
 
 def _left(tried: Iterator[_Tried], given: Array, before: Array) -> Iterator[tuple[_Tried, Array]]:
     """What mistakes leave of each row's difference, 1 - cosine; infinity where it is too much."""
     for found in tried:
-        if found.rows.shape == given.shape and np.isfinite(found.rows).all():
-            left = 1 - (unit(given) * unit(found.rows)).sum(axis=1)
+        if found.rows.shape[1:] == given.shape and np.isfinite(found.rows).all():
+            left = _nearest(given, found.rows)
             yield found, np.where(left <= found.left * before, left, np.inf)
 
 
+def _nearest(given: Array, forms: Array) -> Array:
+    """1 - cosine of each row (N, D) with the nearest of its forms (K, N, D)."""
+    each: Array = np.array([1 - (unit(given) * unit(rows)).sum(axis=1) for rows in forms])
+    nearest: Array = each.min(axis=0)
+    return nearest
+
+
 def _finding(tried: _Tried, given: Array, before: float | None, items: tuple[str, ...]) -> Finding:
-    left = float(1 - (unit(given) * unit(tried.rows)).sum(axis=1).mean())
+    left = float(_nearest(given, tried.rows).mean())
     evidence = f"your vectors equal ours made so: 1 - cosine is {left:.1e}"
     evidence += "" if before is None else f"; as they should be made: {before:.1e}"
     return Finding(tried.word, f"{tried.detail}: {evidence}" if tried.detail else evidence, tried.fix, items)

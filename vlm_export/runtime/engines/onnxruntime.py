@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -77,6 +79,10 @@ class OrtEngine:
             runs.
         mapped: weights stay in their file and are read where they are used, for graphs that fill the memory: the
             engine then makes no optimised copy of them, and keeps no memory between runs.
+        profile: where the engine's profile begins to be written, for `profiled_nodes`; None: no profile.
+
+    Attributes:
+        providers: execution providers that started, by ONNX Runtime's names, in order of preference.
 
     Raises:
         InputError: the file is no valid graph.
@@ -92,6 +98,7 @@ class OrtEngine:
         threads: int | None = None,
         exact: bool = False,
         mapped: bool = False,
+        profile: str | None = None,
     ) -> None:
         import onnxruntime
 
@@ -103,6 +110,8 @@ class OrtEngine:
             options.intra_op_num_threads = threads
         # Engines run in turn: image, prompt, token. Idle threads would spin on and take cores from the next one.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, profile
         if exact or mapped:
             # An arena keeps what the largest point took, and more; a proof runs many sizes beside the Reference.
             options.enable_cpu_mem_arena = options.enable_mem_pattern = False
@@ -129,7 +138,8 @@ class OrtEngine:
                 got=_cause(error),
                 fix="export it again",
             ) from error
-        _check_started(wanted, self._session.get_providers())
+        self.providers = tuple(self._session.get_providers())
+        _check_started(wanted, self.providers)
         self.inputs = tuple(_tensor_info(entry) for entry in self._session.get_inputs())
         self.outputs = tuple(_tensor_info(entry) for entry in self._session.get_outputs())
         # Prepared once: a decoder with 60 caches is fed for every token.
@@ -151,6 +161,13 @@ class OrtEngine:
                 "a graph failed while running", where=str(self.path), got=f"{_cause(error)} (inputs: {shapes})"
             ) from error
         return {info.name: np.asarray(value) for info, value in zip(self.outputs, values, strict=True)}
+
+    def profiled_nodes(self) -> dict[str, int]:
+        """Execution provider → how many nodes of the runs so far it ran, of an engine with `profile`; ends that."""
+        path = Path(self._session.end_profiling())
+        events = json.loads(path.read_text(encoding="utf-8"))
+        ran = (event["args"].get("provider", "") for event in events if event.get("cat") == "Node")
+        return dict(Counter(provider for provider in ran if provider))
 
     def _check(self, feeds: Mapping[str, Array]) -> None:
         if feeds.keys() != self._names:

@@ -6,14 +6,14 @@
 import fs from 'node:fs';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
-import {
-    AutoTokenizer,
-    CLIPImageProcessor,
-    CLIPTextModelWithProjection,
-    CLIPVisionModelWithProjection,
-    RawImage,
-    env,
-} from '@huggingface/transformers';
+import * as transformers from '@huggingface/transformers';
+
+const { AutoImageProcessor, AutoTokenizer, RawImage, env } = transformers;
+// The type in config.json → the classes of both encoders, and how texts are padded.
+const KINDS = {
+    clip: ['CLIPTextModelWithProjection', 'CLIPVisionModelWithProjection', true],
+    siglip: ['SiglipTextModel', 'SiglipVisionModel', 'max_length'],
+};
 
 const here = path.dirname(fileURLToPath(import.meta.url));
 const model = path.resolve(process.argv[2]);
@@ -21,22 +21,27 @@ env.allowRemoteModels = false;
 env.localModelPath = path.dirname(model);
 const name = path.basename(model);
 const options = { dtype: process.argv[3] ?? 'fp32' };
+const config = JSON.parse(fs.readFileSync(path.join(model, 'config.json'), 'utf8'));
+const [textClass, visionClass, padding] = KINDS[config.model_type] ?? KINDS.clip;
 
-const tokenizer = await AutoTokenizer.from_pretrained(name);
-const textModel = await CLIPTextModelWithProjection.from_pretrained(name, options);
-const processor = await CLIPImageProcessor.from_pretrained(name);
-const visionModel = await CLIPVisionModelWithProjection.from_pretrained(name, options);
+// A tokenizer that transformers.js cannot read leaves the texts out, and nothing else.
+const tokenizer = await AutoTokenizer.from_pretrained(name).catch((error) => () => Promise.reject(error));
+const textModel = await transformers[textClass].from_pretrained(name, options);
+const processor = await AutoImageProcessor.from_pretrained(name);
+const visionModel = await transformers[visionClass].from_pretrained(name, options);
+
+function vector(outputs, kind) {
+    return (outputs[`${kind}_embeds`] ?? outputs.pooler_output).normalize(2, -1).tolist()[0];
+}
 
 async function answerText(text) {
-    const inputs = await tokenizer([text], { padding: true, truncation: true });
-    const { text_embeds } = await textModel(inputs);
-    return { ids: inputs.input_ids.tolist()[0].map(Number), text_vectors: text_embeds.normalize(2, -1).tolist()[0] };
+    const inputs = await tokenizer([text], { padding, truncation: true });
+    return { ids: inputs.input_ids.tolist()[0].map(Number), text_vectors: vector(await textModel(inputs), 'text') };
 }
 
 async function answerImage(file) {
     const inputs = await processor(await RawImage.read(file));
-    const { image_embeds } = await visionModel(inputs);
-    return { pixels: inputs.pixel_values.tolist()[0], image_vectors: image_embeds.normalize(2, -1).tolist()[0] };
+    return { pixels: inputs.pixel_values.tolist()[0], image_vectors: vector(await visionModel(inputs), 'image') };
 }
 
 const answers = path.join(here, 'answers');

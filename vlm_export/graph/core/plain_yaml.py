@@ -1,4 +1,4 @@
-"""YAML that people write: plain data, bounded in size, and no key that stands twice."""
+"""YAML files that people write: plain data, and every key once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import yaml
 
-from vlm_export.bundle.strict_json import MAX_JSON_BYTES
 from vlm_export.errors import UsageError
 from vlm_export.machine_faults import machine_fault
 
@@ -19,12 +18,9 @@ class _Loader(yaml.SafeLoader):
         # Keys that come by `<<` are meant to be replaced.
         own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         keys = [self.construct_object(key, deep=True) for key in own]
-        seen, twice = set[Any](), None
-        for key in keys:
-            twice = key if key in seen else twice
-            seen.add(key)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} stands twice", node.start_mark)
+        twice = [key for number, key in enumerate(keys) if key in keys[:number]]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -32,21 +28,19 @@ def read_yaml(path: Path, what: str) -> Any:
     """The data of a file.
 
     Args:
-        what: the file is, for errors: "recipe".
+        what: names the file in errors, such as "the recipe".
 
     Raises:
-        UsageError: no such file, too large, or no YAML.
+        UsageError: no such file, or no YAML.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise machine_fault(error, str(path)) or UsageError(
-            f"the {what} cannot be read", where=str(path), got=str(error)
+            f"{what} cannot be read", where=str(path), got=str(error)
         ) from error
-    if len(text) > MAX_JSON_BYTES:
-        raise UsageError(f"the {what} is too large", where=str(path), expected=f"at most {MAX_JSON_BYTES} characters")
     try:
         return yaml.load(text, _Loader)
     # Its constructors raise what int, datetime and others raise, too.
     except Exception as error:
-        raise UsageError(f"the {what} is not YAML", where=str(path), got=str(error).replace("\n", " ")[:200]) from error
+        raise UsageError(f"{what} is not YAML", where=str(path), got=str(error).replace("\n", " ")[:200]) from error

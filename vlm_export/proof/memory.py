@@ -1,0 +1,25 @@
+"""What a process takes of the machine, as Linux tells it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def anonymous_bytes(process: int | str = "self") -> int | None:
+    """RssAnon of a process: memory that is no file's; None outside Linux, and of a process that has ended."""
+    size = _field("RssAnon:", process)
+    return None if size is None else size * 1024
+
+
+def thread_count() -> int | None:
+    """Threads of this process, also those of libraries; None outside Linux."""
+    return _field("Threads:")
+
+
+def _field(name: str, process: int | str = "self") -> int | None:
+    try:
+        lines = Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    fields = [line.split() for line in lines if line.startswith(name)]
+    return int(fields[0][1]) if fields else None
