@@ -14,6 +14,7 @@ import pytest
 
 from vlm_export.errors import GraphError, InputError, UsageError, VerificationError
 from vlm_export.lab.bisect import Bisection, BisectOptions, bisect, bisection_plot
+from vlm_export.runtime.engines.choice import engine_choice
 
 Change = Callable[[ir.Model], None]
 
@@ -156,6 +157,17 @@ def test_rounding_to_half_is_no_fault_and_an_overflow_is(demo: Path, copied: Pat
     assert found.first.own == np.inf
 
 
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_another_engine_agrees_and_a_fault_is_named_in_it(engine: str, demo: Path, tmp_path: Path) -> None:
+    choice = engine_choice(engine, None, 1)
+    (found,) = bisect(demo, demo, BisectOptions(part="vision", engine=choice))
+    assert found.first is None
+    assert found.regions[-1].total > 0
+    planted(demo, "vision", tmp_path, plain_gelu)
+    (found,) = bisect(graph_of(demo, "vision"), tmp_path / "faulty.onnx", BisectOptions(engine=choice))
+    assert {region.path for region in found.regions if region.parts} == {"blocks.2.mlp"}
+
+
 def test_the_original_in_pytorch_agrees_and_a_fault_of_the_graph_is_named(
     demo: Path, copied: Path, relist: Callable[[Path], None]
 ) -> None:
@@ -200,6 +212,8 @@ def test_sides_that_cannot_be_compared_are_refused(demo: Path, tmp_path: Path) -
         bisect(graph_of(demo, "text"), tmp_path / "empty.onnx")
     with pytest.raises(UsageError, match="float32"):
         bisect(demo, "clip-demo", BisectOptions(precision="fp16"))
+    with pytest.raises(UsageError, match="ONNX Runtime"):
+        bisect(demo, "clip-demo", BisectOptions(engine=engine_choice("openvino", None, 1)))
     with pytest.raises(InputError):
         bisect(demo, demo, BisectOptions(part="decoder"))
 

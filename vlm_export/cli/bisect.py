@@ -27,10 +27,12 @@ def add_parser(verbs: Any) -> None:
         ),
     )
     parser.add_argument("left", metavar="A", help="directory of a bundle, or a graph")
-    parser.add_argument("right", metavar="B", nargs="?", help="the same; left out: A at the precision of --against")
+    parser.add_argument("right", metavar="B", nargs="?", help="the same; left out: A, at the precision of --against")
     parser.add_argument("--part", metavar="NAME", help="only this part of bundles (default: all)")
     parser.add_argument("--precision", metavar="NAME", default="fp32", help="variant of A (default: fp32)")
-    parser.add_argument("--against", metavar="NAME", help="variant of B (default: that of A; fp16 without a B)")
+    parser.add_argument(
+        "--against", metavar="NAME", help="variant of B (default: that of A; fp16 with neither B nor --engine)"
+    )
     parser.add_argument(
         "--inputs",
         nargs="+",
@@ -42,21 +44,24 @@ def add_parser(verbs: Any) -> None:
         "-o", "--output", metavar="DIR", type=Path, help="write the first module that differs, as a model"
     )
     parser.add_argument("--plot", metavar="FILE", type=Path, help="write the errors along the depth as an SVG plot")
+    parser.add_argument("--engine", metavar="NAME", help="run B in onnxruntime with its optimisations, or in openvino")
     add_common_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     from vlm_export.lab.bisect import BisectOptions, bisect, bisection_plot
+    from vlm_export.runtime.engines.choice import engine_choice
 
     if args.plot is not None:
         check_output(args.plot, overwrite=True)
     options = BisectOptions(
         part=args.part,
         precision=args.precision,
-        right_precision=args.against or ("fp16" if args.right is None else None),
+        right_precision=args.against or ("fp16" if args.right is None and args.engine is None else None),
         inputs=[existing_path(name) for name in args.inputs],
         output=args.output,
+        engine=None if args.engine is None else engine_choice(args.engine, None, 1),
     )
     found = bisect(args.left, args.right or args.left, options)
     if args.plot is not None:

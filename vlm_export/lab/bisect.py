@@ -25,8 +25,9 @@ from vlm_export.lab.module_walk import compare_with_modules
 from vlm_export.lab.output_diff import LEAST_SAMPLES, row_count, sample_inputs
 from vlm_export.lab.plots import error_plot
 from vlm_export.lab.region_walk import MARGIN, RegionError, RegionWalk
-from vlm_export.lab.regions import Arrays, last_uses, region_model, region_pairs
+from vlm_export.lab.regions import Arrays, RunRegion, last_uses, region_model, region_pairs, region_runner
 from vlm_export.proof.golden import iterate_golden
+from vlm_export.runtime.engines.choice import EngineChoice
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class BisectOptions:
         right_precision: the variant of the right one; None for the same.
         inputs: files for the inputs of two graphs (one .npz, or .pb files in order); none: random values.
         output: directory for the first region that differs, of each part in a folder of its own.
+        engine: what runs the right side's modules; None: ONNX Runtime without its optimisations, as the left side.
     """
 
     part: str | None = None
@@ -98,6 +100,12 @@ class BisectOptions:
     right_precision: str | None = None
     inputs: Sequence[Path] = ()
     output: Path | None = None
+    engine: EngineChoice | None = None
+
+    @property
+    def run_right(self) -> RunRegion | None:
+        """What runs the right side's modules, None for what runs the left's."""
+        return None if self.engine is None else region_runner(self.engine)
 
 
 def bisect(left: str | Path, right: str | Path, options: BisectOptions | None = None) -> tuple[Bisection, ...]:
@@ -116,7 +124,8 @@ def bisect(left: str | Path, right: str | Path, options: BisectOptions | None = 
         first, second = open_model(left), open_model(right)
         inputs = sample_inputs(first, options.inputs)
         names = (str(left), str(right))
-        return (bisect_graphs(first, second, inputs, names=names, output=options.output),)
+        found = bisect_graphs(first, second, inputs, names=names, output=options.output, run_right=options.run_right)
+        return (found,)
     if options.inputs:
         raise UsageError("inputs are for two graphs", got="bundles, which hold inputs of their own")
     names = (str(left), str(right))
@@ -142,7 +151,10 @@ def _bisect_bundles(
         labels = [f"{side} {name} {precision}" for side, precision in zip(names, precisions, strict=True)]
         output = None if options.output is None else options.output / name
         inputs = part_inputs(left, name, first)
-        found.append(bisect_graphs(first, second, inputs, name, names=(labels[0], labels[1]), output=output))
+        sides = (labels[0], labels[1])
+        found.append(
+            bisect_graphs(first, second, inputs, name, names=sides, output=output, run_right=options.run_right)
+        )
     return tuple(found)
 
 
@@ -154,6 +166,8 @@ def _bisect_source(bundle: OpenBundle, names: tuple[str, str], options: BisectOp
             got=options.precision,
             fix=f"compare the variants: vlm-export bisect {names[0]} --against {options.precision}",
         )
+    if options.engine is not None:
+        raise UsageError("a source is compared with ONNX Runtime", got=f"the engine {options.engine.engine}")
     found = []
     with source_modules(bundle, names[1]) as modules:
         for part in bundle.manifest.parts:
@@ -197,6 +211,7 @@ def bisect_graphs(
     *,
     names: tuple[str, str] = ("left", "right"),
     output: Path | None = None,
+    run_right: RunRegion | None = None,
 ) -> Bisection:
     """Compares two graphs region by region.
 
@@ -205,6 +220,7 @@ def bisect_graphs(
         where: what stands before the names of modules, such as the part.
         names: what the two are called in the result.
         output: a directory for the first region that differs, as a model with its inputs and what is expected; made.
+        run_right: another engine for the right graph; None for the left one's.
 
     Raises:
         GraphError: no tensor of the two corresponds, or the left graph does not run.
@@ -214,7 +230,7 @@ def bisect_graphs(
     pairs = region_pairs(left, right, alignment)
     if not pairs:
         raise GraphError("no tensor of the two graphs corresponds", fix="compare them by their outputs: diff")
-    walk = RegionWalk(left, right, alignment, inputs)
+    walk = RegionWalk(left, right, alignment, inputs, run_right)
     errors, failing = [], None
     for pair, done in zip(pairs, last_uses(pairs, alignment), strict=True):
         error = walk.compare(pair, where)

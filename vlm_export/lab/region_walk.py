@@ -14,7 +14,7 @@ from vlm_export.errors import InputError
 from vlm_export.graph.core.onnxruntime_session import Array
 from vlm_export.lab.alignment import Alignment
 from vlm_export.lab.module_paths import constant_of, joined
-from vlm_export.lab.regions import Arrays, Region, RegionPair, region_model, run_region
+from vlm_export.lab.regions import Arrays, Region, RegionPair, RunRegion, region_model, run_region
 from vlm_export.proof.metrics import json_number, measure_deviation
 
 # A region differs where its error is this many times what other orders of the same sums, or rounding to half, make.
@@ -56,8 +56,20 @@ class RegionError:
 class RegionWalk:
     """Runs the regions in order, and keeps the values that later ones read."""
 
-    def __init__(self, left: ir.Model, right: ir.Model, alignment: Alignment, inputs: Sequence[Arrays]) -> None:
+    def __init__(
+        self,
+        left: ir.Model,
+        right: ir.Model,
+        alignment: Alignment,
+        inputs: Sequence[Arrays],
+        run_right: RunRegion | None = None,
+    ) -> None:
+        """
+        Args:
+            run_right: another engine for the right graph; None for the left one's.
+        """
         self._left, self._right = left, right
+        self._run_right, self._one_engine = run_right or run_region, run_right is None
         self._partner = {other: value for value, other in alignment.values.items()}
         self._alignment = alignment
         self._count = len(inputs)
@@ -77,7 +89,7 @@ class RegionWalk:
         given = self._feeds_right(pair.right)
         got = None if given is None else self._right_run(pair.right, given)
         floor = 0.0
-        if not self._has_same_operators(pair):
+        if not (self._one_engine and self._has_same_operators(pair)):
             floor = max(LEAST_FLOOR, relative_error(expected, _only(run_region(model, feeds, optimised=True))))
         if _is_half(pair.right, [*(given[0].values() if given else ()), *(got or ())]):
             rounded = [{name: _rounded(array) for name, array in feed.items()} for feed in feeds]
@@ -111,7 +123,7 @@ class RegionWalk:
         mine, theirs = [left for left, _ in inside], [right for _, right in inside]
         try:
             expected = run_region(region_model(self._left, pair.left, feeds[0], mine), feeds)
-            got = run_region(region_model(self._right, pair.right, given[0], theirs), given)
+            got = self._run_right(region_model(self._right, pair.right, given[0], theirs), given)
         except InputError:
             return pair, ""
         for left, right in inside:
@@ -138,7 +150,7 @@ class RegionWalk:
     def _right_run(self, region: Region, feeds: Sequence[Arrays]) -> list[Array] | None:
         """What the right region gives, None where it cannot be run on these values."""
         try:
-            return _only(run_region(region_model(self._right, region, feeds[0]), feeds))
+            return _only(self._run_right(region_model(self._right, region, feeds[0]), feeds))
         except InputError:
             return None
 

@@ -6,17 +6,21 @@ own is not hidden. No engine ever holds more than one region.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 
 from vlm_export.errors import GraphError
+from vlm_export.graph.core.files import save_model
 from vlm_export.graph.core.inference import completed_infos
 from vlm_export.graph.core.onnxruntime_session import Array
 from vlm_export.graph.prove.program import ModelProgram
 from vlm_export.lab.alignment import Alignment
 from vlm_export.lab.module_paths import constant_of, mapped_for_a_while, module_paths, shared_path
+from vlm_export.runtime.engines.choice import EngineChoice
 
 Arrays = Mapping[str, Array]
 
@@ -126,12 +130,31 @@ def region_model(model: ir.Model, region: Region, examples: Arrays, outputs: Seq
     return ir.Model(graph, ir_version=model.ir_version)
 
 
+RunRegion = Callable[[ir.Model, Sequence[Arrays]], "list[dict[str, Array]]"]
+"""Runs a region's model on every set of inputs; outputs by name."""
+
+
 def run_region(model: ir.Model, feeds: Sequence[Arrays], *, optimised: bool = False) -> list[dict[str, Array]]:
-    """Runs a model on every set of inputs; outputs by name, floats as float32."""
+    """Runs a model on every set of inputs; outputs by name."""
     program = ModelProgram(model, optimised=optimised)
     names = list(program.outputs)
     with mapped_for_a_while(*(value.const_value for value in model.graph.initializers.values())):
         return [dict(zip(names, program.run(feed, names), strict=True)) for feed in feeds]
+
+
+def region_runner(choice: EngineChoice) -> RunRegion:
+    """Runs regions in the engine that a user chose, as bundles run in it."""
+
+    def run(model: ir.Model, feeds: Sequence[Arrays]) -> list[dict[str, Array]]:
+        names = [str(value.name) for value in model.graph.outputs]
+        with TemporaryDirectory(prefix="vlm-export-") as folder:
+            path = Path(folder) / "region.onnx"
+            save_model(model, path)
+            engine = choice.open(path)
+            found = [engine.run(feed) for feed in feeds]
+        return [{name: run[name] for name in names} for run in found]
+
+    return run
 
 
 def last_uses(pairs: Sequence[RegionPair], alignment: Alignment) -> Iterator[set[ir.Value]]:
