@@ -43,7 +43,7 @@ ROOMS: dict[str, set[str]] = {
     "graph.prove": {"graph.core"},
     "graph.passes": {"graph.core", "graph.prove"},
     "graph.edits": {"graph.core", "graph.prove"},
-    "graph": {"bundle", "graph.core", "graph.look", "graph.prove", "graph.passes", "graph.edits"},
+    "graph": {"graph.core", "graph.look", "graph.prove", "graph.passes", "graph.edits"},
     "precision": set(),
     "checkpoint": {"specs", "bundle", "family"},
     "models": {"specs", "bundle.strict_json", "family", "original"},
@@ -65,7 +65,7 @@ ROOMS: dict[str, set[str]] = {
 TOP = {"cli", "__main__", "__init__"}
 # Folder → the packages from outside that it may import.
 OUTSIDE = {
-    "bundle": {"filelock", "yaml"},
+    "bundle": {"filelock"},
     "specs": set[str](),
     "runtime": BASE,
     "graph": {"numpy", "onnx_ir", "onnx", "google", "onnxruntime", "yaml"},  # google: protobuf

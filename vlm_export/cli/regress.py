@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_export.cli.common import add_common_options, check_output, existing_path, positive_integer
-from vlm_export.cli.output import StagePrinter, print_json, print_line, print_table, size_text, terminal_width
+from vlm_export.cli.output import StagePrinter, print_json, print_line, print_table, terminal_width
 from vlm_export.errors import UsageError, VerificationError
+from vlm_export.text_display import size_text
 
 if TYPE_CHECKING:
     from vlm_export.lab.figures import Figure
