@@ -6,12 +6,12 @@ vlm_export.verify("out", source="clip-demo").raise_if_failed()
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from vlm_export.bundle.opened import OpenBundle, open_bundle
 from vlm_export.bundle.safe_files import check_path
@@ -22,9 +22,11 @@ from vlm_export.proof.contract import ContractReport, replay
 from vlm_export.proof.engine import verifying_start
 from vlm_export.proof.recheck import verify_bundle
 from vlm_export.proof.report import PartReport
+from vlm_export.specs.codec import misfit
 
 if TYPE_CHECKING:
     # It imports torch, which verifying a bundle by itself does not need.
+    from vlm_export.exporting.options import ExportOptions
     from vlm_export.exporting.pipeline import ExportResult
 
 Progress = Callable[[StageRecord], None] | StageListener
@@ -85,8 +87,21 @@ def export(source: str | Path, bundle: str | Path, *, progress: Progress | None 
     check_path(bundle, "a bundle")
     source_kind(str(source))  # What is not there is told before what is not installed.
     with _told_if_missing():
-        from vlm_export.exporting.options import ExportOptions
         from vlm_export.exporting.pipeline import export_bundle
+
+    chosen = export_options(options)
+    return export_bundle(str(source), Path(bundle), chosen, Stages(_listener(progress)))
+
+
+def export_options(options: Mapping[str, Any]) -> ExportOptions:
+    """The options of an export from keyword arguments of `export`.
+
+    Raises:
+        UsageError: an option is unknown (with the nearest known one), or out of its range.
+        EnvironmentFailure: a missing package.
+    """
+    with _told_if_missing():
+        from vlm_export.exporting.options import ExportOptions
         from vlm_export.family import BuildOptions
 
     built = {field.name for field in fields(BuildOptions)}
@@ -95,8 +110,28 @@ def export(source: str | Path, bundle: str | Path, *, progress: Progress | None 
         if name not in known:
             raise UsageError(f"export has no option {name!r}", fix=suggestion(name, sorted(known)))
     build = BuildOptions(**{name: value for name, value in options.items() if name in built})
-    rest = {name: value for name, value in options.items() if name not in built}
-    return export_bundle(str(source), Path(bundle), ExportOptions(**rest, build=build), Stages(_listener(progress)))
+    return ExportOptions(**{name: value for name, value in options.items() if name not in built}, build=build)
+
+
+def options_from_data(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `export` from what a YAML or JSON file holds.
+
+    Raises:
+        UsageError: as `export_options`, and for a value of another type.
+        EnvironmentFailure: a missing package.
+    """
+    with _told_if_missing():
+        from vlm_export.exporting.options import ExportOptions
+
+    hints = {**get_type_hints(ExportOptions), "images": Sequence[str]}
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+    for name, value in options.items():
+        expected = misfit(hints[name], value) if name in hints and name != "build" else None
+        if expected is not None:
+            raise UsageError(f"option {name!r} has another type or value", expected=expected, got=repr(value)[:200])
+    options["images"] = tuple(map(Path, options.get("images", ())))
+    export_options(options)
+    return options
 
 
 def verify(

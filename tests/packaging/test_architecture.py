@@ -55,7 +55,7 @@ ROOMS: dict[str, set[str]] = {
         *("specs", "bundle", "family", "original", "runtime.engines", "runtime.inputs", "graph", "graph.core"),
         *("graph.passes", "precision", "checkpoint", "models", "proof"),
     },
-    "api": {"bundle", "checkpoint", "family", "proof", "exporting"},
+    "api": {"specs", "bundle", "checkpoint", "family", "proof", "exporting"},
     "lab": {
         *("specs", "bundle", "runtime.engines", "runtime.inputs", "runtime.session", "runtime.model"),
         *("graph.core", "graph.look", "graph.passes", "graph.prove", "precision", "proof", "api"),
@@ -71,7 +71,7 @@ OUTSIDE = {
     "graph": {"numpy", "onnx_ir", "onnx", "google", "onnxruntime", "yaml"},  # google: protobuf
     "precision": {"numpy", "onnx_ir", "onnx"},
     "proof": BASE - {"onnxruntime", "openvino", "pyarrow", "tqdm"},
-    "lab": {"numpy", "PIL", "onnx_ir", "onnx"},
+    "lab": {"numpy", "PIL", "onnx_ir", "onnx", "yaml", "pytest"},
     "cli": set[str](),
     "api.py": set[str](),
     "__main__.py": set[str](),

@@ -16,6 +16,10 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "search": ("search bundle photos.npy 'a red circle' -k 3", "search retrieval photos.npy query.jpg --rerank"),
     "diff": ("diff before after", "diff bundle clip-demo --json"),
     "bisect": ("bisect bundle --against fp16", "bisect before after -o culprit --plot errors.svg"),
+    "regress": (
+        "regress tests/exports.yaml --junit report.xml",
+        "regress --bundles bundles/a bundles/b --strict",
+    ),
     "ranges": ("ranges bundle", "ranges bundle --part vision --fail-on overflow --fail-on non-finite"),
     "check": ("check bundle", "check bundle --items items.yaml --json"),
     "doctor": ("doctor bundle --questions questions", "doctor bundle questions/answers"),

@@ -42,6 +42,7 @@ VERBS = (
     "search",
     "diff",
     "bisect",
+    "regress",
     "ranges",
     "check",
     "doctor",

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from vlm_export.graph.core.names import captured_or_read, graphs_in
 from vlm_export.lab.module_paths import constant_of, mapped_for_a_while, parameter_name
 
-_COMMUTATIVE = frozenset(("", name) for name in ("Add", "Mul", "And", "Or", "Xor", "Equal", "Max", "Min", "Sum"))
+COMMUTATIVE = frozenset(("", name) for name in ("Add", "Mul", "And", "Or", "Xor", "Equal", "Max", "Min", "Sum"))
 _CASTS = frozenset(("", name) for name in ("Cast", "CastLike", "Identity"))
 # How far up a walk looks for what corresponds, where one side has nodes that the other lacks.
 _LONGEST_DETOUR = 6
@@ -199,7 +199,7 @@ class _Walk:
         for first, second in zip(left.outputs, right.outputs, strict=True):
             self.pair_values(first, second)
         theirs = _inputs(right)
-        if _operator(left) in _COMMUTATIVE and self._swapped(_inputs(left), theirs):
+        if _operator(left) in COMMUTATIVE and self._swapped(_inputs(left), theirs):
             theirs = theirs[::-1]
         for mine, other in zip(_inputs(left), theirs, strict=True):
             if mine is not None and other is not None:
@@ -276,7 +276,7 @@ class _Walk:
                 yield value, theirs[name]
 
     def _changes(self, left: ir.Node, right: ir.Node) -> Iterator[AttributeChange]:
-        before, after = _settings(left, self._left.opset(left)), _settings(right, self._right.opset(right))
+        before, after = node_settings(left, self._left.opset(left)), node_settings(right, self._right.opset(right))
         for name in dict.fromkeys([*before, *after]):
             if before.get(name) != after.get(name):
                 yield AttributeChange(left, right, name, before.get(name, "none"), after.get(name, "none"))
@@ -328,7 +328,7 @@ def _readers(value: ir.Value) -> dict[tuple[object, int], list[ir.Node]]:
     found: dict[tuple[object, int], list[ir.Node]] = {}
     for use in value.uses():
         operator = _operator(use.node)
-        found.setdefault((operator, 0 if operator in _COMMUTATIVE else use.idx), []).append(use.node)
+        found.setdefault((operator, 0 if operator in COMMUTATIVE else use.idx), []).append(use.node)
     return found
 
 
@@ -365,7 +365,7 @@ def _by_content(value: ir.Value) -> Hashable:
         return tensor.dtype, tuple(tensor.shape.numpy()), hashlib.sha256(tensor.tobytes()).digest()
 
 
-def _settings(node: ir.Node, opset: int | None) -> dict[str, str]:
+def node_settings(node: ir.Node, opset: int | None) -> dict[str, str]:
     """The attributes of a node as texts, those that are left out with the operator's defaults."""
     found = {name: str(onnx.helper.get_attribute_value(entry)) for name, entry in _defaults(node, opset)}
     for name, attribute in node.attributes.items():

@@ -11,6 +11,7 @@ from vlm_export.bundle.opened import OpenBundle
 from vlm_export.bundle.strict_json import json_object_from_bytes
 from vlm_export.errors import InputError
 from vlm_export.lab.differences import Difference, Section
+from vlm_export.specs.codec import Spec
 
 _MOST_FIELDS = 20
 _LONGEST_VALUE = 60
@@ -21,13 +22,13 @@ def bundle_differences(left: OpenBundle, right: OpenBundle) -> Iterator[Differen
     """All that differs but for graphs: the names and figures of the export itself are no difference."""
     before, after = left.manifest, right.manifest
     yield from _parts(before, after)
-    yield from _fields("model", "", {"family": before.family}, {"family": after.family})
-    yield from _fields("model", "architecture", before.architecture, after.architecture)
-    yield from _fields("preparation", "image", _spec_json(before.image), _spec_json(after.image))
-    yield from _fields("preparation", "text", _spec_json(before.text), _spec_json(after.text))
+    yield from field_differences("model", "", {"family": before.family}, {"family": after.family})
+    yield from field_differences("model", "architecture", before.architecture, after.architecture)
+    yield from field_differences("preparation", "image", spec_json(before.image), spec_json(after.image))
+    yield from field_differences("preparation", "text", spec_json(before.text), spec_json(after.text))
     yield from _json_file("tokenizer", layout.TOKENIZER_NAME, left, right)
     mine, theirs = ({str(task.kind): task.to_json() for task in manifest.tasks} for manifest in (before, after))
-    yield from _fields("tasks", "tasks", mine, theirs)
+    yield from field_differences("tasks", "tasks", mine, theirs)
     for name in _SIDE_FILES:
         yield from _json_file("files", name, left, right)
 
@@ -40,7 +41,8 @@ def _parts(before: Manifest, after: Manifest) -> Iterator[Difference]:
             yield Difference("parts", name, "variants", *sides)
 
 
-def _spec_json(spec: Any) -> Mapping[str, Any]:
+def spec_json(spec: Spec | None) -> Mapping[str, Any]:
+    """A spec as JSON data; nothing for none."""
     return {} if spec is None else spec.to_json()
 
 
@@ -58,10 +60,12 @@ def _json_file(section: Section, name: str, left: OpenBundle, right: OpenBundle)
     except InputError:
         yield Difference(section, name, "the content differs, and is no JSON object in one of them")
         return
-    yield from _fields(section, name, *found)
+    yield from field_differences(section, name, *found)
 
 
-def _fields(section: Section, where: str, left: Mapping[str, Any], right: Mapping[str, Any]) -> Iterator[Difference]:
+def field_differences(
+    section: Section, where: str, left: Mapping[str, Any], right: Mapping[str, Any]
+) -> Iterator[Difference]:
     """Fields that differ, by their path; of many the first, and how many more."""
     found = list(_leaves(left, right, where))
     for path, before, after in found[:_MOST_FIELDS]:

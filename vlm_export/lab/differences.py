@@ -17,10 +17,12 @@ Section = Literal[
     "tokenizer",
     "tasks",
     "files",
+    "contract",
     "opset",
     "structure",
     "weights",
     "outputs",
+    "tolerances",
 ]
 """Kinds of differences. Causes come before what follows from them."""
 

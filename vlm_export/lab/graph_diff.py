@@ -80,14 +80,14 @@ def _types(values: Sequence[ir.Value]) -> dict[str, str]:
 
 
 def _versions(left: ir.Model, right: ir.Model, where: str) -> Iterator[Difference]:
-    before, after = _opsets(left), _opsets(right)
+    before, after = opset_text(left), opset_text(right)
     if before != after:
         yield Difference("opset", where, "opset", before, after)
     if left.ir_version != right.ir_version:
         yield Difference("opset", where, "IR version", str(left.ir_version), str(right.ir_version))
 
 
-def _opsets(model: ir.Model) -> str:
+def opset_text(model: ir.Model) -> str:
     """Domains with versions, of those that nodes use: exporters list others, too."""
     used = {"" if node.domain == "ai.onnx" else node.domain for node in model.graph.all_nodes()}
     declared = {"" if name == "ai.onnx" else name: version for name, version in model.opset_imports.items()}
@@ -99,17 +99,17 @@ def _structure(alignment: Alignment, paths: PairedPaths) -> Iterator[Difference]
     only: dict[str, tuple[list[str], list[str]]] = {}
     for side, nodes, own in ((0, alignment.left_only, paths.left), (1, alignment.right_only, paths.right)):
         for node in nodes:
-            only.setdefault(own.get(node, ""), ([], []))[side].append(_operator_text(node))
+            only.setdefault(own.get(node, ""), ([], []))[side].append(operator_text(node))
     found: dict[tuple[str, str, str], list[str]] = {}
     for path, (before, after) in only.items():
         gone, new = Counter(before), Counter(after)
         what = "operators" if gone != new else "connections of operators"
-        found.setdefault((what, _counted(before), _counted(after)), []).append(path)
+        found.setdefault((what, counted(before), counted(after)), []).append(path)
     for change in alignment.changed:
-        key = (f"{_operator_text(change.left)}'s {change.name}", change.before, change.after)
+        key = (f"{operator_text(change.left)}'s {change.name}", change.before, change.after)
         found.setdefault(key, []).append(paths.left.get(change.left, ""))
     for left, right in alignment.weights():
-        if _is_parameter(left) or _is_parameter(right):
+        if is_parameter(left) or is_parameter(right):
             continue
         values = _small_text(left), _small_text(right)
         if values[0] != values[1]:
@@ -129,15 +129,15 @@ def _places(paths: Sequence[str]) -> str:
     return named(texts) + count
 
 
-def _counted(names: Sequence[str]) -> str:
+def counted(names: Sequence[str]) -> str:
     return ", ".join(name if count == 1 else f"{count} {name}" for name, count in Counter(names).items())
 
 
-def _operator_text(node: ir.Node) -> str:
+def operator_text(node: ir.Node) -> str:
     return f"{node.domain}:{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
 
 
-def _is_parameter(value: ir.Value) -> bool:
+def is_parameter(value: ir.Value) -> bool:
     """Whether a constant is a weight of the model, and no number of the code."""
     tensor = constant_of(value)
     if tensor is None or tensor.size <= 1:
@@ -159,7 +159,7 @@ def _weights(alignment: Alignment, paths: PairedPaths, where: str, tolerance: fl
     changed: list[tuple[float, Difference]] = []
     dtypes: dict[tuple[str, str], list[str]] = {}
     for left, right in alignment.weights():
-        if not (_is_parameter(left) or _is_parameter(right)):
+        if not (is_parameter(left) or is_parameter(right)):
             continue
         before, after = constant_of(left), constant_of(right)
         assert before is not None

@@ -1,15 +1,13 @@
-"""What this process takes of the machine, as Linux tells it."""
+"""What a process takes of the machine, as Linux tells it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-_STATUS = Path("/proc/self/status")
 
-
-def anonymous_bytes() -> int | None:
-    """RssAnon of this process: memory that is no file's; None outside Linux."""
-    size = _field("RssAnon:")
+def anonymous_bytes(process: int | str = "self") -> int | None:
+    """RssAnon of a process: memory that is no file's; None outside Linux, and of a process that has ended."""
+    size = _field("RssAnon:", process)
     return None if size is None else size * 1024
 
 
@@ -18,9 +16,9 @@ def thread_count() -> int | None:
     return _field("Threads:")
 
 
-def _field(name: str) -> int | None:
+def _field(name: str, process: int | str = "self") -> int | None:
     try:
-        lines = _STATUS.read_text(encoding="ascii").splitlines()
+        lines = Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
     fields = [line.split() for line in lines if line.startswith(name)]

@@ -125,6 +125,12 @@ def field_words(kind: type[Spec]) -> dict[str, str]:
     return {name: field.words for name, field in _fields(kind).items()}
 
 
+def misfit(hint: Any, value: Any) -> str | None:
+    """What an annotation allows, in words, where the value is not of it; None where it is."""
+    found = _type_of(hint)
+    return None if found.fits(value) else found.words
+
+
 class _Place(NamedTuple):
     """Where a reader stands in the data, and what it tells and asks there, as in `Spec.from_json`."""
 
@@ -227,6 +233,8 @@ def _type_of(hint: Any) -> _Type:
         return _Type(words, lambda value: isinstance(value, _PLAIN) and (type(value), value) in choices, _as_it_is)
     if origin is tuple:
         return _sequence_type(arguments)
+    if origin is collections.abc.Sequence:
+        return _sequence_type((*arguments, ...))
     if origin is collections.abc.Mapping:
         return _mapping_type(_type_of(arguments[1]))
     if isinstance(hint, type) and issubclass(hint, Spec):
