@@ -10,30 +10,45 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from vlm_export.api import VerificationResult, export, verify
     from vlm_export.exporting.pipeline import ExportResult
-    from vlm_export.lab.consumer.report import Diagnosis
+    from vlm_export.lab.bisect import bisect
+    from vlm_export.lab.check import check
+    from vlm_export.lab.diff import diff
     from vlm_export.lab.doctor import doctor
+    from vlm_export.lab.ranges import ranges
+    from vlm_export.lab.regress import regress
+    from vlm_export.lab.report.collect import report
     from vlm_export.runtime.load import load
     from vlm_export.runtime.model import Model
 
 _HOMES = {
-    "Diagnosis": "vlm_export.lab.consumer.report",
     "ExportResult": "vlm_export.exporting.pipeline",
     "Model": "vlm_export.runtime.model",
     "VerificationResult": "vlm_export.api",
+    "bisect": "vlm_export.lab.bisect",
+    "check": "vlm_export.lab.check",
+    "diff": "vlm_export.lab.diff",
     "doctor": "vlm_export.lab.doctor",
     "export": "vlm_export.api",
     "load": "vlm_export.runtime.load",
+    "ranges": "vlm_export.lab.ranges",
+    "regress": "vlm_export.lab.regress",
+    "report": "vlm_export.lab.report.collect",
     "verify": "vlm_export.api",
 }
 __all__ = [
-    "Diagnosis",
     "ExportResult",
     "Model",
     "VerificationResult",
     "__version__",
+    "bisect",
+    "check",
+    "diff",
     "doctor",
     "export",
     "load",
+    "ranges",
+    "regress",
+    "report",
     "verify",
 ]
 

@@ -22,9 +22,9 @@ from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTen
 from torchvision.transforms.functional import InterpolationMode
 
 import vlm_export
-from vlm_export import Diagnosis
 from vlm_export.bundle.opened import open_bundle
 from vlm_export.lab.consumer.questions import write_questions
+from vlm_export.lab.consumer.report import Diagnosis
 
 CHECKPOINT = Path(__file__).parents[2] / "configs" / "demo" / "clip-demo.pt"
 EDGE, CONTEXT, START, END = 64, 32, 436, 437

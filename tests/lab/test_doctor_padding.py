@@ -13,9 +13,9 @@ import torch
 from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel, SiglipProcessor, SiglipTokenizer
 
 import vlm_export
-from vlm_export import Diagnosis
 from vlm_export.exporting.options import ExportOptions
 from vlm_export.exporting.pipeline import export_bundle
+from vlm_export.lab.consumer.report import Diagnosis
 
 LENGTH = 64
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
