@@ -120,12 +120,35 @@ def _weight_fault(name: str, change: Callable[[np.ndarray], np.ndarray], *operat
         node.replace_input_with(list(node.inputs).index(weight), value)
         return node
 
-    return ModuleFault(name, lambda node: node.op_type in operators and _weight(node) is not None, plant)
+    def fits(node: ir.Node) -> bool:
+        """Weights that were published in bfloat16, say, are not changed by being cut to it."""
+        weight = _weight(node) if node.op_type in operators else None
+        if weight is None or weight.const_value is None:
+            return False
+        values = weight.const_value.numpy()
+        return not np.array_equal(change(values.copy()), values)
+
+    return ModuleFault(name, fits, plant)
 
 
 def _negate_one(values: np.ndarray) -> np.ndarray:
     place = int(np.abs(values).argmax())
     values.reshape(-1)[place] *= -1
+    return values
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    step = np.abs(values).max() / 127
+    return np.asarray(np.round(values / step) * step)
+
+
+def _bfloat16(values: np.ndarray) -> np.ndarray:
+    bits = np.asarray(values, np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
+    return np.asarray(bits.view(np.float32))
+
+
+def _exchanged(values: np.ndarray) -> np.ndarray:
+    values[[0, 1]] = values[[1, 0]]
     return values
 
 
@@ -182,6 +205,62 @@ def _wrong_at_one_size(node: ir.Node) -> ir.Node:
     return _behind(node, make)
 
 
+def _cut_off(node: ir.Node) -> ir.Node:
+    """Values are clipped, as a wrong range of a quantised tensor does."""
+    low, high = _held(node, _constant(-0.5)), _held(node, _constant(0.5))
+    return _behind(node, lambda value: [ir.node("Clip", [value, low, high])])
+
+
+def _coarse(node: ir.Node) -> ir.Node:
+    """Values are rounded to steps of 1/16, as a wrong scale of a quantised tensor does."""
+    fine, back = _held(node, _constant(16.0)), _held(node, _constant(1 / 16))
+
+    def make(value: ir.Value) -> list[ir.Node]:
+        scaled = ir.node("Mul", [value, fine])
+        whole = ir.node("Round", scaled.outputs)
+        return [scaled, whole, ir.node("Mul", [whole.outputs[0], back])]
+
+    return _behind(node, make)
+
+
+def _softmax_of_opset_12(node: ir.Node) -> ir.Node:
+    """Before opset 13 all axes from the first named one on were one; a wrong conversion keeps that."""
+    graph, value = node.graph, node.inputs[0]
+    assert isinstance(graph, ir.Graph)
+    shape = ir.node("Shape", [value])
+    flat = ir.node("Flatten", [value], {"axis": 1})
+    softmax = ir.node("Softmax", flat.outputs, {"axis": 1})
+    new = ir.node("Reshape", [softmax.outputs[0], shape.outputs[0]])
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [shape, flat, softmax, new], node.outputs, new.outputs)
+    return new
+
+
+def _twice(node: ir.Node) -> ir.Node:
+    return _behind(node, lambda value: [ir.node(node.op_type, [value])])
+
+
+def _replaced_by(operator: str) -> Callable[[ir.Node], ir.Node]:
+    def plant(node: ir.Node) -> ir.Node:
+        graph = node.graph
+        assert isinstance(graph, ir.Graph)
+        new = ir.node(operator, list(node.inputs))
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [new], node.outputs, new.outputs)
+        return new
+
+    return plant
+
+
+def _moves_four_axes(node: ir.Node) -> bool:
+    order = node.attributes.get("perm")
+    return node.op_type == "Transpose" and order is not None and len(order.as_ints()) == 4
+
+
+def _last_axes_swapped(node: ir.Node) -> ir.Node:
+    order = list(node.attributes["perm"].as_ints())
+    node.attributes["perm"] = ir.AttrInt64s("perm", [*order[:2], order[3], order[2]])
+    return node
+
+
 def _attribute(name: str, value: float) -> Callable[[ir.Node], ir.Node]:
     def plant(node: ir.Node) -> ir.Node:
         is_whole = isinstance(value, int)
@@ -205,6 +284,10 @@ def _is_residual(node: ir.Node) -> bool:
     )
 
 
+def _is_product(node: ir.Node) -> bool:
+    return node.op_type in ("MatMul", "Gemm") and _weight(node) is not None
+
+
 def _first_for_sum(node: ir.Node) -> ir.Node:
     """Readers take the first term alone; the sum stays where it is, and nobody needs it."""
     first = node.inputs[0]
@@ -216,14 +299,6 @@ def _first_for_sum(node: ir.Node) -> ir.Node:
 
 def _reads_activation(node: ir.Node) -> bool:
     return node.op_type in ("Erf", "Sigmoid", "Tanh")
-
-
-def _other_activation(node: ir.Node) -> ir.Node:
-    graph = node.graph
-    assert isinstance(graph, ir.Graph)
-    new = ir.node("Softsign", list(node.inputs))
-    ir.convenience.replace_nodes_and_values(graph, node, [node], [new], node.outputs, new.outputs)
-    return new
 
 
 def _scales_by_constant(node: ir.Node) -> bool:
@@ -251,11 +326,20 @@ FAULTS = (
     ModuleFault("softmax over another axis", lambda node: node.op_type == "Softmax", _attribute("axis", -2)),
     ModuleFault("the mask lost", _is_mask, _first_for_sum),
     ModuleFault("a residual lost", _is_residual, _first_for_sum),
-    ModuleFault("another activation", _reads_activation, _other_activation),
+    ModuleFault("another activation", _reads_activation, _replaced_by("Softsign")),
     ModuleFault("a scale of the code changed", _scales_by_constant, _other_scale),
-    ModuleFault(
-        "overflow of float16", lambda node: node.op_type in ("MatMul", "Gemm") and _weight(node) is not None, _overflow
-    ),
+    _weight_fault("weights rounded to eight bits", _eight_bits, "MatMul", "Gemm", "Conv"),
+    _weight_fault("weights cut to bfloat16", _bfloat16, "MatMul", "Gemm", "Conv"),
+    _weight_fault("two rows of a matrix exchanged", _exchanged, "MatMul", "Gemm", "Conv"),
+    _weight_fault("a matrix that is all zeros", np.zeros_like, "MatMul", "Gemm"),
+    _weight_fault("a norm's scale left out", np.ones_like, "LayerNormalization"),
+    ModuleFault("a residual subtracted", _is_residual, _replaced_by("Sub")),
+    ModuleFault("two axes swapped", _moves_four_axes, _last_axes_swapped),
+    ModuleFault("a softmax as opset 12 has it", lambda node: node.op_type == "Softmax", _softmax_of_opset_12),
+    ModuleFault("the activation twice", _reads_activation, _twice),
+    ModuleFault("values cut off", _is_product, _cut_off),
+    ModuleFault("values rounded to coarse steps", _is_product, _coarse),
+    ModuleFault("overflow of float16", _is_product, _overflow),
     ModuleFault(
         "a fused operator that is wrong at one size", lambda node: node.op_type == "Softmax", _wrong_at_one_size
     ),

@@ -101,3 +101,12 @@ def test_the_record_is_small_and_is_what_load_gives(at: Proved) -> None:
         unit = expected / (expected**2).sum(axis=1, keepdims=True) ** 0.5
         assert (got * unit).sum(axis=1).min() > 0.99999
         assert abs(got - unit).max() < 1e-5
+
+
+def test_the_page_has_many_faults_of_modules_and_bisect_names_each() -> None:
+    """The faults are planted by the script; `tests/lab/test_bisect.py` plants others in every run."""
+    table = PAGE.read_text(encoding="utf-8").partition("## Modules that `bisect` names")[2]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][2:]
+    assert len({row[0] for row in rows}) >= 24
+    assert {row[1] for row in rows} == {"CLIP", "SigLIP 2", "BLIP", "MiniCPM-V", "nanoVLM"}
+    assert [row for row in rows if row[2] != row[3] or row[-1] != "yes"] == []
