@@ -151,6 +151,7 @@ class _Published:
     implemented: Mapping[str, tuple[Any, ...]]
 
 
+_FIX = "take the config.json that the publisher saved"
 _PUBLISHED: Mapping[str, _Published] = {
     "jinaai/jina-bert-flash-implementation": _Published(
         "jina-bert",
@@ -221,7 +222,7 @@ def architecture_from_checkpoint(checkpoint: Checkpoint, options: BuildOptions =
         "truncate_dim": told.truncate_dim or stated.get("truncate_dim"),
         "max_length": told.max_length,
     }
-    return JinaClipArchitecture.from_json(data, "config.json", fix="take the config.json that the publisher saved")
+    return JinaClipArchitecture.from_json(data, "config.json", fix=_FIX)
 
 
 def _vision(checkpoint: Checkpoint) -> EvaSizes:
@@ -231,7 +232,15 @@ def _vision(checkpoint: Checkpoint) -> EvaSizes:
     width, patch = shapes.patches(f"{VISION}patch_embed.proj.weight")
     grid = shapes.grid(f"{VISION}pos_embed", 3)
     hidden = shapes.of(f"{VISION}blocks.0.mlp.w1.weight", 2)[0]
-    head_width = config_integer(section, "head_width", 64) or 1
+    head_width = config_integer(section, "head_width", 64)
+    if head_width == 0 or head_width % 4:
+        raise InputError(
+            "the image encoder's heads have a width that rotary positions cannot turn",
+            where="config.json: vision_config.head_width",
+            expected="a multiple of 4: pairs for rows, and pairs for columns",
+            got=str(head_width),
+            fix=_FIX,
+        )
     check_heads(checkpoint, "vision", width, width // head_width)
     layers = shapes.count(f"{VISION}blocks.")
     image_size = image_size_of(grid, patch, section["image_size"])
@@ -303,7 +312,8 @@ def _text_sizes(checkpoint: Checkpoint, kind: TextKind, stated: Mapping[str, Any
     lora = None
     if has_lora:
         data = {"tasks": stated["lora_adaptations"], "rank": stated["lora_rank"], "alpha": stated["lora_alpha"]}
-        lora = LoraForm.from_json({**data, "task": task}, "config.json: text_config (lora_*, default_lora_task)")
+        where = "config.json: text_config (lora_*, default_lora_task)"
+        lora = LoraForm.from_json({**data, "task": task}, where, fix=_FIX)
     return JinaTextSizes(
         kind=kind,
         width=width,

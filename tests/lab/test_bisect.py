@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -13,7 +14,11 @@ import onnxruntime
 import pytest
 
 from vlm_export.errors import GraphError, InputError, UsageError, VerificationError
+from vlm_export.graph.prove.program import ModelProgram
 from vlm_export.lab.bisect import Bisection, BisectOptions, bisect, bisection_plot
+from vlm_export.lab.module_paths import module_paths
+from vlm_export.lab.module_walk import compare_with_modules, without_moved_tensors
+from vlm_export.lab.output_diff import sample_inputs
 from vlm_export.runtime.engines.choice import engine_choice
 
 Change = Callable[[ir.Model], None]
@@ -228,3 +233,27 @@ def test_the_command(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     data = json.loads(capsys.readouterr().out)
     assert data["parted"] is True
     assert data["bisections"][0]["first"]["path"] == "blocks.0.norm1"
+
+
+def test_a_constant_that_was_folded_into_weights_is_no_fault(demo: Path) -> None:
+    """The graph then holds another tensor at the border of a module than the module gives."""
+    graph = ir.load(graph_of(demo, "text"))
+    inputs = sample_inputs(graph)
+    modules = ("blocks.0.norm2", "blocks.0.mlp.fc1", "blocks.1.norm2")
+    paths = module_paths(graph.graph)
+    ends = {path: [node for node in graph.graph if paths[node] == path][-1] for path in modules}
+
+    def values_of(names: Collection[str]) -> dict[str, list[Any]]:
+        tensors = {name: ends[name].outputs[0] for name in names if name in ends}
+        tensors |= {"output text_embeds": graph.graph.outputs[0]} if "output text_embeds" in names else {}
+        program = ModelProgram(graph)
+        runs = [program.run(feeds, [str(value.name) for value in tensors.values()]) for feeds in inputs]
+        found = {name: [run[index] for run in runs] for index, name in enumerate(tensors)}
+        # As if the module's output lacked what the graph has added by then.
+        return {
+            name: [array + 1 if name == modules[0] else array for array in arrays] for name, arrays in found.items()
+        }
+
+    compared = list(compare_with_modules(graph, modules, values_of, inputs))
+    assert [one.error.path for one in compared if one.error.parts][:1] == [modules[0]]
+    assert not [one.error for one in without_moved_tensors(compared) if one.error.parts]

@@ -302,6 +302,7 @@ def save_small(folder: Path, version: int) -> dict[str, Any]:
         (1, "vision_config", {"rope_embeddings": False}, "rope_embeddings asks for a computation"),
         (1, "vision_config", {"ls_init_value": 0.1}, "ls_init_value asks for a computation"),
         (1, "vision_config", {"pt_hw_seq_len": 16}, "nothing stretches them"),
+        (1, "vision_config", {"head_width": 0}, "rotary positions cannot turn"),
         (1, "vision_config", {"mlp_ratio": 4.0}, "mlp_ratio 4.0, not"),
         (1, "vision_config", {"embed_dim": 32}, "embed_dim 32, not 48"),
         (1, "text_config", {"pooler_type": None}, "pooler_type asks for a computation"),

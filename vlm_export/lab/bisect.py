@@ -21,7 +21,7 @@ from vlm_export.lab.alignment import align
 from vlm_export.lab.diff import are_graphs
 from vlm_export.lab.differences import Difference
 from vlm_export.lab.graph_diff import graph_differences, inlined
-from vlm_export.lab.module_walk import compare_with_modules
+from vlm_export.lab.module_walk import compare_with_modules, without_moved_tensors
 from vlm_export.lab.output_diff import LEAST_SAMPLES, row_count, sample_inputs
 from vlm_export.lab.plots import error_plot
 from vlm_export.lab.region_walk import MARGIN, RegionError, RegionWalk
@@ -175,13 +175,14 @@ def _bisect_source(bundle: OpenBundle, names: tuple[str, str], options: BisectOp
                 continue
             graph = inlined(open_model(bundle.model_files(part.variant(options.precision))))
             inputs, own = part_inputs(bundle, part.name, graph), modules[part.name]
-            errors, subgraph = list[RegionError](), ""
             walk = compare_with_modules(graph, own.names, partial(own.values, inputs=inputs), inputs, part.name)
-            for error, region, feeds, expected in walk:
-                if error.parts and not any(before.parts for before in errors) and options.output is not None:
-                    model = region_model(graph, region, feeds[0])
-                    subgraph = _written(options.output / part.name, model, feeds[0], expected[0])
-                errors.append(error)
+            compared = list(walk)
+            errors = [one.error for one in without_moved_tensors(compared)]
+            first = next((one for one in compared if one.error in errors and one.error.parts), None)
+            subgraph = ""
+            if first is not None and options.output is not None:
+                model = region_model(graph, first.region, first.feeds)
+                subgraph = _written(options.output / part.name, model, first.feeds, first.expected)
             labels = (f"{names[1]} {part.name} in PyTorch", f"{names[0]} {part.name}")
             rows = sum(row_count(feeds) for feeds in inputs)
             found.append(Bisection(*labels, rows, tuple(errors), subgraph=subgraph))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from vlm_export.errors import InputError
 from vlm_export.graph.core.onnxruntime_session import Array
 from vlm_export.lab.module_paths import joined, module_paths
-from vlm_export.lab.region_walk import LEAST_FLOOR, RegionError, held_as, relative_error
+from vlm_export.lab.region_walk import LEAST_FLOOR, MARGIN, RegionError, held_as, relative_error
 from vlm_export.lab.regions import Arrays, Region, region_model, region_of, run_region, varying_values
 
 ModuleValues = Callable[[Collection[str]], Mapping[str, Sequence[Array]]]
@@ -21,10 +23,54 @@ INPUT_OF, OUTPUT = " input", "output "
 _TOGETHER = 24
 
 
+_NOTHING: Array = np.zeros(0, np.float32)
+# What is this many times the floor, deep in a graph, is the noise of all modules before it.
+_NOISE_OF_ALL = 4 * MARGIN
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One region; where it differs, with what it was fed in the first set and what the modules gave of that."""
+
+    error: RegionError
+    region: Region
+    feeds: Mapping[str, Array]
+    expected: Array
+
+
+def without_moved_tensors(compared: Sequence[Compared]) -> list[Compared]:
+    """Leaves out regions that end at another tensor than the module's.
+
+    Where a constant was folded into weights, it is added earlier or later than in the module. The graph's own values
+    then differ at that border, and no longer behind it; those of a fault do.
+    """
+    kept = []
+    for index, one in enumerate(compared):
+        behind = _behind(one.region.output) if one.error.parts else set()
+        healed = any(
+            later.region.output in behind and later.error.total <= _NOISE_OF_ALL * later.error.floor
+            for later in compared[index + 1 :]
+        )
+        if not healed:
+            kept.append(one)
+    return kept
+
+
+def _behind(value: ir.Value) -> set[ir.Value]:
+    """Tensors that depend on one."""
+    found, waiting = set[ir.Value](), [value]
+    while waiting:
+        for use in waiting.pop().uses():
+            new = [output for output in use.node.outputs if output not in found]
+            found.update(new)
+            waiting += new
+    return found
+
+
 def compare_with_modules(
     graph: ir.Model, modules: Sequence[str], values_of: ModuleValues, inputs: Sequence[Arrays], where: str = ""
-) -> Iterator[tuple[RegionError, Region, list[dict[str, Array]], Sequence[Array]]]:
-    """Yields the error of each region in order, with the region, what it was fed and what the modules gave.
+) -> Iterator[Compared]:
+    """Yields what was found of each region in order.
 
     Args:
         graph: without functions.
@@ -58,7 +104,8 @@ def compare_with_modules(
             error = RegionError(
                 path, tensor, relative_error(found[name], got), relative_error(found[name], among), floor
             )
-            yield error, region, feeds, found[name]
+            parts = error.parts
+            yield Compared(error, region, feeds[0] if parts else {}, found[name][0] if parts else _NOTHING)
 
 
 def _module_borders(graph: ir.Model, paths: Mapping[ir.Node, str], modules: Sequence[str]) -> dict[ir.Value, str]:
