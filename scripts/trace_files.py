@@ -34,8 +34,18 @@ class CalledFiles:
             path = Path(code.co_filename)
             self._known[code.co_filename] = str(path.relative_to(PACKAGE)) if path.is_relative_to(PACKAGE) else None
         name = self._known[code.co_filename]
-        if name is not None:
+        if name is not None and name not in self.names and not _is_importing(frame):
             self.names.add(name)
+
+
+def _is_importing(frame: FrameType) -> bool:
+    """Whether a file of the package is being imported, which calls functions where no earlier command imported it."""
+    above: FrameType | None = frame
+    while above is not None:
+        if above.f_code.co_name == "<module>" and Path(above.f_code.co_filename).is_relative_to(PACKAGE):
+            return True
+        above = above.f_back
+    return False
 
 
 def called_files(arguments: list[str]) -> set[str]:
