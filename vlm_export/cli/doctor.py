@@ -100,6 +100,6 @@ def _row(stage: Stage) -> tuple[str, str, str, str]:
 
 
 def _several(items: Sequence[str]) -> str:
-    from vlm_export.lab.consumer.report import named
+    from vlm_export.lab.differences import named
 
     return named(tuple(items))

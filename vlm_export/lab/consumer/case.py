@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vlm_export.lab.consumer.graphs import GraphChange
 
 Outputs: TypeAlias = dict[str, Array]
-Run: TypeAlias = Callable[[Mapping[str, Array]], Outputs]
+Run: TypeAlias = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 IDS, MASK = "input_ids", "attention_mask"
 _UNTRIED = "pooling, projection and activation were not tried"
 
@@ -206,10 +206,8 @@ class Case:
 
     def _run(self, part: str, feeds: Mapping[str, Array], run: Run | None) -> Outputs:
         try:
-            if run is None:
-                return encode(lambda some: self.session.run(part, some), feeds)
-            return run(feeds)
-        except Exception:  # ids beyond the vocabulary, another size: of a mistake nothing else can be expected
+            return encode(run or partial(self.session.run, part), feeds)
+        except InputError:  # Ids beyond the vocabulary, or another size: of a mistake nothing else can be expected.
             return {}
 
 

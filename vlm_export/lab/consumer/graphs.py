@@ -6,26 +6,21 @@ Needs the extra `graph`. A change is made on a copy in memory; the bundle stays 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 
-from vlm_export.errors import GraphError
 from vlm_export.graph.core.files import open_model
 from vlm_export.graph.core.inference import Info, copy_of, infer
 from vlm_export.graph.core.names import fresh_name, names_in
-from vlm_export.graph.core.onnxruntime_session import start_session
 from vlm_export.graph.core.replace_uses import add_initializer, replace_uses
 from vlm_export.graph.core.tensors import constant_argument
-from vlm_export.interrupts import run_session
+from vlm_export.lab.output_diff import RunGraph, graph_runner
 from vlm_export.proof.metrics import Array
 
-_LARGEST_BYTES = 1_900_000_000
-"""What a serialised model may have: protobuf ends at 2 GiB."""
 _QUICK = 1.702
 _POOLS = (_FIRST, _LAST, _MEAN, _MEAN_OF_OTHERS) = (
     "the first token",
@@ -36,8 +31,6 @@ _POOLS = (_FIRST, _LAST, _MEAN, _MEAN_OF_OTHERS) = (
 _OTHER_POOLING, _NO_PROJECTION = "another pooling", "projection missing"
 _FIX_POOLING = "take the graph's own output, whose pooling is the original's"
 _FIX_PROJECTION = "take the graph's own output, behind the projection, not hidden states"
-
-Run: TypeAlias = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 
 @dataclass(frozen=True)
@@ -55,33 +48,17 @@ class GraphChange:
     output: str
 
 
-def changed_graphs(path: Path, output: str) -> Iterator[tuple[Run, tuple[GraphChange, ...]]]:
+def changed_graphs(path: Path, output: str) -> Iterator[tuple[RunGraph, tuple[GraphChange, ...]]]:
     """Changed copies of the graph at `path`, and what each of their outputs stands for.
 
     Raises:
-        GraphError: the graph cannot be read, or is too large to be changed in memory.
+        GraphError: the graph cannot be read.
     """
     model = open_model(path)
-    size_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    if size_bytes > _LARGEST_BYTES:
-        raise GraphError("the graph is too large to be changed in memory", where=path.name, got=f"{size_bytes} bytes")
     for change in (_other_activation, _other_poolings):
         copy = copy_of(model).model
         if changes := change(copy, output):
-            yield _runner(copy), tuple(changes)
-
-
-def _runner(model: ir.Model) -> Run:
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
-    session = start_session(ir.to_proto(model).SerializeToString())
-    names = [entry.name for entry in session.get_outputs()]
-
-    def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
-        return dict(zip(names, run_session(session, feeds), strict=True))
-
-    return run
+            yield graph_runner(copy), tuple(changes)
 
 
 class _Writer:

@@ -8,8 +8,9 @@ import numpy as np
 
 from vlm_export.lab.consumer.case import Case
 from vlm_export.lab.consumer.pixels import Geometry, Scale, geometries, prepared, scales
-from vlm_export.lab.consumer.report import Finding, Stage, explained, named
+from vlm_export.lab.consumer.report import Finding, Stage, explained
 from vlm_export.lab.consumer.texts import follows, made_by, text_hypotheses
+from vlm_export.lab.differences import named
 from vlm_export.proof.metrics import Array
 from vlm_export.specs import ImageSpec
 

@@ -12,8 +12,6 @@ from vlm_export.proof.metrics import Array
 
 Mistake = TypeVar("Mistake")
 Verdict: TypeAlias = Literal["equal", "differs", "follows", "not given", "not compared"]
-SHOWN = 4
-"""Texts or images that a sentence names."""
 LEFT = 0.3
 """A mistake that leaves so little of an item's difference explains it, one that leaves more does not."""
 _MOST = 3
@@ -91,12 +89,6 @@ class Diagnosis:
             "mistakes": mistakes,
             "stages": [asdict(stage) for stage in self.stages],
         }
-
-
-def named(names: tuple[str, ...]) -> str:
-    """The first of the names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def explained(tried: Iterable[tuple[Mistake, Array]], before: Array) -> list[tuple[Mistake, list[int]]]:

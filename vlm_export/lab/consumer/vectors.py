@@ -10,8 +10,9 @@ import numpy as np
 from vlm_export.lab.consumer.case import Case, Outputs, Run, unit
 from vlm_export.lab.consumer.inputs import pixel_options
 from vlm_export.lab.consumer.pixels import geometries, scales
-from vlm_export.lab.consumer.report import LEFT, Finding, Stage, explained, named
+from vlm_export.lab.consumer.report import LEFT, Finding, Stage, explained
 from vlm_export.lab.consumer.texts import follows, text_hypotheses
+from vlm_export.lab.differences import named
 from vlm_export.proof.metrics import Array
 
 _UNIT = 1e-3
