@@ -177,6 +177,13 @@ def test_an_error_that_grew(
     assert str(figures[0]).startswith("text.fp32.x.max_abs: 1e-07 → ")
 
 
+def test_a_figure_that_is_gone_fails_where_both_were_measured_alike() -> None:
+    now = {name: value for name, value in THEN.items() if name != "text.fp32.x.seen"}
+    assert not any(figure.failure for figure in compare_figures(THEN, now, {}))
+    (gone,) = [figure for figure in compare_figures(THEN, now, {}, complete=True) if figure.failure]
+    assert gone.failure == "text.fp32.x.seen: 1e-07 → none: it is not measured any more"
+
+
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A specification with one case, whose state is recorded."""
@@ -322,3 +329,5 @@ def test_bundles_are_verified_without_torch_and_onnx(
     capsys.readouterr()
     assert main(command) == 0
     assert name in capsys.readouterr().out
+    assert main(["regress", "--bundles", str(damaged), "--baseline", str(baseline)]) == 2
+    assert "the baseline has no figures of a bundle" in capsys.readouterr().err

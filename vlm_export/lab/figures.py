@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -82,15 +82,26 @@ def recorded_figures(manifest: Manifest) -> dict[str, float]:
 
 
 def compare_figures(
-    then: Mapping[str, float], now: Mapping[str, float], tolerances: Mapping[str, float], *, strict: bool = False
+    then: Mapping[str, float],
+    now: Mapping[str, float],
+    tolerances: Mapping[str, float],
+    *,
+    strict: bool = False,
+    complete: bool = False,
 ) -> tuple[Figure, ...]:
     """Every figure of either side.
 
     Args:
         tolerances: pattern → largest ratio; the first that fits holds.
         strict: fail where an error is more than `STRICT_RATIO` times the recorded one and above its floor.
+        complete: both sides were measured in the same way, so a figure that is gone fails.
     """
-    return tuple(_judged(name, then, now, tolerances, strict) for name in dict.fromkeys([*then, *now]))
+    names = dict.fromkeys([*then, *now])
+    figures = (_judged(name, then, now, tolerances, strict) for name in names)
+    return tuple(
+        replace(figure, failure=f"{figure}: it is not measured any more") if complete and figure.now is None else figure
+        for figure in figures
+    )
 
 
 def _judged(
@@ -109,7 +120,7 @@ def _judged(
         floor = now.get(f"{place}.{_FLOORS[measure]}", 0.0)
         if figure.now > floor:
             failure = f"{figure}: expected at most {STRICT_RATIO:g} times, or the floor of {floor:.3g} (--strict)"
-    return Figure(name, figure.then, figure.now, failure)
+    return replace(figure, failure=failure)
 
 
 def _of_report(report: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

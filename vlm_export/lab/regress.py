@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from vlm_export.bundle.environment import environment_errors
+from vlm_export.bundle.safe_files import check_path
 from vlm_export.errors import UsageError, VerificationError, VlmExportError, suggestion
 from vlm_export.graph.core.plain_yaml import read_yaml
 from vlm_export.lab.differences import SECTIONS
@@ -103,7 +104,7 @@ Told = Callable[[CaseResult], None]
 
 
 def regress(
-    spec: Path,
+    spec: str | Path,
     options: RegressOptions = RegressOptions(),
     *,
     names: Sequence[str] = (),
@@ -121,7 +122,8 @@ def regress(
         InputError: a field of the specification is unknown, missing or of another type.
         EnvironmentFailure: a missing package.
     """
-    cases = read_cases(spec)
+    check_path(spec, "a specification")
+    cases = read_cases(Path(spec))
     known = [case.name for case in cases]
     for name in names:
         if name not in known:
@@ -167,7 +169,7 @@ def _compared(case: Case, now: State, options: RegressOptions) -> tuple[list[Che
     except VlmExportError as error:
         return [Check(_STATE, (str(error),))], (), ""
     differences = compare_states(then, now)
-    figures = compare_figures(then.figures, now.figures, case.tolerances, strict=options.strict)
+    figures = compare_figures(then.figures, now.figures, case.tolerances, strict=options.strict, complete=True)
     kinds = [kind for kind in SECTIONS if kind in then.sections or kind in now.sections]
     checks = [Check(kind, tuple(str(one) for one in differences if one.section == kind)) for kind in kinds]
     failures = tuple(figure.failure for figure in figures if figure.failure)
@@ -196,7 +198,7 @@ def regress_bundles(
             `options.update` it is written.
 
     Raises:
-        UsageError: an update without a baseline, or a baseline that is none.
+        UsageError: an update without a baseline, or a baseline that is none, or has no figures of a bundle.
     """
     if options.update and baseline is None:
         raise UsageError(
@@ -205,6 +207,15 @@ def regress_bundles(
     known = Baseline()
     if baseline is not None and not options.update:
         known = Baseline.from_config(read_yaml(baseline, "the baseline"), str(baseline))
+        for bundle in bundles:
+            if bundle not in known.bundles:
+                raise UsageError(
+                    "the baseline has no figures of a bundle",
+                    where=str(baseline),
+                    expected=", ".join(known.bundles) or "figures",
+                    got=bundle,
+                    fix="name the bundle as it was named then, or record it: --update",
+                )
     found = dict[str, Mapping[str, float]]()
 
     def run(bundle: str) -> CaseResult:
@@ -229,7 +240,8 @@ def _run_bundle(
     if answer.error is not None:
         return CaseResult(bundle, (Check(_BUNDLE_RUN, (str(answer.error),)),), took, answer.peak_bytes), {}
     result = answer.result
-    figures = compare_figures(then or result["then"], result["now"], {}, strict=options.strict)
+    recorded = result["then"] if then is None else then
+    figures = compare_figures(recorded, result["now"], {}, strict=options.strict, complete=then is not None)
     failures = tuple(figure.failure for figure in figures if figure.failure)
     checks = (Check(_BUNDLE_RUN, (result["failure"],) if result["failure"] else ()), Check(_FIGURES, failures))
     return CaseResult(bundle, checks, took, answer.peak_bytes, figures, result["tools"]), result["now"]
