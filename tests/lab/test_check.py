@@ -240,6 +240,13 @@ def test_limits_that_are_not_kept_fail(demo: Path, monkeypatch: pytest.MonkeyPat
     )
 
 
+def test_memory_that_nobody_tells_is_not_run(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("check", "check_runs"):
+        monkeypatch.setattr(f"vlm_export.lab.{module}.anonymous_bytes", lambda: None)
+    found = check(demo, CheckOptions(runs=4, threads=1, items=OwnItems(max_memory_mb=1.0)))
+    assert [found.item(name).verdict for name in ("long run", "max_memory_mb")] == ["NOT RUN", "NOT RUN"]
+
+
 def test_a_demo_passes_every_item(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(demo), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)

@@ -12,7 +12,7 @@ from vlm_export.graph.core.files import open_model
 from vlm_export.lab import check_graphs
 from vlm_export.lab.check_graphs import OpenedVariant
 from vlm_export.lab.check_runs import Runs
-from vlm_export.lab.checklist import Checklist, OwnItems, Seen, looked_at
+from vlm_export.lab.checklist import MEMORY_UNKNOWN, Checklist, NotRunError, OwnItems, Seen, looked_at
 from vlm_export.lab.graph_diff import inlined
 from vlm_export.proof.memory import anonymous_bytes
 from vlm_export.runtime.engines.choice import chosen_precision
@@ -97,7 +97,7 @@ def _own_items(bundle: OpenBundle, runs: Runs, items: OwnItems) -> Iterator[tupl
     if items.max_latency_ms is not None:
         yield "max_latency_ms", _latency_within(runs, items.max_latency_ms)
     if items.max_memory_mb is not None:
-        yield "max_memory_mb", _at_most("memory", (anonymous_bytes() or 0) / _MB, items.max_memory_mb, "MB")
+        yield "max_memory_mb", _memory_within(items.max_memory_mb)
     outputs = [tensor.name for part in manifest.parts for tensor in part.signature.outputs]
     for name, required, present in (
         ("required_outputs", items.required_outputs, outputs),
@@ -116,6 +116,16 @@ def _at_most(what: str, value: float, limit: float, unit: str) -> Callable[[Seen
         seen.evidence.append(f"{what}: {value:.4g} {unit}, at most {limit:g} {unit} is allowed")
         if value > limit:
             seen.failures.append(f"{what}: {value:.4g} {unit} is more than {limit:g} {unit}")
+
+    return item
+
+
+def _memory_within(limit: float) -> Callable[[Seen], None]:
+    def item(seen: Seen) -> None:
+        size = anonymous_bytes()
+        if size is None:
+            raise NotRunError(MEMORY_UNKNOWN)
+        _at_most("memory", size / _MB, limit, "MB")(seen)
 
     return item
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
-from statistics import median
+from functools import cached_property, partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -19,7 +17,8 @@ from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError
 from vlm_export.graph.core.onnxruntime_session import Array
 from vlm_export.lab.check_graphs import OpenedVariant
-from vlm_export.lab.checklist import NotRunError, Seen
+from vlm_export.lab.checklist import MEMORY_UNKNOWN, NotRunError, Seen
+from vlm_export.lab.output_diff import median_seconds
 from vlm_export.proof.gates import GATES, gate_name, judge
 from vlm_export.proof.golden import GoldenRecord, iterate_golden
 from vlm_export.proof.grid import BATCH_AXIS, BATCHES
@@ -31,7 +30,6 @@ from vlm_export.runtime.model import Model
 from vlm_export.runtime.session import Session
 from vlm_export.specs.tasks import EmbedSpec
 
-_LATENCY_RUNS = 10
 # Of the runs the first quarter fills caches and pools.
 _WARM_SHARE = 4
 _MOST_GROWTH_BYTES = 8 << 20
@@ -145,7 +143,7 @@ class Runs:
         session, warm = self.session(self._precision), count // _WARM_SHARE
         before = anonymous_bytes()
         if before is None:
-            raise NotRunError("this system does not tell how much memory a process has")
+            raise NotRunError(MEMORY_UNKNOWN)
         records = {variant.part.name: record for variant, record in self._recorded()}
         for number in range(count):
             if number == warm:
@@ -183,15 +181,11 @@ class Runs:
     def check_latency(self, seen: Seen) -> None:
         """Every variant runs, and what one run takes is measured."""
         for variant, record in self._recorded():
-            session = self.session(variant.record.precision)
-            seconds = []
-            for _ in range(_LATENCY_RUNS + 1):
-                start = time.perf_counter()
-                outputs = session.run(variant.part.name, record.inputs)
-                seconds.append(time.perf_counter() - start)
-            for name, array in outputs.items():
+            run = partial(self.session(variant.record.precision).run, variant.part.name)
+            (seconds,) = median_seconds([run], record.inputs)
+            for name, array in run(record.inputs).items():
                 _check_finite(array, f"{variant.label}: {name}", seen)
-            self.latencies_ms[variant.label] = 1000 * median(seconds[1:])
+            self.latencies_ms[variant.label] = 1000 * seconds
             taken = f"{self.latencies_ms[variant.label]:.3g} ms for {_first_shape(record.inputs)}"
             seen.evidence.append(f"{variant.label}: {taken}")
 

@@ -15,6 +15,9 @@ from vlm_export.specs.codec import Spec, above
 Verdict = Literal["PASS", "FAIL", "NOT RUN"]
 
 
+MEMORY_UNKNOWN = "this system does not tell how much memory a process has"
+
+
 class NotRunError(Exception):
     """An item cannot be looked at here; the text says why."""
 
