@@ -16,6 +16,7 @@ from vlm_export.errors import InputError, UsageError, VerificationError, suggest
 from vlm_export.graph.core.files import open_model
 from vlm_export.lab.graph_diff import inlined
 from vlm_export.lab.module_paths import constant_of, joined, module_paths, parameter_name
+from vlm_export.lab.output_diff import row_count
 from vlm_export.lab.real_inputs import real_inputs
 from vlm_export.lab.tensor_stats import TensorStats
 from vlm_export.lab.value_walk import walk_values
@@ -160,7 +161,7 @@ def ranges(bundle: str | Path, *, parts: Sequence[str] | None = None) -> Ranges:
     """
     opened = open_bundle(bundle)
     names = [part.name for part in opened.manifest.parts] if parts is None else parts
-    return Ranges(tuple(_part_ranges(opened, opened.manifest.part(name)) for name in names))
+    return Ranges(tuple(part_ranges(opened, opened.manifest.part(name)) for name in names))
 
 
 def checked_kinds(names: Sequence[str]) -> tuple[Kind, ...]:
@@ -171,7 +172,8 @@ def checked_kinds(names: Sequence[str]) -> tuple[Kind, ...]:
     return tuple(kind for kind in KINDS if kind in names)
 
 
-def _part_ranges(bundle: OpenBundle, part: PartRecord) -> PartRanges:
+def part_ranges(bundle: OpenBundle, part: PartRecord) -> PartRanges:
+    """What `ranges` finds of one part of an opened bundle."""
     if "fp32" not in [variant.precision for variant in part.variants]:
         raise InputError(
             "ranges are measured on a float32 graph",
@@ -193,7 +195,7 @@ def _part_ranges(bundle: OpenBundle, part: PartRecord) -> PartRanges:
         not_run.append(f"what to keep in float32: {why}")
     findings = [*_Findings(model, part.name, plan.halved).of(stats), *_weight_findings(model, part.name)]
     tensors = {str(value.name): measured for value, measured in stats.items()}
-    samples = sum(max((len(array) for array in feeds.values() if array.ndim), default=1) for feeds in inputs)
+    samples = sum(map(row_count, inputs))
     return PartRanges(part.name, samples, tensors, tuple(findings), plan.wide, plan.keep, tuple(not_run))
 
 

@@ -19,7 +19,7 @@ from vlm_export.graph.look.show import describe_model
 from vlm_export.lab.module_paths import module_of, parameter_name
 from vlm_export.lab.output_diff import median_seconds
 from vlm_export.lab.plots import PlottedPoint
-from vlm_export.lab.ranges import PartRanges, ranges
+from vlm_export.lab.ranges import PartRanges, part_ranges
 from vlm_export.lab.report.findings import GraphFacts, OutputProof, Proof, Report, StageProof
 from vlm_export.lab.report.pictures import contract_pictures
 from vlm_export.lab.report.recorded import recorded_proof
@@ -203,7 +203,7 @@ def _measured_ranges(bundle: OpenBundle) -> tuple[tuple[PartRanges, ...], tuple[
     found, refused = list[PartRanges](), list[str]()
     for part in bundle.manifest.parts:
         try:
-            found += ranges(bundle.root, parts=[part.name]).parts
+            found.append(part_ranges(bundle, part))
         except EnvironmentFailure:
             raise
         except VlmExportError as error:
