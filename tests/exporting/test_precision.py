@@ -23,7 +23,7 @@ from vlm_export import load
 from vlm_export.bundle.manifest import Manifest, manifest_from_bytes
 from vlm_export.bundle.opened import open_bundle
 from vlm_export.errors import InputError, UsageError, VerificationError
-from vlm_export.exporting import pipeline
+from vlm_export.exporting import pipeline, verification
 from vlm_export.exporting.backends import Exporter, export_part
 from vlm_export.exporting.bundle_manifest import fp32_operators
 from vlm_export.exporting.pipeline import ExportResult
@@ -279,7 +279,7 @@ def test_activations_that_overflow_are_not_published(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where they were not measured, as in a huge part."""
-    monkeypatch.setattr(pipeline, "measure_wide", lambda *_: {})
+    monkeypatch.setattr(pipeline, "measure_wide", lambda *_: None)
     source = changed_checkpoint(checkpoint, tmp_path, change)
     with pytest.raises(VerificationError, match="vision") as caught:
         export_fast(source, tmp_path / "half", precisions=("fp16",), parts=("vision",))
@@ -309,11 +309,20 @@ def test_activations_that_overflow_stay_in_float32(tmp_path: Path, checkpoint: P
     assert np.isfinite(model.encode_image([DATA / "clip" / "vit_p14" / "image.png"])).all()
 
 
+def test_a_huge_part_says_that_its_ranges_were_not_measured(
+    tmp_path: Path, checkpoint: Path, export_fast: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "HUGE_PART_BYTES", 0)
+    result = export_fast(checkpoint, tmp_path / "huge", precisions=("fp16",), parts=("vision",))
+    (variant,) = result.manifest.part("vision").variants
+    assert [warning for warning in variant.warnings if "was not measured" in warning]
+
+
 def test_weights_that_overflow_are_named(
     tmp_path: Path, checkpoint: Path, export_fast: Export, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where nothing was measured. Else what they make is seen to overflow, and they stay as they are."""
-    monkeypatch.setattr(pipeline, "measure_wide", lambda *_: {})
+    monkeypatch.setattr(pipeline, "measure_wide", lambda *_: None)
 
     def enlarge(state: dict[str, torch.Tensor]) -> None:
         state["visual.conv1.weight"][0] *= 1e8

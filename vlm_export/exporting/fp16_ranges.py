@@ -20,19 +20,19 @@ _SHOWN = 3
 
 def measure_wide(
     graph: ir.Model, verification: PartVerification, scratch: Path, threads: int | None
-) -> dict[str, float]:
+) -> dict[str, float] | None:
     """Values that float16 does not hold, with room for other inputs: name → the largest finite magnitude.
 
     Measured at the points of the golden records and at the samples: images, sentences. The engine reads the weights
-    from their file, so that memory stays flat. Of a huge part nothing is measured, since every run takes minutes; its
-    overflow is left to verification.
+    from their file, so that memory stays flat. None of a huge part, which is not measured, since every run takes
+    minutes; its overflow is left to verification.
 
     Args:
         graph: in float32.
         scratch: a directory with room for the weights in float32.
     """
     if verification.is_huge:
-        return {}
+        return None
     part = verification.part
     points = (part.examples(point.sizes, point.seed) for point in verification.golden_points())
     runs = [*points, *(sample.inputs for sample in verification.samples)]
@@ -61,9 +61,11 @@ def _magnitude(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> floa
     return float(finite.max(initial=0.0))
 
 
-def wide_warning(wide: Mapping[str, float]) -> Iterator[str]:
-    """What the manifest says of an export that keeps some values in float32; nothing where there are none."""
-    if wide:
+def wide_warning(wide: Mapping[str, float] | None) -> Iterator[str]:
+    """What the manifest says of an export that keeps some values in float32, or that measured none."""
+    if wide is None:
+        yield "which values leave float16's range was not measured, since every run takes minutes: verification tells"
+    elif wide:
         largest = sorted(wide, key=lambda name: -wide[name])[:_SHOWN]
         shown = ", ".join(f"{name} ({wide[name]:.3g})" for name in largest)
         more = "" if len(wide) == len(largest) else f" and {len(wide) - len(largest)} more"

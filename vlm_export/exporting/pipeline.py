@@ -210,7 +210,7 @@ class _Job:
         *,
         simplified: bool,
     ) -> _Written:
-        part, wide = verification.part, {}
+        part, wide = verification.part, None
         if precision != FP32:
             with self.stages.stage(f"measure {part.name}"):
                 wide = measure_wide(graph, verification, self.staging.path / _SCRATCH, self.options.threads)
@@ -219,7 +219,7 @@ class _Job:
             path = self.staging.file(layout.graph_path(part.name, precision))
             computed = folded_sources(graph)
             if precision != FP32:
-                graph = convert_to_fp16(graph, wide)
+                graph = convert_to_fp16(graph, wide or ())
             with _own_errors():
                 paths = write_graph(graph, path, self.options.external_data_threshold_bytes)
             return _Written(precision, paths, computed, rounded_from(graph), simplified, tuple(warnings))
