@@ -76,7 +76,11 @@ def test_names_and_order_are_no_difference(change: Change, demo: Path, tmp_path:
 def test_weights_stored_elsewhere_are_no_difference(demo: Path, tmp_path: Path) -> None:
     model = onnx.load(graph_of(demo))
     onnx.save(model, tmp_path / "again.onnx", save_as_external_data=True, location="again.bin", size_threshold=0)
-    assert diff(graph_of(demo), tmp_path / "again.onnx").equal
+    (tmp_path / "again.onnx.backup").write_bytes(bytes(1 << 20))
+    found = diff(graph_of(demo), tmp_path / "again.onnx")
+    assert found.equal
+    (size,) = found.measured
+    assert size.right == sum((tmp_path / name).stat().st_size for name in ("again.onnx", "again.bin"))
 
 
 def test_another_export_of_the_same_source_is_no_difference(demo: Path) -> None:

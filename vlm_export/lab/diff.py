@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import onnx_ir as ir
+
 from vlm_export.api import Progress, export_again
 from vlm_export.bundle.manifest import MANIFEST_NAME, PartRecord, VariantRecord
 from vlm_export.bundle.opened import OpenBundle, open_bundle
 from vlm_export.bundle.safe_files import check_path
 from vlm_export.errors import UsageError
 from vlm_export.graph.core.files import open_model
+from vlm_export.graph.core.tensors import tensor_slots
 from vlm_export.lab.bundle_diff import bundle_differences
 from vlm_export.lab.differences import Diff, Measurement, OutputComparison, in_order
 from vlm_export.lab.graph_diff import graph_differences
@@ -144,7 +147,7 @@ def _outputs_of(
 def _diff_graphs(left: Path, right: Path, options: DiffOptions) -> Diff:
     first, second = open_model(left), open_model(right)
     differences = list(graph_differences(first, second, "", options.tolerance))
-    measured = [Measurement("size", _graph_bytes(left), _graph_bytes(right), "bytes")]
+    measured = [Measurement("size", _graph_bytes(left, first), _graph_bytes(right, second), "bytes")]
     outputs, not_run = tuple[OutputComparison, ...](), list[str]()
     if {str(value.name) for value in first.graph.inputs} == {str(value.name) for value in second.graph.inputs}:
         inputs = sample_inputs(first, options.inputs)
@@ -159,9 +162,11 @@ def _diff_graphs(left: Path, right: Path, options: DiffOptions) -> Diff:
     return Diff(*names, options.tolerance, in_order(differences), outputs, tuple(measured), tuple(not_run))
 
 
-def _graph_bytes(path: Path) -> int:
-    """The graph's file with its data files, as this project and others name them."""
-    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*") if file.is_file())
+def _graph_bytes(path: Path, model: ir.Model) -> int:
+    """The graph's file with the data files that its tensors lie in."""
+    tensors = (slot.tensor for slot in tensor_slots(model))
+    files = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+    return sum(file.stat().st_size for file in {path, *files})
 
 
 def _latency(runs: Sequence[RunGraph], feeds: Arrays, where: str) -> Measurement:
