@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ from vlm_export.lab.graph_diff import graph_differences, inlined
 from vlm_export.lab.module_walk import compare_with_modules, without_moved_tensors
 from vlm_export.lab.output_diff import LEAST_SAMPLES, row_count, sample_inputs
 from vlm_export.lab.plots import error_plot
+from vlm_export.lab.real_inputs import real_inputs
 from vlm_export.lab.region_walk import MARGIN, RegionError, RegionWalk
 from vlm_export.lab.regions import Arrays, RunRegion, last_uses, region_model, region_pairs, region_runner
-from vlm_export.proof.golden import iterate_golden
 from vlm_export.runtime.engines.choice import EngineChoice
 
 
@@ -176,24 +177,22 @@ def _bisect_source(bundle: OpenBundle, names: tuple[str, str], options: BisectOp
             graph = inlined(open_model(bundle.model_files(part.variant(options.precision))))
             inputs, own = part_inputs(bundle, part.name, graph), modules[part.name]
             walk = compare_with_modules(graph, own.names, partial(own.values, inputs=inputs), inputs, part.name)
-            compared = list(walk)
-            errors = [one.error for one in without_moved_tensors(compared)]
-            first = next((one for one in compared if one.error in errors and one.error.parts), None)
-            subgraph = ""
+            kept, subgraph = without_moved_tensors(list(walk)), ""
+            first = next((one for one in kept if one.error.parts), None)
             if first is not None and options.output is not None:
                 model = region_model(graph, first.region, first.feeds)
                 subgraph = _written(options.output / part.name, model, first.feeds, first.expected)
             labels = (f"{names[1]} {part.name} in PyTorch", f"{names[0]} {part.name}")
-            rows = sum(row_count(feeds) for feeds in inputs)
-            found.append(Bisection(*labels, rows, tuple(errors), subgraph=subgraph))
+            rows, errors = sum(map(row_count, inputs)), tuple(one.error for one in kept)
+            found.append(Bisection(*labels, rows, errors, subgraph=subgraph))
     if not found:
         raise InputError("the bundle has no such part", where=names[0], got=str(options.part))
     return tuple(found)
 
 
 def part_inputs(bundle: OpenBundle, part: str, model: ir.Model) -> list[Arrays]:
-    """The golden records' inputs of a part; where those have fewer than 8 rows, also random ones that it takes."""
-    inputs: list[Arrays] = [record.inputs for record in iterate_golden(bundle, part)]
+    """What a part is run on by its bundle's own means; where that has fewer than 8 rows, also random inputs."""
+    inputs = real_inputs(bundle, bundle.manifest.part(part))
     if sum(map(row_count, inputs)) < LEAST_SAMPLES:
         try:
             inputs += sample_inputs(model)
@@ -232,27 +231,25 @@ def bisect_graphs(
     if not pairs:
         raise GraphError("no tensor of the two graphs corresponds", fix="compare them by their outputs: diff")
     walk = RegionWalk(left, right, alignment, inputs, run_right)
-    errors, failing = [], None
+    errors, operator, subgraph = list[RegionError](), "", ""
     for pair, done in zip(pairs, last_uses(pairs, alignment), strict=True):
         error = walk.compare(pair, where)
-        errors.append(error)
-        if failing is None and error.parts:
-            failing = walk.explained(pair)
-            saved = walk.saved(pair)
+        if error.parts and not any(before.parts for before in errors):
+            operator, saved = walk.first_operator(pair), walk.saved(pair)
             subgraph = "" if output is None or saved is None else _written(output, *saved)
+        errors.append(error)
         walk.forget(done)
-    rows = sum(row_count(feeds) for feeds in inputs)
-    if failing is None:
-        return Bisection(*names, rows, tuple(errors))
-    pair, operator = failing
-    causes = [cause for cause in graph_differences(left, right, where) if _concerns(cause, errors, where)]
-    return Bisection(*names, rows, tuple(errors), operator, tuple(causes), subgraph)
+    found = Bisection(*names, sum(map(row_count, inputs)), tuple(errors), operator, (), subgraph)
+    if found.first is None:
+        return found
+    differences = graph_differences(left, right, where)
+    return replace(found, causes=tuple(cause for cause in differences if _concerns(cause, found.first.path, where)))
 
 
-def _concerns(cause: Difference, errors: Sequence[RegionError], where: str) -> bool:
-    path = next(error.path for error in errors if error.parts)
-    places = cause.where.replace("*", "").split(" ")[0]
-    return cause.where.startswith(path) or "*" in cause.where or places in ("", where)
+def _concerns(cause: Difference, path: str, where: str) -> bool:
+    """Whether a difference lies in a module, in a part of it, or concerns the whole graph."""
+    places = cause.where.partition(" (")[0].partition(" and ")[0].split(", ")
+    return any(place in ("", where) or fnmatchcase(path, place) or fnmatchcase(place, f"{path}.*") for place in places)
 
 
 def _written(folder: Path, model: ir.Model, inputs: Arrays, expected: Array) -> str:

@@ -108,8 +108,8 @@ class RegionWalk:
         partners = {self._alignment.nodes.get(node) for node in mine}
         return partners == set(theirs)
 
-    def explained(self, pair: RegionPair) -> tuple[RegionPair, str]:
-        """The first operator in a region whose result differs, where both have it."""
+    def first_operator(self, pair: RegionPair) -> str:
+        """The first operator in a region whose result differs, where both have it; "" where none is."""
         inside = [
             (mine, self._alignment.values[mine])
             for node in pair.left.nodes
@@ -118,21 +118,21 @@ class RegionWalk:
         ]
         feeds, given = self._feeds_left(pair.left), self._feeds_right(pair.right)
         if given is None:
-            return pair, ""
+            return ""
         mine, theirs = [left for left, _ in inside], [right for _, right in inside]
         try:
             expected = run_region(region_model(self._left, pair.left, feeds[0], mine), feeds)
             got = self._run_right(region_model(self._right, pair.right, given[0], theirs), given)
         except InputError:
-            return pair, ""
+            return ""
         for left, right in inside:
             before = [run[str(left.name)] for run in expected]
             after = [run[str(right.name)] for run in got]
             if before[0].dtype.kind == "f" and relative_error(before, after) > MARGIN * LEAST_FLOOR:
                 node = right.producer()
                 assert node is not None
-                return pair, f"{node.op_type} {node.name or right.name!s}"
-        return pair, ""
+                return f"{node.op_type} {node.name or right.name!s}"
+        return ""
 
     def saved(self, pair: RegionPair) -> tuple[ir.Model, Arrays, Array] | None:
         """The right region, its inputs in the first set, and what the left computes of them; None without inputs."""
