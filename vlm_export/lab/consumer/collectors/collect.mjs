@@ -9,26 +9,26 @@ import { fileURLToPath } from 'node:url';
 import * as transformers from '@huggingface/transformers';
 
 const { AutoImageProcessor, AutoTokenizer, RawImage, env } = transformers;
-// The type in config.json → the classes of both encoders, and how texts are padded.
-const KINDS = {
-    clip: ['CLIPTextModelWithProjection', 'CLIPVisionModelWithProjection', true],
-    siglip: ['SiglipTextModel', 'SiglipVisionModel', 'max_length'],
-};
-
 const here = path.dirname(fileURLToPath(import.meta.url));
 const model = path.resolve(process.argv[2]);
 env.allowRemoteModels = false;
 env.localModelPath = path.dirname(model);
 const name = path.basename(model);
 const options = { dtype: process.argv[3] ?? 'fp32' };
-const config = JSON.parse(fs.readFileSync(path.join(model, 'config.json'), 'utf8'));
-const [textClass, visionClass, padding] = KINDS[config.model_type] ?? KINDS.clip;
+const read = (file) => JSON.parse(fs.readFileSync(path.join(model, file), 'utf8'));
+// CLIPModel has CLIPTextModelWithProjection, other models have only a class without that word.
+const prefix = read('config.json').architectures[0].replace(/Model$/, '');
+const classOf = (tower) =>
+    transformers[`${prefix}${tower}ModelWithProjection`] ?? transformers[`${prefix}${tower}Model`];
+// A bundle says how texts are padded; of another directory change it to what your program does.
+const isBundle = fs.existsSync(path.join(model, 'vlm_export.json'));
+const padding = isBundle && read('vlm_export.json').text?.padding === 'context' ? 'max_length' : true;
 
 // A tokenizer that transformers.js cannot read leaves the texts out, and nothing else.
 const tokenizer = await AutoTokenizer.from_pretrained(name).catch((error) => () => Promise.reject(error));
-const textModel = await transformers[textClass].from_pretrained(name, options);
+const textModel = await classOf('Text').from_pretrained(name, options);
 const processor = await AutoImageProcessor.from_pretrained(name);
-const visionModel = await transformers[visionClass].from_pretrained(name, options);
+const visionModel = await classOf('Vision').from_pretrained(name, options);
 
 function vector(outputs, kind) {
     return (outputs[`${kind}_embeds`] ?? outputs.pooler_output).normalize(2, -1).tolist()[0];
