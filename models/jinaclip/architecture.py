@@ -281,7 +281,7 @@ def _text(checkpoint: Checkpoint) -> JinaTextSizes:
     sizes = _text_sizes(checkpoint, published.kind, stated, section.get("default_lora_task"))
     check_heads(checkpoint, "text", sizes.width, sizes.heads)
     check_stated(checkpoint, "text_config", section, {"embed_dim": sizes.width})
-    check_stated(checkpoint, "text_config.hf_model_config_kwargs", changed, _stated_sizes(sizes))
+    check_stated(checkpoint, "text_config.hf_model_config_kwargs", changed, stated_sizes(sizes))
     return sizes
 
 
@@ -329,7 +329,7 @@ def _text_sizes(checkpoint: Checkpoint, kind: TextKind, stated: Mapping[str, Any
     )
 
 
-def _stated_sizes(sizes: JinaTextSizes) -> dict[str, int]:
+def stated_sizes(sizes: JinaTextSizes) -> dict[str, int]:
     """The text encoder's sizes that shapes tell, under the names of its config."""
     return {
         "hidden_size": sizes.width,
@@ -345,7 +345,7 @@ def config_from_architecture(architecture: JinaClipArchitecture) -> dict[str, An
     vision, text = architecture.vision, architecture.text
     name = next(name for name, published in _PUBLISHED.items() if published.kind == text.kind)
     kwargs: dict[str, Any] = {
-        **_stated_sizes(text),
+        **stated_sizes(text),
         "num_attention_heads": text.heads,
         "layer_norm_eps": text.eps,
         "pad_token_id": text.pad_id,

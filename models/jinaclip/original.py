@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from vlm_export.family import Array, Arrays, Checkpoint, Part, Reference, WeightStore
-from vlm_export.models.jinaclip.architecture import TEXT, VISION, XLM_TEXT, JinaClipArchitecture, JinaTextSizes
+from vlm_export.models.jinaclip.architecture import (
+    TEXT,
+    VISION,
+    XLM_TEXT,
+    JinaClipArchitecture,
+    JinaTextSizes,
+    stated_sizes,
+)
 from vlm_export.models.openclip.towers import fill_computed_tables
 from vlm_export.models.reading.weights import float32, published_score
 from vlm_export.original import OpenClipOriginal, Original, TransformersOriginal
@@ -168,12 +175,8 @@ def _bert(sizes: JinaTextSizes, positions: int) -> Any:
 
 def _common(sizes: JinaTextSizes) -> dict[str, Any]:
     return {
-        "vocab_size": sizes.vocab_size,
-        "hidden_size": sizes.width,
-        "num_hidden_layers": sizes.layers,
+        **stated_sizes(sizes),
         "num_attention_heads": sizes.heads,
-        "intermediate_size": sizes.hidden,
-        "type_vocab_size": sizes.token_types,
         "layer_norm_eps": sizes.eps,
         "pad_token_id": sizes.pad_id,
     }
