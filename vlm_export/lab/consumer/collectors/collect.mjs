@@ -18,8 +18,11 @@ const options = { dtype: process.argv[3] ?? 'fp32' };
 const read = (file) => JSON.parse(fs.readFileSync(path.join(model, file), 'utf8'));
 // CLIPModel has CLIPTextModelWithProjection, other models have only a class without that word.
 const prefix = read('config.json').architectures[0].replace(/Model$/, '');
-const classOf = (tower) =>
-    transformers[`${prefix}${tower}ModelWithProjection`] ?? transformers[`${prefix}${tower}Model`];
+function classOf(tower) {
+    const found = transformers[`${prefix}${tower}ModelWithProjection`] ?? transformers[`${prefix}${tower}Model`];
+    if (!found) throw new Error(`transformers.js has no class of ${prefix} for one encoder alone`);
+    return found;
+}
 // A bundle says how texts are padded; of another directory change it to what your program does.
 const isBundle = fs.existsSync(path.join(model, 'vlm_export.json'));
 const padding = isBundle && read('vlm_export.json').text?.padding === 'context' ? 'max_length' : true;
