@@ -6,6 +6,7 @@ Imports torch only where it is used: the runtime's tests run without it.
 from __future__ import annotations
 
 import gc
+import hashlib
 import importlib.util
 import json
 import os
@@ -277,6 +278,21 @@ def shared_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Ca
         return target
 
     return share
+
+
+@pytest.fixture(scope="session")
+def relist() -> Callable[[Path], None]:
+    """Makes a bundle's manifest state the files that are there now, as an exporter of such files would have."""
+
+    def write(bundle: Path) -> None:
+        manifest = bundle / "vlm_export.json"
+        data = json.loads(manifest.read_text(encoding="utf-8"))
+        for name in data["files"]:
+            raw = (bundle / name).read_bytes()
+            data["files"][name] = {"size_bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+        manifest.write_text(json.dumps(data), encoding="utf-8")
+
+    return write
 
 
 @pytest.fixture(scope="session")

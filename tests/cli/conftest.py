@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -124,21 +123,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path
     target = tmp_path_factory.mktemp("exported") / "bundle"
     assert main(["export", str(checkpoint), "-o", str(target), "--quiet", *FAST]) == 0
     return target
-
-
-@pytest.fixture(scope="session")
-def relist() -> Callable[[Path], None]:
-    """Makes a bundle's manifest state the files that are there now, as an exporter of such files would have."""
-
-    def write(bundle: Path) -> None:
-        manifest = bundle / "vlm_export.json"
-        data = json.loads(manifest.read_text(encoding="utf-8"))
-        for name in data["files"]:
-            raw = (bundle / name).read_bytes()
-            data["files"][name] = {"size_bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-        manifest.write_text(json.dumps(data), encoding="utf-8")
-
-    return write
 
 
 FAST = ("--no-tokenizer", "--opset", "17", "--threads", "1")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,18 +27,3 @@ def demo(shared_bundle: Callable[..., Path]) -> Path:
 def copied(demo: Path, tmp_path: Path) -> Path:
     """A copy of it that a test may change."""
     return Path(shutil.copytree(demo, tmp_path / "copied"))
-
-
-@pytest.fixture(scope="session")
-def relist() -> Callable[[Path], None]:
-    """Makes a bundle's manifest state the files that are there now."""
-
-    def write(bundle: Path) -> None:
-        manifest = bundle / "vlm_export.json"
-        data = json.loads(manifest.read_text(encoding="utf-8"))
-        for name in data["files"]:
-            raw = (bundle / name).read_bytes()
-            data["files"][name] = {"size_bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-        manifest.write_text(json.dumps(data), encoding="utf-8")
-
-    return write
