@@ -112,6 +112,31 @@ def other_quick_gelu(model: ir.Model) -> None:
                 node.replace_input_with(1, value)
 
 
+def one_quick_gelu(model: ir.Model) -> None:
+    """Both blocks read one constant; one of them gets another."""
+    value = ir.val("gelu_factor", ir.DataType.FLOAT, [], const_value=ir.tensor(np.float32(1.6)))
+    model.graph.initializers["gelu_factor"] = value
+    scaled = [node for node in model.graph if node.op_type == "Sigmoid"][1].inputs[0]
+    assert scaled is not None
+    product = scaled.producer()
+    assert product is not None
+    product.replace_input_with(1, value)
+
+
+def exchange_keys_and_values(model: ir.Model) -> None:
+    """Which have the same shape."""
+    product = [node for node in model.graph if node.op_type == "MatMul" and reads_softmax(node)][1]
+    _, keys, values = [node.outputs[0] for node in model.graph if node.op_type == "Squeeze"][3:6]
+    reader = next(use for use in keys.uses())
+    assert product.inputs[1] is values
+    reader.node.replace_input_with(reader.idx, values)
+    product.replace_input_with(1, keys)
+
+
+def reads_softmax(node: ir.Node) -> bool:
+    return any((maker := value.producer()) is not None and maker.op_type == "Softmax" for value in node.inputs if value)
+
+
 def lose_the_mask(model: ir.Model) -> None:
     scores = next(node for node in model.graph if node.op_type == "Softmax").inputs[0]
     assert scores is not None
@@ -165,6 +190,8 @@ def halve_a_weight(model: ir.Model) -> None:
         (flip_a_row, "weights", "blocks.1.mlp.fc1.bias", "1 of 512 values differ"),
         (other_epsilon, "structure", "blocks.0.norm2", "LayerNormalization's epsilon: 1e-05 → 1e-06"),
         (other_quick_gelu, "structure", "blocks.*.mlp (2 places)", "a constant: 1.702 → 1.6"),
+        (one_quick_gelu, "structure", "blocks.1.mlp", "a constant: 1.702 → 1.6"),
+        (exchange_keys_and_values, "structure", "blocks.1.attn (2 places)", "what "),
         (lose_the_mask, "structure", "blocks.0.attn", "operators: Add → none"),
         (swap_axes, "structure", "blocks.0.attn", "Transpose's perm"),
         (scale_the_output, "structure", "projection", "operators: none → Mul"),
@@ -182,6 +209,18 @@ def test_a_changed_graph_is_told_by_its_cause(
     assert what in str(first)
     with pytest.raises(VerificationError):
         found.raise_if_different()
+
+
+def test_an_epsilon_that_is_next_to_nothing_is_told(demo: Path, tmp_path: Path) -> None:
+    model = ir.load(graph_of(demo))
+    for node in model.graph:
+        if node.op_type == "LayerNormalization":
+            node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 1e-12)
+    ir.save(model, tmp_path / "before.onnx")
+    node_of(model, "LayerNormalization", 1).attributes["epsilon"] = ir.AttrFloat32("epsilon", 1e-11)
+    ir.save(model, tmp_path / "after.onnx")
+    first = diff(tmp_path / "before.onnx", tmp_path / "after.onnx").differences[0]
+    assert str(first) == "blocks.0.norm2: LayerNormalization's epsilon: 1e-12 → 1e-11"
 
 
 def test_another_opset_is_told_first(demo: Path, tmp_path: Path) -> None:

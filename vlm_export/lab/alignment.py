@@ -11,7 +11,9 @@ import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -46,6 +48,8 @@ class Alignment:
         values: tensor of the left graph → tensor of the right: inputs, weights, and what paired nodes compute.
         left_only, right_only: nodes without a partner, in the order of their graph; constants are none.
         changed: attributes that differ between partners.
+        strays: node of the left graph, and two tensors that it and its partner read in one place and that are no
+            partners: constants that stand for another one there, or other tensors.
     """
 
     nodes: dict[ir.Node, ir.Node]
@@ -53,12 +57,17 @@ class Alignment:
     left_only: tuple[ir.Node, ...]
     right_only: tuple[ir.Node, ...]
     changed: tuple[AttributeChange, ...]
+    strays: tuple[tuple[ir.Node, ir.Value, ir.Value], ...]
 
-    def weights(self) -> Iterator[tuple[ir.Value, ir.Value]]:
-        """Constants of the left graph with those in their place in the right, in the left graph's order."""
+    def constants(self) -> Iterator[tuple[ir.Value, ir.Value, list[ir.Node]]]:
+        """Constants of the left graph with those in their place in the right, and the left nodes that read them so."""
+        elsewhere = {(node, left) for node, left, _ in self.strays}
         for left, right in self.values.items():
             if constant_of(left) is not None and constant_of(right) is not None:
-                yield left, right
+                yield left, right, [use.node for use in left.uses() if (use.node, left) not in elsewhere]
+        for node, left, right in self.strays:
+            if constant_of(left) is not None and constant_of(right) is not None:
+                yield left, right, [node]
 
 
 def align(left: ir.Model, right: ir.Model) -> Alignment:
@@ -159,7 +168,34 @@ class _Walk:
         changed = [change for first, second in nodes.items() for change in self._changes(first, second)]
         left_only = tuple(node for node in self._left.position if node not in self._nodes)
         right_only = tuple(node for node in self._right.position if node not in self._partners)
-        return Alignment(nodes, self._values, left_only, right_only, tuple(changed))
+        strays = tuple(stray for first, second in nodes.items() for stray in self._strays(first, second))
+        return Alignment(nodes, self._values, left_only, right_only, tuple(changed), strays)
+
+    def _strays(self, left: ir.Node, right: ir.Node) -> Iterator[tuple[ir.Node, ir.Value, ir.Value]]:
+        """What two partners read that does not correspond; not what a node makes that only one graph has."""
+        mine, theirs = _inputs(left), _inputs(right)
+        if _operator(left) in COMMUTATIVE and len(mine) == 2 and self._agree(mine[0], theirs[1]):
+            theirs = theirs[::-1]
+        for first, second in zip(mine, theirs, strict=True):
+            if first is not None and second is not None and not self._agree(first, second):
+                makers = first.producer(), second.producer()
+                if makers[0] not in self._alone and makers[1] not in self._alone:
+                    yield left, first, second
+
+    def _agree(self, left: ir.Value | None, right: ir.Value | None) -> bool:
+        """Whether two tensors are partners, but for casts."""
+        if left is None or right is None:
+            return left is right
+        first, second = (_behind_casts(value, value.producer()) for value in (left, right))
+        pairs = ((left, right), (first, second), (left, second), (first, right))
+        return any(self._values.get(mine) is theirs for mine, theirs in pairs)
+
+    @cached_property
+    def _alone(self) -> set[ir.Node | None]:
+        """Nodes without a partner, casts excepted."""
+        mine = {node for node in self._left.position if node not in self._nodes}
+        theirs = {node for node in self._right.position if node not in self._partners}
+        return {node for node in mine | theirs if not _passes_on(node)}
 
     def _alike(self, left: ir.Node, right: ir.Node) -> bool:
         """Whether the two may be one node: one operator, with as many inputs, and neither has a partner."""
@@ -367,23 +403,24 @@ def _by_content(value: ir.Value) -> Hashable:
 
 def node_settings(node: ir.Node, opset: int | None) -> dict[str, str]:
     """The attributes of a node as texts, those that are left out with the operator's defaults."""
-    found = {name: str(onnx.helper.get_attribute_value(entry)) for name, entry in _defaults(node, opset)}
+    found = {name: _plain(onnx.helper.get_attribute_value(entry)) for name, entry in _defaults(node, opset)}
     for name, attribute in node.attributes.items():
         graphs = graphs_in(attribute)
-        found[name] = "; ".join(map(_shape_of_graph, graphs)) if graphs else str(_plain(attribute))
+        found[name] = "; ".join(map(_computed_by, graphs)) if graphs else _plain(attribute.value)
     return found
 
 
-def _plain(attribute: ir.Attr) -> object:
-    value = attribute.value
-    if attribute.type == ir.AttributeType.TENSOR:
-        tensor = attribute.as_tensor()
-        return f"{tensor.dtype} {tuple(tensor.shape.numpy())} {hashlib.sha256(tensor.tobytes()).hexdigest()[:16]}"
-    if attribute.type == ir.AttributeType.STRING:
-        return attribute.as_string().encode()
-    if attribute.type == ir.AttributeType.FLOAT:
-        return round(float(value), 9)
-    return list(value) if isinstance(value, tuple | list) else value
+def _plain(value: object) -> str:
+    """A value of an attribute as text; floats are float32, whose shortest digits are told."""
+    if isinstance(value, float):
+        return str(np.float32(value))
+    if isinstance(value, bytes | str):
+        return repr(value if isinstance(value, str) else value.decode("utf-8", "replace"))
+    if isinstance(value, Sequence):
+        return f"[{', '.join(map(_plain, value))}]"
+    if isinstance(value, ir.TensorProtocol):
+        return f"{value.dtype} {list(value.shape.numpy())} {hashlib.sha256(value.tobytes()).hexdigest()[:16]}"
+    return str(value)
 
 
 def _defaults(node: ir.Node, opset: int | None) -> Iterator[tuple[str, onnx.AttributeProto]]:
@@ -398,6 +435,8 @@ def _defaults(node: ir.Node, opset: int | None) -> Iterator[tuple[str, onnx.Attr
             yield name, attribute.default_value
 
 
-def _shape_of_graph(graph: ir.Graph) -> str:
-    """What a subgraph computes, without names."""
-    return ", ".join(f"{node.op_type}({len(node.inputs)})" for node in graph)
+def _computed_by(graph: ir.Graph) -> str:
+    """What a subgraph computes, without names: operators with their attributes, and its constants."""
+    nodes = (f"{node.op_type}({len(node.inputs)}) {node_settings(node, None)}" for node in graph)
+    constants = (_plain(value.const_value) for value in graph.initializers.values())
+    return ", ".join([*nodes, *constants])

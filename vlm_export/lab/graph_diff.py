@@ -57,7 +57,7 @@ class PairedPaths:
     @classmethod
     def of(cls, left: ir.Model, right: ir.Model, alignment: Alignment, where: str) -> PairedPaths:
         """Nodes that only the right has are named by their neighbours, whose names are the left's."""
-        names = {other: str(value.name) for value, other in alignment.weights()}
+        names = {other: str(value.name) for value, other, _ in alignment.constants()}
         own = {node: joined(where, path) for node, path in module_paths(left.graph).items()}
         other = {node: joined(where, path) for node, path in module_paths(right.graph, names).items()}
         return cls(own, other | {second: own[first] for first, second in alignment.nodes.items()})
@@ -108,15 +108,28 @@ def _structure(alignment: Alignment, paths: PairedPaths) -> Iterator[Difference]
     for change in alignment.changed:
         key = (f"{operator_text(change.left)}'s {change.name}", change.before, change.after)
         found.setdefault(key, []).append(paths.left.get(change.left, ""))
-    for left, right in alignment.weights():
+    for left, right, readers in alignment.constants():
         if is_parameter(left) or is_parameter(right):
             continue
         values = _small_text(left), _small_text(right)
         if values[0] != values[1]:
-            readers = [paths.left[use.node] for use in left.uses() if use.node in paths.left]
-            found.setdefault(("a constant", *values), []).extend(readers)
+            places = [paths.left[node] for node in readers if node in paths.left]
+            found.setdefault(("a constant", *values), []).extend(places)
+    for node, first, second in alignment.strays:
+        if constant_of(first) is None or constant_of(second) is None:
+            sides = (_source_text(first, paths.left), _source_text(second, paths.right))
+            key = (f"what {operator_text(node)} reads", *sides)
+            found.setdefault(key, []).append(paths.left.get(node, ""))
     for (what, mine, theirs), places in found.items():
         yield Difference("structure", _places(places), what, mine, theirs)
+
+
+def _source_text(value: ir.Value, paths: Mapping[ir.Node, str]) -> str:
+    """What makes a tensor: an operator of a module, an input or a constant."""
+    node = value.producer()
+    if node is None or constant_of(value) is not None:
+        return f"input {value.name}" if constant_of(value) is None else "a constant"
+    return f"{operator_text(node)} of {paths.get(node) or 'no module'}"
 
 
 def _places(paths: Sequence[str]) -> str:
@@ -158,7 +171,7 @@ def _weights(alignment: Alignment, paths: PairedPaths, where: str, tolerance: fl
     """Weights in one place with other values, the most changed first; then other dtypes, which concern many."""
     changed: list[tuple[float, Difference]] = []
     dtypes: dict[tuple[str, str], list[str]] = {}
-    for left, right in alignment.weights():
+    for left, right, _ in alignment.constants():
         if not (is_parameter(left) or is_parameter(right)):
             continue
         before, after = constant_of(left), constant_of(right)
