@@ -39,7 +39,7 @@ from vlm_export.specs import ImageSpec, PatchSpec
 from vlm_export.specs.tasks import EmbedSpec
 
 CONTRACT = "contract"
-PACKAGED = "the contract: this directory is packaged for {}, which prepares images and texts itself"
+PACKAGED = "this directory is packaged for {}, which prepares images and texts itself"
 IMAGE_STAGE, TEXT_STAGE = "image preparation", "tokenizer"
 NO_RECORD = "the contract: this bundle holds no record of it (golden/contract); export the model again to have one"
 # A level is 1/255; float32 pixels lie within 1e-4 of one. A mean off by 1e-4 moves them by 0.02.
