@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from vlm_export.api import VerificationResult, export, verify
     from vlm_export.exporting.pipeline import ExportResult
+    from vlm_export.lab.bench import bench
     from vlm_export.lab.bisect import bisect
     from vlm_export.lab.check import check
     from vlm_export.lab.diff import diff
@@ -24,6 +25,7 @@ _HOMES = {
     "ExportResult": "vlm_export.exporting.pipeline",
     "Model": "vlm_export.runtime.model",
     "VerificationResult": "vlm_export.api",
+    "bench": "vlm_export.lab.bench",
     "bisect": "vlm_export.lab.bisect",
     "check": "vlm_export.lab.check",
     "diff": "vlm_export.lab.diff",
@@ -40,6 +42,7 @@ __all__ = [
     "Model",
     "VerificationResult",
     "__version__",
+    "bench",
     "bisect",
     "check",
     "diff",

@@ -45,6 +45,7 @@ VERBS = (
     "regress",
     "ranges",
     "check",
+    "bench",
     "doctor",
     "report",
     "graph",

@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from fnmatch import fnmatchcase
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 
 from vlm_export.api import source_modules
 from vlm_export.bundle.manifest import MANIFEST_NAME
 from vlm_export.bundle.opened import OpenBundle, open_bundle
+from vlm_export.bundle.staging import staged_file
 from vlm_export.errors import GraphError, InputError, UsageError, VerificationError
 from vlm_export.graph.core.files import Storage, open_model, save_model
 from vlm_export.graph.core.onnxruntime_session import Array
-from vlm_export.lab.alignment import align
+from vlm_export.lab.alignment import Alignment, align
 from vlm_export.lab.diff import are_graphs
 from vlm_export.lab.differences import Difference
-from vlm_export.lab.graph_diff import graph_differences, inlined
+from vlm_export.lab.graph_diff import alignment_differences, model_differences, normalised
 from vlm_export.lab.module_walk import compare_with_modules, without_moved_tensors
 from vlm_export.lab.output_diff import LEAST_SAMPLES, row_count, sample_inputs
 from vlm_export.lab.plots import error_plot
 from vlm_export.lab.real_inputs import real_inputs
-from vlm_export.lab.region_walk import MARGIN, RegionError, RegionWalk
-from vlm_export.lab.regions import Arrays, RunRegion, last_uses, region_model, region_pairs, region_runner
-from vlm_export.runtime.engines.choice import EngineChoice
+from vlm_export.lab.region_walk import MARGIN, LeftSide, RegionError, RegionWalk
+from vlm_export.lab.regions import (
+    Arrays,
+    RegionPair,
+    RunRegion,
+    last_uses,
+    region_model,
+    region_pairs,
+    region_runner,
+    run_region,
+)
+from vlm_export.lab.value_record import SUFFIX, RecordedPartValues, RecordWriter, ValueRecord, variant_files
+from vlm_export.runtime.engines.choice import ONNXRUNTIME, EngineChoice
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,7 @@ class Bisection:
         samples: rows of inputs that every region was run on.
         regions: in the order of the left graph.
         operator: where in the first region that differs: the first operator whose result differs; "" where none is.
-        causes: what of `diff` concerns that region.
+        causes: what of `diff` concerns the nodes of that region, or the whole graph.
         subgraph: where the region was written to, "" where it was not.
     """
 
@@ -108,13 +120,20 @@ class BisectOptions:
         """What runs the right side's modules, None for what runs the left's."""
         return None if self.engine is None else region_runner(self.engine)
 
+    @property
+    def right_engine(self) -> str:
+        """Name of what runs the right side's modules, with its version where it is ONNX Runtime."""
+        own = f"onnxruntime {onnxruntime.__version__}"
+        return own if self.engine is None or self.engine.engine == ONNXRUNTIME else self.engine.engine
+
 
 def bisect(left: str | Path, right: str | Path, options: BisectOptions | None = None) -> tuple[Bisection, ...]:
     """Finds where two graphs, the parts of two bundles, or the graphs of a bundle and the modules of its source, part.
 
     Args:
         left: the directory of a bundle, or a file with a graph.
-        right: the same (it may be the left bundle, at another precision), or a checkpoint.
+        right: the same (it may be the left bundle, at another precision), a checkpoint, or a record of the left
+            bundle's values (`record_values`), whose version of ONNX Runtime is then held against this one.
 
     Raises:
         UsageError: a bundle and a graph, or inputs for bundles.
@@ -122,7 +141,7 @@ def bisect(left: str | Path, right: str | Path, options: BisectOptions | None = 
     """
     options = options or BisectOptions()
     if are_graphs(left, right):
-        first, second = open_model(left), open_model(right)
+        first, second = normalised(open_model(left)), normalised(open_model(right))
         inputs = sample_inputs(first, options.inputs)
         names = (str(left), str(right))
         found = bisect_graphs(first, second, inputs, names=names, output=options.output, run_right=options.run_right)
@@ -130,6 +149,8 @@ def bisect(left: str | Path, right: str | Path, options: BisectOptions | None = 
     if options.inputs:
         raise UsageError("inputs are for two graphs", got="bundles, which hold inputs of their own")
     names = (str(left), str(right))
+    if Path(right).suffix == SUFFIX:
+        return _bisect_record(open_bundle(left), ValueRecord(Path(right)), names, options)
     if not (Path(right) / MANIFEST_NAME).exists():
         return _bisect_source(open_bundle(left), names, options)
     return _bisect_bundles(open_bundle(left), open_bundle(right), names, options)
@@ -159,6 +180,85 @@ def _bisect_bundles(
     return tuple(found)
 
 
+def record_values(
+    path: str | Path, target: str | Path, *, part: str | None = None, precision: str = "fp32", overwrite: bool = False
+) -> tuple[str, ...]:
+    """Writes what this ONNX Runtime makes of every module of a bundle, for `bisect` under another version.
+
+    Args:
+        path: the directory of the bundle.
+        target: the file, whose name ends with `.npz`.
+        part: only this part; None for all that have the variant.
+        precision: the variant.
+        overwrite: replace a file.
+
+    Returns:
+        The names of the recorded parts.
+
+    Raises:
+        UsageError: another file name, a file that is there, or no part has such a variant.
+        InputError: no bundle, no such part, or a damaged one.
+    """
+    if Path(target).suffix != SUFFIX:
+        raise UsageError("a record is an .npz file", expected=f"a name that ends with {SUFFIX}", got=str(target))
+    bundle = open_bundle(path)
+    parts = [entry for entry in bundle.manifest.parts if part in (None, entry.name)]
+    chosen = [entry for entry in parts if precision in {variant.precision for variant in entry.variants}]
+    if not chosen:
+        bundle.manifest.part(part or bundle.manifest.parts[0].name).variant(precision)
+    with staged_file(target, "record", overwrite=overwrite) as staged, ZipFile(staged, "w") as archive:
+        writer = RecordWriter(archive)
+        for entry in chosen:
+            variant = entry.variant(precision)
+            graph = open_model(bundle.model_files(variant))
+            inputs = part_inputs(bundle, entry.name, graph)
+            writer.start(entry.name, variant_files(bundle, variant), precision, inputs)
+            sides = normalised(graph), normalised(open_model(bundle.model_files(variant)))
+            walk, steps = _walk(*sides, align(*sides), inputs)
+            for pair, done in steps:
+                writer.add(str(pair.left.output.name), *walk.left_values(pair))
+                walk.forget(done)
+            writer.end()
+        writer.close()
+    return tuple(entry.name for entry in chosen)
+
+
+def _bisect_record(
+    bundle: OpenBundle, record: ValueRecord, names: tuple[str, str], options: BisectOptions
+) -> tuple[Bisection, ...]:
+    """The recorded values against what this ONNX Runtime makes of the same graphs."""
+    recorded = record.head.parts
+    chosen = list(recorded) if options.part is None else [options.part]
+    if not set(chosen) <= set(recorded):
+        raise InputError(
+            "the record has no such part", where=names[1], expected=", ".join(recorded), got=str(options.part)
+        )
+    if options.right_precision is not None:
+        raise UsageError("a record is compared with its own variant", got=f"also {options.right_precision}")
+    found = []
+    for name in chosen:
+        record.check_graph(bundle, name, options.precision)
+        path = bundle.model_files(bundle.manifest.part(name).variant(options.precision))
+        labels = (
+            f"{names[1]} {name} in onnxruntime {record.head.onnxruntime}",
+            f"{names[0]} {name} in {options.right_engine}",
+        )
+        output = None if options.output is None else options.output / name
+        found.append(
+            bisect_graphs(
+                open_model(path),
+                open_model(path),
+                record.inputs(name),
+                name,
+                names=labels,
+                output=output,
+                run_right=options.run_right or run_region,
+                left_side=RecordedPartValues(record, name),
+            )
+        )
+    return tuple(found)
+
+
 def _bisect_source(bundle: OpenBundle, names: tuple[str, str], options: BisectOptions) -> tuple[Bisection, ...]:
     """The float32 graphs against the PyTorch modules that the source fills."""
     if options.precision != "fp32":
@@ -174,7 +274,7 @@ def _bisect_source(bundle: OpenBundle, names: tuple[str, str], options: BisectOp
         for part in bundle.manifest.parts:
             if options.part not in (None, part.name):
                 continue
-            graph = inlined(open_model(bundle.model_files(part.variant(options.precision))))
+            graph = normalised(open_model(bundle.model_files(part.variant(options.precision))))
             inputs, own = part_inputs(bundle, part.name, graph), modules[part.name]
             walk = compare_with_modules(graph, own.names, partial(own.values, inputs=inputs), inputs, part.name)
             kept, subgraph = without_moved_tensors(list(walk)), ""
@@ -212,6 +312,7 @@ def bisect_graphs(
     names: tuple[str, str] = ("left", "right"),
     output: Path | None = None,
     run_right: RunRegion | None = None,
+    left_side: LeftSide | None = None,
 ) -> Bisection:
     """Compares two graphs region by region.
 
@@ -221,35 +322,43 @@ def bisect_graphs(
         names: what the two are called in the result.
         output: a directory for the first region that differs, as a model with its inputs and what is expected; made.
         run_right: another engine for the right graph; None for the left one's.
+        left_side: what computes the left graph; None for this ONNX Runtime.
 
     Raises:
         GraphError: no tensor of the two corresponds, or the left graph does not run.
     """
-    left, right = inlined(left), inlined(right)
+    left, right = normalised(left), normalised(right)
     alignment = align(left, right)
-    pairs = region_pairs(left, right, alignment)
-    if not pairs:
-        raise GraphError("no tensor of the two graphs corresponds", fix="compare them by their outputs: diff")
-    walk = RegionWalk(left, right, alignment, inputs, run_right)
-    errors, operator, subgraph = list[RegionError](), "", ""
-    for pair, done in zip(pairs, last_uses(pairs, alignment), strict=True):
+    walk, steps = _walk(left, right, alignment, inputs, run_right, left_side)
+    errors, operator, subgraph, causes = list[RegionError](), "", "", list[Difference]()
+    for pair, done in steps:
         error = walk.compare(pair, where)
         if error.parts and not any(before.parts for before in errors):
             operator, saved = walk.first_operator(pair), walk.saved(pair)
+            concerned = alignment.within(set(pair.left.nodes), set(pair.right.nodes))
+            causes = [*model_differences(left, right, where), *alignment_differences(left, right, concerned, where)]
             subgraph = "" if output is None or saved is None else _written(output, *saved)
         errors.append(error)
         walk.forget(done)
-    found = Bisection(*names, sum(map(row_count, inputs)), tuple(errors), operator, (), subgraph)
-    if found.first is None:
-        return found
-    differences = graph_differences(left, right, where)
-    return replace(found, causes=tuple(cause for cause in differences if _concerns(cause, found.first.path, where)))
+    rows = sum(map(row_count, inputs))
+    return Bisection(*names, rows, tuple(errors), operator, tuple(causes), subgraph)
 
 
-def _concerns(cause: Difference, path: str, where: str) -> bool:
-    """Whether a difference lies in a module, in a part of it, or concerns the whole graph."""
-    places = cause.where.partition(" (")[0].partition(" and ")[0].split(", ")
-    return any(place in ("", where) or fnmatchcase(path, place) or fnmatchcase(place, f"{path}.*") for place in places)
+def _walk(
+    left: ir.Model,
+    right: ir.Model,
+    alignment: Alignment,
+    inputs: Sequence[Arrays],
+    run_right: RunRegion | None = None,
+    left_side: LeftSide | None = None,
+) -> tuple[RegionWalk, list[tuple[RegionPair, set[ir.Value]]]]:
+    """A walk over two normalised graphs, and its regions with what none reads after each."""
+    pairs = region_pairs(left, right, alignment)
+    ends = [{value.name for value in model.graph.outputs} for model in (left, right)]
+    if not pairs or not (alignment.nodes or ends[0] & ends[1]):
+        raise GraphError("no tensor of the two graphs corresponds", fix="compare them by their outputs: diff")
+    steps = list(zip(pairs, last_uses(pairs, alignment), strict=True))
+    return RegionWalk(left, right, alignment, inputs, run_right, left_side), steps
 
 
 def _written(folder: Path, model: ir.Model, inputs: Arrays, expected: Array) -> str:
