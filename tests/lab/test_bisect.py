@@ -228,6 +228,9 @@ def test_the_command(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["bisect", str(demo), "--part", "text", "--plot", str(tmp_path / "errors.svg")]) == 0
     assert "no module differs by more than rounding" in capsys.readouterr().out
     assert (tmp_path / "errors.svg").read_text(encoding="utf-8").startswith("<svg")
+    for alone in ([str(graph_of(demo, "text"))], [str(demo), "--precision", "fp16"], [str(demo), "--against", "bf16"]):
+        assert main(["bisect", *alone]) == 2
+        assert "name B, or --engine" in capsys.readouterr().err
     planted(demo, "text", tmp_path, epsilon(0))
     graphs = [str(graph_of(demo, "text")), str(tmp_path / "faulty.onnx")]
     assert main(["bisect", *graphs, "--json"]) == 1
