@@ -18,6 +18,7 @@ NAMES = (
     "typesense",
     "modern-onnx-clip",
     "clip-as-service",
+    "sentence-transformers",
     "triton",
 )
 

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.graph.core.files import open_model
 from vlm_export.graph.core.interface import apply_signature
+from vlm_export.graph.core.replace_uses import place_behind, replace_uses
 from vlm_export.graph.edits.compose import compose
 from vlm_export.graph.edits.io_edits import rename_tensors, set_dtype
 from vlm_export.proof.golden import GoldenRecord, iterate_golden
@@ -183,6 +184,68 @@ def paired(text: ConsumerGraph, image: ConsumerGraph, score: ScoreSpec) -> Consu
             yield GoldenRecord({**words.inputs, **pixels.inputs}, outputs)
 
     return ConsumerGraph(model, signature, records)
+
+
+def filled(graph: ConsumerGraph, ids: str, pad: int) -> ConsumerGraph:
+    """Takes texts of any length up to the one that the graph was made for, and fills them with `pad` itself.
+
+    For consumers that fill a batch up to its longest text, where the model was trained with padding up to its context.
+    """
+    (spec,) = (spec for spec in graph.signature.inputs if spec.name == ids)
+    length = spec.shape[1]
+    if isinstance(length, str):
+        return graph
+    value = next(value for value in graph.model.graph.inputs if value.name == ids)
+    # More than is needed, then cut: so no length is computed.
+    pads = _constant(graph.model, "fill_widths", np.asarray([0, 0, 0, length], np.int64))
+    padding = ir.node("Pad", [value, pads, _constant(graph.model, "fill_id", np.asarray(pad, spec.dtype))])
+    start, end, axis = (_constant(graph.model, f"fill_{i}", np.asarray([i], np.int64)) for i in (0, length, 1))
+    cut = ir.node("Slice", [padding.outputs[0], start, end, axis])
+    cut.outputs[0].type, cut.outputs[0].shape = value.type, value.shape
+    replace_uses(value, cut.outputs[0], besides=padding)
+    value.shape = ir.Shape([spec.shape[0], "sequence"])
+    place_behind(None, graph.model.graph, cut)
+    place_behind(None, graph.model.graph, padding)
+    open_spec = replace(spec, shape=(spec.shape[0], "sequence"))
+
+    def cut_short(arrays: Arrays) -> Arrays:
+        own = np.flatnonzero((arrays[ids] != pad).any(axis=0))
+        return {**arrays, ids: arrays[ids][:, : 1 + (own[-1] if len(own) else 0)]}
+
+    inputs = tuple(open_spec if entry is spec else entry for entry in graph.signature.inputs)
+    axes = (*graph.signature.axes, Axis("sequence", 1, length))
+    return ConsumerGraph(
+        graph.model, Signature(inputs, graph.signature.outputs, axes), _mapped(graph.records, inputs=cut_short)
+    )
+
+
+def also_named(graph: ConsumerGraph, name: str) -> ConsumerGraph:
+    """The only output once more under another name, behind it."""
+    (spec,) = graph.signature.outputs
+    value = graph.model.graph.outputs[0]
+    node = ir.node("Identity", [value])
+    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = name, value.type, value.shape
+    graph.model.graph.append(node)
+    graph.model.graph.outputs.append(node.outputs[0])
+    return ConsumerGraph(
+        graph.model,
+        replace(graph.signature, outputs=(spec, replace(spec, name=name))),
+        _mapped(graph.records, outputs=lambda outputs: {**outputs, name: outputs[spec.name]}),
+    )
+
+
+def as_one_token(graph: ConsumerGraph) -> ConsumerGraph:
+    """The only output (B, D) as states of a single token (B, 1, D), for consumers that pool states themselves."""
+    (spec,) = graph.signature.outputs
+    value = graph.model.graph.outputs[0]
+    axes = _constant(graph.model, "token_axis", np.asarray([1], np.int64))
+    _append(graph.model, spec.name, ir.node("Unsqueeze", [value, axes]))
+    states = replace(spec, shape=(spec.shape[0], 1, spec.shape[1]))
+    return replace(
+        graph,
+        signature=replace(graph.signature, outputs=(states,)),
+        records=_mapped(graph.records, outputs=_all(lambda rows: rows[:, None])),
+    )
 
 
 def in_order(graph: ConsumerGraph, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> ConsumerGraph:

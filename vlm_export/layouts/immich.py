@@ -3,7 +3,7 @@
 Facts: immich-app/immich, machine-learning/immich_ml/models/clip/textual.py at 1b5006ce (input `text` int32 (1, L),
 padded with the tokenizer's pad token to `text_cfg.context_length`; row 0 of output 0 is stored as it is) and visual.py
 at 8ed38849 (input `image` float32 (1, 3, S, S); the shortest edge is resized and the centre cropped, whatever
-`resize_mode` says).
+`resize_mode` says) and at 0538dd7a (which stretches where `resize_mode` is "squash").
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from vlm_export.layouts.packing import Packing
 def lay_out(packing: Packing) -> None:
     """Both encoders, what immich prepares images and texts by, and open_clip's form of a config."""
     image, text = packing.image_spec, packing.text_spec
-    pixels, ids = packing.image(), packing.text()
-    if "attention_mask" in ids.signature.input_names:
-        raise packing.refusal("a text encoder of ids alone", "one that reads a mask, which immich does not give")
+    pixels, ids = packing.image(), packing.text_without_mask()
+    packing.told_cleaning("canonicalize")
     visual = renamed(unit_length(pixels), {"pixel_values": "image"})
     textual = with_input_dtypes(renamed(unit_length(ids), {"input_ids": "text"}), {"text": "int32"})
     packing.add("visual", "visual/model.onnx", visual)
@@ -36,6 +35,7 @@ def lay_out(packing: Packing) -> None:
         },
     )
     packing.copy_tokenizer("textual")
+    packing.fix_length("textual")
     canonical = {"tokenizer_kwargs": {"clean": "canonicalize"}} if text.cleaning == "canonicalize" else {}
     embed_dim = visual.signature.outputs[0].shape[1]
     packing.write_json(
@@ -48,6 +48,6 @@ def lay_out(packing: Packing) -> None:
     )
     if resize == "squash":
         packing.notes.append(
-            "immich resizes the shortest edge and crops, and this model's images are stretched: its vectors differ for "
-            "images that are not square"
+            "this model's images are stretched, which immich does in its newest releases alone; others resize the "
+            "shortest edge and crop, and give other vectors for images that are not square"
         )

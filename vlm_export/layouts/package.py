@@ -12,7 +12,7 @@ from vlm_export.bundle.opened import OpenBundle, open_bundle
 from vlm_export.bundle.publish import Staging, publication
 from vlm_export.bundle.safe_files import record_of_file
 from vlm_export.errors import UsageError, suggestion
-from vlm_export.layouts import fastembed, immich, split_pair, transformers_js, triton, typesense
+from vlm_export.layouts import fastembed, immich, sentence_transformers, split_pair, transformers_js, triton, typesense
 from vlm_export.layouts.packing import Packing
 from vlm_export.proof.contract_record import image_content, read_record, write_record
 from vlm_export.proof.declared import declared
@@ -40,6 +40,7 @@ CONSUMERS: Mapping[str, Consumer] = {
     "typesense": Consumer(typesense.lay_out),
     "modern-onnx-clip": Consumer(split_pair.lay_out),
     "clip-as-service": Consumer(split_pair.lay_out_with_mask),
+    "sentence-transformers": Consumer(sentence_transformers.lay_out),
     "triton": Consumer(triton.lay_out),
 }
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from vlm_export.bundle import layout
 from vlm_export.bundle.ledger import GraphLedger, LedgerEntry, found_ledger, ledger_to_bytes, read_ledger
 from vlm_export.bundle.manifest import PartRecord, VariantRecord
@@ -17,16 +19,24 @@ from vlm_export.bundle.opened import OpenBundle
 from vlm_export.bundle.publish import Staging
 from vlm_export.errors import InputError
 from vlm_export.graph.core.files import Storage, save_model
-from vlm_export.layouts.consumer_graph import ConsumerGraph, encoder_graph
+from vlm_export.layouts.consumer_graph import ConsumerGraph, encoder_graph, filled
 from vlm_export.proof.engine import engine_label, verifying_engine
 from vlm_export.proof.golden import write_golden
 from vlm_export.proof.recheck import judge_records
 from vlm_export.proof.report import PartReport
 from vlm_export.runtime.engines.onnxruntime import CPU
-from vlm_export.specs import ImageSpec, TextSpec
+from vlm_export.specs import ImageSpec, TextCleaning, TextSpec
 from vlm_export.specs.tasks import EmbedSpec, ScoreSpec
 
-_DATA_ABOVE_BYTES = 64 << 20
+# What the runtime does before tokenizer.json, and its file cannot say.
+_CLEANING: Mapping[TextCleaning, str] = {
+    "openai": "",
+    "open_clip": "",
+    "whitespace": "",
+    "none": "",
+    "lower": "in lower case",
+    "canonicalize": "in lower case and without punctuation",
+}
 
 
 @dataclass
@@ -82,51 +92,75 @@ class Packing:
             raise self.refusal("texts", "a bundle without a tokenizer")
         return spec
 
-    def image(self) -> ConsumerGraph:
-        """The image encoder, whose input is `pixel_values` float32 (B, 3, H, W)."""
+    def image(self, precision: str | None = None) -> ConsumerGraph:
+        """The image encoder, whose input is `pixel_values` float32 (B, 3, H, W); None for the package's precision."""
         if self.embed.image is None:
             raise self.refusal("an image encoder", "a bundle of a text encoder alone")
-        graph = encoder_graph(self.bundle, self.embed.image, self.precision)
+        graph = encoder_graph(self.bundle, self.embed.image, precision or self.precision)
         if self.image_spec and graph.signature.input_names != ("pixel_values",):
             raise self.refusal("an image encoder of pixels alone", ", ".join(graph.signature.input_names))
         return graph
 
-    def text(self) -> ConsumerGraph:
+    def text(self, precision: str | None = None) -> ConsumerGraph:
         """The text encoder, whose inputs are `input_ids` int64 (B, L) and, where it reads one, `attention_mask`."""
         if self.embed.text is None:
             raise self.refusal("a text encoder", "a bundle of an image encoder alone")
-        graph = encoder_graph(self.bundle, self.embed.text, self.precision)
+        graph = encoder_graph(self.bundle, self.embed.text, precision or self.precision)
         if self.text_spec and not {*graph.signature.input_names} <= {"input_ids", "attention_mask"}:
             raise self.refusal("a text encoder of ids and a mask", ", ".join(graph.signature.input_names))
         return graph
+
+    def text_of_any_length(self) -> ConsumerGraph:
+        """As `text`, for consumers that fill a batch up to its longest text, also where the model wants its context."""
+        return filled(self.text(), "input_ids", self.text_spec.pad_token_id)
+
+    def text_without_mask(self) -> ConsumerGraph:
+        """As `text`; InputError where the encoder reads a mask, which the consumer does not give."""
+        graph = self.text()
+        if "attention_mask" in graph.signature.input_names:
+            raise self.refusal(
+                "a text encoder of ids alone", "one that reads a mask, which this consumer does not give"
+            )
+        return graph
+
+    def told_cleaning(self, *own: TextCleaning) -> None:
+        """Notes what the original does to a text before its tokenizer and the consumer does not, beside `own`."""
+        done = _CLEANING[self.text_spec.cleaning]
+        if done and self.text_spec.cleaning not in own:
+            self.notes.append(
+                f"{self.consumer} gives texts to the tokenizer as they are, and this model's original {done}"
+            )
 
     def refusal(self, expected: str, got: str) -> InputError:
         """The error for what the consumer cannot do with this bundle."""
         where = self.bundle.manifest.name
         return InputError(f"{self.consumer} cannot use this bundle", where=where, expected=expected, got=got)
 
-    def add(self, part: str, file: str, graph: ConsumerGraph) -> None:
+    def add(self, part: str, file: str, graph: ConsumerGraph, precision: str | None = None) -> None:
         """Writes a graph and its golden records, and proves it.
 
         Args:
-            part: what the graph is called in the package's manifest.
+            part: what the graph is called in the package's manifest, which may have it in another precision.
             file: its path in the package; weights above 64 MiB lie beside it.
+            precision: of the graph; None for the package's.
 
         Raises:
             VerificationError: the graph does not compute what the original computed.
         """
-        graph = graph.finished()
+        graph, precision = graph.finished(), precision or self.precision
         path = self.staging.file(file)
         save_model(graph.model, path, storage=Storage(), overwrite=False)
         names = sorted(entry.relative_to(self.staging.path).as_posix() for entry in path.parent.glob(f"{path.name}*"))
         data = tuple(name for name in names if name != file)
         records = list(graph.records())
-        write_golden(self.staging.path, part, records)
+        known = next((found for found in self.parts if found.name == part), None)
+        if known is None:
+            write_golden(self.staging.path, part, records)
         size = sum((self.staging.path / name).stat().st_size for name in names)
         engine = verifying_engine(path, weights_bytes=size, threads=self.threads)
         report = judge_records(
-            PartRecord(part, graph.signature, (VariantRecord(self.precision, file),)),
-            self.precision,
+            PartRecord(part, graph.signature, (VariantRecord(precision, file),)),
+            precision,
             records,
             engine.run,
             engine_label((CPU,)),
@@ -135,7 +169,7 @@ class Packing:
         report.raise_if_failed()
         opset = graph.model.graph.opset_imports[""]
         variant = VariantRecord(
-            self.precision,
+            precision,
             file,
             data,
             opset=opset,
@@ -144,7 +178,10 @@ class Packing:
             oldest_onnxruntime=oldest_onnxruntime(path)[0],
             verification=report.to_json(),
         )
-        self.parts.append(PartRecord(part, graph.signature, (variant,)))
+        if known is None:
+            self.parts.append(PartRecord(part, graph.signature, (variant,)))
+        else:
+            self.parts[self.parts.index(known)] = replace(known, variants=(*known.variants, variant))
         self.reports.append(report)
         self._ledgers.append(self._accounted(file))
 
@@ -169,6 +206,35 @@ class Packing:
         names = (layout.TOKENIZER_NAME, layout.TOKENIZER_CONFIG_NAME, "special_tokens_map.json")
         self.copy({name: str(PurePosixPath(folder) / name) for name in names})
 
+    def state_padding(self, folder: str = "") -> None:
+        """Makes the copied tokenizer's config name a token with the id that the original fills texts with.
+
+        Raises:
+            InputError: the tokenizer has no token of that id.
+        """
+        config = {**self.json(layout.TOKENIZER_CONFIG_NAME), "pad_token": self._padding_token(folder)}
+        self.write_json(str(PurePosixPath(folder) / layout.TOKENIZER_CONFIG_NAME), config)
+
+    def fix_length(self, folder: str = "") -> None:
+        """Makes the copied tokenizer cut and fill texts to the context itself, with the id that the original takes."""
+        self.state_padding(folder)
+        spec, token, tokenizer = self.text_spec, self._padding_token(folder), self._tokenizer(folder)
+        tokenizer.enable_truncation(spec.context_length, direction=spec.truncation_side)
+        tokenizer.enable_padding(length=spec.context_length, pad_id=spec.pad_token_id, pad_token=token)
+        tokenizer.save(str(self.staging.path / folder / layout.TOKENIZER_NAME))
+
+    def _padding_token(self, folder: str) -> str:
+        tokenizer, wanted = self._tokenizer(folder), self.text_spec.pad_token_id
+        # An added token and a piece of the vocabulary may share an id: the name that is stated comes first.
+        names = (self.json(layout.TOKENIZER_CONFIG_NAME).get("pad_token"), tokenizer.id_to_token(wanted))
+        for name in names:
+            if isinstance(name, str) and tokenizer.token_to_id(name) == wanted:
+                return name
+        raise self.refusal("a tokenizer with a token that fills texts", f"none of the id {wanted}")
+
+    def _tokenizer(self, folder: str) -> Any:
+        return Tokenizer.from_file(str(self.staging.path / folder / layout.TOKENIZER_NAME))
+
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the bundle; an empty object where it has none."""
         if name not in self.bundle.manifest.files:
@@ -176,7 +242,7 @@ class Packing:
         data: dict[str, Any] = json.loads(self.bundle.file(name).read_text(encoding="utf-8"))
         return data
 
-    def write_json(self, name: str, data: Mapping[str, Any]) -> None:
+    def write_json(self, name: str, data: Mapping[str, Any] | Sequence[Any]) -> None:
         """A JSON file of the package."""
         self.staging.file(name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 

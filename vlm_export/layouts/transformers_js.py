@@ -7,17 +7,19 @@ optimum-onnx 0.1, `ORTModelForZeroShotImageClassification` (the same file, outpu
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vlm_export.bundle import layout
 from vlm_export.bundle.manifest import MANIFEST_NAME
-from vlm_export.layouts.consumer_graph import in_order, paired
+from vlm_export.layouts.consumer_graph import ConsumerGraph, also_named, in_order, paired
 from vlm_export.layouts.packing import Packing
 from vlm_export.specs.tasks import EmbedSpec
 
 PART = "model"
 _INPUTS = ("input_ids", "pixel_values", "attention_mask")
 _OUTPUTS = ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
+_POOLED = "pooler_output"
 _SETTINGS = "transformers.js_config"
 _Q8 = "_quantized"
 
@@ -27,18 +29,46 @@ def lay_out(packing: Packing) -> None:
     for name in packing.bundle.manifest.files:
         if not name.startswith(("onnx/", "golden/")) and name not in (MANIFEST_NAME, layout.LEDGER_NAME):
             packing.copy({name: name})
-    for part in packing.bundle.manifest.parts:
-        packing.keep(part)
     task = packing.bundle.manifest.task(EmbedSpec)
-    if task is not None and task.score is not None:
-        graph = paired(packing.text(), packing.image(), task.score)
-        names = [
-            name for name in ("input_ids", "pixel_values", "attention_mask") if name in graph.signature.input_names
-        ]
-        packing.add(PART, layout.graph_path(PART, packing.precision), in_order(graph, tuple(names), _OUTPUTS))
+    score = None if task is None else task.score
+    towers = _towers(packing) if score is not None and score.activation == "sigmoid" else {}
+    for part in packing.bundle.manifest.parts:
+        if part.name not in towers:
+            packing.keep(part)
+            continue
+        for variant in part.variants:
+            graph = also_named(towers[part.name](variant.precision), _POOLED)
+            packing.add(part.name, variant.file, graph, variant.precision)
+    if score is not None:
+        _check_type(packing)
+        graph = paired(packing.text(), packing.image(), score)
+        names = tuple(name for name in _INPUTS if name in graph.signature.input_names)
+        packing.add(PART, layout.graph_path(PART, packing.precision), in_order(graph, names, _OUTPUTS))
+        packing.told_cleaning()
     variants = [variant for part in packing.parts for variant in part.variants]
     config = layout.hub_config(packing.json(layout.CONFIG_NAME), variants)
     packing.write_json(layout.CONFIG_NAME, _with_dtype(config, packing))
+
+
+def _check_type(packing: Packing) -> None:
+    """Refuses, or tells, what follows from a config.json that no class of transformers reads."""
+    contract = packing.bundle.manifest.export.contract
+    if contract is None or any(check["stage"] == "AutoConfig" for check in contract["checks"]):
+        return
+    kind = packing.json(layout.CONFIG_NAME).get("model_type")
+    if packing.consumer == "optimum":
+        raise packing.refusal("a config.json of a type that transformers knows", repr(kind))
+    packing.notes.append(
+        f"transformers.js takes the score of its zero-shot pipeline from the type of the config, and {kind!r} is none "
+        "with both encoders there: run onnx/model.onnx itself, whose logits are the model's"
+    )
+
+
+def _towers(packing: Packing) -> Mapping[str, Callable[[str], ConsumerGraph]]:
+    """Both encoders by their parts' names; transformers' classes that score by a sigmoid call embeddings `_POOLED`."""
+    task = packing.embed
+    pairs = ((task.image, packing.image), (task.text, packing.text))
+    return {encoder.part: graph for encoder, graph in pairs if encoder is not None and encoder.output != _POOLED}
 
 
 def _with_dtype(config: dict[str, Any], packing: Packing) -> dict[str, Any]:

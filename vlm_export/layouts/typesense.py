@@ -21,6 +21,8 @@ def lay_out(packing: Packing) -> None:
         raise packing.refusal(
             f"images of {_SIZE_PIXELS} pixels, which its code states", f"{packing.image_spec.size_pixels} pixels"
         )
+    if packing.text_spec.padding == "context":
+        raise packing.refusal("texts of any length", "a model whose texts are filled to its context")
     graph = paired(with_mask(packing.text(), "input_ids"), packing.image(), packing.score)
     graph = in_order(graph, ("input_ids", "pixel_values", "attention_mask"), ("text_embeds", "image_embeds"))
     packing.add("model", "model.onnx", graph)

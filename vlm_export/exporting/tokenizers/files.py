@@ -178,6 +178,7 @@ def _openai_tokenizer(
         **named,
         **{key: _content(value) for key, value in given.items() if key in _TOKENS},
         "model_max_length": spec.context_length,
+        "padding_side": "right",
     }
     origins = Origins(ignored_files=ignored)
     ids, warnings = _ids(tokenizer, spec, str(path)), (warning,) if warning else ()
@@ -272,11 +273,16 @@ def _published(
         # As salesforce/BLIP names them: [DEC] starts what is decoded.
         named["bos_token"] = spec.added_tokens[0]
         extra += [token for token in spec.added_tokens[1:] if token not in extra]
+    around, ends = tokenizer.encode("").ids, [name for name in ("bos_token", "eos_token") if name in named]
+    # transformers 4 has classes that build what stands around a text from these, whatever tokenizer.json says.
+    adds = {f"add_{name}": tokenizer.token_to_id(named[name]) in around for name in ends}
     config: dict[str, Any] = {
         **{key: value for key, value in given.items() if key in _KEPT},
+        **adds,
         **named,
         **({"additional_special_tokens": extra} if extra else {}),
         "model_max_length": spec.context_length,
+        "padding_side": "right",
         # A model that pools the last position reads its padding, so that a mask would change what it says.
         "model_input_names": ["input_ids", *([] if spec.pooling == "last_token" else ["attention_mask"])],
         **({"truncation_side": spec.truncation_side} if spec.truncation_side != "right" else {}),

@@ -32,7 +32,7 @@ _PUNCTUATION = r"[!-/:-@\[-`{-~]"
 # What `str.isspace` and Python's \s call white space.
 _SPACE = "[\\t-\\r\\x1c-\\x20\\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}\\x{205f}\\x{3000}]"
 # Python's `lower` writes a sigma at the end of a word as ς, tokenizers' Lowercase does not.
-_FINAL_SIGMA = r"\p{Cased}\p{Case_Ignorable}*\KΣ(?!\p{Case_Ignorable}*\p{Cased})"
+_FINAL_SIGMA = r"(?<=\p{Cased}\p{Case_Ignorable}*)Σ(?!\p{Case_Ignorable}*\p{Cased})"
 # Noncharacters of Unicode, one for each added token; the last is for those that stand in a text itself.
 _STAND_INS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 _FIX = "get the file again from the checkpoint's publisher, or pass --tokenizer PATH"

@@ -1,0 +1,175 @@
+"""Models beside CLIP: each consumer gets graphs that are right for it, or says why it cannot have them."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import (
+    AltCLIPModel,
+    AltCLIPProcessor,
+    CLIPImageProcessorPil,
+    MetaClip2Model,
+)
+
+import vlm_export
+from vlm_export.errors import InputError
+from vlm_export.layouts.package import CONSUMERS, package
+
+MODELS = Path(__file__).parents[1] / "models"
+TEXTS = ["red circle", "two dogs and one cat", "a"]
+Bundle = Callable[[str], Path]
+
+
+def module(name: str) -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(MODELS / f"{name}.py")))
+
+
+def siglip(folder: Path) -> None:
+    """Sigmoid scores, texts filled to 64 with the end token, images of mean 0.5 that are stretched."""
+    tests = module("test_siglip")
+    tests.save(folder, tests.siglip_tokenizer(folder.parent / "pieces"))
+
+
+def altclip(folder: Path) -> None:
+    """A text encoder that reads a mask."""
+    tests, duals = module("test_altclip"), module("dual_encoders")
+    tokenizer = duals.unigram_tokenizer()
+    torch.manual_seed(0)
+    duals.spread(AltCLIPModel(tests.config_of(len(tokenizer)))).save_pretrained(folder)
+    square = {"height": 32, "width": 32}
+    AltCLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=square), tokenizer).save_pretrained(
+        folder
+    )
+
+
+def metaclip2(folder: Path) -> None:
+    """Texts that are filled with id 1 and see no padding; images are stretched."""
+    tests, duals = module("test_metaclip2"), module("dual_encoders")
+    tokenizer = duals.unigram_tokenizer(model_max_length=77)
+    torch.manual_seed(0)
+    duals.spread(MetaClip2Model(tests.config_of(len(tokenizer)))).save_pretrained(folder)
+    images = CLIPImageProcessorPil(size=tests.SQUARE, crop_size=tests.SQUARE)
+    tests.CLIPProcessor(images, tokenizer).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def bundle(shared_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """`bundle("siglip")`: a tiny model of that family, exported once; tests must not change it."""
+
+    def make(name: str) -> Path:
+        def export(target: Path) -> None:
+            source = tmp_path_factory.mktemp(name) / "model"
+            globals()[name](source)
+            vlm_export.export(str(source), target, exporter="torchscript", opset=18, threads=1)
+
+        return shared_bundle(f"packaged-{name}", export)
+
+    return make
+
+
+# What a consumer cannot do, by model; everything else is written, and proves itself.
+REFUSED = {
+    "siglip": {
+        "typesense": "images of 224 pixels",
+        "modern-onnx-clip": "pixels of mean",
+        "clip-as-service": "pixels of mean",
+    },
+    "altclip": {
+        "typesense": "images of 224 pixels",
+        "immich": "a text encoder of ids alone",
+        "modern-onnx-clip": "a text encoder of ids alone",
+    },
+    "metaclip2": {"typesense": "images of 224 pixels"},
+}
+
+
+@pytest.mark.parametrize("consumer", CONSUMERS)
+@pytest.mark.parametrize("name", REFUSED)
+def test_written_or_refused(bundle: Bundle, tmp_path: Path, name: str, consumer: str) -> None:
+    """Writing proves each graph by the golden records of the bundle, as the consumer has them."""
+    reason = REFUSED[name].get(consumer)
+    if reason is None:
+        made = package(bundle(name), tmp_path / "out", consumer, threads=1)
+        assert made.reports
+        assert all(report.passed for report in made.reports)
+    else:
+        with pytest.raises(InputError, match="cannot use this bundle") as error:
+            package(bundle(name), tmp_path / "out", consumer, threads=1)
+        assert str(error.value.expected).startswith(reason)
+
+
+def run(path: Path, feeds: dict[str, Any]) -> dict[str, Any]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def assert_same_directions(got: Any, expected: Any) -> None:
+    np.testing.assert_allclose(got / np.linalg.norm(got, axis=1, keepdims=True), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("consumer", ["fastembed", "sentence-transformers"])
+def test_texts_up_to_the_longest_one(bundle: Bundle, tmp_path: Path, consumer: str) -> None:
+    """A model that was trained with texts of 64 tokens gets them from hosts that fill up to the longest text only."""
+    package(bundle("siglip"), tmp_path / "out", consumer, threads=1)
+    model = vlm_export.load(bundle("siglip"), threads=1)
+    spec = model.manifest.text
+    assert spec is not None
+    rows = model.session.tokenizer.encode_rows(TEXTS)
+    ids = np.full((len(rows), max(map(len, rows))), spec.pad_token_id)
+    for row, own in zip(ids, rows, strict=True):
+        row[: len(own)] = own
+    file, output = ("text/model.onnx", "text_embeds")
+    if consumer == "sentence-transformers":
+        file, output = "onnx/model.onnx", "last_hidden_state"
+    found = run(tmp_path / "out" / file, {"input_ids": ids})[output]
+    assert_same_directions(found.reshape(len(rows), -1), model.encode_text(TEXTS))
+
+
+@pytest.mark.parametrize("name", ["siglip", "metaclip2"])
+def test_immich_fills_texts_as_the_original(bundle: Bundle, tmp_path: Path, name: str) -> None:
+    """Its loader takes the id of `pad_token` and the context length of the config."""
+    package(bundle(name), tmp_path / "out", "immich", threads=1)
+    folder = tmp_path / "out"
+    tokenizer = Tokenizer.from_file(str(folder / "textual" / "tokenizer.json"))
+    token = json.loads((folder / "textual" / "tokenizer_config.json").read_text())["pad_token"]
+    length = json.loads((folder / "config.json").read_text())["text_cfg"]["context_length"]
+    tokenizer.enable_padding(length=length, pad_token=token, pad_id=tokenizer.token_to_id(token))
+    tokenizer.enable_truncation(max_length=length)
+    rows = [
+        next(iter(run(folder / "textual" / "model.onnx", {"text": np.array([ids], np.int32)}).values()))[0]
+        for ids in (entry.ids for entry in tokenizer.encode_batch(TEXTS))
+    ]
+    assert_same_directions(np.array(rows), vlm_export.load(bundle(name), threads=1).encode_text(TEXTS))
+
+
+def test_scores_and_names_of_sigmoid_models(bundle: Bundle, tmp_path: Path) -> None:
+    """transformers' `SiglipModel` computes the logits; its towers call embeddings `pooler_output`."""
+    from transformers import SiglipModel
+
+    package(bundle("siglip"), tmp_path / "out", "transformers.js", threads=1)
+    model = vlm_export.load(tmp_path / "out", threads=1)
+    ids = model.session.tokenizer.pad_masked(model.session.tokenizer.encode_rows(TEXTS))[0]
+    pixels = np.random.default_rng(0).standard_normal((2, 3, 34, 34)).astype(np.float32)
+    tests = module("test_siglip")
+    original = tests.save(tmp_path / "model", tests.siglip_tokenizer(tmp_path / "pieces"))
+    assert isinstance(original, SiglipModel)
+    with torch.inference_mode():
+        expected = original(input_ids=torch.from_numpy(ids), pixel_values=torch.from_numpy(pixels))
+    feeds = {"input_ids": ids, "pixel_values": pixels}
+    found = run(tmp_path / "out" / "onnx" / "model.onnx", feeds)
+    for name in ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds"):
+        np.testing.assert_allclose(found[name], expected[name].numpy(), atol=2e-5)
+    tower = run(tmp_path / "out" / "onnx" / "vision_model.onnx", {"pixel_values": pixels})
+    assert list(tower) == ["image_embeds", "pooler_output"]
+    np.testing.assert_array_equal(tower["pooler_output"], tower["image_embeds"])
