@@ -228,6 +228,9 @@ def test_the_command(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["bisect", str(demo), "--part", "text", "--plot", str(tmp_path / "errors.svg")]) == 0
     assert "no module differs by more than rounding" in capsys.readouterr().out
     assert (tmp_path / "errors.svg").read_text(encoding="utf-8").startswith("<svg")
+    for alone in ([str(graph_of(demo, "text"))], [str(demo), "--precision", "fp16"], [str(demo), "--against", "bf16"]):
+        assert main(["bisect", *alone]) == 2
+        assert "name B, or --engine" in capsys.readouterr().err
     planted(demo, "text", tmp_path, epsilon(0))
     graphs = [str(graph_of(demo, "text")), str(tmp_path / "faulty.onnx")]
     assert main(["bisect", *graphs, "--json"]) == 1
@@ -323,7 +326,7 @@ def test_a_record_of_another_version_is_compared_with_this_one(
     """The other version is this one, so that nothing parts; then a kernel of this one is wrong."""
     record = tmp_path / "values.npz"
     with monkeypatch.context() as other:
-        other.setattr(onnxruntime, "__version__", "1.19.2")
+        other.setattr("vlm_export.lab.value_record.version", lambda _name: "1.19.2")
         assert record_values(demo, record) == ("vision", "text")
     for found in bisect(demo, record):
         assert found.first is None
