@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from vlm_export.lab.ranges import ranges
     from vlm_export.lab.regress import regress
     from vlm_export.lab.report.collect import report
+    from vlm_export.quantizing.pipeline import quantize
+    from vlm_export.quantizing.result import QuantizeResult
     from vlm_export.runtime.load import load
     from vlm_export.runtime.model import Model
 
 _HOMES = {
     "ExportResult": "vlm_export.exporting.pipeline",
     "Model": "vlm_export.runtime.model",
+    "QuantizeResult": "vlm_export.quantizing.result",
     "VerificationResult": "vlm_export.api",
     "bisect": "vlm_export.lab.bisect",
     "check": "vlm_export.lab.check",
@@ -30,6 +33,7 @@ _HOMES = {
     "doctor": "vlm_export.lab.doctor",
     "export": "vlm_export.api",
     "load": "vlm_export.runtime.load",
+    "quantize": "vlm_export.quantizing.pipeline",
     "ranges": "vlm_export.lab.ranges",
     "regress": "vlm_export.lab.regress",
     "report": "vlm_export.lab.report.collect",
@@ -38,6 +42,7 @@ _HOMES = {
 __all__ = [
     "ExportResult",
     "Model",
+    "QuantizeResult",
     "VerificationResult",
     "__version__",
     "bisect",
@@ -46,6 +51,7 @@ __all__ = [
     "doctor",
     "export",
     "load",
+    "quantize",
     "ranges",
     "regress",
     "report",

@@ -44,18 +44,23 @@ ROOMS: dict[str, set[str]] = {
     "graph.passes": {"graph.core", "graph.prove"},
     "graph.edits": {"graph.core", "graph.prove"},
     "graph": {"graph.core", "graph.look", "graph.prove", "graph.passes", "graph.edits"},
-    "precision": set(),
+    "precision": {"bundle"},
     "checkpoint": {"specs", "bundle", "family"},
     "models": {"specs", "bundle.strict_json", "family", "original"},
     "proof": {
         *("specs", "bundle", "family", "original", "runtime.engines", "runtime.inputs", "runtime.session"),
         "runtime.model",
     },
+    "exporting.stages": {"bundle", "proof"},
+    "quantizing": {
+        *("bundle", "runtime.engines", "runtime.inputs", "runtime.session", "runtime.tasks", "runtime.model"),
+        *("graph.core", "precision", "proof", "exporting.stages"),
+    },
     "exporting": {
         *("specs", "bundle", "family", "original", "runtime.engines", "runtime.inputs", "graph", "graph.core"),
-        *("graph.passes", "precision", "checkpoint", "models", "proof"),
+        *("graph.passes", "precision", "checkpoint", "models", "proof", "exporting.stages"),
     },
-    "api": {"specs", "bundle", "checkpoint", "family", "proof", "exporting"},
+    "api": {"specs", "bundle", "checkpoint", "family", "proof", "exporting", "exporting.stages"},
     "lab": {
         *("specs", "bundle", "runtime.engines", "runtime.inputs", "runtime.session", "runtime.model"),
         *("graph.core", "graph.look", "graph.passes", "graph.prove", "precision", "proof", "api"),
@@ -69,7 +74,8 @@ OUTSIDE = {
     "specs": set[str](),
     "runtime": BASE,
     "graph": {"numpy", "onnx_ir", "onnx", "google", "onnxruntime", "yaml"},  # google: protobuf
-    "precision": {"numpy", "onnx_ir", "onnx"},
+    "precision": {"numpy", "onnx_ir", "onnx", "onnxruntime"},
+    "quantizing": {"numpy", "PIL", "onnx", "onnxruntime"},
     "proof": BASE - {"onnxruntime", "openvino", "pyarrow", "tqdm"},
     "lab": {"numpy", "PIL", "onnx_ir", "onnx", "yaml", "pytest"},
     "cli": set[str](),

@@ -7,6 +7,10 @@ import argparse
 EXAMPLES: dict[str, tuple[str, str]] = {
     "inspect": ("inspect clip-demo", "inspect photo.jpg --bundle features -o slices.png"),
     "export": ("export clip-demo -o bundle", "export model.safetensors -o bundle --precision fp32 --precision fp16"),
+    "quantize": (
+        "quantize bundle --precision int8",
+        "quantize bundle --precision int4 --part decoder --budget exact-match=0.9 -o smaller",
+    ),
     "verify": ("verify bundle", "verify bundle --source clip-demo --json"),
     "classify": ("classify bundle photo.jpg cat dog", "classify bundle photo.jpg red blue --template 'a {} circle'"),
     "caption": ("caption captions photo.jpg", "caption chat a.jpg b.jpg --prompt 'Describe this image.'"),

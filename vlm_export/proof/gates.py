@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from vlm_export.bundle.manifest import VariantRecord
+from vlm_export.errors import InputError
 from vlm_export.proof.metrics import Comparison
 from vlm_export.specs.codec import Spec
 
@@ -32,12 +34,35 @@ class Gate(Spec):
 GATES: Mapping[str, Gate] = {
     "fp32": Gate("fp32", 1e-4, 0.99999, 0.999, 1.001),
     "fp16": Gate("fp16", None, 0.999, 0.98, 1.02),
-    "int8": Gate("int8", None, 0.99, 0.9, 1.1),
     # A pixel that the graph computes may round to its neighbour value.
     "preprocessing": Gate("preprocessing", None, 0.9999, 0.99, 1.01),
 }
 # Parts whose float32 graph is judged by a gate of its own; that of another precision is laxer already.
 PART_GATES: Mapping[str, str] = {"vision_from_uint8": "preprocessing"}
+
+
+# Of a quantised variant: the cosine is its budget's.
+_QUANTISED_NORMS = (0.75, 1.33)
+
+
+def variant_gate(part: str, variant: VariantRecord) -> Gate:
+    """The limits of a variant: its precision's, or of a quantised one those of the budget that it was published with.
+
+    Raises:
+        InputError: a quantised variant states no budget.
+    """
+    if variant.loss is not None:
+        return Gate(variant.precision, None, variant.loss.budget.get("cosine", -1.0), *_QUANTISED_NORMS)
+    name = gate_name(part, variant.precision)
+    if name not in GATES:
+        raise InputError(
+            f"the manifest states no budget for the variant {variant.precision!r} of part {part!r}",
+            where=variant.file,
+            expected="what it loses, and the budget that it is held to",
+            got="none",
+            fix="do not use this variant; quantize the bundle again",
+        )
+    return GATES[name]
 
 
 def gate_name(part: str, precision: str) -> str:

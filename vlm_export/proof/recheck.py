@@ -10,9 +10,10 @@ from vlm_export.bundle.manifest import PartRecord, VariantRecord
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError
 from vlm_export.proof.floor import ELSEWHERE, Floor, FloorJudge, floor_from_json
-from vlm_export.proof.gates import GATES, gate_name
+from vlm_export.proof.gates import variant_gate
 from vlm_export.proof.golden import iterate_golden
 from vlm_export.proof.points import EngineRun, PointResult, judge_point
+from vlm_export.proof.quantised_weights import check_quantised_weights
 from vlm_export.proof.report import PartReport
 from vlm_export.proof.verifier import Progress
 
@@ -36,12 +37,12 @@ def verify_bundle(
 
     Raises:
         InputError: a part has no golden records.
-        UsageError: a part has no variant of that precision.
+        UsageError: no part has a variant of that precision.
     """
-    todo = [(part, variant) for part in bundle.manifest.parts for variant in part.chosen_variants(precision)]
+    todo = bundle.manifest.chosen(precision)
     reports = []
     for part, variant in todo:
-        unchecked = check_ledger(bundle, variant)
+        unchecked = (*check_ledger(bundle, variant), *check_quantised_weights(bundle, part, variant))
         report = verify_variant(bundle, part, variant, engine_factory(part.name, variant.precision), engine_name)
         reports.append(replace(report, not_run=(*report.not_run, *unchecked)))
         if progress is not None:
@@ -57,7 +58,7 @@ def verify_variant(
     Raises:
         InputError: the part has no golden records.
     """
-    gate = GATES[gate_name(part.name, variant.precision)]
+    gate = variant_gate(part.name, variant)
     points: list[PointResult] = []
     floor = _recorded_floor(variant, bundle.manifest.name, part.name)
     judge = None if floor is None else FloorJudge(floor)
