@@ -28,8 +28,8 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--precision",
         required=True,
-        choices=("int8", "int8-static", "w8a16", "int4"),
-        help="int8: products of 8 bits; int8-static: with calibrated ranges; w8a16, int4: weights alone",
+        choices=("int8", "w8a16", "int4"),
+        help="int8: products of 8 bits; w8a16, int4: weights alone",
     )
     parser.add_argument("--part", action="append", default=[], metavar="NAME", help="only this part, repeatable")
     parser.add_argument(
@@ -49,7 +49,9 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("-o", "--output", metavar="DIR", help="a new bundle (default: DIR itself, in one step)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle at the output")
     parser.add_argument(
-        "--reduce-range", action="store_true", help="8-bit weights use 7 bits, for CPUs without VNNI (int8, int8-static)"
+        "--reduce-range",
+        action="store_true",
+        help="8-bit weights use 7 bits, for CPUs without VNNI (int8, int8-static)",
     )
     parser.add_argument("--threads", type=positive_integer, metavar="N", help="threads of one operator")
     add_common_options(parser)

@@ -46,7 +46,9 @@ def one_node_model(node: ir.Node, weight: ir.TensorProtocol, position: int, opse
     kind = onnx.TensorProto.INT64 if is_table else onnx.TensorProto.FLOAT
     if is_table and other.dtype == ir.DataType.INT32:
         kind = onnx.TensorProto.INT32
-    inputs = axes[: rank - 1] if is_table else [*axes[: rank - 1], int(weight.shape[-2])]
+    inputs: list[str | int | None] = [*axes[: rank - 1]]
+    if not is_table:
+        inputs.append(int(weight.shape.numpy()[-2]))
     graph = onnx.helper.make_graph(
         [ir.to_proto(node)],
         "one_node",

@@ -7,11 +7,13 @@ the node's place. Memory holds one weight at a time, and quantised values lie in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
@@ -21,6 +23,7 @@ from vlm_export.precision.fp16_rules import MOVES
 from vlm_export.precision.one_node import block_quantiser, dynamic_quantiser, one_node_model
 from vlm_export.precision.recipes import Recipe
 
+Array = npt.NDArray[Any]
 _MICROSOFT = "com.microsoft"
 _LEVELS = 127
 _BLOCK_VALUES = 1 << 22
@@ -199,7 +202,7 @@ class _Quantisation:
             copy = ir.node(
                 inner.op_type,
                 [None if value is None else known[value] for value in inner.inputs],
-                dict(inner.attributes),  # type: ignore[arg-type]
+                dict(inner.attributes),
                 domain=inner.domain,
                 num_outputs=len(inner.outputs),
                 name=inner.name,
@@ -240,7 +243,7 @@ def node_alone(node: ir.Node, weight: ir.TensorProtocol, position: int) -> ir.No
         for value in node.inputs
     ]
     values[position] = ir.Value(name=weight.name)
-    copy = ir.node(node.op_type, values, dict(node.attributes), name=node.name)  # type: ignore[arg-type]
+    copy = ir.node(node.op_type, values, dict(node.attributes), name=node.name)
     copy.outputs[0].name, copy.outputs[0].shape = node.outputs[0].name, node.outputs[0].shape
     return copy
 
@@ -266,7 +269,7 @@ def kept_weights(graph: ir.Graph, recipe: Recipe) -> dict[str, str]:
             kept[str(table.name)] = "a table"
         elif tensor.size < recipe.least_values:
             kept[str(table.name)] = f"it has {tensor.size} values"
-        elif recipe.table_bits == 4 and tensor.shape[1] % (recipe.block_size or 1):
+        elif recipe.table_bits == 4 and tensor.shape.numpy()[1] % (recipe.block_size or 1):
             kept[str(table.name)] = "its rows are no whole number of blocks"
     return kept
 
@@ -328,7 +331,7 @@ def source_of(weight: ir.Value) -> tuple[str, bool]:
 def split_gemms(graph: ir.Graph) -> None:
     """Makes a product and a sum of each Gemm with a constant matrix, which the quantisers know no other form of."""
     for node in list(graph):
-        if node.op_type != "Gemm" or node.domain or node.attributes.get_int("transA", 0):
+        if node.op_type != "Gemm" or node.domain or node.attributes.get_int("transA", 0) != 0:
             continue
         factors = (node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0))
         weight = _float_matrix(node.inputs[1])
@@ -377,7 +380,7 @@ def remove_unused(graph: ir.Graph) -> None:
             del graph.initializers[name]
 
 
-def row_levels(table: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def row_levels(table: Array) -> tuple[Array, Array]:
     """int8 (R, C) from -127 to 127, and the scale of each row, float32 (R, 1); a few rows at a time."""
     levels = np.empty(table.shape, np.int8)
     scales = np.empty((len(table), 1), np.float32)

@@ -34,6 +34,7 @@ class Gate(Spec):
 GATES: Mapping[str, Gate] = {
     "fp32": Gate("fp32", 1e-4, 0.99999, 0.999, 1.001),
     "fp16": Gate("fp16", None, 0.999, 0.98, 1.02),
+    "int8": Gate("int8", None, 0.99, 0.9, 1.1),
     # A pixel that the graph computes may round to its neighbour value.
     "preprocessing": Gate("preprocessing", None, 0.9999, 0.99, 1.01),
 }
@@ -43,6 +44,8 @@ PART_GATES: Mapping[str, str] = {"vision_from_uint8": "preprocessing"}
 
 # Of a quantised variant: the cosine is its budget's.
 _QUANTISED_NORMS = (0.75, 1.33)
+# Precisions that the project's own limits judge.
+_JUDGED = ("fp32", "fp16")
 
 
 def variant_gate(part: str, variant: VariantRecord) -> Gate:
@@ -53,8 +56,7 @@ def variant_gate(part: str, variant: VariantRecord) -> Gate:
     """
     if variant.loss is not None:
         return Gate(variant.precision, None, variant.loss.budget.get("cosine", -1.0), *_QUANTISED_NORMS)
-    name = gate_name(part, variant.precision)
-    if name not in GATES:
+    if variant.precision not in _JUDGED:
         raise InputError(
             f"the manifest states no budget for the variant {variant.precision!r} of part {part!r}",
             where=variant.file,
@@ -62,7 +64,7 @@ def variant_gate(part: str, variant: VariantRecord) -> Gate:
             got="none",
             fix="do not use this variant; quantize the bundle again",
         )
-    return GATES[name]
+    return GATES[gate_name(part, variant.precision)]
 
 
 def gate_name(part: str, precision: str) -> str:

@@ -91,9 +91,7 @@ def _helpers(stated: QuantisedFrom | None) -> Sequence[str]:
     return () if stated is None else [name for name in (stated.scales, stated.zero_points) if name is not None]
 
 
-def _same(
-    entry: LedgerEntry, graph: str, ours: dict[str, StoredValues], theirs: dict[str, StoredValues]
-) -> str | None:
+def _same(entry: LedgerEntry, graph: str, ours: dict[str, StoredValues], theirs: dict[str, StoredValues]) -> str | None:
     if entry.name not in theirs:
         return None
     left, right = required(ours, entry.name, graph), theirs[entry.name]
@@ -168,13 +166,14 @@ def _channel_levels(
         shape[stated.axis] = every.shape[stated.axis]
         if steps.size != shape[stated.axis] or zero.size not in (1, steps.size):
             return None
-        steps, zero = steps.reshape(shape), zero.reshape(shape if zero.size > 1 else [1] * every.ndim)
+    wide: Array = steps.reshape(shape)
+    zeros_wide: Array = zero.reshape(shape if zero.size > 1 else [1] * every.ndim)
     if stated.axis == 0:
-        steps, zero = steps[rows], zero[rows] if len(zero) > 1 else zero
+        wide, zeros_wide = wide[rows], zeros_wide[rows] if zero.size > 1 else zeros_wide
     bounds = np.iinfo(every.dtype)
     # Symmetric levels of 8 bits leave one out.
     lowest = -bounds.max if levels.data_type == _SIGNED else bounds.min
-    return _Levels(every[rows], steps, zero.astype(np.float64), int(lowest), int(bounds.max))
+    return _Levels(every[rows], wide, zeros_wide.astype(np.float64), int(lowest), int(bounds.max))
 
 
 def _block_levels(

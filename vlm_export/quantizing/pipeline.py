@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -89,7 +88,9 @@ def quantize(
     """
     check_path(bundle, "a bundle")
     if precision not in QUANTISED:
-        raise UsageError(f"there is no precision {precision!r:.60} to quantize to", fix=suggestion(precision, QUANTISED))
+        raise UsageError(
+            f"there is no precision {precision!r:.60} to quantize to", fix=suggestion(precision, QUANTISED)
+        )
     known = QuantizeOptions.__dataclass_fields__
     for name in options:
         if name not in known:
@@ -206,7 +207,13 @@ class _Job:
         for part in parts:
             with self.stages.stage(f"measure {part.name}"):
                 record = self._record(
-                    part, graphs[part.name], naive.get(part.name), failed[part.name], (tasks, naive_tasks), before, samples
+                    part,
+                    graphs[part.name],
+                    naive.get(part.name),
+                    failed[part.name],
+                    (tasks, naive_tasks),
+                    before,
+                    samples,
                 )
                 loss = PartLoss(part.name, self.precision, graphs[part.name].size_bytes, record)
                 measured.append(_Measured(part, graphs[part.name], loss))
@@ -258,7 +265,7 @@ class _Job:
             measured=loss_of(outputs, golden, tasks[0], graph.size_bytes / size),
             naive=naive_loss,
             naive_failed=naive_failed,
-            budget=dict(self.budget),
+            budget={**self.budget},
             samples=Samples(
                 images=len(samples.images),
                 texts=len(samples.texts),
@@ -312,9 +319,13 @@ class _Job:
 
     def _copy(self, manifest: Manifest) -> None:
         """Every file of the bundle but the graphs that are replaced, once it is found to be the manifest's."""
-        old = {name for part in self.bundle.manifest.parts for v in part.variants for name in (v.file, *v.external_data)}
+        old = {
+            name for part in self.bundle.manifest.parts for v in part.variants for name in (v.file, *v.external_data)
+        }
         new = {name for part in manifest.parts for v in part.variants for name in (v.file, *v.external_data)}
-        made = {path.relative_to(self.staging.path).as_posix() for path in self.staging.path.rglob("*") if path.is_file()}
+        made = {
+            path.relative_to(self.staging.path).as_posix() for path in self.staging.path.rglob("*") if path.is_file()
+        }
         for name in self.bundle.manifest.files:
             if name not in made and (name not in old or name in new):
                 shutil.copyfile(self.bundle.file(name), self.staging.file(name))
@@ -388,9 +399,7 @@ def _with_variants(manifest: Manifest, variants: Mapping[str, VariantRecord]) ->
     return replace(manifest, parts=tuple(parts))
 
 
-def _accounted(
-    found: GraphLedger, float32: GraphLedger | None, weights: Mapping[str, QuantisedFrom]
-) -> GraphLedger:
+def _accounted(found: GraphLedger, float32: GraphLedger | None, weights: Mapping[str, QuantisedFrom]) -> GraphLedger:
     """The ledger of a quantised graph: every initializer is a weight's levels, scales or zero points, or as it was."""
     told = {} if float32 is None else {entry.name: entry for entry in float32.initializers}
     helpers = {
@@ -428,5 +437,3 @@ def _of(entry: LedgerEntry, told: Mapping[str, LedgerEntry], weight: str, what: 
         return replace(entry, transformation=what)
     how = f"{before.transformation}, {what}"
     return replace(entry, parameters=before.parameters, transformation=how, checkpoint=before.checkpoint)
-
-

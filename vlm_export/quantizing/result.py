@@ -26,7 +26,7 @@ class PartLoss:
     @property
     def over(self) -> list[str]:
         """What is over budget, a phrase each."""
-        found = over_budget(self.record.measured, {k: v for k, v in self.record.budget.items()})  # type: ignore[misc]
+        found = over_budget(self.record.measured, self.record.budget)
         return [f"{key}: expected at least {least:g}, got {figure:.6g}" for key, least, figure in found]
 
     def to_json(self) -> dict[str, Any]:
@@ -96,7 +96,9 @@ def table_rows(losses: Sequence[PartLoss]) -> list[tuple[str, ...]]:
     """Rows below `HEADER`: each part by its recipe, and by the naive one."""
     rows: list[tuple[str, ...]] = []
     for loss in losses:
-        verdict = "within budget" if not loss.over else f"over: {', '.join(text.partition(':')[0] for text in loss.over)}"
+        verdict = (
+            "within budget" if not loss.over else f"over: {', '.join(text.partition(':')[0] for text in loss.over)}"
+        )
         rows.append((loss.part, loss.precision, *_figures(loss.record.measured), verdict))
         if loss.record.naive is None:
             rows.append((loss.part, "naive", *("-",) * 6, loss.record.naive_failed))

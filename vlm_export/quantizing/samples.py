@@ -12,8 +12,7 @@ from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError, UsageError
 from vlm_export.proof.contract_record import image_content, read_record
 from vlm_export.proof.samples import SENTENCES, synthetic_photographs
-from vlm_export.runtime.inputs.images import open_image, readable_formats
-from vlm_export.runtime.inputs.sources import ImageSource
+from vlm_export.runtime.inputs.images import ImageSource, open_image, readable_formats
 
 _MOST_IMAGES, _MOST_TEXTS = 2000, 10000
 _FEW = 32
@@ -68,9 +67,7 @@ def sample_set(bundle: OpenBundle, images: Sequence[Path], texts: Path | None) -
     found = SampleSet(own_images, tuple(dict.fromkeys(own_texts)), len(own_images), len(set(own_texts)))
     if manifest.image is not None:
         recorded = () if record is None else record.images
-        contract: list[Image.Image] = [
-            open_image(image_content(bundle, image), name=image.file) for image in recorded
-        ]
+        contract: list[Image.Image] = [open_image(image_content(bundle, image), name=image.file) for image in recorded]
         found = replace(found, images=(*own_images, *contract, *synthetic_photographs()))
     if manifest.text is not None:
         recorded_texts = () if record is None else tuple(text.text for text in record.texts)
@@ -82,7 +79,7 @@ def sample_set(bundle: OpenBundle, images: Sequence[Path], texts: Path | None) -
 def _image_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    endings = tuple(f".{ending.lower()}" for ending in readable_formats()) + (".jpg", ".jpeg", ".tif")
+    endings = (*(f".{ending.lower()}" for ending in readable_formats()), ".jpg", ".jpeg", ".tif")
     found = sorted(entry for entry in path.iterdir() if entry.is_file() and entry.name.lower().endswith(endings))
     if not found:
         raise UsageError("a folder holds no images", where=str(path), expected="files such as photo.jpg")

@@ -16,6 +16,8 @@ from vlm_export.runtime.engines.onnxruntime import Array, Engine
 from vlm_export.runtime.inputs.images import FloatArray
 from vlm_export.runtime.model import Model
 from vlm_export.runtime.session import Session
+from vlm_export.runtime.tasks.answer import AnswerTask
+from vlm_export.runtime.tasks.caption import CaptionTask
 from vlm_export.runtime.tasks.chat import ChatTask
 
 Feeds = Mapping[str, Array]
@@ -137,12 +139,16 @@ def _asked(model: Model, samples: SampleSet) -> Iterator[tuple[str, Callable[[],
             return []
 
         yield "match", match
-    if "caption" in model.tasks:
-        yield "caption", lambda: model.caption(images, beams=1, max_length=_LONGEST_WRITTEN, min_length=0)
-    if "answer" in model.tasks:
-        options = {"beams": 1, "max_length": _LONGEST_WRITTEN, "min_length": 0, "truncate": True}
-        yield "answer", lambda: model.answer(images, questions, **options)
-    chat = model.tasks.get("chat")
+    caption, answer, chat = (model.tasks.get(kind) for kind in ("caption", "answer", "chat"))
+    if isinstance(caption, CaptionTask):
+        longest = min(_LONGEST_WRITTEN, caption.spec.max_length)
+        yield "caption", lambda: caption.caption(images, beams=1, max_length=longest, min_length=0)
+    if isinstance(answer, AnswerTask):
+        most = min(_LONGEST_WRITTEN, answer.spec.max_length)
+        yield (
+            "answer",
+            lambda: answer.answer(images, questions, beams=1, max_length=most, min_length=0, truncate=True),
+        )
     if isinstance(chat, ChatTask):
         yield "chat", lambda: chat.answer(images, questions, max_new_tokens=_LONGEST_WRITTEN, truncate=True)
     if "features" in model.tasks:
