@@ -123,7 +123,9 @@ def test_a_part_that_was_not_quantised_runs_in_float32(copied: Path, demo: Path)
     vlm_export.verify(copied, precision="int4").raise_if_failed()
 
 
-def planted(bundle: Path, graph: str, change: Callable[[onnx.ModelProto], None], relist: Callable[[Path], None]) -> None:
+def planted(
+    bundle: Path, graph: str, change: Callable[[onnx.ModelProto], None], relist: Callable[[Path], None]
+) -> None:
     """Changes a graph and makes the ledger and the manifest agree with it, as who knows the format would."""
     path = bundle / graph
     model = onnx.load(path)

@@ -33,7 +33,6 @@ from vlm_export.proof.quantised_weights import check_quantised_weights
 from vlm_export.proof.report import PartReport
 from vlm_export.proof.verifier import verify_part
 
-
 NOT_THE_GRID = "the whole grid: a quantised variant is held to its budget at the points of the golden records"
 
 
