@@ -68,9 +68,10 @@ RECIPES: Mapping[str, Recipe] = {
             "w8a16",
             "weight-only",
             8,
-            "products with weights of 8 bits, one scale for 64 values, and activations as they are; rows of tables "
-            "have 8 bits and a scale each",
+            "products with weights of 8 bits, one scale and one zero point for 64 values, and activations as they are; "
+            "rows of tables have 8 bits and a scale each",
             block_size=64,
+            symmetric=False,
             table_bits=8,
         ),
         Recipe(
