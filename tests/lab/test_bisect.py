@@ -13,12 +13,14 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from vlm_export.cli.main import main
 from vlm_export.errors import GraphError, InputError, UsageError, VerificationError
 from vlm_export.graph.prove.program import ModelProgram
-from vlm_export.lab.bisect import Bisection, BisectOptions, bisect, bisection_plot
+from vlm_export.lab.bisect import Bisection, BisectOptions, bisect, bisection_plot, record_values
 from vlm_export.lab.module_paths import module_paths
 from vlm_export.lab.module_walk import compare_with_modules, without_moved_tensors
 from vlm_export.lab.output_diff import sample_inputs
+from vlm_export.lab.regions import run_region
 from vlm_export.runtime.engines.choice import engine_choice
 
 Change = Callable[[ir.Model], None]
@@ -222,8 +224,6 @@ def test_sides_that_cannot_be_compared_are_refused(demo: Path, tmp_path: Path) -
 
 
 def test_the_command(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from vlm_export.cli.main import main
-
     assert main(["bisect", str(demo), "--part", "text", "--plot", str(tmp_path / "errors.svg")]) == 0
     assert "no module differs by more than rounding" in capsys.readouterr().out
     assert (tmp_path / "errors.svg").read_text(encoding="utf-8").startswith("<svg")
@@ -257,3 +257,60 @@ def test_a_constant_that_was_folded_into_weights_is_no_fault(demo: Path) -> None
     compared = list(compare_with_modules(graph, modules, values_of, inputs))
     assert [one.error.path for one in compared if one.error.parts][:1] == [modules[0]]
     assert not [one.error for one in without_moved_tensors(compared) if one.error.parts]
+
+
+def test_a_record_of_another_version_is_compared_with_this_one(
+    demo: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other version is this one, so that nothing parts; then a kernel of this one is wrong."""
+    record = tmp_path / "values.npz"
+    with monkeypatch.context() as other:
+        other.setattr(onnxruntime, "__version__", "1.19.2")
+        assert record_values(demo, record) == ("vision", "text")
+    for found in bisect(demo, record):
+        assert found.first is None
+        assert found.samples >= 8
+        assert "onnxruntime 1.19.2" in found.left
+        assert onnxruntime.__version__ in found.right
+
+    def wrong_softmax(model: ir.Model, feeds: Any) -> Any:
+        runs = run_region(model, feeds)
+        wrong = any(node.op_type == "Softmax" for node in model.graph)
+        return [{name: array * 1.001 if wrong else array for name, array in run.items()} for run in runs]
+
+    monkeypatch.setattr("vlm_export.lab.bisect.run_region", wrong_softmax)
+    (found,) = bisect(copied, record, BisectOptions(part="text", output=tmp_path / "culprit"))
+    assert found.first is not None
+    assert found.first.path == "text.blocks.0.attn"
+    assert Path(found.subgraph).exists()
+
+
+def test_a_record_is_of_one_graph_and_its_damage_is_told(demo: Path, tmp_path: Path) -> None:
+    record = tmp_path / "half.npz"
+    record_values(demo, record, part="text", precision="fp16")
+    assert bisect(demo, record, BisectOptions(precision="fp16"))[0].first is None
+    with pytest.raises(InputError, match="another graph") as error:
+        bisect(demo, record)
+    assert "--precision fp16" in error.value.fix
+    with pytest.raises(InputError, match="no such part"):
+        bisect(demo, record, BisectOptions(precision="fp16", part="vision"))
+    with pytest.raises(UsageError, match="the output exists"):
+        record_values(demo, record)
+    with pytest.raises(UsageError, match="a record is an"):
+        record_values(demo, tmp_path / "values.zip")
+    content = record.read_bytes()
+    for damaged in (b"", content[:-100], content[: len(content) // 2] + b"x" * 40 + content[len(content) // 2 + 40 :]):
+        record.write_bytes(damaged)
+        with pytest.raises(InputError, match="no record of a bundle's values"):
+            bisect(demo, record, BisectOptions(precision="fp16"))
+
+
+def test_a_record_is_made_on_the_command_line(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+
+    record = tmp_path / "values.npz"
+    assert main(["bisect", str(demo), "--record", str(record), "--part", "text", "--json"]) == 0
+    stated = json.loads(capsys.readouterr().out)
+    assert (stated["parts"], stated["bytes"]) == (["text"], record.stat().st_size)
+    assert main(["bisect", str(demo), str(record)]) == 0
+    assert f"in onnxruntime {onnxruntime.__version__}" in capsys.readouterr().out
+    assert main(["bisect", str(demo), str(demo), "--record", str(record)]) == UsageError.exit_status

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from vlm_export.cli.common import add_common_options, add_engine_options, opened_model, positive_integer
+from vlm_export.cli.common import add_common_options, add_model_options, opened_model, positive_integer
 from vlm_export.cli.generation_options import (
     SAMPLING,
     add_new_tokens_option,
@@ -48,7 +48,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--max-length", type=positive_integer, metavar="N", help="answer: tokens at most")
     parser.add_argument("--min-length", type=int, metavar="N", help="answer: tokens at least")
     parser.add_argument("--truncate", action="store_true", help="cut a question that is too long")
-    add_engine_options(parser)
+    add_model_options(parser)
     add_common_options(parser)
     parser.set_defaults(run=run)
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_export.cli.common import add_common_options, check_output, existing_path
 from vlm_export.cli.output import print_json, print_line, print_table, terminal_width
-from vlm_export.errors import VerificationError
+from vlm_export.errors import UsageError, VerificationError
+from vlm_export.text_display import size_text
 
 if TYPE_CHECKING:
     from vlm_export.lab.bisect import Bisection
@@ -27,7 +28,12 @@ def add_parser(verbs: Any) -> None:
         ),
     )
     parser.add_argument("left", metavar="A", help="directory of a bundle, or a graph")
-    parser.add_argument("right", metavar="B", nargs="?", help="the same; left out: A, at the precision of --against")
+    parser.add_argument(
+        "right",
+        metavar="B",
+        nargs="?",
+        help="the same, a checkpoint, or a record of A; left out: A, at the precision of --against",
+    )
     parser.add_argument("--part", metavar="NAME", help="only this part of bundles (default: all)")
     parser.add_argument("--precision", metavar="NAME", default="fp32", help="variant of A (default: fp32)")
     parser.add_argument(
@@ -44,15 +50,35 @@ def add_parser(verbs: Any) -> None:
         "-o", "--output", metavar="DIR", type=Path, help="write the first module that differs, as a model"
     )
     parser.add_argument("--plot", metavar="FILE", type=Path, help="write the errors along the depth as an SVG plot")
+    parser.add_argument(
+        "--record",
+        metavar="FILE",
+        type=Path,
+        help="write what this ONNX Runtime makes of A's modules (.npz), to be B under another version",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the file of --record")
     parser.add_argument("--engine", metavar="NAME", help="run B in onnxruntime with its optimisations, or in openvino")
     add_common_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from vlm_export.lab.bisect import BisectOptions, bisect, bisection_plot
+    from vlm_export.lab.bisect import BisectOptions, bisect, bisection_plot, record_values
     from vlm_export.runtime.engines.choice import engine_choice
 
+    if args.record is not None:
+        others = ("right", "against", "inputs", "output", "plot", "engine")
+        if given := [name for name in others if getattr(args, name)]:
+            raise UsageError("--record compares nothing", got=f"also {', '.join(given)}", fix="leave it out")
+        parts = record_values(
+            args.left, args.record, part=args.part, precision=args.precision, overwrite=args.overwrite
+        )
+        if args.json:
+            print_json({"record": str(args.record), "parts": list(parts), "bytes": args.record.stat().st_size})
+        else:
+            size = size_text(args.record.stat().st_size)
+            print_line(f"recorded {', '.join(parts)}: {args.record} ({size})")
+        return 0
     if args.plot is not None:
         check_output(args.plot, overwrite=True)
     options = BisectOptions(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from vlm_export.cli.common import add_common_options, add_engine_options, opened_model, positive_integer
+from vlm_export.cli.common import add_common_options, add_model_options, opened_model, positive_integer
 from vlm_export.cli.generation_options import (
     add_new_tokens_option,
     add_sampling_options,
@@ -43,7 +43,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--max-length", type=positive_integer, metavar="N", help="tokens at most, prompt included")
     parser.add_argument("--min-length", type=int, metavar="N", help="tokens at least, prompt included")
     parser.add_argument("--batch-size", type=positive_integer, default=4, metavar="N", help="default: 4")
-    add_engine_options(parser)
+    add_model_options(parser)
     add_common_options(parser)
     parser.set_defaults(run=run)
 

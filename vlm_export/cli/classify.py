@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from vlm_export.cli.common import add_common_options, add_engine_options, opened_model
+from vlm_export.cli.common import add_common_options, add_model_options, opened_model
 from vlm_export.cli.output import print_json, print_table
 
 
@@ -22,7 +22,7 @@ def add_parser(verbs: Any) -> None:
         "--template", default="a photo of a {}", metavar="TEXT", help="sentence around a label (default: '%(default)s')"
     )
     parser.add_argument("--truncate", action="store_true", help="cut texts that are too long instead of refusing them")
-    add_engine_options(parser)
+    add_model_options(parser)
     add_common_options(parser)
     parser.set_defaults(run=run)
 

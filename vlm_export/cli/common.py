@@ -54,9 +54,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
-def add_engine_options(
-    parser: argparse.ArgumentParser, precision_help: str = "variant of the graphs (default: fp32, or the only one)"
-) -> None:
+def add_engine_options(parser: argparse.ArgumentParser, precision_help: str) -> None:
     """--provider, --threads and --precision, for verbs that run graphs."""
     parser.add_argument(
         "--provider",
@@ -66,6 +64,14 @@ def add_engine_options(
     )
     parser.add_argument("--threads", type=positive_integer, metavar="N", help="threads of one operator")
     parser.add_argument("--precision", metavar="NAME", help=precision_help)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--engine and the engine's options, for verbs that ask a model something (`opened_model`)."""
+    add_engine_options(parser, "variant of the graphs (default: fp32, or the only one); with openvino also bf16")
+    parser.add_argument(
+        "--engine", default="onnxruntime", metavar="NAME", help="onnxruntime or openvino (default: %(default)s)"
+    )
 
 
 def positive_integer(text: str) -> int:
@@ -88,7 +94,9 @@ def opened_model(args: argparse.Namespace) -> Model:
     """The bundle that the command names, opened with the engine's options."""
     from vlm_export.runtime.load import load
 
-    return load(args.bundle, precision=args.precision, providers=providers(args), threads=args.threads)
+    return load(
+        args.bundle, precision=args.precision, engine=args.engine, providers=providers(args), threads=args.threads
+    )
 
 
 def providers(args: argparse.Namespace) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from vlm_export.cli.common import (
     IMAGE_SUFFIXES,
     add_common_options,
-    add_engine_options,
+    add_model_options,
     check_output,
     existing_path,
     opened_model,
@@ -49,7 +49,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--strict", action="store_true", help="skip no image of a folder: one is an error too")
     parser.add_argument("--batch-size", type=positive_integer, metavar="N", help="default: 32; of slices: 4")
     parser.add_argument("--truncate", action="store_true", help="cut texts that are too long instead of refusing them")
-    add_engine_options(parser)
+    add_model_options(parser)
     add_common_options(parser)
     parser.set_defaults(run=run)
 

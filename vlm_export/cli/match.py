@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from vlm_export.cli.common import add_common_options, add_engine_options, opened_model
+from vlm_export.cli.common import add_common_options, add_model_options, opened_model
 from vlm_export.cli.generation_options import refuse_options
 from vlm_export.cli.output import print_json, print_table
 
@@ -31,7 +31,7 @@ def add_parser(verbs: Any) -> None:
         "(default: what the bundle says)",
     )
     parser.add_argument("--truncate", action="store_true", help="cut texts that are too long instead of refusing them")
-    add_engine_options(parser)
+    add_model_options(parser)
     add_common_options(parser)
     parser.set_defaults(run=run)
 

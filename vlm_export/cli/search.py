@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vlm_export.cli.common import IMAGE_SUFFIXES, add_common_options, add_engine_options, opened_model, positive_integer
+from vlm_export.cli.common import IMAGE_SUFFIXES, add_common_options, add_model_options, opened_model, positive_integer
 from vlm_export.cli.output import print_json, print_table
 from vlm_export.errors import InputError, UsageError
 
@@ -34,7 +34,7 @@ def add_parser(verbs: Any) -> None:
         metavar="N",
         help="of --rerank: how many of the nearest are compared (default: 16, and at least as many as -k)",
     )
-    add_engine_options(parser)
+    add_model_options(parser)
     add_common_options(parser)
     parser.set_defaults(run=run)
 

@@ -8,13 +8,16 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 
 from vlm_export.api import source_modules
 from vlm_export.bundle.manifest import MANIFEST_NAME
 from vlm_export.bundle.opened import OpenBundle, open_bundle
+from vlm_export.bundle.staging import staged_file
 from vlm_export.errors import GraphError, InputError, UsageError, VerificationError
 from vlm_export.graph.core.files import Storage, open_model, save_model
 from vlm_export.graph.core.onnxruntime_session import Array
@@ -26,9 +29,19 @@ from vlm_export.lab.module_walk import compare_with_modules, without_moved_tenso
 from vlm_export.lab.output_diff import LEAST_SAMPLES, row_count, sample_inputs
 from vlm_export.lab.plots import error_plot
 from vlm_export.lab.real_inputs import real_inputs
-from vlm_export.lab.region_walk import MARGIN, RegionError, RegionWalk
-from vlm_export.lab.regions import Arrays, RunRegion, last_uses, region_model, region_pairs, region_runner
-from vlm_export.runtime.engines.choice import EngineChoice
+from vlm_export.lab.region_walk import MARGIN, LeftSide, RegionError, RegionWalk
+from vlm_export.lab.regions import (
+    Arrays,
+    RegionPair,
+    RunRegion,
+    last_uses,
+    region_model,
+    region_pairs,
+    region_runner,
+    run_region,
+)
+from vlm_export.lab.value_record import SUFFIX, RecordedPartValues, RecordWriter, ValueRecord, variant_files
+from vlm_export.runtime.engines.choice import ONNXRUNTIME, EngineChoice
 
 
 @dataclass(frozen=True)
@@ -108,13 +121,20 @@ class BisectOptions:
         """What runs the right side's modules, None for what runs the left's."""
         return None if self.engine is None else region_runner(self.engine)
 
+    @property
+    def right_engine(self) -> str:
+        """Name of what runs the right side's modules, with its version where it is ONNX Runtime."""
+        own = f"onnxruntime {onnxruntime.__version__}"
+        return own if self.engine is None or self.engine.engine == ONNXRUNTIME else self.engine.engine
+
 
 def bisect(left: str | Path, right: str | Path, options: BisectOptions | None = None) -> tuple[Bisection, ...]:
     """Finds where two graphs, the parts of two bundles, or the graphs of a bundle and the modules of its source, part.
 
     Args:
         left: the directory of a bundle, or a file with a graph.
-        right: the same (it may be the left bundle, at another precision), or a checkpoint.
+        right: the same (it may be the left bundle, at another precision), a checkpoint, or a record of the left
+            bundle's values (`record_values`), whose version of ONNX Runtime is then held against this one.
 
     Raises:
         UsageError: a bundle and a graph, or inputs for bundles.
@@ -130,6 +150,8 @@ def bisect(left: str | Path, right: str | Path, options: BisectOptions | None = 
     if options.inputs:
         raise UsageError("inputs are for two graphs", got="bundles, which hold inputs of their own")
     names = (str(left), str(right))
+    if Path(right).suffix == SUFFIX:
+        return _bisect_record(open_bundle(left), ValueRecord(Path(right)), names, options)
     if not (Path(right) / MANIFEST_NAME).exists():
         return _bisect_source(open_bundle(left), names, options)
     return _bisect_bundles(open_bundle(left), open_bundle(right), names, options)
@@ -155,6 +177,84 @@ def _bisect_bundles(
         sides = (labels[0], labels[1])
         found.append(
             bisect_graphs(first, second, inputs, name, names=sides, output=output, run_right=options.run_right)
+        )
+    return tuple(found)
+
+
+def record_values(
+    path: str | Path, target: str | Path, *, part: str | None = None, precision: str = "fp32", overwrite: bool = False
+) -> tuple[str, ...]:
+    """Writes what this ONNX Runtime makes of every module of a bundle, for `bisect` under another version.
+
+    Args:
+        path: the directory of the bundle.
+        target: the file, whose name ends with `.npz`.
+        part: only this part; None for all that have the variant.
+        precision: the variant.
+        overwrite: replace a file.
+
+    Returns:
+        The names of the recorded parts.
+
+    Raises:
+        UsageError: another file name, a file that is there, or no part has such a variant.
+        InputError: no bundle, no such part, or a damaged one.
+    """
+    if Path(target).suffix != SUFFIX:
+        raise UsageError("a record is an .npz file", expected=f"a name that ends with {SUFFIX}", got=str(target))
+    bundle = open_bundle(path)
+    parts = [entry for entry in bundle.manifest.parts if part in (None, entry.name)]
+    chosen = [entry for entry in parts if precision in {variant.precision for variant in entry.variants}]
+    if not chosen:
+        bundle.manifest.part(part or bundle.manifest.parts[0].name).variant(precision)
+    with staged_file(target, "record", overwrite=overwrite) as staged, ZipFile(staged, "w") as archive:
+        writer = RecordWriter(archive)
+        for entry in chosen:
+            variant = entry.variant(precision)
+            graph = open_model(bundle.model_files(variant))
+            inputs = part_inputs(bundle, entry.name, graph)
+            writer.start(entry.name, variant_files(bundle, variant), precision, inputs)
+            walk, steps = _walk(inlined(graph), inlined(open_model(bundle.model_files(variant))), inputs)
+            for pair, done in steps:
+                writer.add(str(pair.left.output.name), *walk.left_values(pair))
+                walk.forget(done)
+            writer.end()
+        writer.close()
+    return tuple(entry.name for entry in chosen)
+
+
+def _bisect_record(
+    bundle: OpenBundle, record: ValueRecord, names: tuple[str, str], options: BisectOptions
+) -> tuple[Bisection, ...]:
+    """The recorded values against what this ONNX Runtime makes of the same graphs."""
+    recorded = record.head.parts
+    chosen = list(recorded) if options.part is None else [options.part]
+    if not set(chosen) <= set(recorded):
+        raise InputError(
+            "the record has no such part", where=names[1], expected=", ".join(recorded), got=str(options.part)
+        )
+    if options.right_precision is not None:
+        raise UsageError("a record is compared with its own variant", got=f"also {options.right_precision}")
+    found = []
+    for name in chosen:
+        record.check_graph(bundle, name, options.precision)
+        path = bundle.model_files(bundle.manifest.part(name).variant(options.precision))
+        labels = (
+            f"{names[1]} {name} in onnxruntime {record.head.onnxruntime}",
+            f"{names[0]} {name} in {options.right_engine}",
+        )
+        output = None if options.output is None else options.output / name
+        found.append(
+            bisect_graphs(
+                open_model(path),
+                open_model(path),
+                record.inputs(name),
+                name,
+                names=labels,
+                output=output,
+                run_right=options.run_right or run_region,
+                left_side=RecordedPartValues(record, name),
+            )
         )
     return tuple(found)
 
@@ -212,6 +312,7 @@ def bisect_graphs(
     names: tuple[str, str] = ("left", "right"),
     output: Path | None = None,
     run_right: RunRegion | None = None,
+    left_side: LeftSide | None = None,
 ) -> Bisection:
     """Compares two graphs region by region.
 
@@ -221,18 +322,15 @@ def bisect_graphs(
         names: what the two are called in the result.
         output: a directory for the first region that differs, as a model with its inputs and what is expected; made.
         run_right: another engine for the right graph; None for the left one's.
+        left_side: what computes the left graph; None for this ONNX Runtime.
 
     Raises:
         GraphError: no tensor of the two corresponds, or the left graph does not run.
     """
     left, right = inlined(left), inlined(right)
-    alignment = align(left, right)
-    pairs = region_pairs(left, right, alignment)
-    if not pairs:
-        raise GraphError("no tensor of the two graphs corresponds", fix="compare them by their outputs: diff")
-    walk = RegionWalk(left, right, alignment, inputs, run_right)
+    walk, steps = _walk(left, right, inputs, run_right, left_side)
     errors, operator, subgraph = list[RegionError](), "", ""
-    for pair, done in zip(pairs, last_uses(pairs, alignment), strict=True):
+    for pair, done in steps:
         error = walk.compare(pair, where)
         if error.parts and not any(before.parts for before in errors):
             operator, saved = walk.first_operator(pair), walk.saved(pair)
@@ -244,6 +342,22 @@ def bisect_graphs(
         return found
     differences = graph_differences(left, right, where)
     return replace(found, causes=tuple(cause for cause in differences if _concerns(cause, found.first.path, where)))
+
+
+def _walk(
+    left: ir.Model,
+    right: ir.Model,
+    inputs: Sequence[Arrays],
+    run_right: RunRegion | None = None,
+    left_side: LeftSide | None = None,
+) -> tuple[RegionWalk, list[tuple[RegionPair, set[ir.Value]]]]:
+    """A walk over two graphs whose functions are inlined, and its regions with what none reads after each."""
+    alignment = align(left, right)
+    pairs = region_pairs(left, right, alignment)
+    if not pairs:
+        raise GraphError("no tensor of the two graphs corresponds", fix="compare them by their outputs: diff")
+    steps = list(zip(pairs, last_uses(pairs, alignment), strict=True))
+    return RegionWalk(left, right, alignment, inputs, run_right, left_side), steps
 
 
 def _concerns(cause: Difference, path: str, where: str) -> bool:

@@ -15,7 +15,7 @@ from vlm_export.lab.check_runs import Runs
 from vlm_export.lab.checklist import MEMORY_UNKNOWN, Checklist, NotRunError, OwnItems, Seen, looked_at
 from vlm_export.lab.graph_diff import inlined
 from vlm_export.proof.memory import anonymous_bytes
-from vlm_export.runtime.engines.choice import chosen_precision
+from vlm_export.runtime.engines.choice import ONNXRUNTIME, chosen_precision, engine_choice
 
 LONG_RUN = 200
 _MB = 1e6
@@ -52,7 +52,8 @@ def check(bundle: str | Path, options: CheckOptions | None = None) -> Checklist:
     """
     options = options or CheckOptions()
     opened = open_bundle(bundle)
-    chosen_precision(opened.manifest, options.precision)
+    chosen = chosen_precision(opened.manifest, options.precision)
+    engine_choice(ONNXRUNTIME, options.providers, options.threads, in_bf16=chosen.in_bf16)
     variants = _opened_variants(opened, options.precision)
     runs = Runs(opened, variants, precision=options.precision, providers=options.providers, threads=options.threads)
     items = [looked_at(name, item) for name, item in _items(opened, variants, runs, options.runs)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -53,6 +53,26 @@ class RegionError:
         return {**{name: json_number(value) for name, value in asdict(self).items()}, "parts": self.parts}
 
 
+class LeftSide(Protocol):
+    """What computes the left graph's regions."""
+
+    def run(self, model: ir.Model, feeds: Sequence[Arrays]) -> list[dict[str, Array]]:
+        """A region's outputs by name, in every set of inputs."""
+
+    def floor(self, model: ir.Model, feeds: Sequence[Arrays], expected: Sequence[Array]) -> float:
+        """How far other orders of the same sums may be from what it expects."""
+
+
+class ThisRuntime:
+    """The installed ONNX Runtime without its optimisations; with them it sums in other orders."""
+
+    def run(self, model: ir.Model, feeds: Sequence[Arrays]) -> list[dict[str, Array]]:
+        return run_region(model, feeds)
+
+    def floor(self, model: ir.Model, feeds: Sequence[Arrays], expected: Sequence[Array]) -> float:
+        return max(LEAST_FLOOR, relative_error(expected, _only(run_region(model, feeds, optimised=True))))
+
+
 class RegionWalk:
     """Runs the regions in order, and keeps the values that later ones read."""
 
@@ -63,12 +83,14 @@ class RegionWalk:
         alignment: Alignment,
         inputs: Sequence[Arrays],
         run_right: RunRegion | None = None,
+        left_side: LeftSide | None = None,
     ) -> None:
         """
         Args:
             run_right: another engine for the right graph; None for the left one's.
+            left_side: what computes the left graph; None for this ONNX Runtime.
         """
-        self._left, self._right = left, right
+        self._left, self._right, self._side = left, right, left_side or ThisRuntime()
         self._run_right, self._one_engine = run_right or run_region, run_right is None
         self._partner = {other: value for value, other in alignment.values.items()}
         self._alignment = alignment
@@ -82,16 +104,19 @@ class RegionWalk:
                 if partner is not None:
                     self._own[partner] = self._values[value]
 
+    def left_values(self, pair: RegionPair) -> tuple[list[Array], float]:
+        """What the left region gives in every set, kept for later regions, and its floor."""
+        model, feeds, expected = self._run_left(pair.left)
+        return expected, self._side.floor(model, feeds, expected)
+
     def compare(self, pair: RegionPair, where: str) -> RegionError:
-        feeds = self._feeds_left(pair.left)
-        model = region_model(self._left, pair.left, feeds[0])
-        expected = self._values[pair.left.output] = _only(run_region(model, feeds))
+        model, feeds, expected = self._run_left(pair.left)
         given = self._feeds_right(pair.right)
         own = self._feeds_own(pair.right) if all(value in self._own for value in pair.right.inputs) else None
         got, total = self._right_runs(pair.right, given, own)
         floor = 0.0
         if not (self._one_engine and self._has_same_operators(pair)):
-            floor = max(LEAST_FLOOR, relative_error(expected, _only(run_region(model, feeds, optimised=True))))
+            floor = self._side.floor(model, feeds, expected)
         if _is_half(pair.right, [*(given[0].values() if given else ()), *(got or ())]):
             rounded = [{name: _rounded(array) for name, array in feed.items()} for feed in feeds]
             held = [_rounded(array) for array in _only(run_region(_with_rounded_weights(model), rounded))]
@@ -99,6 +124,13 @@ class RegionWalk:
         self._own[pair.right.output] = expected if total is None else total
         path, errors = joined(where, pair.path), (relative_error(expected, got), relative_error(expected, total))
         return RegionError(path, str(pair.left.output.name), *errors, floor)
+
+    def _run_left(self, region: Region) -> tuple[ir.Model, list[dict[str, Array]], list[Array]]:
+        """The left region as a model, its inputs, and its output, which later regions read."""
+        feeds = self._feeds_left(region)
+        model = region_model(self._left, region, feeds[0])
+        expected = self._values[region.output] = _only(self._side.run(model, feeds))
+        return model, feeds, expected
 
     def _has_same_operators(self, pair: RegionPair) -> bool:
         """Whether every node of either has its partner in the other; attributes and weights may differ."""
@@ -121,7 +153,7 @@ class RegionWalk:
             return ""
         mine, theirs = [left for left, _ in inside], [right for _, right in inside]
         try:
-            expected = run_region(region_model(self._left, pair.left, feeds[0], mine), feeds)
+            expected = self._side.run(region_model(self._left, pair.left, feeds[0], mine), feeds)
             got = self._run_right(region_model(self._right, pair.right, given[0], theirs), given)
         except InputError:
             return ""

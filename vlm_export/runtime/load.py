@@ -25,7 +25,8 @@ def load(
 
     Args:
         path: the bundle's directory.
-        precision: the variant of all parts; None: float32, or the only one that the bundle has.
+        precision: the variant of all parts; None: float32, or the only one that the bundle has. With OpenVINO also
+            "bf16", float32's graphs computed in bfloat16, and "NAME+bf16", another variant's.
         engine: what runs the graphs; "openvino" needs the extra of that name, and runs on the CPU.
         providers: ONNX Runtime's execution providers in order of preference, one name or several; the CPU by default.
         threads: threads of one operator and of image decoding; None for as many as there are cores (decoding: 4).
@@ -34,7 +35,7 @@ def load(
     Raises:
         InputError: no bundle, or a damaged one. The graphs are checked when they are first used.
         UsageError: `path` is no path, the bundle has no variant of that precision, or an option is out of its range.
-        EnvironmentFailure: on first use, where an engine or a provider is missing.
+        EnvironmentFailure: on first use, where an engine or a provider is missing, or the processor has no bfloat16.
     """
     bundle = open_bundle(path)
     return Model(

@@ -58,8 +58,8 @@ class Model:
 
     @property
     def precision(self) -> str:
-        """The variant that is run: "fp32", "fp16", …"""
-        return self.session.precision
+        """The variant that is run: "fp32", "fp16", …; "bf16" for float32's graphs computed in bfloat16."""
+        return self.session.precision_text
 
     @property
     def identity(self) -> str:

@@ -26,6 +26,10 @@ class Session:
     Threads may share it. It can be pickled, also after use: engines and mapped files belong to their process, so a
     worker gets the bundle's path and the options, checks that the bundle is the same, and opens its own engines.
 
+    Attributes:
+        precision: the variant that is run.
+        precision_text: the same with the arithmetic where that is another: "bf16" is float32's graphs in bfloat16.
+
     Raises:
         UsageError: the bundle has no variant of that precision, or an option is out of its range.
     """
@@ -41,16 +45,17 @@ class Session:
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.bundle = bundle
-        self.precision = chosen_precision(bundle.manifest, precision)
+        chosen = chosen_precision(bundle.manifest, precision)
+        self.precision, self.precision_text = chosen.variant, str(chosen)
         self.max_pixels = max_pixels
-        self._choice = engine_choice(engine, providers, threads)
+        self._choice = engine_choice(engine, providers, threads, in_bf16=chosen.in_bf16)
         self._engines: dict[str, Engine] = {}
         self._tokenizers: dict[int, Tokenizer] = {}
         self._opening = Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         options = {
-            "precision": self.precision,
+            "precision": self.precision_text,
             "engine": self._choice.engine,
             "providers": self._choice.providers,
             "threads": self._choice.threads,

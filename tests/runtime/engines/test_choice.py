@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
@@ -12,6 +13,7 @@ import pytest
 
 from vlm_export import load
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
+from vlm_export.runtime.engines import openvino
 from vlm_export.runtime.engines.onnxruntime import MAX_THREADS, OrtEngine, run_in_float32
 from vlm_export.runtime.engines.openvino import OpenVinoEngine
 
@@ -80,6 +82,36 @@ def test_openvino_computes_what_onnxruntime_does(bundle: Path, image: Path, asse
     assert_same(second.encode_image([image] * 3), first.encode_image([image] * 3))
     texts = ["a cat", "a photo of two dogs on the left", ""]
     assert_same(second.encode_text(texts), first.encode_text(texts))
+
+
+def test_bfloat16_is_refused_where_nothing_computes_in_it(bundle: Path) -> None:
+    for precision in ("bf16", "fp32+bf16"):
+        with pytest.raises(UsageError, match="ONNX Runtime does not compute") as caught:
+            load(bundle, precision=precision)
+        assert "--engine openvino" in caught.value.fix
+    with pytest.raises(UsageError, match=r"no variant 'int9\+bf16'"):
+        load(bundle, engine="openvino", precision="int9+bf16")
+
+
+@OPENVINO
+def test_a_processor_without_bfloat16_is_told(bundle: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino, "computes_in_bf16", lambda: False)
+    model = load(bundle, engine="openvino", precision="bf16", threads=1)
+    with pytest.raises(EnvironmentFailure, match="processor does not compute in bfloat16"):
+        model.encode_image(image)
+
+
+@OPENVINO
+@pytest.mark.skipif(not openvino.computes_in_bf16(), reason="this processor does not compute in bfloat16")
+def test_bfloat16_rounds_and_travels(bundle: Path, image: Path, assert_same: Callable[..., None]) -> None:
+    exact, model = load(bundle, threads=1), load(bundle, engine="openvino", precision="bf16", threads=1)
+    assert (model.precision, model.session.precision, model.identity) == ("bf16", "fp32", exact.identity)
+    expected, got = exact.encode_image(image), model.encode_image(image)
+    assert_same(got, expected, max_abs=0.02, cosine=0.999)
+    assert np.abs(got - expected).max() > 1e-5, "nothing was rounded"
+    again = pickle.loads(pickle.dumps(model))
+    assert again.precision == "bf16"
+    assert (again.encode_image(image) == got).all()
 
 
 @OPENVINO

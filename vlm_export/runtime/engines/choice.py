@@ -15,7 +15,28 @@ from vlm_export.runtime.engines.openvino import OpenVinoEngine
 
 EngineName: TypeAlias = Literal["onnxruntime", "openvino"]
 ONNXRUNTIME: EngineName = "onnxruntime"
+OPENVINO: EngineName = "openvino"
+BF16 = "bf16"
+"""The name of bfloat16 in a precision."""
 _SHORT_CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Which graphs are run, and in which arithmetic. As a text it is what `chosen_precision` makes it of.
+
+    Attributes:
+        variant: of the bundle.
+        in_bf16: the engine multiplies and adds in bfloat16 what the graph has in float32.
+    """
+
+    variant: str
+    in_bf16: bool = False
+
+    def __str__(self) -> str:
+        if not self.in_bf16:
+            return self.variant
+        return BF16 if self.variant == "fp32" else f"{self.variant}+{BF16}"
 
 
 @dataclass(frozen=True)
@@ -26,11 +47,13 @@ class EngineChoice:
         engine: its name.
         providers: of ONNX Runtime, in order of preference.
         threads: of one operator; None for as many as there are cores.
+        in_bf16: as in `Precision`; of OpenVINO.
     """
 
     engine: EngineName
     providers: tuple[str, ...]
     threads: int | None
+    in_bf16: bool = False
 
     def open_part(self, bundle: OpenBundle, part: str, precision: str) -> Engine:
         """The engine of a part's variant, once its files and the graph's sizes are found to be what the manifest says.
@@ -51,14 +74,17 @@ class EngineChoice:
         """The engine of a graph; errors as in `OrtEngine` and `OpenVinoEngine`."""
         if self.engine == ONNXRUNTIME:
             return OrtEngine(path, providers=self.providers, threads=self.threads)
-        return OpenVinoEngine(path, threads=self.threads)
+        return OpenVinoEngine(path, threads=self.threads, in_bf16=self.in_bf16)
 
 
-def engine_choice(engine: str, providers: str | Sequence[str] | None, threads: int | None) -> EngineChoice:
+def engine_choice(
+    engine: str, providers: str | Sequence[str] | None, threads: int | None, *, in_bf16: bool = False
+) -> EngineChoice:
     """The options, checked before anything is opened.
 
     Args:
         providers: one or several; None for the CPU.
+        in_bf16: as in `Precision`.
 
     Raises:
         UsageError: an unknown engine, providers that are no names or that OpenVINO would not use, or `threads` is out
@@ -70,6 +96,13 @@ def engine_choice(engine: str, providers: str | Sequence[str] | None, threads: i
     known = get_args(EngineName)
     if engine not in known:
         raise UsageError(f"there is no engine {engine!r}", fix=suggestion(str(engine), known))
+    if in_bf16 and engine == ONNXRUNTIME:
+        raise UsageError(
+            "ONNX Runtime does not compute float32 graphs in bfloat16",
+            expected="a precision that the bundle has a variant of, or another engine",
+            got=BF16,
+            fix="take OpenVINO (engine='openvino', --engine openvino), or leave out the precision",
+        )
     if engine != ONNXRUNTIME and not {name.lower() for name in names} <= {CPU.lower(), _SHORT_CPU}:
         raise UsageError(
             "OpenVINO has none of ONNX Runtime's execution providers",
@@ -77,19 +110,30 @@ def engine_choice(engine: str, providers: str | Sequence[str] | None, threads: i
             got=", ".join(names),
             fix="leave out providers, or engine='openvino'",
         )
-    return EngineChoice("openvino" if engine == "openvino" else ONNXRUNTIME, names, checked_threads(threads))
+    return EngineChoice(OPENVINO if engine == OPENVINO else ONNXRUNTIME, names, checked_threads(threads), in_bf16)
 
 
-def chosen_precision(manifest: Manifest, precision: str | None) -> str:
-    """The variant to open.
+def chosen_precision(manifest: Manifest, precision: str | None) -> Precision:
+    """The variant to open, and the arithmetic to run it in.
+
+    Args:
+        precision: the name of a variant; "bf16" for the default one in bfloat16, unless the bundle has a variant of
+            that name; "NAME+bf16" for another one in bfloat16; None for the default one as it is.
 
     Raises:
         UsageError: no part has a variant of that precision, or none is given and the bundle has no default.
     """
     if precision is None:
-        return manifest.default_precision()
-    manifest.chosen(precision)
-    return precision
+        return Precision(manifest.default_precision())
+    known = list(dict.fromkeys(variant.precision for part in manifest.parts for variant in part.variants))
+    if precision in known:
+        return Precision(precision)
+    variant, _, arithmetic = str(precision).rpartition("+")
+    if arithmetic == BF16 and (variant in known or precision == BF16):
+        return Precision(variant or manifest.default_precision(), in_bf16=True)
+    raise UsageError(
+        f"the bundle has no variant {precision!r}", where=manifest.name, fix=suggestion(str(precision), known)
+    )
 
 
 def _check_graph_sizes(engine: Engine, part: PartRecord, path: Path) -> None:

@@ -23,14 +23,15 @@ class OpenVinoEngine:
     Args:
         path: the `.onnx` file; its external data is found beside it.
         threads: of one inference; None leaves the number to OpenVINO.
+        in_bf16: multiply and add in bfloat16 what the graph has in float32, inputs and outputs excepted.
 
     Raises:
-        EnvironmentFailure: the package is not installed.
+        EnvironmentFailure: the package is not installed, or the processor does not compute in bfloat16.
         InputError: OpenVINO does not read the graph.
         UsageError: `threads` is out of its range.
     """
 
-    def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
+    def __init__(self, path: str | Path, *, threads: int | None = None, in_bf16: bool = False) -> None:
         try:
             import openvino
         except ImportError as error:
@@ -38,8 +39,14 @@ class OpenVinoEngine:
                 "OpenVINO is not installed", got=str(error), fix=install_fix("openvino")
             ) from error
         self.path = Path(path)
-        # On processors that have it, OpenVINO would compute in bfloat16.
-        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+        if in_bf16 and not computes_in_bf16():
+            raise EnvironmentFailure(
+                "this processor does not compute in bfloat16",
+                expected="one with AVX-512 BF16 or AMX",
+                fix="leave out the precision 'bf16'",
+            )
+        # On processors that have it, OpenVINO would compute in bfloat16 by itself.
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if in_bf16 else "f32"}
         if checked_threads(threads) is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
         try:
@@ -76,6 +83,18 @@ class OpenVinoEngine:
                     "a graph failed while running", where=str(self.path), got=_last_line(error)
                 ) from error
             return {info.name: np.array(values[info.name]) for info in self.outputs}
+
+
+def computes_in_bf16() -> bool:
+    """Whether OpenVINO is installed and finds a processor with instructions for bfloat16.
+
+    Without them it would take the hint and compute in float32.
+    """
+    try:
+        import openvino
+    except ImportError:
+        return False
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _tensor_info(entry: Any) -> TensorInfo:
