@@ -75,9 +75,9 @@ OUTSIDE = {
     "runtime": BASE,
     "graph": {"numpy", "onnx_ir", "onnx", "google", "onnxruntime", "yaml"},  # google: protobuf
     "precision": {"numpy", "onnx_ir", "onnx", "onnxruntime"},
-    "quantizing": {"numpy", "PIL", "onnx", "onnxruntime"},
+    "quantizing": {"numpy", "PIL", "onnx", "onnx_ir", "onnxruntime"},
     "proof": BASE - {"onnxruntime", "openvino", "pyarrow", "tqdm"},
-    "lab": {"numpy", "PIL", "onnx_ir", "onnx", "yaml", "pytest"},
+    "lab": {"numpy", "PIL", "onnx_ir", "onnx", "onnxruntime", "yaml", "pytest"},
     "cli": set[str](),
     "api.py": set[str](),
     "__main__.py": set[str](),

@@ -22,9 +22,9 @@ from vlm_export.quantizing.samples import sample_set
 from vlm_export.quantizing.task_runs import run_tasks
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
 
-PRECISIONS = ("int8", "w8a16", "int4")
+PRECISIONS = ("int8", "int8-static", "w8a16", "int4")
 # Of the float32 graph's bytes: the demo's patch convolution, which stays, is 7 % of its image encoder.
-LARGEST = {"int8": 0.34, "w8a16": 0.35, "int4": 0.26}
+LARGEST = {"int8": 0.34, "int8-static": 0.34, "w8a16": 0.36, "int4": 0.26}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -164,6 +164,7 @@ def first_byte(array: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
     [
         ("int8", "blocks.0.mlp.fc1.weight.transposed_quantized"),
         ("int8", "token_embedding.weight.rows_quantized"),
+        ("int8-static", "blocks.0.mlp.fc1.weight.transposed_quantized"),
         ("w8a16", "blocks.0.mlp.fc1.weight.transposed_Q8"),
         ("int4", "blocks.0.mlp.fc1.weight.transposed_Q4"),
         ("int4", "token_embedding.weight.rows_Q4"),
@@ -219,6 +220,22 @@ def test_the_users_images_and_texts_are_measured(demo: Path, tmp_path: Path) -> 
     )
     samples = result.losses[0].record.samples
     assert (samples.own_images, samples.own_texts) == (4, 2)
+
+
+def test_no_sample_is_both_calibrated_on_and_measured(quantised: Callable[[str], Path]) -> None:
+    bundle = open_bundle(quantised("int8-static"))
+    every = sample_set(bundle, (), None)
+    calibrated, measured = every.part(0, 2), every.part(1, 2)
+    assert not set(calibrated.texts) & set(measured.texts)
+    assert not {id(image) for image in calibrated.images} & {id(image) for image in measured.images}
+    for _, loss in losses(bundle):
+        samples = loss.samples
+        assert (samples.calibration_images, samples.calibration_texts) == (
+            len(calibrated.images),
+            len(calibrated.texts),
+        )
+        assert (samples.images, samples.texts) == (len(measured.images), len(measured.texts))
+        assert any("calibrated on" in note for note in loss.notes)
 
 
 def test_what_cannot_be_is_told(demo: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ class QuantisedFrom(Spec):
     weight: str
     scales: str
     zero_points: str | None
-    bits: Annotated[int, between(4, 8)]
+    bits: Annotated[int, between(4, 32)]
     layout: Layout
     axis: Annotated[int, between(0, 8)] | None = None
     block_size: Annotated[int, between(16, 4096)] | None = None

@@ -28,8 +28,8 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--precision",
         required=True,
-        choices=("int8", "w8a16", "int4"),
-        help="int8: products of 8 bits; w8a16, int4: weights alone",
+        choices=("int8", "int8-static", "w8a16", "int4"),
+        help="int8: products of 8 bits; int8-static: with calibrated ranges; w8a16, int4: weights alone",
     )
     parser.add_argument("--part", action="append", default=[], metavar="NAME", help="only this part, repeatable")
     parser.add_argument(

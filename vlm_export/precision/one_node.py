@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -38,23 +39,28 @@ def one_node_model(node: ir.Node, weight: ir.TensorProtocol, position: int, opse
             got=f"{weight.nbytes} bytes",
             fix="leave this part out with --part",
         )
-    rank = len(node.outputs[0].shape) if node.outputs[0].shape is not None else len(weight.shape)
-    axes = [f"axis_{index}" for index in range(rank)]
-    other = node.inputs[1 - position]
+    other, output = node.inputs[1 - position], node.outputs[0]
     assert other is not None
     is_table = node.op_type == "Gather"
     kind = onnx.TensorProto.INT64 if is_table else onnx.TensorProto.FLOAT
     if is_table and other.dtype == ir.DataType.INT32:
         kind = onnx.TensorProto.INT32
-    inputs: list[str | int | None] = [*axes[: rank - 1]]
-    if not is_table:
-        inputs.append(int(weight.shape.numpy()[-2]))
+    rank = len(output.shape) if output.shape is not None else len(weight.shape)
+    # What the quantisers look at: how many axes there are, and in a product the size that is summed over.
+    axes = [f"axis_{index}" for index in range(rank)]
+    inputs: list[str | int | None] = [f"size_{index}" for index in range(rank - 1 if is_table else rank)]
+    if node.op_type == "MatMul":
+        inputs[-1] = int(weight.shape.numpy()[-2])
+    constants = [value for value in node.inputs if value is not None and value is not other and value.const_value]
     graph = onnx.helper.make_graph(
         [ir.to_proto(node)],
         "one_node",
         [onnx.helper.make_tensor_value_info(str(other.name), kind, inputs)],
-        [onnx.helper.make_tensor_value_info(str(node.outputs[0].name), onnx.TensorProto.FLOAT, axes)],
-        [onnx.numpy_helper.from_array(weight.numpy(), str(weight.name))],
+        [onnx.helper.make_tensor_value_info(str(output.name), onnx.TensorProto.FLOAT, axes)],
+        [
+            onnx.numpy_helper.from_array(weight.numpy(), str(weight.name)),
+            *(onnx.numpy_helper.from_array(v.const_value.numpy(), v.name) for v in constants if v.const_value),
+        ],
     )
     imports = [onnx.helper.make_opsetid(domain, version) for domain, version in opsets.items()]
     model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=10)
@@ -62,7 +68,7 @@ def one_node_model(node: ir.Node, weight: ir.TensorProtocol, position: int, opse
     return model
 
 
-def dynamic_quantiser(recipe: Recipe, reduce_range: bool) -> Quantiser:
+def dynamic_quantiser(*, reduce_range: bool) -> Quantiser:
     """`quantize_dynamic` with one scale for each output channel."""
 
     def quantise(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -79,6 +85,39 @@ def dynamic_quantiser(recipe: Recipe, reduce_range: bool) -> Quantiser:
                 weight_type=QuantType.QInt8,
             )
             return onnx.load(path)
+
+    return quantise
+
+
+def static_quantiser(recipe: Recipe, ranges: Mapping[str, tuple[float, float]], *, reduce_range: bool) -> Quantiser:
+    """The quantiser of `quantize_static`: QuantizeLinear and DequantizeLinear by calibrated ranges.
+
+    A product's result stays in float32, for which ONNX Runtime has one kernel; a convolution's is quantised, too.
+    """
+
+    def quantise(model: onnx.ModelProto) -> onnx.ModelProto:
+        with quiet():
+            from onnxruntime.quantization import CalibrationMethod, QuantType
+            from onnxruntime.quantization.calibrate import TensorsData
+            from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+            names = [entry.name for entry in (*model.graph.input, *model.graph.output) if entry.name in ranges]
+            limits = {name: tuple(np.float32(limit) for limit in ranges[name]) for name in names}
+            work = QDQQuantizer(
+                model,
+                True,
+                reduce_range,
+                QuantType.QInt8,
+                QuantType.QUInt8,
+                TensorsData(CalibrationMethod.MinMax, limits),
+                [],
+                [],
+                ["MatMul", "Conv"],
+                {"OpTypesToExcludeOutputQuantization": ["MatMul"]},
+            )
+            work.quantize_model()
+            made: onnx.ModelProto = work.model.model
+            return made
 
     return quantise
 

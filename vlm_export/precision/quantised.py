@@ -6,7 +6,7 @@ the node's place. Memory holds one weight at a time, and quantised values lie in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_ir as ir
 
 from vlm_export.bundle.quantised import QuantisedFrom
 from vlm_export.errors import InputError
 from vlm_export.precision.fp16_rules import MOVES
-from vlm_export.precision.one_node import block_quantiser, dynamic_quantiser, one_node_model
+from vlm_export.precision.one_node import (
+    Quantiser,
+    block_quantiser,
+    dynamic_quantiser,
+    one_node_model,
+    static_quantiser,
+)
 from vlm_export.precision.recipes import Recipe
 
 Array = npt.NDArray[Any]
@@ -66,31 +71,35 @@ class Scratch:
         )
 
 
-def quantise(model: ir.Model, recipe: Recipe, scratch: Path, *, reduce_range: bool = False) -> Quantised:
+def quantise(
+    model: ir.Model,
+    recipe: Recipe,
+    scratch: Path,
+    *,
+    reduce_range: bool = False,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
+) -> Quantised:
     """A copy whose weights have fewer bits, and whose inputs and outputs are the model's own.
 
     Args:
         model: sorted, in float32, its functions inlined.
-        recipe: of the kind "dynamic" or "weight-only".
         scratch: a file that is written, and must stay until the result is saved.
         reduce_range: weights of 7 bits, for CPUs without VNNI, whose sums of products of 8 bits overflow.
+        ranges: of a static recipe, tensor of `calibrated_tensors` → its smallest and largest value.
 
     Raises:
         InputError: a weight is larger than one file of ONNX can be.
     """
     work = model.clone()
     split_gemms(work.graph)
-    return _Quantisation(work, recipe, Scratch(scratch), reduce_range).run()
+    return _Quantisation(work, recipe, Scratch(scratch), _quantiser(recipe, reduce_range, ranges or {})).run()
 
 
 class _Quantisation:
-    def __init__(self, model: ir.Model, recipe: Recipe, scratch: Scratch, reduce_range: bool) -> None:
+    def __init__(self, model: ir.Model, recipe: Recipe, scratch: Scratch, quantiser: Quantiser) -> None:
         self._model, self._graph, self._recipe, self._scratch = model, model.graph, recipe, scratch
+        self._quantiser = quantiser
         self._opsets = {domain: version for domain, version in model.graph.opset_imports.items() if domain == ""}
-        if recipe.kind == "dynamic":
-            self._product = dynamic_quantiser(recipe, reduce_range)
-        else:
-            self._product = block_quantiser(recipe, recipe.bits)
         self._weights: dict[str, QuantisedFrom] = {}
         self._values: dict[str, ir.Value] = {}
 
@@ -103,6 +112,8 @@ class _Quantisation:
             table = table_weight(node)
             if table is not None and str(table.name) not in kept:
                 self._replace_table(node, table)
+            if self._recipe.convolutions and (weight := convolution_weight(node)) is not None:
+                self._replace_convolution(node, weight)
         remove_unused(self._graph)
         if any(node.domain == _MICROSOFT for node in self._graph):
             self._graph.opset_imports[_MICROSOFT] = 1
@@ -110,9 +121,9 @@ class _Quantisation:
 
     def _replace_product(self, node: ir.Node, weight: ir.Value) -> None:
         tensor = constant(weight)
-        inserted = self._inserted(node, tensor, 1, self._product)
+        inserted = self._inserted(node, tensor, 1, self._quantiser)
         name, source, transposed = str(weight.name), *source_of(weight)
-        if self._recipe.kind == "dynamic":
+        if self._recipe.kind != "weight-only":
             zero = f"{name}_zero_point"
             row = QuantisedFrom(source, f"{name}_scale", zero, 8, "channels", axis=1, transposed=transposed)
             self._weights[f"{name}_quantized"] = row
@@ -124,6 +135,17 @@ class _Quantisation:
                 source, f"{name}_scales", zeros, bits, "product-blocks", block_size=size, transposed=transposed
             )
             self._weights[f"{name}_Q{bits}"] = row
+        self._take_place(node, inserted)
+
+    def _replace_convolution(self, node: ir.Node, weight: ir.Value) -> None:
+        tensor, name = constant(weight), str(weight.name)
+        inserted = self._inserted(node, tensor, 1, self._quantiser)
+        row = QuantisedFrom(name, f"{name}_scale", f"{name}_zero_point", 8, "channels", axis=0)
+        self._weights[f"{name}_quantized"] = row
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if bias is not None and f"{bias.name}_quantized" in self._graph.initializers:
+            scale, zero = f"{bias.name}_quantized_scale", f"{bias.name}_quantized_zero_point"
+            self._weights[f"{bias.name}_quantized"] = QuantisedFrom(str(bias.name), scale, zero, 32, "channels", axis=0)
         self._take_place(node, inserted)
 
     def _replace_table(self, node: ir.Node, table: ir.Value) -> None:
@@ -170,7 +192,7 @@ class _Quantisation:
         node: ir.Node,
         weight: ir.TensorProtocol,
         position: int,
-        quantiser: Callable[[onnx.ModelProto], onnx.ModelProto],
+        quantiser: Quantiser,
     ) -> ir.Value:
         """Puts what the quantiser makes of the node before it; the value that has its output.
 
@@ -179,6 +201,7 @@ class _Quantisation:
         """
         alone = node_alone(node, weight, position)
         made = ir.from_proto(quantiser(one_node_model(alone, weight, position, self._opsets)))
+        made.graph.sort()
         if made.graph.initializers.keys() == {str(weight.name)}:
             raise InputError(
                 "ONNX Runtime's quantiser leaves a weight as it is",
@@ -187,10 +210,15 @@ class _Quantisation:
                 got=f"{weight.dtype} {list(weight.shape.numpy())}",
                 fix="leave this part out with --part",
             )
-        other = node.inputs[1 - position]
+        other, weight_value = node.inputs[1 - position], node.inputs[position]
         assert other is not None
         known: dict[ir.Value, ir.Value] = {made.graph.inputs[0]: other}
+        # A bias that the quantiser leaves is the graph's own.
+        own = {str(value.name): value for value in node.inputs if value is not None and value is not other}
         for name, value in made.graph.initializers.items():
+            if name in own and own[name] is not weight_value:
+                known[value] = own[name]
+                continue
             if name not in self._values and value.const_value is not None:
                 self._initializer(value.const_value)
             known[value] = self._values[name]
@@ -234,6 +262,52 @@ class _Quantisation:
         ir.convenience.replace_all_uses_with(old, made, replace_graph_outputs=True)
         self._graph.remove(node, safe=True)
         made.name = name
+
+
+def _quantiser(recipe: Recipe, reduce_range: bool, ranges: Mapping[str, tuple[float, float]]) -> Quantiser:
+    if recipe.kind == "dynamic":
+        return dynamic_quantiser(reduce_range=reduce_range)
+    if recipe.kind == "static":
+        return static_quantiser(recipe, ranges, reduce_range=reduce_range)
+    return block_quantiser(recipe, recipe.bits)
+
+
+def calibrated_tensors(model: ir.Model, recipe: Recipe) -> list[str]:
+    """Names of the tensors whose ranges a static recipe needs, in the graph's order, of a copy that it will make."""
+    work = model.clone()
+    split_gemms(work.graph)
+    kept, found = kept_weights(work.graph, recipe), dict[str, None]()
+    for node in work.graph:
+        product, convolution = product_weight(node), convolution_weight(node) if recipe.convolutions else None
+        if product is not None and str(product.name) not in kept:
+            found[str(node.inputs[0].name)] = None  # type: ignore[union-attr]
+        if convolution is not None:
+            found |= {str(node.inputs[0].name): None, str(node.outputs[0].name): None}  # type: ignore[union-attr]
+    return list(found)
+
+
+def convolution_weight(node: ir.Node) -> ir.Value | None:
+    """The float32 weight of a Conv, None where it is computed, or where the Conv reads an input of the graph: it sees
+    pixels, whose steps of 8 bits are those of the image already, and stays as it is."""
+    if node.op_type != "Conv" or node.domain or _reads_input(node):
+        return None
+    weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None and not _is_float_constant(bias):
+        return None
+    return weight if weight is not None and _is_float_constant(weight) else None
+
+
+def _reads_input(node: ir.Node) -> bool:
+    value = node.inputs[0]
+    while value is not None and (maker := value.producer()) is not None and maker.op_type in _BEHIND_LAST:
+        computed = [v for v in maker.inputs if v is not None and not v.is_initializer()]
+        value = computed[0] if computed else None
+    return value is None or value.is_graph_input()
+
+
+def _is_float_constant(value: ir.Value) -> bool:
+    tensor = value.const_value
+    return tensor is not None and value.is_initializer() and tensor.dtype == ir.DataType.FLOAT
 
 
 def node_alone(node: ir.Node, weight: ir.TensorProtocol, position: int) -> ir.Node:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["dynamic", "weight-only", "static"]
-QUANTISED: tuple[str, ...] = ("int8", "w8a16", "int4")
+QUANTISED: tuple[str, ...] = ("int8", "int8-static", "w8a16", "int4")
 """The precisions that `quantize` makes, by the words of its command line."""
 
 

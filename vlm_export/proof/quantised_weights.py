@@ -29,8 +29,11 @@ _ROUNDING = 1e-3
 _AT_END = 1.0
 _BLOCK_VALUES = 1 << 22
 _FLOAT = 1
-_SIGNED, _UNSIGNED, _SIGNED4, _UNSIGNED4 = 3, 2, 22, 21
-_DTYPES: Mapping[int, npt.DTypeLike] = {_FLOAT: np.float32, _SIGNED: np.int8, _UNSIGNED: np.uint8}
+_SIGNED, _UNSIGNED, _SIGNED4, _UNSIGNED4, _SIGNED32 = 3, 2, 22, 21, 6
+_DTYPES: Mapping[int, npt.DTypeLike] = {
+    **{_FLOAT: np.float32, _SIGNED: np.int8, _UNSIGNED: np.uint8},
+    _SIGNED32: np.int32,
+}
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ def _levels(
 def _channel_levels(
     stated: QuantisedFrom, levels: StoredValues, scales: StoredValues, zeros: StoredValues | None, rows: slice
 ) -> _Levels | None:
-    if levels.data_type not in (_SIGNED, _UNSIGNED):
+    if levels.data_type not in (_SIGNED, _UNSIGNED, _SIGNED32):
         return None
     every = _array(levels).reshape(levels.shape)
     shape = [1] * every.ndim
@@ -172,7 +175,7 @@ def _channel_levels(
         wide, zeros_wide = wide[rows], zeros_wide[rows] if zero.size > 1 else zeros_wide
     bounds = np.iinfo(every.dtype)
     # Symmetric levels of 8 bits leave one out.
-    lowest = -bounds.max if levels.data_type == _SIGNED else bounds.min
+    lowest = -bounds.max if levels.data_type != _UNSIGNED else bounds.min
     return _Levels(every[rows], wide, zeros_wide.astype(np.float64), int(lowest), int(bounds.max))
 
 

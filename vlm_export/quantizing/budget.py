@@ -13,6 +13,7 @@ from vlm_export.errors import UsageError, suggestion
 KEYS: tuple[BudgetKey, ...] = get_args(BudgetKey)
 DEFAULT_BUDGETS: Mapping[str, Mapping[BudgetKey, float]] = {
     "int8": {"cosine": 0.98, "mean-cosine": 0.995, "top10": 0.8, "exact-match": 0.75},
+    "int8-static": {"cosine": 0.95, "mean-cosine": 0.99, "top10": 0.8, "exact-match": 0.75},
     "w8a16": {"cosine": 0.995, "mean-cosine": 0.999, "top10": 0.9, "exact-match": 0.9},
     "int4": {"cosine": 0.85, "mean-cosine": 0.97, "top10": 0.7, "exact-match": 0.5},
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from vlm_export.graph.core.files import Storage, open_model, save_model
 from vlm_export.precision.one_node import quiet
 from vlm_export.precision.quantised import quantise
 from vlm_export.precision.recipes import Recipe
+from vlm_export.quantizing.calibration import calibrated_ranges
+from vlm_export.quantizing.task_runs import Feeds
 
 # onnxruntime's quantiser holds the whole model several times, in one message of protobuf.
 _LARGEST_NAIVE_BYTES = 1_500_000_000
@@ -41,11 +43,24 @@ class QuantisedGraph:
 
 
 def write_quantised(
-    bundle: OpenBundle, part: PartRecord, recipe: Recipe, target: Path, scratch: Path, *, reduce_range: bool
+    bundle: OpenBundle,
+    part: PartRecord,
+    recipe: Recipe,
+    target: Path,
+    scratch: Path,
+    *,
+    feeds: Sequence[Feeds],
+    reduce_range: bool,
+    threads: int | None,
 ) -> QuantisedGraph:
-    """Quantises a part's float32 graph and writes it, with a data file beside it above 64 MiB of weights."""
+    """Quantises a part's float32 graph and writes it, with a data file beside it above 64 MiB of weights.
+
+    Args:
+        feeds: of a static recipe, what its ranges are calibrated on.
+    """
     model = open_model(bundle.model_files(part.variant(PRECISIONS[0])))
-    made = quantise(model, recipe, scratch / "levels.bin", reduce_range=reduce_range)
+    ranges = calibrated_ranges(model, recipe, feeds, scratch, threads) if recipe.kind == "static" else None
+    made = quantise(model, recipe, scratch / "levels.bin", reduce_range=reduce_range, ranges=ranges)
     written = save_model(made.model, target, storage=Storage())
     (scratch / "levels.bin").unlink()
     return QuantisedGraph(tuple(written), made.weights, made.kept)

@@ -143,9 +143,17 @@ class _Job:
             check_free_space(self.staging.path, needed + sum(float32_bytes(self.bundle, part) for part in parts))
         left_out: dict[str, str] = {}
         graphs: dict[str, QuantisedGraph] = {}
+        calibration, feeds = SampleSet((), ()), dict[str, list[Feeds]]()
+        if self.recipe.kind == "static":
+            calibration, samples = samples.part(0, 2), samples.part(1, 2)
+            with self.stages.stage("ask for calibration"):
+                feeds = dict(self._tasks(calibration, {}).feeds)
         for part in parts:
+            if self.recipe.kind == "static" and not feeds.get(part.name):
+                left_out[part.name] = "no image or text leads to it, so that its ranges cannot be calibrated"
+                continue
             with self.stages.stage(f"quantize {part.name}"):
-                graph = self._quantised(part)
+                graph = self._quantised(part, feeds.pop(part.name, []))
                 if graph.weights:
                     graphs[part.name] = graph
                 else:
@@ -159,7 +167,7 @@ class _Job:
                 got="; ".join(f"{name}: {why}" for name, why in left_out.items()),
                 fix="choose other parts",
             )
-        measured = self._measure([part for part in parts if part.name in graphs], graphs, samples)
+        measured = self._measure([part for part in parts if part.name in graphs], graphs, samples, calibration)
         losses = tuple(one.loss for one in measured)
         if any(loss.over for loss in losses):
             raise OverBudgetError(losses)
@@ -173,10 +181,17 @@ class _Job:
             part.variant(FLOAT32)
         return parts
 
-    def _quantised(self, part: PartRecord) -> QuantisedGraph:
+    def _quantised(self, part: PartRecord, feeds: Sequence[Feeds]) -> QuantisedGraph:
         target = self.staging.file(layout.graph_path(part.name, self.precision))
         return write_quantised(
-            self.bundle, part, self.recipe, target, self.scratch, reduce_range=self.options.reduce_range
+            self.bundle,
+            part,
+            self.recipe,
+            target,
+            self.scratch,
+            feeds=feeds,
+            reduce_range=self.options.reduce_range,
+            threads=self.options.threads,
         )
 
     def _engine(self, path: Path) -> Engine:
@@ -186,7 +201,11 @@ class _Job:
         return self._engine(self.bundle.graph_file(part.variant(FLOAT32)))
 
     def _measure(
-        self, parts: Sequence[PartRecord], graphs: Mapping[str, QuantisedGraph], samples: SampleSet
+        self,
+        parts: Sequence[PartRecord],
+        graphs: Mapping[str, QuantisedGraph],
+        samples: SampleSet,
+        calibration: SampleSet,
     ) -> list[_Measured]:
         naive: dict[str, Path] = {}
         failed: dict[str, str] = {}
@@ -214,6 +233,7 @@ class _Job:
                     (tasks, naive_tasks),
                     before,
                     samples,
+                    calibration,
                 )
                 loss = PartLoss(part.name, self.precision, graphs[part.name].size_bytes, record)
                 measured.append(_Measured(part, graphs[part.name], loss))
@@ -248,8 +268,10 @@ class _Job:
         tasks: tuple[Agreement, Agreement],
         before: Answers,
         samples: SampleSet,
+        calibration: SampleSet,
     ) -> LossRecord:
-        feeds, notes = before.feeds.get(part.name, []), [*samples.notes("measured on"), *before.not_run]
+        feeds = before.feeds.get(part.name, [])
+        notes = [*calibration.notes("calibrated on"), *samples.notes("measured on"), *before.not_run]
         if not feeds:
             feeds = [record.inputs for record in iterate_golden(self.bundle, part.name)]
             notes.append(f"no task runs part {part.name!r} here: it was measured on the inputs of its golden records")
@@ -273,6 +295,8 @@ class _Job:
                 golden=count,
                 own_images=samples.own_images,
                 own_texts=samples.own_texts,
+                calibration_images=len(calibration.images),
+                calibration_texts=len(calibration.texts),
             ),
             kept=graph.kept,
             notes=tuple(dict.fromkeys(notes)),
