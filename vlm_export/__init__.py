@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from vlm_export.api import VerificationResult, export, verify
     from vlm_export.exporting.pipeline import ExportResult
+    from vlm_export.lab.bench import bench
     from vlm_export.lab.bisect import bisect
     from vlm_export.lab.check import check
     from vlm_export.lab.diff import diff
@@ -27,6 +28,7 @@ _HOMES = {
     "Model": "vlm_export.runtime.model",
     "QuantizeResult": "vlm_export.quantizing.result",
     "VerificationResult": "vlm_export.api",
+    "bench": "vlm_export.lab.bench",
     "bisect": "vlm_export.lab.bisect",
     "check": "vlm_export.lab.check",
     "diff": "vlm_export.lab.diff",
@@ -45,6 +47,7 @@ __all__ = [
     "QuantizeResult",
     "VerificationResult",
     "__version__",
+    "bench",
     "bisect",
     "check",
     "diff",

@@ -227,9 +227,28 @@ def source_modules(bundle: OpenBundle, source: str) -> Iterator[dict[str, Source
     """
     source_kind(source)
     with _told_if_missing():
-        from vlm_export.exporting.module_outputs import module_values, source_parts, submodules
-    with source_parts(bundle, source) as parts:
-        yield {name: SourceModule(submodules(part), partial(module_values, part)) for name, part in parts.items()}
+        from vlm_export.exporting.module_outputs import module_values, source_model, submodules
+    with source_model(bundle, source) as model:
+        yield {part.name: SourceModule(submodules(part), partial(module_values, part)) for part in model.parts}
+
+
+@contextmanager
+def source_run(bundle: OpenBundle, source: str, part: str, form: str, threads: int) -> Iterator[Callable[..., Any]]:
+    """What runs a part of a source in PyTorch, arrays by name to arrays by name; it lasts as long as the context.
+
+    Args:
+        form: "eager", "compiled" or "bf16", as `vlm_export.exporting.source_runs` has them.
+        threads: of torch, in this process.
+
+    Raises:
+        InputError: the source's files are not those that the manifest records.
+        EnvironmentFailure: a missing package.
+    """
+    source_kind(source)
+    with _told_if_missing():
+        from vlm_export.exporting import source_runs
+    with source_runs.source_run(bundle, source, part, form, threads) as run:
+        yield run
 
 
 @contextmanager

@@ -14,10 +14,11 @@ import numpy.typing as npt
 import torch
 from transformers import BlipConfig, BlipForConditionalGeneration
 
-from benchmarks.measuring import bundle_or_random, interleaved, random_original, ratio
+from benchmarks.measuring import bundle_or_random, interleaved, random_original
 from benchmarks.report import Bars, Report, table
 from vlm_export import Model, load
 from vlm_export.family import Checkpoint
+from vlm_export.lab.timing import median_ratio
 from vlm_export.runtime.generation.cross_attention_decoder import CrossAttentionState
 from vlm_export.runtime.generation.loop import generate
 from vlm_export.runtime.generation.options import GenerationOptions
@@ -91,7 +92,7 @@ class Contest:
             "ids_equal": equal,
             "tokens_per_s": made / median(times["ours"]),
             "original_tokens_per_s": made / median(times["theirs"]),
-            "ratio": ratio(times["theirs"], times["ours"]),
+            "ratio": median_ratio(times["theirs"], times["ours"]),
             "seconds": list(zip(*times.values(), strict=True)),
         }
 

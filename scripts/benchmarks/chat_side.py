@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vlm_export.proof.memory import anonymous_bytes, peak_bytes
+
 Form = tuple[int, int]
 """Pixels of an image's side, and the size of the vocabulary."""
 
@@ -30,13 +32,12 @@ def serve(side: str, name: str, bundle: str, weights: str, threads: str, prompt_
         first = time.perf_counter()
         ids += islice(tokens, int(line) - 1)
         end = time.perf_counter()
-        memory = _memory()
         result = {
             "ids": ids,
             "first_seconds": first - start,
             "token_seconds": (end - first) / max(len(ids) - 1, 1),
-            "peak_bytes": memory["VmHWM"],
-            "anonymous_bytes": memory["RssAnon"],
+            "peak_bytes": peak_bytes(),
+            "anonymous_bytes": anonymous_bytes(),
         }
         print(json.dumps(result), flush=True)
 
@@ -98,12 +99,6 @@ def _original(name: str, weights: Path, threads: int, *, cached: bool) -> tuple[
             logits, cache, fed = step(model.next_logits, token, cache, fed)
 
     return generate, form
-
-
-def _memory() -> dict[str, int]:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    return {name: int(fields[name].split()[0]) * 1024 for name in ("VmHWM", "RssAnon")}
 
 
 _SIDES: dict[str, Callable[[str, Path, Path, int], tuple[Generate, Form]]] = {

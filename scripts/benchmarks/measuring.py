@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from vlm_export.checkpoint.random import random_checkpoint
 from vlm_export.checkpoint.sources.known import load_known
 from vlm_export.family import Checkpoint
+from vlm_export.lab import timing
 from vlm_export.models.registry import load_family
 
 
@@ -48,18 +47,6 @@ def bundle_or_random(name: str, bundle: Path | None) -> Iterator[Path]:
 
 
 def interleaved(sides: Mapping[str, Callable[[], Any]], rounds: int, what: str) -> dict[str, list[float]]:
-    """Seconds of each side in each round, one side after the other, after a round that warms up."""
+    """Seconds of each side in each round, one side after the other, after a run of each that warms up."""
     print(f"{what}: {rounds} rounds", file=sys.stderr)
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
-        for name, run in sides.items():
-            start = time.perf_counter()
-            run()
-            if number:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def ratio(times: Sequence[float], others: Sequence[float]) -> float:
-    """How many times as long the first took: the median of the rounds'."""
-    return float(median(a / b for a, b in zip(times, others, strict=True)))
+    return timing.interleaved({name: timing.timed(run) for name, run in sides.items()}, rounds)

@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.measuring import interleaved, ratio
+from benchmarks.measuring import interleaved
 from benchmarks.report import Bars, Report, Table, table
 from vlm_export.exporting.backends import Lowerings, export_part
 from vlm_export.exporting.lowerings.resample import Interpolation
 from vlm_export.exporting.writer import write_graph
 from vlm_export.family import Part
+from vlm_export.lab.timing import median_ratio
 from vlm_export.models.layers.from_uint8 import PreprocessedVision
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
 from vlm_export.runtime.inputs.images import preprocess_image
@@ -101,7 +102,7 @@ def _measure_size(kind: str, shape: tuple[int, ...], target: int, rounds: int, t
         expected = module(*tensors).numpy()
         differences = {form: float(np.abs(runs[form]() - expected).max()) for form in FORMS}
         times = interleaved(runs, rounds, f"{kind} {shape} to {target}")
-    ratios = {form: ratio(times[form], times["torch"]) for form in FORMS}
+    ratios = {form: median_ratio(times[form], times["torch"]) for form in FORMS}
     return {
         "kind": kind,
         "shape": shape,
@@ -160,7 +161,7 @@ def _measure_preprocessing(rounds: int, threads: int) -> list[dict[str, Any]]:
             }
             times = interleaved(runs, rounds, f"preprocessing of {height}×{width}")
             ms = {name: 1e3 * median(seconds) for name, seconds in times.items()}
-            results.append({"size": (height, width), "ms": ms, "ratio": ratio(times["graph"], times["Pillow"])})
+            results.append({"size": (height, width), "ms": ms, "ratio": median_ratio(times["graph"], times["Pillow"])})
     return results
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.measuring import bundle_or_random, interleaved, ratio
+from benchmarks.measuring import bundle_or_random, interleaved
 from benchmarks.report import Bars, Report, table
 from vlm_export import Model, load
+from vlm_export.lab.timing import median_ratio
 
 TOKENS = 8
 BATCHES = (1, 8, 32)
@@ -61,7 +62,7 @@ def _measure_batch(model: Model, batch: int, rounds: int) -> dict[str, Any]:
         "batch": batch,
         "padded_tokens": padded.shape[1],
         **{f"{name}_ms": 1e3 * median(seconds) for name, seconds in times.items()},
-        "ratio": ratio(times["padded"], times["short"]),
+        "ratio": median_ratio(times["padded"], times["short"]),
         "max_abs_difference": float(difference),
     }
 

@@ -26,6 +26,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     ),
     "ranges": ("ranges bundle", "ranges bundle --part vision --fail-on overflow --fail-on non-finite"),
     "check": ("check bundle", "check bundle --items items.yaml --json"),
+    "bench": ("bench bundle --recommend", "bench bundle --batch 4 16 --against clip-demo --plot bench.svg"),
     "doctor": ("doctor bundle --questions questions", "doctor bundle questions/answers"),
     "report": ("report bundle -o page.html", "report bundle -o page.html --markdown summary.md --latency"),
     "graph": ("graph show model.onnx", "graph verify original.onnx changed.onnx"),

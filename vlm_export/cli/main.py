@@ -46,6 +46,7 @@ VERBS = (
     "regress",
     "ranges",
     "check",
+    "bench",
     "doctor",
     "report",
     "graph",

@@ -18,7 +18,7 @@ from vlm_export.bundle.opened import OpenBundle
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.exporting.reverify import declared_options
 from vlm_export.exporting.source import build_model, recognise_source
-from vlm_export.family import Part
+from vlm_export.family import Model, Part
 
 Array = npt.NDArray[Any]
 INPUT_OF, OUTPUT = " input", "output "
@@ -26,8 +26,8 @@ INPUT_OF, OUTPUT = " input", "output "
 
 
 @contextmanager
-def source_parts(bundle: OpenBundle, source: str) -> Iterator[dict[str, Part]]:
-    """The parts of a bundle as PyTorch modules that its source fills, by name; their weights last as long as this.
+def source_model(bundle: OpenBundle, source: str) -> Iterator[Model]:
+    """The model of a bundle as PyTorch modules that its source fills; their weights last as long as this.
 
     Raises:
         InputError: the source's files are not those that the manifest records.
@@ -38,7 +38,7 @@ def source_parts(bundle: OpenBundle, source: str) -> Iterator[dict[str, Part]]:
             source, options, Path(folder), lambda _done, _total: None, bundle.manifest.source.files
         )
         with ScratchStore(Path(folder) / "weights.bin") as store:
-            yield {part.name: part for part in build_model(opened, store, options).parts}
+            yield build_model(opened, store, options)
 
 
 def _silent(_done: int, _total: int) -> None:

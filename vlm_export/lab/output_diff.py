@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -16,6 +16,7 @@ from vlm_export.graph.prove.compare import largest_difference
 from vlm_export.graph.prove.program import ModelProgram, RunError
 from vlm_export.graph.prove.random_inputs import Run, load_feeds, random_runs
 from vlm_export.lab.differences import Difference, OutputComparison
+from vlm_export.lab.timing import interleaved, timed
 from vlm_export.proof.metrics import compare
 
 Arrays = Mapping[str, Array]
@@ -150,11 +151,5 @@ def graph_runner(model: ir.Model) -> RunGraph:
 
 def median_seconds(runs: Sequence[RunGraph], feeds: Arrays) -> list[float]:
     """What one run of each takes: the median of several rounds, all in turn, after one run that warms up."""
-    seconds: list[list[float]] = [[] for _ in runs]
-    for number in range(_ROUNDS + 1):
-        for run, taken in zip(runs, seconds, strict=True):
-            start = time.perf_counter()
-            run(feeds)
-            if number:
-                taken.append(time.perf_counter() - start)
-    return [median(taken) for taken in seconds]
+    sides = {str(number): timed(partial(run, feeds)) for number, run in enumerate(runs)}
+    return [median(taken) for taken in interleaved(sides, _ROUNDS).values()]

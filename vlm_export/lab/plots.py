@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -12,6 +13,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 28, 130
 _RED, _BLUE, _GREY, _GREEN = _COLOURS = ("#c0392b", "#2471a3", "#7f8c8d", "#229954")
 _MOST_LABELS = 30
 _BAR_HEIGHT, _BAR_LEFT, _BAR_RIGHT, _BAR_WIDTH = 20, 180, 70, 480
+_MARK_WIDTH, _MARK_ROOM = 720, 170
 _NARROW, _MOST_LEVEL_LABELS, _LEGEND_HEIGHT = 480, 3, 20
 MOST_NARROW_POINTS = 24
 """A plot of more points is as wide as a page, others half as wide."""
@@ -162,8 +164,7 @@ class _Frame:
         lines = []
         for exponent in range(self._low, self._high + 1):
             y = self.y(10.0**exponent)
-            lines.append(f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{self._right}" y2="{y:.1f}" stroke="#e5e7e9"/>')
-            lines.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">1e{exponent}</text>')
+            lines.append(_grid_line(y, f"1e{exponent}", self._right))
         return lines
 
     def level_labels(self, labels: Sequence[str]) -> list[str]:
@@ -183,3 +184,79 @@ class _Frame:
             f'<text transform="translate({self.x(i):.1f} {y}) rotate(60)" font-size="10">{escape(labels[i])}</text>'
             for i in given[::step]
         ]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point with a name, at its place along both scales (at least 0)."""
+
+    label: str
+    x: float
+    y: float
+
+
+def mark_plot(title: str, marks: Sequence[Mark], *, joined: bool = False) -> str:
+    """An SVG document with a named point for each mark, from 0 on from left to right.
+
+    Args:
+        joined: points of one name are a line, over a height that begins with 0; otherwise the height is logarithmic,
+            and zeros lie at the bottom.
+    """
+    frame = _Frame(1, (mark.y for mark in marks), _MARK_WIDTH)
+    right, low = _MARK_WIDTH - _MARK_ROOM, _HEIGHT - _BOTTOM
+    most_x = max((mark.x for mark in marks), default=0) or 1
+    most_y = max((mark.y for mark in marks), default=0) or 1
+
+    def place(mark: Mark) -> tuple[float, float]:
+        x = _LEFT + (right - _LEFT) * mark.x / most_x
+        return x, low - (low - _TOP) * mark.y / most_y if joined else frame.y(mark.y)
+
+    height = low + _LEGEND_HEIGHT
+    grid = [_grid_line(low, "0", right), _grid_line(_TOP, f"{most_y:.3g}", right)] if joined else frame.grid()
+    parts = [*_head(title, _MARK_WIDTH, height, _LEFT), *grid]
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        x = _LEFT + (right - _LEFT) * share
+        parts.append(f'<text x="{x:.1f}" y="{low + 14}" text-anchor="middle">{most_x * share:.3g}</text>')
+    names = list(dict.fromkeys(mark.label for mark in marks))
+    for mark in marks:
+        (x, y), colour = place(mark), _COLOURS[names.index(mark.label) % len(_COLOURS)]
+        parts.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}">'
+            f"<title>{escape(f'{mark.label}: {mark.x:.3g}, {mark.y:.3g}')}</title></circle>"
+        )
+    for name in names:
+        own, colour = [mark for mark in marks if mark.label == name], _COLOURS[names.index(name) % len(_COLOURS)]
+        points = [place(mark) for mark in own]
+        if joined and len(own) > 1:
+            line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+            parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" points="{line}"/>')
+        x, y = points[-1]
+        parts.append(f'<text x="{x + 7:.1f}" y="{y + 4:.1f}" fill="{colour}">{escape(name)}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def stacked(plots: Sequence[str]) -> str:
+    """One SVG document with all of them, one below the other."""
+    sizes = [
+        tuple(map(int, re.findall(r"\d+", plot.partition('viewBox="0 0 ')[2].partition('"')[0]))) for plot in plots
+    ]
+    height, parts = 0, []
+    for plot, (width, own) in zip(plots, sizes, strict=True):
+        parts.append(plot.replace("<svg ", f'<svg y="{height}" width="{width}" height="{own}" ', 1).rstrip())
+        height += own
+    width = max((width for width, _ in sizes), default=1)
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {max(height, 1)}">'
+    return "\n".join([head, *parts, "</svg>", ""])
+
+
+def _size_of(plot: str) -> tuple[int, int]:
+    found = re.search(r'viewBox="0 0 (\d+) (\d+)"', plot)
+    assert found is not None, "a plot of `_head`"
+    return int(found[1]), int(found[2])
+
+
+def _grid_line(y: float, text: str, right: float) -> str:
+    return (
+        f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" stroke="#e5e7e9"/>'
+        f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text}</text>'
+    )

@@ -80,7 +80,7 @@ def run_job(job: Mapping[str, Any], *, max_memory_bytes: int | None = None, prog
         if "error" in answer:
             return Answer(None, error_from_json(answer["error"]), watch.peak_bytes)
         if "result" not in answer:
-            return Answer(None, _ended(process.returncode, errors), watch.peak_bytes)
+            return Answer(None, ended(process.returncode, errors), watch.peak_bytes)
         return Answer(answer["result"], None, watch.peak_bytes)
 
 
@@ -116,7 +116,8 @@ def _too_much(peak_bytes: int | None, bound: int | None) -> VlmExportError:
     )
 
 
-def _ended(status: int, errors: IO[bytes]) -> VlmExportError:
+def ended(status: int, errors: IO[bytes]) -> VlmExportError:
+    """How a process ended that should have answered, with the last lines of what it printed."""
     errors.seek(0)
     lines = errors.read().decode("utf-8", "replace").splitlines()[-_LAST_LINES:]
     how = f"exit status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"

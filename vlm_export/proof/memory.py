@@ -11,6 +11,13 @@ def anonymous_bytes(process: int | str = "self") -> int | None:
     return None if size is None else size * 1024
 
 
+def peak_bytes() -> int | None:
+    """VmHWM of this process: the most that it had in memory at once, pages of mapped files included; None outside
+    Linux."""
+    size = _field("VmHWM:")
+    return None if size is None else size * 1024
+
+
 def thread_count() -> int | None:
     """Threads of this process, also those of libraries; None outside Linux."""
     return _field("Threads:")

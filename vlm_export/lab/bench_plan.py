@@ -1,0 +1,224 @@
+"""What a bench runs: sides (who computes) and loads (on what), from what the user chose and what this machine has."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm_export.bundle.manifest import Manifest, PartRecord
+from vlm_export.bundle.opened import OpenBundle
+from vlm_export.errors import UsageError, suggestion
+from vlm_export.lab.real_inputs import real_inputs
+from vlm_export.proof.grid import BATCH_AXIS, SEQUENCE_AXIS
+from vlm_export.proof.points import Arrays
+from vlm_export.runtime.engines.choice import BF16, ONNXRUNTIME, OPENVINO, chosen_precision, engine_choice
+from vlm_export.runtime.engines.openvino import computes_in_bf16
+
+TORCH = "torch"
+TORCH_FORMS = ("eager", "compiled", "bf16")
+EXACT = "fp32"
+
+
+@dataclass(frozen=True)
+class Side:
+    """Who computes.
+
+    Attributes:
+        engine: "onnxruntime", "openvino" or "torch".
+        precision: as in `vlm_export.load`; of torch one of `TORCH_FORMS`.
+        threads: of one operator.
+    """
+
+    engine: str
+    precision: str
+    threads: int
+
+    @property
+    def name(self) -> str:
+        """`openvino bf16`; the number of threads stands beside it."""
+        return f"{self.engine} {self.precision}"
+
+    @property
+    def label(self) -> str:
+        """The name with the number of threads."""
+        return f"{self.name}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Load:
+    """On what: the sizes of one run of a part; None where the part has no such axis."""
+
+    part: str
+    batch: int | None
+    length: int | None
+
+    @property
+    def label(self) -> str:
+        sizes = [("batch", self.batch), ("length", self.length)]
+        return ", ".join([self.part, *(f"{name} {size}" for name, size in sizes if size is not None)])
+
+    @property
+    def rows(self) -> int:
+        """What one run computes, for a throughput."""
+        return self.batch or 1
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What the user may choose.
+
+    Attributes:
+        parts, precisions, engines: only these; none for all that the bundle and this machine have.
+        batches: rows of one run.
+        threads: of one operator; none for as many as this process has cores.
+        lengths: tokens of a row, of parts whose axis is free; none for as many as the recorded inputs have.
+        rounds: how often each side runs.
+        against: the bundle's source, which PyTorch then runs beside it, first of all.
+        images: a folder, whose images are encoded from files to vectors.
+        least_cosine: what `recommend` still takes.
+    """
+
+    parts: Sequence[str] = ()
+    precisions: Sequence[str] = ()
+    engines: Sequence[str] = ()
+    batches: Sequence[int] = (1, 8)
+    threads: Sequence[int] = ()
+    lengths: Sequence[int] = ()
+    rounds: int = 9
+    against: str | None = None
+    images: Path | None = None
+    least_cosine: float = 0.999
+
+    def __post_init__(self) -> None:
+        for name in ("batches", "threads", "lengths"):
+            if any(size < 1 for size in getattr(self, name)):
+                raise UsageError(f"{name} are numbers from 1", got=str(list(getattr(self, name))))
+        if self.rounds < 1:
+            raise UsageError("there is at least one round", got=str(self.rounds))
+
+
+def chosen_parts(manifest: Manifest, names: Sequence[str]) -> list[PartRecord]:
+    """The parts of those names, all where there is none; UsageError for an unknown one."""
+    known = [part.name for part in manifest.parts]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"the bundle has no part {name!r}", where=manifest.name, fix=suggestion(name, known))
+    return [part for part in manifest.parts if not names or part.name in names]
+
+
+def sides_of(manifest: Manifest, options: BenchOptions) -> list[Side]:
+    """PyTorch first where it is asked for, then each engine with each precision that it computes.
+
+    Raises:
+        UsageError: an engine or a precision that there is not, or that no engine computes.
+    """
+    engines = list(options.engines) or [ONNXRUNTIME, *([OPENVINO] if importlib.util.find_spec(OPENVINO) else [])]
+    found = []
+    for threads in options.threads or (available_cores(),):
+        if options.against is not None:
+            found += [Side(TORCH, form, threads) for form in TORCH_FORMS]
+        for engine in engines:
+            engine_choice(engine, None, threads)
+            found += [Side(engine, name, threads) for name in _precisions(manifest, options.precisions, engine)]
+    for name in options.precisions:
+        chosen = chosen_precision(manifest, name)
+        if name not in {side.precision for side in found}:
+            engine_choice(engines[0], None, None, in_bf16=chosen.in_bf16)
+    return found
+
+
+def _precisions(manifest: Manifest, wanted: Sequence[str], engine: str) -> Iterator[str]:
+    known = list(dict.fromkeys(variant.precision for part in manifest.parts for variant in part.variants))
+    every = [*known, *([BF16] if engine == OPENVINO and EXACT in known and computes_in_bf16() else [])]
+    for name in wanted or every:
+        if engine == OPENVINO or not chosen_precision(manifest, name).in_bf16:
+            yield name
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def has_variant(part: PartRecord, manifest: Manifest, side: Side) -> bool:
+    """Whether the side can run the part."""
+    if side.engine == TORCH:
+        return True
+    variant = chosen_precision(manifest, side.precision).variant
+    return variant in {record.precision for record in part.variants}
+
+
+def loads_of(bundle: OpenBundle, part: PartRecord, options: BenchOptions) -> dict[Load, Arrays]:
+    """The sizes to run a part at, from small to large, each with inputs: rows of recorded ones, cut or repeated.
+
+    They are none where the bundle has no inputs for the part on record.
+    """
+    recorded = real_inputs(bundle, part)
+    if not recorded:
+        return {}
+    # The last ones are images and texts where the part takes them.
+    inputs = recorded[-1]
+    axes = {axis.name for axis in part.signature.axes}
+    given = _sizes(part, inputs)
+    found: dict[Load, Arrays] = {}
+    for length in sorted(set(options.lengths)) if SEQUENCE_AXIS in axes and options.lengths else [None]:
+        for batch in sorted(set(options.batches)) if BATCH_AXIS in axes else [None]:
+            wanted = {BATCH_AXIS: batch, SEQUENCE_AXIS: length}
+            sizes = {**given, **{name: size for name, size in wanted.items() if size is not None}}
+            _check_sizes(part, sizes)
+            load = Load(part.name, batch, sizes.get(SEQUENCE_AXIS))
+            found[load] = _resized(part, inputs, part.signature.related(sizes))
+    return found
+
+
+def _sizes(part: PartRecord, inputs: Arrays) -> dict[str, int]:
+    return {
+        entry: size
+        for tensor in part.signature.inputs
+        for entry, size in zip(tensor.shape, inputs[tensor.name].shape, strict=True)
+        if isinstance(entry, str)
+    }
+
+
+def _check_sizes(part: PartRecord, sizes: Mapping[str, int]) -> None:
+    for axis in part.signature.axes:
+        size = sizes.get(axis.name, axis.minimum)
+        if size < axis.minimum or (axis.maximum is not None and size > axis.maximum):
+            most = "" if axis.maximum is None else f" to {axis.maximum}"
+            raise UsageError(
+                f"part {part.name!r} does not take this size of the axis {axis.name!r}",
+                expected=f"{axis.minimum}{most}",
+                got=str(size),
+            )
+
+
+def _resized(part: PartRecord, inputs: Arrays, sizes: Mapping[str, int]) -> Arrays:
+    """Each symbolic axis cut or repeated to its size; what stood last stays last, as the end of a text must."""
+    found = {}
+    for tensor in part.signature.inputs:
+        array = inputs[tensor.name]
+        for position, entry in enumerate(tensor.shape):
+            if isinstance(entry, str) and array.shape[position] != sizes[entry]:
+                array = np.take(array, _places(array.shape[position], sizes[entry]), axis=position)
+        found[tensor.name] = array
+    return found
+
+
+def _places(given: int, wanted: int) -> list[int]:
+    """Positions of what there is, for each of the wanted ones."""
+    return [i % max(given - 1, 1) for i in range(wanted - 1)] + [given - 1] if given and wanted else []
+
+
+def save_arrays(path: str | Path, arrays: Arrays) -> None:
+    """A `.npz` with the arrays by name."""
+    given: Any = arrays  # numpy's own annotation takes the names for its options.
+    np.savez(path, **given)

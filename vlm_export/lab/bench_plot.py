@@ -1,0 +1,25 @@
+"""The plots of a bench: loss against time, and throughput against threads."""
+
+from __future__ import annotations
+
+from vlm_export.lab.bench_result import BenchResult, Measured
+from vlm_export.lab.plots import Mark, mark_plot, stacked
+
+
+def bench_plot(found: BenchResult) -> str:
+    """One SVG document: for each load the loss of each side against its time, and where several numbers of threads were
+    measured, its throughput against them."""
+    drawn = []
+    for load in found.loads:
+        runs = found.on(load)
+        drawn.append(mark_plot(f"{load.label}: 1 - cosine against ms of a run", [_lost(found, one) for one in runs]))
+        if len({one.side.threads for one in runs}) > 1:
+            marks = [Mark(one.side.name, one.side.threads, one.rows_per_second) for one in runs]
+            drawn.append(mark_plot(f"{load.label}: rows per second against threads", marks, joined=True))
+    return stacked(drawn)
+
+
+def _lost(found: BenchResult, one: Measured) -> Mark:
+    cosines = [cost.cosine for cost in found.costs if (cost.side, cost.part) == (one.side, one.load.part)]
+    cosine = cosines[0] if cosines else None
+    return Mark(one.side.label, 1000 * one.spread.median, 0.0 if cosine is None else max(0.0, 1 - cosine))

@@ -1,0 +1,154 @@
+"""What a bench found: times, ratios to the first side, costs, and what follows from them."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from math import exp, log
+from typing import Any
+
+from vlm_export.lab.bench_plan import TORCH, BenchOptions, Load, Side
+from vlm_export.lab.timing import Spread, ratios
+from vlm_export.proof.metrics import json_number
+from vlm_export.runtime.engines.choice import ONNXRUNTIME
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The seconds of one run of a side on a load, in each round."""
+
+    side: Side
+    load: Load
+    seconds: tuple[float, ...]
+
+    @property
+    def spread(self) -> Spread:
+        """Seconds of a run."""
+        return Spread.of(self.seconds)
+
+    @property
+    def rows_per_second(self) -> float:
+        return self.load.rows / self.spread.median
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a side takes beside time.
+
+    Attributes:
+        load_seconds: to open the part, with the checks of its files; measured once.
+        peak_bytes: of the process's memory, pages of mapped files included; after all loads. None outside Linux.
+        anonymous_bytes: of it what is no file's, at the end.
+        size_bytes: of the part's files; None for PyTorch.
+        cosine: the least of any row of an output with float32's in ONNX Runtime, over the bundle's recorded inputs, its
+            images and its texts; None where the bundle has no float32.
+    """
+
+    side: Side
+    part: str
+    load_seconds: float
+    peak_bytes: int | None
+    anonymous_bytes: int | None
+    size_bytes: int | None
+    cosine: float | None
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The fastest side within the bound.
+
+    Attributes:
+        speed: how many times as fast as the first side: the geometric mean over all loads.
+        call, command: what to write in a program, and on the command line.
+    """
+
+    side: Side
+    speed: float
+    call: str
+    command: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.side.to_json(), "speed": self.speed, "call": self.call, "command": self.command}
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """All that was measured; `not_run` says what was not, and why."""
+
+    bundle: str
+    options: BenchOptions
+    measured: tuple[Measured, ...]
+    costs: tuple[Cost, ...]
+    not_run: tuple[str, ...] = ()
+
+    @property
+    def loads(self) -> tuple[Load, ...]:
+        return tuple(dict.fromkeys(one.load for one in self.measured))
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        return tuple(dict.fromkeys(one.side for one in self.measured))
+
+    def on(self, load: Load) -> tuple[Measured, ...]:
+        """Every side on one load, the one that the others are compared with first."""
+        return tuple(one for one in self.measured if one.load == load)
+
+    def speed(self, one: Measured) -> Spread:
+        """How many times as fast as the first side on the same load, round by round."""
+        return Spread.of(ratios(self.on(one.load)[0].seconds, one.seconds))
+
+    def recommendation(self) -> Recommendation | None:
+        """The fastest side of the bundle whose every part is within the bound; None where none is."""
+        best: Recommendation | None = None
+        for side in self.sides:
+            runs = [one for one in self.measured if one.side == side]
+            if side.engine == TORCH or len(runs) < len(self.loads) or not self._within_bound(side):
+                continue
+            speed = exp(sum(log(self.speed(one).median) for one in runs) / len(runs))
+            if best is None or speed > best.speed:
+                best = Recommendation(side, speed, *_written(self.bundle, side))
+        return best
+
+    def _within_bound(self, side: Side) -> bool:
+        cosines = [cost.cosine for cost in self.costs if cost.side == side]
+        return all(cosine is not None and cosine >= self.options.least_cosine for cosine in cosines)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `bench --json` prints."""
+        best = self.recommendation()
+        return {
+            "bundle": self.bundle,
+            "rounds": self.options.rounds,
+            "measured": [self._measured_json(one) for one in self.measured],
+            "costs": [_cost_json(cost) for cost in self.costs],
+            "least_cosine": self.options.least_cosine,
+            "recommended": None
+            if best is None
+            else {**best.side.to_json(), "call": best.call, "command": best.command},
+            "not_run": list(self.not_run),
+        }
+
+    def _measured_json(self, one: Measured) -> dict[str, Any]:
+        return {
+            **one.side.to_json(),
+            "part": one.load.part,
+            "batch": one.load.batch,
+            "length": one.load.length,
+            "seconds": vars(one.spread),
+            "rows_per_second": one.rows_per_second,
+            "speed": vars(self.speed(one)),
+            "rounds": list(one.seconds),
+        }
+
+
+def _cost_json(cost: Cost) -> dict[str, Any]:
+    data = {name: json_number(value) for name, value in vars(cost).items() if name != "side"}
+    return {**cost.side.to_json(), **data}
+
+
+def _written(bundle: str, side: Side) -> tuple[str, str]:
+    engine = [] if side.engine == ONNXRUNTIME else [f"engine={side.engine!r}"]
+    words = [repr(bundle), *engine, f"precision={side.precision!r}", f"threads={side.threads}"]
+    options = [] if side.engine == ONNXRUNTIME else ["--engine", side.engine]
+    options += ["--precision", side.precision, "--threads", str(side.threads)]
+    return f"vlm_export.load({', '.join(words)})", shlex.join(["vlm-export", "embed", bundle, "INPUT", *options])
