@@ -16,6 +16,7 @@ from vlm_export.bundle.ledger import found_ledger, ledger_to_bytes, read_ledger
 from vlm_export.bundle.loss import LossRecord
 from vlm_export.bundle.opened import OpenBundle, open_bundle
 from vlm_export.errors import InputError, UsageError, VerificationError
+from vlm_export.proof.metrics import Array
 from vlm_export.quantizing.losses import output_losses, row_cosines
 from vlm_export.quantizing.result import OverBudgetError
 from vlm_export.quantizing.samples import sample_set
@@ -145,7 +146,7 @@ def planted(
     relist(bundle)
 
 
-def changed(name: str, move: Callable[[np.ndarray], np.ndarray]) -> Callable[[onnx.ModelProto], None]:  # type: ignore[type-arg]
+def changed(name: str, move: Callable[[Array], Array]) -> Callable[[onnx.ModelProto], None]:
     def change(model: onnx.ModelProto) -> None:
         (tensor,) = [one for one in model.graph.initializer if one.name.endswith(name)]
         array = np.frombuffer(tensor.raw_data, np.uint8).copy()
@@ -154,7 +155,7 @@ def changed(name: str, move: Callable[[np.ndarray], np.ndarray]) -> Callable[[on
     return change
 
 
-def first_byte(array: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+def first_byte(array: Array) -> Array:
     array[0] ^= 0x37
     return array
 

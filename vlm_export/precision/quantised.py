@@ -31,6 +31,7 @@ from vlm_export.precision.recipes import Recipe
 Array = npt.NDArray[Any]
 _MICROSOFT = "com.microsoft"
 _LEVELS = 127
+_FOUR_BITS = 10
 _BLOCK_VALUES = 1 << 22
 # Between a product and an output these change nothing that another product would have to repair.
 _BEHIND_LAST = MOVES | {"Add", "Div", "Mul", "Sub"}
@@ -117,6 +118,9 @@ class _Quantisation:
         remove_unused(self._graph)
         if any(node.domain == _MICROSOFT for node in self._graph):
             self._graph.opset_imports[_MICROSOFT] = 1
+        if any(node.op_type == "GatherBlockQuantized" for node in self._graph):
+            # The first version of the file format that has integers of 4 bits.
+            self._model.ir_version = max(self._model.ir_version or 0, _FOUR_BITS)
         return Quantised(self._model, self._weights, kept)
 
     def _replace_product(self, node: ir.Node, weight: ir.Value) -> None:
@@ -200,7 +204,17 @@ class _Quantisation:
         products read is quantised once, and so is a weight that several read.
         """
         alone = node_alone(node, weight, position)
-        made = ir.from_proto(quantiser(one_node_model(alone, weight, position, self._opsets)))
+        try:
+            made = ir.from_proto(quantiser(one_node_model(alone, weight, position, self._opsets)))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            # What onnxruntime's quantisers raise where numbers do not suit them.
+            raise InputError(
+                "ONNX Runtime's quantiser fails on a weight",
+                where=f"tensor {weight.name}",
+                expected="finite numbers of float32",
+                got=f"{type(error).__name__}: {error}"[:200],
+                fix="leave this part out with --part",
+            ) from error
         made.graph.sort()
         if made.graph.initializers.keys() == {str(weight.name)}:
             raise InputError(

@@ -287,7 +287,7 @@ class _Job:
             measured=loss_of(outputs, golden, tasks[0], graph.size_bytes / size),
             naive=naive_loss,
             naive_failed=naive_failed,
-            budget={**self.budget},
+            budget={str(key): least for key, least in self.budget.items()},
             samples=Samples(
                 images=len(samples.images),
                 texts=len(samples.texts),
