@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -227,6 +228,9 @@ def test_the_command(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["bisect", str(demo), "--part", "text", "--plot", str(tmp_path / "errors.svg")]) == 0
     assert "no module differs by more than rounding" in capsys.readouterr().out
     assert (tmp_path / "errors.svg").read_text(encoding="utf-8").startswith("<svg")
+    for alone in ([str(graph_of(demo, "text"))], [str(demo), "--precision", "fp16"], [str(demo), "--against", "bf16"]):
+        assert main(["bisect", *alone]) == 2
+        assert "name B, or --engine" in capsys.readouterr().err
     planted(demo, "text", tmp_path, epsilon(0))
     graphs = [str(graph_of(demo, "text")), str(tmp_path / "faulty.onnx")]
     assert main(["bisect", *graphs, "--json"]) == 1
@@ -257,6 +261,63 @@ def test_a_constant_that_was_folded_into_weights_is_no_fault(demo: Path) -> None
     compared = list(compare_with_modules(graph, modules, values_of, inputs))
     assert [one.error.path for one in compared if one.error.parts][:1] == [modules[0]]
     assert not [one.error for one in without_moved_tensors(compared) if one.error.parts]
+
+
+def cut_the_output(model: ir.Model) -> None:
+    """Behind the last tensor that both graphs have."""
+    last = model.graph.outputs[0]
+    limit = ir.val("limit", ir.DataType.FLOAT, [], const_value=ir.tensor(np.float32(0.1)))
+    model.graph.initializers["limit"] = limit
+    node = ir.node("Clip", [last, None, limit])
+    node.outputs[0].name, last.name = last.name, "whole"
+    node.outputs[0].type, node.outputs[0].shape = last.type, last.shape
+    model.graph.append(node)
+    model.graph.outputs[0] = node.outputs[0]
+
+
+def pool_at_the_last_end(model: ir.Model) -> None:
+    """An attribute of a node whose integers another module reads."""
+    node = next(node for node in model.graph if node.op_type == "ArgMax")
+    node.attributes["select_last_index"] = ir.AttrInt64("select_last_index", 1)
+
+
+def tie_the_blocks(model: ir.Model) -> None:
+    """The second block reads the weights of the first."""
+    for node in model.graph:
+        for index, value in enumerate(node.inputs):
+            name = "" if value is None else str(value.name)
+            if name.startswith("blocks.1."):
+                node.replace_input_with(index, model.graph.initializers[name.replace("blocks.1.", "blocks.0.")])
+
+
+@pytest.mark.parametrize(
+    ("change", "path", "cause"),
+    [
+        (cut_the_output, "projection", "operators: none → Clip"),
+        (pool_at_the_last_end, "norm", "ArgMax's select_last_index: 0 → 1"),
+        (tie_the_blocks, "blocks.1.norm1", "blocks.1.norm1.bias: 128 of 128 values differ"),
+    ],
+)
+def test_faults_at_odd_places_are_named_with_their_cause(
+    change: Change, path: str, cause: str, demo: Path, tmp_path: Path
+) -> None:
+    found = planted(demo, "text", tmp_path, change)
+    assert found.first is not None
+    assert found.first.path == path
+    assert cause in str(found.causes[0])
+
+
+def test_outputs_that_are_exchanged_part(tmp_path: Path) -> None:
+    text = """<ir_version: 8, opset_import: ["" : 18]> g (float[N, 4] x) => (float[N, 4] y, float[N, 4] z) {
+        a = Tanh (x)  b = Sigmoid (x)  y = Identity (a)  z = Identity (b)
+    }"""
+    for name, graph in (
+        ("left", text),
+        ("right", text.replace("(a)", "(c)").replace("(b)", "(a)").replace("(c)", "(b)")),
+    ):
+        onnx.save(onnx.parser.parse_model(graph), tmp_path / f"{name}.onnx")
+    (found,) = bisect(tmp_path / "left.onnx", tmp_path / "right.onnx")
+    assert found.first is not None
 
 
 def test_a_record_of_another_version_is_compared_with_this_one(

@@ -245,6 +245,11 @@ def other_scale(data: dict[str, Any]) -> None:
     embed["score"]["logit_scale"] = 1.0
 
 
+def fewer_images(data: dict[str, Any]) -> None:
+    vision: dict[str, Any] = next(part for part in data["parts"] if part["name"] == "vision")
+    vision["signature"]["axes"][0]["maximum"] = 64
+
+
 def without_half(data: dict[str, Any]) -> None:
     for part in data["parts"]:
         part["variants"] = part["variants"][:1]
@@ -255,6 +260,7 @@ def without_half(data: dict[str, Any]) -> None:
     [
         (other_mean, "preparation", "image.mean[0]"),
         (other_scale, "tasks", "tasks.embed.score.logit_scale"),
+        (fewer_images, "interface", "vision axes.batch.maximum"),
         (without_half, "parts", "vision"),
     ],
 )
@@ -276,6 +282,19 @@ def test_another_tokenizer_is_told_before_what_follows(
     relist(copied)
     first = diff(demo, copied).differences[0]
     assert (first.section, first.where) == ("tokenizer", "tokenizer.json.model.merges")
+
+
+def test_every_file_beside_the_graphs_is_compared(demo: Path, copied: Path, relist: Callable[[Path], None]) -> None:
+    path = copied / "golden" / "contract" / "record.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["texts"][1]["ids"][1] += 1
+    path.write_text(json.dumps(data), encoding="utf-8")
+    (copied / "chat_template.jinja").write_text("{{ text }}", encoding="utf-8")
+    set_field(copied, lambda data: data["files"].update({"chat_template.jinja": {}}))
+    relist(copied)
+    found = diff(demo, copied).differences
+    assert [difference.section for difference in found] == ["files", "contract"]
+    assert str(found[0]) == "chat_template.jinja: the file: none → there"
 
 
 def test_within_a_tolerance_nothing_differs(demo: Path, tmp_path: Path) -> None:
@@ -305,3 +324,75 @@ def test_the_command_prints_and_ends_with_1(demo: Path, tmp_path: Path, capsys: 
     assert {entry["unit"] for entry in data["measured"]} == {"bytes", "ms"}
     assert main(["diff", graphs[0], graphs[0]]) == 0
     assert capsys.readouterr().out.startswith("no difference")
+
+
+def written(folder: Path, name: str, text: str, **weights: np.ndarray) -> Path:
+    """A graph in ONNX's text form, with weights."""
+    model = onnx.parser.parse_model(text)
+    for weight, values in weights.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values, weight.replace("_", ".")))
+    onnx.save(model, folder / f"{name}.onnx")
+    return folder / f"{name}.onnx"
+
+
+HEAD = '<ir_version: 8, opset_import: ["" : 18]> '
+NOISE = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32)
+
+
+def branching(product: str) -> str:
+    """A graph whose second branch no ordinary input takes."""
+    return f"""{HEAD} g (float[N, 4] x) => (float[N, 4] y) {{
+        total = ReduceSum <keepdims = 0> (x)
+        limit = Constant <value = float {{1000000.0}}> ()
+        usual = Less (total, limit)
+        y = If (usual) <
+            then_branch = usual () => (float[N, 4] a) {{ a = MatMul (x, "first.weight") }},
+            else_branch = rare () => (float[N, 4] b) {{ c = MatMul (x, "second.weight")  b = Sub ({product}) }}
+        >
+    }}"""
+
+
+def test_what_no_input_reaches_is_compared(tmp_path: Path) -> None:
+    sound = written(tmp_path, "sound", branching("c, x"), first_weight=NOISE, second_weight=NOISE.T)
+    weight = written(tmp_path, "weight", branching("c, x"), first_weight=NOISE, second_weight=2 * NOISE.T)
+    wired = written(tmp_path, "wired", branching("x, c"), first_weight=NOISE, second_weight=NOISE.T)
+    assert diff(sound, sound).equal
+    assert str(diff(sound, weight).differences[0]).startswith("second.weight: 16 of 16 values differ")
+    assert "If's else_branch" in str(diff(sound, wired).differences[0])
+
+
+def test_a_weight_that_is_an_input_too_is_a_weight(tmp_path: Path) -> None:
+    text = HEAD + "g (int64[N] ids, float[4, 4] table) => (float[N, 4] y) { y = Gather (table, ids) }"
+    changed = NOISE.copy()
+    changed[3, 1] += 1
+    left, right = (written(tmp_path, n, text, table=w) for n, w in (("a", NOISE), ("b", changed)))
+    assert diff(left, left).equal
+    assert str(diff(left, right).differences[0]).startswith("table: 1 of 16 values differ, all in row 3")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ("y = Max (x, a, b)", "y = Max (b, x, a)", ""),
+        ("y = Add (a, b)", "y = Add (b, a)", ""),
+        ("y = Sub (a, b)", "y = Sub (b, a)", "what Sub reads: Tanh of first → Sigmoid of first"),
+        (
+            "y = Identity (a)  z = Identity (b)",
+            "z = Identity (a)  y = Identity (b)",
+            "what Identity reads: Tanh of first",
+        ),
+    ],
+)
+def test_connections_are_compared(before: str, after: str, told: str, tmp_path: Path) -> None:
+    outputs = "float[N, 4] y" + (", float[N, 4] z" if "z" in before else "")
+    head = f'{HEAD} g (float[N, 4] x) => ({outputs}) {{ m = MatMul (x, "first.weight")  a = Tanh (m)  b = Sigmoid (m) '
+    left, right = (written(tmp_path, n, head + t + " }", first_weight=NOISE) for n, t in (("a", before), ("b", after)))
+    found = diff(left, right).differences
+    assert found == () if not told else told in str(found[0])
+
+
+@pytest.mark.parametrize(("before", "after"), [(1.0, 1 + 2.0**-23), (0.0, -0.0)])
+def test_a_constant_is_compared_to_its_last_bit(before: float, after: float, tmp_path: Path) -> None:
+    text = HEAD + "g (float[N, 4] x) => (float[N, 4] y) { p = Mul (x, x)  y = Div (p, factor) }"
+    left, right = (written(tmp_path, n, text, factor=np.float32(v)) for n, v in (("a", before), ("b", after)))
+    assert diff(left, right).differences[0].section == "structure"

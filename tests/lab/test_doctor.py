@@ -51,9 +51,9 @@ class Program:
         state = torch.load(CHECKPOINT, weights_only=True)
         return build_model_from_openai_state_dict(state, cast_dtype=torch.float32, **options).float()
 
-    def ids(self, change: Callable[[Row], Row] = list, *, lower: bool = True) -> list[Row]:
+    def ids(self, change: Callable[[Row], Row] = list, *, lower: bool = True, sentence: str = "") -> list[Row]:
         """Cleaned as open_clip cleans, cut to the context, changed."""
-        cleaned = [whitespace_clean(basic_clean(text)) for text in self.texts]
+        cleaned = [whitespace_clean(basic_clean(sentence + text)) for text in self.texts]
         tokenizer = self.tokenizer if lower else self.cased
         rows = [tokenizer.encode(text.lower() if lower else text).ids for text in cleaned]
         return [change(row if len(row) <= CONTEXT else [*row[: CONTEXT - 1], END]) for row in rows]
@@ -165,6 +165,8 @@ IDS: Mapping[str, tuple[str, Callable[[Program], list[Row]]]] = {
     "neither": ("no BOS and no EOS", lambda p: p.ids(lambda row: row[1:-1])),
     "case": ("not lower case", lambda p: p.ids(lower=False)),
     "left": ("padded on the left", lambda p: p.ids(padded_left)),
+    "short": ("cut to 16 tokens", lambda p: p.ids(lambda row: row if len(row) <= 16 else [*row[:15], END])),
+    "sentence": ("put into 'a photo of a {}'", lambda p: p.ids(sentence="a photo of a ")),
     "int8": ("int width: 8 bits, unsigned", lambda p: p.ids(lambda row: np.array(row).astype(np.uint8).tolist())),
 }
 
@@ -230,6 +232,7 @@ PIXELS: Mapping[str, tuple[str, Callable[[Program], torch.Tensor]]] = {
     ),
     "padded": ("padded to a square", lambda p: p.pixels(lettered, *SCALED)),
     "larger": ("crop of a larger image", lambda p: p.pixels(Resize(73, BICUBIC), CenterCrop(EDGE), convert, *SCALED)),
+    "mirrored": ("mirrored", lambda p: p.pixels(ImageOps.mirror, *SQUARE, convert, *SCALED)),
     "turned": ("EXIF orientation applied", lambda p: p.pixels(ImageOps.exif_transpose, *SQUARE, convert, *SCALED)),
 }
 
@@ -293,6 +296,7 @@ MODELS: Mapping[str, tuple[str, str, Callable[[Program], Vectors]]] = {
     "another image model": ("image", "another model", lambda p: p.image_vectors(model=random_model())),
     "un-normalised": ("image", "un-normalised", lambda p: 3 * p.image_vectors()),
     "overflow": ("image", "not finite", lambda p: p.image_vectors() * np.float32("inf")),
+    "cut": ("image", "cut vectors", lambda p: unit(torch.tensor(p.image_vectors()[:, :64]))),
     "half": ("image", "lower precision", lambda p: noisy(p.image_vectors())),
 }
 
@@ -312,6 +316,28 @@ def test_mistakes_with_the_model(demo: Path, program: Program, name: str) -> Non
     inputs: Answers = {"ids": program.ids()} if kind == "text" else {"pixels": program.pixels().numpy()}
     for given in (answers, answers | inputs):
         assert mistakes_of(vlm_export.doctor(demo, given)) == {f"{kind} vectors": [word]}
+
+
+def test_a_program_that_reads_the_bundle_and_rounds_has_one_mistake(demo: Path, program: Program) -> None:
+    """Where the bundle's files cannot say all its ids and pixels are others than the original's, and no mistake."""
+    rows = [program.tokenizer.encode(text).ids for text in program.texts]
+    rows = [row if len(row) <= CONTEXT else [*row[: CONTEXT - 1], END] for row in rows]
+    pixels = program.pixels(convert, *SQUARE, *SCALED)
+    vectors = {
+        "text_vectors": noisy(program.text_vectors(rows)),
+        "image_vectors": noisy(program.image_vectors(pixels)),
+    }
+    for given in (vectors, {**vectors, "ids": rows, "pixels": pixels.numpy()}):
+        expected = {"text vectors": ["lower precision"], "image vectors": ["lower precision"]}
+        assert mistakes_of(vlm_export.doctor(demo, given)) == expected
+
+
+def test_one_image_that_comes_near_a_mistake_is_a_coincidence(demo: Path, program: Program) -> None:
+    """Nothing that is known explains inverted images, and none of them is said to be something else."""
+    pixels = program.pixels(convert, ImageOps.invert, *SQUARE, *SCALED)
+    for given in ({"pixels": pixels.numpy()}, {"image_vectors": program.image_vectors(pixels)}):
+        (stage,) = vlm_export.doctor(demo, given).wrong
+        assert (stage.findings, set(stage.unexplained)) == ((), set(stage.tried))
 
 
 def test_a_mistake_of_the_model_behind_one_with_pixels(demo: Path, program: Program) -> None:

@@ -22,8 +22,9 @@ import vlm_export
 from vlm_export.api import options_from_data
 from vlm_export.bundle.opened import open_bundle
 from vlm_export.cli.main import main
-from vlm_export.errors import InputError, UsageError
+from vlm_export.errors import InputError, UsageError, VerificationError
 from vlm_export.lab.figures import compare_figures
+from vlm_export.lab.regress import CaseResult, Check, raise_if_failed, regress_bundles
 from vlm_export.lab.regress_process import run_job
 from vlm_export.lab.regress_spec import read_cases
 from vlm_export.lab.regress_state import State, compare_states, read_state
@@ -300,6 +301,26 @@ def test_a_bad_option_is_refused_before_anything_runs(tmp_path: Path, capsys: py
 def test_an_option_of_another_type(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="has another type or value"):
         options_from_data(options)
+
+
+def test_the_last_words_tell_what_to_do_about_the_first_failure() -> None:
+    """A source that is not found is not to be recorded; a difference may be."""
+    gone = CaseResult("gone", (Check("export and verification", ("there is no file\n  where: gone.pt",)),), 1.0, None)
+    other = CaseResult("other", (Check("opset", ("17 → 16",)), Check("figures", ("grew",))), 1.0, None)
+    with pytest.raises(VerificationError) as raised:
+        raise_if_failed([gone, other])
+    assert (raised.value.where, raised.value.fix) == ("gone, other", "")
+    assert raised.value.got == "export and verification: there is no file"
+    with pytest.raises(VerificationError) as raised:
+        raise_if_failed([other])
+    assert raised.value.got == "opset: 17 → 16"
+    assert "--update" in raised.value.fix
+
+
+def test_a_baseline_that_is_not_there_is_to_be_recorded(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no baseline") as raised:
+        regress_bundles([str(exported)], baseline=tmp_path / "old.yaml")
+    assert "--update" in raised.value.fix
 
 
 def test_bundles_are_verified_without_torch_and_onnx(

@@ -19,7 +19,8 @@ CONFIG_NAME = "config.json"
 PREPROCESSOR_NAME = "preprocessor_config.json"
 TOKENIZER_NAME = "tokenizer.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
-CONTRACT_DIRECTORY = "golden/contract"
+GOLDEN_DIRECTORY = "golden"
+CONTRACT_DIRECTORY = f"{GOLDEN_DIRECTORY}/contract"
 LEDGER_NAME = "ledger.json"
 
 # w8a16 is none of transformers.js' names: it loads by the file's own.
@@ -44,7 +45,7 @@ def graph_path(part: str, precision: str) -> str:
 
 def golden_directory(part: str, index: int) -> str:
     """Directory of one golden input and output set, relative to the bundle (ONNX standard test data)."""
-    return f"golden/{part}/test_data_set_{index}"
+    return f"{GOLDEN_DIRECTORY}/{part}/test_data_set_{index}"
 
 
 def preprocessor_config(image: ImageSpec | PatchSpec) -> dict[str, Any]:

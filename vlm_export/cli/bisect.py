@@ -81,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.plot is not None:
         check_output(args.plot, overwrite=True)
+    if args.right is None and args.engine is None:
+        _check_alone(args)
     options = BisectOptions(
         part=args.part,
         precision=args.precision,
@@ -103,6 +105,30 @@ def run(args: argparse.Namespace) -> int:
     for one in found:
         one.raise_if_parted()
     return 0
+
+
+def _check_alone(args: argparse.Namespace) -> None:
+    """UsageError where neither B nor an engine is named, and A holds no second variant to be compared with."""
+    from vlm_export.bundle.opened import open_bundle
+
+    fix = "name B, or --engine onnxruntime or openvino"
+    if Path(args.left).is_file():
+        raise UsageError(
+            "one graph has nothing to be compared with", where=args.left, got="neither B nor --engine", fix=fix
+        )
+    parts, against = open_bundle(args.left).manifest.parts, args.against or "fp16"
+    if against == args.precision:
+        got = f"{against} on both sides"
+        raise UsageError("a bundle's variant is not compared with itself", where=args.left, got=got, fix=fix)
+    if not any(variant.precision == against for part in parts for variant in part.variants):
+        known = sorted({variant.precision for part in parts for variant in part.variants})
+        raise UsageError(
+            "the bundle alone has nothing to be compared with",
+            where=args.left,
+            expected=f"graphs in {against} beside those in {args.precision}",
+            got=f"graphs in {', '.join(known)}",
+            fix=f"{fix}, or export again with --precision {args.precision} --precision {against}",
+        )
 
 
 def _print(found: Bisection) -> None:

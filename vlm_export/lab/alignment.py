@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, deque
-from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Container, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeAlias
 
-import numpy as np
-import onnx
 import onnx_ir as ir
 
-from vlm_export.graph.core.names import captured_or_read, graphs_in
+from vlm_export.lab.canonical import COMMUTATIVE, GraphTexts, is_constant_node, kinds, operator_of, read_by
 from vlm_export.lab.module_paths import constant_of, mapped_for_a_while, parameter_name
 
-COMMUTATIVE = frozenset(("", name) for name in ("Add", "Mul", "And", "Or", "Xor", "Equal", "Max", "Min", "Sum"))
 _CASTS = frozenset(("", name) for name in ("Cast", "CastLike", "Identity"))
 # How far up a walk looks for what corresponds, where one side has nodes that the other lacks.
 _LONGEST_DETOUR = 6
@@ -39,6 +37,9 @@ class AttributeChange:
     after: str
 
 
+Read: TypeAlias = tuple[ir.Node, ir.Value, ir.Value]
+
+
 @dataclass(frozen=True)
 class Alignment:
     """What corresponds.
@@ -48,8 +49,9 @@ class Alignment:
         values: tensor of the left graph → tensor of the right: inputs, weights, and what paired nodes compute.
         left_only, right_only: nodes without a partner, in the order of their graph; constants are none.
         changed: attributes that differ between partners.
-        strays: node of the left graph, and two tensors that it and its partner read in one place and that are no
-            partners: constants that stand for another one there, or other tensors.
+        reads: node of the left graph, and two tensors that it and its partner read in one place, behind casts.
+        strays: those of them that are no partners, and no constants.
+        ends: outputs of the two graphs that stand for each other, and are no partners.
     """
 
     nodes: dict[ir.Node, ir.Node]
@@ -57,17 +59,36 @@ class Alignment:
     left_only: tuple[ir.Node, ...]
     right_only: tuple[ir.Node, ...]
     changed: tuple[AttributeChange, ...]
-    strays: tuple[tuple[ir.Node, ir.Value, ir.Value], ...]
+    reads: tuple[Read, ...]
+    strays: tuple[Read, ...]
+    ends: tuple[tuple[ir.Value, ir.Value], ...]
 
     def constants(self) -> Iterator[tuple[ir.Value, ir.Value, list[ir.Node]]]:
         """Constants of the left graph with those in their place in the right, and the left nodes that read them so."""
-        elsewhere = {(node, left) for node, left, _ in self.strays}
-        for left, right in self.values.items():
+        found: dict[tuple[ir.Value, ir.Value], dict[ir.Node, None]] = {}
+        for node, left, right in self.reads:
             if constant_of(left) is not None and constant_of(right) is not None:
-                yield left, right, [use.node for use in left.uses() if (use.node, left) not in elsewhere]
-        for node, left, right in self.strays:
-            if constant_of(left) is not None and constant_of(right) is not None:
-                yield left, right, [node]
+                found.setdefault((left, right), {})[node] = None
+        yield from ((left, right, list(readers)) for (left, right), readers in found.items())
+
+    def within(self, left: Collection[ir.Node], right: Collection[ir.Node]) -> Alignment:
+        """What concerns these nodes of the two graphs."""
+        return replace(
+            self,
+            nodes={node: other for node, other in self.nodes.items() if node in left},
+            left_only=tuple(node for node in self.left_only if node in left),
+            right_only=tuple(node for node in self.right_only if node in right),
+            changed=tuple(change for change in self.changed if change.left in left),
+            reads=tuple(read for read in self.reads if read[0] in left),
+            strays=tuple(read for read in self.strays if read[0] in left),
+            ends=tuple(pair for pair in self.ends if pair[0].producer() in left),
+        )
+
+    def differing(self) -> Iterator[ir.Node]:
+        """Nodes of the left graph that have no partner, or one with other attributes, or read something else."""
+        yield from self.left_only
+        yield from (change.left for change in self.changed)
+        yield from (node for node, _, _ in self.strays)
 
 
 def align(left: ir.Model, right: ir.Model) -> Alignment:
@@ -88,6 +109,7 @@ class _Side:
 
     model: ir.Model
     position: dict[ir.Node, int] = field(init=False)
+    texts: GraphTexts = field(init=False)
 
     def __post_init__(self) -> None:
         """Nodes that no output needs are none of the graph."""
@@ -96,12 +118,10 @@ class _Side:
             node = waiting.pop()
             if node is not None and node not in needed:
                 needed.add(node)
-                waiting += [value.producer() for value in captured_or_read(node)]
-        nodes = [node for node in self.model.graph if node in needed and not _is_constant_node(node)]
+                waiting += [value.producer() for value in read_by(node) if value is not None]
+        nodes = [node for node in self.model.graph if node in needed and not is_constant_node(node)]
         self.position = {node: index for index, node in enumerate(nodes)}
-
-    def opset(self, node: ir.Node) -> int | None:
-        return node.version or self.model.graph.opset_imports.get(node.domain)
+        self.texts = GraphTexts(self.model, kinds)
 
 
 class _Walk:
@@ -113,9 +133,10 @@ class _Walk:
         self._taken: set[ir.Value] = set()
         self._queue: deque[tuple[ir.Value, ir.Value]] = deque()
         # Names where the two share most of them, and otherwise values, which tell the weights of a renamed model.
-        self._keys = [_weight_keys(side.model, _by_parameter) for side in (left, right)]
+        # A weight that many nodes read tells no place.
+        self._keys = [_read_once(_weight_keys(side.model, _by_parameter)) for side in (left, right)]
         if 2 * len(set(self._keys[0].values()) & set(self._keys[1].values())) <= min(map(len, self._keys)):
-            self._keys = [_weight_keys(side.model, _by_content) for side in (left, right)]
+            self._keys = [_read_once(_weight_keys(side.model, _by_content)) for side in (left, right)]
         self._shared_keys = set(self._keys[0].values()) & set(self._keys[1].values())
 
     def reach(self, left: ir.Value, right: ir.Value) -> None:
@@ -142,7 +163,7 @@ class _Walk:
                 continue
             if self._alike(first, second) and left.index() == right.index():
                 self._pair_nodes(first, second)
-            elif _operator(first) != _operator(second) and (_passes_on(first) or _passes_on(second)):
+            elif operator_of(first) != operator_of(second) and (_passes_on(first) or _passes_on(second)):
                 self.reach(*(_behind_casts(value, node) for value, node in ((left, first), (right, second))))
             else:
                 self._detour(first, second)
@@ -168,19 +189,22 @@ class _Walk:
         changed = [change for first, second in nodes.items() for change in self._changes(first, second)]
         left_only = tuple(node for node in self._left.position if node not in self._nodes)
         right_only = tuple(node for node in self._right.position if node not in self._partners)
-        strays = tuple(stray for first, second in nodes.items() for stray in self._strays(first, second))
-        return Alignment(nodes, self._values, left_only, right_only, tuple(changed), strays)
+        reads = tuple(read for first, second in nodes.items() for read in self._reads(first, second))
+        strays = tuple(read for read in reads if self._is_stray(*read[1:]))
+        ends = _matched_ends(self._left.model.graph.outputs, self._right.model.graph.outputs)
+        apart = tuple((first, second) for first, second in ends if self._values.get(first) is not second)
+        return Alignment(nodes, self._values, left_only, right_only, tuple(changed), reads, strays, apart)
 
-    def _strays(self, left: ir.Node, right: ir.Node) -> Iterator[tuple[ir.Node, ir.Value, ir.Value]]:
-        """What two partners read that does not correspond; not what a node makes that only one graph has."""
-        mine, theirs = _inputs(left), _inputs(right)
-        if _operator(left) in COMMUTATIVE and len(mine) == 2 and self._agree(mine[0], theirs[1]):
-            theirs = theirs[::-1]
-        for first, second in zip(mine, theirs, strict=True):
-            if first is not None and second is not None and not self._agree(first, second):
-                makers = first.producer(), second.producer()
-                if makers[0] not in self._alone and makers[1] not in self._alone:
-                    yield left, first, second
+    def _reads(self, left: ir.Node, right: ir.Node) -> Iterator[Read]:
+        for first, second in _matched_inputs(left, right, self._agree):
+            if first is not None and second is not None:
+                yield left, _behind_casts(first, first.producer()), _behind_casts(second, second.producer())
+
+    def _is_stray(self, left: ir.Value, right: ir.Value) -> bool:
+        """Whether two tensors do not correspond; what a node makes that only one graph has is told by that node."""
+        are_constants = constant_of(left) is not None and constant_of(right) is not None
+        is_told = left.producer() in self._alone or right.producer() in self._alone
+        return not are_constants and not is_told and not self._agree(left, right)
 
     def _agree(self, left: ir.Value | None, right: ir.Value | None) -> bool:
         """Whether two tensors are partners, but for casts."""
@@ -200,8 +224,8 @@ class _Walk:
     def _alike(self, left: ir.Node, right: ir.Node) -> bool:
         """Whether the two may be one node: one operator, with as many inputs, and neither has a partner."""
         return (
-            _operator(left) == _operator(right)
-            and len(_inputs(left)) == len(_inputs(right))
+            operator_of(left) == operator_of(right)
+            and len(read_by(left)) == len(read_by(right))
             and len(left.outputs) == len(right.outputs)
             and left in self._left.position
             and right in self._right.position
@@ -216,7 +240,7 @@ class _Walk:
         if mine and theirs and not mine & theirs:
             return True
         makers = [
-            [node for value in _inputs(side) if value is not None and (node := value.producer()) is not None]
+            [node for value in read_by(side) if value is not None and (node := value.producer()) is not None]
             for side in (left, right)
         ]
         mine, theirs = (
@@ -234,10 +258,7 @@ class _Walk:
         self._partners.add(right)
         for first, second in zip(left.outputs, right.outputs, strict=True):
             self.pair_values(first, second)
-        theirs = _inputs(right)
-        if _operator(left) in COMMUTATIVE and self._swapped(_inputs(left), theirs):
-            theirs = theirs[::-1]
-        for mine, other in zip(_inputs(left), theirs, strict=True):
+        for mine, other in _matched_inputs(left, right, self._affinity):
             if mine is not None and other is not None:
                 self.reach(mine, other)
         for first, second in zip(left.outputs, right.outputs, strict=True):
@@ -258,16 +279,8 @@ class _Walk:
 
     def _shared_inputs(self, left: ir.Node, right: ir.Node) -> int:
         """How much speaks for two readers of one tensor being one node: what they read beside it."""
-        pairs = zip(_inputs(left), _inputs(right), strict=False)
+        pairs = zip(read_by(left), read_by(right), strict=False)
         return sum(self._affinity(a, b) for a, b in pairs if a not in self._values)
-
-    def _swapped(self, mine: Sequence[ir.Value | None], theirs: Sequence[ir.Value | None]) -> bool:
-        """Whether a commutative operator has its two inputs the other way round."""
-        if len(mine) != 2:
-            return False
-        straight = sum(self._affinity(a, b) for a, b in zip(mine, theirs, strict=True))
-        crossed = sum(self._affinity(a, b) for a, b in zip(mine, theirs[::-1], strict=True))
-        return crossed > straight
 
     def _affinity(self, left: ir.Value | None, right: ir.Value | None) -> int:
         """How much speaks for two tensors being one."""
@@ -281,9 +294,9 @@ class _Walk:
                 return 0
             return 3 if parameter_name(str(left.name)) == parameter_name(str(right.name)) else 2
         above, other = (_behind_casts(value, value.producer()).producer() for value in (left, right))
-        if above is None or other is None or _operator(above) != _operator(other):
+        if above is None or other is None or operator_of(above) != operator_of(other):
             return 0
-        weights = [{_by_parameter(value) for value in _inputs(node) if value is not None} for node in (above, other)]
+        weights = [{_by_parameter(value) for value in read_by(node) if value is not None} for node in (above, other)]
         return 1 + len((weights[0] & weights[1]) - {None})
 
     def _detour(self, left: ir.Node, right: ir.Node) -> None:
@@ -297,7 +310,7 @@ class _Walk:
                         return
 
     def _speaks_for(self, left: ir.Node, right: ir.Node) -> bool:
-        pairs = list(zip(_inputs(left), _inputs(right), strict=True))
+        pairs = list(zip(read_by(left), read_by(right), strict=True))
         constants = [(a, b) for a, b in pairs if constant_of(a) is not None or constant_of(b) is not None]
         if constants:
             return all(self._affinity(a, b) == 3 for a, b in constants)
@@ -312,7 +325,7 @@ class _Walk:
                 yield value, theirs[name]
 
     def _changes(self, left: ir.Node, right: ir.Node) -> Iterator[AttributeChange]:
-        before, after = node_settings(left, self._left.opset(left)), node_settings(right, self._right.opset(right))
+        before, after = self._left.texts.settings(left), self._right.texts.settings(right)
         for name in dict.fromkeys([*before, *after]):
             if before.get(name) != after.get(name):
                 yield AttributeChange(left, right, name, before.get(name, "none"), after.get(name, "none"))
@@ -330,13 +343,25 @@ def _matched_ends(left: Sequence[ir.Value], right: Sequence[ir.Value]) -> Iterat
             yield value, other
 
 
-def _operator(node: ir.Node) -> tuple[str, str]:
-    return ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
+def _matched_inputs(
+    left: ir.Node, right: ir.Node, likeness: Callable[[ir.Value | None, ir.Value | None], int]
+) -> list[tuple[ir.Value | None, ir.Value | None]]:
+    """What two nodes read, place by place, or, of a commutative operator, the most alike together."""
+    mine, theirs = read_by(left), read_by(right)
+    if operator_of(left) not in COMMUTATIVE:
+        return list(zip(mine, theirs, strict=True))
+    places = sorted((one != other, one, other) for one in range(len(mine)) for other in range(len(theirs)))
+    places.sort(key=lambda place: likeness(mine[place[1]], theirs[place[2]]), reverse=True)
+    chosen = dict[int, int]()
+    for _, one, other in places:
+        if one not in chosen and other not in chosen.values():
+            chosen[one] = other
+    return [(mine[one], theirs[other]) for one, other in sorted(chosen.items())]
 
 
 def _passes_on(node: ir.Node) -> bool:
     """Whether the operator changes no more than how numbers are held."""
-    return _operator(node) in _CASTS
+    return operator_of(node) in _CASTS
 
 
 def _behind_casts(value: ir.Value, node: ir.Node | None) -> ir.Value:
@@ -347,23 +372,11 @@ def _behind_casts(value: ir.Value, node: ir.Node | None) -> ir.Value:
     return value
 
 
-def _inputs(node: ir.Node) -> list[ir.Value | None]:
-    """The inputs, without those at the end that are left out."""
-    found = list(node.inputs)
-    while found and found[-1] is None:
-        found.pop()
-    return found
-
-
-def _is_constant_node(node: ir.Node) -> bool:
-    return node.op_type == "Constant" and not node.domain
-
-
 def _readers(value: ir.Value) -> dict[tuple[object, int], list[ir.Node]]:
     """Operator and place of the input → the nodes that read the tensor there."""
     found: dict[tuple[object, int], list[ir.Node]] = {}
     for use in value.uses():
-        operator = _operator(use.node)
+        operator = operator_of(use.node)
         found.setdefault((operator, 0 if operator in COMMUTATIVE else use.idx), []).append(use.node)
     return found
 
@@ -393,50 +406,13 @@ def _weight_keys(
     return {value: name for value, name in found.items() if name is not None and counts[name] == 1}
 
 
+def _read_once(keys: Mapping[ir.Value, Hashable]) -> dict[ir.Value, Hashable]:
+    return {value: key for value, key in keys.items() if len(value.uses()) == 1}
+
+
 def _by_content(value: ir.Value) -> Hashable:
     tensor = constant_of(value)
     if tensor is None or tensor.nbytes <= _SPEAKING_BYTES:
         return None
     with mapped_for_a_while(tensor):
         return tensor.dtype, tuple(tensor.shape.numpy()), hashlib.sha256(tensor.tobytes()).digest()
-
-
-def node_settings(node: ir.Node, opset: int | None) -> dict[str, str]:
-    """The attributes of a node as texts, those that are left out with the operator's defaults."""
-    found = {name: _plain(onnx.helper.get_attribute_value(entry)) for name, entry in _defaults(node, opset)}
-    for name, attribute in node.attributes.items():
-        graphs = graphs_in(attribute)
-        found[name] = "; ".join(map(_computed_by, graphs)) if graphs else _plain(attribute.value)
-    return found
-
-
-def _plain(value: object) -> str:
-    """A value of an attribute as text; floats are float32, whose shortest digits are told."""
-    if isinstance(value, float):
-        return str(np.float32(value))
-    if isinstance(value, bytes | str):
-        return repr(value if isinstance(value, str) else value.decode("utf-8", "replace"))
-    if isinstance(value, Sequence):
-        return f"[{', '.join(map(_plain, value))}]"
-    if isinstance(value, ir.TensorProtocol):
-        return f"{value.dtype} {list(value.shape.numpy())} {hashlib.sha256(value.tobytes()).hexdigest()[:16]}"
-    return str(value)
-
-
-def _defaults(node: ir.Node, opset: int | None) -> Iterator[tuple[str, onnx.AttributeProto]]:
-    if opset is None or not onnx.defs.has(node.op_type, node.domain):
-        return
-    try:
-        schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
-    except onnx.defs.SchemaError:
-        return
-    for name, attribute in schema.attributes.items():
-        if attribute.default_value.type:
-            yield name, attribute.default_value
-
-
-def _computed_by(graph: ir.Graph) -> str:
-    """What a subgraph computes, without names: operators with their attributes, and its constants."""
-    nodes = (f"{node.op_type}({len(node.inputs)}) {node_settings(node, None)}" for node in graph)
-    constants = (_plain(value.const_value) for value in graph.initializers.values())
-    return ", ".join([*nodes, *constants])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from fnmatch import fnmatchcase
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,10 @@ from vlm_export.bundle.staging import staged_file
 from vlm_export.errors import GraphError, InputError, UsageError, VerificationError
 from vlm_export.graph.core.files import Storage, open_model, save_model
 from vlm_export.graph.core.onnxruntime_session import Array
-from vlm_export.lab.alignment import align
+from vlm_export.lab.alignment import Alignment, align
 from vlm_export.lab.diff import are_graphs
 from vlm_export.lab.differences import Difference
-from vlm_export.lab.graph_diff import graph_differences, inlined
+from vlm_export.lab.graph_diff import alignment_differences, model_differences, normalised
 from vlm_export.lab.module_walk import compare_with_modules, without_moved_tensors
 from vlm_export.lab.output_diff import LEAST_SAMPLES, row_count, sample_inputs
 from vlm_export.lab.plots import error_plot
@@ -53,7 +52,7 @@ class Bisection:
         samples: rows of inputs that every region was run on.
         regions: in the order of the left graph.
         operator: where in the first region that differs: the first operator whose result differs; "" where none is.
-        causes: what of `diff` concerns that region.
+        causes: what of `diff` concerns the nodes of that region, or the whole graph.
         subgraph: where the region was written to, "" where it was not.
     """
 
@@ -142,7 +141,7 @@ def bisect(left: str | Path, right: str | Path, options: BisectOptions | None = 
     """
     options = options or BisectOptions()
     if are_graphs(left, right):
-        first, second = open_model(left), open_model(right)
+        first, second = normalised(open_model(left)), normalised(open_model(right))
         inputs = sample_inputs(first, options.inputs)
         names = (str(left), str(right))
         found = bisect_graphs(first, second, inputs, names=names, output=options.output, run_right=options.run_right)
@@ -214,7 +213,8 @@ def record_values(
             graph = open_model(bundle.model_files(variant))
             inputs = part_inputs(bundle, entry.name, graph)
             writer.start(entry.name, variant_files(bundle, variant), precision, inputs)
-            walk, steps = _walk(inlined(graph), inlined(open_model(bundle.model_files(variant))), inputs)
+            sides = normalised(graph), normalised(open_model(bundle.model_files(variant)))
+            walk, steps = _walk(*sides, align(*sides), inputs)
             for pair, done in steps:
                 writer.add(str(pair.left.output.name), *walk.left_values(pair))
                 walk.forget(done)
@@ -274,7 +274,7 @@ def _bisect_source(bundle: OpenBundle, names: tuple[str, str], options: BisectOp
         for part in bundle.manifest.parts:
             if options.part not in (None, part.name):
                 continue
-            graph = inlined(open_model(bundle.model_files(part.variant(options.precision))))
+            graph = normalised(open_model(bundle.model_files(part.variant(options.precision))))
             inputs, own = part_inputs(bundle, part.name, graph), modules[part.name]
             walk = compare_with_modules(graph, own.names, partial(own.values, inputs=inputs), inputs, part.name)
             kept, subgraph = without_moved_tensors(list(walk)), ""
@@ -327,43 +327,38 @@ def bisect_graphs(
     Raises:
         GraphError: no tensor of the two corresponds, or the left graph does not run.
     """
-    left, right = inlined(left), inlined(right)
-    walk, steps = _walk(left, right, inputs, run_right, left_side)
-    errors, operator, subgraph = list[RegionError](), "", ""
+    left, right = normalised(left), normalised(right)
+    alignment = align(left, right)
+    walk, steps = _walk(left, right, alignment, inputs, run_right, left_side)
+    errors, operator, subgraph, causes = list[RegionError](), "", "", list[Difference]()
     for pair, done in steps:
         error = walk.compare(pair, where)
         if error.parts and not any(before.parts for before in errors):
             operator, saved = walk.first_operator(pair), walk.saved(pair)
+            concerned = alignment.within(set(pair.left.nodes), set(pair.right.nodes))
+            causes = [*model_differences(left, right, where), *alignment_differences(left, right, concerned, where)]
             subgraph = "" if output is None or saved is None else _written(output, *saved)
         errors.append(error)
         walk.forget(done)
-    found = Bisection(*names, sum(map(row_count, inputs)), tuple(errors), operator, (), subgraph)
-    if found.first is None:
-        return found
-    differences = graph_differences(left, right, where)
-    return replace(found, causes=tuple(cause for cause in differences if _concerns(cause, found.first.path, where)))
+    rows = sum(map(row_count, inputs))
+    return Bisection(*names, rows, tuple(errors), operator, tuple(causes), subgraph)
 
 
 def _walk(
     left: ir.Model,
     right: ir.Model,
+    alignment: Alignment,
     inputs: Sequence[Arrays],
     run_right: RunRegion | None = None,
     left_side: LeftSide | None = None,
 ) -> tuple[RegionWalk, list[tuple[RegionPair, set[ir.Value]]]]:
-    """A walk over two graphs whose functions are inlined, and its regions with what none reads after each."""
-    alignment = align(left, right)
+    """A walk over two normalised graphs, and its regions with what none reads after each."""
     pairs = region_pairs(left, right, alignment)
-    if not pairs:
+    ends = [{value.name for value in model.graph.outputs} for model in (left, right)]
+    if not pairs or not (alignment.nodes or ends[0] & ends[1]):
         raise GraphError("no tensor of the two graphs corresponds", fix="compare them by their outputs: diff")
     steps = list(zip(pairs, last_uses(pairs, alignment), strict=True))
     return RegionWalk(left, right, alignment, inputs, run_right, left_side), steps
-
-
-def _concerns(cause: Difference, path: str, where: str) -> bool:
-    """Whether a difference lies in a module, in a part of it, or concerns the whole graph."""
-    places = cause.where.partition(" (")[0].partition(" and ")[0].split(", ")
-    return any(place in ("", where) or fnmatchcase(path, place) or fnmatchcase(place, f"{path}.*") for place in places)
 
 
 def _written(folder: Path, model: ir.Model, inputs: Arrays, expected: Array) -> str:

@@ -13,7 +13,7 @@ from vlm_export.lab import check_graphs
 from vlm_export.lab.check_graphs import OpenedVariant
 from vlm_export.lab.check_runs import Runs
 from vlm_export.lab.checklist import MEMORY_UNKNOWN, Checklist, NotRunError, OwnItems, Seen, looked_at
-from vlm_export.lab.graph_diff import inlined
+from vlm_export.lab.graph_diff import normalised
 from vlm_export.proof.memory import anonymous_bytes
 from vlm_export.runtime.engines.choice import ONNXRUNTIME, chosen_precision, engine_choice
 
@@ -66,7 +66,7 @@ def _opened_variants(bundle: OpenBundle, precision: str | None) -> tuple[OpenedV
     for part in bundle.manifest.parts:
         for variant in part.variants:
             if precision in (None, variant.precision):
-                found.append(OpenedVariant(part, variant, inlined(open_model(bundle.model_files(variant)))))
+                found.append(OpenedVariant(part, variant, normalised(open_model(bundle.model_files(variant)))))
     return tuple(found)
 
 

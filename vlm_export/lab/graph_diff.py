@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass
+from onnx_ir.passes.common import InlinePass, RemoveInitializersFromInputsPass
 
 from vlm_export.graph.core.onnxruntime_session import Array
 from vlm_export.graph.look.show import type_text
 from vlm_export.lab.alignment import Alignment, align
+from vlm_export.lab.canonical import computed_digests, contents, counted, kinds, operator_text
 from vlm_export.lab.differences import Difference, named
 from vlm_export.lab.module_paths import constant_of, joined, mapped_for_a_while, module_paths, parameter_name
 
@@ -29,21 +30,45 @@ def graph_differences(left: ir.Model, right: ir.Model, where: str = "", toleranc
         where: what stands before the names of modules, such as the part.
         tolerance: weights are equal whose values differ by at most this times the tensor's largest absolute value.
     """
-    left, right = inlined(left), inlined(right)
+    left, right = normalised(left), normalised(right)
+    alignment = align(left, right)
+    found = [
+        *model_differences(left, right, where),
+        *alignment_differences(left, right, alignment, where, tolerance),
+    ]
+    # What was paired explains what differs; that nothing does is told by what the outputs are computed of.
+    yield from found or _computed(left, right, where, tolerance)
+
+
+def model_differences(left: ir.Model, right: ir.Model, where: str) -> Iterator[Difference]:
+    """What differs between two models as wholes: interface and versions."""
     yield from _interface(left, right, where)
     yield from _versions(left, right, where)
-    alignment = align(left, right)
+
+
+def alignment_differences(
+    left: ir.Model, right: ir.Model, alignment: Alignment, where: str, tolerance: float = 0.0
+) -> Iterator[Difference]:
+    """What differs between the nodes of an alignment, which may be of a part of the graphs."""
     paths = PairedPaths.of(left, right, alignment, where)
-    yield from _structure(alignment, paths)
+    yield from _structure(alignment, paths, tolerance)
     yield from _weights(alignment, paths, where, tolerance)
 
 
-def inlined(model: ir.Model) -> ir.Model:
-    """The model, or a copy of it without functions where it has any."""
-    if not model.functions:
+def _computed(left: ir.Model, right: ir.Model, where: str, tolerance: float) -> Iterator[Difference]:
+    before, after = (computed_digests(model, kinds if tolerance else contents) for model in (left, right))
+    for name, text in before.items():
+        if text != after[name]:
+            yield Difference("structure", where, f"how the output {name!r} is computed", text, after[name])
+
+
+def normalised(model: ir.Model) -> ir.Model:
+    """The model, or a copy without functions, in which a weight that is an input, too, is a weight alone."""
+    if not model.functions and not any(value.is_initializer() for value in model.graph.inputs):
         return model
     copy = ir.from_proto(ir.to_proto(model))
     InlinePass()(copy)
+    RemoveInitializersFromInputsPass()(copy)
     return copy
 
 
@@ -76,7 +101,7 @@ def _interface(left: ir.Model, right: ir.Model, where: str) -> Iterator[Differen
 
 
 def _types(values: Sequence[ir.Value]) -> dict[str, str]:
-    return {str(value.name): type_text(value) for value in values if not value.is_initializer()}
+    return {str(value.name): type_text(value) for value in values}
 
 
 def _versions(left: ir.Model, right: ir.Model, where: str) -> Iterator[Difference]:
@@ -94,7 +119,7 @@ def opset_text(model: ir.Model) -> str:
     return ", ".join(f"{name or 'ai.onnx'} {declared[name]}" for name in sorted(used) if name in declared)
 
 
-def _structure(alignment: Alignment, paths: PairedPaths) -> Iterator[Difference]:
+def _structure(alignment: Alignment, paths: PairedPaths, tolerance: float) -> Iterator[Difference]:
     """Nodes that one side lacks, by module; equal changes of several layers are one difference."""
     only: dict[str, tuple[list[str], list[str]]] = {}
     for side, nodes, own in ((0, alignment.left_only, paths.left), (1, alignment.right_only, paths.right)):
@@ -111,15 +136,18 @@ def _structure(alignment: Alignment, paths: PairedPaths) -> Iterator[Difference]
     for left, right, readers in alignment.constants():
         if is_parameter(left) or is_parameter(right):
             continue
-        values = _small_text(left), _small_text(right)
-        if values[0] != values[1]:
+        if _apart(left, right, tolerance):
             places = [paths.left[node] for node in readers if node in paths.left]
-            found.setdefault(("a constant", *values), []).extend(places)
+            found.setdefault(("a constant", _small_text(left), _small_text(right)), []).extend(places)
     for node, first, second in alignment.strays:
-        if constant_of(first) is None or constant_of(second) is None:
+        sides = (_source_text(first, paths.left), _source_text(second, paths.right))
+        found.setdefault((f"what {operator_text(node)} reads", *sides), []).append(paths.left.get(node, ""))
+    for first, second in alignment.ends:
+        if not {first.producer(), second.producer()} & {*alignment.left_only, *alignment.right_only}:
             sides = (_source_text(first, paths.left), _source_text(second, paths.right))
-            key = (f"what {operator_text(node)} reads", *sides)
-            found.setdefault(key, []).append(paths.left.get(node, ""))
+            producer = first.producer()
+            place = "" if producer is None else paths.left.get(producer, "")
+            found.setdefault((f"the output {first.name!r}", *sides), []).append(place)
     for (what, mine, theirs), places in found.items():
         yield Difference("structure", _places(places), what, mine, theirs)
 
@@ -142,14 +170,6 @@ def _places(paths: Sequence[str]) -> str:
     return named(texts) + count
 
 
-def counted(names: Sequence[str]) -> str:
-    return ", ".join(name if count == 1 else f"{count} {name}" for name, count in Counter(names).items())
-
-
-def operator_text(node: ir.Node) -> str:
-    return f"{node.domain}:{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
-
-
 def is_parameter(value: ir.Value) -> bool:
     """Whether a constant is a weight of the model, and no number of the code."""
     tensor = constant_of(value)
@@ -161,9 +181,9 @@ def is_parameter(value: ir.Value) -> bool:
 def _small_text(value: ir.Value) -> str:
     tensor = constant_of(value)
     assert tensor is not None
-    array = tensor.numpy()
-    numbers = np.asarray(array).reshape(-1)
-    text = ", ".join(f"{number:.7g}" if array.dtype.kind == "f" else str(number) for number in numbers)
+    array = np.asarray(tensor.numpy())
+    # The shortest digits that tell the number from its neighbours.
+    text = ", ".join(map(str, array.reshape(-1)))
     return text if array.ndim == 0 else f"[{text}]"
 
 
@@ -171,27 +191,41 @@ def _weights(alignment: Alignment, paths: PairedPaths, where: str, tolerance: fl
     """Weights in one place with other values, the most changed first; then other dtypes, which concern many."""
     changed: list[tuple[float, Difference]] = []
     dtypes: dict[tuple[str, str], list[str]] = {}
-    for left, right, _ in alignment.constants():
+    for left, right, readers in alignment.constants():
         if not (is_parameter(left) or is_parameter(right)):
             continue
-        before, after = constant_of(left), constant_of(right)
-        assert before is not None
-        assert after is not None
-        name = joined(where, parameter_name(str(left.name)) or str(left.name))
-        if before.shape != after.shape:
-            shapes = (str(list(tensor.shape.numpy())) for tensor in (before, after))
-            changed.append((float("inf"), Difference("weights", name, "shape", *shapes)))
-            continue
+        before, after = _tensors(left, right)
+        name = parameter_name(str(left.name))
+        # A constant of the code is told by who reads it.
+        place = joined(where, name) if name else named(path for node in readers if (path := paths.left.get(node)))
+        what = "" if name else f"a constant of {before.size} values: "
         if before.dtype != after.dtype:
-            dtypes.setdefault((before.dtype.name.lower(), after.dtype.name.lower()), []).append(name)
-        with mapped_for_a_while(before, after):
-            difference = weight_difference(before, after)
-        bound = tolerance * difference.largest
-        if difference.max_abs > max(bound, _rounding(before, after) * difference.largest):
-            changed.append((difference.relative, Difference("weights", name, str(difference))))
+            dtypes.setdefault((before.dtype.name.lower(), after.dtype.name.lower()), []).append(place)
+        difference = _apart(left, right, tolerance)
+        if isinstance(difference, WeightDifference):
+            changed.append((difference.relative, Difference("weights", place, f"{what}{difference}")))
+        elif difference is not None:
+            changed.append((float("inf"), Difference("weights", place, f"{what}shape", *difference)))
     yield from (entry for _, entry in sorted(changed, key=lambda item: -item[0]))
     for (before_type, after_type), names in dtypes.items():
         yield Difference("weights", _places(names), "dtype", before_type, after_type)
+
+
+def _tensors(left: ir.Value, right: ir.Value) -> tuple[ir.TensorProtocol, ir.TensorProtocol]:
+    before, after = constant_of(left), constant_of(right)
+    assert before is not None
+    assert after is not None
+    return before, after
+
+
+def _apart(left: ir.Value, right: ir.Value, tolerance: float) -> WeightDifference | tuple[str, str] | None:
+    """How two constants differ: by their values, or by their shapes; None where they do not."""
+    before, after = _tensors(left, right)
+    if before.shape != after.shape:
+        return str(list(before.shape.numpy())), str(list(after.shape.numpy()))
+    with mapped_for_a_while(before, after):
+        found = weight_difference(before, after)
+    return None if found.is_within(max(tolerance, _rounding(before, after))) else found
 
 
 def _rounding(left: ir.TensorProtocol, right: ir.TensorProtocol) -> float:
@@ -222,6 +256,10 @@ class WeightDifference:
         """The largest difference over the largest value."""
         return self.max_abs / self.largest if self.largest else float(self.max_abs > 0)
 
+    def is_within(self, tolerance: float) -> bool:
+        """Whether the two are equal, or differ by at most this times the largest value."""
+        return not self.changed or (tolerance > 0 and self.max_abs <= tolerance * self.largest)
+
     def __str__(self) -> str:
         place = "" if self.row is None else f", all in row {self.row}"
         return (
@@ -232,14 +270,16 @@ class WeightDifference:
 
 def weight_difference(left: ir.TensorProtocol, right: ir.TensorProtocol) -> WeightDifference:
     """Compares two tensors of one shape in blocks, so that memory stays flat."""
-    before, after = _numbers(left), _numbers(right)
+    before, after = _numbers(left, right)
     changed, max_abs, largest, rows = 0, 0.0, 0.0, set[int]()
     height = len(before) if before.ndim > 1 else 0
     width = max(1, before.size // max(1, height))
     flat, other = before.reshape(-1), after.reshape(-1)
     for start in range(0, flat.size, _BLOCK_VALUES):
-        first, second = (array[start : start + _BLOCK_VALUES].astype(np.float64) for array in (flat, other))
-        differs = ~((first == second) | (np.isnan(first) & np.isnan(second)))
+        blocks = [array[start : start + _BLOCK_VALUES] for array in (flat, other)]
+        # float64 does not hold all integers of 64 bits.
+        first, second = (block.astype(np.longdouble if block.dtype.kind in "iu" else np.float64) for block in blocks)
+        differs = ~((blocks[0] == blocks[1]) | (np.isnan(first) & np.isnan(second)))
         with np.errstate(invalid="ignore"):
             largest = max(largest, float(np.abs(first[np.isfinite(first)]).max(initial=0.0)))
         if differs.any():
@@ -254,7 +294,16 @@ def weight_difference(left: ir.TensorProtocol, right: ir.TensorProtocol) -> Weig
     return WeightDifference(changed, int(flat.size), max_abs, largest, only)
 
 
-def _numbers(tensor: ir.TensorProtocol) -> Array:
-    array: Array = np.asarray(tensor.numpy())
+def _numbers(left: ir.TensorProtocol, right: ir.TensorProtocol) -> tuple[Array, Array]:
+    """Arrays of real numbers that are apart as the tensors are."""
+    before, after = np.asarray(left.numpy()), np.asarray(right.numpy())
+    if ir.DataType.STRING in (left.dtype, right.dtype):
+        return np.zeros(before.shape), (before != after).astype(np.float64)
+    return _real(before), _real(after)
+
+
+def _real(array: Array) -> Array:
+    if array.dtype.kind == "c":
+        return np.stack([array.real, array.imag], axis=-1)
     # bfloat16 and float8 are dtypes that numpy cannot compare.
     return array if array.dtype.kind in "biuf" else array.astype(np.float32)

@@ -14,6 +14,8 @@ from itertools import takewhile
 
 import onnx_ir as ir
 
+from vlm_export.graph.core.names import captured_or_read
+
 # What exporters and optimisers call values that are no parameter of the module.
 _NO_PARAMETER = re.compile(r"(_?v(al)?_?\d+|onnx::.*|.*::.*|/.*|_.*|\d+|constant.*|const_.*)", re.IGNORECASE)
 # What this project's passes, and the fp16 conversion, put behind a parameter's name.
@@ -88,8 +90,8 @@ def _path_of_weights(node: ir.Node, names: Mapping[ir.Value, str]) -> str | None
     """The module whose weights a node reads, None where it reads none with a name."""
     parameters = [
         parameter_name(names.get(value, str(value.name)))
-        for value in node.inputs
-        if value is not None and value.is_initializer() and not value.is_graph_input() and _is_weight(value)
+        for value in captured_or_read(node)
+        if value.is_initializer() and not value.is_graph_input() and _is_weight(value)
     ]
     paths = [module_of(name) for name in parameters if name]
     return paths[0] if paths else None
@@ -113,7 +115,7 @@ def _latest_before(
     """Node → position of the last node with weights that it depends on."""
     found: dict[ir.Node, int | None] = {}
     for node in nodes:
-        above = [value.producer() for value in node.inputs if value is not None]
+        above = [value.producer() for value in captured_or_read(node)]
         places = [
             index if own[index] is not None else found[parent]
             for parent in above
@@ -127,15 +129,13 @@ def _earliest_behind(
     nodes: list[ir.Node], own: list[str | None], position: Mapping[ir.Node, int]
 ) -> dict[ir.Node, int | None]:
     """Node → position of the first node with weights that depends on it."""
-    found: dict[ir.Node, int | None] = {}
+    found: dict[ir.Node, int | None] = dict.fromkeys(nodes)
     for node in reversed(nodes):
-        readers = [use.node for value in node.outputs for use in value.uses()]
-        places = [
-            index if own[index] is not None else found[reader]
-            for reader in readers
-            if (index := position.get(reader)) is not None
-        ]
-        found[node] = min((place for place in places if place is not None), default=None)
+        place = position[node] if own[position[node]] is not None else found[node]
+        for value in captured_or_read(node):
+            maker = value.producer()
+            if maker is not None and maker in position and place is not None:
+                found[maker] = place if (before := found[maker]) is None else min(before, place)
     return found
 
 

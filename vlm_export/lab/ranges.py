@@ -14,7 +14,7 @@ from vlm_export.bundle.manifest import PartRecord
 from vlm_export.bundle.opened import OpenBundle, open_bundle
 from vlm_export.errors import InputError, UsageError, VerificationError, suggestion
 from vlm_export.graph.core.files import open_model
-from vlm_export.lab.graph_diff import inlined
+from vlm_export.lab.graph_diff import normalised
 from vlm_export.lab.module_paths import constant_of, joined, module_paths, parameter_name
 from vlm_export.lab.output_diff import row_count
 from vlm_export.lab.real_inputs import real_inputs
@@ -181,7 +181,7 @@ def part_ranges(bundle: OpenBundle, part: PartRecord) -> PartRanges:
             got=", ".join(variant.precision for variant in part.variants),
             fix="export with --precision fp32",
         )
-    model = inlined(open_model(bundle.model_files(part.variant("fp32"))))
+    model = normalised(open_model(bundle.model_files(part.variant("fp32"))))
     inputs = real_inputs(bundle, part)
     stats: dict[ir.Value, TensorStats] = {}
     for value, array in walk_values(model, inputs) if inputs else ():

@@ -19,6 +19,7 @@ from vlm_export.graph.core.inference import completed_infos
 from vlm_export.graph.core.onnxruntime_session import Array
 from vlm_export.graph.prove.program import ModelProgram
 from vlm_export.lab.alignment import Alignment
+from vlm_export.lab.canonical import read_by
 from vlm_export.lab.module_paths import constant_of, mapped_for_a_while, module_paths, shared_path
 from vlm_export.runtime.engines.choice import EngineChoice
 
@@ -50,20 +51,25 @@ class RegionPair:
 
 
 def region_pairs(left: ir.Model, right: ir.Model, alignment: Alignment) -> list[RegionPair]:
-    """All regions, in the left graph's order; the last end at the graph's outputs."""
+    """All regions, in the left graph's order; the last end at the graph's outputs, whatever computes them.
+
+    A region is named by its nodes that differ, or else by the one that it ends with.
+    """
     paths = module_paths(left.graph)
     borders = [value for value in _borders(left, paths) if value in alignment.values]
     partners = {value: alignment.values[value] for value in borders}
     mine, theirs = set(borders), set(partners.values())
     order = [{node: index for index, node in enumerate(model.graph)} for model in (left, right)]
-    left_only = set(alignment.left_only)
+    infos = completed_infos(left, [value for value, _ in alignment.ends])
+    ends = [pair for pair in alignment.ends if pair[0].producer() is not None and _is_float(infos[pair[0]].type)]
+    differing = set(alignment.differing())
     pairs = []
-    for value in borders:
+    for value, other in [*partners.items(), *ends]:
         producer = value.producer()
         assert producer is not None
-        regions = region_of(value, mine, order[0]), region_of(partners[value], theirs, order[1])
-        alone = [paths[node] for node in regions[0].nodes if node in left_only]
-        pairs.append(RegionPair(shared_path(alone) if alone else paths[producer], *regions))
+        regions = region_of(value, mine, order[0]), region_of(other, theirs, order[1])
+        named = [paths[node] for node in regions[0].nodes if node in differing]
+        pairs.append(RegionPair(shared_path(named) or paths[producer], *regions))
     return pairs
 
 
@@ -89,7 +95,7 @@ def varying_values(graph: ir.Graph) -> set[ir.Value]:
     """Tensors that depend on an input."""
     found = {value for value in graph.inputs if not value.is_initializer()}
     for node in graph:
-        if any(value in found for value in node.inputs if value is not None):
+        if any(value in found for value in read_by(node)):
             found.update(node.outputs)
     return found
 
@@ -105,7 +111,7 @@ def region_of(end: ir.Value, borders: set[ir.Value], order: Mapping[ir.Node, int
             inputs[value] = None
         elif producer is not None and producer not in nodes:
             nodes.add(producer)
-            waiting += [item for item in producer.inputs if item is not None]
+            waiting += [item for item in read_by(producer) if item is not None]
     return Region(tuple(inputs), end, tuple(sorted(nodes, key=order.__getitem__)))
 
 

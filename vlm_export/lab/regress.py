@@ -28,6 +28,7 @@ from vlm_export.specs.codec import Spec
 
 _RUN, _STATE, _FIGURES = "export and verification", "recorded state", "figures"
 _BUNDLE_RUN = "verification"
+_RECORD = "look at what differs; if it is meant, record it with --update and commit what that writes"
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,9 @@ def regress_bundles(
         )
     known = Baseline()
     if baseline is not None and not options.update:
+        if not baseline.exists():
+            fix = f"record it with the old runtime: --baseline {baseline} --update"
+            raise UsageError("there is no baseline", where=str(baseline), fix=fix)
         known = Baseline.from_config(read_yaml(baseline, "the baseline"), str(baseline))
         for bundle in bundles:
             if bundle not in known.bundles:
@@ -259,9 +263,10 @@ def raise_if_failed(results: Sequence[CaseResult]) -> None:
     """VerificationError that names the first failure."""
     failed = [result for result in results if not result.passed]
     if failed:
+        first = next(check for check in failed[0].checks if check.failures)
         raise VerificationError(
             f"{len(failed)} of {len(results)} cases failed",
             where=", ".join(result.name for result in failed),
-            got=failed[0].failures[0],
-            fix="look at what differs; if it is meant, record it with --update and commit the states",
+            got=f"{first.name}: {first.failures[0]}".splitlines()[0],
+            fix="" if first.name in (_RUN, _BUNDLE_RUN) else _RECORD,
         )

@@ -11,11 +11,10 @@ import yaml
 
 from vlm_export.graph.core.plain_yaml import read_yaml
 from vlm_export.lab.bundle_diff import field_differences
+from vlm_export.lab.canonical import SEPARATOR
 from vlm_export.lab.differences import SECTIONS, Difference, in_order, named
 from vlm_export.specs.codec import Check, Spec
 
-SEPARATOR = " | "
-"""Between the operators of a module and the digest of their attributes, constants and connections."""
 WHOLE = "(whole graph)"
 _KNOWN = Check(f"of the kinds {', '.join(SECTIONS)}", lambda found: set(found) <= set(SECTIONS))
 

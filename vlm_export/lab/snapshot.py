@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -13,7 +12,15 @@ from vlm_export.bundle.ledger import LedgerEntry, read_ledger
 from vlm_export.bundle.manifest import VariantRecord
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.graph.core.files import open_model
-from vlm_export.lab.bundle_diff import spec_json
+from vlm_export.lab.bundle_diff import (
+    DIGEST_CHARACTERS,
+    LONGEST_TEXT,
+    axis_of,
+    contract_of,
+    side_files,
+    spec_json,
+    text_digest,
+)
 from vlm_export.lab.figures import recorded_figures
 from vlm_export.lab.graph_diff import opset_text
 from vlm_export.lab.regress_state import State
@@ -21,10 +28,7 @@ from vlm_export.lab.structure import structure_lines
 from vlm_export.proof.contract_record import read_record
 from vlm_export.proof.floor import RULES
 
-_SIDE_FILES = (layout.CONFIG_NAME, layout.PREPROCESSOR_NAME)
 _TOKENIZER_FILES = (layout.TOKENIZER_NAME, layout.TOKENIZER_CONFIG_NAME, "special_tokens_map.json")
-_DIGEST_CHARACTERS = 16
-_LONGEST_TEXT = 40
 
 
 def state_of(bundle: OpenBundle, case: str, tolerances: Mapping[str, float]) -> State:
@@ -44,10 +48,10 @@ def state_of(bundle: OpenBundle, case: str, tolerances: Mapping[str, float]) -> 
         "interface": dict(_interface(bundle)),
         "model": {"family": manifest.family, "architecture": dict(manifest.architecture)},
         "preparation": {"image": spec_json(manifest.image), "text": spec_json(manifest.text)},
-        "tokenizer": _digests(bundle, _TOKENIZER_FILES),
+        "tokenizer": _digests(bundle, [name for name in side_files(bundle) if name in _TOKENIZER_FILES]),
         "tasks": {task.kind: task.to_json() for task in manifest.tasks},
-        "files": _digests(bundle, _SIDE_FILES),
-        "contract": _contract(bundle),
+        "files": _digests(bundle, [name for name in side_files(bundle) if name not in _TOKENIZER_FILES]),
+        "contract": {**contract_of(bundle), **_words(bundle)},
         "opset": opsets,
         "structure": structure,
         "weights": _weights(bundle, variants),
@@ -66,13 +70,12 @@ def _interface(bundle: OpenBundle) -> Iterator[tuple[str, Any]]:
                 axes = ", ".join(map(str, tensor.shape))
                 yield f"{part.name} {kind} {tensor.name}", f"{tensor.dtype} ({axes})"
         for axis in part.signature.axes:
-            stated = axis.to_json().items()
-            yield f"{part.name} axis {axis.name}", {k: v for k, v in stated if k != "name" and v not in (None, [], 1)}
+            yield f"{part.name} axis {axis.name}", axis_of(axis)
 
 
 def _digests(bundle: OpenBundle, names: Iterable[str]) -> dict[str, str]:
     files = bundle.manifest.files
-    return {name: files[name].sha256[:_DIGEST_CHARACTERS] for name in names if name in files}
+    return {name: files[name].sha256[:DIGEST_CHARACTERS] for name in names}
 
 
 def _weights(bundle: OpenBundle, variants: Mapping[str, VariantRecord]) -> dict[str, str]:
@@ -82,9 +85,7 @@ def _weights(bundle: OpenBundle, variants: Mapping[str, VariantRecord]) -> dict[
     for graph, variant in variants.items():
         constants = list[str]()
         for entry in ledger[variant.file].initializers if variant.file in ledger else ():
-            line = (
-                f"{ir.DataType(entry.data_type).name.lower()} {list(entry.shape)} {entry.sha256[:_DIGEST_CHARACTERS]}"
-            )
+            line = f"{ir.DataType(entry.data_type).name.lower()} {list(entry.shape)} {entry.sha256[:DIGEST_CHARACTERS]}"
             if not entry.parameters:
                 constants.append(line)
                 continue
@@ -92,7 +93,7 @@ def _weights(bundle: OpenBundle, variants: Mapping[str, VariantRecord]) -> dict[
             while name in found:
                 name, number = f"{graph} {_weight_name(entry)} #{number}", number + 1
             found[name] = line
-        found[f"{graph} constants"] = f"{len(constants)} {_digest('|'.join(sorted(constants)))}"
+        found[f"{graph} constants"] = f"{len(constants)} {text_digest('|'.join(sorted(constants)))}"
     return found
 
 
@@ -101,21 +102,12 @@ def _weight_name(entry: LedgerEntry) -> str:
     return "+".join(entry.parameters) + how
 
 
-def _contract(bundle: OpenBundle) -> dict[str, Any]:
-    """What the original's own code makes of the contract's images and texts."""
-    record = read_record(bundle)
-    if record is None:
-        return {}
-    found: dict[str, Any] = {"score": dict(record.score)}
-    for image in record.images:
-        size = f"{image.size[1]} x {image.size[0]}"
-        found[f"image {image.file.rpartition('/')[2]}"] = f"{size} pixels {image.sha256[:_DIGEST_CHARACTERS]}"
-    for number, text in enumerate(record.texts):
-        ids = " ".join(map(str, text.ids))
-        found[f"text {number} {text.text[:_LONGEST_TEXT]!a}"] = f"{len(text.ids)} ids {_digest(ids)}"
-    for number, words in enumerate(record.words):
+def _words(bundle: OpenBundle) -> dict[str, str]:
+    """What the original answers."""
+    record, found = read_record(bundle), dict[str, str]()
+    for number, words in enumerate(() if record is None else record.words):
         what = repr(words.words) if words.probability is None else f"{words.probability:.3g}"
-        found[f"{words.task} {number} {words.text[:_LONGEST_TEXT]!a}"] = what
+        found[f"{words.task} {number} {words.text[:LONGEST_TEXT]!a}"] = what
     return found
 
 
@@ -124,7 +116,3 @@ def _gate(variant: VariantRecord) -> Mapping[str, Any]:
     stated = variant.verification or {}
     floor = stated.get("floor")
     return {**stated.get("gate", {}), "times_the_floor": None if floor is None else RULES[floor["rule"]].factor}
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:_DIGEST_CHARACTERS]

@@ -25,7 +25,7 @@ def walk_values(
     """Each tensor that depends on an input, in the graph's order, once for every set of inputs.
 
     Args:
-        model: sorted, its functions inlined.
+        model: sorted, as `graph_diff.normalised` gives it.
         limit_bytes: how much a run may give at once; a single node may give more.
 
     Raises:

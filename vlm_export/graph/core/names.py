@@ -279,7 +279,7 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
     """As `suggestion`, but of long lists only the nearest name."""
     choices = sorted(known)
     text = suggestion(name, choices)
-    return text if len(choices) <= 20 or text.startswith("did") else "list the names with `graph show`"
+    return text if len(choices) <= 20 or text.startswith("did") else "list the names with `graph find IN '*'`"
 
 
 def is_sorted(model: ir.Model) -> bool:

@@ -41,6 +41,11 @@ class Case:
         self.gate: Gate = GATES[session.precision]
         self.untried: dict[str, str] = {}
 
+    @property
+    def far(self) -> float:
+        """How far vectors are at most that the precision calls equal, as 1 - cosine."""
+        return 1 - self.gate.cosine
+
     @cached_property
     def texts(self) -> list[str]:
         """The texts that were answered."""

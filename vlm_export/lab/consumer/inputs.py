@@ -8,7 +8,7 @@ import numpy as np
 
 from vlm_export.lab.consumer.case import Case
 from vlm_export.lab.consumer.pixels import Geometry, Scale, geometries, prepared, scales
-from vlm_export.lab.consumer.report import Finding, Stage, explained
+from vlm_export.lab.consumer.report import Finding, Stage, explained, nearness
 from vlm_export.lab.consumer.texts import follows, made_by, text_hypotheses
 from vlm_export.lab.differences import named
 from vlm_export.proof.metrics import Array
@@ -57,7 +57,7 @@ def _id_findings(case: Case, given: Sequence[tuple[int, ...]], wrong: Sequence[i
         left[found.word] = np.minimum(left.get(found.word, 1.0), missed)
         if not missed.all():
             fixes.setdefault(found.word, found.fix)
-    mistakes = explained(left.items(), np.ones(len(wrong)))
+    mistakes = explained(left.items(), np.ones(len(wrong)), 0.0)
     for word, items in mistakes:
         evidence = f"{len(items)} of the {len(wrong)} texts that differ have exactly the ids of this mistake"
         yield Finding(word, evidence, fixes[word], tuple(case.text_names[wrong[i]] for i in items))
@@ -129,16 +129,16 @@ def _pixel_findings(case: Case, spec: ImageSpec, given: Sequence[Array], numbers
     """Single mistakes; and for the images that none explains, one before and one with the levels together."""
     before = _distances(given, pixel_options(case, numbers, None), None, spec)
     singles = _tried(case, spec, given, numbers, pairs=False)
-    found = explained(singles, before)
+    found = explained(singles, before, _MEAN_LEVELS)
     rest = sorted(set(range(len(numbers))) - {item for _, items in found for item in items})
     if rest:
         chosen = [given[i] for i in rest], [numbers[i] for i in rest]
-        pairs = explained(_tried(case, spec, *chosen, pairs=True), before[rest])
+        pairs = explained(_tried(case, spec, *chosen, pairs=True), before[rest], _MEAN_LEVELS)
         found += [(mistake, [rest[i] for i in items]) for mistake, items in pairs]
     for mistake, items in found:
         some = [given[i] for i in items], [numbers[i] for i in items]
         left = _distances(some[0], pixel_options(case, some[1], mistake[0]), mistake[1], spec).mean()
-        evidence = f"your pixels equal ours made so to {left:.2g} levels of 255"
+        evidence = f"your pixels {nearness(left, _MEAN_LEVELS)} ours made so, to {left:.2g} levels of 255"
         if np.isfinite(before[items]).all():
             evidence += f"; as they should be made, to {before[items].mean():.2g}"
         for part in mistake:

@@ -93,15 +93,18 @@ def geometries(spec: ImageSpec) -> Iterator[Geometry]:
     yield Geometry("crop of a larger image", f"resized to {larger}", fix, cut)
     yield Geometry("crop without resize", "", fix, _spec_with(resize="none", resize_pixels=(), crop="down"))
     yield Geometry("crop at the corner", "", f"{fix}, from the centre", _corner)
+    fix = "feed the image as it is; what training does to images at random is left out"
+    yield Geometry("mirrored", "left and right exchanged", fix, _after(ImageOps.mirror))
+    yield Geometry("mirrored", "top and bottom exchanged", fix, _after(ImageOps.flip))
     fix = "leave the image as the file stores it, as the original does"
-    yield Geometry("EXIF orientation applied", "", fix, _turned)
+    yield Geometry("EXIF orientation applied", "", fix, _after(ImageOps.exif_transpose))
     fix = "convert to RGB as the bundle's manifest says (image.transparency, image.rgb_stage)"
     for level, ground in ((0, "black"), (255, "white")):
         yield Geometry("transparency", f"put on {ground}", fix, _on_ground(level))
     for other in consumer_specs(spec):
         changes = {"rgb_stage": other.rgb_stage, "transparency": other.transparency}
         yield Geometry("conversion to RGB", f"before the resize, {other.transparency}", fix, _spec_with(**changes))
-    yield Geometry("grey levels", "", "keep the colours", _as_mode("L"))
+    yield Geometry("grey levels", "", "keep the colours", _after(lambda image: image.convert("L")))
     fix = "cut levels of 16 bits off at 255, as the original (Pillow) does"
     yield Geometry("16-bit levels", "scaled to 8 bits", fix, _as_eight_bits)
 
@@ -149,12 +152,8 @@ def _corner(image: Image.Image, spec: ImageSpec) -> Array:
     return _of_square(np.asarray(resized)[: spec.size_pixels, : spec.size_pixels], spec)
 
 
-def _turned(image: Image.Image, spec: ImageSpec) -> Array:
-    return preprocess_image(ImageOps.exif_transpose(image), spec)
-
-
-def _as_mode(mode: str) -> Prepare:
-    return lambda image, spec: preprocess_image(image.convert(mode), spec)
+def _after(change: Callable[[Image.Image], Image.Image]) -> Prepare:
+    return lambda image, spec: preprocess_image(change(image), spec)
 
 
 def _as_eight_bits(image: Image.Image, spec: ImageSpec) -> Array:

@@ -91,23 +91,34 @@ class Diagnosis:
         }
 
 
-def explained(tried: Iterable[tuple[Mistake, Array]], before: Array) -> list[tuple[Mistake, list[int]]]:
+def explained(tried: Iterable[tuple[Mistake, Array]], before: Array, exact: float) -> list[tuple[Mistake, list[int]]]:
     """The fewest mistakes that explain most, each with the numbers of its items; the first of equals.
+
+    Of many mistakes one comes near an item or two by chance. So one that only comes near counts where it explains at
+    least as many items as are left without an explanation.
 
     Args:
         tried: mistakes, and float (N,) how far each item is from what the mistake makes of it.
         before: float (N,), how far the items are from what they should be.
+        exact: how far items are at most that are equal.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
-        shares = [(mistake, np.nan_to_num(1 - left / before)) for mistake, left in tried]
-    shares = [(mistake, np.where(share >= 1 - LEFT, share, 0)) for mistake, share in shares]
-    open_items, found = np.ones(len(before), bool), list[tuple[Mistake, list[int]]]()
-    while shares and open_items.any() and len(found) < _MOST:
-        totals = [float(share[open_items].sum()) for _, share in shares]
+        candidates = [(mistake, left, np.nan_to_num(1 - left / before)) for mistake, left in tried]
+    candidates = [(mistake, left, np.where(share >= 1 - LEFT, share, 0)) for mistake, left, share in candidates]
+    open_items, found = np.ones(len(before), bool), list[tuple[Mistake, list[int], float]]()
+    while candidates and open_items.any() and len(found) < _MOST:
+        totals = [float(share[open_items].sum()) for _, _, share in candidates]
         best = int(np.argmax(np.round(totals, 3)))
         if not totals[best]:
             break
-        items = open_items & (shares[best][1] > 0)
-        found.append((shares[best][0], np.flatnonzero(items).tolist()))
+        mistake, left, share = candidates[best]
+        items = open_items & (share > 0)
+        found.append((mistake, np.flatnonzero(items).tolist(), float(left[items].mean())))
         open_items &= ~items
-    return found
+    unexplained = int(open_items.sum())
+    return [(mistake, items) for mistake, items, left in found if left <= exact or len(items) >= unexplained]
+
+
+def nearness(left: float, exact: float) -> str:
+    """How sentences call items that are so far from a mistake's."""
+    return "equal" if left <= exact else "come near"

@@ -20,6 +20,10 @@ Rows: TypeAlias = list[Row]
 _LONG_CONTEXT = 4096
 # Those that any tokenizer can follow; "none" is no mistake (`tokenizer_alone`).
 _CLEANINGS: tuple[TextCleaning, ...] = ("whitespace", "lower", "canonicalize")
+# What classifying puts around a label: CLIP's notebooks, and transformers' zero-shot pipeline.
+_SENTENCES = ("a photo of a {}", "a photo of {}", "This is a photo of {}.")
+# Lengths that programs have as limits.
+_SHORT_LIMITS = (8, 16, 20, 24, 30, 32, 40, 48, 50, 52, 64, 77, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ def text_hypotheses(bundle: OpenBundle, texts: Sequence[str], expected: Rows, pa
     bases = [expected] if alone in (None, expected) else [expected, alone]
     yield from _tokenizers(bundle, spec, texts)
     yield from (found for base in bases for found in _special_tokens(spec, base))
+    yield from (found for base in bases for found in _short_limits(spec, base))
     yield from (found for base in bases for found in _paddings(spec, base, pad))
     yield from (found for base in bases for found in _widths(base))
 
@@ -103,6 +108,23 @@ def _tokenizers(bundle: OpenBundle, spec: TextSpec, texts: Sequence[str]) -> Ite
         changed = None if cleaning == spec.cleaning else _encoded(path, replace(spec, cleaning=cleaning), texts)
         if changed is not None:
             yield TextHypothesis("other cleaning", f"clean texts as {spec.cleaning!r}, not as {cleaning!r}", changed)
+    fix = "embed the text itself; such a sentence is for labels that are classified"
+    for sentence in _SENTENCES:
+        for cleaning in dict.fromkeys((spec.cleaning, "none")):
+            sentences = [sentence.replace("{}", text) for text in texts]
+            changed = _encoded(path, replace(spec, cleaning=cleaning), sentences)
+            if changed is not None:
+                yield TextHypothesis(f"put into {sentence!r}", fix, changed)
+
+
+def _short_limits(spec: TextSpec, rows: Rows) -> Iterator[TextHypothesis]:
+    longest = max(map(len, rows), default=0)
+    for limit in _SHORT_LIMITS:
+        if limit < longest:
+            end = (spec.end_token_id,) if spec.adds_eos else ()
+            cut = [row if len(row) <= limit else (*row[: limit - len(end)], *end) for row in rows]
+            fix = f"cut texts that are longer than {spec.context_length} tokens, and no others"
+            yield TextHypothesis(f"cut to {limit} tokens", fix, cut)
 
 
 def _paddings(spec: TextSpec, rows: Rows, pad: int) -> Iterator[TextHypothesis]:

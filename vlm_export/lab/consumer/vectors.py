@@ -10,7 +10,7 @@ import numpy as np
 from vlm_export.lab.consumer.case import Case, Outputs, Run, unit
 from vlm_export.lab.consumer.inputs import pixel_options
 from vlm_export.lab.consumer.pixels import geometries, scales
-from vlm_export.lab.consumer.report import LEFT, Finding, Stage, explained
+from vlm_export.lab.consumer.report import LEFT, Finding, Stage, explained, nearness
 from vlm_export.lab.consumer.texts import follows, text_hypotheses
 from vlm_export.lab.differences import named
 from vlm_export.proof.metrics import Array
@@ -155,7 +155,7 @@ def _stage(case: Case, name: str, given: Array | None, side: _Side) -> Stage:
         return replace(stage, differing=names, findings=(finding,))
     if given.shape[1] != expected.shape[1]:
         return replace(stage, differing=tuple(side.names), findings=(_of_width(case, side, given, expected),))
-    wrong, notes = _wrong_rows(case, side, given, expected)
+    wrong, cosines, notes = _wrong_rows(case, side, given, expected)
     scaled = _unscaled(given, expected)
     if not wrong:
         return replace(stage, verdict="differs" if scaled else "equal", findings=scaled, notes=notes)
@@ -167,36 +167,46 @@ def _stage(case: Case, name: str, given: Array | None, side: _Side) -> Stage:
     if own is not None and case.close(given[wrong], own).all():
         note = f"the bundle's graph makes these vectors of your {side.before.name}"
         return replace(stage, verdict="differs" if scaled else "follows", findings=scaled, notes=(*notes, note))
-    cosines = (unit(given) * unit(expected)).sum(axis=1)
+    if own is not None:
+        cosines[wrong] = np.maximum(cosines[wrong], _cosines(given[wrong], own))
     # Spread over those that differ much and those that differ little: they may differ by other mistakes.
     ranked = sorted(wrong, key=lambda i: cosines[i])
     chosen = [ranked[i] for i in np.unique(np.linspace(0, len(ranked) - 1, _SEARCHED).astype(int))]
     found = tuple(_explained(case, side, given, expected, cosines, chosen))
     tried = tuple(side.names[i] for i in chosen) if any(finding.items for finding in found) or not found else ()
-    untried = (case.untried[side.kind],) if side.kind in case.untried else ()
-    return replace(stage, tried=tried, findings=(*found, *scaled), notes=(*notes, *untried))
+    more = [case.untried[side.kind]] if side.kind in case.untried else []
+    if side.before.verdict == "not given" and not found:
+        more.append(f"with your {side.before.name} as well, doctor tells whether you part before the model or in it")
+    return replace(stage, tried=tried, findings=(*found, *scaled), notes=(*notes, *more))
 
 
-def _wrong_rows(case: Case, side: _Side, given: Array, expected: Array) -> tuple[list[int], tuple[str, ...]]:
-    """The rows that are none of a right consumer's, and what is to be said of those that are not the original's."""
+def _wrong_rows(case: Case, side: _Side, given: Array, expected: Array) -> tuple[list[int], Array, tuple[str, ...]]:
+    """The rows that are none of a right consumer's, the cosine of every row with the nearest that a right consumer may
+    have, and what is to be said of those that are not the original's."""
     encoder = case.encoder(side.kind)
     assert encoder is not None
-    wrong = [int(i) for i in np.flatnonzero(~case.close(given, expected))]
-    first = wrong
-    if wrong and side.before.verdict == "equal":
-        own = side.runs[0](wrong, None).get(encoder.output)
-        if own is not None:
-            wrong = [i for i, near in zip(wrong, case.close(given[wrong], own), strict=True) if not near]
-    elif wrong and side.before.verdict == "not given":
-        fine = np.zeros(len(wrong), bool)
-        for rows in side.others(wrong):
-            fine |= case.close(given[wrong], rows)
-        wrong = [i for i, near in zip(wrong, fine, strict=True) if not near]
+    first = [int(i) for i in np.flatnonzero(~case.close(given, expected))]
+    cosines, right = _cosines(given, expected), list[Array]()
+    if first and side.before.verdict == "equal":
+        right += _of(side.runs[0](first, None), encoder.output)
+    elif first and side.before.verdict == "not given":
+        right += side.others(first)
+    fine = np.zeros(len(first), bool)
+    for rows in right:
+        fine |= case.close(given[first], rows)
+        cosines[first] = np.maximum(cosines[first], _cosines(given[first], rows))
+    wrong = [i for i, near in zip(first, fine, strict=True) if not near]
     accepted = tuple(side.names[i] for i in first if i not in wrong)
     if not accepted:
-        return wrong, ()
+        return wrong, cosines, ()
     files = "tokenizer.json" if side.kind == "text" else "preprocessor_config.json"
-    return wrong, (f"as {files} says, which cannot say all that the original does: {named(accepted)}",)
+    return wrong, cosines, (f"as {files} says, which cannot say all that the original does: {named(accepted)}",)
+
+
+def _cosines(given: Array, rows: Array) -> Array:
+    """The cosine of each row with the same row of the other; float64 (N,)."""
+    found: Array = (unit(given) * unit(rows)).sum(axis=1)
+    return found
 
 
 def _unscaled(given: Array, expected: Array) -> tuple[Finding, ...]:
@@ -214,10 +224,15 @@ def _of_width(case: Case, side: _Side, given: Array, expected: Array) -> Finding
     """A value of the graph that is theirs, or another model."""
     numbers = list(range(len(given)))[:_SEARCHED]
     before = np.ones(len(numbers))
-    found = explained(_left(_graph_changes(case, side, numbers), given[numbers], before), before)
+    found = explained(_left(_graph_changes(case, side, numbers), given[numbers], before), before, case.far)
     if found:
-        return _finding(found[0][0], given[numbers], None, ())
-    evidence = f"vectors of {given.shape[1]} numbers; this model's have {expected.shape[1]}"
+        return _finding(case, found[0][0], given[numbers], None, ())
+    width, whole = given.shape[1], expected.shape[1]
+    # Not all of them: right consumers have other rows where the bundle's files cannot say all.
+    if width < whole and case.close(given, expected[:, :width]).mean() >= 0.5:
+        fix = f"keep all {whole} numbers, or cut everything that is compared alike"
+        return Finding("cut vectors", f"your vectors are the first {width} of our {whole} numbers", fix)
+    evidence = f"vectors of {width} numbers; this model's have {whole}"
     return Finding("another model", evidence, "take the output that the manifest names, of this bundle's graph")
 
 
@@ -236,11 +251,11 @@ def _explained(
         yield from _graph_changes(case, side, chosen)
 
     before = 1 - cosines[chosen]
-    mistakes = explained(_left(every(), given[chosen], before), before)
+    mistakes = explained(_left(every(), given[chosen], before), before, case.far)
     for mistake, items in mistakes:
         names = tuple(side.names[chosen[i]] for i in items)
         rows = replace(mistake, rows=mistake.rows[:, items])
-        yield _finding(rows, given[[chosen[i] for i in items]], float(before[items].mean()), names)
+        yield _finding(case, rows, given[[chosen[i] for i in items]], float(before[items].mean()), names)
     if not mistakes:
         yield from _unexplained(cosines)
 
@@ -254,7 +269,8 @@ def _in_another_order(given: Array, expected: Array) -> bool:
 def _unexplained(cosines: Array) -> Iterator[Finding]:
     if cosines.min() >= _COARSE:
         evidence = f"cosines are {cosines.min():.6f} to {cosines.max():.6f}, and no other mistake explains them"
-        yield Finding("lower precision", evidence, "compare with --precision fp16 if that is what you run, or run fp32")
+        fix = "compare with --precision fp16 if that is what you run, or run fp32 and keep vectors in more than 8 bits"
+        yield Finding("lower precision", evidence, fix)
     elif np.abs(cosines).mean() <= _FOREIGN:
         evidence = f"cosines with ours are {cosines.min():.2f} to {cosines.max():.2f}"
         yield Finding("another model", evidence, "load this bundle's graphs, and compare vectors of one model alone")
@@ -279,13 +295,13 @@ def _left(tried: Iterator[_Tried], given: Array, before: Array) -> Iterator[tupl
 
 def _nearest(given: Array, forms: Array) -> Array:
     """1 - cosine of each row (N, D) with the nearest of its forms (K, N, D)."""
-    each: Array = np.array([1 - (unit(given) * unit(rows)).sum(axis=1) for rows in forms])
+    each: Array = np.array([1 - _cosines(given, rows) for rows in forms])
     nearest: Array = each.min(axis=0)
     return nearest
 
 
-def _finding(tried: _Tried, given: Array, before: float | None, items: tuple[str, ...]) -> Finding:
+def _finding(case: Case, tried: _Tried, given: Array, before: float | None, items: tuple[str, ...]) -> Finding:
     left = float(_nearest(given, tried.rows).mean())
-    evidence = f"your vectors equal ours made so: 1 - cosine is {left:.1e}"
+    evidence = f"your vectors {nearness(left, case.far)} ours made so: 1 - cosine is {left:.1e}"
     evidence += "" if before is None else f"; as they should be made: {before:.1e}"
     return Finding(tried.word, f"{tried.detail}: {evidence}" if tried.detail else evidence, tried.fix, items)

@@ -38,7 +38,7 @@ _CPP_TYPES = {
 
 
 def usage_samples(manifest: Manifest, folder: str) -> list[tuple[str, str]]:
-    """Name of a language → code; the graphs' own interfaces are shown on the first part.
+    """Name of a language → code that runs beside the bundle; the graphs' own interfaces are shown on the first part.
 
     Args:
         folder: how the code names the bundle.
@@ -69,25 +69,45 @@ def _python(manifest: Manifest, folder: str) -> str:
 
 
 def _javascript(part: PartRecord, path: str) -> str:
-    lines = ['import * as ort from "onnxruntime-node";', ""]
-    lines += [f"const session = await ort.InferenceSession.create({json.dumps(path)});", "const feeds = {"]
+    output = json.dumps(part.signature.output_names[0])
+    lines = [
+        "// npm install onnxruntime-node; save this as usage.mjs beside the bundle, and run: node usage.mjs",
+        'import * as ort from "onnxruntime-node";',
+        "",
+        f"const session = await ort.InferenceSession.create({json.dumps(path)});",
+        "const feeds = {  // zeros, which your own inputs replace",
+    ]
     for tensor, shape in _shapes(part.signature):
         array = f"new {_JAVASCRIPT_ARRAYS[tensor.dtype]}({prod(shape)})"
         lines.append(
             f"  {json.dumps(tensor.name)}: new ort.Tensor({json.dumps(tensor.dtype)}, {array}, {list(shape)}),"
             f"  // {_axes(tensor)}"
         )
-    lines += ["};", "const results = await session.run(feeds);"]
-    lines += [f"console.log(results[{json.dumps(name)}].data);" for name in part.signature.output_names[:1]]
+    lines += [
+        "};",
+        "const results = await session.run(feeds);",
+        f"console.log(results[{output}].dims, results[{output}].data);",
+    ]
     return "\n".join(lines)
 
 
 def _cpp(part: PartRecord, path: str) -> str:
     outputs = part.signature.output_names
-    lines = ["#include <onnxruntime_cxx_api.h>", "#include <memory>", "#include <vector>", "", "int main() {"]
-    lines += ["  Ort::Env env;", f"  Ort::Session session(env, ORT_TSTR({json.dumps(path)}), Ort::SessionOptions{{}});"]
-    lines += ["  auto memory = Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeDefault);"]
-    lines += ["  std::vector<Ort::Value> values;"]
+    lines = [
+        "// g++ -std=c++17 usage.cpp -I ONNXRUNTIME/include -L ONNXRUNTIME/lib -lonnxruntime -o usage",
+        "#include <onnxruntime_cxx_api.h>",
+        "",
+        "#include <cstdint>",
+        "#include <iostream>",
+        "#include <memory>",
+        "#include <vector>",
+        "",
+        "int main() {",
+        "  Ort::Env env;",
+        f"  Ort::Session session(env, ORT_TSTR({json.dumps(path)}), Ort::SessionOptions{{}});",
+        "  auto memory = Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeDefault);",
+        "  std::vector<Ort::Value> values;  // zeros, which your own inputs replace",
+    ]
     for number, (tensor, shape) in enumerate(_shapes(part.signature)):
         kind, count = _CPP_TYPES[tensor.dtype], prod(shape)
         size = ", ".join(map(str, shape))
@@ -102,6 +122,8 @@ def _cpp(part: PartRecord, path: str) -> str:
         f"  const char* outputs[] = {{{_quoted(outputs)}}};",
         "  auto results = session.Run(",
         f"      Ort::RunOptions{{}}, inputs, values.data(), values.size(), outputs, {len(outputs)});",
+        "  for (auto extent : results[0].GetTensorTypeAndShapeInfo().GetShape()) std::cout << extent << ' ';",
+        "  std::cout << '\\n';",
         "}",
     ]
     return "\n".join(lines)

@@ -61,6 +61,9 @@ def collect(program: Any, folder: Path) -> None:
     _write(folder / "texts.json", kept_texts)
     _write(folder / "images.json", [path.name for path in kept_images])
     for name, rows in (answers | of_images).items():
+        if not rows:
+            print(f"{name}: your program answers none", file=sys.stderr)
+            continue
         target = folder / _PLURALS.get(name, name)
         if len({row.shape for row in rows}) == 1 and name != "ids":
             np.save(target.with_suffix(".npy"), np.stack(rows).astype(np.float32))
