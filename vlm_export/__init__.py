@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vlm_export.lab.ranges import ranges
     from vlm_export.lab.regress import regress
     from vlm_export.lab.report.collect import report
+    from vlm_export.layouts.package import package
     from vlm_export.quantizing.pipeline import quantize
     from vlm_export.quantizing.result import QuantizeResult
     from vlm_export.runtime.load import load
@@ -35,6 +36,7 @@ _HOMES = {
     "doctor": "vlm_export.lab.doctor",
     "export": "vlm_export.api",
     "load": "vlm_export.runtime.load",
+    "package": "vlm_export.layouts.package",
     "quantize": "vlm_export.quantizing.pipeline",
     "ranges": "vlm_export.lab.ranges",
     "regress": "vlm_export.lab.regress",
@@ -54,6 +56,7 @@ __all__ = [
     "doctor",
     "export",
     "load",
+    "package",
     "quantize",
     "ranges",
     "regress",

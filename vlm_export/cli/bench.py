@@ -30,6 +30,32 @@ def add_parser(verbs: Any) -> None:
         ),
     )
     parser.add_argument("bundle", metavar="DIR", help="directory of the bundle")
+    _add_sizes(parser)
+    parser.add_argument("--rounds", type=positive_integer, default=9, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--against",
+        metavar="SOURCE",
+        help="the checkpoint that the bundle was made from: PyTorch runs it first, eager, compiled and in bfloat16",
+    )
+    parser.add_argument(
+        "--recommend", action="store_true", help="say how to load and run the fastest one within --least-cosine"
+    )
+    parser.add_argument(
+        "--least-cosine",
+        type=float,
+        default=_LEAST_COSINE,
+        metavar="X",
+        help="with float32's outputs, of what --recommend may take (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE", type=Path, help="write loss against time and throughput against threads as SVG"
+    )
+    add_common_options(parser)
+    parser.set_defaults(run=run, extra="graph")
+
+
+def _add_sizes(parser: argparse.ArgumentParser) -> None:
+    """What is measured, and at which sizes."""
     parser.add_argument("--part", nargs="+", default=(), metavar="NAME", help="only these parts (default: all)")
     parser.add_argument(
         "--precision",
@@ -60,27 +86,6 @@ def add_parser(verbs: Any) -> None:
         metavar="N",
         help="tokens of a row, of parts whose length is free (default: as recorded)",
     )
-    parser.add_argument("--rounds", type=positive_integer, default=9, metavar="N", help="default: %(default)s")
-    parser.add_argument(
-        "--against",
-        metavar="SOURCE",
-        help="the checkpoint that the bundle was made from: PyTorch runs it first, eager, compiled and in bfloat16",
-    )
-    parser.add_argument(
-        "--recommend", action="store_true", help="say how to load and run the fastest one within --least-cosine"
-    )
-    parser.add_argument(
-        "--least-cosine",
-        type=float,
-        default=_LEAST_COSINE,
-        metavar="X",
-        help="with float32's outputs, of what --recommend may take (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--plot", metavar="FILE", type=Path, help="write loss against time and throughput against threads as SVG"
-    )
-    add_common_options(parser)
-    parser.set_defaults(run=run, extra="graph")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,6 +12,10 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "quantize bundle --precision int4 --part decoder --budget exact-match=0.9 -o smaller",
     ),
     "verify": ("verify bundle", "verify bundle --source clip-demo --json"),
+    "package": (
+        "package bundle --for immich -o for-immich",
+        "package bundle --for transformers.js -o web --precision fp16",
+    ),
     "classify": ("classify bundle photo.jpg cat dog", "classify bundle photo.jpg red blue --template 'a {} circle'"),
     "caption": ("caption captions photo.jpg", "caption chat a.jpg b.jpg --prompt 'Describe this image.'"),
     "ask": ("ask answers photo.jpg 'what colour is it?'", "ask chat photo.jpg 'What is this?' --stream"),

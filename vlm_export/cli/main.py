@@ -35,6 +35,7 @@ VERBS = (
     "export",
     "verify",
     "quantize",
+    "package",
     "classify",
     "caption",
     "ask",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vlm_export.bundle.manifest import VariantRecord
+from vlm_export.bundle.manifest import Manifest, VariantRecord
 from vlm_export.errors import InputError
 from vlm_export.proof.metrics import Comparison
 from vlm_export.specs.codec import Spec
@@ -65,6 +65,17 @@ def variant_gate(part: str, variant: VariantRecord) -> Gate:
             fix="do not use this variant; quantize the bundle again",
         )
     return GATES[gate_name(part, variant.precision)]
+
+
+def laxest_variant(manifest: Manifest, precision: str) -> VariantRecord:
+    """Of the variants that run where that precision is asked for, the one of the widest limits: those of what several
+    parts compute together.
+
+    Raises:
+        InputError: as `variant_gate`.
+    """
+    variants = [part.served_by(precision) for part in manifest.parts if part.name not in PART_GATES]
+    return min(variants, key=lambda variant: variant_gate("", variant).cosine)
 
 
 def gate_name(part: str, precision: str) -> str:

@@ -398,7 +398,11 @@ class _Job:
         proved = dict(variants)
         for report in reports:
             if report.part in variants:
-                report.raise_if_failed()
+                try:
+                    report.raise_if_failed()
+                except VerificationError as error:
+                    error.fix = f"leave part {report.part!r} in float32 with --part, or take a finer precision"
+                    raise
                 proved[report.part] = replace(variants[report.part], verification=report.to_json())
         return _with_variants(manifest, proved)
 
