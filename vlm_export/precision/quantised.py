@@ -203,27 +203,7 @@ class _Quantisation:
         What another node's quantisation made under the same names is taken again: the activation that several
         products read is quantised once, and so is a weight that several read.
         """
-        alone = node_alone(node, weight, position)
-        try:
-            made = ir.from_proto(quantiser(one_node_model(alone, weight, position, self._opsets)))
-        except (AssertionError, RuntimeError, ValueError) as error:
-            # What onnxruntime's quantisers raise where numbers do not suit them.
-            raise InputError(
-                "ONNX Runtime's quantiser fails on a weight",
-                where=f"tensor {weight.name}",
-                expected="finite numbers of float32",
-                got=f"{type(error).__name__}: {error}"[:200],
-                fix="leave this part out with --part",
-            ) from error
-        made.graph.sort()
-        if made.graph.initializers.keys() == {str(weight.name)}:
-            raise InputError(
-                "ONNX Runtime's quantiser leaves a weight as it is",
-                where=f"tensor {weight.name}",
-                expected="a matrix of float32",
-                got=f"{weight.dtype} {list(weight.shape.numpy())}",
-                fix="leave this part out with --part",
-            )
+        made = self._quantised_alone(node, weight, position, quantiser)
         other, weight_value = node.inputs[1 - position], node.inputs[position]
         assert other is not None
         known: dict[ir.Value, ir.Value] = {made.graph.inputs[0]: other}
@@ -256,6 +236,33 @@ class _Quantisation:
         result = known[made.graph.outputs[0]]
         del self._values[str(result.name)]
         return result
+
+    def _quantised_alone(
+        self, node: ir.Node, weight: ir.TensorProtocol, position: int, quantiser: Quantiser
+    ) -> ir.Model:
+        """What the quantiser makes of the node in a model of its own, sorted; InputError where it fails."""
+        alone = node_alone(node, weight, position)
+        try:
+            made = ir.from_proto(quantiser(one_node_model(alone, weight, position, self._opsets)))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            # What onnxruntime's quantisers raise where numbers do not suit them.
+            raise InputError(
+                "ONNX Runtime's quantiser fails on a weight",
+                where=f"tensor {weight.name}",
+                expected="finite numbers of float32",
+                got=f"{type(error).__name__}: {error}"[:200],
+                fix="leave this part out with --part",
+            ) from error
+        made.graph.sort()
+        if made.graph.initializers.keys() == {str(weight.name)}:
+            raise InputError(
+                "ONNX Runtime's quantiser leaves a weight as it is",
+                where=f"tensor {weight.name}",
+                expected="a matrix of float32",
+                got=f"{weight.dtype} {list(weight.shape.numpy())}",
+                fix="leave this part out with --part",
+            )
+        return made
 
     def _initializer(self, tensor: ir.TensorProtocol) -> None:
         name = str(tensor.name)
