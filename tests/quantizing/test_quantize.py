@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -241,7 +242,13 @@ def test_no_sample_is_both_calibrated_on_and_measured(quantised: Callable[[str],
 
 def test_convolutions_of_a_resnet_become_static(shared_bundle: Callable[..., Path], tmp_path: Path) -> None:
     source = Path(__file__).parent.parent / "data" / "clip" / "rn_tiny" / "jit_archive.pt"
-    options = {"with_tokenizer": False, "exporter": "torchscript", "opset": 17, "parts": ("vision",), "threads": 1}
+    options: dict[str, Any] = {
+        "with_tokenizer": False,
+        "exporter": "torchscript",
+        "opset": 17,
+        "parts": ("vision",),
+        "threads": 1,
+    }
     bundle = shared_bundle("rn-tiny-vision", lambda target: vlm_export.export(source, target, **options))
     result = vlm_export.quantize(bundle, "int8-static", output=tmp_path / "out", threads=1)
     (loss,) = result.losses
