@@ -6,6 +6,7 @@ the node's place. Memory holds one weight at a time, and quantised values lie in
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,9 @@ _MICROSOFT = "com.microsoft"
 _LEVELS = 127
 _FOUR_BITS = 10
 _BLOCK_VALUES = 1 << 22
+# Models of one node are cycles of references, which hold their weights until Python's collector comes by. It counts
+# objects and not bytes, and these are few objects of many bytes.
+_MOST_GARBAGE_BYTES = 1 << 28
 # Between a product and an output these change nothing that another product would have to repair.
 _BEHIND_LAST = MOVES | {"Add", "Div", "Mul", "Sub"}
 
@@ -103,6 +107,7 @@ class _Quantisation:
         self._opsets = {domain: version for domain, version in model.graph.opset_imports.items() if domain == ""}
         self._weights: dict[str, QuantisedFrom] = {}
         self._values: dict[str, ir.Value] = {}
+        self._garbage_bytes = 0
 
     def run(self) -> Quantised:
         kept = kept_weights(self._graph, self._recipe)
@@ -203,6 +208,7 @@ class _Quantisation:
         What another node's quantisation made under the same names is taken again: the activation that several
         products read is quantised once, and so is a weight that several read.
         """
+        self._collect(weight.nbytes)
         made = self._quantised_alone(node, weight, position, quantiser)
         other, weight_value = node.inputs[1 - position], node.inputs[position]
         assert other is not None
@@ -236,6 +242,13 @@ class _Quantisation:
         result = known[made.graph.outputs[0]]
         del self._values[str(result.name)]
         return result
+
+    def _collect(self, size_bytes: int) -> None:
+        """Frees what earlier weights left behind where with this one, of that size, it may be much."""
+        self._garbage_bytes += size_bytes
+        if self._garbage_bytes > _MOST_GARBAGE_BYTES:
+            gc.collect()
+            self._garbage_bytes = size_bytes
 
     def _quantised_alone(
         self, node: ir.Node, weight: ir.TensorProtocol, position: int, quantiser: Quantiser
