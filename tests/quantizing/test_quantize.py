@@ -17,6 +17,9 @@ from vlm_export.bundle.ledger import found_ledger, ledger_to_bytes, read_ledger
 from vlm_export.bundle.loss import LossRecord
 from vlm_export.bundle.opened import OpenBundle, open_bundle
 from vlm_export.errors import InputError, UsageError, VerificationError
+from vlm_export.graph.core.files import Storage, open_model, save_model
+from vlm_export.precision.quantised import calibrated_tensors, quantise
+from vlm_export.precision.recipes import RECIPES
 from vlm_export.proof.metrics import Array
 from vlm_export.quantizing.losses import output_losses, row_cosines
 from vlm_export.quantizing.result import OverBudgetError
@@ -261,6 +264,35 @@ def test_convolutions_of_a_resnet_become_static(shared_bundle: Callable[..., Pat
         sum(node.input[0] in quantised and node.input[1] in quantised for node in convolutions) == len(convolutions) - 1
     )
     vlm_export.verify(tmp_path / "out").raise_if_failed()
+
+
+def test_a_convolution_behind_a_convolution_becomes_static(tmp_path: Path) -> None:
+    """Depthwise and pointwise ones, with nothing between them, as in MobileNets and ConvNeXt."""
+    rng = np.random.default_rng(0)
+    weights = [rng.standard_normal(shape).astype(np.float32) for shape in ((8, 3, 3, 3), (8, 1, 3, 3), (6, 8, 1, 1))]
+    groups, names = (1, 8, 1), ("x", "a", "b", "y")
+    nodes = [
+        onnx.helper.make_node("Conv", [names[i], f"w{i}"], [names[i + 1]], name=f"conv{i}", group=groups[i])
+        for i in range(3)
+    ]
+    ends = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        for name, shape in (("x", [1, 3, 8, 8]), ("y", [1, 6, 4, 4]))
+    ]
+    constants = [onnx.numpy_helper.from_array(weight, f"w{i}") for i, weight in enumerate(weights)]
+    graph = onnx.helper.make_graph(nodes, "convolutions", ends[:1], ends[1:], constants)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(onnx.shape_inference.infer_shapes(model), tmp_path / "float32.onnx")
+    ranges = {"a": (-30.0, 30.0), "b": (-80.0, 80.0), "y": (-200.0, 200.0)}
+    source = open_model(tmp_path / "float32.onnx")
+    assert calibrated_tensors(source, RECIPES["int8-static"]) == ["a", "b", "y"]
+    made = quantise(source, RECIPES["int8-static"], tmp_path / "levels.bin", ranges=ranges)
+    save_model(made.model, tmp_path / "static.onnx", storage=Storage())
+    feeds = {"x": rng.standard_normal((1, 3, 8, 8)).astype(np.float32)}
+    expected, got = (OrtEngine(tmp_path / f"{name}.onnx", threads=1).run(feeds)["y"] for name in ("float32", "static"))
+    assert 0.99 < row_cosines(expected, got).min() < 1
+    operators = [node.op_type for node in made.model.graph]
+    assert (operators.count("QuantizeLinear"), len(made.weights)) == (3, 2)
 
 
 def test_what_cannot_be_is_told(demo: Path, tmp_path: Path) -> None:

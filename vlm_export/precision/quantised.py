@@ -227,9 +227,15 @@ class _Quantisation:
             if all(name in self._values for name in names):
                 known |= {value: self._values[str(value.name)] for value in inner.outputs}
                 continue
+            inputs = [None if value is None else known[value] for value in inner.inputs]
+            before = other.producer()
+            if before is not None and before.op_type == inner.op_type and list(before.inputs) == inputs:
+                # A convolution reads another one's result, which is quantised and taken back already.
+                known[inner.outputs[0]] = other
+                continue
             copy = ir.node(
                 inner.op_type,
-                [None if value is None else known[value] for value in inner.inputs],
+                inputs,
                 dict(inner.attributes),
                 domain=inner.domain,
                 num_outputs=len(inner.outputs),
