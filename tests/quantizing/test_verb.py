@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from vlm_export.bundle.opened import open_bundle
 from vlm_export.cli.main import main
 
 
@@ -21,6 +22,41 @@ def test_over_budget_ends_with_status_1_and_shows_both_recipes(
     assert "nothing was published" in shown.err
     assert "expected: at least 1" in shown.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_search_leaves_the_costliest_weights_in_float32(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "quantize",
+        str(demo),
+        "--precision",
+        "int4",
+        "--part",
+        "text",
+        "--budget",
+        "cosine=0.99",
+        "--threads",
+        "1",
+    ]
+    words += ["-o", str(tmp_path / "out"), "--quiet"]
+    assert main([*words, "--json"]) == 1
+    plain = json.loads(capsys.readouterr().out)["losses"][0]["loss"]
+    assert plain["searched"] is None
+    assert main([*words, "--search"]) == 0
+    assert "stay in float32 for the budget" in capsys.readouterr().out
+    loss = open_bundle(tmp_path / "out").manifest.part("text").variant("int4").loss
+    assert loss is not None
+    assert loss.searched is not None
+    costs = loss.searched.costs
+    assert list(costs.values()) == sorted(costs.values(), reverse=True)
+    assert 0 < loss.searched.nodes < loss.searched.of_nodes
+    assert costs.keys() <= loss.kept.keys()
+    assert loss.measured.size_share < 1
+    assert (
+        loss.measured.figure("cosine") >= 0.99 > min(each["cosine"] for each in plain["measured"]["outputs"].values())
+    )
+    assert main(["verify", str(tmp_path / "out"), "--precision", "int4", "--quiet"]) == 0
 
 
 def test_json_is_one_document_in_either_case(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

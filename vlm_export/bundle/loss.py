@@ -77,6 +77,20 @@ class Samples(Spec):
 
 
 @dataclass(frozen=True)
+class Searched(Spec):
+    """Weights that the recipe would change, and that stay in float32 for the budget.
+
+    Attributes:
+        costs: weight → 1 less the mean cosine of the part's outputs where it alone is quantised; the costliest first.
+        nodes, of_nodes: nodes that read them, of all nodes that the recipe would change.
+    """
+
+    costs: Mapping[str, Annotated[float, between(0, 2)]]
+    nodes: Count
+    of_nodes: Count
+
+
+@dataclass(frozen=True)
 class LossRecord(Spec):
     """What a quantised variant loses.
 
@@ -90,6 +104,7 @@ class LossRecord(Spec):
         samples: what was measured.
         kept: weights that stay in float32 → why.
         notes: what was not measured, or on too little; sentences.
+        searched: what a search left in float32, so that the rest is within the budget; None where it left nothing.
     """
 
     recipe: str
@@ -101,3 +116,4 @@ class LossRecord(Spec):
     samples: Samples
     kept: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    searched: Searched | None = None

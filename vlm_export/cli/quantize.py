@@ -38,6 +38,11 @@ def add_parser(verbs: Any) -> None:
         help="least cosine, mean-cosine, top10 and exact-match (defaults: docs/numerics.md), as in cosine=0.999",
     )
     parser.add_argument(
+        "--search",
+        action="store_true",
+        help="where a part is over budget, find the weights that must stay in float32",
+    )
+    parser.add_argument(
         "--images",
         action="append",
         default=[],
@@ -76,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             reduce_range=args.reduce_range,
             threads=args.threads,
+            search=args.search,
             progress=None if args.quiet else StagePrinter(),
         )
     except OverBudgetError as error:
@@ -90,9 +96,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_losses(losses: Sequence[PartLoss]) -> None:
-    from vlm_export.quantizing.result import HEADER, table_rows
+    from vlm_export.quantizing.result import HEADER, search_lines, table_rows
 
     print_table(HEADER, table_rows(losses), width=max(terminal_width(), 100))
+    for line in search_lines(losses):
+        print_line(line)
     print_warnings(dict.fromkeys(note for loss in losses for note in loss.record.notes))
 
 

@@ -7,6 +7,7 @@ the node's place. Memory holds one weight at a time, and quantised values lie in
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -83,6 +84,7 @@ def quantise(
     *,
     reduce_range: bool = False,
     ranges: Mapping[str, tuple[float, float]] | None = None,
+    keep: Mapping[str, str] | None = None,
 ) -> Quantised:
     """A copy whose weights have fewer bits, and whose inputs and outputs are the model's own.
 
@@ -91,34 +93,38 @@ def quantise(
         scratch: a file that is written, and must stay until the result is saved.
         reduce_range: weights of 7 bits, for CPUs without VNNI, whose sums of products of 8 bits overflow.
         ranges: of a static recipe, tensor of `calibrated_tensors` → its smallest and largest value.
+        keep: weights of `changed_weights` that stay in float32 nevertheless, each with the reason.
 
     Raises:
         InputError: a weight is larger than one file of ONNX can be.
     """
     work = model.clone()
     split_gemms(work.graph)
-    return _Quantisation(work, recipe, Scratch(scratch), _quantiser(recipe, reduce_range, ranges or {})).run()
+    kept = kept_weights(work.graph, recipe) | dict(keep or {})
+    return _Quantisation(work, recipe, Scratch(scratch), _quantiser(recipe, reduce_range, ranges or {}), kept).run()
 
 
 class _Quantisation:
-    def __init__(self, model: ir.Model, recipe: Recipe, scratch: Scratch, quantiser: Quantiser) -> None:
+    def __init__(
+        self, model: ir.Model, recipe: Recipe, scratch: Scratch, quantiser: Quantiser, kept: Mapping[str, str]
+    ) -> None:
         self._model, self._graph, self._recipe, self._scratch = model, model.graph, recipe, scratch
-        self._quantiser = quantiser
+        self._quantiser, self._kept = quantiser, kept
         self._opsets = {domain: version for domain, version in model.graph.opset_imports.items() if domain == ""}
         self._weights: dict[str, QuantisedFrom] = {}
         self._values: dict[str, ir.Value] = {}
         self._garbage_bytes = 0
 
     def run(self) -> Quantised:
-        kept = kept_weights(self._graph, self._recipe)
         for node in list(self._graph):
-            weight = product_weight(node)
-            if weight is not None and str(weight.name) not in kept:
+            weight = _changed_weight(node, self._recipe, self._kept)
+            if weight is None:
+                continue
+            if node.op_type == "MatMul":
                 self._replace_product(node, weight)
-            table = table_weight(node)
-            if table is not None and str(table.name) not in kept:
-                self._replace_table(node, table)
-            if self._recipe.convolutions and (weight := convolution_weight(node)) is not None:
+            elif node.op_type == "Gather":
+                self._replace_table(node, weight)
+            else:
                 self._replace_convolution(node, weight)
         remove_unused(self._graph)
         if any(node.domain == _MICROSOFT for node in self._graph):
@@ -126,7 +132,7 @@ class _Quantisation:
         if any(node.op_type == "GatherBlockQuantized" for node in self._graph):
             # The first version of the file format that has integers of 4 bits.
             self._model.ir_version = max(self._model.ir_version or 0, _FOUR_BITS)
-        return Quantised(self._model, self._weights, kept)
+        return Quantised(self._model, self._weights, self._kept)
 
     def _replace_product(self, node: ir.Node, weight: ir.Value) -> None:
         tensor = constant(weight)
@@ -318,12 +324,29 @@ def calibrated_tensors(model: ir.Model, recipe: Recipe) -> list[str]:
     split_gemms(work.graph)
     kept, found = kept_weights(work.graph, recipe), dict[str, None]()
     for node in work.graph:
-        product, convolution = product_weight(node), convolution_weight(node) if recipe.convolutions else None
-        if product is not None and str(product.name) not in kept:
-            found[str(node.inputs[0].name)] = None  # type: ignore[union-attr]
-        if convolution is not None:
-            found |= {str(node.inputs[0].name): None, str(node.outputs[0].name): None}  # type: ignore[union-attr]
+        if _changed_weight(node, recipe, kept) is None or node.op_type == "Gather":
+            continue
+        found[str(node.inputs[0].name)] = None  # type: ignore[union-attr]
+        if node.op_type == "Conv":
+            found[str(node.outputs[0].name)] = None
     return list(found)
+
+
+def changed_weights(model: ir.Model, recipe: Recipe) -> dict[str, int]:
+    """Weights that a recipe changes, in the graph's order → how many nodes read each, of a copy that it will make."""
+    work = model.clone()
+    split_gemms(work.graph)
+    kept = kept_weights(work.graph, recipe)
+    weights = [weight for node in work.graph if (weight := _changed_weight(node, recipe, kept)) is not None]
+    return dict(Counter(str(weight.name) for weight in weights))
+
+
+def _changed_weight(node: ir.Node, recipe: Recipe, kept: Mapping[str, str]) -> ir.Value | None:
+    """The weight of a product, a table or a convolution that does not stay as it is."""
+    weight = product_weight(node) or table_weight(node)
+    if weight is None and recipe.convolutions:
+        weight = convolution_weight(node)
+    return None if weight is None or str(weight.name) in kept else weight
 
 
 def convolution_weight(node: ir.Node) -> ir.Value | None:

@@ -78,7 +78,7 @@ def _refusal(where: str, expected: str, got: str) -> UsageError:
     return UsageError("a budget is malformed", where=place, expected=expected, got=got[:100])
 
 
-def over_budget(loss: Loss, budget: Mapping[str, float]) -> list[tuple[str, float, float]]:
+def over_budget(loss: Loss, budget: Mapping[str, float] | Mapping[BudgetKey, float]) -> list[tuple[str, float, float]]:
     """Key, least and figure of what is over budget; what was not measured is over none."""
     found = [(key, budget[key], loss.figure(key)) for key in KEYS if key in budget]
     # Written so that NaN is over budget.

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 
 from vlm_export.bundle.manifest import PRECISIONS, PartRecord
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.bundle.quantised import QuantisedFrom
 from vlm_export.graph.core.files import Storage, open_model, save_model
 from vlm_export.precision.one_node import quiet
-from vlm_export.precision.quantised import quantise
+from vlm_export.precision.quantised import changed_weights, quantise
 from vlm_export.precision.recipes import Recipe
 from vlm_export.quantizing.calibration import calibrated_ranges
 from vlm_export.quantizing.task_runs import Feeds
@@ -49,21 +50,39 @@ def write_quantised(
     target: Path,
     scratch: Path,
     *,
-    feeds: Sequence[Feeds],
+    ranges: Mapping[str, tuple[float, float]],
     reduce_range: bool,
-    threads: int | None,
+    keep: Mapping[str, str],
 ) -> QuantisedGraph:
     """Quantises a part's float32 graph and writes it, with a data file beside it above 64 MiB of weights.
 
     Args:
-        feeds: of a static recipe, what its ranges are calibrated on.
+        ranges: of a static recipe, by `part_ranges`.
+        keep: weights that stay in float32, each with the reason.
     """
-    model = open_model(bundle.model_files(part.variant(PRECISIONS[0])))
-    ranges = calibrated_ranges(model, recipe, feeds, scratch, threads) if recipe.kind == "static" else None
-    made = quantise(model, recipe, scratch / "levels.bin", reduce_range=reduce_range, ranges=ranges)
+    model = _float32_model(bundle, part)
+    made = quantise(model, recipe, scratch / "levels.bin", reduce_range=reduce_range, ranges=ranges, keep=keep)
     written = save_model(made.model, target, storage=Storage())
     (scratch / "levels.bin").unlink()
     return QuantisedGraph(tuple(written), made.weights, made.kept)
+
+
+def part_ranges(
+    bundle: OpenBundle, part: PartRecord, recipe: Recipe, scratch: Path, feeds: Sequence[Feeds], threads: int | None
+) -> dict[str, tuple[float, float]]:
+    """What a static recipe calibrates on the inputs of a part; nothing for other recipes."""
+    if recipe.kind != "static":
+        return {}
+    return calibrated_ranges(_float32_model(bundle, part), recipe, feeds, scratch, threads)
+
+
+def part_weights(bundle: OpenBundle, part: PartRecord, recipe: Recipe) -> dict[str, int]:
+    """Weights that the recipe changes in a part → how many nodes read each."""
+    return changed_weights(_float32_model(bundle, part), recipe)
+
+
+def _float32_model(bundle: OpenBundle, part: PartRecord) -> ir.Model:
+    return open_model(bundle.model_files(part.variant(PRECISIONS[0])))
 
 
 def write_naive(bundle: OpenBundle, part: PartRecord, target: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +13,7 @@ from pathlib import Path
 from vlm_export.bundle import layout
 from vlm_export.bundle.environment import check_free_space
 from vlm_export.bundle.ledger import GraphLedger, LedgerEntry, found_ledger, ledger_to_bytes, read_ledger
-from vlm_export.bundle.loss import BudgetKey, LossRecord, OutputLoss, Samples
+from vlm_export.bundle.loss import BudgetKey, Loss, LossRecord, OutputLoss, Samples
 from vlm_export.bundle.manifest import PRECISIONS, FileRecord, Manifest, PartRecord, VariantRecord
 from vlm_export.bundle.oldest_engine import oldest_onnxruntime
 from vlm_export.bundle.opened import OpenBundle, open_bundle
@@ -28,11 +29,19 @@ from vlm_export.proof.contract_record import RECORD_NAME
 from vlm_export.proof.engine import verifying_start
 from vlm_export.proof.golden import iterate_golden
 from vlm_export.proof.recheck import verify_bundle
-from vlm_export.quantizing.budget import budget_for
-from vlm_export.quantizing.graphs import QuantisedGraph, float32_bytes, write_naive, write_quantised
+from vlm_export.quantizing.budget import budget_for, over_budget
+from vlm_export.quantizing.graphs import (
+    QuantisedGraph,
+    float32_bytes,
+    part_ranges,
+    part_weights,
+    write_naive,
+    write_quantised,
+)
 from vlm_export.quantizing.losses import Agreement, agreement, loss_of, output_losses
 from vlm_export.quantizing.result import OverBudgetError, PartLoss, QuantizeResult
 from vlm_export.quantizing.samples import SampleSet, sample_set
+from vlm_export.quantizing.search import PartSearch, WeightCost, cost_of, few, fewest
 from vlm_export.quantizing.task_runs import Answers, Feeds, run_tasks
 from vlm_export.runtime.engines.onnxruntime import Engine, OrtEngine
 
@@ -53,6 +62,7 @@ class QuantizeOptions:
         overwrite: replace a bundle at `output`.
         reduce_range: weights of 7 bits instead of 8, for CPUs without VNNI; of int8 and int8-static.
         threads: of one operator; None for as many as there are cores.
+        search: where a part is over budget, find the fewest of its weights that must stay in float32.
     """
 
     parts: Sequence[str] = ()
@@ -63,6 +73,7 @@ class QuantizeOptions:
     overwrite: bool = False
     reduce_range: bool = False
     threads: int | None = None
+    search: bool = False
 
 
 def quantize(
@@ -117,6 +128,26 @@ class _Measured:
 
 
 @dataclass(frozen=True)
+class _Baseline:
+    """What every variant is measured on and compared with.
+
+    Attributes:
+        ranges: part → what a static recipe calibrated.
+        before: what the bundle's tasks give in float32.
+        naive, failed: part → the naive recipe's graph, or why there is none.
+        naive_tasks: what is left of tasks with these.
+    """
+
+    samples: SampleSet
+    calibration: SampleSet
+    ranges: Mapping[str, Mapping[str, tuple[float, float]]]
+    before: Answers
+    naive: Mapping[str, Path]
+    failed: Mapping[str, str]
+    naive_tasks: Agreement
+
+
+@dataclass(frozen=True)
 class _Job:
     bundle: OpenBundle
     recipe: Recipe
@@ -143,6 +174,7 @@ class _Job:
             check_free_space(self.staging.path, needed + sum(float32_bytes(self.bundle, part) for part in parts))
         left_out: dict[str, str] = {}
         graphs: dict[str, QuantisedGraph] = {}
+        ranges: dict[str, Mapping[str, tuple[float, float]]] = {}
         calibration, feeds = SampleSet((), ()), dict[str, list[Feeds]]()
         if self.recipe.kind == "static":
             calibration, samples = samples.part(0, 2), samples.part(1, 2)
@@ -153,13 +185,15 @@ class _Job:
                 left_out[part.name] = "no image or text leads to it, so that its ranges cannot be calibrated"
                 continue
             with self.stages.stage(f"quantize {part.name}"):
-                graph = self._quantised(part, feeds.pop(part.name, []))
+                ranges[part.name] = part_ranges(
+                    self.bundle, part, self.recipe, self.scratch, feeds.pop(part.name, []), self.options.threads
+                )
+                graph = self._quantised(part, ranges[part.name], self._target(part))
                 if graph.weights:
                     graphs[part.name] = graph
                 else:
                     left_out[part.name] = "it has no product or table that this precision changes"
-                    for path in graph.paths:
-                        path.unlink()
+                    _delete(graph)
         if not graphs:
             raise UsageError(
                 f"nothing of the bundle becomes {self.precision}",
@@ -167,7 +201,11 @@ class _Job:
                 got="; ".join(f"{name}: {why}" for name, why in left_out.items()),
                 fix="choose other parts",
             )
-        measured = self._measure([part for part in parts if part.name in graphs], graphs, samples, calibration)
+        quantised = [part for part in parts if part.name in graphs]
+        base = self._baseline(quantised, samples, calibration, ranges)
+        measured = self._measure(quantised, graphs, base, {})
+        if self.options.search and any(one.loss.over for one in measured):
+            measured = self._searched(measured, base)
         losses = tuple(one.loss for one in measured)
         if any(loss.over for loss in losses):
             raise OverBudgetError(losses)
@@ -181,17 +219,25 @@ class _Job:
             part.variant(FLOAT32)
         return parts
 
-    def _quantised(self, part: PartRecord, feeds: Sequence[Feeds]) -> QuantisedGraph:
-        target = self.staging.file(layout.graph_path(part.name, self.precision))
+    def _target(self, part: PartRecord) -> Path:
+        return self.staging.file(layout.graph_path(part.name, self.precision))
+
+    def _quantised(
+        self,
+        part: PartRecord,
+        ranges: Mapping[str, tuple[float, float]],
+        target: Path,
+        keep: Mapping[str, str] | None = None,
+    ) -> QuantisedGraph:
         return write_quantised(
             self.bundle,
             part,
             self.recipe,
             target,
             self.scratch,
-            feeds=feeds,
+            ranges=ranges,
             reduce_range=self.options.reduce_range,
-            threads=self.options.threads,
+            keep=keep or {},
         )
 
     def _engine(self, path: Path) -> Engine:
@@ -200,13 +246,13 @@ class _Job:
     def _float32(self, part: PartRecord) -> Engine:
         return self._engine(self.bundle.graph_file(part.variant(FLOAT32)))
 
-    def _measure(
+    def _baseline(
         self,
         parts: Sequence[PartRecord],
-        graphs: Mapping[str, QuantisedGraph],
         samples: SampleSet,
         calibration: SampleSet,
-    ) -> list[_Measured]:
+        ranges: Mapping[str, Mapping[str, tuple[float, float]]],
+    ) -> _Baseline:
         naive: dict[str, Path] = {}
         failed: dict[str, str] = {}
         for part in parts:
@@ -215,29 +261,95 @@ class _Job:
                 failed[part.name] = write_naive(self.bundle, part, target)
                 if not failed[part.name]:
                     naive[part.name] = target
-        ours = {name: graph.paths[0] for name, graph in graphs.items()}
         with self.stages.stage("ask in float32"):
             before = self._tasks(samples, {})
-        with self.stages.stage(f"ask in {self.precision}"):
-            tasks = agreement(before, self._tasks(samples, ours))
         with self.stages.stage("ask the naive recipe"):
             naive_tasks = self._naive_tasks(samples, before, naive, failed)
+        return _Baseline(samples, calibration, ranges, before, naive, failed, naive_tasks)
+
+    def _measure(
+        self,
+        parts: Sequence[PartRecord],
+        graphs: Mapping[str, QuantisedGraph],
+        base: _Baseline,
+        searches: Mapping[str, PartSearch],
+    ) -> list[_Measured]:
+        with self.stages.stage(f"ask in {self.precision}"):
+            tasks = self._agreement(graphs, base)
         measured = []
         for part in parts:
             with self.stages.stage(f"measure {part.name}"):
-                record = self._record(
-                    part,
-                    graphs[part.name],
-                    naive.get(part.name),
-                    failed[part.name],
-                    (tasks, naive_tasks),
-                    before,
-                    samples,
-                    calibration,
-                )
+                record = self._record(part, graphs[part.name], tasks, base)
+                if part.name in searches:
+                    record = replace(record, searched=searches[part.name].record())
                 loss = PartLoss(part.name, self.precision, graphs[part.name].size_bytes, record)
                 measured.append(_Measured(part, graphs[part.name], loss))
         return measured
+
+    def _agreement(self, graphs: Mapping[str, QuantisedGraph], base: _Baseline) -> Agreement:
+        ours = {name: graph.paths[0] for name, graph in graphs.items()}
+        return agreement(base.before, self._tasks(base.samples, ours))
+
+    def _searched(self, measured: Sequence[_Measured], base: _Baseline) -> list[_Measured]:
+        """Measured again, with the fewest weights in float32 that bring the parts, then the tasks, within budget."""
+        parts = {one.part.name: one.part for one in measured}
+        graphs = {one.part.name: one.graph for one in measured}
+        searches: dict[str, PartSearch] = {}
+        for one in measured:
+            with self.stages.stage(f"search {one.part.name}"):
+                search = searches[one.part.name] = PartSearch(self._costs(one.part, base))
+                if _over_alone(one.loss.record.measured, self.budget) and search.candidates:
+                    search.count = fewest(
+                        len(search.candidates), partial(self._is_enough, one.part, search.order, base)
+                    )
+                    graphs[one.part.name] = self._again(one.part, one.graph, search, base)
+        if any(search.candidates for search in searches.values()) and self._tasks_over(graphs, base):
+            with self.stages.stage("search what the tasks need"):
+                every = [one for search in searches.values() for one in search.candidates]
+                every.sort(key=lambda one: -one.cost)
+                already = {name: search.count for name, search in searches.items()}
+
+                def are_enough(count: int) -> bool:
+                    more = Counter(one.part for one in every[:count])
+                    for name, search in searches.items():
+                        if search.count != already[name] + more[name]:
+                            search.count = already[name] + more[name]
+                            graphs[name] = self._again(parts[name], graphs[name], search, base)
+                    return not self._tasks_over(graphs, base)
+
+                are_enough(fewest(len(every), are_enough))
+        return self._measure(list(parts.values()), graphs, base, searches)
+
+    def _costs(self, part: PartRecord, base: _Baseline) -> list[WeightCost]:
+        """The weights that the recipe changes, the costliest first: each is quantised alone and run on few inputs."""
+        weights, feeds = part_weights(self.bundle, part, self.recipe), few(self._feeds(part, base.before))
+        costs = []
+        for name, nodes in weights.items():
+            graph = self._tried(part, {other: "" for other in weights if other != name}, base)
+            costs.append(WeightCost(part.name, name, nodes, cost_of(self._outputs(part, feeds, graph.paths[0]))))
+            _delete(graph)
+        return sorted(costs, key=lambda one: -one.cost)
+
+    def _tried(self, part: PartRecord, keep: Mapping[str, str], base: _Baseline) -> QuantisedGraph:
+        return self._quantised(part, base.ranges[part.name], self.scratch / "tried.onnx", keep)
+
+    def _again(self, part: PartRecord, old: QuantisedGraph, search: PartSearch, base: _Baseline) -> QuantisedGraph:
+        _delete(old)
+        return self._quantised(part, base.ranges[part.name], self._target(part), search.keep)
+
+    def _is_enough(self, part: PartRecord, order: Sequence[WeightCost], base: _Baseline, count: int) -> bool:
+        graph = self._tried(part, PartSearch(order, count).keep, base)
+        enough = not self._is_over(part, graph, base)
+        _delete(graph)
+        return enough
+
+    def _is_over(self, part: PartRecord, graph: QuantisedGraph, base: _Baseline) -> bool:
+        """Whether the cosines of a part are over budget, whatever the tasks are."""
+        outputs, golden, _ = self._losses(part, self._feeds(part, base.before), graph.paths[0])
+        return _over_alone(loss_of(outputs, golden, Agreement(None, None, None), 0.0), self.budget)
+
+    def _tasks_over(self, graphs: Mapping[str, QuantisedGraph], base: _Baseline) -> bool:
+        return bool(over_budget(loss_of({}, {}, self._agreement(graphs, base), 0.0), self.budget))
 
     def _tasks(self, samples: SampleSet, paths: Mapping[str, Path]) -> Answers:
         start: dict[str, Callable[[], Engine]] = {name: partial(self._engine, path) for name, path in paths.items()}
@@ -263,30 +375,26 @@ class _Job:
         self,
         part: PartRecord,
         graph: QuantisedGraph,
-        naive: Path | None,
-        naive_failed: str,
-        tasks: tuple[Agreement, Agreement],
-        before: Answers,
-        samples: SampleSet,
-        calibration: SampleSet,
+        tasks: Agreement,
+        base: _Baseline,
     ) -> LossRecord:
-        feeds = before.feeds.get(part.name, [])
-        notes = [*calibration.notes("calibrated on"), *samples.notes("measured on"), *before.not_run]
-        if not feeds:
-            feeds = [record.inputs for record in iterate_golden(self.bundle, part.name)]
+        samples, calibration, naive = base.samples, base.calibration, base.naive.get(part.name)
+        notes = [*calibration.notes("calibrated on"), *samples.notes("measured on"), *base.before.not_run]
+        feeds = self._feeds(part, base.before)
+        if not base.before.feeds.get(part.name):
             notes.append(f"no task runs part {part.name!r} here: it was measured on the inputs of its golden records")
         size = float32_bytes(self.bundle, part)
         outputs, golden, count = self._losses(part, feeds, graph.paths[0])
         naive_loss = None
         if naive is not None:
             naive_outputs, naive_golden, _ = self._losses(part, feeds, naive)
-            naive_loss = loss_of(naive_outputs, naive_golden, tasks[1], naive.stat().st_size / size)
+            naive_loss = loss_of(naive_outputs, naive_golden, base.naive_tasks, naive.stat().st_size / size)
         return LossRecord(
             recipe=self.recipe.tells,
             reduce_range=self.options.reduce_range,
-            measured=loss_of(outputs, golden, tasks[0], graph.size_bytes / size),
+            measured=loss_of(outputs, golden, tasks, graph.size_bytes / size),
             naive=naive_loss,
-            naive_failed=naive_failed,
+            naive_failed=base.failed[part.name],
             budget={str(key): least for key, least in self.budget.items()},
             samples=Samples(
                 images=len(samples.images),
@@ -302,12 +410,19 @@ class _Job:
             notes=tuple(dict.fromkeys(notes)),
         )
 
+    def _feeds(self, part: PartRecord, before: Answers) -> list[Feeds]:
+        """What tasks fed a part, or else the inputs of its golden records."""
+        return before.feeds.get(part.name) or [record.inputs for record in iterate_golden(self.bundle, part.name)]
+
+    def _outputs(self, part: PartRecord, feeds: Sequence[Feeds], path: Path) -> dict[str, OutputLoss]:
+        engine, float32 = self._engine(path), self._float32(part)
+        return output_losses((float32.run(one), engine.run(one)) for one in feeds)
+
     def _losses(
         self, part: PartRecord, feeds: Sequence[Feeds], path: Path
     ) -> tuple[dict[str, OutputLoss], dict[str, OutputLoss], int]:
         """Against the float32 graph on real inputs, against the original on the golden records, and how many."""
-        engine, float32 = self._engine(path), self._float32(part)
-        outputs = output_losses((float32.run(one), engine.run(one)) for one in feeds)
+        outputs, engine = self._outputs(part, feeds, path), self._engine(path)
         records = list(iterate_golden(self.bundle, part.name))
         golden = output_losses((record.outputs, engine.run(record.inputs)) for record in records)
         return outputs, golden, len(records)
@@ -405,6 +520,16 @@ class _Job:
                     raise
                 proved[report.part] = replace(variants[report.part], verification=report.to_json())
         return _with_variants(manifest, proved)
+
+
+def _over_alone(loss: Loss, budget: Mapping[BudgetKey, float]) -> bool:
+    """Whether a part's own figures are over budget, whatever the tasks' are."""
+    return bool(over_budget(replace(loss, top10_texts=None, top10_images=None, exact_match=None), budget))
+
+
+def _delete(graph: QuantisedGraph) -> None:
+    for path in graph.paths:
+        path.unlink()
 
 
 def _rows(feeds: Feeds) -> int:

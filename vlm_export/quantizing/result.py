@@ -87,6 +87,8 @@ class OverBudgetError(VerificationError):
 def _fix(worst: PartLoss, within: Sequence[str]) -> str:
     finer = {"int4": "w8a16", "int8-static": "int8", "int8": "w8a16"}.get(worst.precision)
     ways = [f"take {finer}"] if finer else []
+    if worst.record.searched is None:
+        ways.append("let --search find the weights that must stay in float32")
     if within:
         ways.append(f"leave this part in float32: {' '.join(f'--part {name}' for name in within)}")
     return "; or ".join([*ways, "state what you accept with --budget"])
@@ -105,6 +107,17 @@ def table_rows(losses: Sequence[PartLoss]) -> list[tuple[str, ...]]:
         else:
             rows.append((loss.part, "naive", *_figures(loss.record.naive), "for comparison"))
     return rows
+
+
+def search_lines(losses: Sequence[PartLoss]) -> list[str]:
+    """What a search left in float32, a sentence for each part."""
+    lines = []
+    for loss in losses:
+        if (found := loss.record.searched) is not None:
+            names = ", ".join(f"{name} ({cost:.2g})" for name, cost in found.costs.items())
+            share = f"{found.nodes} of {found.of_nodes} nodes ({found.nodes / found.of_nodes:.0%})"
+            lines.append(f"{loss.part}: {share} stay in float32 for the budget: {names}")
+    return lines
 
 
 def _figures(loss: Loss) -> tuple[str, ...]:
