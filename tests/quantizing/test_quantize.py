@@ -295,6 +295,28 @@ def test_a_convolution_behind_a_convolution_becomes_static(tmp_path: Path) -> No
     assert (operators.count("QuantizeLinear"), len(made.weights)) == (3, 2)
 
 
+@pytest.mark.parametrize("precision", ["int8", "w8a16", "int4"])
+def test_a_table_of_whole_numbers_stays(tmp_path: Path, precision: str) -> None:
+    """MiniCPM-V 2.6 looks up the borders between positions for the number of rows of an image."""
+    borders = np.outer(np.arange(65), np.arange(1, 33)).astype(np.float32)
+    weights = np.random.default_rng(0).standard_normal((65, 32)).astype(np.float32)
+    nodes = [onnx.helper.make_node("Gather", [f"{name}_table", "ids"], [name]) for name in ("borders", "rows")]
+    ends = [
+        onnx.helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, ["n"]),
+        *(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 32]) for name in ("borders", "rows")),
+    ]
+    tables = [
+        onnx.numpy_helper.from_array(table, f"{name}_table")
+        for name, table in zip(("borders", "rows"), (borders, weights), strict=True)
+    ]
+    graph = onnx.helper.make_graph(nodes, "tables", ends[:1], ends[1:], tables)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, tmp_path / "float32.onnx")
+    made = quantise(open_model(tmp_path / "float32.onnx"), RECIPES[precision], tmp_path / "levels.bin")
+    assert "whole numbers" in made.kept["borders_table"]
+    assert [weight.weight for weight in made.weights.values()] == ["rows_table"]
+
+
 def test_what_cannot_be_is_told(demo: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="int9") as caught:
         vlm_export.quantize(demo, "int9", output=tmp_path / "out")

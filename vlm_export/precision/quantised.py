@@ -410,7 +410,18 @@ def kept_weights(graph: ir.Graph, recipe: Recipe) -> dict[str, str]:
             kept[str(table.name)] = f"it has {tensor.size} values"
         elif recipe.table_bits == 4 and tensor.shape.numpy()[1] % (recipe.block_size or 1):
             kept[str(table.name)] = "its rows are no whole number of blocks"
+        elif _counts(tensor):
+            kept[str(table.name)] = "it holds whole numbers, which count something and are no weights"
     return kept
+
+
+def _counts(tensor: ir.TensorProtocol) -> bool:
+    """Whether a table holds whole numbers alone, such as the borders that positions are told by: a step of rounding
+    would move a border, and choose other rows."""
+    table = tensor.numpy()
+    step = max(1, _BLOCK_VALUES // table.shape[1])
+    blocks = (table[start : start + step] for start in range(0, len(table), step))
+    return all(np.array_equal(block, np.rint(block)) for block in blocks)
 
 
 def _last_products(graph: ir.Graph) -> Iterator[ir.Value]:
