@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vlm_export.lab.ranges import ranges
     from vlm_export.lab.regress import regress
     from vlm_export.lab.report.collect import report
+    from vlm_export.layouts.package import package
     from vlm_export.runtime.load import load
     from vlm_export.runtime.model import Model
 
@@ -32,6 +33,7 @@ _HOMES = {
     "doctor": "vlm_export.lab.doctor",
     "export": "vlm_export.api",
     "load": "vlm_export.runtime.load",
+    "package": "vlm_export.layouts.package",
     "ranges": "vlm_export.lab.ranges",
     "regress": "vlm_export.lab.regress",
     "report": "vlm_export.lab.report.collect",
@@ -49,6 +51,7 @@ __all__ = [
     "doctor",
     "export",
     "load",
+    "package",
     "ranges",
     "regress",
     "report",

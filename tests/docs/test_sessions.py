@@ -21,6 +21,7 @@ def test_pages_with_sessions_are_found() -> None:
         "exporting",
         "graphs",
         "numerics",
+        "packaging",
         "regression-testing",
     }
 

@@ -326,7 +326,7 @@ def test_a_record_of_another_version_is_compared_with_this_one(
     """The other version is this one, so that nothing parts; then a kernel of this one is wrong."""
     record = tmp_path / "values.npz"
     with monkeypatch.context() as other:
-        other.setattr(onnxruntime, "__version__", "1.19.2")
+        other.setattr("vlm_export.lab.value_record.version", lambda _name: "1.19.2")
         assert record_values(demo, record) == ("vision", "text")
     for found in bisect(demo, record):
         assert found.first is None

@@ -55,6 +55,7 @@ ROOMS: dict[str, set[str]] = {
         *("specs", "bundle", "family", "original", "runtime.engines", "runtime.inputs", "graph", "graph.core"),
         *("graph.passes", "precision", "checkpoint", "models", "proof"),
     },
+    "layouts": {"specs", "bundle", "runtime.engines", "graph.core", "graph.edits", "proof"},
     "api": {"specs", "bundle", "checkpoint", "family", "proof", "exporting"},
     "lab": {
         *("specs", "bundle", "runtime.engines", "runtime.inputs", "runtime.session", "runtime.model"),
@@ -71,6 +72,7 @@ OUTSIDE = {
     "graph": {"numpy", "onnx_ir", "onnx", "google", "onnxruntime", "yaml"},  # google: protobuf
     "precision": {"numpy", "onnx_ir", "onnx"},
     "proof": BASE - {"onnxruntime", "openvino", "pyarrow", "tqdm"},
+    "layouts": {"numpy", "onnx_ir"},
     "lab": {"numpy", "PIL", "onnx_ir", "onnx", "yaml", "pytest"},
     "cli": set[str](),
     "api.py": set[str](),

@@ -137,6 +137,7 @@ class ExportRecord(Spec):
         notes: what was decided while the checkpoint was read.
         image_processor_differs: where readers of the published `preprocessor_config.json` make other pixels.
         contract: what the proof of the contract found, as JSON data; None before it was made.
+        packaged_for: the software that a package was made for; None for a bundle.
     """
 
     reference: str = ""
@@ -147,6 +148,7 @@ class ExportRecord(Spec):
     notes: tuple[str, ...] = ()
     image_processor_differs: tuple[str, ...] = ()
     contract: Mapping[str, Any] | None = None
+    packaged_for: str | None = None
 
 
 @dataclass(frozen=True)

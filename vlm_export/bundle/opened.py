@@ -168,10 +168,13 @@ def open_bundle(path: Path | str) -> OpenBundle:
     root = path.resolve()
     raw = _read_manifest(root)
     manifest = manifest_from_bytes(raw, str(root / MANIFEST_NAME))
+    # A package without tasks has the file names of the software that it was made for.
+    has_own_names = manifest.export.packaged_for is None or bool(manifest.tasks)
     for part in manifest.parts:
         for variant in part.variants:
             check_variant_files(manifest, variant, str(root / MANIFEST_NAME))
-            _check_variant_name(part, variant, str(root / MANIFEST_NAME))
+            if has_own_names:
+                _check_variant_name(part, variant, str(root / MANIFEST_NAME))
     _check_stated_sizes(manifest, str(root / MANIFEST_NAME))
     return OpenBundle(root, manifest, raw)
 

@@ -8,6 +8,10 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "inspect": ("inspect clip-demo", "inspect photo.jpg --bundle features -o slices.png"),
     "export": ("export clip-demo -o bundle", "export model.safetensors -o bundle --precision fp32 --precision fp16"),
     "verify": ("verify bundle", "verify bundle --source clip-demo --json"),
+    "package": (
+        "package bundle --for immich -o for-immich",
+        "package bundle --for transformers.js -o web --precision fp16",
+    ),
     "classify": ("classify bundle photo.jpg cat dog", "classify bundle photo.jpg red blue --template 'a {} circle'"),
     "caption": ("caption captions photo.jpg", "caption chat a.jpg b.jpg --prompt 'Describe this image.'"),
     "ask": ("ask answers photo.jpg 'what colour is it?'", "ask chat photo.jpg 'What is this?' --stream"),

@@ -34,6 +34,7 @@ VERBS = (
     "inspect",
     "export",
     "verify",
+    "package",
     "classify",
     "caption",
     "ask",

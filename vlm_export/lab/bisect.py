@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 
 from vlm_export.api import source_modules
 from vlm_export.bundle.manifest import MANIFEST_NAME
@@ -123,7 +123,7 @@ class BisectOptions:
     @property
     def right_engine(self) -> str:
         """Name of what runs the right side's modules, with its version where it is ONNX Runtime."""
-        own = f"onnxruntime {onnxruntime.__version__}"
+        own = f"onnxruntime {version('onnxruntime')}"
         return own if self.engine is None or self.engine.engine == ONNXRUNTIME else self.engine.engine
 
 

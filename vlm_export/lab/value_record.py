@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 from zipfile import ZipFile
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 
 from vlm_export.bundle.manifest import FileRecord, Sha256, VariantRecord
 from vlm_export.bundle.opened import OpenBundle
@@ -90,7 +90,7 @@ class RecordWriter:
         self._parts[self._part] = RecordedPart(*self._stated, self._sets, self._inputs, tuple(self._outputs))
 
     def close(self) -> None:
-        head = RecordHead(1, onnxruntime.__version__, self._parts)
+        head = RecordHead(1, version("onnxruntime"), self._parts)
         self._archive.writestr(_HEAD, json.dumps(head.to_json(), indent=1))
 
     def _write(self, kind: str, place: int, arrays: Sequence[Array]) -> None:

@@ -39,6 +39,7 @@ from vlm_export.specs import ImageSpec, PatchSpec
 from vlm_export.specs.tasks import EmbedSpec
 
 CONTRACT = "contract"
+PACKAGED = "this directory is packaged for {}, which prepares images and texts itself"
 IMAGE_STAGE, TEXT_STAGE = "image preparation", "tokenizer"
 NO_RECORD = "the contract: this bundle holds no record of it (golden/contract); export the model again to have one"
 # A level is 1/255; float32 pixels lie within 1e-4 of one. A mean off by 1e-4 moves them by 0.02.
@@ -149,6 +150,9 @@ def replay(
     """
     record = record or read_record(bundle)
     checks = [_check_versions(bundle, precision)]
+    packaged_for = bundle.manifest.export.packaged_for
+    if packaged_for is not None and record is None and not bundle.manifest.tasks:
+        return ContractReport(tuple(checks), {}, (PACKAGED.format(packaged_for),))
     checks += [_as_check(*check) for check in (check_preprocessor(bundle), check_config(bundle)) if check is not None]
     if record is None:
         if bundle.manifest.export.contract is not None:

@@ -13,7 +13,7 @@ from vlm_export.errors import VerificationError
 from vlm_export.proof.contract_files import Difference, differences
 
 _FIELDS = ("family", "architecture", "image", "text", "tasks", "origins", "export")
-_CHOSEN = ("target", "contract")
+_CHOSEN = ("target", "contract", "packaged_for")
 
 
 def check_declared(bundle: OpenBundle, rebuilt: Manifest) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from vlm_export.bundle.ledger import check_ledger
@@ -11,7 +11,7 @@ from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError
 from vlm_export.proof.floor import ELSEWHERE, Floor, FloorJudge, floor_from_json
 from vlm_export.proof.gates import GATES, gate_name
-from vlm_export.proof.golden import iterate_golden
+from vlm_export.proof.golden import GoldenRecord, iterate_golden
 from vlm_export.proof.points import EngineRun, PointResult, judge_point
 from vlm_export.proof.report import PartReport
 from vlm_export.proof.verifier import Progress
@@ -57,22 +57,48 @@ def verify_variant(
     Raises:
         InputError: the part has no golden records.
     """
-    gate = GATES[gate_name(part.name, variant.precision)]
-    points: list[PointResult] = []
-    floor = _recorded_floor(variant, bundle.manifest.name, part.name)
-    judge = None if floor is None else FloorJudge(floor)
-    for record in iterate_golden(bundle, part.name):
-        expected, got = (lambda record=record: record.outputs), (lambda record=record: engine(record.inputs))
-        points.append(judge_point("golden", part.signature, record.inputs, expected, got, gate, floor=judge))
-    if not points:
+    points = judge_records(
+        part,
+        variant.precision,
+        iterate_golden(bundle, part.name),
+        engine,
+        engine_name,
+        reference=_reference_name(variant),
+        floor=_recorded_floor(variant, bundle.manifest.name, part.name),
+    )
+    if not points.points:
         raise InputError(
             f"the bundle holds no golden records of part {part.name!r}, so nothing can be proved on this machine",
             where=f"golden/{part.name}",
             expected="ONNX standard test data: test_data_set_0/input_0.pb and so on",
             fix="verify it against its checkpoint (--source), or export the model again",
         )
-    reference, not_run = _reference_name(variant), _not_run(variant)
-    return PartReport(part.name, variant.precision, gate, tuple(points), reference, engine_name, not_run, floor)
+    return replace(points, not_run=_not_run(variant))
+
+
+def judge_records(
+    part: PartRecord,
+    precision: str,
+    records: Iterable[GoldenRecord],
+    engine: EngineRun,
+    engine_name: str,
+    *,
+    reference: str,
+    floor: Floor | None = None,
+) -> PartReport:
+    """Runs a part's graph on golden records.
+
+    Args:
+        reference: who computed them.
+        floor: the noise that outputs are judged by as well, where it is known.
+    """
+    gate = GATES[gate_name(part.name, precision)]
+    judge = None if floor is None else FloorJudge(floor)
+    points: list[PointResult] = []
+    for record in records:
+        expected, got = (lambda record=record: record.outputs), (lambda record=record: engine(record.inputs))
+        points.append(judge_point("golden", part.signature, record.inputs, expected, got, gate, floor=judge))
+    return PartReport(part.name, precision, gate, tuple(points), reference, engine_name, floor=floor)
 
 
 def _recorded_floor(variant: VariantRecord, bundle: str, part: str) -> Floor | None:

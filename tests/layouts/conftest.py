@@ -1,0 +1,33 @@
+"""Packages of the demo bundle, made once for each consumer; tests must not change them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vlm_export
+from vlm_export.layouts.package import package
+
+
+@pytest.fixture(scope="session")
+def demo(shared_bundle: Callable[..., Path]) -> Path:
+    """The exported demo checkpoint."""
+
+    def export(target: Path) -> None:
+        options: dict[str, Any] = {"exporter": "torchscript", "opset": 18, "threads": 1}
+        vlm_export.export("clip-demo", target, precisions=("fp32", "fp16"), **options)
+
+    return shared_bundle("clip-demo", export)
+
+
+@pytest.fixture(scope="session")
+def packaged(shared_bundle: Callable[..., Path], demo: Path) -> Callable[[str], Path]:
+    """`packaged(consumer)`: the demo bundle packaged for it."""
+
+    def make(consumer: str) -> Path:
+        return shared_bundle(f"for-{consumer}", lambda target: package(demo, target, consumer, threads=1))
+
+    return make

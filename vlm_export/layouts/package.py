@@ -1,0 +1,130 @@
+"""A bundle as other software loads it: one directory for each consumer, proved before it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vlm_export.bundle.manifest import Manifest
+from vlm_export.bundle.opened import OpenBundle, open_bundle
+from vlm_export.bundle.publish import Staging, publication
+from vlm_export.bundle.safe_files import record_of_file
+from vlm_export.errors import UsageError, suggestion
+from vlm_export.layouts import fastembed, immich, split_pair, transformers_js, triton, typesense
+from vlm_export.layouts.packing import Packing
+from vlm_export.proof.contract_record import image_content, read_record, write_record
+from vlm_export.proof.declared import declared
+from vlm_export.proof.report import PartReport
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """What a bundle can be packaged for.
+
+    Attributes:
+        lay_out: writes what it reads.
+        is_bundle: whether the package is a bundle with all of its tasks, too.
+    """
+
+    lay_out: Callable[[Packing], None]
+    is_bundle: bool = False
+
+
+CONSUMERS: Mapping[str, Consumer] = {
+    "transformers.js": Consumer(transformers_js.lay_out, is_bundle=True),
+    "optimum": Consumer(transformers_js.lay_out, is_bundle=True),
+    "immich": Consumer(immich.lay_out),
+    "fastembed": Consumer(fastembed.lay_out),
+    "typesense": Consumer(typesense.lay_out),
+    "modern-onnx-clip": Consumer(split_pair.lay_out),
+    "clip-as-service": Consumer(split_pair.lay_out_with_mask),
+    "triton": Consumer(triton.lay_out),
+}
+
+
+@dataclass(frozen=True)
+class Package:
+    """A packaged directory.
+
+    Attributes:
+        manifest: all that it says about itself.
+        reports: the proof of each graph that was made for the consumer.
+        notes: what the consumer does differently, one sentence each.
+    """
+
+    manifest: Manifest
+    reports: tuple[PartReport, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `package --json` prints."""
+        return {
+            "verification": [report.to_json() for report in self.reports],
+            "notes": list(self.notes),
+            "manifest": self.manifest.to_json(),
+        }
+
+
+def package(
+    path: str | Path,
+    target: str | Path,
+    consumer: str,
+    *,
+    precision: str | None = None,
+    overwrite: bool = False,
+    threads: int | None = None,
+) -> Package:
+    """Writes a bundle as a consumer loads it, every graph proved by the bundle's golden records.
+
+    Args:
+        path: the bundle's directory.
+        target: the directory that the package becomes; `verify` proves it again on any machine.
+        consumer: a name of `CONSUMERS`.
+        precision: the variant of the graphs that are made; None for the default of `load`.
+        overwrite: replace a package or bundle.
+        threads: of the engine that proves; None for as many as there are cores.
+
+    Raises:
+        UsageError: an unknown consumer or variant, or a directory that is there.
+        InputError: no bundle, a damaged one, or one that the consumer cannot use.
+        VerificationError: a graph does not compute what the original computed; nothing is published.
+    """
+    if consumer not in CONSUMERS:
+        raise UsageError(
+            f"there is no layout for {consumer!r}",
+            expected=", ".join(CONSUMERS),
+            fix=suggestion(consumer, sorted(CONSUMERS)),
+        )
+    bundle = open_bundle(path)
+    chosen = CONSUMERS[consumer]
+    with publication(Path(target), overwrite=overwrite) as staging:
+        packing = Packing(bundle, staging, consumer, precision or bundle.manifest.default_precision(), threads)
+        chosen.lay_out(packing)
+        packing.write_ledger()
+        manifest = _manifest(packing, Path(target).name, chosen)
+        if chosen.is_bundle:
+            _write_contract(bundle, staging, manifest)
+        manifest = staging.commit(manifest)
+    return Package(manifest, tuple(packing.reports), tuple(packing.notes))
+
+
+def _manifest(packing: Packing, name: str, consumer: Consumer) -> Manifest:
+    old = packing.bundle.manifest
+    export = replace(old.export, packaged_for=packing.consumer, warnings=(*old.export.warnings, *packing.notes))
+    if consumer.is_bundle:
+        return replace(old, name=name, parts=tuple(packing.parts), export=export, files={})
+    # What is left is no model of ours: other software asks it.
+    export = replace(export, contract=None, keep_fp32={})
+    return replace(old, name=name, parts=tuple(packing.parts), tasks=(), export=export, files={})
+
+
+def _write_contract(bundle: OpenBundle, staging: Staging, manifest: Manifest) -> None:
+    """The bundle's record of its contract, of the package's own files and manifest."""
+    record = read_record(bundle)
+    if record is None:
+        return
+    files = {name: record_of_file(staging.path, name).sha256 for name in record.files}
+    images = {image.file: image_content(bundle, image) for image in record.images}
+    write_record(staging.path, replace(record, files=files, declared=declared(manifest)), images)
