@@ -97,6 +97,7 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from vlm_export.bundle.staging import staged_file
     from vlm_export.lab.bench import bench
     from vlm_export.lab.bench_plan import BenchOptions
     from vlm_export.lab.bench_plot import bench_plot
@@ -117,7 +118,8 @@ def run(args: argparse.Namespace) -> int:
     )
     found = bench(existing_path(args.bundle), options, progress=(lambda *_: None) if args.quiet else _progress())
     if args.plot is not None:
-        args.plot.write_text(bench_plot(found), encoding="utf-8")
+        with staged_file(args.plot, "plot", overwrite=True, wait=True) as staged:
+            staged.write_text(bench_plot(found), encoding="utf-8")
     if args.json:
         print_json(found.to_json())
         return 0
