@@ -247,6 +247,8 @@ def test_the_verb_writes_in_one_step_and_replaces_nothing_unasked(
 ) -> None:
     out = tmp_path / "page.html"
     command = ["report", str(demo), "-o", str(out), "--no-run", "--json"]
+    assert main(["report", str(demo), "-o", str(out.with_suffix(".pdf")), "--no-run"]) == UsageError.exit_status
+    assert not out.with_suffix(".pdf").exists()
     assert main(command) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["passed"] is True
