@@ -141,7 +141,11 @@ def report_from_result(name: str, found: BenchResult, profiles: Sequence[Mapping
             ),
             *(_profile_table(profile) for profile in profiles),
         ),
-        bars=Bars("Times PyTorch eager", "", [(row["label"], row["speed"]) for row in rows]),
+        bars=Bars(
+            "Times PyTorch eager",
+            "",
+            [(f"{one.load.label}: {one.side.name}", found.speed(one).median) for one in found.measured],
+        ),
         data={"model": name, "threads": threads, **found.to_json(), "profiles": list(profiles)},
     )
 

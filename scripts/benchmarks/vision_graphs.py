@@ -70,12 +70,14 @@ def fuse_attention(model: ir.Model) -> None:
             unpacked = _producer(unpacked)
         packed, heads = unpacked.inputs[0], unpacked.outputs[0].shape
         merged = _user(_user(result))
-        factor = ir.convenience.get_const_tensor(scaled.inputs[1])
+        (_, factor_value), size = scaled.inputs, None if heads is None else heads[-2]
+        assert factor_value is not None
+        factor = ir.convenience.get_const_tensor(factor_value)
         assert (unpacked.op_type, scaled.op_type, merged.op_type) == ("Reshape", "Mul", "Reshape")
-        assert heads is not None
+        assert isinstance(size, int)
         assert factor is not None
         split = ir.node("Split", [packed], {"axis": -1, "num_outputs": 3}, num_outputs=3, name=f"split_{number}")
-        attributes = {"num_heads": int(heads[-2]), "scale": float(factor.numpy())}
+        attributes = {"num_heads": size, "scale": float(factor.numpy())}
         fused = ir.node("MultiHeadAttention", split.outputs, attributes, domain=_MICROSOFT, name=f"attention_{number}")
         for i, output in enumerate(split.outputs):
             output.name = f"split_{number}_{i}"
