@@ -23,7 +23,15 @@ GOLDEN_DIRECTORY = "golden"
 CONTRACT_DIRECTORY = f"{GOLDEN_DIRECTORY}/contract"
 LEDGER_NAME = "ledger.json"
 
-PRECISION_SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}
+# w8a16 is none of transformers.js' names: it loads by the file's own.
+PRECISION_SUFFIXES = {
+    "fp32": "",
+    "fp16": "_fp16",
+    "int8": "_int8",
+    "int8-static": "_quantized",
+    "w8a16": "_w8a16",
+    "int4": "_q4",
+}
 PART_STEMS = {"vision": "vision_model", "text": "text_model", "decoder": "decoder_model_merged"}
 PILLOW_RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 

@@ -17,7 +17,7 @@ from vlm_export.lab.consumer.questions import asked_images
 from vlm_export.lab.consumer.texts import Row, tokenizer_alone
 from vlm_export.proof.contract import encode
 from vlm_export.proof.contract_record import ContractRecord, digest, image_content, levels
-from vlm_export.proof.gates import GATES, Gate
+from vlm_export.proof.gates import Gate, laxest_variant, variant_gate
 from vlm_export.proof.metrics import Array
 from vlm_export.runtime.inputs.images import open_image, preprocess_image
 from vlm_export.runtime.session import Session
@@ -38,7 +38,7 @@ class Case:
 
     def __init__(self, session: Session, record: ContractRecord, answers: Answers) -> None:
         self.session, self.record, self.answers = session, record, answers
-        self.gate: Gate = GATES[session.precision]
+        self.gate: Gate = variant_gate("", laxest_variant(session.manifest, session.precision))
         self.untried: dict[str, str] = {}
 
     @property

@@ -1,0 +1,253 @@
+"""Quantised variants of the demo bundle: they load, are small, lose what they say, and are refused over budget."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import vlm_export
+from vlm_export.bundle.ledger import found_ledger, ledger_to_bytes, read_ledger
+from vlm_export.bundle.loss import LossRecord
+from vlm_export.bundle.opened import OpenBundle, open_bundle
+from vlm_export.errors import InputError, UsageError, VerificationError
+from vlm_export.proof.metrics import Array
+from vlm_export.quantizing.losses import output_losses, row_cosines
+from vlm_export.quantizing.result import OverBudgetError
+from vlm_export.quantizing.samples import sample_set
+from vlm_export.quantizing.task_runs import run_tasks
+from vlm_export.runtime.engines.onnxruntime import OrtEngine
+
+PRECISIONS = ("int8", "int8-static", "w8a16", "int4")
+# Of the float32 graph's bytes: the demo's patch convolution, which stays, is 7 % of its image encoder.
+LARGEST = {"int8": 0.34, "int8-static": 0.34, "w8a16": 0.36, "int4": 0.26}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def losses(bundle: OpenBundle) -> Iterator[tuple[str, LossRecord]]:
+    for part in bundle.manifest.parts:
+        for variant in part.variants:
+            if variant.loss is not None:
+                yield part.name, variant.loss
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_variant_loads_and_runs_and_float32_stays_the_default(
+    quantised: Callable[[str], Path], demo: Path, precision: str
+) -> None:
+    bundle = quantised(precision)
+    texts = ["a red circle", "two blue squares"]
+    before, after = vlm_export.load(demo), vlm_export.load(bundle, precision=precision)
+    assert vlm_export.load(bundle).precision == "fp32"
+    assert after.precision == precision
+    assert after.identity == before.identity
+    cosines = row_cosines(before.encode_text(texts), after.encode_text(texts))
+    assert 0.95 < cosines.min() < 1
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_it_is_small_and_proves_itself(quantised: Callable[[str], Path], precision: str) -> None:
+    bundle = quantised(precision)
+    for _, loss in losses(open_bundle(bundle)):
+        assert loss.measured.size_share <= LARGEST[precision]
+    vlm_export.verify(bundle).raise_if_failed()
+    (only,) = {report.variant for report in vlm_export.verify(bundle, precision=precision).reports}
+    assert only == precision
+
+
+def test_the_recorded_loss_is_what_is_measured_again(quantised: Callable[[str], Path]) -> None:
+    bundle = open_bundle(quantised("int8"))
+    samples = sample_set(bundle, (), None)
+    feeds = run_tasks(bundle, samples, {}, 1).feeds
+    for name, loss in losses(bundle):
+        part = bundle.manifest.part(name)
+        float32, int8 = (OrtEngine(bundle.graph_file(part.variant(p)), threads=1) for p in ("fp32", "int8"))
+        again = output_losses((float32.run(one), int8.run(one)) for one in feeds[name])
+        for output, recorded in loss.measured.outputs.items():
+            assert again[output].cosine == pytest.approx(recorded.cosine, abs=1e-6)
+            assert again[output].mean_cosine == pytest.approx(recorded.mean_cosine, abs=1e-6)
+        assert (loss.samples.images, loss.samples.texts) == (len(samples.images), len(samples.texts))
+
+
+def test_the_naive_recipe_stands_beside(quantised: Callable[[str], Path]) -> None:
+    found = dict(losses(open_bundle(quantised("int8"))))
+    for loss in found.values():
+        assert loss.naive is not None
+        assert loss.naive.outputs.keys() == loss.measured.outputs.keys()
+    vision = found["vision"]
+    assert vision.naive is not None
+    assert vision.measured.outputs["image_embeds"].cosine > vision.naive.outputs["image_embeds"].cosine
+
+
+def test_over_budget_is_refused_with_the_figure_and_nothing_is_touched(copied: Path) -> None:
+    before = contents(copied)
+    with pytest.raises(OverBudgetError) as caught:
+        vlm_export.quantize(copied, "int4", budget="cosine=0.9999", threads=1)
+    error = caught.value
+    assert isinstance(error, VerificationError)
+    assert "part 'vision'" in str(error)
+    assert "0.9999" in error.expected
+    assert float(error.got) < 0.9999
+    assert "w8a16" in error.fix
+    assert all(loss.record.naive is not None for loss in error.losses)
+    assert contents(copied) == before
+    assert [path.name for path in copied.parent.iterdir() if path.name.endswith(".tmp")] == []
+
+
+def test_in_place_is_one_step_and_a_second_time_replaces(copied: Path) -> None:
+    vlm_export.quantize(copied, "int8", threads=1)
+    vlm_export.quantize(copied, "int4", parts=["text"], threads=1)
+    again = vlm_export.quantize(copied, "int8", threads=1, budget="cosine=0.9")
+    variants = {part.name: [v.precision for v in part.variants] for part in again.manifest.parts}
+    assert variants == {"vision": ["fp32", "int8"], "text": ["fp32", "int4", "int8"]}
+    loss = again.manifest.part("text").variant("int8").loss
+    assert loss is not None
+    assert loss.budget["cosine"] == 0.9
+    assert set(contents(copied)) == {*again.manifest.files, "vlm_export.json"}
+    vlm_export.verify(copied).raise_if_failed()
+
+
+def test_a_part_that_was_not_quantised_runs_in_float32(copied: Path, demo: Path) -> None:
+    vlm_export.quantize(copied, "int4", parts=["text"], threads=1)
+    image = np.full((64, 64, 3), 90, np.uint8)
+    model, float32 = vlm_export.load(copied, precision="int4"), vlm_export.load(demo)
+    assert np.array_equal(model.encode_image(image), float32.encode_image(image))
+    assert not np.array_equal(model.encode_text("a red circle"), float32.encode_text("a red circle"))
+    vlm_export.verify(copied, precision="int4").raise_if_failed()
+
+
+def planted(
+    bundle: Path, graph: str, change: Callable[[onnx.ModelProto], None], relist: Callable[[Path], None]
+) -> None:
+    """Changes a graph and makes the ledger and the manifest agree with it, as who knows the format would."""
+    path = bundle / graph
+    model = onnx.load(path)
+    change(model)
+    onnx.save(model, path)
+    opened = open_bundle(bundle)
+    ledger = read_ledger(opened)
+    assert ledger is not None
+    found = found_ledger(bundle, graph)
+    told = {entry.name: entry for entry in ledger[graph].initializers}
+    entries = []
+    for entry in found.initializers:
+        before = told[entry.name].to_json()
+        entries.append(type(entry).from_json({**before, "sha256": entry.sha256}, "planted"))
+    ledger[graph] = type(found)(graph, found.sha256, tuple(entries))
+    (bundle / "ledger.json").write_bytes(ledger_to_bytes(list(ledger.values())))
+    relist(bundle)
+
+
+def changed(name: str, move: Callable[[Array], Array]) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        (tensor,) = [one for one in model.graph.initializer if one.name.endswith(name)]
+        array = np.frombuffer(tensor.raw_data, np.uint8).copy()
+        tensor.raw_data = move(array).tobytes()
+
+    return change
+
+
+def first_byte(array: Array) -> Array:
+    array[0] ^= 0x37
+    return array
+
+
+@pytest.mark.parametrize(
+    ("precision", "tensor"),
+    [
+        ("int8", "blocks.0.mlp.fc1.weight.transposed_quantized"),
+        ("int8", "token_embedding.weight.rows_quantized"),
+        ("int8-static", "blocks.0.mlp.fc1.weight.transposed_quantized"),
+        ("w8a16", "blocks.0.mlp.fc1.weight.transposed_Q8"),
+        ("int4", "blocks.0.mlp.fc1.weight.transposed_Q4"),
+        ("int4", "token_embedding.weight.rows_Q4"),
+        ("int4", "token_embedding.weight.rows_zero_points"),
+    ],
+)
+def test_one_changed_weight_is_found_also_where_every_digest_agrees(
+    quantised: Callable[[str], Path], relist: Callable[[Path], None], tmp_path: Path, precision: str, tensor: str
+) -> None:
+    bundle = Path(shutil.copytree(quantised(precision), tmp_path / "bundle"))
+    graph = open_bundle(bundle).manifest.part("text").variant(precision).file
+    planted(bundle, graph, changed(tensor, first_byte), relist)
+    with pytest.raises(VerificationError, match="not those of its float32 graph") as caught:
+        vlm_export.verify(bundle)
+    assert "steps away" in caught.value.got
+
+
+def test_a_changed_weight_is_found_by_its_digest(
+    quantised: Callable[[str], Path], relist: Callable[[Path], None], tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(quantised("int8"), tmp_path / "bundle"))
+    path = bundle / "onnx" / "text_model_int8.onnx"
+    model = onnx.load(path)
+    changed("blocks.0.mlp.fc1.weight.transposed_quantized", first_byte)(model)
+    onnx.save(model, path)
+    with pytest.raises(InputError, match="not the one that was exported"):
+        vlm_export.verify(bundle)
+    relist(bundle)
+    with pytest.raises(VerificationError, match="not the one that was exported"):
+        vlm_export.verify(bundle)
+
+
+def test_a_variant_without_its_loss_is_refused(quantised: Callable[[str], Path], tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(quantised("int8"), tmp_path / "bundle"))
+    path = bundle / "vlm_export.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    for part in data["parts"]:
+        for variant in part["variants"]:
+            variant["loss"] = None
+    path.write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(InputError, match="no budget"):
+        vlm_export.verify(bundle)
+
+
+def test_the_users_images_and_texts_are_measured(demo: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in sorted((demo / "golden" / "contract").glob("margin-*.png")):
+        shutil.copy(path, images)
+    (tmp_path / "texts.txt").write_text("a red circle\n\ntwo squares\na red circle\n", encoding="utf-8")
+    result = vlm_export.quantize(
+        demo, "w8a16", images=[images], texts=tmp_path / "texts.txt", output=tmp_path / "out", threads=1
+    )
+    samples = result.losses[0].record.samples
+    assert (samples.own_images, samples.own_texts) == (4, 2)
+
+
+def test_no_sample_is_both_calibrated_on_and_measured(quantised: Callable[[str], Path]) -> None:
+    bundle = open_bundle(quantised("int8-static"))
+    every = sample_set(bundle, (), None)
+    calibrated, measured = every.part(0, 2), every.part(1, 2)
+    assert not set(calibrated.texts) & set(measured.texts)
+    assert not {id(image) for image in calibrated.images} & {id(image) for image in measured.images}
+    for _, loss in losses(bundle):
+        samples = loss.samples
+        assert (samples.calibration_images, samples.calibration_texts) == (
+            len(calibrated.images),
+            len(calibrated.texts),
+        )
+        assert (samples.images, samples.texts) == (len(measured.images), len(measured.texts))
+        assert any("calibrated on" in note for note in loss.notes)
+
+
+def test_what_cannot_be_is_told(demo: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="int9") as caught:
+        vlm_export.quantize(demo, "int9", output=tmp_path / "out")
+    assert "int8" in caught.value.fix
+    with pytest.raises(UsageError, match="no option 'image'"):
+        vlm_export.quantize(demo, "int8", image=3, output=tmp_path / "out")
+    with pytest.raises(InputError, match="no part 'visio'"):
+        vlm_export.quantize(demo, "int8", parts=["visio"], output=tmp_path / "out")
+    (tmp_path / "texts").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="texts cannot be read"):
+        vlm_export.quantize(demo, "int8", texts=tmp_path / "texts", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
