@@ -37,6 +37,7 @@ pytest_plugins = ("pytester",)
 CHECKPOINT = Path(__file__).parents[1] / "data" / "clip" / "vit_p14" / "state_dict_fp16.pt"
 FAST: dict[str, Any] = {"opset": 17, "threads": 1}
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+BOMB = "a: &a0 [x, x]\n" + "".join(f"b{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9))
 MERGES = [("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>")]
 
 
@@ -285,6 +286,8 @@ def test_a_process_that_crashes_is_told() -> None:
         ("entries: [{name: ../a, source: b}]", InputError, "letters, digits"),
         ("entries: [{name: a, source: b}, {name: a, source: c}]", UsageError, "two cases have the name 'a'"),
         ("entries: [{name: a, source: b, source: c}]", UsageError, "stands twice"),
+        ("entries: &all [{name: a, source: b, options: {more: *all}}]", UsageError, "an alias stands inside what it"),
+        (BOMB, UsageError, "aliases make more than 1000000 values"),
         ("entries: [{name: a, source: b, tolerances: {x: -1}}]", InputError, "above 0"),
     ],
 )

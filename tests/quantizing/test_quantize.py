@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -237,6 +238,29 @@ def test_no_sample_is_both_calibrated_on_and_measured(quantised: Callable[[str],
         )
         assert (samples.images, samples.texts) == (len(measured.images), len(measured.texts))
         assert any("calibrated on" in note for note in loss.notes)
+
+
+def test_convolutions_of_a_resnet_become_static(shared_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    source = Path(__file__).parent.parent / "data" / "clip" / "rn_tiny" / "jit_archive.pt"
+    options: dict[str, Any] = {
+        "with_tokenizer": False,
+        "exporter": "torchscript",
+        "opset": 17,
+        "parts": ("vision",),
+        "threads": 1,
+    }
+    bundle = shared_bundle("rn-tiny-vision", lambda target: vlm_export.export(source, target, **options))
+    result = vlm_export.quantize(bundle, "int8-static", output=tmp_path / "out", threads=1)
+    (loss,) = result.losses
+    assert loss.record.measured.size_share < 0.35
+    graph = onnx.load(tmp_path / "out" / "onnx" / "vision_model_quantized.onnx").graph
+    quantised = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    # The one that reads pixels stays.
+    assert (
+        sum(node.input[0] in quantised and node.input[1] in quantised for node in convolutions) == len(convolutions) - 1
+    )
+    vlm_export.verify(tmp_path / "out").raise_if_failed()
 
 
 def test_what_cannot_be_is_told(demo: Path, tmp_path: Path) -> None:

@@ -334,7 +334,9 @@ def _is_float_constant(value: ir.Value) -> bool:
 def node_alone(node: ir.Node, weight: ir.TensorProtocol, position: int) -> ir.Node:
     """A copy of the node that reads the weight under the tensor's name; it belongs to no graph."""
     values = [
-        None if value is None else ir.Value(name=value.name, type=value.type, shape=value.shape)
+        None
+        if value is None
+        else ir.Value(name=value.name, type=value.type, shape=value.shape, const_value=value.const_value)
         for value in node.inputs
     ]
     values[position] = ir.Value(name=weight.name)
