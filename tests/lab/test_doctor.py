@@ -260,6 +260,7 @@ def test_arrays_of_another_form(demo: Path, program: Program) -> None:
     for array, word in (
         (pixels.transpose(0, 2, 3, 1), "layout"),
         (program.pixels(Resize((48, 48)), convert, *SCALED).numpy(), "another size"),
+        (pixels / np.float32(0), "not finite"),
     ):
         assert mistakes_of(vlm_export.doctor(demo, {"pixels": array}))["pixels"] == [word]
 

@@ -31,6 +31,14 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("bundle", metavar="DIR", help="directory of the bundle")
     _add_sizes(parser)
+    parser.add_argument(
+        "--graph",
+        nargs="+",
+        type=existing_path,
+        default=(),
+        metavar="FILE",
+        help="graphs (.onnx, for OpenVINO also .xml) with the inputs and outputs of the one part, to run beside it",
+    )
     parser.add_argument("--rounds", type=positive_integer, default=9, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--against",
@@ -105,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
         lengths=args.length,
         rounds=args.rounds,
         against=args.against,
+        graphs=args.graph,
         least_cosine=args.least_cosine,
     )
     found = bench(existing_path(args.bundle), options, progress=(lambda *_: None) if args.quiet else _progress())

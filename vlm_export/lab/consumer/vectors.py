@@ -10,7 +10,7 @@ import numpy as np
 from vlm_export.lab.consumer.case import Case, Outputs, Run, unit
 from vlm_export.lab.consumer.inputs import pixel_options
 from vlm_export.lab.consumer.pixels import geometries, scales
-from vlm_export.lab.consumer.report import LEFT, Finding, Stage, explained, nearness
+from vlm_export.lab.consumer.report import LEFT, Finding, Stage, explained, nearness, not_finite
 from vlm_export.lab.consumer.texts import follows, text_hypotheses
 from vlm_export.lab.differences import named
 from vlm_export.proof.metrics import Array
@@ -146,13 +146,10 @@ def _stage(case: Case, name: str, given: Array | None, side: _Side) -> Stage:
     encoder, expected = case.encoder(side.kind), case.recorded(side.kind)
     if encoder is None or expected is None:
         return Stage(name, "not compared", notes=(f"the bundle has no record of embeddings of {side.kind}s",))
+    overflow = "run the model in float32: half precision overflows beyond 65504"
+    if (odd := not_finite(name, list(given), side.names, overflow)) is not None:
+        return odd
     stage = Stage(name, "differs", len(given))
-    finite = np.isfinite(given).all(axis=1)
-    if not finite.all():
-        names = tuple(side.names[i] for i in np.flatnonzero(~finite).tolist())
-        fix = "run the model in float32: half precision overflows beyond 65504"
-        finding = Finding("not finite", f"NaN or infinity in {len(names)} rows", fix)
-        return replace(stage, differing=names, findings=(finding,))
     if given.shape[1] != expected.shape[1]:
         return replace(stage, differing=tuple(side.names), findings=(_of_width(case, side, given, expected),))
     wrong, cosines, notes = _wrong_rows(case, side, given, expected)
