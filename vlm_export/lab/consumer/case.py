@@ -46,6 +46,17 @@ class Case:
         """How far vectors are at most that the precision calls equal, as 1 - cosine."""
         return 1 - self.gate.cosine
 
+    @property
+    def is_coarse(self) -> bool:
+        """Whether the precision is quantised, whose budget leaves room for small mistakes."""
+        return laxest_variant(self.session.manifest, self.session.precision).loss is not None
+
+    @property
+    def other_precisions(self) -> list[str]:
+        """Those that the bundle could be run in besides, in the manifest's order."""
+        found = [variant.precision for part in self.session.manifest.parts for variant in part.variants]
+        return [precision for precision in dict.fromkeys(found) if precision != self.session.precision]
+
     @cached_property
     def texts(self) -> list[str]:
         """The texts that were answered."""

@@ -155,6 +155,9 @@ def _stage(case: Case, name: str, given: Array | None, side: _Side) -> Stage:
     wrong, cosines, notes = _wrong_rows(case, side, given, expected)
     scaled = _unscaled(given, expected)
     if not wrong:
+        if case.is_coarse:
+            within = f"within what {case.session.precision} may lose, a cosine of {case.gate.cosine:g}"
+            notes = (*notes, f"{within}: to see mistakes that cost less, compare a run in float32")
         return replace(stage, verdict="differs" if scaled else "equal", findings=scaled, notes=notes)
     stage = replace(stage, differing=tuple(side.names[i] for i in wrong), notes=notes)
     own = side.runs[0](wrong, None).get(encoder.output) if side.before.verdict == "differs" else None
@@ -254,7 +257,7 @@ def _explained(
         rows = replace(mistake, rows=mistake.rows[:, items])
         yield _finding(case, rows, given[[chosen[i] for i in items]], float(before[items].mean()), names)
     if not mistakes:
-        yield from _unexplained(cosines)
+        yield from _unexplained(case, cosines)
 
 
 def _in_another_order(given: Array, expected: Array) -> bool:
@@ -263,10 +266,12 @@ def _in_another_order(given: Array, expected: Array) -> bool:
     return sorted(nearest) == list(range(len(given))) != nearest and bool((matrix.max(axis=1) >= _EXACT).all())
 
 
-def _unexplained(cosines: Array) -> Iterator[Finding]:
+def _unexplained(case: Case, cosines: Array) -> Iterator[Finding]:
     if cosines.min() >= _COARSE:
         evidence = f"cosines are {cosines.min():.6f} to {cosines.max():.6f}, and no other mistake explains them"
-        fix = "compare with --precision fp16 if that is what you run, or run fp32 and keep vectors in more than 8 bits"
+        kept = f"run {case.session.precision} and keep vectors in more than 8 bits"
+        others = " or ".join(f"--precision {precision}" for precision in case.other_precisions)
+        fix = f"compare with {others} if that is what you run, or {kept}" if others else kept
         yield Finding("lower precision", evidence, fix)
     elif np.abs(cosines).mean() <= _FOREIGN:
         evidence = f"cosines with ours are {cosines.min():.2f} to {cosines.max():.2f}"
