@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from vlm_export.bundle.layout import LEDGER_NAME
 from vlm_export.bundle.manifest import Count, Sha256, VariantRecord
@@ -67,6 +67,7 @@ class LedgerEntry(Spec):
     checkpoint: tuple[CheckpointTensor, ...] = ()
     unrounded: tuple[float, ...] | None = None
     quantised: QuantisedFrom | None = None
+    NEWER: ClassVar[frozenset[str]] = frozenset({"quantised"})
 
     def check(self) -> None:
         if self.unrounded is not None and len(self.unrounded) not in (0, prod(self.shape)):

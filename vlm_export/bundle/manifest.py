@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, ClassVar, TypeAlias
 
 from vlm_export.bundle.loss import LossRecord
 from vlm_export.bundle.strict_json import json_object_from_bytes
@@ -94,6 +94,7 @@ class VariantRecord(Spec):
     warnings: tuple[str, ...] = ()
     verification: Mapping[str, Any] | None = None
     loss: LossRecord | None = None
+    NEWER: ClassVar[frozenset[str]] = frozenset({"loss"})
 
     def check(self) -> None:
         checked_relative_name(self.file, "file")
@@ -161,6 +162,7 @@ class ExportRecord(Spec):
     image_processor_differs: tuple[str, ...] = ()
     contract: Mapping[str, Any] | None = None
     packaged_for: str | None = None
+    NEWER: ClassVar[frozenset[str]] = frozenset({"packaged_for"})
 
 
 @dataclass(frozen=True)

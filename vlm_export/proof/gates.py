@@ -54,7 +54,8 @@ def variant_gate(part: str, variant: VariantRecord) -> Gate:
     Raises:
         InputError: a quantised variant states no budget.
     """
-    if variant.loss is not None:
+    # A loss of what is judged by the project's own limits would only loosen them.
+    if variant.loss is not None and variant.precision not in _JUDGED:
         return Gate(variant.precision, None, variant.loss.budget.get("cosine", -1.0), *_QUANTISED_NORMS)
     if variant.precision not in _JUDGED:
         raise InputError(
