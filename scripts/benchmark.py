@@ -7,6 +7,7 @@
     python scripts/benchmark.py resample [--threads N]     interpolation in its forms against torch eager
     python scripts/benchmark.py caption [--bundle DIR]     cached decoder against transformers' generate
     python scripts/benchmark.py chat [--bundle DIR]        nanoVLM's first token, tokens per second and memory
+    python scripts/benchmark.py vision [--bundle DIR]      ViT-B/16's graphs in every engine against PyTorch
 
 Without --bundle, one of ViT-B/32 with random weights is exported for the measurement. Needs the export extra.
 """
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import caption, chat, export, resample, start, text
+from benchmarks import caption, chat, export, resample, start, text, vision
 from benchmarks.report import REPORTS, Report, write_report
 
 MEASURES: dict[str, Callable[..., Report]] = {
@@ -30,12 +31,14 @@ MEASURES: dict[str, Callable[..., Report]] = {
     "resample": resample.measure,
     "caption": caption.measure,
     "chat": chat.measure,
+    "vision": vision.measure,
 }
 
 EXPORT_NAMES = ("clip-vit-b-32", "clip-rn50", "clip-vit-l-14-336px")
 PAIR_NAME = "clip-vit-b-32"
 CAPTION_NAME = "blip-image-captioning-base-hf"
 CHAT_NAME = "nanovlm-222m"
+VISION_NAME = "clip-vit-b-16"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,6 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     chatting = _add(kinds, "chat", CHAT_NAME, rounds=9, threads=2)
     chatting.add_argument("--prompt-tokens", type=int, default=12, help="of text, besides the image's (default: 12)")
     chatting.add_argument("--new-tokens", type=int, default=32, help="default: 32")
+    seeing = _add(kinds, "vision", VISION_NAME, rounds=9, threads=2)
+    seeing.add_argument("--graphs", type=Path, nargs="+", default=(), metavar="FILE", help="further ones for OpenVINO")
     for each in kinds.choices.values():
         each.add_argument("--report", metavar="NAME", help="of the files (default: that of the benchmark)")
     options = vars(parser.parse_args(arguments))

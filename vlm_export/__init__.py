@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from vlm_export.lab.regress import regress
     from vlm_export.lab.report.collect import report
     from vlm_export.layouts.package import package
+    from vlm_export.quantizing.pipeline import quantize
+    from vlm_export.quantizing.result import QuantizeResult
     from vlm_export.runtime.load import load
     from vlm_export.runtime.model import Model
 
 _HOMES = {
     "ExportResult": "vlm_export.exporting.pipeline",
     "Model": "vlm_export.runtime.model",
+    "QuantizeResult": "vlm_export.quantizing.result",
     "VerificationResult": "vlm_export.api",
     "bench": "vlm_export.lab.bench",
     "bisect": "vlm_export.lab.bisect",
@@ -34,6 +37,7 @@ _HOMES = {
     "export": "vlm_export.api",
     "load": "vlm_export.runtime.load",
     "package": "vlm_export.layouts.package",
+    "quantize": "vlm_export.quantizing.pipeline",
     "ranges": "vlm_export.lab.ranges",
     "regress": "vlm_export.lab.regress",
     "report": "vlm_export.lab.report.collect",
@@ -42,6 +46,7 @@ _HOMES = {
 __all__ = [
     "ExportResult",
     "Model",
+    "QuantizeResult",
     "VerificationResult",
     "__version__",
     "bench",
@@ -52,6 +57,7 @@ __all__ = [
     "export",
     "load",
     "package",
+    "quantize",
     "ranges",
     "regress",
     "report",

@@ -27,10 +27,10 @@ def test_graph_names_are_the_ecosystems() -> None:
     assert names == [
         "onnx/vision_model.onnx",
         "onnx/vision_model_fp16.onnx",
-        "onnx/vision_model_quantized.onnx",
+        "onnx/vision_model_int8.onnx",
         "onnx/text_model.onnx",
         "onnx/text_model_fp16.onnx",
-        "onnx/text_model_quantized.onnx",
+        "onnx/text_model_int8.onnx",
     ]
     assert graph_path("resampler", "fp16") == "onnx/resampler_fp16.onnx"
     assert checked_relative_name(golden_directory("vision", 0), "") == "golden/vision/test_data_set_0"
@@ -73,7 +73,7 @@ def test_transformers_reads_the_stretching_one_and_gives_our_pixels(tmp_path: Pa
 def test_config_names_the_graphs_with_external_data() -> None:
     variants = [
         VariantRecord("fp32", "onnx/vision_model.onnx", ("onnx/vision_model.onnx_data",)),
-        VariantRecord("int8", "onnx/vision_model_quantized.onnx"),
+        VariantRecord("int8", "onnx/vision_model_int8.onnx"),
         VariantRecord("fp32", "onnx/text_model.onnx", ("onnx/text_model.onnx_data", "onnx/text_model.onnx_data_1")),
     ]
     config = hub_config({"model_type": "clip"}, variants)

@@ -102,6 +102,18 @@ def test_pytorch_runs_in_each_of_its_forms(demo: Path) -> None:
     assert [cost.cosine for cost in found.costs[:2]] == pytest.approx([1.0, 1.0], abs=1e-9)
 
 
+def test_a_graph_beside_the_bundle_runs_on_its_inputs(demo: Path) -> None:
+    graph = demo / "onnx" / "text_model_fp16.onnx"
+    found = vlm_export.bench(demo, BenchOptions(**FEW, precisions=["fp32"], engines=["onnxruntime"], graphs=[graph]))
+    assert [side.name for side in found.sides] == ["onnxruntime fp32", "onnxruntime text_model_fp16"]
+    assert 1e-9 < 1 - (found.costs[1].cosine or 0) < 1e-3
+    best = found.recommendation()
+    assert best is not None
+    assert best.side.precision == "fp32"
+    with pytest.raises(UsageError, match="graphs stand for one part"):
+        BenchOptions(graphs=[graph])
+
+
 def test_what_there_is_not_is_named(demo: Path) -> None:
     manifest = open_bundle(demo).manifest
     for options, words in (

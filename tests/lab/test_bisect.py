@@ -375,3 +375,27 @@ def test_a_record_is_made_on_the_command_line(demo: Path, tmp_path: Path, capsys
     assert main(["bisect", str(demo), str(record)]) == 0
     assert f"in onnxruntime {onnxruntime.__version__}" in capsys.readouterr().out
     assert main(["bisect", str(demo), str(demo), "--record", str(record)]) == UsageError.exit_status
+
+
+def test_inputs_that_tell_nothing_are_refused(tmp_path: Path) -> None:
+    text = '<ir_version: 8, opset_import: ["" : 18]> g (float[N, 4] x) => (float[N, 4] y) { y = Tanh (x) }'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "a.onnx")
+    for values, told in ((np.zeros((0, 4)), "no row"), (np.full((2, 4), np.nan), "NaN")):
+        np.savez(tmp_path / "x.npz", x=values.astype(np.float32))
+        with pytest.raises(UsageError, match=told):
+            bisect(tmp_path / "a.onnx", tmp_path / "a.onnx", BisectOptions(inputs=[tmp_path / "x.npz"]))
+
+
+def test_integers_that_a_graph_returns_are_compared(tmp_path: Path) -> None:
+    text = """<ir_version: 8, opset_import: ["" : 18]> g (float[N, 4] x) => (int64[N] ids) {
+        y = Tanh (x)  ids = ArgMax <axis = 1, keepdims = 0> (y)
+    }"""
+    for name, graph in (("a", text), ("b", text.replace("ArgMax", "ArgMin"))):
+        onnx.save(onnx.parser.parse_model(graph), tmp_path / f"{name}.onnx")
+    (found,) = bisect(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    assert found.first is not None
+
+
+def test_a_plot_shows_control_characters_as_escapes() -> None:
+    found = Bisection("left\x1b[31m", "right", 1, ())
+    assert "\\x1b[31m" in bisection_plot(found)

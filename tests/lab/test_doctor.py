@@ -260,6 +260,7 @@ def test_arrays_of_another_form(demo: Path, program: Program) -> None:
     for array, word in (
         (pixels.transpose(0, 2, 3, 1), "layout"),
         (program.pixels(Resize((48, 48)), convert, *SCALED).numpy(), "another size"),
+        (pixels / np.float32(0), "not finite"),
     ):
         assert mistakes_of(vlm_export.doctor(demo, {"pixels": array}))["pixels"] == [word]
 
@@ -350,6 +351,19 @@ def test_a_mistake_of_the_model_behind_one_with_pixels(demo: Path, program: Prog
 def test_half_precision_is_right_where_it_is_said(demo: Path, program: Program) -> None:
     vectors = vlm_export.load(demo, precision="fp16", threads=1).encode_image(program.images)
     assert vlm_export.doctor(demo, {"image_vectors": vectors}, precision="fp16").passed
+
+
+def test_quantised_variants_are_told(demo: Path, program: Program, tmp_path: Path) -> None:
+    bundle = tmp_path / "int8"
+    vlm_export.quantize(demo, "int8", parts=["vision"], output=bundle, threads=1)
+    vectors = vlm_export.load(bundle, precision="int8", threads=1).encode_image(program.images)
+    *_, stage = vlm_export.doctor(bundle, {"image_vectors": vectors}, precision="int8").stages
+    assert stage.verdict == "equal"
+    assert any("what int8 may lose, a cosine of 0.98" in note for note in stage.notes)
+    *_, stage = vlm_export.doctor(bundle, {"image_vectors": vectors}, precision="fp32").stages
+    (finding,) = stage.findings
+    assert finding.mistake == "lower precision"
+    assert finding.fix.startswith("compare with --precision fp16 or --precision int8 if that is what you run")
 
 
 def test_another_padding_id_is_no_mistake_where_no_vector_changes(demo: Path, program: Program) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -36,6 +37,7 @@ pytest_plugins = ("pytester",)
 CHECKPOINT = Path(__file__).parents[1] / "data" / "clip" / "vit_p14" / "state_dict_fp16.pt"
 FAST: dict[str, Any] = {"opset": 17, "threads": 1}
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+BOMB = "a: &a0 [x, x]\n" + "".join(f"b{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9))
 MERGES = [("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>")]
 
 
@@ -183,6 +185,8 @@ def test_a_figure_that_is_gone_fails_where_both_were_measured_alike() -> None:
     assert not any(figure.failure for figure in compare_figures(THEN, now, {}))
     (gone,) = [figure for figure in compare_figures(THEN, now, {}, complete=True) if figure.failure]
     assert gone.failure == "text.fp32.x.seen: 1e-07 → none: it is not measured any more"
+    (new,) = [figure for figure in compare_figures(now, THEN, {}, complete=True) if figure.failure]
+    assert new.failure == "text.fp32.x.seen: none → 1e-07: nothing is recorded of it"
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +208,22 @@ def test_untouched_passes(recorded: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["regress", str(recorded), "--strict", "--quiet"]) == 0
     assert "tiny: pass" in capsys.readouterr().out
     assert state.read_bytes() == before
+
+
+def test_a_state_is_written_whole_or_stays(
+    recorded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full_disk(path: Path, text: str, encoding: str) -> int:
+        path.write_bytes(text.encode(encoding)[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = recorded.parent / "states" / "tiny.yaml"
+    before = path.read_bytes()
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    assert main(["regress", str(recorded), "--update", "--quiet"]) == 4
+    assert "No space left" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == ["tiny.yaml"]
 
 
 def test_a_failing_run_as_junit_and_json(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,6 +286,8 @@ def test_a_process_that_crashes_is_told() -> None:
         ("entries: [{name: ../a, source: b}]", InputError, "letters, digits"),
         ("entries: [{name: a, source: b}, {name: a, source: c}]", UsageError, "two cases have the name 'a'"),
         ("entries: [{name: a, source: b, source: c}]", UsageError, "stands twice"),
+        ("entries: &all [{name: a, source: b, options: {more: *all}}]", UsageError, "an alias stands inside what it"),
+        (BOMB, UsageError, "aliases make more than 1000000 values"),
         ("entries: [{name: a, source: b, tolerances: {x: -1}}]", InputError, "above 0"),
     ],
 )
@@ -339,6 +361,8 @@ def test_bundles_are_verified_without_torch_and_onnx(
 
     baseline = tmp_path / "baseline.yaml"
     command = ["regress", "--bundles", str(exported), "--baseline", str(baseline)]
+    assert main(["regress", "--bundles", str(damaged), "--baseline", str(baseline), "--update"]) == 1
+    assert not baseline.exists(), "figures of a bundle that does not hold are recorded"
     assert main([*command, "--update"]) == 0
     assert main([*command, "--strict"]) == 0
     data = yaml.safe_load(baseline.read_text(encoding="utf-8"))

@@ -17,12 +17,14 @@ import onnx_ir as ir
 import pytest
 from PIL import Image
 
+from vlm_export.bundle.manifest import manifest_from_bytes
 from vlm_export.cli.main import main
 from vlm_export.errors import UsageError
 from vlm_export.lab.report.collect import ReportOptions, report
 from vlm_export.lab.report.findings import Report
 from vlm_export.lab.report.markdown import markdown_summary
 from vlm_export.lab.report.page import html_page
+from vlm_export.lab.report.recorded import recorded_proof
 
 Edit = Callable[[Path, Callable[[dict[str, Any]], None]], None]
 VISION = "onnx/vision_model.onnx"
@@ -245,6 +247,8 @@ def test_the_verb_writes_in_one_step_and_replaces_nothing_unasked(
 ) -> None:
     out = tmp_path / "page.html"
     command = ["report", str(demo), "-o", str(out), "--no-run", "--json"]
+    assert main(["report", str(demo), "-o", str(out.with_suffix(".pdf")), "--no-run"]) == UsageError.exit_status
+    assert not out.with_suffix(".pdf").exists()
     assert main(command) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["passed"] is True
@@ -283,3 +287,13 @@ def test_it_opens_in_a_browser_with_its_plots_and_requests_nothing(passing: Repo
 def test_the_browser_would_tell_of_a_request(passing: Report, tmp_path: Path) -> None:
     page = html_page(passing).replace("<h1>", '<img src="http://127.0.0.1:9/x.png"><h1>')
     assert "violates the following Content Security Policy" in opened(page, tmp_path)[1]
+
+
+@pytest.mark.parametrize("count", ["nan", "inf", 1e300, None, [1]])
+def test_counts_that_are_none_are_left_out(count: object, demo: Path) -> None:
+    data = json.loads((demo / "vlm_export.json").read_text(encoding="utf-8"))
+    data["parts"][0]["variants"][0]["verification"] |= {"passed": False, "failure_count": count}
+    data["export"]["contract"]["checks"][0]["compared"] = count
+    found = recorded_proof(manifest_from_bytes(json.dumps(data).encode()))
+    assert not found.passed
+    assert found.stages[0].compared == 0

@@ -16,6 +16,7 @@ import pytest
 from tokenizers import Tokenizer
 
 import vlm_export
+from vlm_export.bundle.layout import TRANSFORMERS_JS_DTYPES
 from vlm_export.cli.main import main
 from vlm_export.cli.package import NAMES
 from vlm_export.errors import InputError, UsageError, VerificationError
@@ -172,6 +173,23 @@ def test_a_variant_is_packaged(demo: Path, tmp_path: Path, model: Any, pixels: n
     feeds = {"input_ids": ids_of(model, TEXTS), "pixel_values": pixels}
     found = session(tmp_path / "half" / "onnx" / "model_fp16.onnx").run(["image_embeds"], feeds)[0]
     assert (np.sum(found * model.encode_image(IMAGES), axis=1) > 0.9999).all()
+
+
+def test_precisions_have_the_consumers_dtypes(demo: Path, tmp_path: Path) -> None:
+    assert TRANSFORMERS_JS_DTYPES["int4"] == "q4"
+    vlm_export.quantize(demo, "int8-static", output=tmp_path / "static", threads=1)
+    package(tmp_path / "static", tmp_path / "packed", "transformers.js", precision="int8-static", threads=1)
+    config = json.loads((tmp_path / "packed" / "config.json").read_text(encoding="utf-8"))
+    # Browsers ask for 8-bit graphs, and all are there.
+    assert "dtype" not in config.get("transformers.js_config", {})
+    assert (tmp_path / "packed" / "onnx" / "model_quantized.onnx").is_file()
+    # The towers are 8-bit, and the combined graph is not: the dtype must be told.
+    package(tmp_path / "static", tmp_path / "float32", "transformers.js", precision="fp32", threads=1)
+    config = json.loads((tmp_path / "float32" / "config.json").read_text(encoding="utf-8"))
+    assert config["transformers.js_config"]["dtype"] == "fp32"
+    with pytest.raises(InputError, match=r"transformers\.js cannot use this bundle") as error:
+        package(demo, tmp_path / "out", "transformers.js", precision="w8a16")
+    assert "fp32, fp16, int8, int8-static, int4" in error.value.expected
 
 
 def test_operators_of_older_opsets(tmp_path: Path, model: Any, pixels: np.ndarray) -> None:

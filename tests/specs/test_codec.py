@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 
@@ -183,6 +183,19 @@ def test_missing_fields_are_listed() -> None:
         Drawing.from_json(data, "file.json")
     assert caught.value.got == "no size, labels"
     assert caught.value.expected.startswith("name, count")
+
+
+def test_fields_that_came_later_may_be_missing() -> None:
+    @dataclass(frozen=True)
+    class Grown(Spec):
+        name: str
+        note: str | None = None
+        NEWER: ClassVar[frozenset[str]] = frozenset({"note"})
+
+    assert Grown.from_json({"name": "old"}, "file.json") == Grown("old")
+    assert Grown("new").to_json() == {"name": "new", "note": None}
+    with pytest.raises(InputError, match="missing fields"):
+        Grown.from_json({"note": None}, "file.json")
 
 
 def test_a_config_may_leave_out_what_has_a_default_and_nothing_else() -> None:

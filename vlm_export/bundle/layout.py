@@ -23,7 +23,18 @@ GOLDEN_DIRECTORY = "golden"
 CONTRACT_DIRECTORY = f"{GOLDEN_DIRECTORY}/contract"
 LEDGER_NAME = "ledger.json"
 
-PRECISION_SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}
+_PRECISION_NAMES: Mapping[str, tuple[str, str | None]] = {
+    "fp32": ("", "fp32"),
+    "fp16": ("_fp16", "fp16"),
+    "int8": ("_int8", "int8"),
+    "int8-static": ("_quantized", "q8"),
+    "w8a16": ("_w8a16", None),
+    "int4": ("_q4", "q4"),
+}
+PRECISION_SUFFIXES = {precision: suffix for precision, (suffix, _) in _PRECISION_NAMES.items()}
+TRANSFORMERS_JS_DTYPES = {precision: dtype for precision, (_, dtype) in _PRECISION_NAMES.items() if dtype is not None}
+"""Precision → the `dtype` by which transformers.js finds its graphs; w8a16 has none, and loads by its file's name."""
+
 PART_STEMS = {"vision": "vision_model", "text": "text_model", "decoder": "decoder_model_merged"}
 PILLOW_RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 

@@ -16,12 +16,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from vlm_export.bundle.layout import LEDGER_NAME
 from vlm_export.bundle.manifest import Count, Sha256, VariantRecord
 from vlm_export.bundle.onnx_protobuf import StoredTensor, read_onnx
 from vlm_export.bundle.opened import OpenBundle
+from vlm_export.bundle.quantised import QuantisedFrom
 from vlm_export.bundle.safe_files import opened_real_file, record_of_file
 from vlm_export.bundle.strict_json import json_object_from_bytes
 from vlm_export.errors import InputError, VerificationError
@@ -54,6 +55,7 @@ class LedgerEntry(Spec):
         checkpoint: the stored tensors that the parameters are made of.
         unrounded: of a constant that float16 rounded, the numbers before that, one for each value, or none where they
             are too many to record; None where nothing was rounded, or a parameter tells.
+        quantised: of a weight in fewer bits, which initializer of the part's float32 graph it holds, and how.
     """
 
     name: str
@@ -64,6 +66,8 @@ class LedgerEntry(Spec):
     transformation: str = ""
     checkpoint: tuple[CheckpointTensor, ...] = ()
     unrounded: tuple[float, ...] | None = None
+    quantised: QuantisedFrom | None = None
+    NEWER: ClassVar[frozenset[str]] = frozenset({"quantised"})
 
     def check(self) -> None:
         if self.unrounded is not None and len(self.unrounded) not in (0, prod(self.shape)):

@@ -7,8 +7,9 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, ClassVar, TypeAlias
 
+from vlm_export.bundle.loss import LossRecord
 from vlm_export.bundle.strict_json import json_object_from_bytes
 from vlm_export.errors import InputError, UsageError, suggestion
 from vlm_export.specs import AnyImageSpec, ImageSpec, Origins, SliceSpec, TextSpec, TileSpec
@@ -19,7 +20,7 @@ from vlm_export.specs.tasks import ChatSpec, EmbedSpec, FeatureSpec, FoundTask, 
 MANIFEST_NAME = "vlm_export.json"
 SCHEMA_VERSION = 2
 # In the order in which a bundle is used by those who do not choose.
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "fp16", "w8a16", "int8", "int8-static", "int4")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\\:]")
 Sha256: TypeAlias = Annotated[str, matches(r"[0-9a-f]{64}", "64 lower-case hexadecimal digits")]
 Release: TypeAlias = Annotated[str, matches(r"[0-9]{1,4}(\.[0-9]{1,4}){2}", "a release, as 1.23.0")]
@@ -80,6 +81,7 @@ class VariantRecord(Spec):
         oldest_onnxruntime: the oldest release of ONNX Runtime that loads the graph (`bundle/oldest_engine.py`).
         warnings: what the user should know about this graph.
         verification: the comparison with the Reference as JSON data, or None when there was none.
+        loss: of a quantised graph, what it loses, and the budget that it is held to; None for any other.
     """
 
     precision: str
@@ -91,6 +93,8 @@ class VariantRecord(Spec):
     oldest_onnxruntime: Release = "1.18.0"
     warnings: tuple[str, ...] = ()
     verification: Mapping[str, Any] | None = None
+    loss: LossRecord | None = None
+    NEWER: ClassVar[frozenset[str]] = frozenset({"loss"})
 
     def check(self) -> None:
         checked_relative_name(self.file, "file")
@@ -119,9 +123,18 @@ class PartRecord(Spec):
         known = [variant.precision for variant in self.variants]
         raise UsageError(f"part {self.name!r} has no variant {precision!r}", fix=suggestion(precision, known))
 
+    def served_by(self, precision: str) -> VariantRecord:
+        """The variant that runs where that precision is asked for: it, or float32 where the part was not quantised.
+
+        Raises:
+            UsageError: the part has neither.
+        """
+        known = {variant.precision: variant for variant in self.variants}
+        return known.get(precision) or known.get(PRECISIONS[0]) or self.variant(precision)
+
     def chosen_variants(self, precision: str | None) -> tuple[VariantRecord, ...]:
-        """All variants, or the one of that precision; UsageError when there is none."""
-        return self.variants if precision is None else (self.variant(precision),)
+        """All variants, or the one of that precision, which a part that was not quantised lacks."""
+        return tuple(variant for variant in self.variants if precision in (None, variant.precision))
 
 
 @dataclass(frozen=True)
@@ -149,6 +162,7 @@ class ExportRecord(Spec):
     image_processor_differs: tuple[str, ...] = ()
     contract: Mapping[str, Any] | None = None
     packaged_for: str | None = None
+    NEWER: ClassVar[frozenset[str]] = frozenset({"packaged_for"})
 
 
 @dataclass(frozen=True)
@@ -266,6 +280,15 @@ class Manifest(Spec):
                 return part
         fix = suggestion(name, [part.name for part in self.parts])
         raise InputError(f"the bundle {self.name!r} has no part {name!r}", fix=fix)
+
+    def chosen(self, precision: str | None) -> list[tuple[PartRecord, VariantRecord]]:
+        """All variants with their parts, or those of that precision; UsageError when no part has one."""
+        found = [(part, variant) for part in self.parts for variant in part.chosen_variants(precision)]
+        if not found:
+            known = list(dict.fromkeys(variant.precision for part in self.parts for variant in part.variants))
+            fix = suggestion(str(precision), known)
+            raise UsageError(f"the bundle has no variant {precision!r}", where=self.name, fix=fix)
+        return found
 
     def identity(self) -> str:
         """sha256 that names the model: equal for bundles of one checkpoint, whatever their opset or precision.

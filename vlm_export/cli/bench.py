@@ -31,6 +31,14 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("bundle", metavar="DIR", help="directory of the bundle")
     _add_sizes(parser)
+    parser.add_argument(
+        "--graph",
+        nargs="+",
+        type=existing_path,
+        default=(),
+        metavar="FILE",
+        help="graphs (.onnx, for OpenVINO also .xml) with the inputs and outputs of the one part, to run beside it",
+    )
     parser.add_argument("--rounds", type=positive_integer, default=9, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--against",
@@ -89,6 +97,7 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from vlm_export.bundle.staging import staged_file
     from vlm_export.lab.bench import bench
     from vlm_export.lab.bench_plan import BenchOptions
     from vlm_export.lab.bench_plot import bench_plot
@@ -104,11 +113,13 @@ def run(args: argparse.Namespace) -> int:
         lengths=args.length,
         rounds=args.rounds,
         against=args.against,
+        graphs=args.graph,
         least_cosine=args.least_cosine,
     )
     found = bench(existing_path(args.bundle), options, progress=(lambda *_: None) if args.quiet else _progress())
     if args.plot is not None:
-        args.plot.write_text(bench_plot(found), encoding="utf-8")
+        with staged_file(args.plot, "plot", overwrite=True, wait=True) as staged:
+            staged.write_text(bench_plot(found), encoding="utf-8")
     if args.json:
         print_json(found.to_json())
         return 0

@@ -63,6 +63,7 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from vlm_export.bundle.staging import staged_file
     from vlm_export.lab.bisect import BisectOptions, bisect, bisection_plot, record_values
     from vlm_export.runtime.engines.choice import engine_choice
 
@@ -94,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
     found = bisect(args.left, args.right or args.left, options)
     if args.plot is not None:
         shown = next((one for one in found if one.first is not None), found[0])
-        args.plot.write_text(bisection_plot(shown), encoding="utf-8")
+        with staged_file(args.plot, "plot", overwrite=True, wait=True) as staged:
+            staged.write_text(bisection_plot(shown), encoding="utf-8")
     if args.json:
         print_json(
             {"parted": any(one.first is not None for one in found), "bisections": [one.to_json() for one in found]}

@@ -7,6 +7,10 @@ import argparse
 EXAMPLES: dict[str, tuple[str, str]] = {
     "inspect": ("inspect clip-demo", "inspect photo.jpg --bundle features -o slices.png"),
     "export": ("export clip-demo -o bundle", "export model.safetensors -o bundle --precision fp32 --precision fp16"),
+    "quantize": (
+        "quantize bundle --precision int8",
+        "quantize bundle --precision int4 --part decoder --budget exact-match=0.9 -o smaller",
+    ),
     "verify": ("verify bundle", "verify bundle --source clip-demo --json"),
     "package": (
         "package bundle --for immich -o for-immich",

@@ -34,6 +34,7 @@ VERBS = (
     "inspect",
     "export",
     "verify",
+    "quantize",
     "package",
     "classify",
     "caption",

@@ -73,9 +73,11 @@ def run(args: argparse.Namespace) -> int:
         progress = None if args.quiet else _progress()
         results = regress(existing_path(args.spec), options, names=args.case, progress=progress, told=told)
     if args.junit is not None:
+        from vlm_export.bundle.staging import staged_file
         from vlm_export.lab.junit import junit_xml
 
-        args.junit.write_bytes(junit_xml(results))
+        with staged_file(args.junit, "JUnit XML", overwrite=True, wait=True) as staged:
+            staged.write_bytes(junit_xml(results))
     if args.json:
         passed = all(result.passed for result in results)
         print_json({"passed": passed, "cases": [result.to_json() for result in results]})

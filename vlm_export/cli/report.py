@@ -8,7 +8,7 @@ from typing import Any
 
 from vlm_export.cli.common import add_common_options, add_engine_options, check_output, providers
 from vlm_export.cli.output import print_json, print_line
-from vlm_export.errors import VerificationError
+from vlm_export.errors import UsageError, VerificationError
 
 
 def add_parser(verbs: Any) -> None:
@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
     from vlm_export.lab.report.markdown import markdown_summary
     from vlm_export.lab.report.page import html_page
 
+    if args.output.suffix.lower() not in (".html", ".htm"):
+        raise UsageError("the page is HTML", expected="a name that ends with .html", got=str(args.output))
     outputs = [args.output, *([args.markdown] if args.markdown else [])]
     for path in outputs:
         check_output(path, overwrite=args.overwrite)

@@ -22,13 +22,18 @@ from vlm_export.exporting.ledger import account_for, recorded_constants
 from vlm_export.exporting.options import ExportOptions, Precision
 from vlm_export.exporting.parts import PART_NAME
 from vlm_export.exporting.source import build_model, recognise_source
-from vlm_export.exporting.stages import Stages
+from vlm_export.exporting.stages import Stages, StepProgress
 from vlm_export.exporting.verification import PartVerification, part_samples, prove_variant, variant_label
 from vlm_export.family import BuildOptions, Reference
 from vlm_export.proof.contract import ContractReport
 from vlm_export.proof.declared import check_declared
-from vlm_export.proof.engine import verifying_start
+from vlm_export.proof.engine import engine_label, verifying_start
+from vlm_export.proof.gates import variant_gate
+from vlm_export.proof.quantised_weights import check_quantised_weights
 from vlm_export.proof.report import PartReport
+from vlm_export.proof.verifier import verify_part
+
+NOT_THE_GRID = "the whole grid: a quantised variant is held to its budget at the points of the golden records"
 
 
 def verify_against_source(
@@ -85,7 +90,8 @@ def declared_options(bundle: OpenBundle, source: str, base: str | None = None) -
     """What the bundle was exported with, so that its source can be exported in the same way again."""
     manifest = bundle.manifest
     parts = [part.name for part in manifest.parts]
-    variants = {variant.precision: variant for part in manifest.parts for variant in part.variants}
+    # What has fewer bits was made of the bundle's own float32 graphs, and no export makes it again.
+    variants = {v.precision: v for part in manifest.parts for v in part.variants if v.loss is None}
     first = next(iter(variants.values()))
     if first.exporter not in OPSETS:
         raise InputError(
@@ -139,6 +145,8 @@ def _prove_variant(
 ) -> PartReport:
     """The variant's weights against the checkpoint and the ledger, then its outputs against the Reference's."""
     with stages.stage(f"verify {variant_label(verification.part, variant.precision)}") as progress:
+        if variant.loss is not None:
+            return _prove_quantised(bundle, providers, threads, verification, reference, variant, progress)
         account_for(verification.part, bundle.root, variant.file)
         check_ledger(bundle, variant)
         ledger = (read_ledger(bundle) or {}).get(variant.file)
@@ -153,3 +161,36 @@ def _prove_variant(
             providers=providers,
             threads=threads,
         )
+
+
+def _prove_quantised(
+    bundle: OpenBundle,
+    providers: Sequence[str],
+    threads: int | None,
+    verification: PartVerification,
+    reference: Reference,
+    variant: VariantRecord,
+    progress: StepProgress,
+) -> PartReport:
+    """A variant of fewer bits: its weights against the float32 graph's, which the checkpoint's are compared with, and
+    its outputs against the original's at the points of the golden records and at the samples, by its budget.
+
+    The grid of float32 is no promise of such a variant: what it loses was measured at these.
+    """
+    part = bundle.manifest.part(verification.part.name)
+    untold = (*check_ledger(bundle, variant), *check_quantised_weights(bundle, part, variant))
+    engine = verifying_start(bundle, providers, threads)(part.name, variant.precision)
+    return verify_part(
+        verification.part,
+        reference,
+        engine,
+        variant_gate(part.name, variant),
+        verification.golden_points(),
+        verification.samples,
+        variant=variant.precision,
+        reference_name=verification.model.reference_name,
+        engine_name=engine_label(providers),
+        progress=progress,
+        with_self_checks=False,
+        not_run=(NOT_THE_GRID, *untold),
+    )

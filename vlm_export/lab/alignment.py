@@ -7,7 +7,6 @@ begins anew at weights that both sides have (`blocks.7.mlp.fc1.weight`, or equal
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from typing import TypeAlias
 
 import onnx_ir as ir
 
-from vlm_export.lab.canonical import COMMUTATIVE, GraphTexts, is_constant_node, kinds, operator_of, read_by
+from vlm_export.lab.canonical import COMMUTATIVE, GraphTexts, contents, is_constant_node, kinds, operator_of, read_by
 from vlm_export.lab.module_paths import constant_of, mapped_for_a_while, parameter_name
 
 _CASTS = frozenset(("", name) for name in ("Cast", "CastLike", "Identity"))
@@ -415,4 +414,4 @@ def _by_content(value: ir.Value) -> Hashable:
     if tensor is None or tensor.nbytes <= _SPEAKING_BYTES:
         return None
     with mapped_for_a_while(tensor):
-        return tensor.dtype, tuple(tensor.shape.numpy()), hashlib.sha256(tensor.tobytes()).digest()
+        return contents(value, tensor)

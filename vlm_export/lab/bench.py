@@ -16,7 +16,6 @@ from vlm_export.bundle.opened import OpenBundle, open_bundle
 from vlm_export.errors import InputError, VlmExportError
 from vlm_export.lab.bench_plan import (
     EXACT,
-    TORCH,
     BenchOptions,
     Load,
     Side,
@@ -41,7 +40,11 @@ _MOST_CALLS = 200
 
 
 def bench(
-    bundle: str | Path, options: BenchOptions | None = None, *, progress: Progress = lambda *_: None
+    bundle: str | Path,
+    options: BenchOptions | None = None,
+    *,
+    sides: Sequence[Side] | None = None,
+    progress: Progress = lambda *_: None,
 ) -> BenchResult:
     """Measures every side on every load of every part, each side in a process of its own.
 
@@ -49,6 +52,7 @@ def bench(
 
     Args:
         bundle: the bundle's directory.
+        sides: who computes, the one that the others are compared with first; None for what the options lead to.
 
     Raises:
         InputError: no bundle, a damaged one, or one without recorded inputs for what was asked.
@@ -56,7 +60,7 @@ def bench(
     """
     options = options or BenchOptions()
     opened = open_bundle(bundle)
-    sides = sides_of(opened.manifest, options)
+    chosen = sides_of(opened.manifest, options) if sides is None else sides
     measured: list[Measured] = []
     costs: list[Cost] = []
     not_run: list[str] = []
@@ -67,7 +71,7 @@ def bench(
             continue
         with TemporaryDirectory(prefix="vlm-export-") as folder:
             bench_of_part = _PartBench(opened, part, loads, options, Path(folder), progress)
-            with bench_of_part.started(sides, not_run) as processes:
+            with bench_of_part.started(chosen, not_run) as processes:
                 if processes:
                     measured += bench_of_part.measured(processes)
                     costs += bench_of_part.costs(processes)
@@ -119,7 +123,7 @@ class _PartBench:
 
     def _start(self, side: Side) -> SideProcess:
         job = {"bundle": str(self._bundle.root), "part": self._part.name, "source": self._options.against}
-        return SideProcess({**job, **side.to_json()})
+        return SideProcess({**job, **side.to_json(), "in_bf16": side.in_bf16})
 
     def _warm_up(self, process: SideProcess) -> None:
         process.ask(time=next(iter(self._loads.values())), calls=1, warm=0)
@@ -155,7 +159,7 @@ class _PartBench:
         ]
 
     def _size(self, side: Side) -> int | None:
-        if side.engine == TORCH:
+        if not side.is_of_bundle:
             return None
         manifest = self._bundle.manifest
         variant = self._part.variant(chosen_precision(manifest, side.precision).variant)

@@ -31,13 +31,25 @@ class Side:
 
     Attributes:
         engine: "onnxruntime", "openvino" or "torch".
-        precision: as in `vlm_export.load`; of torch one of `TORCH_FORMS`.
+        precision: as in `vlm_export.load`; of torch one of `TORCH_FORMS`; of a graph its file's name.
         threads: of one operator.
+        graph: a file beside the bundle, None for the bundle's own.
     """
 
     engine: str
     precision: str
     threads: int
+    graph: str | None = None
+
+    @property
+    def in_bf16(self) -> bool:
+        """Whether a graph of its own is computed in bfloat16."""
+        return self.graph is not None and self.precision.endswith(f"+{BF16}")
+
+    @property
+    def is_of_bundle(self) -> bool:
+        """Whether `vlm_export.load` gives it."""
+        return self.engine != TORCH and self.graph is None
 
     @property
     def name(self) -> str:
@@ -83,7 +95,7 @@ class BenchOptions:
         lengths: tokens of a row, of parts whose axis is free; none for as many as the recorded inputs have.
         rounds: how often each side runs.
         against: the bundle's source, which PyTorch then runs beside it, first of all.
-        images: a folder, whose images are encoded from files to vectors.
+        graphs: files with the interface of the one part in `parts`, which run beside the bundle's variants.
         least_cosine: what `recommend` still takes.
     """
 
@@ -95,13 +107,15 @@ class BenchOptions:
     lengths: Sequence[int] = ()
     rounds: int = 9
     against: str | None = None
-    images: Path | None = None
+    graphs: Sequence[str | Path] = ()
     least_cosine: float = 0.999
 
     def __post_init__(self) -> None:
         for name in ("batches", "threads", "lengths"):
             if any(size < 1 for size in getattr(self, name)):
                 raise UsageError(f"{name} are numbers from 1", got=str(list(getattr(self, name))))
+        if self.graphs and len(self.parts) != 1:
+            raise UsageError("graphs stand for one part", got=f"{len(self.parts)} parts", fix="name it: --part NAME")
         if self.rounds < 1:
             raise UsageError("there is at least one round", got=str(self.rounds))
 
@@ -129,6 +143,7 @@ def sides_of(manifest: Manifest, options: BenchOptions) -> list[Side]:
         for engine in engines:
             engine_choice(engine, None, threads)
             found += [Side(engine, name, threads) for name in _precisions(manifest, options.precisions, engine)]
+            found += [side for graph in options.graphs for side in _graph_sides(str(graph), engine, threads)]
     for name in options.precisions:
         chosen = chosen_precision(manifest, name)
         if name not in {side.precision for side in found}:
@@ -144,6 +159,16 @@ def _precisions(manifest: Manifest, wanted: Sequence[str], engine: str) -> Itera
             yield name
 
 
+def _graph_sides(path: str, engine: str, threads: int) -> Iterator[Side]:
+    name, suffix = Path(path).stem, Path(path).suffix
+    if engine == OPENVINO:
+        yield Side(engine, name, threads, path)
+        if computes_in_bf16():
+            yield Side(engine, f"{name}+{BF16}", threads, path)
+    elif suffix == ".onnx":
+        yield Side(engine, name, threads, path)
+
+
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -151,7 +176,7 @@ def available_cores() -> int:
 
 def has_variant(part: PartRecord, manifest: Manifest, side: Side) -> bool:
     """Whether the side can run the part."""
-    if side.engine == TORCH:
+    if not side.is_of_bundle:
         return True
     variant = chosen_precision(manifest, side.precision).variant
     return variant in {record.precision for record in part.variants}

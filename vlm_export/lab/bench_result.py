@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import exp, log
 from typing import Any
 
-from vlm_export.lab.bench_plan import TORCH, BenchOptions, Load, Side
+from vlm_export.lab.bench_plan import BenchOptions, Load, Side
 from vlm_export.lab.timing import Spread, ratios
 from vlm_export.proof.metrics import json_number
 from vlm_export.runtime.engines.choice import ONNXRUNTIME
@@ -39,7 +39,7 @@ class Cost:
         load_seconds: to open the part, with the checks of its files; measured once.
         peak_bytes: of the process's memory, pages of mapped files included; after all loads. None outside Linux.
         anonymous_bytes: of it what is no file's, at the end.
-        size_bytes: of the part's files; None for PyTorch.
+        size_bytes: of the part's files; None for PyTorch and for graphs beside the bundle.
         cosine: the least of any row of an output with float32's in ONNX Runtime, over the bundle's recorded inputs, its
             images and its texts; None where the bundle has no float32.
     """
@@ -102,7 +102,7 @@ class BenchResult:
         best: Recommendation | None = None
         for side in self.sides:
             runs = [one for one in self.measured if one.side == side]
-            if side.engine == TORCH or len(runs) < len(self.loads) or not self._within_bound(side):
+            if not side.is_of_bundle or len(runs) < len(self.loads) or not self._within_bound(side):
                 continue
             speed = exp(sum(log(self.speed(one).median) for one in runs) / len(runs))
             if best is None or speed > best.speed:

@@ -23,7 +23,8 @@ from vlm_export.lab.bench_plan import TORCH, save_arrays
 from vlm_export.lab.worker_answers import open_answers, say, told
 from vlm_export.proof.memory import anonymous_bytes, peak_bytes
 from vlm_export.proof.points import Arrays
-from vlm_export.runtime.model import Model
+from vlm_export.runtime.engines.choice import engine_choice
+from vlm_export.runtime.engines.onnxruntime import run_in_float32
 from vlm_export.runtime.session import Session
 
 Run = Callable[[Arrays], Arrays]
@@ -48,10 +49,10 @@ def main() -> int:
 
 
 class _Side:
-    """What runs, and the model around it where it is a bundle's."""
+    """What runs, and the inputs that it has read."""
 
-    def __init__(self, run: Run, model: Model | None) -> None:
-        self._run, self._model = run, model
+    def __init__(self, run: Run) -> None:
+        self._run = run
         self._inputs = cache(_read_arrays)
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,8 +62,6 @@ class _Side:
             for number, path in enumerate(request["outputs"]):
                 save_arrays(f"{request['to']}-{number}.npz", self._run(self._inputs(path)))
             return {}
-        if "images" in request:
-            return {"seconds": self._encode(request["images"], request["batch"])}
         return {"peak_bytes": peak_bytes(), "anonymous_bytes": anonymous_bytes()}
 
     def _seconds(self, inputs: Arrays, calls: int, warm: int) -> float:
@@ -73,23 +72,21 @@ class _Side:
             self._run(inputs)
         return (time.perf_counter() - start) / calls
 
-    def _encode(self, paths: list[str], batch: int) -> float:
-        assert self._model is not None
-        start = time.perf_counter()
-        self._model.encode_image(paths, batch_size=batch)
-        return time.perf_counter() - start
-
 
 @contextmanager
 def _opened(job: Mapping[str, Any]) -> Iterator[_Side]:
     bundle, part = open_bundle(job["bundle"]), job["part"]
     if job["engine"] == TORCH:
         with source_run(bundle, job["source"], part, job["precision"], job["threads"]) as run:
-            yield _Side(run, None)
+            yield _Side(run)
+        return
+    if job["graph"] is not None:
+        engine = engine_choice(job["engine"], None, job["threads"], in_bf16=job["in_bf16"])
+        yield _Side(partial(run_in_float32, engine.open(Path(job["graph"]))))
         return
     session = Session(bundle, precision=job["precision"], engine=job["engine"], threads=job["threads"])
     session.engine(part)
-    yield _Side(partial(session.run, part), Model(session))
+    yield _Side(partial(session.run, part))
 
 
 def _read_arrays(path: str) -> Arrays:

@@ -86,12 +86,12 @@ class Bisection:
         """VerificationError that names the first region that differs."""
         if self.first is None:
             return
+        place = f"{self.first.own:.1e}" + (f", at {self.operator}" if self.operator else "")
         raise VerificationError(
             "the two part",
             where=self.first.path,
             expected=f"an error of at most {MARGIN * self.first.floor:.1e} on equal inputs",
-            got=f"{self.first.own:.1e}" + (f", at {self.operator}" if self.operator else ""),
-            fix="; ".join(map(str, self.causes[:3])),
+            got="; ".join([place, *map(str, self.causes[:3])]),
         )
 
 

@@ -27,7 +27,12 @@ _NOTHING: Known = {}
 def contents(_value: ir.Value, tensor: ir.TensorProtocol) -> str:
     """A constant by its dtype, shape and values."""
     with mapped_for_a_while(tensor):
-        return f"{kinds(_value, tensor)} {digest(tensor.tobytes())}"
+        return f"{kinds(_value, tensor)} {digest(*held_bytes(tensor))}"
+
+
+def held_bytes(tensor: ir.TensorProtocol) -> Sequence[bytes]:
+    """The content of a tensor; of texts each by itself."""
+    return tensor.string_data() if isinstance(tensor, ir.StringTensor) else [tensor.tobytes()]
 
 
 def kinds(_value: ir.Value, tensor: ir.TensorProtocol) -> str:
@@ -174,7 +179,7 @@ def _plain(value: object) -> str:
     if isinstance(value, Sequence):
         return f"[{', '.join(map(_plain, value))}]"
     if isinstance(value, ir.TensorProtocol):
-        return f"{value.dtype} {list(value.shape.numpy())} {digest(value.tobytes())}"
+        return f"{value.dtype} {list(value.shape.numpy())} {digest(*held_bytes(value))}"
     return str(value)
 
 

@@ -19,7 +19,7 @@ from vlm_export.graph.core.onnxruntime_session import Array
 from vlm_export.lab.check_graphs import OpenedVariant
 from vlm_export.lab.checklist import MEMORY_UNKNOWN, NotRunError, Seen
 from vlm_export.lab.output_diff import median_seconds
-from vlm_export.proof.gates import GATES, gate_name, judge
+from vlm_export.proof.gates import judge, variant_gate
 from vlm_export.proof.golden import GoldenRecord, iterate_golden
 from vlm_export.proof.grid import BATCH_AXIS, BATCHES
 from vlm_export.proof.memory import anonymous_bytes, thread_count
@@ -113,7 +113,7 @@ class Runs:
     def _compare(
         self, variant: OpenedVariant, inputs: Mapping[str, Array], expected: Mapping[str, Array], seen: Seen
     ) -> None:
-        gate = GATES[gate_name(variant.part.name, variant.record.precision)]
+        gate = variant_gate(variant.part.name, variant.record)
         try:
             got = self.session(variant.record.precision).run(variant.part.name, inputs)
         except InputError as error:
@@ -161,7 +161,7 @@ class Runs:
         """The provider that was asked for is the one that computes."""
         session = self.session(self._precision)
         for name, record in self.first_records.items():
-            variant = self.bundle.manifest.part(name).variant(session.precision)
+            variant = self.bundle.manifest.part(name).served_by(session.precision)
             with TemporaryDirectory(prefix="vlm-export-") as folder:
                 engine = OrtEngine(
                     self.bundle.graph_file(variant),

@@ -94,14 +94,18 @@ def compare_figures(
     Args:
         tolerances: pattern → largest ratio; the first that fits holds.
         strict: fail where an error is more than `STRICT_RATIO` times the recorded one and above its floor.
-        complete: both sides were measured in the same way, so a figure that is gone fails.
+        complete: both sides were measured in the same way, so a figure that only one has fails.
     """
     names = dict.fromkeys([*then, *now])
     figures = (_judged(name, then, now, tolerances, strict) for name in names)
-    return tuple(
-        replace(figure, failure=f"{figure}: it is not measured any more") if complete and figure.now is None else figure
-        for figure in figures
-    )
+    return tuple(_required(figure) if complete else figure for figure in figures)
+
+
+def _required(figure: Figure) -> Figure:
+    """A figure that fails where one side lacks it."""
+    if figure.now is None:
+        return replace(figure, failure=f"{figure}: it is not measured any more")
+    return replace(figure, failure=f"{figure}: nothing is recorded of it") if figure.then is None else figure
 
 
 def _judged(

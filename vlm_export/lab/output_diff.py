@@ -10,7 +10,7 @@ from statistics import median
 import numpy as np
 import onnx_ir as ir
 
-from vlm_export.errors import GraphError, InputError
+from vlm_export.errors import GraphError, InputError, UsageError
 from vlm_export.graph.core.onnxruntime_session import Array
 from vlm_export.graph.prove.compare import largest_difference
 from vlm_export.graph.prove.program import ModelProgram, RunError
@@ -76,6 +76,8 @@ class _Rows:
 
     @classmethod
     def of(cls, expected: Array, got: Array) -> _Rows:
+        if not isinstance(expected, np.ndarray) or not isinstance(got, np.ndarray):
+            raise GraphError("only tensors can be compared", got="a sequence of tensors, or nothing")
         if expected.shape != got.shape:
             return cls([float("nan")], 0.0, float("nan"))
         comparison = compare(expected, got)
@@ -101,7 +103,7 @@ def sample_inputs(model: ir.Model, files: Sequence[Path] = ()) -> list[Arrays]:
     """
     program = ModelProgram(model)
     if files:
-        return [load_feeds(files, program.inputs)]
+        return [_telling(load_feeds(files, program.inputs), files)]
     refusals: list[RunError] = []
 
     def attempt(feeds: Mapping[str, Array]) -> Run | None:
@@ -127,6 +129,17 @@ def sample_inputs(model: ir.Model, files: Sequence[Path] = ()) -> list[Arrays]:
         again = attempt({name: _shuffled(array, generator) for name, array in runs[-1].items()})
         runs += [] if again is None else [again.feeds]
     return runs
+
+
+def _telling(feeds: Arrays, files: Sequence[Path]) -> Arrays:
+    """Inputs of which two graphs can differ; UsageError where there is no row, or an input without a number."""
+    without = [
+        name for name, array in feeds.items() if array.dtype.kind == "f" and array.size and not np.isfinite(array).any()
+    ]
+    if without or not row_count(feeds):
+        got = f"{without[0]!r}: NaN and infinity alone" if without else "no row"
+        raise UsageError("nothing can be told of these inputs", where=str(files[0]), got=got)
+    return feeds
 
 
 def row_count(feeds: Arrays) -> int:

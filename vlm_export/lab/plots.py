@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from vlm_export.text_display import shown
+
 _WIDTH, _HEIGHT = 900, 360
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 28, 130
 _RED, _BLUE, _GREY, _GREEN = _COLOURS = ("#c0392b", "#2471a3", "#7f8c8d", "#229954")
@@ -44,7 +46,7 @@ def error_plot(
         points = " ".join(f"{frame.x(i):.1f},{frame.y(value):.1f}" for i, value in enumerate(series))
         parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" points="{points}"/>')
         x = _WIDTH - _RIGHT - 150 * (len(lines) - number)
-        parts.append(f'<text x="{x}" y="16" fill="{colour}">— {escape(name)}</text>')
+        parts.append(f'<text x="{x}" y="16" fill="{colour}">— {_text(name)}</text>')
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -88,7 +90,7 @@ def point_plot(title: str, groups: Sequence[PointGroup]) -> str:
         labels[position + (len(group.points) - 1) // 2] = group.name
         for point in group.points:
             colour, radius = (_RED, 5) if point.failed else (_GREEN, 3.5)
-            text = escape(f"{group.name}, {point.label}: {point.error:.2g} (gate {group.gate:.2g})")
+            text = _text(f"{group.name}, {point.label}: {point.error:.2g} (gate {group.gate:.2g})")
             parts.append(
                 f'<circle cx="{frame.x(position):.1f}" cy="{frame.y(point.error):.1f}" r="{radius}" fill="{colour}">'
                 f"<title>{text}</title></circle>"
@@ -106,9 +108,9 @@ def bar_plot(title: str, bars: Sequence[tuple[str, float, str]]) -> str:
         y = _TOP + _BAR_HEIGHT * number
         width = (_BAR_WIDTH - _BAR_LEFT - _BAR_RIGHT) * value / most
         parts += [
-            f'<text x="{_BAR_LEFT - 6}" y="{y + 13}" text-anchor="end">{escape(label)}</text>',
+            f'<text x="{_BAR_LEFT - 6}" y="{y + 13}" text-anchor="end">{_text(label)}</text>',
             f'<rect x="{_BAR_LEFT}" y="{y + 3}" width="{max(width, 1):.1f}" height="14" fill="{_BLUE}"/>',
-            f'<text x="{_BAR_LEFT + width + 6:.1f}" y="{y + 13}">{escape(text)}</text>',
+            f'<text x="{_BAR_LEFT + width + 6:.1f}" y="{y + 13}">{_text(text)}</text>',
         ]
     return "\n".join([*parts, "</svg>", ""])
 
@@ -117,8 +119,8 @@ def _head(title: str, width: int, height: int, left: int) -> list[str]:
     return [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
         'font-family="sans-serif" font-size="11">',
-        f"<title>{escape(title)}</title>",
-        f'<text x="{left}" y="16" font-size="13">{escape(title)}</text>',
+        f"<title>{_text(title)}</title>",
+        f'<text x="{left}" y="16" font-size="13">{_text(title)}</text>',
     ]
 
 
@@ -170,7 +172,7 @@ class _Frame:
     def level_labels(self, labels: Sequence[str]) -> list[str]:
         y = _HEIGHT - _BOTTOM + 14
         return [
-            f'<text x="{self.x(i):.1f}" y="{y}" text-anchor="middle">{escape(label)}</text>'
+            f'<text x="{self.x(i):.1f}" y="{y}" text-anchor="middle">{_text(label)}</text>'
             for i, label in enumerate(labels)
             if label
         ]
@@ -181,7 +183,7 @@ class _Frame:
         step = max(1, math.ceil(len(given) / _MOST_LABELS))
         y = _HEIGHT - _BOTTOM + 12
         return [
-            f'<text transform="translate({self.x(i):.1f} {y}) rotate(60)" font-size="10">{escape(labels[i])}</text>'
+            f'<text transform="translate({self.x(i):.1f} {y}) rotate(60)" font-size="10">{_text(labels[i])}</text>'
             for i in given[::step]
         ]
 
@@ -222,7 +224,7 @@ def mark_plot(title: str, marks: Sequence[Mark], *, joined: bool = False) -> str
         (x, y), colour = place(mark), _COLOURS[names.index(mark.label) % len(_COLOURS)]
         parts.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}">'
-            f"<title>{escape(f'{mark.label}: {mark.x:.3g}, {mark.y:.3g}')}</title></circle>"
+            f"<title>{_text(f'{mark.label}: {mark.x:.3g}, {mark.y:.3g}')}</title></circle>"
         )
     for name in names:
         own, colour = [mark for mark in marks if mark.label == name], _COLOURS[names.index(name) % len(_COLOURS)]
@@ -231,7 +233,7 @@ def mark_plot(title: str, marks: Sequence[Mark], *, joined: bool = False) -> str
             line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
             parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" points="{line}"/>')
         x, y = points[-1]
-        parts.append(f'<text x="{x + 7:.1f}" y="{y + 4:.1f}" fill="{colour}">{escape(name)}</text>')
+        parts.append(f'<text x="{x + 7:.1f}" y="{y + 4:.1f}" fill="{colour}">{_text(name)}</text>')
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -260,3 +262,8 @@ def _grid_line(y: float, text: str, right: float) -> str:
         f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" stroke="#e5e7e9"/>'
         f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text}</text>'
     )
+
+
+def _text(text: str) -> str:
+    """Foreign text: hidden characters, which XML does not take, as escapes."""
+    return escape(shown(text))

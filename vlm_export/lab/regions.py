@@ -61,7 +61,9 @@ def region_pairs(left: ir.Model, right: ir.Model, alignment: Alignment) -> list[
     mine, theirs = set(borders), set(partners.values())
     order = [{node: index for index, node in enumerate(model.graph)} for model in (left, right)]
     infos = completed_infos(left, [value for value, _ in alignment.ends])
-    ends = [pair for pair in alignment.ends if pair[0].producer() is not None and _is_float(infos[pair[0]].type)]
+    ends = [
+        pair for pair in alignment.ends if pair[0].producer() is not None and _is_compared(pair[0], infos[pair[0]].type)
+    ]
     differing = set(alignment.differing())
     pairs = []
     for value, other in [*partners.items(), *ends]:
@@ -84,11 +86,14 @@ def _borders(model: ir.Model, paths: Mapping[ir.Node, str]) -> list[ir.Value]:
         and (value.is_graph_output() or any(paths.get(use.node) != paths[node] for use in value.uses()))
     ]
     infos = completed_infos(model, candidates)
-    return [value for value in candidates if _is_float(infos[value].type)]
+    return [value for value in candidates if _is_compared(value, infos[value].type)]
 
 
-def _is_float(kind: ir.TypeProtocol | None) -> bool:
-    return kind is not None and kind.dtype.is_floating_point()
+def _is_compared(value: ir.Value, kind: ir.TypeProtocol | None) -> bool:
+    """Integers inside a graph are shapes and places more often than results."""
+    if not isinstance(kind, ir.TensorType) or kind.dtype == ir.DataType.STRING:
+        return False
+    return kind.dtype.is_floating_point() or value.is_graph_output()
 
 
 def varying_values(graph: ir.Graph) -> set[ir.Value]:

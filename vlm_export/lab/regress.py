@@ -17,6 +17,7 @@ import yaml
 
 from vlm_export.bundle.environment import environment_errors
 from vlm_export.bundle.safe_files import check_path
+from vlm_export.bundle.staging import staged_file
 from vlm_export.errors import UsageError, VerificationError, VlmExportError, suggestion
 from vlm_export.graph.core.plain_yaml import read_yaml
 from vlm_export.lab.differences import SECTIONS
@@ -155,7 +156,7 @@ def run_case(case: Case, options: RegressOptions, progress: Progress | None = No
         changes = changes if case.state.exists() else [f"{_STATE}: {case.state} is new"]
         with environment_errors("recording the state", case.state.parent):
             case.state.parent.mkdir(exist_ok=True)
-            case.state.write_text(now.to_text(), encoding="utf-8")
+        _record(case.state, now.to_text())
         checks = [Check(check.name) for check in checks]
     found = (Check(_RUN), *checks)
     return CaseResult(case.name, found, took, answer.peak_bytes, figures, tools, tuple(changes))
@@ -227,11 +228,17 @@ def regress_bundles(
         return result
 
     results = _each(bundles, run, told)
-    if options.update and baseline is not None:
-        with environment_errors("writing the baseline", baseline.parent):
-            text = yaml.safe_dump(Baseline(1, found).to_json(), sort_keys=False, allow_unicode=True, width=1000)
-            baseline.write_text(text, encoding="utf-8")
+    # Of a bundle that does not hold there are no figures to compare others with.
+    if options.update and baseline is not None and all(result.passed for result in results):
+        data = Baseline(1, found).to_json()
+        _record(baseline, yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1000))
     return results
+
+
+def _record(path: Path, text: str) -> None:
+    """Writes all of a file, or leaves what is there."""
+    with staged_file(path, "recording", overwrite=True, wait=True) as staged:
+        staged.write_text(text, encoding="utf-8")
 
 
 def _run_bundle(

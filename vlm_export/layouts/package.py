@@ -33,7 +33,7 @@ class Consumer:
 
 
 CONSUMERS: Mapping[str, Consumer] = {
-    "transformers.js": Consumer(transformers_js.lay_out, is_bundle=True),
+    "transformers.js": Consumer(transformers_js.lay_out_for_dtypes, is_bundle=True),
     "optimum": Consumer(transformers_js.lay_out, is_bundle=True),
     "immich": Consumer(immich.lay_out),
     "fastembed": Consumer(fastembed.lay_out),

@@ -21,6 +21,7 @@ from vlm_export.errors import InputError
 from vlm_export.graph.core.files import Storage, save_model
 from vlm_export.layouts.consumer_graph import ConsumerGraph, encoder_graph, filled
 from vlm_export.proof.engine import engine_label, verifying_engine
+from vlm_export.proof.gates import laxest_variant, variant_gate
 from vlm_export.proof.golden import write_golden
 from vlm_export.proof.recheck import judge_records
 from vlm_export.proof.report import PartReport
@@ -158,9 +159,14 @@ class Packing:
             write_golden(self.staging.path, part, records)
         size = sum((self.staging.path / name).stat().st_size for name in names)
         engine = verifying_engine(path, weights_bytes=size, threads=self.threads)
+        # What it is made of may be quantised: then it is held to the same budget.
+        manifest = self.bundle.manifest
+        own = next((found for found in manifest.parts if found.name == part), None)
+        source = laxest_variant(manifest, precision) if own is None else own.served_by(precision)
         report = judge_records(
             PartRecord(part, graph.signature, (VariantRecord(precision, file),)),
             precision,
+            variant_gate(part, source),
             records,
             engine.run,
             engine_label((CPU,)),
@@ -177,6 +183,7 @@ class Packing:
             simplified=False,
             oldest_onnxruntime=oldest_onnxruntime(path)[0],
             verification=report.to_json(),
+            loss=source.loss,
         )
         if known is None:
             self.parts.append(PartRecord(part, graph.signature, (variant,)))

@@ -21,7 +21,15 @@ _INPUTS = ("input_ids", "pixel_values", "attention_mask")
 _OUTPUTS = ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
 _POOLED = "pooler_output"
 _SETTINGS = "transformers.js_config"
-_Q8 = "_quantized"
+_BROWSER_PRECISION = "int8-static"
+
+
+def lay_out_for_dtypes(packing: Packing) -> None:
+    """As `lay_out`, for transformers.js, which finds graphs by a dtype; InputError where it has none for these."""
+    if packing.precision not in layout.TRANSFORMERS_JS_DTYPES:
+        known = ", ".join(layout.TRANSFORMERS_JS_DTYPES)
+        raise packing.refusal(f"a precision that it has a dtype for: {known}", packing.precision)
+    lay_out(packing)
 
 
 def lay_out(packing: Packing) -> None:
@@ -72,8 +80,9 @@ def _towers(packing: Packing) -> Mapping[str, Callable[[str], ConsumerGraph]]:
 
 
 def _with_dtype(config: dict[str, Any], packing: Packing) -> dict[str, Any]:
-    """Where a bundle has no 8-bit graphs, the dtype that a browser is to take instead."""
-    files = [variant.file for part in packing.parts for variant in part.variants]
-    if any(_Q8 in file for file in files):
+    """The dtype that a browser is to take, where not every graph has the 8-bit form that it asks for by itself."""
+    dtype = layout.TRANSFORMERS_JS_DTYPES.get(packing.precision)
+    found = [[variant.precision for variant in part.variants] for part in packing.parts]
+    if dtype is None or all(_BROWSER_PRECISION in precisions for precisions in found):
         return config
-    return {**config, _SETTINGS: {**config.get(_SETTINGS, {}), "dtype": packing.precision}}
+    return {**config, _SETTINGS: {**config.get(_SETTINGS, {}), "dtype": dtype}}

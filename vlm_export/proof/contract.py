@@ -28,7 +28,7 @@ from vlm_export.proof.contract_record import (
 )
 from vlm_export.proof.contract_words import FLOAT32, WORDS_NOT_RUN, check_words, runs_words
 from vlm_export.proof.declared import first_difference, version_difference
-from vlm_export.proof.gates import GATES, Gate, gate_name, judge
+from vlm_export.proof.gates import GATES, Gate, judge, variant_gate
 from vlm_export.proof.metrics import Array, Comparison, compare, worst_of
 from vlm_export.proof.points import Arrays, EngineRun
 from vlm_export.runtime.engines.onnxruntime import batches
@@ -183,7 +183,7 @@ def replay(
 
 def _check_versions(bundle: OpenBundle, precision: str | None) -> ContractCheck:
     """What the manifest declares of each graph that was asked for, against the graph itself."""
-    graphs = [(part, variant) for part in bundle.manifest.parts for variant in part.chosen_variants(precision)]
+    graphs = bundle.manifest.chosen(precision)
     found = [
         (f"part {part.name!r} at {variant.precision}", version_difference(bundle, variant)) for part, variant in graphs
     ]
@@ -301,7 +301,7 @@ def _check_vectors(
             else:
                 count = min(len(rows) for rows in expected.values())
                 inputs = {key: given[key][:count] for key in part.signature.input_names}
-                gate = GATES[gate_name(name, variant.precision)]
+                gate = variant_gate(name, variant)
                 try:
                     got = condensed(encode(start_engine(name, variant.precision), inputs))
                     compared = len(names)

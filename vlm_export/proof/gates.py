@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from vlm_export.bundle.manifest import Manifest, VariantRecord
+from vlm_export.errors import InputError
 from vlm_export.proof.metrics import Comparison
 from vlm_export.specs.codec import Spec
 
@@ -38,6 +40,43 @@ GATES: Mapping[str, Gate] = {
 }
 # Parts whose float32 graph is judged by a gate of its own; that of another precision is laxer already.
 PART_GATES: Mapping[str, str] = {"vision_from_uint8": "preprocessing"}
+
+
+# Of a quantised variant: the cosine is its budget's.
+_QUANTISED_NORMS = (0.75, 1.33)
+# Precisions that the project's own limits judge.
+_JUDGED = ("fp32", "fp16")
+
+
+def variant_gate(part: str, variant: VariantRecord) -> Gate:
+    """The limits of a variant: its precision's, or of a quantised one those of the budget that it was published with.
+
+    Raises:
+        InputError: a quantised variant states no budget.
+    """
+    # A loss of what is judged by the project's own limits would only loosen them.
+    if variant.loss is not None and variant.precision not in _JUDGED:
+        return Gate(variant.precision, None, variant.loss.budget.get("cosine", -1.0), *_QUANTISED_NORMS)
+    if variant.precision not in _JUDGED:
+        raise InputError(
+            f"the manifest states no budget for the variant {variant.precision!r} of part {part!r}",
+            where=variant.file,
+            expected="what it loses, and the budget that it is held to",
+            got="none",
+            fix="do not use this variant; quantize the bundle again",
+        )
+    return GATES[gate_name(part, variant.precision)]
+
+
+def laxest_variant(manifest: Manifest, precision: str) -> VariantRecord:
+    """Of the variants that run where that precision is asked for, the one of the widest limits: those of what several
+    parts compute together.
+
+    Raises:
+        InputError: as `variant_gate`.
+    """
+    variants = [part.served_by(precision) for part in manifest.parts if part.name not in PART_GATES]
+    return min(variants, key=lambda variant: variant_gate("", variant).cosine)
 
 
 def gate_name(part: str, precision: str) -> str:

@@ -10,9 +10,10 @@ from vlm_export.bundle.manifest import PartRecord, VariantRecord
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError
 from vlm_export.proof.floor import ELSEWHERE, Floor, FloorJudge, floor_from_json
-from vlm_export.proof.gates import GATES, gate_name
+from vlm_export.proof.gates import Gate, variant_gate
 from vlm_export.proof.golden import GoldenRecord, iterate_golden
 from vlm_export.proof.points import EngineRun, PointResult, judge_point
+from vlm_export.proof.quantised_weights import check_quantised_weights
 from vlm_export.proof.report import PartReport
 from vlm_export.proof.verifier import Progress
 
@@ -36,12 +37,12 @@ def verify_bundle(
 
     Raises:
         InputError: a part has no golden records.
-        UsageError: a part has no variant of that precision.
+        UsageError: no part has a variant of that precision.
     """
-    todo = [(part, variant) for part in bundle.manifest.parts for variant in part.chosen_variants(precision)]
+    todo = bundle.manifest.chosen(precision)
     reports = []
     for part, variant in todo:
-        unchecked = check_ledger(bundle, variant)
+        unchecked = (*check_ledger(bundle, variant), *check_quantised_weights(bundle, part, variant))
         report = verify_variant(bundle, part, variant, engine_factory(part.name, variant.precision), engine_name)
         reports.append(replace(report, not_run=(*report.not_run, *unchecked)))
         if progress is not None:
@@ -60,6 +61,7 @@ def verify_variant(
     points = judge_records(
         part,
         variant.precision,
+        variant_gate(part.name, variant),
         iterate_golden(bundle, part.name),
         engine,
         engine_name,
@@ -79,6 +81,7 @@ def verify_variant(
 def judge_records(
     part: PartRecord,
     precision: str,
+    gate: Gate,
     records: Iterable[GoldenRecord],
     engine: EngineRun,
     engine_name: str,
@@ -89,10 +92,10 @@ def judge_records(
     """Runs a part's graph on golden records.
 
     Args:
+        gate: the limits of that precision.
         reference: who computed them.
         floor: the noise that outputs are judged by as well, where it is known.
     """
-    gate = GATES[gate_name(part.name, precision)]
     judge = None if floor is None else FloorJudge(floor)
     points: list[PointResult] = []
     for record in records:

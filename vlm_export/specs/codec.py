@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import repeat
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from vlm_export.errors import InputError, VlmExportError, suggestion
 
@@ -74,7 +74,12 @@ class Spec:
     Field types are bool, int, float, str, Literal, None, other Specs, `tuple[X, ...]`, `tuple[X, Y]`,
     `Mapping[str, X]`, `Any` for JSON data that the reader leaves as it is, unions of these, and each of them in
     `Annotated` with a Check. In a union of Specs the field `kind` of the data decides, or else its keys.
+
+    Attributes:
+        NEWER: fields that complete data may lack, because older data of the same schema does; each has a default.
     """
+
+    NEWER: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         """InputError that names the first field whose value does not fit."""
@@ -198,7 +203,8 @@ def _read_spec(kind: type[Kind], data: object, place: _Place) -> Kind:
     for key in data:
         if key not in fields:
             raise InputError(f"unknown field {key!r}", where=where, fix=suggestion(str(key), fields))
-    missing = [name for name in (fields if place.complete else _required(kind)) if name not in data]
+    needed = [name for name in fields if name not in kind.NEWER] if place.complete else _required(kind)
+    missing = [name for name in needed if name not in data]
     if missing:
         listed = ", ".join(missing)
         raise InputError("missing fields", where=where, expected=", ".join(fields), got=f"no {listed}", fix=fix)

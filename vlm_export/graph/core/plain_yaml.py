@@ -10,9 +10,30 @@ import yaml
 from vlm_export.errors import UsageError
 from vlm_export.machine_faults import machine_fault
 
+# Aliases let a few lines stand for more than any memory holds.
+_MOST_VALUES = 1_000_000
+
 
 class _Loader(yaml.SafeLoader):
-    """Plain data; a key that stands twice in a mapping is refused."""
+    """Plain data; a key that stands twice in a mapping is refused, and so are aliases that multiply, or have no end."""
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None and self._values(node, {}) > _MOST_VALUES:
+            raise yaml.constructor.ConstructorError(None, None, f"aliases make more than {_MOST_VALUES} values of it")
+        return node
+
+    def _values(self, node: yaml.Node, known: dict[yaml.Node, int | None]) -> int:
+        """How many values a node stands for, those of each alias counted again."""
+        if node not in known:
+            known[node] = None
+            entries = node.value if isinstance(node, yaml.CollectionNode) else []
+            inside = [part for entry in entries for part in (entry if isinstance(entry, tuple) else (entry,))]
+            known[node] = 1 + sum(self._values(part, known) for part in inside)
+        count = known[node]
+        if count is None:
+            raise yaml.constructor.ConstructorError(None, None, "an alias stands inside what it names", node.start_mark)
+        return count
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         # Keys that come by `<<` are meant to be replaced.

@@ -17,7 +17,7 @@ from vlm_export.lab.consumer.questions import asked_images
 from vlm_export.lab.consumer.texts import Row, tokenizer_alone
 from vlm_export.proof.contract import encode
 from vlm_export.proof.contract_record import ContractRecord, digest, image_content, levels
-from vlm_export.proof.gates import GATES, Gate
+from vlm_export.proof.gates import Gate, laxest_variant, variant_gate
 from vlm_export.proof.metrics import Array
 from vlm_export.runtime.inputs.images import open_image, preprocess_image
 from vlm_export.runtime.session import Session
@@ -38,13 +38,24 @@ class Case:
 
     def __init__(self, session: Session, record: ContractRecord, answers: Answers) -> None:
         self.session, self.record, self.answers = session, record, answers
-        self.gate: Gate = GATES[session.precision]
+        self.gate: Gate = variant_gate("", laxest_variant(session.manifest, session.precision))
         self.untried: dict[str, str] = {}
 
     @property
     def far(self) -> float:
         """How far vectors are at most that the precision calls equal, as 1 - cosine."""
         return 1 - self.gate.cosine
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether the precision is quantised, whose budget leaves room for small mistakes."""
+        return laxest_variant(self.session.manifest, self.session.precision).loss is not None
+
+    @property
+    def other_precisions(self) -> list[str]:
+        """Those that the bundle could be run in besides, in the manifest's order."""
+        found = [variant.precision for part in self.session.manifest.parts for variant in part.variants]
+        return [precision for precision in dict.fromkeys(found) if precision != self.session.precision]
 
     @cached_property
     def texts(self) -> list[str]:

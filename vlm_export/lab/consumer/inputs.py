@@ -8,7 +8,7 @@ import numpy as np
 
 from vlm_export.lab.consumer.case import Case
 from vlm_export.lab.consumer.pixels import Geometry, Scale, geometries, prepared, scales
-from vlm_export.lab.consumer.report import Finding, Stage, explained, nearness
+from vlm_export.lab.consumer.report import Finding, Stage, explained, nearness, not_finite
 from vlm_export.lab.consumer.texts import follows, made_by, text_hypotheses
 from vlm_export.lab.differences import named
 from vlm_export.proof.metrics import Array
@@ -111,6 +111,9 @@ def pixel_stage(case: Case) -> Stage:
         fix = f"resize and cut to {spec.size_pixels} x {spec.size_pixels} pixels"
         finding = Finding("another size", f"arrays of {got}", fix)
         return Stage("pixels", "differs", len(given), findings=(finding,))
+    divided = "divide by 255 and by image_std, neither of which is 0, in float32"
+    if (odd := not_finite("pixels", given, case.image_names, divided)) is not None:
+        return odd
     wrong = [i for i, array in enumerate(given) if not _is_close(array, ours[i], spec)]
     forms = [i for i in wrong if any(_is_close(given[i], other, spec) for _, other in case.other_forms[i])]
     wrong = [i for i in wrong if i not in forms]

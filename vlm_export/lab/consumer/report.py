@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -32,6 +32,15 @@ class Finding:
     evidence: str
     fix: str
     items: tuple[str, ...] = ()
+
+
+def not_finite(name: str, given: Sequence[Array], items: Sequence[str], fix: str) -> Stage | None:
+    """The stage of a consumer some of whose arrays hold NaN or infinity; None where none does."""
+    odd = tuple(item for item, array in zip(items, given, strict=False) if not np.isfinite(array).all())
+    if not odd:
+        return None
+    finding = Finding("not finite", f"NaN or infinity in {len(odd)} of {len(given)}", fix)
+    return Stage(name, "differs", len(given), odd, findings=(finding,))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 from vlm_export.lab.consumer.case import Case, Outputs, Run, unit
 from vlm_export.lab.consumer.inputs import pixel_options
 from vlm_export.lab.consumer.pixels import geometries, scales
-from vlm_export.lab.consumer.report import LEFT, Finding, Stage, explained, nearness
+from vlm_export.lab.consumer.report import LEFT, Finding, Stage, explained, nearness, not_finite
 from vlm_export.lab.consumer.texts import follows, text_hypotheses
 from vlm_export.lab.differences import named
 from vlm_export.proof.metrics import Array
@@ -146,18 +146,18 @@ def _stage(case: Case, name: str, given: Array | None, side: _Side) -> Stage:
     encoder, expected = case.encoder(side.kind), case.recorded(side.kind)
     if encoder is None or expected is None:
         return Stage(name, "not compared", notes=(f"the bundle has no record of embeddings of {side.kind}s",))
+    overflow = "run the model in float32: half precision overflows beyond 65504"
+    if (odd := not_finite(name, list(given), side.names, overflow)) is not None:
+        return odd
     stage = Stage(name, "differs", len(given))
-    finite = np.isfinite(given).all(axis=1)
-    if not finite.all():
-        names = tuple(side.names[i] for i in np.flatnonzero(~finite).tolist())
-        fix = "run the model in float32: half precision overflows beyond 65504"
-        finding = Finding("not finite", f"NaN or infinity in {len(names)} rows", fix)
-        return replace(stage, differing=names, findings=(finding,))
     if given.shape[1] != expected.shape[1]:
         return replace(stage, differing=tuple(side.names), findings=(_of_width(case, side, given, expected),))
     wrong, cosines, notes = _wrong_rows(case, side, given, expected)
     scaled = _unscaled(given, expected)
     if not wrong:
+        if case.is_coarse:
+            within = f"within what {case.session.precision} may lose, a cosine of {case.gate.cosine:g}"
+            notes = (*notes, f"{within}: to see mistakes that cost less, compare a run in float32")
         return replace(stage, verdict="differs" if scaled else "equal", findings=scaled, notes=notes)
     stage = replace(stage, differing=tuple(side.names[i] for i in wrong), notes=notes)
     own = side.runs[0](wrong, None).get(encoder.output) if side.before.verdict == "differs" else None
@@ -257,7 +257,7 @@ def _explained(
         rows = replace(mistake, rows=mistake.rows[:, items])
         yield _finding(case, rows, given[[chosen[i] for i in items]], float(before[items].mean()), names)
     if not mistakes:
-        yield from _unexplained(cosines)
+        yield from _unexplained(case, cosines)
 
 
 def _in_another_order(given: Array, expected: Array) -> bool:
@@ -266,10 +266,12 @@ def _in_another_order(given: Array, expected: Array) -> bool:
     return sorted(nearest) == list(range(len(given))) != nearest and bool((matrix.max(axis=1) >= _EXACT).all())
 
 
-def _unexplained(cosines: Array) -> Iterator[Finding]:
+def _unexplained(case: Case, cosines: Array) -> Iterator[Finding]:
     if cosines.min() >= _COARSE:
         evidence = f"cosines are {cosines.min():.6f} to {cosines.max():.6f}, and no other mistake explains them"
-        fix = "compare with --precision fp16 if that is what you run, or run fp32 and keep vectors in more than 8 bits"
+        kept = f"run {case.session.precision} and keep vectors in more than 8 bits"
+        others = " or ".join(f"--precision {precision}" for precision in case.other_precisions)
+        fix = f"compare with {others} if that is what you run, or {kept}" if others else kept
         yield Finding("lower precision", evidence, fix)
     elif np.abs(cosines).mean() <= _FOREIGN:
         evidence = f"cosines with ours are {cosines.min():.2f} to {cosines.max():.2f}"

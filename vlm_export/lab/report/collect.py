@@ -63,7 +63,7 @@ def report(bundle: str | Path, options: ReportOptions | None = None) -> Report:
     """
     options = options or ReportOptions()
     opened = open_bundle(bundle)
-    variants = [(part, one) for part in opened.manifest.parts for one in part.chosen_variants(options.precision)]
+    variants = opened.manifest.chosen(options.precision)
     problems = _Problems()
     for name in opened.manifest.files:
         problems.attempt(partial(opened.file, name))

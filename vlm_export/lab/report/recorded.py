@@ -51,7 +51,7 @@ def _unproved(part: str, variant: VariantRecord, data: Mapping[str, Any]) -> Ver
 def _outputs(part: str, variant: str, data: Mapping[str, Any]) -> Iterator[OutputProof]:
     points = sum(count for count in _mapping(data.get("points")).values() if isinstance(count, int))
     noise = _mapping(_mapping(data.get("floor")).get("outputs"))
-    failed = 0 if data.get("passed") is True else max(1, int(_number(data.get("failure_count"), 1)))
+    failed = 0 if data.get("passed") is True else max(1, _count(data.get("failure_count")))
     for name, worst in _mapping(data.get("worst")).items():
         numbers = _mapping(noise.get(name))
         floor, gate, seen = (_number(_mapping(numbers.get(key)).get("row_error")) for key in ("floor", "gate", "seen"))
@@ -65,7 +65,7 @@ def _stages(contract: Mapping[str, Any]) -> Iterator[StageProof]:
     checks = contract.get("checks")
     for check in map(_mapping, checks if isinstance(checks, list | tuple) else ()):
         stage, where, variant = (str(check.get(key, "")) for key in ("stage", "where", "variant"))
-        compared, passed = int(_number(check.get("compared"), 0)), check.get("passed") is True
+        compared, passed = _count(check.get("compared")), check.get("passed") is True
         yield StageProof(stage, where, variant, compared, passed, tuple(_texts(check.get("failures"))))
 
 
@@ -75,6 +75,10 @@ def _mapping(data: Any) -> Mapping[str, Any]:
 
 def _texts(data: Any) -> list[str]:
     return [text for text in data if isinstance(text, str)] if isinstance(data, list | tuple) else []
+
+
+def _count(data: Any) -> int:
+    return data if isinstance(data, int) else 0
 
 
 def _number(data: Any, unknown: float = math.nan) -> float:

@@ -58,11 +58,13 @@ class EngineChoice:
     def open_part(self, bundle: OpenBundle, part: str, precision: str) -> Engine:
         """The engine of a part's variant, once its files and the graph's sizes are found to be what the manifest says.
 
+        A part that was not quantised runs in float32.
+
         Raises:
             InputError: there is no such part, or its graph is damaged or another one.
         """
         record = bundle.manifest.part(part)
-        variant = record.variant(precision)
+        variant = record.served_by(precision)
         path = bundle.graph_file(variant) if self.engine == ONNXRUNTIME else bundle.model_files(variant)
         engine = self.open(path)
         _check_graph_sizes(engine, record, path)

@@ -1,0 +1,85 @@
+"""The least that a quantised variant must keep: the defaults, and what `--budget` says."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import get_args
+
+from vlm_export.bundle.loss import BudgetKey, Loss
+from vlm_export.errors import UsageError, suggestion
+
+KEYS: tuple[BudgetKey, ...] = get_args(BudgetKey)
+DEFAULT_BUDGETS: Mapping[str, Mapping[BudgetKey, float]] = {
+    "int8": {"cosine": 0.98, "mean-cosine": 0.995, "top10": 0.8, "exact-match": 0.75},
+    "int8-static": {"cosine": 0.95, "mean-cosine": 0.99, "top10": 0.8, "exact-match": 0.75},
+    "w8a16": {"cosine": 0.995, "mean-cosine": 0.999, "top10": 0.9, "exact-match": 0.9},
+    "int4": {"cosine": 0.85, "mean-cosine": 0.97, "top10": 0.7, "exact-match": 0.5},
+}
+"""Precision → what is demanded where the user says nothing; docs/numerics.md shows it."""
+
+_NUMBER = re.compile(r"(?:0|1|0?\.[0-9]{1,12}|1\.0{1,12})")
+_MAX_CHARACTERS = 200
+
+
+def budget_for(precision: str, stated: str | Mapping[str, float] | None) -> dict[BudgetKey, float]:
+    """The precision's defaults, with what the user states in their place.
+
+    Args:
+        stated: "cosine=0.999,top10=0.9", or the same as a mapping; None for the defaults.
+
+    Raises:
+        UsageError: an unknown or repeated key, or a number that is none from 0 to 1.
+    """
+    budget = dict(DEFAULT_BUDGETS[precision])
+    if stated is None:
+        return budget
+    return budget | (_parsed(stated) if isinstance(stated, str) else _checked(stated))
+
+
+def _parsed(text: str) -> dict[BudgetKey, float]:
+    if len(text) > _MAX_CHARACTERS:
+        raise _refusal(text, f"at most {_MAX_CHARACTERS} characters", f"{len(text)} characters")
+    found: dict[BudgetKey, float] = {}
+    for entry in text.split(","):
+        name, equals, number = entry.strip().partition("=")
+        if not equals:
+            raise _refusal(text, "KEY=NUMBER, separated by commas", repr(entry))
+        key = _key(name.strip())
+        if key in found:
+            raise _refusal(text, "each key once", f"{key} twice")
+        if not _NUMBER.fullmatch(number.strip()):
+            raise _refusal(text, f"{key}: a number from 0 to 1, such as 0.999", repr(number))
+        found[key] = float(number)
+    return found
+
+
+def _checked(stated: Mapping[str, float]) -> dict[BudgetKey, float]:
+    found: dict[BudgetKey, float] = {}
+    for name, number in stated.items():
+        key = _key(name)
+        is_number = isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
+        if not is_number or not 0 <= number <= 1:
+            raise _refusal(key, "a number from 0 to 1, such as 0.999", repr(number))
+        found[key] = float(number)
+    return found
+
+
+def _key(name: str) -> BudgetKey:
+    for key in KEYS:
+        if key == name:
+            return key
+    raise UsageError(f"a budget has no key {name!r:.60}", where="--budget", fix=suggestion(name[:60], KEYS))
+
+
+def _refusal(where: str, expected: str, got: str) -> UsageError:
+    place = f"--budget {where}"[:100]
+    return UsageError("a budget is malformed", where=place, expected=expected, got=got[:100])
+
+
+def over_budget(loss: Loss, budget: Mapping[str, float] | Mapping[BudgetKey, float]) -> list[tuple[str, float, float]]:
+    """Key, least and figure of what is over budget; what was not measured is over none."""
+    found = [(key, budget[key], loss.figure(key)) for key in KEYS if key in budget]
+    # Written so that NaN is over budget.
+    return [(key, least, figure) for key, least, figure in found if figure is not None and not figure >= least]

@@ -1,0 +1,109 @@
+"""The graphs of one part: in float32, by the recipe, and by onnxruntime's own defaults for comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from vlm_export.bundle.manifest import PRECISIONS, PartRecord
+from vlm_export.bundle.opened import OpenBundle
+from vlm_export.bundle.quantised import QuantisedFrom
+from vlm_export.graph.core.files import Storage, open_model, save_model
+from vlm_export.precision.one_node import quiet
+from vlm_export.precision.quantised import changed_weights, quantise
+from vlm_export.precision.recipes import Recipe
+from vlm_export.quantizing.calibration import calibrated_ranges
+from vlm_export.quantizing.task_runs import Feeds
+
+# onnxruntime's quantiser holds the whole model several times, in one message of protobuf.
+_LARGEST_NAIVE_BYTES = 1_500_000_000
+_MAX_CAUSE = 160
+
+
+@dataclass(frozen=True)
+class QuantisedGraph:
+    """A written graph.
+
+    Attributes:
+        paths: the graph and its data files.
+        weights: name of an initializer → the float32 weight that it holds.
+        kept: weights that stay in float32 → why.
+    """
+
+    paths: tuple[Path, ...]
+    weights: Mapping[str, QuantisedFrom]
+    kept: Mapping[str, str]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.paths)
+
+
+def write_quantised(
+    bundle: OpenBundle,
+    part: PartRecord,
+    recipe: Recipe,
+    target: Path,
+    scratch: Path,
+    *,
+    ranges: Mapping[str, tuple[float, float]],
+    reduce_range: bool,
+    keep: Mapping[str, str],
+) -> QuantisedGraph:
+    """Quantises a part's float32 graph and writes it, with a data file beside it above 64 MiB of weights.
+
+    Args:
+        ranges: of a static recipe, by `part_ranges`.
+        keep: weights that stay in float32, each with the reason.
+    """
+    model = _float32_model(bundle, part)
+    made = quantise(model, recipe, scratch / "levels.bin", reduce_range=reduce_range, ranges=ranges, keep=keep)
+    written = save_model(made.model, target, storage=Storage())
+    (scratch / "levels.bin").unlink()
+    return QuantisedGraph(tuple(written), made.weights, made.kept)
+
+
+def part_ranges(
+    bundle: OpenBundle, part: PartRecord, recipe: Recipe, scratch: Path, feeds: Sequence[Feeds], threads: int | None
+) -> dict[str, tuple[float, float]]:
+    """What a static recipe calibrates on the inputs of a part; nothing for other recipes."""
+    if recipe.kind != "static":
+        return {}
+    return calibrated_ranges(_float32_model(bundle, part), recipe, feeds, scratch, threads)
+
+
+def part_weights(bundle: OpenBundle, part: PartRecord, recipe: Recipe) -> dict[str, int]:
+    """Weights that the recipe changes in a part → how many nodes read each."""
+    return changed_weights(_float32_model(bundle, part), recipe)
+
+
+def _float32_model(bundle: OpenBundle, part: PartRecord) -> ir.Model:
+    return open_model(bundle.model_files(part.variant(PRECISIONS[0])))
+
+
+def write_naive(bundle: OpenBundle, part: PartRecord, target: Path) -> str:
+    """`onnxruntime.quantization.quantize_dynamic` with its defaults; why it made nothing, or ""."""
+    path = bundle.model_files(part.variant(PRECISIONS[0]))
+    size = float32_bytes(bundle, part)
+    if size > _LARGEST_NAIVE_BYTES:
+        return f"not run: the graph has {size / 1e9:.1f} GB, which it would hold several times"
+    try:
+        with quiet():
+            from onnxruntime.quantization import quantize_dynamic
+
+            quantize_dynamic(onnx.load(path), target)
+    except MemoryError:
+        raise
+    except Exception as error:  # onnxruntime's quantisers raise what happens to break.
+        return f"it fails: {type(error).__name__}: {error}"[:_MAX_CAUSE].partition("\n")[0]
+    return ""
+
+
+def float32_bytes(bundle: OpenBundle, part: PartRecord) -> int:
+    """Bytes of a part's float32 graph with its weights."""
+    variant = part.variant(PRECISIONS[0])
+    return sum(bundle.manifest.files[name].size_bytes for name in (variant.file, *variant.external_data))

@@ -1,0 +1,592 @@
+"""`vlm_export.quantize`: variants of fewer bits for a published bundle, measured, and published within their budget."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from vlm_export.bundle import layout
+from vlm_export.bundle.environment import check_free_space
+from vlm_export.bundle.ledger import GraphLedger, LedgerEntry, found_ledger, ledger_to_bytes, read_ledger
+from vlm_export.bundle.loss import BudgetKey, Loss, LossRecord, OutputLoss, Samples
+from vlm_export.bundle.manifest import PRECISIONS, FileRecord, Manifest, PartRecord, VariantRecord
+from vlm_export.bundle.oldest_engine import oldest_onnxruntime
+from vlm_export.bundle.opened import OpenBundle, open_bundle
+from vlm_export.bundle.publish import Staging, publication
+from vlm_export.bundle.quantised import QuantisedFrom
+from vlm_export.bundle.safe_files import check_path, record_of_file
+from vlm_export.bundle.strict_json import json_object_from_bytes
+from vlm_export.errors import UsageError, VerificationError, suggestion
+from vlm_export.exporting.stages import StageListener, Stages
+from vlm_export.precision.recipes import QUANTISED, RECIPES, Recipe
+from vlm_export.proof.contract import replay
+from vlm_export.proof.contract_record import RECORD_NAME
+from vlm_export.proof.engine import verifying_start
+from vlm_export.proof.golden import iterate_golden
+from vlm_export.proof.recheck import verify_bundle
+from vlm_export.quantizing.budget import budget_for, over_budget
+from vlm_export.quantizing.graphs import (
+    QuantisedGraph,
+    float32_bytes,
+    part_ranges,
+    part_weights,
+    write_naive,
+    write_quantised,
+)
+from vlm_export.quantizing.losses import Agreement, agreement, loss_of, output_losses
+from vlm_export.quantizing.result import OverBudgetError, PartLoss, QuantizeResult
+from vlm_export.quantizing.samples import SampleSet, sample_set
+from vlm_export.quantizing.search import PartSearch, WeightCost, cost_of, few, fewest
+from vlm_export.quantizing.task_runs import Answers, Feeds, run_tasks
+from vlm_export.runtime.engines.onnxruntime import Engine, OrtEngine
+
+_SCRATCH = "scratch"
+FLOAT32 = PRECISIONS[0]
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What the user may choose.
+
+    Attributes:
+        parts: only these; none for all.
+        budget: in the place of the precision's defaults, as `budget_for` reads it.
+        images: files and folders of images to measure on, beside the contract's.
+        texts: a file with one text a line, likewise.
+        output: the directory that the bundle with its variants becomes; None: the bundle itself, in one step.
+        overwrite: replace a bundle at `output`.
+        reduce_range: weights of 7 bits instead of 8, for CPUs without VNNI; of int8 and int8-static.
+        threads: of one operator; None for as many as there are cores.
+        search: where a part is over budget, find the fewest of its weights that must stay in float32.
+    """
+
+    parts: Sequence[str] = ()
+    budget: str | Mapping[str, float] | None = None
+    images: Sequence[str | Path] = ()
+    texts: str | Path | None = None
+    output: str | Path | None = None
+    overwrite: bool = False
+    reduce_range: bool = False
+    threads: int | None = None
+    search: bool = False
+
+
+def quantize(
+    bundle: str | Path, precision: str, *, progress: StageListener | None = None, **options: object
+) -> QuantizeResult:
+    """Adds variants of fewer bits to a bundle, made of its float32 graphs, if they are within their budget.
+
+    Args:
+        bundle: the bundle's directory.
+        precision: "int8", "int8-static", "w8a16" or "int4".
+        progress: told of the stages.
+        options: the fields of `QuantizeOptions`, by name.
+
+    Returns:
+        The new manifest, and what each part loses.
+
+    Raises:
+        VerificationError: a part loses more than its budget (`OverBudgetError`), or a variant is not what the ledger
+            says; nothing is published.
+        UsageError: an unknown precision, part, option or budget, or an output that may not be replaced.
+        InputError: no bundle, a damaged one, one without float32 graphs, or an image that cannot be read.
+        EnvironmentFailure: disk, memory, a missing package.
+    """
+    check_path(bundle, "a bundle")
+    if precision not in QUANTISED:
+        raise UsageError(
+            f"there is no precision {precision!r:.60} to quantize to", fix=suggestion(precision, QUANTISED)
+        )
+    known = QuantizeOptions.__dataclass_fields__
+    for name in options:
+        if name not in known:
+            raise UsageError(f"quantize has no option {name!r}", fix=suggestion(name, known))
+    chosen = QuantizeOptions(**options)  # type: ignore[arg-type]
+    budget = budget_for(precision, chosen.budget)
+    in_place = chosen.output is None
+    if in_place:
+        open_bundle(bundle)  # What is no bundle is told as such, before its lock is taken.
+    target = Path(bundle) if chosen.output is None else Path(chosen.output)
+    stages = Stages(progress)
+    with publication(target, overwrite=in_place or chosen.overwrite) as staging:
+        opened = open_bundle(bundle)
+        return _Job(opened, RECIPES[precision], budget, chosen, staging, stages).run()
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A part's graph and its loss."""
+
+    part: PartRecord
+    graph: QuantisedGraph
+    loss: PartLoss
+
+
+@dataclass(frozen=True)
+class _Baseline:
+    """What every variant is measured on and compared with.
+
+    Attributes:
+        ranges: part → what a static recipe calibrated.
+        before: what the bundle's tasks give in float32.
+        naive, failed: part → the naive recipe's graph, or why there is none.
+        naive_tasks: what is left of tasks with these.
+    """
+
+    samples: SampleSet
+    calibration: SampleSet
+    ranges: Mapping[str, Mapping[str, tuple[float, float]]]
+    before: Answers
+    naive: Mapping[str, Path]
+    failed: Mapping[str, str]
+    naive_tasks: Agreement
+
+
+@dataclass(frozen=True)
+class _Job:
+    bundle: OpenBundle
+    recipe: Recipe
+    budget: Mapping[BudgetKey, float]
+    options: QuantizeOptions
+    staging: Staging
+    stages: Stages
+
+    @property
+    def precision(self) -> str:
+        return self.recipe.precision
+
+    @property
+    def scratch(self) -> Path:
+        return self.staging.path / _SCRATCH
+
+    def run(self) -> QuantizeResult:
+        parts = self._chosen_parts()
+        self.scratch.mkdir()
+        with self.stages.stage("read samples"):
+            texts = None if self.options.texts is None else Path(self.options.texts)
+            samples = sample_set(self.bundle, [Path(image) for image in self.options.images], texts)
+            needed = sum(record.size_bytes for record in self.bundle.manifest.files.values())
+            check_free_space(self.staging.path, needed + sum(float32_bytes(self.bundle, part) for part in parts))
+        left_out: dict[str, str] = {}
+        graphs: dict[str, QuantisedGraph] = {}
+        ranges: dict[str, Mapping[str, tuple[float, float]]] = {}
+        calibration, feeds = SampleSet((), ()), dict[str, list[Feeds]]()
+        if self.recipe.kind == "static":
+            calibration, samples = samples.part(0, 2), samples.part(1, 2)
+            with self.stages.stage("ask for calibration"):
+                feeds = dict(self._tasks(calibration, {}).feeds)
+        for part in parts:
+            if self.recipe.kind == "static" and not feeds.get(part.name):
+                left_out[part.name] = "no image or text leads to it, so that its ranges cannot be calibrated"
+                continue
+            with self.stages.stage(f"quantize {part.name}"):
+                ranges[part.name] = part_ranges(
+                    self.bundle, part, self.recipe, self.scratch, feeds.pop(part.name, []), self.options.threads
+                )
+                graph = self._quantised(part, ranges[part.name], self._target(part))
+                if graph.weights:
+                    graphs[part.name] = graph
+                else:
+                    left_out[part.name] = "it has no product or table that this precision changes"
+                    _delete(graph)
+        if not graphs:
+            raise UsageError(
+                f"nothing of the bundle becomes {self.precision}",
+                where=self.bundle.manifest.name,
+                got="; ".join(f"{name}: {why}" for name, why in left_out.items()),
+                fix="choose other parts",
+            )
+        quantised = [part for part in parts if part.name in graphs]
+        base = self._baseline(quantised, samples, calibration, ranges)
+        measured = self._measure(quantised, graphs, base, {})
+        if self.options.search and any(one.loss.over for one in measured):
+            measured = self._searched(measured, base)
+        losses = tuple(one.loss for one in measured)
+        if any(loss.over for loss in losses):
+            raise OverBudgetError(losses)
+        manifest = self._publish(measured)
+        return QuantizeResult(manifest, losses, left_out)
+
+    def _chosen_parts(self) -> list[PartRecord]:
+        manifest = self.bundle.manifest
+        parts = [manifest.part(name) for name in dict.fromkeys(self.options.parts)] or list(manifest.parts)
+        for part in parts:
+            part.variant(FLOAT32)
+        return parts
+
+    def _target(self, part: PartRecord) -> Path:
+        return self.staging.file(layout.graph_path(part.name, self.precision))
+
+    def _quantised(
+        self,
+        part: PartRecord,
+        ranges: Mapping[str, tuple[float, float]],
+        target: Path,
+        keep: Mapping[str, str] | None = None,
+    ) -> QuantisedGraph:
+        return write_quantised(
+            self.bundle,
+            part,
+            self.recipe,
+            target,
+            self.scratch,
+            ranges=ranges,
+            reduce_range=self.options.reduce_range,
+            keep=keep or {},
+        )
+
+    def _engine(self, path: Path) -> Engine:
+        return OrtEngine(path, threads=self.options.threads)
+
+    def _float32(self, part: PartRecord) -> Engine:
+        return self._engine(self.bundle.graph_file(part.variant(FLOAT32)))
+
+    def _baseline(
+        self,
+        parts: Sequence[PartRecord],
+        samples: SampleSet,
+        calibration: SampleSet,
+        ranges: Mapping[str, Mapping[str, tuple[float, float]]],
+    ) -> _Baseline:
+        naive: dict[str, Path] = {}
+        failed: dict[str, str] = {}
+        for part in parts:
+            with self.stages.stage(f"naive recipe of {part.name}"):
+                target = self.scratch / f"{part.name}.naive.onnx"
+                failed[part.name] = write_naive(self.bundle, part, target)
+                if not failed[part.name]:
+                    naive[part.name] = target
+        with self.stages.stage("ask in float32"):
+            before = self._tasks(samples, {})
+        with self.stages.stage("ask the naive recipe"):
+            naive_tasks = self._naive_tasks(samples, before, naive, failed)
+        return _Baseline(samples, calibration, ranges, before, naive, failed, naive_tasks)
+
+    def _measure(
+        self,
+        parts: Sequence[PartRecord],
+        graphs: Mapping[str, QuantisedGraph],
+        base: _Baseline,
+        searches: Mapping[str, PartSearch],
+    ) -> list[_Measured]:
+        with self.stages.stage(f"ask in {self.precision}"):
+            tasks = self._agreement(graphs, base)
+        measured = []
+        for part in parts:
+            with self.stages.stage(f"measure {part.name}"):
+                record = self._record(part, graphs[part.name], tasks, base)
+                if part.name in searches:
+                    record = replace(record, searched=searches[part.name].record())
+                loss = PartLoss(part.name, self.precision, graphs[part.name].size_bytes, record)
+                measured.append(_Measured(part, graphs[part.name], loss))
+        return measured
+
+    def _agreement(self, graphs: Mapping[str, QuantisedGraph], base: _Baseline) -> Agreement:
+        ours = {name: graph.paths[0] for name, graph in graphs.items()}
+        return agreement(base.before, self._tasks(base.samples, ours))
+
+    def _searched(self, measured: Sequence[_Measured], base: _Baseline) -> list[_Measured]:
+        """Measured again, with the fewest weights in float32 that bring the parts, then the tasks, within budget."""
+        parts = {one.part.name: one.part for one in measured}
+        graphs = {one.part.name: one.graph for one in measured}
+        searches: dict[str, PartSearch] = {}
+        for one in measured:
+            with self.stages.stage(f"search {one.part.name}"):
+                search = searches[one.part.name] = PartSearch(self._costs(one.part, base))
+                if _over_alone(one.loss.record.measured, self.budget) and search.candidates:
+                    search.count = fewest(
+                        len(search.candidates), partial(self._is_enough, one.part, search.order, base)
+                    )
+                    graphs[one.part.name] = self._again(one.part, one.graph, search, base)
+        if any(search.candidates for search in searches.values()) and self._tasks_over(graphs, base):
+            with self.stages.stage("search what the tasks need"):
+                every = [one for search in searches.values() for one in search.candidates]
+                every.sort(key=lambda one: -one.cost)
+                already = {name: search.count for name, search in searches.items()}
+
+                def are_enough(count: int) -> bool:
+                    more = Counter(one.part for one in every[:count])
+                    for name, search in searches.items():
+                        if search.count != already[name] + more[name]:
+                            search.count = already[name] + more[name]
+                            graphs[name] = self._again(parts[name], graphs[name], search, base)
+                    return not self._tasks_over(graphs, base)
+
+                are_enough(fewest(len(every), are_enough))
+        return self._measure(list(parts.values()), graphs, base, searches)
+
+    def _costs(self, part: PartRecord, base: _Baseline) -> list[WeightCost]:
+        """The weights that the recipe changes, the costliest first: each is quantised alone and run on few inputs."""
+        weights, feeds = part_weights(self.bundle, part, self.recipe), few(self._feeds(part, base.before))
+        costs = []
+        for name, nodes in weights.items():
+            graph = self._tried(part, {other: "" for other in weights if other != name}, base)
+            costs.append(WeightCost(part.name, name, nodes, cost_of(self._outputs(part, feeds, graph.paths[0]))))
+            _delete(graph)
+        return sorted(costs, key=lambda one: -one.cost)
+
+    def _tried(self, part: PartRecord, keep: Mapping[str, str], base: _Baseline) -> QuantisedGraph:
+        return self._quantised(part, base.ranges[part.name], self.scratch / "tried.onnx", keep)
+
+    def _again(self, part: PartRecord, old: QuantisedGraph, search: PartSearch, base: _Baseline) -> QuantisedGraph:
+        _delete(old)
+        return self._quantised(part, base.ranges[part.name], self._target(part), search.keep)
+
+    def _is_enough(self, part: PartRecord, order: Sequence[WeightCost], base: _Baseline, count: int) -> bool:
+        graph = self._tried(part, PartSearch(order, count).keep, base)
+        enough = not self._is_over(part, graph, base)
+        _delete(graph)
+        return enough
+
+    def _is_over(self, part: PartRecord, graph: QuantisedGraph, base: _Baseline) -> bool:
+        """Whether the cosines of a part are over budget, whatever the tasks are."""
+        outputs, golden, _ = self._losses(part, self._feeds(part, base.before), graph.paths[0])
+        return _over_alone(loss_of(outputs, golden, Agreement(None, None, None), 0.0), self.budget)
+
+    def _tasks_over(self, graphs: Mapping[str, QuantisedGraph], base: _Baseline) -> bool:
+        return bool(over_budget(loss_of({}, {}, self._agreement(graphs, base), 0.0), self.budget))
+
+    def _tasks(self, samples: SampleSet, paths: Mapping[str, Path]) -> Answers:
+        start: dict[str, Callable[[], Engine]] = {name: partial(self._engine, path) for name, path in paths.items()}
+        return run_tasks(self.bundle, samples, start, self.options.threads)
+
+    def _naive_tasks(
+        self, samples: SampleSet, before: Answers, naive: dict[str, Path], failed: dict[str, str]
+    ) -> Agreement:
+        """What is left of tasks with the naive graphs, those that ONNX Runtime runs."""
+        for name, path in list(naive.items()):
+            try:
+                engine = self._engine(path)
+                for feeds in before.feeds.get(name, [])[:1]:
+                    engine.run(feeds)
+            except VerificationError:
+                raise
+            except Exception as error:
+                failed[name] = f"ONNX Runtime does not run it: {str(error)[:120]}".partition("\n")[0]
+                del naive[name]
+        return agreement(before, self._tasks(samples, naive)) if naive else Agreement(None, None, None)
+
+    def _record(
+        self,
+        part: PartRecord,
+        graph: QuantisedGraph,
+        tasks: Agreement,
+        base: _Baseline,
+    ) -> LossRecord:
+        samples, calibration, naive = base.samples, base.calibration, base.naive.get(part.name)
+        notes = [*calibration.notes("calibrated on"), *samples.notes("measured on"), *base.before.not_run]
+        feeds = self._feeds(part, base.before)
+        if not base.before.feeds.get(part.name):
+            notes.append(f"no task runs part {part.name!r} here: it was measured on the inputs of its golden records")
+        size = float32_bytes(self.bundle, part)
+        outputs, golden, count = self._losses(part, feeds, graph.paths[0])
+        naive_loss = None
+        if naive is not None:
+            naive_outputs, naive_golden, _ = self._losses(part, feeds, naive)
+            naive_loss = loss_of(naive_outputs, naive_golden, base.naive_tasks, naive.stat().st_size / size)
+        return LossRecord(
+            recipe=self.recipe.tells,
+            reduce_range=self.options.reduce_range,
+            measured=loss_of(outputs, golden, tasks, graph.size_bytes / size),
+            naive=naive_loss,
+            naive_failed=base.failed[part.name],
+            budget={str(key): least for key, least in self.budget.items()},
+            samples=Samples(
+                images=len(samples.images),
+                texts=len(samples.texts),
+                rows=sum(_rows(one) for one in feeds),
+                golden=count,
+                own_images=samples.own_images,
+                own_texts=samples.own_texts,
+                calibration_images=len(calibration.images),
+                calibration_texts=len(calibration.texts),
+            ),
+            kept=graph.kept,
+            notes=tuple(dict.fromkeys(notes)),
+        )
+
+    def _feeds(self, part: PartRecord, before: Answers) -> list[Feeds]:
+        """What tasks fed a part, or else the inputs of its golden records."""
+        return before.feeds.get(part.name) or [record.inputs for record in iterate_golden(self.bundle, part.name)]
+
+    def _outputs(self, part: PartRecord, feeds: Sequence[Feeds], path: Path) -> dict[str, OutputLoss]:
+        engine, float32 = self._engine(path), self._float32(part)
+        return output_losses((float32.run(one), engine.run(one)) for one in feeds)
+
+    def _losses(
+        self, part: PartRecord, feeds: Sequence[Feeds], path: Path
+    ) -> tuple[dict[str, OutputLoss], dict[str, OutputLoss], int]:
+        """Against the float32 graph on real inputs, against the original on the golden records, and how many."""
+        outputs, engine = self._outputs(part, feeds, path), self._engine(path)
+        records = list(iterate_golden(self.bundle, part.name))
+        golden = output_losses((record.outputs, engine.run(record.inputs)) for record in records)
+        return outputs, golden, len(records)
+
+    def _publish(self, measured: Sequence[_Measured]) -> Manifest:
+        with self.stages.stage("copy the bundle"):
+            variants = {one.part.name: self._variant(one) for one in measured}
+            manifest = _with_variants(self.bundle.manifest, variants)
+            self._copy(manifest)
+            self._write_ledger(measured, variants)
+            self._write_config(manifest)
+        with self.stages.stage("verify"):
+            shutil.rmtree(self.scratch)
+            manifest = self._verified(manifest, variants)
+        with self.stages.stage("publish"):
+            return self.staging.commit(manifest)
+
+    def _variant(self, one: _Measured) -> VariantRecord:
+        float32 = one.part.variant(FLOAT32)
+        names = [path.relative_to(self.staging.path).as_posix() for path in one.graph.paths]
+        oldest, opset = oldest_onnxruntime(one.graph.paths[0])
+        return VariantRecord(
+            precision=self.precision,
+            file=names[0],
+            external_data=tuple(names[1:]),
+            opset=opset,
+            exporter=float32.exporter,
+            simplified=float32.simplified,
+            oldest_onnxruntime=oldest,
+            warnings=float32.warnings,
+            loss=one.loss.record,
+        )
+
+    def _copy(self, manifest: Manifest) -> None:
+        """Every file of the bundle but the graphs that are replaced, once it is found to be the manifest's."""
+        old = {
+            name for part in self.bundle.manifest.parts for v in part.variants for name in (v.file, *v.external_data)
+        }
+        new = {name for part in manifest.parts for v in part.variants for name in (v.file, *v.external_data)}
+        made = {
+            path.relative_to(self.staging.path).as_posix() for path in self.staging.path.rglob("*") if path.is_file()
+        }
+        for name in self.bundle.manifest.files:
+            if name not in made and (name not in old or name in new):
+                shutil.copyfile(self.bundle.file(name), self.staging.file(name))
+
+    def _write_ledger(self, measured: Sequence[_Measured], variants: Mapping[str, VariantRecord]) -> None:
+        ledgers = read_ledger(self.bundle)
+        if ledgers is None:
+            return
+        for one in measured:
+            variant = variants[one.part.name]
+            float32 = ledgers.get(one.part.variant(FLOAT32).file)
+            found = found_ledger(self.staging.path, variant.file)
+            ledgers[variant.file] = _accounted(found, float32, one.graph.weights)
+        self.staging.file(layout.LEDGER_NAME).write_bytes(ledger_to_bytes(list(ledgers.values())))
+
+    def _write_config(self, manifest: Manifest) -> None:
+        """config.json with the data files of all graphs, and the contract's seal on it, where that changes it."""
+        path = self.staging.path / layout.CONFIG_NAME
+        if not path.is_file():
+            return
+        before = path.read_bytes()
+        variants = [variant for part in manifest.parts for variant in part.variants]
+        config = layout.hub_config(json_object_from_bytes(before, layout.CONFIG_NAME), variants)
+        after = (json.dumps(config, indent=2) + "\n").encode()
+        path.write_bytes(after)
+        record = self.staging.path / RECORD_NAME
+        if after != before and record.is_file():
+            data = json_object_from_bytes(record.read_bytes(), RECORD_NAME)
+            if layout.CONFIG_NAME in data["files"]:
+                data["files"][layout.CONFIG_NAME] = record_of_file(self.staging.path, layout.CONFIG_NAME).sha256
+                record.write_text(json.dumps(data, indent=1) + "\n", encoding="ascii")
+
+    def _verified(self, manifest: Manifest, variants: Mapping[str, VariantRecord]) -> Manifest:
+        """The manifest with the proof of the new variants: as `verify` will repeat it."""
+        listed = {
+            path.relative_to(self.staging.path).as_posix(): record_of_file(
+                self.staging.path, path.relative_to(self.staging.path).as_posix()
+            )
+            for path in self.staging.path.rglob("*")
+            if path.is_file()
+        }
+        staged = OpenBundle(self.staging.path.resolve(), _listing(manifest, listed), b"")
+        start = verifying_start(staged, ("cpu",), self.options.threads)
+        replay(staged, start, precision=self.precision).raise_if_failed()
+        reports = verify_bundle(staged, engine_factory=start, engine_name="cpu", precision=self.precision)
+        proved = dict(variants)
+        for report in reports:
+            if report.part in variants:
+                try:
+                    report.raise_if_failed()
+                except VerificationError as error:
+                    error.fix = f"leave part {report.part!r} in float32 with --part, or take a finer precision"
+                    raise
+                proved[report.part] = replace(variants[report.part], verification=report.to_json())
+        return _with_variants(manifest, proved)
+
+
+def _over_alone(loss: Loss, budget: Mapping[BudgetKey, float]) -> bool:
+    """Whether a part's own figures are over budget, whatever the tasks' are."""
+    return bool(over_budget(replace(loss, top10_texts=None, top10_images=None, exact_match=None), budget))
+
+
+def _delete(graph: QuantisedGraph) -> None:
+    for path in graph.paths:
+        path.unlink()
+
+
+def _rows(feeds: Feeds) -> int:
+    return max((len(array) for array in feeds.values() if array.ndim), default=1)
+
+
+def _listing(manifest: Manifest, files: Mapping[str, FileRecord]) -> Manifest:
+    return replace(manifest, files=files)
+
+
+def _with_variants(manifest: Manifest, variants: Mapping[str, VariantRecord]) -> Manifest:
+    """The manifest with a variant for each named part, in the place of one of the same precision, or behind all."""
+    parts = []
+    for part in manifest.parts:
+        new = variants.get(part.name)
+        if new is not None:
+            others = [variant for variant in part.variants if variant.precision != new.precision]
+            part = replace(part, variants=(*others, new))
+        parts.append(part)
+    return replace(manifest, parts=tuple(parts))
+
+
+def _accounted(found: GraphLedger, float32: GraphLedger | None, weights: Mapping[str, QuantisedFrom]) -> GraphLedger:
+    """The ledger of a quantised graph: every initializer is a weight's levels, scales or zero points, or as it was."""
+    told = {} if float32 is None else {entry.name: entry for entry in float32.initializers}
+    helpers = {
+        name: (kind, stated)
+        for stated in weights.values()
+        for name, kind in ((stated.scales, "scales"), (stated.zero_points, "zero points"))
+        if name is not None
+    }
+    entries = []
+    for entry in found.initializers:
+        if entry.name in weights:
+            stated = weights[entry.name]
+            entry = replace(_of(entry, told, stated.weight, f"quantised to {stated.bits} bits"), quantised=stated)
+        elif entry.name in helpers:
+            kind, stated = helpers[entry.name]
+            entry = _of(entry, told, stated.weight, f"{kind} of the quantised weight")
+        elif entry.name in told:
+            before = told[entry.name]
+            entry = replace(
+                entry,
+                parameters=before.parameters,
+                transformation=before.transformation,
+                checkpoint=before.checkpoint,
+                unrounded=before.unrounded,
+            )
+        else:
+            entry = replace(entry, transformation="a constant of the quantiser")
+        entries.append(entry)
+    return replace(found, initializers=tuple(entries))
+
+
+def _of(entry: LedgerEntry, told: Mapping[str, LedgerEntry], weight: str, what: str) -> LedgerEntry:
+    before = told.get(weight)
+    if before is None:
+        return replace(entry, transformation=what)
+    how = f"{before.transformation}, {what}"
+    return replace(entry, parameters=before.parameters, transformation=how, checkpoint=before.checkpoint)
