@@ -296,15 +296,20 @@ class _Job:
         graphs = {one.part.name: one.graph for one in measured}
         searches: dict[str, PartSearch] = {}
         for one in measured:
+            if not _over_alone(one.loss.record.measured, self.budget):
+                continue
             with self.stages.stage(f"search {one.part.name}"):
                 search = searches[one.part.name] = PartSearch(self._costs(one.part, base))
-                if _over_alone(one.loss.record.measured, self.budget) and search.candidates:
+                if search.candidates:
                     search.count = fewest(
                         len(search.candidates), partial(self._is_enough, one.part, search.order, base)
                     )
                     graphs[one.part.name] = self._again(one.part, one.graph, search, base)
-        if any(search.candidates for search in searches.values()) and self._tasks_over(graphs, base):
+        if self._tasks_over(graphs, base):
             with self.stages.stage("search what the tasks need"):
+                searches |= {
+                    name: PartSearch(self._costs(part, base)) for name, part in parts.items() if name not in searches
+                }
                 every = [one for search in searches.values() for one in search.candidates]
                 every.sort(key=lambda one: -one.cost)
                 already = {name: search.count for name, search in searches.items()}
@@ -317,7 +322,8 @@ class _Job:
                             graphs[name] = self._again(parts[name], graphs[name], search, base)
                     return not self._tasks_over(graphs, base)
 
-                are_enough(fewest(len(every), are_enough))
+                if every:
+                    are_enough(fewest(len(every), are_enough))
         return self._measure(list(parts.values()), graphs, base, searches)
 
     def _costs(self, part: PartRecord, base: _Baseline) -> list[WeightCost]:
