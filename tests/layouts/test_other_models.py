@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from transformers import (
     AltCLIPModel,
     AltCLIPProcessor,
+    AutoTokenizer,
     CLIPImageProcessorPil,
     MetaClip2Model,
 )
@@ -24,6 +25,8 @@ from transformers import (
 import vlm_export
 from vlm_export.errors import InputError
 from vlm_export.layouts.package import CONSUMERS, package
+from vlm_export.runtime.inputs.chat_prompt import PromptForm
+from vlm_export.specs.tasks import ChatSpec
 
 MODELS = Path(__file__).parents[1] / "models"
 TEXTS = ["red circle", "two dogs and one cat", "a"]
@@ -173,3 +176,20 @@ def test_scores_and_names_of_sigmoid_models(bundle: Bundle, tmp_path: Path) -> N
     tower = run(tmp_path / "out" / "onnx" / "vision_model.onnx", {"pixel_values": pixels})
     assert list(tower) == ["image_embeds", "pooler_output"]
     np.testing.assert_array_equal(tower["pooler_output"], tower["image_embeds"])
+
+
+@pytest.mark.parametrize("variant", ["222m", "450m", "split"])
+def test_the_chat_template_writes_our_prompt(nanovlm_bundle: Bundle, tmp_path: Path, variant: str) -> None:
+    """With transformers' own tokenizer, a question about one image and one without become the ids of the runtime."""
+    package(nanovlm_bundle(variant), tmp_path / "out", "transformers.js", threads=1)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = vlm_export.load(tmp_path / "out", threads=1)
+    spec = model.manifest.task(ChatSpec)
+    assert spec is not None
+    words = {"type": "text", "text": "What's this, a \n cat?"}
+    for grids, content in (([(1, 1)], [{"type": "image"}, words]), ([], words["text"])):
+        if spec.layout == "prepended" and not grids:
+            continue
+        expected = model.session.tokenizer.prompt_ids(PromptForm(spec).text(words["text"], grids))
+        found = tokenizer.apply_chat_template([{"role": "user", "content": content}], return_dict=False)
+        assert found == expected

@@ -7,6 +7,7 @@ optimum-onnx 0.1, `ORTModelForZeroShotImageClassification` (the same file, outpu
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,11 +15,19 @@ from vlm_export.bundle import layout
 from vlm_export.bundle.manifest import MANIFEST_NAME
 from vlm_export.layouts.consumer_graph import ConsumerGraph, also_named, in_order, paired
 from vlm_export.layouts.packing import Packing
-from vlm_export.specs.tasks import EmbedSpec
+from vlm_export.runtime.inputs.chat_prompt import PromptForm
+from vlm_export.specs.tasks import ChatSpec, EmbedSpec
 
 PART = "model"
 _INPUTS = ("input_ids", "pixel_values", "attention_mask")
 _OUTPUTS = ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
+_QUESTION = "\0"  # in no prompt's own words
+_READ_LAST_MESSAGE = (
+    "{%- set content = messages[-1]['content'] -%}{%- set found = namespace(image=false, text='') -%}"
+    "{%- if content is string -%}{%- set found.text = content -%}{%- else -%}{%- for part in content -%}"
+    "{%- if part['type'] == 'image' -%}{%- set found.image = true -%}"
+    "{%- else -%}{%- set found.text = found.text + part['text'] -%}{%- endif -%}{%- endfor -%}{%- endif -%}"
+)
 _POOLED = "pooler_output"
 _SETTINGS = "transformers.js_config"
 _BROWSER_PRECISION = "int8-static"
@@ -53,9 +62,25 @@ def lay_out(packing: Packing) -> None:
         names = tuple(name for name in _INPUTS if name in graph.signature.input_names)
         packing.add(PART, layout.graph_path(PART, packing.precision), in_order(graph, names, _OUTPUTS))
         packing.told_cleaning()
+    talk = packing.bundle.manifest.task(ChatSpec)
+    if talk is not None and layout.TOKENIZER_CONFIG_NAME in packing.bundle.manifest.files:
+        stated = {**packing.json(layout.TOKENIZER_CONFIG_NAME), "chat_template": chat_template(talk)}
+        packing.write_json(layout.TOKENIZER_CONFIG_NAME, stated)
+        if talk.layout == "tiles":
+            packing.notes.append("the chat template writes the prompt of one image that is not cut into tiles")
     variants = [variant for part in packing.parts for variant in part.variants]
     config = layout.hub_config(packing.json(layout.CONFIG_NAME), variants)
     packing.write_json(layout.CONFIG_NAME, _with_dtype(config, packing))
+
+
+def chat_template(spec: ChatSpec) -> str:
+    """The Jinja template of a question in the last message, about its image where it has one."""
+    form = PromptForm(spec)
+    with_image = form.text(_QUESTION, [(1, 1)])
+    alone = with_image if spec.layout == "prepended" else form.text(_QUESTION, [])
+    before, after = with_image.split(_QUESTION)
+    start = f"({json.dumps(before)} if found.image else {json.dumps(alone.split(_QUESTION)[0])})"
+    return f"{_READ_LAST_MESSAGE}{{{{- {start} + found.text + {json.dumps(after)} -}}}}"
 
 
 def _check_type(packing: Packing) -> None:
