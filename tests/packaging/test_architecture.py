@@ -60,7 +60,7 @@ ROOMS: dict[str, set[str]] = {
         *("specs", "bundle", "family", "original", "runtime.engines", "runtime.inputs", "graph", "graph.core"),
         *("graph.passes", "precision", "checkpoint", "models", "proof", "exporting.stages"),
     },
-    "layouts": {"specs", "bundle", "runtime.engines", "graph.core", "graph.edits", "proof"},
+    "layouts": {"specs", "bundle", "runtime.engines", "runtime.inputs", "graph.core", "graph.edits", "proof"},
     "api": {"specs", "bundle", "checkpoint", "family", "proof", "exporting", "exporting.stages"},
     "lab": {
         *("specs", "bundle", "runtime.engines", "runtime.inputs", "runtime.session", "runtime.model"),
@@ -78,7 +78,7 @@ OUTSIDE = {
     "precision": {"numpy", "onnx_ir", "onnx", "onnxruntime"},
     "quantizing": {"numpy", "PIL", "onnx", "onnx_ir", "onnxruntime"},
     "proof": BASE - {"onnxruntime", "openvino", "pyarrow", "tqdm"},
-    "layouts": {"numpy", "onnx_ir"},
+    "layouts": {"numpy", "onnx_ir", "tokenizers"},
     "lab": {"numpy", "PIL", "onnx_ir", "onnx", "onnxruntime", "yaml", "pytest"},
     "cli": set[str](),
     "api.py": set[str](),
