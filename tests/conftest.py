@@ -281,6 +281,19 @@ def shared_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Ca
 
 
 @pytest.fixture(scope="session")
+def demo(shared_bundle: Callable[..., Path]) -> Path:
+    """The exported demo checkpoint, float32 and float16; tests must not change it."""
+
+    import vlm_export
+
+    def export(target: Path) -> None:
+        options: dict[str, Any] = {"exporter": "torchscript", "opset": 18, "threads": 1}
+        vlm_export.export("clip-demo", target, precisions=("fp32", "fp16"), **options)
+
+    return shared_bundle("clip-demo", export)
+
+
+@pytest.fixture(scope="session")
 def relist() -> Callable[[Path], None]:
     """Makes a bundle's manifest state the files that are there now, as an exporter of such files would have."""
 
