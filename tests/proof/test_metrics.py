@@ -91,8 +91,8 @@ def test_zero_rows_are_defined() -> None:
     lost, appeared = compare(ones, zeros), compare(zeros, ones)
     assert (lost.cosine, lost.norm_ratio_min) == (0, 0)
     assert (appeared.cosine, appeared.norm_ratio_max) == (0, math.inf)
-    assert judge(lost, GATES["int8"])
-    assert judge(appeared, GATES["int8"])
+    assert judge(lost, GATES["fp16"])
+    assert judge(appeared, GATES["fp16"])
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0,)])
@@ -109,8 +109,8 @@ def test_a_vector_and_a_scalar_are_one_row() -> None:
 
 def test_shapes_and_dtypes_are_named() -> None:
     left = np.ones((3, 2), np.float32)
-    assert judge(compare(left, left[:1]), GATES["int8"]) == ["shape: expected float32 (3, 2), got float32 (1, 2)"]
-    texts = judge(compare(left, left.astype(np.float64)), GATES["int8"])
+    assert judge(compare(left, left[:1]), GATES["fp16"]) == ["shape: expected float32 (3, 2), got float32 (1, 2)"]
+    texts = judge(compare(left, left.astype(np.float64)), GATES["fp16"])
     assert texts == ["dtype: expected float32 (3, 2), got float64 (3, 2)"]
 
 
@@ -145,7 +145,7 @@ def test_rows_of_any_size_are_judged_alike(scale: float, block: int, monkeypatch
     turned[1] *= -2
     result = compare(left, turned)
     assert (result.cosine, result.norm_ratio_max) == pytest.approx((-1, 2), rel=1e-3 if scale < 1e-300 else 1e-12)
-    assert judge(result, GATES["int8"])
+    assert judge(result, GATES["fp16"])
 
 
 def test_norms_of_different_sizes_have_a_ratio() -> None:

@@ -12,18 +12,21 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vlm_export.errors import VerificationError
+from vlm_export.bundle.loss import Loss, LossRecord, Samples
+from vlm_export.bundle.manifest import VariantRecord
+from vlm_export.errors import InputError, VerificationError
 from vlm_export.exporting.parts import add_preprocessing
 from vlm_export.family import Model, Part, reference_from_module
 from vlm_export.models.layers.from_uint8 import PreprocessedVision
 from vlm_export.proof import image_samples
-from vlm_export.proof.gates import GATES
+from vlm_export.proof.gates import GATES, Gate, variant_gate
 from vlm_export.proof.grid import grid_for
 from vlm_export.proof.metrics import Array
 from vlm_export.proof.points import Arrays, EngineRun
 from vlm_export.proof.report import PartReport
 from vlm_export.proof.samples import sample_inputs
 from vlm_export.proof.verifier import verify_part
+from vlm_export.quantizing.budget import DEFAULT_BUDGETS
 from vlm_export.specs import ImageSpec
 
 Mutate = Callable[[str, Callable[[nn.Module], None]], Part]
@@ -97,12 +100,36 @@ MODULE_FAULTS = [
 ]
 
 
+def quantised(budget: Mapping[str, float], precision: str = "int4") -> VariantRecord:
+    """A variant that was published within a budget."""
+    measured = Loss({}, {}, None, None, None, 0.2)
+    loss = LossRecord("", False, measured, None, "not run", budget, Samples(0, 0, 0, 0, 0, 0, 0, 0))
+    return VariantRecord(precision, f"onnx/vision_model_{precision}.onnx", loss=loss)
+
+
+def gate_of(name: str) -> Gate:
+    """A precision's own gate, or the laxest of those that are quantised."""
+    return (
+        GATES[name] if name in GATES else variant_gate("vision", quantised({"cosine": DEFAULT_BUDGETS[name]["cosine"]}))
+    )
+
+
 def verify(part: Part, engine: EngineRun, gate: str = "fp32") -> PartReport:
     """The unchanged part's module is the Reference."""
-    return verify_part(part, reference_from_module(part), engine, GATES[gate], grid_for(part.signature), pad_token_id=0)
+    grid = grid_for(part.signature)
+    return verify_part(part, reference_from_module(part), engine, gate_of(gate), grid, pad_token_id=0)
 
 
-@pytest.mark.parametrize("gate", ["fp32", "fp16", "int8"])
+def test_a_quantised_variant_is_held_to_the_budget_that_it_states() -> None:
+    assert variant_gate("vision", quantised({"cosine": 0.97})).cosine == 0.97
+    for variant in (quantised({"top10": 0.9}), VariantRecord("int4", "onnx/vision_model_q4.onnx")):
+        with pytest.raises(InputError, match="states no budget for the variant 'int4'"):
+            variant_gate("vision", variant)
+    # What the project judges by its own limits gets no looser ones.
+    assert variant_gate("vision", quantised({"cosine": 0.1}, "fp32")) == GATES["fp32"]
+
+
+@pytest.mark.parametrize("gate", ["fp32", "fp16", "int4"])
 @pytest.mark.parametrize("name", ["vision", "text"])
 def test_the_unchanged_part_passes(parts: dict[str, Part], name: str, gate: str) -> None:
     report = verify(parts[name], reference_from_module(parts[name]), gate)
@@ -122,7 +149,7 @@ def test_a_fault_in_the_module_fails(
     assert f"output {name if name == 'text' else 'image'}_embeds" in caught.value.where
 
 
-@pytest.mark.parametrize("gate", ["fp16", "int8"])
+@pytest.mark.parametrize("gate", ["fp16", "int4"])
 @pytest.mark.parametrize("fault", [scale_output, poison_output, overflow, load_another_model])
 @pytest.mark.parametrize("name", ["vision", "text"])
 def test_no_gate_lets_a_gross_fault_pass(

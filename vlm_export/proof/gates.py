@@ -34,7 +34,6 @@ class Gate(Spec):
 GATES: Mapping[str, Gate] = {
     "fp32": Gate("fp32", 1e-4, 0.99999, 0.999, 1.001),
     "fp16": Gate("fp16", None, 0.999, 0.98, 1.02),
-    "int8": Gate("int8", None, 0.99, 0.9, 1.1),
     # A pixel that the graph computes may round to its neighbour value.
     "preprocessing": Gate("preprocessing", None, 0.9999, 0.99, 1.01),
 }
@@ -42,30 +41,31 @@ GATES: Mapping[str, Gate] = {
 PART_GATES: Mapping[str, str] = {"vision_from_uint8": "preprocessing"}
 
 
-# Of a quantised variant: the cosine is its budget's.
-_QUANTISED_NORMS = (0.75, 1.33)
-# Precisions that the project's own limits judge.
+# Precisions that the project's own limits judge; others are held to the budget that they were published with.
 _JUDGED = ("fp32", "fp16")
+# A budget's key, and what the norms of a row may be beside it.
+_COSINE, _QUANTISED_NORMS = "cosine", (0.75, 1.33)
 
 
 def variant_gate(part: str, variant: VariantRecord) -> Gate:
     """The limits of a variant: its precision's, or of a quantised one those of the budget that it was published with.
 
     Raises:
-        InputError: a quantised variant states no budget.
+        InputError: a quantised variant states no budget, or none of the cosine.
     """
     # A loss of what is judged by the project's own limits would only loosen them.
-    if variant.loss is not None and variant.precision not in _JUDGED:
-        return Gate(variant.precision, None, variant.loss.budget.get("cosine", -1.0), *_QUANTISED_NORMS)
-    if variant.precision not in _JUDGED:
+    if variant.precision in _JUDGED:
+        return GATES[gate_name(part, variant.precision)]
+    budget = {} if variant.loss is None else variant.loss.budget
+    if _COSINE not in budget:
         raise InputError(
             f"the manifest states no budget for the variant {variant.precision!r} of part {part!r}",
             where=variant.file,
-            expected="what it loses, and the budget that it is held to",
-            got="none",
+            expected="what it loses, and the least cosine that it is held to",
+            got="none" if variant.loss is None else f"a budget of {', '.join(budget) or 'nothing'}",
             fix="do not use this variant; quantize the bundle again",
         )
-    return GATES[gate_name(part, variant.precision)]
+    return Gate(variant.precision, None, budget[_COSINE], *_QUANTISED_NORMS)
 
 
 def laxest_variant(manifest: Manifest, precision: str) -> VariantRecord:
