@@ -91,6 +91,22 @@ def test_the_naive_recipe_stands_beside(quantised: Callable[[str], Path]) -> Non
     assert vision.measured.outputs["image_embeds"].cosine > vision.naive.outputs["image_embeds"].cosine
 
 
+def test_what_is_not_measured_is_told(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget's key that nothing here answers, and what the user names beyond what is taken."""
+    monkeypatch.setattr("vlm_export.quantizing.samples._MOST_TEXTS", 2)
+    (tmp_path / "texts.txt").write_text("a red circle\na blue circle\na green circle\n", encoding="utf-8")
+    options: dict[str, Any] = {
+        "texts": tmp_path / "texts.txt",
+        "budget": "exact-match=0.9",
+        "parts": ("text",),
+        "threads": 1,
+    }
+    vlm_export.quantize(copied, "int8", **options)
+    ((_, loss),) = losses(open_bundle(copied))
+    assert "of your 3 texts the first 2 were taken" in loss.notes
+    assert "the budget states exact-match, and nothing here measures it" in loss.notes
+
+
 def test_over_budget_is_refused_with_the_figure_and_nothing_is_touched(copied: Path) -> None:
     before = contents(copied)
     with pytest.raises(OverBudgetError) as caught:

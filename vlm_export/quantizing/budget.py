@@ -32,10 +32,14 @@ def budget_for(precision: str, stated: str | Mapping[str, float] | None) -> dict
     Raises:
         UsageError: an unknown or repeated key, or a number that is none from 0 to 1.
     """
-    budget = dict(DEFAULT_BUDGETS[precision])
+    return dict(DEFAULT_BUDGETS[precision]) | stated_budget(stated)
+
+
+def stated_budget(stated: str | Mapping[str, float] | None) -> dict[BudgetKey, float]:
+    """What the user states alone; arguments and errors as in `budget_for`."""
     if stated is None:
-        return budget
-    return budget | (_parsed(stated) if isinstance(stated, str) else _checked(stated))
+        return {}
+    return _parsed(stated) if isinstance(stated, str) else _checked(stated)
 
 
 def _parsed(text: str) -> dict[BudgetKey, float]:

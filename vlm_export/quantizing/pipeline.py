@@ -21,7 +21,7 @@ from vlm_export.bundle.publish import Staging, publication
 from vlm_export.bundle.quantised import QuantisedFrom
 from vlm_export.bundle.safe_files import check_path, record_of_file
 from vlm_export.bundle.strict_json import json_object_from_bytes
-from vlm_export.errors import UsageError, VerificationError, suggestion
+from vlm_export.errors import InputError, UsageError, VerificationError, suggestion
 from vlm_export.exporting.stages import StageListener, Stages
 from vlm_export.precision.recipes import QUANTISED, RECIPES, Recipe
 from vlm_export.proof.contract import replay
@@ -29,7 +29,7 @@ from vlm_export.proof.contract_record import RECORD_NAME
 from vlm_export.proof.engine import verifying_start
 from vlm_export.proof.golden import iterate_golden
 from vlm_export.proof.recheck import verify_bundle
-from vlm_export.quantizing.budget import budget_for, over_budget
+from vlm_export.quantizing.budget import budget_for, over_budget, stated_budget
 from vlm_export.quantizing.graphs import (
     QuantisedGraph,
     float32_bytes,
@@ -46,6 +46,7 @@ from vlm_export.quantizing.task_runs import Answers, Feeds, run_tasks
 from vlm_export.runtime.engines.onnxruntime import Engine, OrtEngine
 
 _SCRATCH = "scratch"
+_MAX_CAUSE = 160
 FLOAT32 = PRECISIONS[0]
 
 
@@ -370,10 +371,8 @@ class _Job:
                 engine = self._engine(path)
                 for feeds in before.feeds.get(name, [])[:1]:
                     engine.run(feeds)
-            except VerificationError:
-                raise
-            except Exception as error:
-                failed[name] = f"ONNX Runtime does not run it: {str(error)[:120]}".partition("\n")[0]
+            except InputError as error:
+                failed[name] = f"ONNX Runtime does not run it: {error.got}"[:_MAX_CAUSE].partition("\n")[0]
                 del naive[name]
         return agreement(before, self._tasks(samples, naive)) if naive else Agreement(None, None, None)
 
@@ -391,6 +390,12 @@ class _Job:
             notes.append(f"no task runs part {part.name!r} here: it was measured on the inputs of its golden records")
         size = float32_bytes(self.bundle, part)
         outputs, golden, count = self._losses(part, feeds, graph.paths[0])
+        measured = loss_of(outputs, golden, tasks, graph.size_bytes / size)
+        notes += [
+            f"the budget states {key}, and nothing here measures it"
+            for key in stated_budget(self.options.budget)
+            if measured.figure(key) is None
+        ]
         naive_loss = None
         if naive is not None:
             naive_outputs, naive_golden, _ = self._losses(part, feeds, naive)
@@ -398,7 +403,7 @@ class _Job:
         return LossRecord(
             recipe=self.recipe.tells,
             reduce_range=self.options.reduce_range,
-            measured=loss_of(outputs, golden, tasks, graph.size_bytes / size),
+            measured=measured,
             naive=naive_loss,
             naive_failed=base.failed[part.name],
             budget={str(key): least for key, least in self.budget.items()},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 
@@ -14,6 +15,7 @@ from vlm_export.proof.contract_record import image_content, read_record
 from vlm_export.proof.samples import SENTENCES, synthetic_photographs
 from vlm_export.runtime.inputs.images import ImageSource, open_image, readable_formats
 
+Sample = TypeVar("Sample")
 _MOST_IMAGES, _MOST_TEXTS = 2000, 10000
 _FEW = 32
 _MAX_TEXT_BYTES = 16 << 20
@@ -21,22 +23,28 @@ _MAX_TEXT_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class SampleSet:
-    """Images and texts; own_images, own_texts: how many of them the user named, which come first."""
+    """Images and texts.
+
+    Attributes:
+        own_images, own_texts: how many of them the user named, which come first.
+        left_out: what the user named beyond what is measured on, a sentence each.
+    """
 
     images: tuple[ImageSource, ...]
     texts: tuple[str, ...]
     own_images: int = 0
     own_texts: int = 0
+    left_out: tuple[str, ...] = ()
 
     def part(self, start: int, step: int) -> SampleSet:
         """Every `step`-th of each, from `start` on."""
         own_images = len(range(start, self.own_images, step))
         own_texts = len(range(start, self.own_texts, step))
-        return SampleSet(self.images[start::step], self.texts[start::step], own_images, own_texts)
+        return SampleSet(self.images[start::step], self.texts[start::step], own_images, own_texts, self.left_out)
 
     def notes(self, purpose: str) -> tuple[str, ...]:
         """What stands on few samples, in a sentence each."""
-        found = []
+        found = list(self.left_out)
         for kind, count, own, option in (
             ("images", len(self.images), self.own_images, "--images"),
             ("texts", len(self.texts), self.own_texts, "--texts"),
@@ -59,12 +67,15 @@ def sample_set(bundle: OpenBundle, images: Sequence[Path], texts: Path | None) -
         InputError: a file cannot be read.
     """
     manifest, record = bundle.manifest, read_record(bundle)
-    own_images = tuple(path for entry in images for path in _image_files(entry))
-    own_texts = () if texts is None else _lines(texts)
+    left_out: list[str] = []
+    own_images = _first(_MOST_IMAGES, [path for entry in images for path in _image_files(entry)], "images", left_out)
+    own_texts = _first(_MOST_TEXTS, () if texts is None else _lines(texts), "texts", left_out)
     for named, takes, kind in ((images, manifest.image, "images"), (own_texts, manifest.text, "texts")):
         if named and takes is None:
             raise UsageError(f"this bundle takes no {kind}", where=manifest.name, fix=f"leave out --{kind}")
-    found = SampleSet(own_images, tuple(dict.fromkeys(own_texts)), len(own_images), len(set(own_texts)))
+    found = SampleSet(
+        own_images, tuple(dict.fromkeys(own_texts)), len(own_images), len(set(own_texts)), tuple(left_out)
+    )
     if manifest.image is not None:
         recorded = () if record is None else record.images
         contract: list[Image.Image] = [open_image(image_content(bundle, image), name=image.file) for image in recorded]
@@ -76,6 +87,13 @@ def sample_set(bundle: OpenBundle, images: Sequence[Path], texts: Path | None) -
     return found
 
 
+def _first(most: int, items: Sequence[Sample], kind: str, left_out: list[str]) -> tuple[Sample, ...]:
+    """So many of the items; a sentence is added where there are more."""
+    if len(items) > most:
+        left_out.append(f"of your {len(items)} {kind} the first {most} were taken")
+    return tuple(items[:most])
+
+
 def _image_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
@@ -83,7 +101,7 @@ def _image_files(path: Path) -> list[Path]:
     found = sorted(entry for entry in path.iterdir() if entry.is_file() and entry.name.lower().endswith(endings))
     if not found:
         raise UsageError("a folder holds no images", where=str(path), expected="files such as photo.jpg")
-    return found[:_MOST_IMAGES]
+    return found
 
 
 def _lines(path: Path) -> tuple[str, ...]:
@@ -99,4 +117,4 @@ def _lines(path: Path) -> tuple[str, ...]:
     if len(raw) > _MAX_TEXT_BYTES or not lines:
         got = "no text" if not lines else f"more than {_MAX_TEXT_BYTES} bytes"
         raise InputError("a file of texts cannot be used", where=str(path), expected="UTF-8, one text a line", got=got)
-    return tuple(lines[:_MOST_TEXTS])
+    return tuple(lines)
