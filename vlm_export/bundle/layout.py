@@ -7,7 +7,8 @@ graph's file name → number of data files `<graph>_data`, `<graph>_data_1`, …
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vlm_export.bundle.manifest import VariantRecord
@@ -44,6 +45,11 @@ def graph_path(part: str, precision: str) -> str:
     if precision not in PRECISION_SUFFIXES:
         raise UsageError(f"unknown precision {precision!r}", fix=suggestion(precision, PRECISION_SUFFIXES))
     return f"{GRAPH_DIRECTORY}/{PART_STEMS.get(part, part)}{PRECISION_SUFFIXES[precision]}.onnx"
+
+
+def json_bytes(data: Mapping[str, Any] | Sequence[Any]) -> bytes:
+    """A side file as it is published."""
+    return (json.dumps(data, indent=2) + "\n").encode()
 
 
 def golden_directory(part: str, index: int) -> str:

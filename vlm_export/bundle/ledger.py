@@ -13,7 +13,7 @@ import os
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -68,6 +68,16 @@ class LedgerEntry(Spec):
     unrounded: tuple[float, ...] | None = None
     quantised: QuantisedFrom | None = None
     NEWER: ClassVar[frozenset[str]] = frozenset({"quantised"})
+
+    def made_as(self, other: LedgerEntry) -> LedgerEntry:
+        """This one, made of what another initializer is made of, in the same way."""
+        return replace(
+            self,
+            parameters=other.parameters,
+            transformation=other.transformation,
+            checkpoint=other.checkpoint,
+            unrounded=other.unrounded,
+        )
 
     def check(self) -> None:
         if self.unrounded is not None and len(self.unrounded) not in (0, prod(self.shape)):

@@ -25,7 +25,6 @@ from vlm_export.exporting.fp16_ranges import measure_wide, wide_warning
 from vlm_export.exporting.ledger import account_for, folded_sources
 from vlm_export.exporting.options import FP32, ExportOptions, Precision
 from vlm_export.exporting.parts import check_images, needed_bytes, planned_parts
-from vlm_export.exporting.published_files import json_bytes
 from vlm_export.exporting.simplify import finish_graph, simplify_graph
 from vlm_export.exporting.source import RecognisedSource, build_model, recognise_source
 from vlm_export.exporting.stages import StageRecord, Stages
@@ -345,4 +344,4 @@ def _write_configs(model: Model, records: tuple[PartRecord, ...], staging: Stagi
     if isinstance(model.image, ImageSpec | PatchSpec):
         files[layout.PREPROCESSOR_NAME] = layout.preprocessor_config(model.image)
     for name, data in files.items():
-        staging.file(name).write_bytes(json_bytes(data))
+        staging.file(name).write_bytes(layout.json_bytes(data))

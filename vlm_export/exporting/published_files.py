@@ -7,12 +7,10 @@ RGB comes last, its texts are repaired first), the difference is said instead of
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -74,9 +72,9 @@ def check_published(bundle: OpenBundle, model: Model, tokenizer: ResolvedTokeniz
         tokenizer: of the source, None where the bundle's is another or none.
     """
     variants = [variant for part in bundle.manifest.parts for variant in part.variants]
-    expected = {layout.CONFIG_NAME: json_bytes(layout.hub_config(model.hub_config, variants))}
+    expected = {layout.CONFIG_NAME: layout.json_bytes(layout.hub_config(model.hub_config, variants))}
     if isinstance(model.image, ImageSpec | PatchSpec):
-        expected[layout.PREPROCESSOR_NAME] = json_bytes(layout.preprocessor_config(model.image))
+        expected[layout.PREPROCESSOR_NAME] = layout.json_bytes(layout.preprocessor_config(model.image))
     if tokenizer is not None:
         expected |= tokenizer.files
     return [_published(bundle, name, content) for name, content in expected.items()]
@@ -92,11 +90,6 @@ def _published(bundle: OpenBundle, name: str, expected: bytes) -> ContractCheck:
         found = list(differences(left, right))
         failures = tuple(f"{name}: {text}" for text in found[:_MAX_NAMED])
     return ContractCheck(f"{name} as published", name, 1, failures)
-
-
-def json_bytes(data: Mapping[str, Any]) -> bytes:
-    """A config as it is published."""
-    return (json.dumps(data, indent=2) + "\n").encode()
 
 
 def _check_images(

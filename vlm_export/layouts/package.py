@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from vlm_export.bundle.manifest import Manifest
-from vlm_export.bundle.opened import OpenBundle, open_bundle
-from vlm_export.bundle.publish import Staging, publication
-from vlm_export.bundle.safe_files import record_of_file
+from vlm_export.bundle.opened import open_bundle
+from vlm_export.bundle.publish import publication
 from vlm_export.errors import UsageError, suggestion
 from vlm_export.layouts import fastembed, immich, sentence_transformers, split_pair, transformers_js, triton, typesense
 from vlm_export.layouts.packing import Packing
-from vlm_export.proof.contract_record import image_content, read_record, write_record
+from vlm_export.proof.contract_record import write_record_again
 from vlm_export.proof.declared import declared
 from vlm_export.proof.report import PartReport
 
@@ -106,7 +105,7 @@ def package(
         packing.write_ledger()
         manifest = _manifest(packing, Path(target).name, chosen)
         if chosen.is_bundle:
-            _write_contract(bundle, staging, manifest)
+            write_record_again(bundle, staging.path, declared(manifest))
         manifest = staging.commit(manifest)
     return Package(manifest, tuple(packing.reports), tuple(packing.notes))
 
@@ -119,13 +118,3 @@ def _manifest(packing: Packing, name: str, consumer: Consumer) -> Manifest:
     # What is left is no model of ours: other software asks it.
     export = replace(export, contract=None, keep_fp32={})
     return replace(old, name=name, parts=tuple(packing.parts), tasks=(), export=export, files={})
-
-
-def _write_contract(bundle: OpenBundle, staging: Staging, manifest: Manifest) -> None:
-    """The bundle's record of its contract, of the package's own files and manifest."""
-    record = read_record(bundle)
-    if record is None:
-        return
-    files = {name: record_of_file(staging.path, name).sha256 for name in record.files}
-    images = {image.file: image_content(bundle, image) for image in record.images}
-    write_record(staging.path, replace(record, files=files, declared=declared(manifest)), images)

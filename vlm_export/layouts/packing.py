@@ -251,7 +251,7 @@ class Packing:
 
     def write_json(self, name: str, data: Mapping[str, Any] | Sequence[Any]) -> None:
         """A JSON file of the package."""
-        self.staging.file(name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        self.staging.file(name).write_bytes(layout.json_bytes(data))
 
     def write_ledger(self) -> None:
         """The ledger of all graphs, the last thing that is written."""
@@ -265,16 +265,8 @@ class Packing:
             for entry in ledger.initializers
         }
         found = found_ledger(self.staging.path, file)
-        entries = [
-            replace(
-                entry,
-                parameters=origin.parameters,
-                transformation=origin.transformation,
-                checkpoint=origin.checkpoint,
-                unrounded=origin.unrounded,
-            )
-            if (origin := known.get((entry.sha256, entry.shape))) is not None
-            else entry
-            for entry in found.initializers
-        ]
+        entries = []
+        for entry in found.initializers:
+            origin = known.get((entry.sha256, entry.shape))
+            entries.append(entry if origin is None else entry.made_as(origin))
         return replace(found, initializers=tuple(entries))

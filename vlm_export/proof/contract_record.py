@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -18,6 +18,7 @@ import numpy as np
 from vlm_export.bundle.layout import CONTRACT_DIRECTORY
 from vlm_export.bundle.manifest import Sha256
 from vlm_export.bundle.opened import OpenBundle
+from vlm_export.bundle.safe_files import record_of_file
 from vlm_export.bundle.strict_json import MAX_JSON_BYTES, json_object_from_bytes
 from vlm_export.errors import InputError
 from vlm_export.proof.metrics import Array
@@ -185,6 +186,20 @@ def read_record(bundle: OpenBundle) -> ContractRecord | None:
     head = _Head.from_json({key: data.pop(key) for key in field_words(_Head) if key in data}, RECORD_NAME)
     vectors = {part: dict(_vectors(bundle, part, outputs)) for part, outputs in head.vectors.items()}
     return ContractRecord.from_json({**data, "vectors": vectors}, RECORD_NAME)
+
+
+def write_record_again(bundle: OpenBundle, root: Path, declared: Mapping[str, Any] | None = None) -> None:
+    """Writes a bundle's record, if it has one, for a copy of it whose side files are others.
+
+    Args:
+        root: the copy.
+        declared: what its manifest declares, None for what the bundle's does.
+    """
+    record = read_record(bundle)
+    if record is not None:
+        files = {name: record_of_file(root, name).sha256 for name in record.files}
+        images = {image.file: image_content(bundle, image) for image in record.images}
+        write_record(root, replace(record, files=files, declared=declared or record.declared), images)
 
 
 def image_content(bundle: OpenBundle, image: ImageRecord) -> bytes:

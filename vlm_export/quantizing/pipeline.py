@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,23 +11,15 @@ from pathlib import Path
 
 from vlm_export.bundle import layout
 from vlm_export.bundle.environment import check_free_space
-from vlm_export.bundle.ledger import GraphLedger, LedgerEntry, found_ledger, ledger_to_bytes, read_ledger
 from vlm_export.bundle.loss import BudgetKey, Loss, LossRecord, OutputLoss, Samples
-from vlm_export.bundle.manifest import PRECISIONS, FileRecord, Manifest, PartRecord, VariantRecord
-from vlm_export.bundle.oldest_engine import oldest_onnxruntime
+from vlm_export.bundle.manifest import PRECISIONS, PartRecord
 from vlm_export.bundle.opened import OpenBundle, open_bundle
 from vlm_export.bundle.publish import Staging, publication
-from vlm_export.bundle.quantised import QuantisedFrom
-from vlm_export.bundle.safe_files import check_path, record_of_file
-from vlm_export.bundle.strict_json import json_object_from_bytes
-from vlm_export.errors import InputError, UsageError, VerificationError, suggestion
+from vlm_export.bundle.safe_files import check_path
+from vlm_export.errors import InputError, UsageError, suggestion
 from vlm_export.exporting.stages import StageListener, Stages
 from vlm_export.precision.recipes import QUANTISED, RECIPES, Recipe
-from vlm_export.proof.contract import replay
-from vlm_export.proof.contract_record import RECORD_NAME
-from vlm_export.proof.engine import verifying_start
 from vlm_export.proof.golden import iterate_golden
-from vlm_export.proof.recheck import verify_bundle
 from vlm_export.quantizing.budget import budget_for, over_budget, stated_budget
 from vlm_export.quantizing.graphs import (
     QuantisedGraph,
@@ -39,6 +30,7 @@ from vlm_export.quantizing.graphs import (
     write_quantised,
 )
 from vlm_export.quantizing.losses import Agreement, agreement, loss_of, output_losses
+from vlm_export.quantizing.publishing import Measured, Publishing
 from vlm_export.quantizing.result import OverBudgetError, PartLoss, QuantizeResult
 from vlm_export.quantizing.samples import SampleSet, sample_set
 from vlm_export.quantizing.search import PartSearch, WeightCost, cost_of, few, fewest
@@ -117,15 +109,6 @@ def quantize(
     with publication(target, overwrite=in_place or chosen.overwrite) as staging:
         opened = open_bundle(bundle)
         return _Job(opened, RECIPES[precision], budget, chosen, staging, stages).run()
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """A part's graph and its loss."""
-
-    part: PartRecord
-    graph: QuantisedGraph
-    loss: PartLoss
 
 
 @dataclass(frozen=True)
@@ -210,8 +193,9 @@ class _Job:
         losses = tuple(one.loss for one in measured)
         if any(loss.over for loss in losses):
             raise OverBudgetError(losses)
-        manifest = self._publish(measured)
-        return QuantizeResult(manifest, losses, left_out)
+        shutil.rmtree(self.scratch)
+        publishing = Publishing(self.bundle, self.staging, self.stages, self.precision, self.options.threads)
+        return QuantizeResult(publishing.publish(measured), losses, left_out)
 
     def _chosen_parts(self) -> list[PartRecord]:
         manifest = self.bundle.manifest
@@ -274,7 +258,7 @@ class _Job:
         graphs: Mapping[str, QuantisedGraph],
         base: _Baseline,
         searches: Mapping[str, PartSearch],
-    ) -> list[_Measured]:
+    ) -> list[Measured]:
         with self.stages.stage(f"ask in {self.precision}"):
             tasks = self._agreement(graphs, base)
         measured = []
@@ -284,14 +268,14 @@ class _Job:
                 if part.name in searches:
                     record = replace(record, searched=searches[part.name].record())
                 loss = PartLoss(part.name, self.precision, graphs[part.name].size_bytes, record)
-                measured.append(_Measured(part, graphs[part.name], loss))
+                measured.append(Measured(part, graphs[part.name], loss))
         return measured
 
     def _agreement(self, graphs: Mapping[str, QuantisedGraph], base: _Baseline) -> Agreement:
         ours = {name: graph.paths[0] for name, graph in graphs.items()}
         return agreement(base.before, self._tasks(base.samples, ours))
 
-    def _searched(self, measured: Sequence[_Measured], base: _Baseline) -> list[_Measured]:
+    def _searched(self, measured: Sequence[Measured], base: _Baseline) -> list[Measured]:
         """Measured again, with the fewest weights in float32 that bring the parts, then the tasks, within budget."""
         parts = {one.part.name: one.part for one in measured}
         graphs = {one.part.name: one.graph for one in measured}
@@ -438,100 +422,6 @@ class _Job:
         golden = output_losses((record.outputs, engine.run(record.inputs)) for record in records)
         return outputs, golden, len(records)
 
-    def _publish(self, measured: Sequence[_Measured]) -> Manifest:
-        with self.stages.stage("copy the bundle"):
-            variants = {one.part.name: self._variant(one) for one in measured}
-            manifest = _with_variants(self.bundle.manifest, variants)
-            self._copy(manifest)
-            self._write_ledger(measured, variants)
-            self._write_config(manifest)
-        with self.stages.stage("verify"):
-            shutil.rmtree(self.scratch)
-            manifest = self._verified(manifest, variants)
-        with self.stages.stage("publish"):
-            return self.staging.commit(manifest)
-
-    def _variant(self, one: _Measured) -> VariantRecord:
-        float32 = one.part.variant(FLOAT32)
-        names = [path.relative_to(self.staging.path).as_posix() for path in one.graph.paths]
-        oldest, opset = oldest_onnxruntime(one.graph.paths[0])
-        return VariantRecord(
-            precision=self.precision,
-            file=names[0],
-            external_data=tuple(names[1:]),
-            opset=opset,
-            exporter=float32.exporter,
-            simplified=float32.simplified,
-            oldest_onnxruntime=oldest,
-            warnings=float32.warnings,
-            loss=one.loss.record,
-        )
-
-    def _copy(self, manifest: Manifest) -> None:
-        """Every file of the bundle but the graphs that are replaced, once it is found to be the manifest's."""
-        old = {
-            name for part in self.bundle.manifest.parts for v in part.variants for name in (v.file, *v.external_data)
-        }
-        new = {name for part in manifest.parts for v in part.variants for name in (v.file, *v.external_data)}
-        made = {
-            path.relative_to(self.staging.path).as_posix() for path in self.staging.path.rglob("*") if path.is_file()
-        }
-        for name in self.bundle.manifest.files:
-            if name not in made and (name not in old or name in new):
-                shutil.copyfile(self.bundle.file(name), self.staging.file(name))
-
-    def _write_ledger(self, measured: Sequence[_Measured], variants: Mapping[str, VariantRecord]) -> None:
-        ledgers = read_ledger(self.bundle)
-        if ledgers is None:
-            return
-        for one in measured:
-            variant = variants[one.part.name]
-            float32 = ledgers.get(one.part.variant(FLOAT32).file)
-            found = found_ledger(self.staging.path, variant.file)
-            ledgers[variant.file] = _accounted(found, float32, one.graph.weights)
-        self.staging.file(layout.LEDGER_NAME).write_bytes(ledger_to_bytes(list(ledgers.values())))
-
-    def _write_config(self, manifest: Manifest) -> None:
-        """config.json with the data files of all graphs, and the contract's seal on it, where that changes it."""
-        path = self.staging.path / layout.CONFIG_NAME
-        if not path.is_file():
-            return
-        before = path.read_bytes()
-        variants = [variant for part in manifest.parts for variant in part.variants]
-        config = layout.hub_config(json_object_from_bytes(before, layout.CONFIG_NAME), variants)
-        after = (json.dumps(config, indent=2) + "\n").encode()
-        path.write_bytes(after)
-        record = self.staging.path / RECORD_NAME
-        if after != before and record.is_file():
-            data = json_object_from_bytes(record.read_bytes(), RECORD_NAME)
-            if layout.CONFIG_NAME in data["files"]:
-                data["files"][layout.CONFIG_NAME] = record_of_file(self.staging.path, layout.CONFIG_NAME).sha256
-                record.write_text(json.dumps(data, indent=1) + "\n", encoding="ascii")
-
-    def _verified(self, manifest: Manifest, variants: Mapping[str, VariantRecord]) -> Manifest:
-        """The manifest with the proof of the new variants: as `verify` will repeat it."""
-        listed = {
-            path.relative_to(self.staging.path).as_posix(): record_of_file(
-                self.staging.path, path.relative_to(self.staging.path).as_posix()
-            )
-            for path in self.staging.path.rglob("*")
-            if path.is_file()
-        }
-        staged = OpenBundle(self.staging.path.resolve(), _listing(manifest, listed), b"")
-        start = verifying_start(staged, ("cpu",), self.options.threads)
-        replay(staged, start, precision=self.precision).raise_if_failed()
-        reports = verify_bundle(staged, engine_factory=start, engine_name="cpu", precision=self.precision)
-        proved = dict(variants)
-        for report in reports:
-            if report.part in variants:
-                try:
-                    report.raise_if_failed()
-                except VerificationError as error:
-                    error.fix = f"leave part {report.part!r} in float32 with --part, or take a finer precision"
-                    raise
-                proved[report.part] = replace(variants[report.part], verification=report.to_json())
-        return _with_variants(manifest, proved)
-
 
 def _over_alone(loss: Loss, budget: Mapping[BudgetKey, float]) -> bool:
     """Whether a part's own figures are over budget, whatever the tasks' are."""
@@ -545,59 +435,3 @@ def _delete(graph: QuantisedGraph) -> None:
 
 def _rows(feeds: Feeds) -> int:
     return max((len(array) for array in feeds.values() if array.ndim), default=1)
-
-
-def _listing(manifest: Manifest, files: Mapping[str, FileRecord]) -> Manifest:
-    return replace(manifest, files=files)
-
-
-def _with_variants(manifest: Manifest, variants: Mapping[str, VariantRecord]) -> Manifest:
-    """The manifest with a variant for each named part, in the place of one of the same precision, or behind all."""
-    parts = []
-    for part in manifest.parts:
-        new = variants.get(part.name)
-        if new is not None:
-            others = [variant for variant in part.variants if variant.precision != new.precision]
-            part = replace(part, variants=(*others, new))
-        parts.append(part)
-    return replace(manifest, parts=tuple(parts))
-
-
-def _accounted(found: GraphLedger, float32: GraphLedger | None, weights: Mapping[str, QuantisedFrom]) -> GraphLedger:
-    """The ledger of a quantised graph: every initializer is a weight's levels, scales or zero points, or as it was."""
-    told = {} if float32 is None else {entry.name: entry for entry in float32.initializers}
-    helpers = {
-        name: (kind, stated)
-        for stated in weights.values()
-        for name, kind in ((stated.scales, "scales"), (stated.zero_points, "zero points"))
-        if name is not None
-    }
-    entries = []
-    for entry in found.initializers:
-        if entry.name in weights:
-            stated = weights[entry.name]
-            entry = replace(_of(entry, told, stated.weight, f"quantised to {stated.bits} bits"), quantised=stated)
-        elif entry.name in helpers:
-            kind, stated = helpers[entry.name]
-            entry = _of(entry, told, stated.weight, f"{kind} of the quantised weight")
-        elif entry.name in told:
-            before = told[entry.name]
-            entry = replace(
-                entry,
-                parameters=before.parameters,
-                transformation=before.transformation,
-                checkpoint=before.checkpoint,
-                unrounded=before.unrounded,
-            )
-        else:
-            entry = replace(entry, transformation="a constant of the quantiser")
-        entries.append(entry)
-    return replace(found, initializers=tuple(entries))
-
-
-def _of(entry: LedgerEntry, told: Mapping[str, LedgerEntry], weight: str, what: str) -> LedgerEntry:
-    before = told.get(weight)
-    if before is None:
-        return replace(entry, transformation=what)
-    how = f"{before.transformation}, {what}"
-    return replace(entry, parameters=before.parameters, transformation=how, checkpoint=before.checkpoint)
