@@ -13,8 +13,10 @@ import numpy as np
 import onnx_ir as ir
 
 from vlm_export.bundle.opened import OpenBundle
+from vlm_export.graph.core.dead_code import remove_dead_code
 from vlm_export.graph.core.files import open_model
 from vlm_export.graph.core.interface import apply_signature
+from vlm_export.graph.core.names import fresh_name, names_in
 from vlm_export.graph.core.replace_uses import place_behind, replace_uses
 from vlm_export.graph.edits.compose import compose
 from vlm_export.graph.edits.io_edits import rename_tensors, set_dtype
@@ -48,7 +50,8 @@ def encoder_graph(bundle: OpenBundle, encoder: EncoderSpec, precision: str) -> C
     outputs = [value for value in model.graph.outputs if value.name == encoder.output]
     model.graph.outputs[:] = outputs
     kept = tuple(spec for spec in part.signature.outputs if spec.name == encoder.output)
-    signature = _pruned(replace(part.signature, outputs=kept, axes=part.signature.axes))
+    remove_dead_code(model)
+    signature = _pruned(replace(part.signature, outputs=kept))
 
     def records() -> Iterator[GoldenRecord]:
         for record in iterate_golden(bundle, encoder.part):
@@ -152,12 +155,11 @@ def paired(text: ConsumerGraph, image: ConsumerGraph, score: ScoreSpec) -> Consu
             # Both towers called their batch by one name.
             value.shape = value.shape if value.is_graph_output() else None
     embeds = {str(value.name): value for value in graph.outputs}
-    dtype = np.float32
     transposed = ir.node("Transpose", [embeds["image_embeds"]], {"perm": [1, 0]})
     product = ir.node("MatMul", [embeds["text_embeds"], transposed.outputs[0]])
-    factor = _constant(model, "logit_scale_factor", np.asarray(score.scale, dtype))
+    factor = _constant(model, "logit_scale_factor", np.asarray(score.scale, np.float32))
     scaled = ir.node("Mul", [product.outputs[0], factor])
-    bias = _constant(model, "logit_bias", np.asarray(score.logit_bias, dtype))
+    bias = _constant(model, "logit_bias", np.asarray(score.logit_bias, np.float32))
     by_text = ir.node("Add", [scaled.outputs[0], bias])
     by_image = ir.node("Transpose", [by_text.outputs[0]], {"perm": [1, 0]})
     graph.extend([transposed, product, scaled, by_text, by_image])
@@ -321,9 +323,7 @@ def _reduction(kind: str, model: ir.Model, value: ir.Value, axis: int, *, keepdi
 
 
 def _constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
-    number, unique = 0, name
-    while unique in model.graph.initializers:
-        number, unique = number + 1, f"{name}_{number + 1}"
+    unique = fresh_name(name, names_in(model.graph))
     value = ir.val(unique, const_value=ir.tensor(array, name=unique))
     model.graph.initializers[unique] = value
     return value
@@ -333,7 +333,7 @@ def _append(model: ir.Model, name: str, *nodes: ir.Node) -> None:
     """Puts nodes behind the only output; the last node's output takes its place and its name."""
     old = model.graph.outputs[0]
     new = nodes[-1].outputs[0]
-    old.name, new.name = f"{name}_before", name
+    old.name, new.name = fresh_name(f"{name}_before", names_in(model.graph)), name
     new.type = old.type
     model.graph.extend(nodes)
     model.graph.outputs[0] = new

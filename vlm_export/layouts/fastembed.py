@@ -1,9 +1,8 @@
 """fastembed: a folder for each encoder, with `model.onnx` in it.
 
 Facts: fastembed 0.9.1, `common/preprocessor_utils.py` and `common/onnx_model.py` (tokenizer files beside the graph;
-`input_ids`, filled up to the longest text,
-and `attention_mask` where the graph declares it; the first output) and `image/onnx_embedding.py` (the
-first input, of any name; `preprocessor_config.json`; the host normalises images).
+`input_ids`, filled up to the longest text, and `attention_mask` where the graph declares it; the first output) and
+`image/onnx_embedding.py` (the first input, of any name; `preprocessor_config.json`; the host normalises images).
 """
 
 from __future__ import annotations

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
-
-from tokenizers import Tokenizer
 
 from vlm_export.bundle import layout
 from vlm_export.bundle.ledger import GraphLedger, LedgerEntry, found_ledger, ledger_to_bytes, read_ledger
@@ -17,6 +14,7 @@ from vlm_export.bundle.manifest import PartRecord, VariantRecord
 from vlm_export.bundle.oldest_engine import oldest_onnxruntime
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.bundle.publish import Staging
+from vlm_export.bundle.strict_json import json_object_from_bytes
 from vlm_export.errors import InputError
 from vlm_export.graph.core.files import Storage, save_model
 from vlm_export.layouts.consumer_graph import ConsumerGraph, encoder_graph, filled
@@ -26,6 +24,8 @@ from vlm_export.proof.golden import write_golden
 from vlm_export.proof.recheck import judge_records
 from vlm_export.proof.report import PartReport
 from vlm_export.runtime.engines.onnxruntime import CPU
+from vlm_export.runtime.inputs.texts import read_tokenizer_file
+from vlm_export.runtime.inputs.tokenizer import bounded_tokenizer
 from vlm_export.specs import ImageSpec, TextCleaning, TextSpec
 from vlm_export.specs.tasks import EmbedSpec, ScoreSpec
 
@@ -150,14 +150,13 @@ class Packing:
         """
         graph, precision = graph.finished(), precision or self.precision
         path = self.staging.file(file)
-        save_model(graph.model, path, storage=Storage(), overwrite=False)
-        names = sorted(entry.relative_to(self.staging.path).as_posix() for entry in path.parent.glob(f"{path.name}*"))
-        data = tuple(name for name in names if name != file)
+        written = save_model(graph.model, path, storage=Storage(), overwrite=False)
+        data = tuple(entry.relative_to(self.staging.path).as_posix() for entry in written[1:])
         records = list(graph.records())
         known = next((found for found in self.parts if found.name == part), None)
         if known is None:
             write_golden(self.staging.path, part, records)
-        size = sum((self.staging.path / name).stat().st_size for name in names)
+        size = sum(entry.stat().st_size for entry in written)
         engine = verifying_engine(path, weights_bytes=size, threads=self.threads)
         # What it is made of may be quantised: then it is held to the same budget.
         manifest = self.bundle.manifest
@@ -240,14 +239,14 @@ class Packing:
         raise self.refusal("a tokenizer with a token that fills texts", f"none of the id {wanted}")
 
     def _tokenizer(self, folder: str) -> Any:
-        return Tokenizer.from_file(str(self.staging.path / folder / layout.TOKENIZER_NAME))
+        path = self.staging.path / folder / layout.TOKENIZER_NAME
+        return bounded_tokenizer(read_tokenizer_file(path), str(path))
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the bundle; an empty object where it has none."""
         if name not in self.bundle.manifest.files:
             return {}
-        data: dict[str, Any] = json.loads(self.bundle.file(name).read_text(encoding="utf-8"))
-        return data
+        return dict(json_object_from_bytes(self.bundle.file(name).read_bytes(), name))
 
     def write_json(self, name: str, data: Mapping[str, Any] | Sequence[Any]) -> None:
         """A JSON file of the package."""

@@ -86,7 +86,7 @@ def chat_template(spec: ChatSpec) -> str:
 def _check_type(packing: Packing) -> None:
     """Refuses, or tells, what follows from a config.json that no class of transformers reads."""
     contract = packing.bundle.manifest.export.contract
-    if contract is None or any(check["stage"] == "AutoConfig" for check in contract["checks"]):
+    if contract is None or any(check.get("stage") == "AutoConfig" for check in contract.get("checks", ())):
         return
     kind = packing.json(layout.CONFIG_NAME).get("model_type")
     if packing.consumer == "optimum":

@@ -89,7 +89,7 @@ def dynamic_quantiser(*, reduce_range: bool) -> Quantiser:
     return quantise
 
 
-def static_quantiser(recipe: Recipe, ranges: Mapping[str, tuple[float, float]], *, reduce_range: bool) -> Quantiser:
+def static_quantiser(ranges: Mapping[str, tuple[float, float]], *, reduce_range: bool) -> Quantiser:
     """The quantiser of `quantize_static`: QuantizeLinear and DequantizeLinear by calibrated ranges.
 
     A product's result stays in float32, for which ONNX Runtime has one kernel; a convolution's is quantised, too.

@@ -33,7 +33,7 @@ from vlm_export.precision.recipes import Recipe
 Array = npt.NDArray[Any]
 _MICROSOFT = "com.microsoft"
 _LEVELS = 127
-_FOUR_BITS = 10
+_IR_VERSION_OF_INT4 = 10
 _BLOCK_VALUES = 1 << 22
 # Models of one node are cycles of references, which hold their weights until Python's collector comes by. It counts
 # objects and not bytes, and these are few objects of many bytes.
@@ -131,7 +131,7 @@ class _Quantisation:
             self._graph.opset_imports[_MICROSOFT] = 1
         if any(node.op_type == "GatherBlockQuantized" for node in self._graph):
             # The first version of the file format that has integers of 4 bits.
-            self._model.ir_version = max(self._model.ir_version or 0, _FOUR_BITS)
+            self._model.ir_version = max(self._model.ir_version or 0, _IR_VERSION_OF_INT4)
         return Quantised(self._model, self._weights, self._kept)
 
     def _replace_product(self, node: ir.Node, weight: ir.Value) -> None:
@@ -314,7 +314,7 @@ def _quantiser(recipe: Recipe, reduce_range: bool, ranges: Mapping[str, tuple[fl
     if recipe.kind == "dynamic":
         return dynamic_quantiser(reduce_range=reduce_range)
     if recipe.kind == "static":
-        return static_quantiser(recipe, ranges, reduce_range=reduce_range)
+        return static_quantiser(ranges, reduce_range=reduce_range)
     return block_quantiser(recipe, recipe.bits)
 
 

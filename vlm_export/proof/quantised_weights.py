@@ -81,12 +81,13 @@ def check_quantised_weights(bundle: OpenBundle, part: PartRecord, variant: Varia
 def _problems(
     ledger: GraphLedger, ours: dict[str, StoredValues], theirs: dict[str, StoredValues]
 ) -> Iterator[str | None]:
-    # What is no weight in fewer bits must be the float32 graph's, to the bit, or something that a weight needs.
+    # What is no weight in fewer bits must be the float32 graph's, to the bit, whatever the ledger says that it is made
+    # of; or something that a weight needs, or that the quantiser put there.
     helpers = {name for entry in ledger.initializers for name in _helpers(entry.quantised)}
     for entry in ledger.initializers:
         if entry.quantised is not None:
             yield _farthest(entry, entry.quantised, ledger.file, ours, theirs)
-        elif entry.name not in helpers and entry.parameters:
+        elif entry.name not in helpers:
             yield _same(entry, ledger.file, ours, theirs)
 
 
