@@ -145,9 +145,17 @@ def test_a_part_that_was_not_quantised_runs_in_float32(copied: Path, demo: Path)
 
 
 def planted(
-    bundle: Path, graph: str, change: Callable[[onnx.ModelProto], None], relist: Callable[[Path], None]
+    bundle: Path,
+    graph: str,
+    change: Callable[[onnx.ModelProto], None],
+    relist: Callable[[Path], None],
+    **untold: dict[str, Any],
 ) -> None:
-    """Changes a graph and makes the ledger and the manifest agree with it, as who knows the format would."""
+    """Changes a graph and makes the ledger and the manifest agree with it, as who knows the format would.
+
+    Args:
+        untold: what the ledger says of some initializers from now on.
+    """
     path = bundle / graph
     model = onnx.load(path)
     change(model)
@@ -160,7 +168,8 @@ def planted(
     entries = []
     for entry in found.initializers:
         before = told[entry.name].to_json()
-        entries.append(type(entry).from_json({**before, "sha256": entry.sha256}, "planted"))
+        says = {**before, "sha256": entry.sha256, **untold.get(entry.name, {})}
+        entries.append(type(entry).from_json(says, "planted"))
     ledger[graph] = type(found)(graph, found.sha256, tuple(entries))
     (bundle / "ledger.json").write_bytes(ledger_to_bytes(list(ledger.values())))
     relist(bundle)
@@ -201,6 +210,24 @@ def test_one_changed_weight_is_found_also_where_every_digest_agrees(
     with pytest.raises(VerificationError, match="not those of its float32 graph") as caught:
         vlm_export.verify(bundle)
     assert "steps away" in caught.value.got
+
+
+@pytest.mark.parametrize(
+    ("tensor", "told"),
+    [
+        ("norm.weight", "norm.weight is not the float32 graph's"),
+        ("blocks.0.mlp.fc1.weight.transposed_quantized", "transposed_quantized is no weight of the float32 graph"),
+    ],
+)
+def test_a_changed_weight_that_the_ledger_calls_none_is_found(
+    quantised: Callable[[str], Path], relist: Callable[[Path], None], tmp_path: Path, tensor: str, told: str
+) -> None:
+    bundle = Path(shutil.copytree(quantised("int8"), tmp_path / "bundle"))
+    none: dict[str, Any] = {"parameters": [], "checkpoint": [], "quantised": None}
+    planted(bundle, "onnx/text_model_int8.onnx", changed(tensor, first_byte), relist, **{tensor: none})
+    with pytest.raises(VerificationError, match="not those of its float32 graph") as caught:
+        vlm_export.verify(bundle)
+    assert told in caught.value.got
 
 
 def test_a_changed_weight_is_found_by_its_digest(

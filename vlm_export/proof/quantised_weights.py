@@ -28,6 +28,8 @@ _ROUNDING = 1e-3
 # The end of the range: what lies beyond by up to a step is cut, as symmetric quantisation of 4 bits does.
 _AT_END = 1.0
 _BLOCK_VALUES = 1 << 22
+# What a quantiser adds to a graph beside its weights has at most so many values.
+_FEW = 16
 _FLOAT = 1
 _SIGNED, _UNSIGNED, _SIGNED4, _UNSIGNED4, _SIGNED32 = 3, 2, 22, 21, 6
 _DTYPES: Mapping[int, npt.DTypeLike] = {
@@ -97,7 +99,8 @@ def _helpers(stated: QuantisedFrom | None) -> Sequence[str]:
 
 def _same(entry: LedgerEntry, graph: str, ours: dict[str, StoredValues], theirs: dict[str, StoredValues]) -> str | None:
     if entry.name not in theirs:
-        return None
+        # Steps and zeros of activations are single numbers.
+        return None if prod(entry.shape) <= _FEW else f"{entry.name} is no weight of the float32 graph"
     left, right = required(ours, entry.name, graph), theirs[entry.name]
     if left.shape != right.shape or left.data_type != right.data_type:
         return f"{entry.name} has another type or shape"
