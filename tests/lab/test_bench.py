@@ -30,7 +30,7 @@ def result_of(times: dict[Side, list[float]], cosines: Mapping[Side, float | Non
     load = Load("vision", 4, None)
     measured = tuple(Measured(side, load, tuple(seconds)) for side, seconds in times.items())
     costs = tuple(Cost(side, "vision", 1.0, 1, 1, 1, cosine) for side, cosine in cosines.items())
-    return BenchResult("a bundle", BenchOptions(**options), measured, costs)
+    return BenchResult("a bundle", ("embed",), BenchOptions(**options), measured, costs)
 
 
 def test_rounds_begin_with_another_side_each() -> None:

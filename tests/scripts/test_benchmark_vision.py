@@ -88,6 +88,7 @@ def test_the_page_names_the_fastest_within_the_bound(scripts: Any) -> None:
     load = Load("vision", 4, None)
     found = BenchResult(
         "bundle",
+        ("embed",),
         BenchOptions(),
         tuple(Measured(side, load, (seconds,)) for side, (seconds, _) in speeds.items()),
         tuple(Cost(side, "vision", 1.0, 1 << 20, 1, 1, 1 - lost) for side, (_, lost) in speeds.items()),

@@ -75,9 +75,10 @@ def bench(
                 if processes:
                     measured += bench_of_part.measured(processes)
                     costs += bench_of_part.costs(processes)
+    tasks = tuple(str(task.kind) for task in opened.manifest.tasks)
     if not measured:
         raise InputError("nothing could be measured", where=str(bundle), got="; ".join(not_run))
-    return BenchResult(str(bundle), options, tuple(measured), tuple(costs), tuple(not_run))
+    return BenchResult(str(bundle), tasks, options, tuple(measured), tuple(costs), tuple(not_run))
 
 
 class _PartBench:

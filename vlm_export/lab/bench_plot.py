@@ -7,19 +7,20 @@ from vlm_export.lab.plots import Mark, mark_plot, stacked
 
 
 def bench_plot(found: BenchResult) -> str:
-    """One SVG document: for each load the loss of each side against its time, and where several numbers of threads were
-    measured, its throughput against them."""
+    """One SVG document: for each load the loss of each side against its time, where it is known, and where several
+    numbers of threads were measured, its throughput against them."""
     drawn = []
     for load in found.loads:
         runs = found.on(load)
-        drawn.append(mark_plot(f"{load.label}: 1 - cosine against ms of a run", [_lost(found, one) for one in runs]))
+        lost = [mark for one in runs if (mark := _lost(found, one)) is not None]
+        drawn.append(mark_plot(f"{load.label}: 1 - cosine against ms of a run", lost))
         if len({one.side.threads for one in runs}) > 1:
             marks = [Mark(one.side.name, one.side.threads, one.rows_per_second) for one in runs]
             drawn.append(mark_plot(f"{load.label}: rows per second against threads", marks, joined=True))
     return stacked(drawn)
 
 
-def _lost(found: BenchResult, one: Measured) -> Mark:
-    cosines = [cost.cosine for cost in found.costs if (cost.side, cost.part) == (one.side, one.load.part)]
-    cosine = cosines[0] if cosines else None
-    return Mark(one.side.label, 1000 * one.spread.median, 0.0 if cosine is None else max(0.0, 1 - cosine))
+def _lost(found: BenchResult, one: Measured) -> Mark | None:
+    """None where nothing tells what the side loses."""
+    (cosine,) = (cost.cosine for cost in found.costs if (cost.side, cost.part) == (one.side, one.load.part))
+    return None if cosine is None else Mark(one.side.label, 1000 * one.spread.median, max(0.0, 1 - cosine))

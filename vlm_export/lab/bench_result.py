@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import exp, log
 from typing import Any
@@ -11,6 +12,16 @@ from vlm_export.lab.bench_plan import BenchOptions, Load, Side
 from vlm_export.lab.timing import Spread, ratios
 from vlm_export.proof.metrics import json_number
 from vlm_export.runtime.engines.choice import ONNXRUNTIME
+
+_VERBS: Mapping[str, tuple[str, ...]] = {
+    "embed": ("embed", "INPUT"),
+    "features": ("embed", "INPUT"),
+    "caption": ("caption", "IMAGE"),
+    "answer": ("ask", "IMAGE", "QUESTION"),
+    "chat": ("ask", "IMAGE", "QUESTION"),
+    "match": ("match", "IMAGE", "TEXT"),
+}
+"""Kind of task → the verb that does it, and what stands behind the bundle."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +84,15 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """All that was measured; `not_run` says what was not, and why."""
+    """All that was measured.
+
+    Attributes:
+        tasks: kinds of what the bundle can do.
+        not_run: what was not measured, and why.
+    """
 
     bundle: str
+    tasks: tuple[str, ...]
     options: BenchOptions
     measured: tuple[Measured, ...]
     costs: tuple[Cost, ...]
@@ -106,12 +123,22 @@ class BenchResult:
                 continue
             speed = exp(sum(log(self.speed(one).median) for one in runs) / len(runs))
             if best is None or speed > best.speed:
-                best = Recommendation(side, speed, *_written(self.bundle, side))
+                best = Recommendation(side, speed, *self._written(side))
         return best
 
     def _within_bound(self, side: Side) -> bool:
         cosines = [cost.cosine for cost in self.costs if cost.side == side]
         return all(cosine is not None and cosine >= self.options.least_cosine for cosine in cosines)
+
+    def _written(self, side: Side) -> tuple[str, str]:
+        """What opens that side, and the command of the first task that the bundle has."""
+        engine = [] if side.engine == ONNXRUNTIME else [f"engine={side.engine!r}"]
+        words = [repr(self.bundle), *engine, f"precision={side.precision!r}", f"threads={side.threads}"]
+        options = [] if side.engine == ONNXRUNTIME else ["--engine", side.engine]
+        options += ["--precision", side.precision, "--threads", str(side.threads)]
+        verb = next(verb for task, verb in _VERBS.items() if task in self.tasks or not self.tasks)
+        command = [verb[0], self.bundle, *verb[1:], *options]
+        return f"vlm_export.load({', '.join(words)})", shlex.join(["vlm-export", *command])
 
     def to_json(self) -> dict[str, Any]:
         """What `bench --json` prints."""
@@ -122,9 +149,7 @@ class BenchResult:
             "measured": [self._measured_json(one) for one in self.measured],
             "costs": [_cost_json(cost) for cost in self.costs],
             "least_cosine": self.options.least_cosine,
-            "recommended": None
-            if best is None
-            else {**best.side.to_json(), "call": best.call, "command": best.command},
+            "recommended": None if best is None else best.to_json(),
             "not_run": list(self.not_run),
         }
 
@@ -144,11 +169,3 @@ class BenchResult:
 def _cost_json(cost: Cost) -> dict[str, Any]:
     data = {name: json_number(value) for name, value in vars(cost).items() if name != "side"}
     return {**cost.side.to_json(), **data}
-
-
-def _written(bundle: str, side: Side) -> tuple[str, str]:
-    engine = [] if side.engine == ONNXRUNTIME else [f"engine={side.engine!r}"]
-    words = [repr(bundle), *engine, f"precision={side.precision!r}", f"threads={side.threads}"]
-    options = [] if side.engine == ONNXRUNTIME else ["--engine", side.engine]
-    options += ["--precision", side.precision, "--threads", str(side.threads)]
-    return f"vlm_export.load({', '.join(words)})", shlex.join(["vlm-export", "embed", bundle, "INPUT", *options])

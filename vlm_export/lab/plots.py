@@ -239,9 +239,7 @@ def mark_plot(title: str, marks: Sequence[Mark], *, joined: bool = False) -> str
 
 def stacked(plots: Sequence[str]) -> str:
     """One SVG document with all of them, one below the other."""
-    sizes = [
-        tuple(map(int, re.findall(r"\d+", plot.partition('viewBox="0 0 ')[2].partition('"')[0]))) for plot in plots
-    ]
+    sizes = [_size_of(plot) for plot in plots]
     height, parts = 0, []
     for plot, (width, own) in zip(plots, sizes, strict=True):
         parts.append(plot.replace("<svg ", f'<svg y="{height}" width="{width}" height="{own}" ', 1).rstrip())
