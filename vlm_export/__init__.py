@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from vlm_export.api import VerificationResult, export, verify
+    from vlm_export.api import ExportedPackage, VerificationResult, export, export_package, verify
     from vlm_export.exporting.pipeline import ExportResult
     from vlm_export.lab.bench import bench
     from vlm_export.lab.bisect import bisect
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vlm_export.runtime.model import Model
 
 _HOMES = {
+    "ExportedPackage": "vlm_export.api",
     "ExportResult": "vlm_export.exporting.pipeline",
     "Model": "vlm_export.runtime.model",
     "QuantizeResult": "vlm_export.quantizing.result",
@@ -35,6 +36,7 @@ _HOMES = {
     "diff": "vlm_export.lab.diff",
     "doctor": "vlm_export.lab.doctor",
     "export": "vlm_export.api",
+    "export_package": "vlm_export.api",
     "load": "vlm_export.runtime.load",
     "package": "vlm_export.layouts.package",
     "quantize": "vlm_export.quantizing.pipeline",
@@ -45,6 +47,7 @@ _HOMES = {
 }
 __all__ = [
     "ExportResult",
+    "ExportedPackage",
     "Model",
     "QuantizeResult",
     "VerificationResult",
@@ -55,6 +58,7 @@ __all__ = [
     "diff",
     "doctor",
     "export",
+    "export_package",
     "load",
     "package",
     "quantize",

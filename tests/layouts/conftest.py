@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import vlm_export
 from vlm_export.layouts.package import package
+
+
+@pytest.fixture(scope="session")
+def demo_from_uint8(shared_bundle: Callable[..., Path]) -> Path:
+    """The demo checkpoint with its preprocessing in a graph too, float32; tests must not change it."""
+
+    def export(target: Path) -> None:
+        options: dict[str, Any] = {"exporter": "torchscript", "opset": 18, "threads": 1, "with_preprocessing": True}
+        vlm_export.export("clip-demo", target, **options)
+
+    return shared_bundle("clip-demo-from-uint8", export)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -144,26 +143,6 @@ def test_fastembed(packaged: Packaged, model: Any, pixels: np.ndarray) -> None:
     assert (folder / "image" / "preprocessor_config.json").is_file()
     run = session(folder / "image" / "model.onnx")
     assert_rows(run.run(None, {"pixel_values": pixels})[0], model.encode_image(IMAGES), of_unit_length=False)
-
-
-def test_triton(packaged: Packaged) -> None:
-    """Every input and output of the configuration is the graph's, without its first axis, which is the batch."""
-    types = {"TYPE_FP32": onnx.TensorProto.FLOAT, "TYPE_INT64": onnx.TensorProto.INT64}
-    repository = packaged("triton") / "models"
-    assert sorted(path.name for path in repository.iterdir()) == ["text", "vision"]
-    for folder in repository.iterdir():
-        text = (folder / "config.pbtxt").read_text(encoding="utf-8")
-        assert f'name: "{folder.name}"\nbackend: "onnxruntime"\nmax_batch_size: 64\n' in text
-        stated = re.findall(r'name: "(\w+)", data_type: (\w+), dims: \[ (.*?) \]', text)
-        graph = onnx.load(folder / "1" / "model.onnx").graph
-        values = [*graph.input, *graph.output]
-        assert [name for name, _, _ in stated] == [value.name for value in values]
-        for (_, dtype, dims), value in zip(stated, values, strict=True):
-            kind = value.type.tensor_type
-            sizes = [dim.dim_value or -1 for dim in kind.shape.dim]
-            assert types[dtype] == kind.elem_type
-            assert sizes[0] == -1
-            assert [int(size) for size in dims.split(", ")] == sizes[1:]
 
 
 def test_a_variant_is_packaged(demo: Path, tmp_path: Path, model: Any, pixels: np.ndarray) -> None:

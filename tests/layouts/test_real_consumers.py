@@ -43,11 +43,13 @@ PYTHON = {
         "sentence-transformers==5.7.0",
         "torchvision",
     ),
+    "triton": ("tritonclient[grpc]==2.73.0",),
 }
 NODE = "@huggingface/transformers@4.3.2"
 MODELS = ("clip", "siglip", "siglip2")
 TEXTS = ["red circle", "a photo of a blue square", "two dogs and one cat on the mat"]
 COSINE, PROBABILITY = 0.9999, 1e-4
+NOTHING_ASKED: dict[str, Any] = {"texts": [], "images": [], "dim": 0}
 
 FASTEMBED = """
 import numpy, sys
@@ -86,13 +88,23 @@ SENTENCES = """
 from sentence_transformers import SentenceTransformer
 answer = {"texts": SentenceTransformer(folder, backend="onnx", device="cpu").encode(texts)}
 """
+TRITON = """
+from pathlib import Path
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.text_format import Parse
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+answer = {}
+for path in Path(folder, "models").glob("*/config.pbtxt"):
+    answer[path.parent.name] = MessageToDict(Parse(path.read_text(), ModelConfig()), preserving_proto_field_name=True)
+"""
 PYTHON_FRAME = """
 import json, sys
 import numpy
 asked = json.load(open(sys.argv[1]))
 folder, texts, images, dim = (asked[key] for key in ("folder", "texts", "images", "dim"))
 {body}
-json.dump({{key: numpy.asarray(value).tolist() for key, value in answer.items()}}, open(sys.argv[2], "w"))
+plain = {{key: value if isinstance(value, dict) else numpy.asarray(value).tolist() for key, value in answer.items()}}
+json.dump(plain, open(sys.argv[2], "w"))
 """
 TRANSFORMERS_JS = """
 import fs from 'fs';
@@ -359,3 +371,31 @@ def test_sentence_transformers(asked: Any, in_python: Any, figures: Any, name: s
     texts = cosines(got["texts"], at.texts)
     figures[name, "sentence-transformers 5.7, ONNX back end"] = f"texts: from {texts.min():.6f}"
     assert texts.min() >= COSINE
+
+
+def test_triton(demo_from_uint8: Path, in_python: Any, tmp_path: Path) -> None:
+    """Its own protobuf reads the configurations; the ensemble's steps fit together as its checks want. No server."""
+    package(demo_from_uint8, tmp_path / "out", "triton", threads=1)
+    configs = {
+        name: dict(config.tolist())
+        for name, config in in_python("triton", TRITON, {"folder": str(tmp_path / "out"), **NOTHING_ASKED}).items()
+    }
+    assert {name: config["name"] for name, config in configs.items()} == {name: name for name in configs}
+    assert configs["vision"]["max_batch_size"] == configs["text"]["max_batch_size"] == 64
+    assert configs["vision"]["dynamic_batching"] == {"max_queue_delay_microseconds": "2000"}
+    ensemble = configs["vision_from_uint8"]
+    assert ensemble["platform"] == "ensemble"
+    known = {entry["name"]: full_dims(ensemble, entry) for entry in ensemble["input"]}
+    for step in ensemble["ensemble_scheduling"]["step"]:
+        model = configs[step["model_name"]]
+        for entry in model["input"]:
+            assert known[step["input_map"][entry["name"]]] == full_dims(model, entry)
+        for entry in model["output"]:
+            known[step["output_map"][entry["name"]]] = full_dims(model, entry)
+    for entry in ensemble["output"]:
+        assert known[entry["name"]] == full_dims(ensemble, entry)
+
+
+def full_dims(config: Mapping[str, Any], entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """Type and dims with the batch, as Triton compares them."""
+    return (entry["data_type"], *(["-1"] if config.get("max_batch_size") else []), *entry["dims"])

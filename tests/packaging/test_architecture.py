@@ -61,7 +61,7 @@ ROOMS: dict[str, set[str]] = {
         *("graph.passes", "precision", "checkpoint", "models", "proof", "exporting.stages"),
     },
     "layouts": {"specs", "bundle", "runtime.engines", "runtime.inputs", "graph.core", "graph.edits", "proof"},
-    "api": {"specs", "bundle", "checkpoint", "family", "proof", "exporting", "exporting.stages"},
+    "api": {"specs", "bundle", "checkpoint", "family", "proof", "exporting", "exporting.stages", "layouts"},
     "lab": {
         *("specs", "bundle", "runtime.engines", "runtime.inputs", "runtime.session", "runtime.model"),
         *("graph.core", "graph.look", "graph.passes", "graph.prove", "precision", "proof", "api"),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_export.cli.common import add_common_options
 from vlm_export.cli.output import print_json, print_line, print_table, terminal_width
 from vlm_export.text_display import size_text
+
+if TYPE_CHECKING:
+    from vlm_export.layouts.package import Package
 
 NAMES = (
     "transformers.js",
@@ -20,6 +23,7 @@ NAMES = (
     "clip-as-service",
     "sentence-transformers",
     "triton",
+    "openvino",
 )
 
 
@@ -55,7 +59,13 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.json:
         print_json(made.to_json())
-        return 0
+    else:
+        print_package(args.output, made)
+    return 0
+
+
+def print_package(output: str | Path, made: Package) -> None:
+    """The graphs of a package, what its consumer does differently, and its size."""
     rows = []
     for part in made.manifest.parts:
         signature, variant = part.signature, part.variants[0]
@@ -66,5 +76,5 @@ def run(args: argparse.Namespace) -> int:
     for note in made.notes:
         print_line(f"note: {note}")
     total = sum(file.size_bytes for file in made.manifest.files.values())
-    print_line(f"packaged for {args.consumer}: {args.output} ({len(made.manifest.files)} files, {size_text(total)})")
-    return 0
+    consumer = made.manifest.export.packaged_for
+    print_line(f"packaged for {consumer}: {output} ({len(made.manifest.files)} files, {size_text(total)})")

@@ -11,7 +11,16 @@ from vlm_export.bundle.manifest import Manifest
 from vlm_export.bundle.opened import open_bundle
 from vlm_export.bundle.publish import publication
 from vlm_export.errors import UsageError, suggestion
-from vlm_export.layouts import fastembed, immich, sentence_transformers, split_pair, transformers_js, triton, typesense
+from vlm_export.layouts import (
+    fastembed,
+    immich,
+    openvino,
+    sentence_transformers,
+    split_pair,
+    transformers_js,
+    triton,
+    typesense,
+)
 from vlm_export.layouts.packing import Packing
 from vlm_export.proof.contract_record import write_record_again
 from vlm_export.proof.declared import declared
@@ -41,6 +50,7 @@ CONSUMERS: Mapping[str, Consumer] = {
     "clip-as-service": Consumer(split_pair.lay_out_with_mask),
     "sentence-transformers": Consumer(sentence_transformers.lay_out),
     "triton": Consumer(triton.lay_out),
+    "openvino": Consumer(openvino.lay_out, is_bundle=True),
 }
 
 
@@ -91,14 +101,8 @@ def package(
         InputError: no bundle, a damaged one, or one that the consumer cannot use.
         VerificationError: a graph does not compute what the original computed; nothing is published.
     """
-    if consumer not in CONSUMERS:
-        raise UsageError(
-            f"there is no layout for {consumer!r}",
-            expected=", ".join(CONSUMERS),
-            fix=suggestion(consumer, sorted(CONSUMERS)),
-        )
+    chosen = known_consumer(consumer)
     bundle = open_bundle(path)
-    chosen = CONSUMERS[consumer]
     with publication(Path(target), overwrite=overwrite) as staging:
         packing = Packing(bundle, staging, consumer, precision or bundle.manifest.default_precision(), threads)
         chosen.lay_out(packing)
@@ -108,6 +112,17 @@ def package(
             write_record_again(bundle, staging.path, declared(manifest))
         manifest = staging.commit(manifest)
     return Package(manifest, tuple(packing.reports), tuple(packing.notes))
+
+
+def known_consumer(name: str) -> Consumer:
+    """The consumer of that name; UsageError, with the nearest name, where there is none."""
+    if name not in CONSUMERS:
+        raise UsageError(
+            f"there is no layout for {name!r}",
+            expected=", ".join(CONSUMERS),
+            fix=suggestion(name, sorted(CONSUMERS)),
+        )
+    return CONSUMERS[name]
 
 
 def _manifest(packing: Packing, name: str, consumer: Consumer) -> Manifest:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vlm_export.bundle import layout
-from vlm_export.bundle.manifest import MANIFEST_NAME
 from vlm_export.layouts.consumer_graph import ConsumerGraph, also_named, in_order, paired
 from vlm_export.layouts.packing import Packing
 from vlm_export.runtime.inputs.chat_prompt import PromptForm
@@ -43,9 +42,7 @@ def lay_out_for_dtypes(packing: Packing) -> None:
 
 def lay_out(packing: Packing) -> None:
     """The bundle's own files, the combined graph where the bundle scores texts against images, and its config."""
-    for name in packing.bundle.manifest.files:
-        if not name.startswith(("onnx/", "golden/")) and name not in (MANIFEST_NAME, layout.LEDGER_NAME):
-            packing.copy({name: name})
+    packing.copy_side_files()
     task = packing.bundle.manifest.task(EmbedSpec)
     score = None if task is None else task.score
     towers = _towers(packing) if score is not None and score.activation == "sigmoid" else {}

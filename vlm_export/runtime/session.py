@@ -13,7 +13,7 @@ from vlm_export.bundle.layout import TOKENIZER_NAME
 from vlm_export.bundle.manifest import Manifest
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError
-from vlm_export.runtime.engines.choice import ONNXRUNTIME, EngineName, chosen_precision, engine_choice
+from vlm_export.runtime.engines.choice import EngineName, chosen_precision, engine_choice, own_engine
 from vlm_export.runtime.engines.onnxruntime import Array, Engine, run_in_float32
 from vlm_export.runtime.inputs.images import MAX_PIXELS
 from vlm_export.runtime.inputs.texts import Tokenizer
@@ -39,7 +39,7 @@ class Session:
         bundle: OpenBundle,
         *,
         precision: str | None = None,
-        engine: EngineName = ONNXRUNTIME,
+        engine: EngineName | None = None,
         providers: str | Sequence[str] | None = None,
         threads: int | None = None,
         max_pixels: int = MAX_PIXELS,
@@ -48,7 +48,7 @@ class Session:
         chosen = chosen_precision(bundle.manifest, precision)
         self.precision, self.precision_text = chosen.variant, str(chosen)
         self.max_pixels = max_pixels
-        self._choice = engine_choice(engine, providers, threads, in_bf16=chosen.in_bf16)
+        self._choice = engine_choice(engine or own_engine(bundle.manifest), providers, threads, in_bf16=chosen.in_bf16)
         self._engines: dict[str, Engine] = {}
         self._tokenizers: dict[int, Tokenizer] = {}
         self._opening = Lock()

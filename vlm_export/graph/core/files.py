@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from vlm_export.bundle.environment import check_free_space, environment_errors
+from vlm_export.bundle.openvino_ir import is_ir
 from vlm_export.bundle.staging import Staged, finish_commits, staging
 from vlm_export.errors import EnvironmentFailure, GraphError, UsageError, VlmExportError
 from vlm_export.graph.core.file_checks import attribute_protos, check_proto, graph_protos, tensor_protos
@@ -65,6 +66,9 @@ def open_model(path: Path | str) -> ir.Model:
     if not path.is_file():
         what = "is a directory" if path.is_dir() else "does not exist"
         raise GraphError(f"the model {what}", where=str(path), expected="a file in ONNX's binary format")
+    if is_ir(path):
+        fix = "name the graph, or the bundle, that it was made from"
+        raise GraphError("the graph is OpenVINO's own form, not ONNX", where=str(path), fix=fix)
     with environment_errors("reading the model", None):
         proto = _read_proto(path)
     check_proto(proto, path)
