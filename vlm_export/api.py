@@ -110,14 +110,20 @@ class ExportedPackage:
 
 
 def export_package(
-    source: str | Path, target: str | Path, consumer: str, *, progress: Progress | None = None, **options: Any
+    source: str | Path,
+    target: str | Path,
+    consumer: str,
+    *,
+    progress: Progress | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+    **options: Any,
 ) -> ExportedPackage:
     """Exports a checkpoint and packages the bundle for a consumer; the bundle itself is not kept.
 
     Args:
         source, progress, options: as in `export`.
         target: the directory that the package becomes.
-        consumer: as in `vlm_export.package`.
+        consumer, tell: as in `vlm_export.package`.
 
     Raises:
         VlmExportError: as `export` and `vlm_export.package`; nothing is left behind.
@@ -135,7 +141,8 @@ def export_package(
         bundle = Path(folder) / Path(target).absolute().name
         exported = export(source, bundle, progress=progress, **options)
         threads = options.get("threads")
-        return ExportedPackage(exported, package(bundle, target, consumer, overwrite=overwrite, threads=threads))
+        made = package(bundle, target, consumer, overwrite=overwrite, threads=threads, tell=tell)
+    return ExportedPackage(exported, made)
 
 
 def export_options(options: Mapping[str, Any]) -> ExportOptions:

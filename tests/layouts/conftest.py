@@ -14,11 +14,12 @@ from vlm_export.layouts.package import package
 
 @pytest.fixture(scope="session")
 def demo_from_uint8(shared_bundle: Callable[..., Path]) -> Path:
-    """The demo checkpoint with its preprocessing in a graph too, float32; tests must not change it."""
+    """The demo checkpoint with its preprocessing in a graph too, and its weights beside the graphs, float32; tests must
+    not change it."""
 
     def export(target: Path) -> None:
-        options: dict[str, Any] = {"exporter": "torchscript", "opset": 18, "threads": 1, "with_preprocessing": True}
-        vlm_export.export("clip-demo", target, **options)
+        options: dict[str, Any] = {"exporter": "torchscript", "opset": 18, "threads": 1}
+        vlm_export.export("clip-demo", target, with_preprocessing=True, external_data_threshold_bytes=0, **options)
 
     return shared_bundle("clip-demo-from-uint8", export)
 

@@ -78,7 +78,9 @@ def test_changed_constants_fail(packaged: Packaged, tmp_path: Path, relist: Call
     assert "token_embedding.weight" in error.value.got
 
 
-@pytest.mark.parametrize("precision", ["int8", "int8-static", "w8a16", "int4"])
+@pytest.mark.parametrize(
+    "precision", ["int4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "int8-static", "w8a16"))]
+)
 def test_quantised_graphs_keep_their_budget(demo: Path, tmp_path: Path, precision: str) -> None:
     """OpenVINO takes ONNX Runtime's operators of fewer bits apart into its own."""
     vlm_export.quantize(demo, precision, output=tmp_path / "fewer", threads=1)
@@ -106,7 +108,7 @@ def test_without_openvino(
         package(demo, tmp_path / "out", "openvino")
     assert "openvino" in error.value.fix
     assert main(["verify", str(path), "--quiet", "--json"]) == EnvironmentFailure.exit_status
-    assert json.loads(capsys.readouterr().out)["error"] == "OpenVINO is not installed"
+    assert "OpenVINO is not installed" in json.dumps(json.loads(capsys.readouterr().out))
     assert list(tmp_path.iterdir()) == []
 
 

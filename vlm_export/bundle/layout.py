@@ -147,7 +147,11 @@ def hub_config(config: Mapping[str, Any], variants: Iterable[VariantRecord]) -> 
     Raises:
         InputError: the config has a `transformers.js_config` that is no object.
     """
-    chunks = {variant.file.rpartition("/")[2]: len(variant.external_data) for variant in variants}
+    # By the names that it looks for; what a graph shares with another lies in that one's file.
+    chunks = {
+        variant.file.rpartition("/")[2]: sum(name.startswith(f"{variant.file}_data") for name in variant.external_data)
+        for variant in variants
+    }
     external = {name: count for name, count in sorted(chunks.items()) if count}
     result = {key: value for key, value in config.items() if key != "transformers.js_config"}
     stated = config.get("transformers.js_config") or {}

@@ -108,7 +108,12 @@ def run(args: argparse.Namespace) -> int:
     print_warnings([note for note in [hidden_name(args.source)] if note])
     progress = None if args.quiet else StagePrinter()
     if args.consumer is not None:
-        both = export_package(args.source, args.output, args.consumer, progress=progress, **_options(args))
+        both = export_package(
+            *(args.source, args.output, args.consumer),
+            progress=progress,
+            tell=lambda sentence: print_warnings([sentence]),
+            **_options(args),
+        )
         print_warnings(both.export.manifest.export.warnings)
         if args.json:
             print_json({"package": args.output, **both.to_json()})

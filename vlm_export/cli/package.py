@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_export.cli.common import add_common_options
-from vlm_export.cli.output import print_json, print_line, print_table, terminal_width
+from vlm_export.cli.output import print_json, print_line, print_table, print_warnings, terminal_width
 from vlm_export.text_display import size_text
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         precision=args.precision,
         overwrite=args.overwrite,
         threads=args.threads,
+        tell=lambda sentence: print_warnings([sentence]),
     )
     if args.json:
         print_json(made.to_json())

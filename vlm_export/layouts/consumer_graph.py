@@ -136,6 +136,33 @@ def with_mask(graph: ConsumerGraph, ids: str, mask: str = "attention_mask") -> C
     )
 
 
+def masked_by_padding(graph: ConsumerGraph, ids: str, pad: int, mask: str = "attention_mask") -> ConsumerGraph:
+    """Without the mask among the inputs: what has the id of the padding is padding.
+
+    Records whose texts have that id among their own tokens are left out.
+    """
+    (spec,) = (spec for spec in graph.signature.inputs if spec.name == mask)
+    values = {str(value.name): value for value in graph.model.graph.inputs}
+    of_ids = next(entry for entry in graph.signature.inputs if entry.name == ids)
+    same = ir.node("Equal", [values[ids], _constant(graph.model, "pad_id", np.asarray(pad, of_ids.dtype))])
+    other = ir.node("Not", [same.outputs[0]])
+    cast = ir.node("Cast", [other.outputs[0]], {"to": int(ir.DataType.from_numpy(np.dtype(spec.dtype)))})
+    cast.outputs[0].type, cast.outputs[0].shape = values[mask].type, values[mask].shape
+    replace_uses(values[mask], cast.outputs[0])
+    graph.model.graph.inputs[:] = [value for value in graph.model.graph.inputs if value is not values[mask]]
+    for node in (cast, other, same):
+        place_behind(None, graph.model.graph, node)
+    inputs = tuple(entry for entry in graph.signature.inputs if entry is not spec)
+
+    def records() -> Iterator[GoldenRecord]:
+        for record in graph.records():
+            own, seen = record.inputs[ids], record.inputs[mask] != 0
+            if not (own[seen] == pad).any():
+                yield GoldenRecord({ids: np.where(seen, own, own.dtype.type(pad))}, record.outputs)
+
+    return ConsumerGraph(graph.model, replace(graph.signature, inputs=inputs), records)
+
+
 def paired(text: ConsumerGraph, image: ConsumerGraph, score: ScoreSpec) -> ConsumerGraph:
     """Both encoders in one graph with batches of their own, as transformers' CLIPModel answers.
 

@@ -85,6 +85,7 @@ def package(
     precision: str | None = None,
     overwrite: bool = False,
     threads: int | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Package:
     """Writes a bundle as a consumer loads it, every graph proved by the bundle's golden records.
 
@@ -95,6 +96,7 @@ def package(
         precision: the variant of the graphs that are made; None for the default of `load`.
         overwrite: replace a package or bundle.
         threads: of the engine that proves; None for as many as there are cores.
+        tell: called before something large is written that the bundle has already, with a sentence and its size.
 
     Raises:
         UsageError: an unknown consumer or variant, or a directory that is there.
@@ -104,7 +106,8 @@ def package(
     chosen = known_consumer(consumer)
     bundle = open_bundle(path)
     with publication(Path(target), overwrite=overwrite) as staging:
-        packing = Packing(bundle, staging, consumer, precision or bundle.manifest.default_precision(), threads)
+        chosen_precision = precision or bundle.manifest.default_precision()
+        packing = Packing(bundle, staging, consumer, chosen_precision, threads, tell=tell)
         chosen.lay_out(packing)
         packing.write_ledger()
         manifest = _manifest(packing, Path(target).name, chosen)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from vlm_export.graph.core.dead_code import remove_dead_code
 from vlm_export.graph.core.files import open_model
-from vlm_export.layouts.consumer_graph import ConsumerGraph, renamed
+from vlm_export.layouts.consumer_graph import ConsumerGraph, encoder_graph, renamed
 from vlm_export.layouts.packing import Packing
 from vlm_export.proof.gates import PIXELS_FROM_UINT8
 from vlm_export.proof.golden import GoldenRecord, iterate_golden
@@ -42,17 +42,15 @@ _ENSEMBLE_VERSION = "An ensemble has a folder for its version, and no file of it
 def lay_out(packing: Packing) -> None:
     """A model for each encoder that the bundle has, and where it prepares images in a graph, an ensemble of both."""
     task = packing.embed
-    for name, encoder, graph in (("vision", task.image, packing.image), ("text", task.text, packing.text)):
-        if encoder is not None:
-            found = graph()
-            pixels = None
-            if name == "vision":
-                pixels = _pixels_graph(packing, found)
-            _add_model(packing, name, found)
-            if pixels is not None:
-                _add_model(packing, PIXELS_FROM_UINT8, pixels, _FLOAT32, batched=False)
-                _add_ensemble(packing, pixels.signature, found.signature)
+    if task.image is not None:
+        vision = encoder_graph(packing.bundle, task.image, packing.precision)
+        pixels = _pixels_graph(packing, vision)
+        _add_model(packing, "vision", vision)
+        if pixels is not None:
+            _add_model(packing, PIXELS_FROM_UINT8, pixels, _FLOAT32, batched=False)
+            _add_ensemble(packing, pixels.signature, vision.signature)
     if task.text is not None:
+        _add_model(packing, "text", encoder_graph(packing.bundle, task.text, packing.precision))
         packing.copy_tokenizer()
     packing.notes.append("the configuration was not tried with a Triton server")
 
