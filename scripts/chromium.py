@@ -202,13 +202,13 @@ def chromium(executable: str) -> Iterator[Chromium]:
     """A browser with a profile of its own, which is gone afterwards."""
     inward, outward = os.pipe(), os.pipe()
     with TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        # The shell puts the pipes' ends where the browser looks for them, whatever their numbers are here.
+        # bash puts the ends of the pipes where the browser looks for them; a plain sh knows one digit of a descriptor.
         process = subprocess.Popen(
             [
-                "/bin/sh",
+                "bash",
                 "-c",
                 f'exec "$@" 3<&{inward[0]} 4>&{outward[1]}',
-                "sh",
+                "bash",
                 executable,
                 *_OPTIONS,
                 f"--user-data-dir={profile}",
