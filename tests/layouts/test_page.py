@@ -172,7 +172,7 @@ class Open:
             f"document.getElementById('query').value = {json.dumps(text)};"
             " document.getElementById('search').requestSubmit()"
         )
-        self.tab.wait("document.querySelectorAll('.cosine').length > 0")
+        self.tab.wait(f"document.getElementById('results').dataset.query === {json.dumps(text)}")
         names: list[str] = self.tab.evaluate("[...document.querySelectorAll('.name')].map((name) => name.textContent)")
         return names
 

@@ -103,6 +103,7 @@ async function search() {
     if (number !== newest) return;
     forgetPictures(at("results"));
     at("results").replaceChildren(...found.slice(0, SHOWN_FIRST).map(card));
+    at("results").dataset.query = text;
     at("messages").replaceChildren(...[...at("messages").children].filter((item) => !item.dataset.search));
     count(found.length);
   } catch (error) {
