@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vlm_export.lab.regress import regress
     from vlm_export.lab.report.collect import report
     from vlm_export.layouts.package import package
+    from vlm_export.layouts.page import page
     from vlm_export.quantizing.pipeline import quantize
     from vlm_export.quantizing.result import QuantizeResult
     from vlm_export.runtime.load import load
@@ -39,6 +40,7 @@ _HOMES = {
     "export_package": "vlm_export.api",
     "load": "vlm_export.runtime.load",
     "package": "vlm_export.layouts.package",
+    "page": "vlm_export.layouts.page",
     "quantize": "vlm_export.quantizing.pipeline",
     "ranges": "vlm_export.lab.ranges",
     "regress": "vlm_export.lab.regress",
@@ -61,6 +63,7 @@ __all__ = [
     "export_package",
     "load",
     "package",
+    "page",
     "quantize",
     "ranges",
     "regress",

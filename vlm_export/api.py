@@ -111,7 +111,7 @@ class ExportedPackage:
 
 def export_package(
     source: str | Path,
-    target: str | Path,
+    output: str | Path,
     consumer: str,
     *,
     progress: Progress | None = None,
@@ -122,13 +122,13 @@ def export_package(
 
     Args:
         source, progress, options: as in `export`.
-        target: the directory that the package becomes.
+        output: the directory that the package becomes.
         consumer, tell: as in `vlm_export.package`.
 
     Raises:
         VlmExportError: as `export` and `vlm_export.package`; nothing is left behind.
     """
-    check_path(target, "a package")
+    check_path(output, "a package")
     with _told_if_missing("graph"):
         from vlm_export.layouts.package import known_consumer, package
 
@@ -136,12 +136,12 @@ def export_package(
     overwrite = bool(options.pop("overwrite", False))
     # An export takes minutes: a target that cannot be written is told before.
     with environment_errors("checking the output directory"):
-        check_target(Path(target).absolute(), overwrite)
+        check_target(Path(output).absolute(), overwrite)
     with TemporaryDirectory(prefix="vlm-export-") as folder:
-        bundle = Path(folder) / Path(target).absolute().name
+        bundle = Path(folder) / Path(output).absolute().name
         exported = export(source, bundle, progress=progress, **options)
         threads = options.get("threads")
-        made = package(bundle, target, consumer, overwrite=overwrite, threads=threads, tell=tell)
+        made = package(bundle, output, consumer, overwrite=overwrite, threads=threads, tell=tell)
     return ExportedPackage(exported, made)
 
 

@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
             print_json({"package": args.output, **both.to_json()})
         else:
             _print_proof(both.export)
-            print_package(args.output, both.package)
+            print_package(both.package, args, f"packaged for {args.consumer}")
         return 0
     result = export(args.source, args.output, progress=progress, **_options(args))
     print_warnings(result.manifest.export.warnings)

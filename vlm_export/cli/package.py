@@ -58,15 +58,14 @@ def run(args: argparse.Namespace) -> int:
         threads=args.threads,
         tell=lambda sentence: print_warnings([sentence]),
     )
+    return print_package(made, args, f"packaged for {args.consumer}")
+
+
+def print_package(made: Package, args: argparse.Namespace, done: str) -> int:
+    """Prints the graphs, the notes and the size of what was written; returns the exit status."""
     if args.json:
         print_json(made.to_json())
-    else:
-        print_package(args.output, made)
-    return 0
-
-
-def print_package(output: str | Path, made: Package) -> None:
-    """The graphs of a package, what its consumer does differently, and its size."""
+        return 0
     rows = []
     for part in made.manifest.parts:
         signature, variant = part.signature, part.variants[0]
@@ -77,5 +76,5 @@ def print_package(output: str | Path, made: Package) -> None:
     for note in made.notes:
         print_line(f"note: {note}")
     total = sum(file.size_bytes for file in made.manifest.files.values())
-    consumer = made.manifest.export.packaged_for
-    print_line(f"packaged for {consumer}: {output} ({len(made.manifest.files)} files, {size_text(total)})")
+    print_line(f"{done}: {args.output} ({len(made.manifest.files)} files, {size_text(total)})")
+    return 0

@@ -103,15 +103,35 @@ def package(
         InputError: no bundle, a damaged one, or one that the consumer cannot use.
         VerificationError: a graph does not compute what the original computed; nothing is published.
     """
-    chosen = known_consumer(consumer)
+    return write_package(
+        *(path, target, consumer, known_consumer(consumer)),
+        precision=precision,
+        overwrite=overwrite,
+        threads=threads,
+        tell=tell,
+    )
+
+
+def write_package(
+    path: str | Path,
+    target: str | Path,
+    name: str,
+    consumer: Consumer,
+    *,
+    precision: str | None,
+    overwrite: bool,
+    threads: int | None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Package:
+    """As `package`, for a consumer that is called `name` in the manifest."""
     bundle = open_bundle(path)
     with publication(Path(target), overwrite=overwrite) as staging:
         chosen_precision = precision or bundle.manifest.default_precision()
-        packing = Packing(bundle, staging, consumer, chosen_precision, threads, tell=tell)
-        chosen.lay_out(packing)
+        packing = Packing(bundle, staging, name, chosen_precision, threads, tell=tell)
+        consumer.lay_out(packing)
         packing.write_ledger()
-        manifest = _manifest(packing, Path(target).name, chosen)
-        if chosen.is_bundle:
+        manifest = _manifest(packing, Path(target).name, consumer)
+        if consumer.is_bundle:
             write_record_again(bundle, staging.path, declared(manifest))
         manifest = staging.commit(manifest)
     return Package(manifest, tuple(packing.reports), tuple(packing.notes))
