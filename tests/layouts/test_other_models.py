@@ -35,8 +35,8 @@ def bundle(shared_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPath
         def export(target: Path) -> None:
             source = tmp_path_factory.mktemp("source") / "model"
             models.MAKERS[name](source)
-            parts = models.PARTS.get(name, ())
-            vlm_export.export(str(source), target, exporter="torchscript", opset=18, threads=1, parts=parts)
+            options = models.OPTIONS.get(name, {})
+            vlm_export.export(str(source), target, exporter="torchscript", opset=18, threads=1, **options)
 
         return shared_bundle(f"packaged-{name}", export)
 

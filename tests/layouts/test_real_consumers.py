@@ -10,11 +10,8 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import runpy
-import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,38 +134,13 @@ fs.writeFileSync(process.argv[3], JSON.stringify({
 """
 
 
-def run(command: Sequence[str | Path], **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, **options)
-
-
-def checked_install(command: Sequence[str | Path], **options: Any) -> None:
-    """Skips, and says what failed, where the registry cannot be reached; anything else is an error."""
-    done = run(command, **options)
-    if done.returncode:
-        said = (done.stdout + done.stderr).strip()
-        if re.search(r"resol|connect|network|ENOTFOUND|EAI_AGAIN|timed out", said, re.IGNORECASE):
-            pytest.skip(f"the package registry cannot be reached: {said.splitlines()[-1]}")
-        raise AssertionError(said)
-
-
 @pytest.fixture(scope="session")
-def in_python(consumers: Path) -> Callable[..., dict[str, Array]]:
+def in_python(python_with: Callable[..., Path]) -> Callable[..., dict[str, Array]]:
     """`in_python(environment, body, asked)`: what the body leaves in `answer`."""
 
     def ask(name: str, body: str, asked: Mapping[str, Any]) -> dict[str, Array]:
-        home = consumers / name
-        python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-        if not (home / "ready").exists():
-            uv = next(
-                (path for path in (shutil.which("uv"), ROOT / ".venv-uv/bin/uv") if path and Path(path).exists()), ""
-            )
-            if uv:
-                checked_install([uv, "venv", "--clear", "--python", sys.executable, home])
-                checked_install([uv, "pip", "install", "--python", python, *PYTHON[name]])
-            else:
-                checked_install([sys.executable, "-m", "venv", "--clear", home])
-                checked_install([python, "-m", "pip", "install", *PYTHON[name]])
-            (home / "ready").touch()
+        python = python_with(name, *PYTHON[name])
+        home = python.parents[1]
         script = home / "ask.py"
         script.write_text(PYTHON_FRAME.format(body=body), encoding="utf-8")
         return answered([python, script], home, asked)
@@ -177,23 +149,13 @@ def in_python(consumers: Path) -> Callable[..., dict[str, Array]]:
 
 
 @pytest.fixture(scope="session")
-def in_node(consumers: Path) -> Callable[..., dict[str, Array]]:
+def in_node(node_with: Callable[..., Path]) -> Callable[..., dict[str, Array]]:
     """`in_node(asked)`: what transformers.js answers."""
 
     def ask(asked: Mapping[str, Any]) -> dict[str, Array]:
-        npm, node = shutil.which("npm"), shutil.which("node")
-        if npm is None or node is None:
-            pytest.skip("Node.js and npm are not installed")
-        home = consumers / "node"
-        if not (home / "ready").exists():
-            home.mkdir(exist_ok=True)
-            (home / "package.json").write_text('{"private": true}')
-            # The graphs run on the CPU, whose library comes with the package.
-            skip = {"ONNXRUNTIME_NODE_INSTALL": "skip", "ONNXRUNTIME_NODE_INSTALL_CUDA": "skip"}
-            checked_install([npm, "install", NODE], cwd=home, env={**os.environ, **skip})
-            (home / "ready").touch()
+        home = node_with("node", NODE)
         (home / "ask.mjs").write_text(TRANSFORMERS_JS, encoding="utf-8")
-        return answered([node, home / "ask.mjs"], home, asked)
+        return answered(["node", home / "ask.mjs"], home, asked)
 
     return ask
 
@@ -202,7 +164,9 @@ def answered(command: Sequence[str | Path], home: Path, asked: Mapping[str, Any]
     (home / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
     (home / "answer.json").unlink(missing_ok=True)
     alone = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = run([*command, home / "asked.json", home / "answer.json"], cwd=home, env={**alone, "HF_HUB_OFFLINE": "1"})
+    words = list(map(str, (*command, home / "asked.json", home / "answer.json")))
+    options: dict[str, Any] = {"cwd": home, "env": {**alone, "HF_HUB_OFFLINE": "1"}}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     answer = json.loads((home / "answer.json").read_text(encoding="utf-8"))
     return {key: np.array(value) for key, value in answer.items()}
@@ -254,7 +218,7 @@ def siglip_tests() -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def asked(
-    demo: Path, siglip_tests: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory
+    demo_from_uint8: Path, siglip_tests: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Asked]:
     """`asked("siglip2")`: a bundle of that model; the demo for "clip", and tiny ones that transformers saves."""
     made: dict[str, Asked] = {}
@@ -262,7 +226,7 @@ def asked(
     def make(name: str) -> Asked:
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
-            bundle = demo
+            bundle = demo_from_uint8  # whose weights lie in files of their own
             if name != "clip":
                 tokenizer = getattr(siglip_tests, {"siglip": "siglip_tokenizer", "siglip2": "gemma_tokenizer"}[name])
                 siglip_tests.save(folder / "model", tokenizer(folder / "pieces"))

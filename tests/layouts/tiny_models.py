@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import shutil
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -117,6 +118,11 @@ def siglip_of_open_clip(folder: Path) -> None:
     module("open_clip_forms").save(folder, stated)
 
 
+def blip(folder: Path) -> None:
+    """As its authors publish it, with a head for matches beside both encoders."""
+    shutil.copytree(TESTS.parent / "data" / "blip" / "retrieval", folder)
+
+
 def clip_of_images_alone(folder: Path) -> None:
     """transformers' image encoder with its projection."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -128,8 +134,11 @@ def clip_of_images_alone(folder: Path) -> None:
     CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=SQUARE).save_pretrained(folder)
 
 
-PARTS = {"SigLIP, texts alone": ("text",)}
-"""What is exported of a model; all of the others."""
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "SigLIP, texts alone": {"parts": ("text",)},
+    "BLIP for retrieval": {"tokenizer": str(TESTS.parent / "data" / "blip" / "vocab.txt")},
+}
+"""Of the export, where a model has some."""
 MAKERS: Mapping[str, Callable[[Path], None]] = {
     "SigLIP": siglip,
     "SigLIP, texts alone": siglip,
@@ -143,5 +152,6 @@ MAKERS: Mapping[str, Callable[[Path], None]] = {
     "open_clip, sigmoid": siglip_of_open_clip,
     "EVA-02": eva02,
     "MobileCLIP": mobileclip,
+    "BLIP for retrieval": blip,
     "CLIP, images alone": clip_of_images_alone,
 }

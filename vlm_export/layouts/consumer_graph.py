@@ -94,6 +94,9 @@ def renamed(graph: ConsumerGraph, names: Mapping[str, str]) -> ConsumerGraph:
     signature = graph.signature
     known = _names(signature)
     names = {old: new for old, new in names.items() if old in known and old != new}
+    inner = names_in(graph.model.graph)
+    taken = {new for new in names.values() if new in inner and new not in known}
+    rename_tensors(graph.model, {name: fresh_name(f"{name}_inside", inner) for name in taken})
     rename_tensors(graph.model, names)
     inputs, outputs = (
         tuple(replace(spec, name=names.get(spec.name, spec.name)) for spec in specs)
