@@ -125,7 +125,7 @@ class LossRecord(Spec):
         return not over_budget(self.measured, self.budget)
 
 
-def over_budget(loss: Loss, budget: Mapping[str, float]) -> list[tuple[str, float, float]]:
+def over_budget(loss: Loss, budget: Mapping[str, float] | Mapping[BudgetKey, float]) -> list[tuple[str, float, float]]:
     """Key, least and figure of what is over budget; what was not measured is over none."""
     found = [(key, budget[key], loss.figure(key)) for key in BUDGET_KEYS if key in budget]
     # Written so that NaN is over budget.

@@ -61,9 +61,10 @@ class _Unmasked(SDPA):  # type: ignore[misc]
     def check(self, context: Any, query: ir.Value, key: ir.Value, value: ir.Value, **found: Any) -> Any:
         result = super().check(context, query=query, key=key, value=value, mask=None, **found)
         heads = [_columns_of(query), _columns_of(key, split=found["key_format"] == "BSHd"), _columns_of(value)]
-        if found.get("has_mask") or not isinstance(query.shape and query.shape[1], int) or None in heads:
-            return result.fail("it is masked, or its heads do not lie side by side")
-        self._heads, self._number = [one for one in heads if one is not None], query.shape[1]
+        number = None if query.shape is None else query.shape[1]
+        if None in heads or not isinstance(number, int):
+            return result.fail("its heads do not lie side by side")
+        self._heads, self._number = [one for one in heads if one is not None], number
         return result
 
     def rewrite(self, op: Any, **found: Any) -> Any:
@@ -93,15 +94,9 @@ def _columns_of(value: ir.Value, *, split: bool = False) -> _Columns | None:
     Args:
         value: (B, H, T, d), or where it is `split` (B, T, H, d).
     """
-    before, number = value, 0
-    if not split:
-        node, number = _picked(value)
-        perm = _PACKED_TO_HEADS if number is not None else _TO_HEADS
-        if node is None or node.op_type != "Transpose" or tuple(node.attributes.get_ints("perm", ())) != perm:
-            return None
-        before, number = node.inputs[0], number or 0
-    maker = before.producer()
-    if maker is None or maker.op_type != "Reshape" or before.shape is None:
+    before, number = (value, 0) if split else _before_heads(value)
+    maker = None if before is None else before.producer()
+    if before is None or before.shape is None or maker is None or maker.op_type != "Reshape":
         return None
     source, sizes = maker.inputs[0], before.shape
     if source is None or source.shape is None or source.shape.rank() != 3:
@@ -114,25 +109,47 @@ def _columns_of(value: ir.Value, *, split: bool = False) -> _Columns | None:
     return _Columns(source, number * size, size) if is_same else None
 
 
-def _picked(value: ir.Value) -> tuple[ir.Node | None, int | None]:
-    """What makes a value, and which of a packed tensor's first axis it is where it is one of these."""
+def _before_heads(value: ir.Value) -> tuple[ir.Value | None, int]:
+    """What heads were moved to the front of, and which of several that lie in it side by side the value is."""
     node = value.producer()
-    if node is None:
-        return None, None
+    packed, number = (None, None) if node is None else _picked(node)
+    if packed is not None and number is not None:
+        return (packed.inputs[0], number) if _permutes(packed, _PACKED_TO_HEADS) else (None, 0)
+    return (node.inputs[0], 0) if node is not None and _permutes(node, _TO_HEADS) else (None, 0)
+
+
+def _permutes(node: ir.Node, perm: tuple[int, ...]) -> bool:
+    return node.op_type == "Transpose" and tuple(node.attributes.get_ints("perm", ())) == perm
+
+
+def _picked(node: ir.Node) -> tuple[ir.Node | None, int | None]:
+    """What makes the tensor of whose first axis a node takes one, and which."""
     if node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0:
-        picked = _integers(node.inputs[1])
-        is_one = node.inputs[1] is not None and node.inputs[1].shape is not None and node.inputs[1].shape.rank() == 0
-        return (node.inputs[0].producer(), picked[0]) if picked and is_one and picked[0] >= 0 else (None, None)
-    if node.op_type != "Squeeze" or _integers(node.inputs[1] if len(node.inputs) > 1 else None) != [0]:
-        return node, None
-    part = node.inputs[0].producer()
-    if part is None:
-        return None, None
-    if part.op_type == "Split" and part.attributes.get_int("axis", 0) == 0:
-        return part.inputs[0].producer(), list(part.outputs).index(node.inputs[0])
-    starts, ends, axes, steps = (_integers(one) for one in (*part.inputs[1:], *[None] * 4)[:4])
-    is_one = part.op_type == "Slice" and starts and ends == [starts[0] + 1] and axes == [0] and steps in (None, [1])
-    return (part.inputs[0].producer(), starts[0]) if is_one and starts and starts[0] >= 0 else (None, None)
+        index = _input(node, 1)
+        is_one = index is not None and index.shape is not None and index.shape.rank() == 0
+        return _made(node), _first(_integers(index)) if is_one else None
+    part = _made(node) if node.op_type == "Squeeze" and _integers(_input(node, 1)) == [0] else None
+    if part is not None and part.op_type == "Split" and part.attributes.get_int("axis", 0) == 0:
+        return _made(part), [output is node.inputs[0] for output in part.outputs].index(True)
+    if part is not None and part.op_type == "Slice":
+        start, end, axes, steps = (_integers(_input(part, number)) for number in (1, 2, 3, 4))
+        if start is not None and end == [start[0] + 1] and axes == [0] and steps in (None, [1]):
+            return _made(part), _first(start)
+    return None, None
+
+
+def _first(numbers: list[int] | None) -> int | None:
+    """A number that counts from the front."""
+    return numbers[0] if numbers is not None and numbers[0] >= 0 else None
+
+
+def _made(node: ir.Node) -> ir.Node | None:
+    """What makes the first input."""
+    return node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+
+
+def _input(node: ir.Node, number: int) -> ir.Value | None:
+    return node.inputs[number] if number < len(node.inputs) else None
 
 
 def _integers(value: ir.Value | None) -> list[int] | None:
