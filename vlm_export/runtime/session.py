@@ -14,6 +14,7 @@ from vlm_export.bundle.manifest import Manifest
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError
 from vlm_export.runtime.engines.choice import EngineName, chosen_precision, engine_choice, own_engine
+from vlm_export.runtime.engines.fastest import FASTEST, fastest_variant
 from vlm_export.runtime.engines.onnxruntime import Array, Engine, run_in_float32
 from vlm_export.runtime.inputs.images import MAX_PIXELS
 from vlm_export.runtime.inputs.texts import Tokenizer
@@ -45,10 +46,13 @@ class Session:
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.bundle = bundle
+        engine = engine or own_engine(bundle.manifest)
+        if precision == FASTEST:
+            precision = fastest_variant(bundle.manifest, engine_choice(engine, providers, threads))
         chosen = chosen_precision(bundle.manifest, precision)
         self.precision, self.precision_text = chosen.variant, str(chosen)
         self.max_pixels = max_pixels
-        self._choice = engine_choice(engine or own_engine(bundle.manifest), providers, threads, in_bf16=chosen.in_bf16)
+        self._choice = engine_choice(engine, providers, threads, in_bf16=chosen.in_bf16)
         self._engines: dict[str, Engine] = {}
         self._tokenizers: dict[int, Tokenizer] = {}
         self._opening = Lock()
