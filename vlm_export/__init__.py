@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from vlm_export.layouts.package import package
     from vlm_export.quantizing.pipeline import quantize
     from vlm_export.quantizing.result import QuantizeResult
+    from vlm_export.runtime.bulk.embed import EmbedOptions, EmbedResult, embed
     from vlm_export.runtime.load import load
     from vlm_export.runtime.model import Model
 
 _HOMES = {
+    "EmbedOptions": "vlm_export.runtime.bulk.embed",
+    "EmbedResult": "vlm_export.runtime.bulk.embed",
     "ExportResult": "vlm_export.exporting.pipeline",
     "Model": "vlm_export.runtime.model",
     "QuantizeResult": "vlm_export.quantizing.result",
@@ -34,6 +37,7 @@ _HOMES = {
     "check": "vlm_export.lab.check",
     "diff": "vlm_export.lab.diff",
     "doctor": "vlm_export.lab.doctor",
+    "embed": "vlm_export.runtime.bulk.embed",
     "export": "vlm_export.api",
     "load": "vlm_export.runtime.load",
     "package": "vlm_export.layouts.package",
@@ -44,6 +48,8 @@ _HOMES = {
     "verify": "vlm_export.api",
 }
 __all__ = [
+    "EmbedOptions",
+    "EmbedResult",
     "ExportResult",
     "Model",
     "QuantizeResult",
@@ -54,6 +60,7 @@ __all__ = [
     "check",
     "diff",
     "doctor",
+    "embed",
     "export",
     "load",
     "package",
