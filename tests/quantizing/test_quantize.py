@@ -18,7 +18,7 @@ from vlm_export.bundle.loss import LossRecord
 from vlm_export.bundle.opened import OpenBundle, open_bundle
 from vlm_export.errors import InputError, UsageError, VerificationError
 from vlm_export.graph.core.files import Storage, open_model, save_model
-from vlm_export.precision.quantised import calibrated_tensors, quantise
+from vlm_export.precision.quantised import Calibration, calibrated_tensors, quantise
 from vlm_export.precision.recipes import RECIPES
 from vlm_export.proof.metrics import Array
 from vlm_export.quantizing.losses import output_losses, row_cosines
@@ -230,6 +230,70 @@ def test_a_changed_weight_that_the_ledger_calls_none_is_found(
     assert told in caught.value.got
 
 
+NORM, FIRST = "blocks.0.norm2.weight", "blocks.0.mlp.fc1.weight.transposed"
+
+
+def times(name: str, row: int, factor: float) -> Callable[[onnx.ModelProto], None]:
+    """Multiplies a channel of a norm, or a row of a matrix."""
+
+    def change(model: onnx.ModelProto) -> None:
+        (tensor,) = [one for one in model.graph.initializer if one.name == name]
+        array = onnx.numpy_helper.to_array(tensor).copy()
+        array[row] *= np.float32(factor)
+        tensor.raw_data = array.tobytes()
+
+    return change
+
+
+@pytest.fixture(scope="session")
+def smoothed(demo: Path, shared_bundle: Callable[..., Path], relist: Callable[[Path], None]) -> Path:
+    """The demo with an outlier that its float32 graph makes up for, and an int8-static variant of the text part."""
+
+    def make(target: Path) -> None:
+        source = Path(shutil.copytree(demo, target.parent / "outlier"))
+        for name, factor in ((NORM, 64), (NORM.replace("weight", "bias"), 64), (FIRST, 1 / 64)):
+            planted(source, "onnx/text_model.onnx", times(name, 5, factor), relist)
+        vlm_export.quantize(source, "int8-static", parts=["text"], output=target, threads=1)
+
+    return shared_bundle("clip-demo-smoothed", make)
+
+
+def test_outliers_are_smoothed_and_weights_still_prove_themselves(
+    smoothed: Path, quantised: Callable[[str], Path]
+) -> None:
+    vlm_export.verify(smoothed, precision="int8-static").raise_if_failed()
+    bundle = open_bundle(smoothed)
+    ledger = read_ledger(bundle)
+    assert ledger is not None
+    entries = ledger["onnx/text_model_quantized.onnx"].initializers
+    told = {entry.name: entry.smoothed_by for entry in entries if entry.smoothed_by is not None}
+    assert told == {NORM: NORM, NORM.replace("weight", "bias"): NORM, f"{FIRST}_quantized": NORM}
+    (loss,) = dict(losses(bundle)).values()
+    plain = dict(losses(open_bundle(quantised("int8-static"))))["text"]
+    assert loss.measured.outputs["text_embeds"].mean_cosine == pytest.approx(
+        plain.measured.outputs["text_embeds"].mean_cosine, abs=5e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "told"),
+    [
+        (NORM, 1.5, "something else than powers of two"),
+        (NORM, 2.0, "steps away"),
+        (NORM.replace("weight", "bias"), 2.0, "norm2.bias is not the float32 graph's"),
+        ("blocks.0.norm1.weight", 2.0, "norm1.weight is not the float32 graph's"),
+    ],
+)
+def test_a_changed_norm_is_found_where_norms_are_smoothed(
+    smoothed: Path, relist: Callable[[Path], None], tmp_path: Path, name: str, factor: float, told: str
+) -> None:
+    bundle = Path(shutil.copytree(smoothed, tmp_path / "bundle"))
+    planted(bundle, "onnx/text_model_quantized.onnx", times(name, 7, factor), relist)
+    with pytest.raises(VerificationError, match="not those of its float32 graph") as caught:
+        vlm_export.verify(bundle, precision="int8-static")
+    assert told in caught.value.got
+
+
 def test_a_changed_weight_is_found_by_its_digest(
     quantised: Callable[[str], Path], relist: Callable[[Path], None], tmp_path: Path
 ) -> None:
@@ -329,7 +393,7 @@ def test_a_convolution_behind_a_convolution_becomes_static(tmp_path: Path) -> No
     ranges = {"a": (-30.0, 30.0), "b": (-80.0, 80.0), "y": (-200.0, 200.0)}
     source = open_model(tmp_path / "float32.onnx")
     assert calibrated_tensors(source, RECIPES["int8-static"]) == ["a", "b", "y"]
-    made = quantise(source, RECIPES["int8-static"], tmp_path / "levels.bin", ranges=ranges)
+    made = quantise(source, RECIPES["int8-static"], tmp_path / "levels.bin", calibration=Calibration(ranges))
     save_model(made.model, tmp_path / "static.onnx", storage=Storage())
     feeds = {"x": rng.standard_normal((1, 3, 8, 8)).astype(np.float32)}
     expected, got = (OrtEngine(tmp_path / f"{name}.onnx", threads=1).run(feeds)["y"] for name in ("float32", "static"))
