@@ -29,8 +29,9 @@ agraph (float[batch, 64] states) => (float[batch, 64] result)
   key = MatMul (normed, right)
   both = Mul (query, key)
   again = LayerNormalization <axis = -1> (both, other, bias_of_other)
+  activated = Relu (again)
   projected = MatMul (again, last)
-  result = Add (again, projected)
+  result = Add (activated, projected)
 }
 """
 

@@ -25,9 +25,11 @@ from vlm_export.quantizing.losses import output_losses, row_cosines
 from vlm_export.quantizing.result import OverBudgetError
 from vlm_export.quantizing.samples import sample_set
 from vlm_export.quantizing.task_runs import run_tasks
+from vlm_export.runtime.engines.choice import EngineName
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
 
 PRECISIONS = ("int8", "int8-static", "w8a16", "int4")
+ENGINES: tuple[EngineName, ...] = ("onnxruntime", "openvino")
 # Of the float32 graph's bytes: the demo's patch convolution, which stays, is 7 % of its image encoder.
 LARGEST = {"int8": 0.34, "int8-static": 0.34, "w8a16": 0.36, "int4": 0.26}
 
@@ -55,6 +57,15 @@ def test_a_variant_loads_and_runs_and_float32_stays_the_default(
     assert after.identity == before.identity
     cosines = row_cosines(before.encode_text(texts), after.encode_text(texts))
     assert 0.95 < cosines.min() < 1
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_openvino_computes_what_onnxruntime_does(quantised: Callable[[str], Path], precision: str) -> None:
+    bundle = quantised(precision)
+    ours, theirs = (vlm_export.load(bundle, precision=precision, engine=engine) for engine in ENGINES)
+    image, texts = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8), ["a red circle", "a dog"]
+    assert row_cosines(ours.encode_image(image), theirs.encode_image(image)).min() > 0.9999
+    assert row_cosines(ours.encode_text(texts), theirs.encode_text(texts)).min() > 0.9999
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -246,11 +257,16 @@ def times(name: str, row: int, factor: float) -> Callable[[onnx.ModelProto], Non
 
 
 @pytest.fixture(scope="session")
-def smoothed(demo: Path, shared_bundle: Callable[..., Path], relist: Callable[[Path], None]) -> Path:
+def smoothed(
+    demo: Path,
+    shared_bundle: Callable[..., Path],
+    relist: Callable[[Path], None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """The demo with an outlier that its float32 graph makes up for, and an int8-static variant of the text part."""
 
     def make(target: Path) -> None:
-        source = Path(shutil.copytree(demo, target.parent / "outlier"))
+        source = Path(shutil.copytree(demo, tmp_path_factory.mktemp("outlier") / "bundle"))
         for name, factor in ((NORM, 64), (NORM.replace("weight", "bias"), 64), (FIRST, 1 / 64)):
             planted(source, "onnx/text_model.onnx", times(name, 5, factor), relist)
         vlm_export.quantize(source, "int8-static", parts=["text"], output=target, threads=1)
@@ -292,6 +308,24 @@ def test_a_changed_norm_is_found_where_norms_are_smoothed(
     with pytest.raises(VerificationError, match="not those of its float32 graph") as caught:
         vlm_export.verify(bundle, precision="int8-static")
     assert told in caught.value.got
+
+
+def test_a_weight_that_stays_the_other_way_round_proves_itself(
+    blip_bundle: Callable[[str], Path], relist: Callable[[Path], None], tmp_path: Path
+) -> None:
+    """The last product of BLIP's matching is a Gemm, which becomes a product of the transposed weight."""
+    bundle = tmp_path / "bundle"
+    vlm_export.quantize(blip_bundle("retrieval"), "int8", parts=["multimodal_text"], output=bundle, threads=1)
+    ledger = read_ledger(open_bundle(bundle))
+    assert ledger is not None
+    graph, name = "onnx/multimodal_text_int8.onnx", "matching.weight.transposed"
+    (entry,) = (one for one in ledger[graph].initializers if one.name == name)
+    assert entry.parameters
+    assert entry.transformation.endswith("transposed")
+    planted(bundle, graph, times(name, 3, 1.001), relist)
+    with pytest.raises(VerificationError, match="not those of its float32 graph") as caught:
+        vlm_export.verify(bundle, precision="int8")
+    assert f"{name} is not the float32 graph's" in caught.value.got
 
 
 def test_a_changed_weight_is_found_by_its_digest(

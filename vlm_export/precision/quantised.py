@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from vlm_export.bundle.quantised import QuantisedFrom
+from vlm_export.bundle.quantised import TRANSPOSED, QuantisedFrom
 from vlm_export.errors import InputError
 from vlm_export.precision.fp16_rules import MOVES
 from vlm_export.precision.one_node import (
@@ -532,7 +532,7 @@ def split_gemms(graph: ir.Graph) -> None:
 
 
 def _transposed(graph: ir.Graph, weight: ir.Value) -> ir.Value:
-    name, tensor = f"{weight.name}.transposed", constant(weight)
+    name, tensor = f"{weight.name}{TRANSPOSED}", constant(weight)
     if name in graph.initializers:
         return graph.initializers[name]
     rows, columns = tensor.shape.numpy()

@@ -44,8 +44,9 @@ def smoothable(graph: ir.Graph) -> list[Smoothable]:
         if node.op_type != "LayerNormalization" or node.domain or node.outputs[0].is_graph_output():
             continue
         products = tuple(dict.fromkeys(user for user, _ in node.outputs[0].uses()))
-        weights = [*node.inputs[1:], *(product.inputs[1] for product in products)]
-        if products and all(product.op_type == "MatMul" for product in products) and all(map(_is_own, weights)):
+        if not products or any(product.op_type != "MatMul" for product in products):
+            continue
+        if all(map(_is_own, (*node.inputs[1:], *(product.inputs[1] for product in products)))):
             found.append(Smoothable(node, products))
     return found
 

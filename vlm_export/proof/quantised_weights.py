@@ -17,7 +17,7 @@ from vlm_export.bundle.initializers import StoredValues, required, stored_initia
 from vlm_export.bundle.ledger import GraphLedger, LedgerEntry, read_ledger, summary
 from vlm_export.bundle.manifest import PRECISIONS, PartRecord, VariantRecord
 from vlm_export.bundle.opened import OpenBundle
-from vlm_export.bundle.quantised import QuantisedFrom
+from vlm_export.bundle.quantised import TRANSPOSED, QuantisedFrom
 from vlm_export.errors import VerificationError
 from vlm_export.proof.metrics import Array
 
@@ -120,20 +120,29 @@ def _helpers(stated: QuantisedFrom | None) -> Sequence[str]:
 def _same(
     entry: LedgerEntry, factors: Array, graph: str, ours: dict[str, StoredValues], theirs: dict[str, StoredValues]
 ) -> str | None:
-    if entry.name not in theirs:
+    source = entry.name if entry.name in theirs else entry.name.removesuffix(TRANSPOSED)
+    if source not in theirs:
         # Steps and zeros of activations are single numbers.
         return None if prod(entry.shape) <= _FEW else f"{entry.name} is no weight of the float32 graph"
-    left, right = required(ours, entry.name, graph), theirs[entry.name]
-    if left.shape != right.shape or left.data_type != right.data_type:
-        return f"{entry.name} has another type or shape"
-    if entry.smoothed_by is None:
+    left, right = required(ours, entry.name, graph), theirs[source]
+    if source == entry.name and entry.smoothed_by is None:
+        if left.shape != right.shape or left.data_type != right.data_type:
+            return f"{entry.name} has another type or shape"
         equal = np.array_equal(_bytes(left), _bytes(right))
     else:
-        # A norm was divided, the rows of a matrix were multiplied, both without rounding.
-        scale = factors[:, None] if len(left.shape) > 1 else 1 / factors
-        wanted = _array(right).reshape(right.shape)
-        equal = len(wanted) == len(factors) and np.array_equal(_array(left).reshape(left.shape), wanted * scale)
+        equal = {left.data_type, right.data_type} == {_FLOAT} and _is_form(left, right, source != entry.name, factors)
     return None if equal else f"{entry.name} is not the float32 graph's"
+
+
+def _is_form(left: StoredValues, right: StoredValues, transposed: bool, factors: Array) -> bool:
+    """Whether a float32 norm was divided by the factors, or a matrix's rows multiplied, which rounds nothing."""
+    wanted = _array(right).reshape(right.shape)
+    if transposed:
+        wanted = wanted.T
+    if left.shape != wanted.shape or len(factors) not in (1, len(wanted)):
+        return False
+    scale = factors[:, None] if wanted.ndim > 1 else 1 / factors
+    return np.array_equal(_array(left).reshape(left.shape), wanted * scale)
 
 
 def _farthest(

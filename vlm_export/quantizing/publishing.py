@@ -12,6 +12,7 @@ from vlm_export.bundle.manifest import PRECISIONS, Manifest, PartRecord, Variant
 from vlm_export.bundle.oldest_engine import oldest_onnxruntime
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.bundle.publish import Staging
+from vlm_export.bundle.quantised import TRANSPOSED
 from vlm_export.bundle.safe_files import record_of_file, relative_files
 from vlm_export.bundle.strict_json import json_object_from_bytes
 from vlm_export.errors import VerificationError
@@ -168,6 +169,8 @@ def _accounted(found: GraphLedger, float32: GraphLedger | None, graph: Quantised
             entry = _of(entry, told, stated.weight, f"{kind} of the quantised weight")
         elif entry.name in told:
             entry = entry.made_as(told[entry.name])
+        elif (source := told.get(entry.name.removesuffix(TRANSPOSED))) is not None:
+            entry = replace(entry.made_as(source), transformation=f"{source.transformation}, transposed")
         else:
             entry = replace(entry, transformation="a constant of the quantiser")
         if entry.name in smoothed:
