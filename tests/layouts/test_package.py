@@ -107,6 +107,15 @@ def test_immich(packaged: Packaged, model: Any, pixels: np.ndarray) -> None:
     assert (stated["mean"], stated["std"], stated["resize_mode"]) == (list(spec.mean), list(spec.std), "shortest")
 
 
+def test_immich_of_bytes(packaged: Packaged, model: Any, pixels: np.ndarray) -> None:
+    """`clip/visual.py` of newer releases gives the resized and cropped image itself, (1, S, S, 3)."""
+    spec = model.manifest.image
+    rgb = np.rint((pixels.transpose(0, 2, 3, 1) * spec.std + spec.mean) * 255).astype(np.uint8)
+    visual = session(packaged("immich-uint8") / "visual" / "model.onnx")
+    rows = [visual.run(None, {"image": image[None]})[0][0] for image in rgb]
+    assert_rows(np.array(rows), model.encode_image(IMAGES), of_unit_length=True)
+
+
 def test_modern_onnx_clip(packaged: Packaged, model: Any, pixels: np.ndarray) -> None:
     """Its `OnnxClip`: first input, first output, ids int64 that are filled with 0 to the config's length."""
     folder = packaged("modern-onnx-clip")

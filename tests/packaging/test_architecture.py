@@ -79,7 +79,7 @@ OUTSIDE = {
     "precision": {"numpy", "onnx_ir", "onnx", "onnxruntime", "onnxscript"},
     "quantizing": {"numpy", "PIL", "onnx", "onnx_ir", "onnxruntime"},
     "proof": BASE - {"onnxruntime", "openvino", "pyarrow", "tqdm"},
-    "layouts": {"numpy", "onnx_ir", "ftfy"},
+    "layouts": {"numpy", "onnx_ir", "ftfy", "PIL"},
     "lab": {"numpy", "PIL", "onnx_ir", "onnx", "onnxruntime", "yaml", "pytest"},
     "cli": set[str](),
     "api.py": set[str](),

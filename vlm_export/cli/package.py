@@ -17,6 +17,7 @@ NAMES = (
     "transformers.js",
     "optimum",
     "immich",
+    "immich-uint8",
     "fastembed",
     "typesense",
     "modern-onnx-clip",

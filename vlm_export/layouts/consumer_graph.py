@@ -22,6 +22,7 @@ from vlm_export.graph.edits.compose import compose
 from vlm_export.graph.edits.io_edits import rename_tensors, set_dtype
 from vlm_export.proof.golden import GoldenRecord, iterate_golden
 from vlm_export.proof.points import Arrays
+from vlm_export.specs import ImageSpec
 from vlm_export.specs.signature import Axis, DType, Signature, TensorSpec
 from vlm_export.specs.tasks import EncoderSpec, ScoreSpec
 
@@ -123,6 +124,34 @@ def with_input_dtypes(graph: ConsumerGraph, dtypes: Mapping[str, DType]) -> Cons
         return {name: array.astype(wanted.get(name, array.dtype)) for name, array in arrays.items()}
 
     return ConsumerGraph(graph.model, replace(graph.signature, inputs=inputs), _mapped(graph.records, inputs=converted))
+
+
+def from_levels(graph: ConsumerGraph, image: ImageSpec, records: Records) -> ConsumerGraph:
+    """Takes prepared images as RGB bytes, uint8 (B, H, W, 3), and normalises them itself.
+
+    Args:
+        records: of such inputs, since pixels of the graph's own records may be no levels of bytes.
+    """
+    (spec,) = graph.signature.inputs
+    old = graph.model.graph.inputs[0]
+    batch, channels, height, width = spec.shape
+    value = ir.val(str(old.name), ir.DataType.UINT8, ir.Shape([batch, height, width, channels]))
+    old.name = fresh_name(f"{old.name}_prepared", names_in(graph.model.graph))
+    constants = {
+        name: _constant(graph.model, f"pixel_{name}", np.asarray(numbers, np.float32))
+        for name, numbers in (("factor", image.rescale_factor), ("mean", image.mean), ("std", image.std))
+    }
+    nodes = [ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})]
+    for kind, name in (("Mul", "factor"), ("Sub", "mean"), ("Div", "std")):
+        nodes.append(ir.node(kind, [nodes[-1].outputs[0], constants[name]]))
+    nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [0, 3, 1, 2]}))
+    nodes[-1].outputs[0].type, nodes[-1].outputs[0].shape = old.type, old.shape
+    replace_uses(old, nodes[-1].outputs[0])
+    graph.model.graph.inputs[:] = [value]
+    for node in reversed(nodes):
+        place_behind(None, graph.model.graph, node)
+    bytes_spec = replace(spec, dtype="uint8", shape=(batch, height, width, channels))
+    return ConsumerGraph(graph.model, replace(graph.signature, inputs=(bytes_spec,)), records)
 
 
 def with_mask(graph: ConsumerGraph, ids: str, mask: str = "attention_mask") -> ConsumerGraph:

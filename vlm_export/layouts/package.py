@@ -44,6 +44,7 @@ CONSUMERS: Mapping[str, Consumer] = {
     "transformers.js": Consumer(transformers_js.lay_out_for_dtypes, is_bundle=True),
     "optimum": Consumer(transformers_js.lay_out, is_bundle=True),
     "immich": Consumer(immich.lay_out),
+    "immich-uint8": Consumer(immich.lay_out_from_bytes),
     "fastembed": Consumer(fastembed.lay_out),
     "typesense": Consumer(typesense.lay_out),
     "modern-onnx-clip": Consumer(split_pair.lay_out),
