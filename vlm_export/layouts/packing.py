@@ -190,7 +190,7 @@ class Packing:
 
     def _weights_beside(self, path: Path) -> dict[StoredKey, StoredValues]:
         """The values in data files of the folder, by what `refer_to_weights` finds them by."""
-        found = {}
+        found: dict[StoredKey, StoredValues] = {}
         for ledger in self._ledgers:
             graph = self.staging.path / ledger.file
             if graph.parent == path.parent and not is_ir(graph):
