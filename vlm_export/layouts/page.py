@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import distribution
+from importlib.metadata import distribution, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,7 @@ def _settings(packing: Packing, images: ConsumerGraph, texts: ConsumerGraph) -> 
             **_interface(image, images),
             "spec": packing.image_spec.to_json(),
             "max_pixels": MAX_PIXELS,
+            "pillow": int(version("pillow").partition(".")[0]),
         },
         "texts": {
             **_interface(text, texts),
