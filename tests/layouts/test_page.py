@@ -17,6 +17,7 @@ import tarfile
 import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,8 @@ import vlm_export
 from vlm_export.bundle.cache_directory import CACHE_VARIABLE
 from vlm_export.cli.main import main
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
+from vlm_export.graph.core.files import Storage
+from vlm_export.layouts import packing
 from vlm_export.layouts.cleaning_tables import javascript_pattern
 from vlm_export.layouts.npm_packages import NPM_PACKAGES, NpmPackage, package_files
 from vlm_export.layouts.page import page
@@ -66,6 +69,20 @@ def test_a_bundle_that_lacks_the_graph_is_refused_with_the_command(demo: Path, t
     assert "vision_from_uint8" in caught.value.expected
     assert "--with-preprocessing" in caught.value.fix
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_that_the_page_lacks_a_step_of_is_refused(
+    demo: Path, tmp_path: Path, relist: Callable[[Path], None]
+) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(demo, copy)
+    tokenizer = json.loads((copy / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["normalizer"]["normalizers"].append({"type": "Nmt"})
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    relist(copy)
+    with pytest.raises(InputError) as caught:
+        page(copy, tmp_path / "site", threads=1)
+    assert caught.value.got == "Nmt"
 
 
 def archive_of(folder: Path, package: NpmPackage, content: bytes) -> NpmPackage:
@@ -353,8 +370,12 @@ def test_webgpu_gives_the_same_vectors(site: Path, page_bundle: Path, tmp_path: 
 
 @in_browser
 @pytest.mark.parametrize("name", ["siglip", "siglip2"])
-def test_models_of_sigmoid_scores(siglip_tests: SimpleNamespace, npm_cache: None, tmp_path: Path, name: str) -> None:
-    """SentencePiece's unigrams and its byte pairs, texts that are filled to their context, stretched images."""
+def test_models_of_sigmoid_scores(
+    siglip_tests: SimpleNamespace, npm_cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """SentencePiece's unigrams and its byte pairs, texts that are filled to their context, stretched images.
+
+    Weights of one lie beside the graphs, as large ones do."""
     make = getattr(siglip_tests, {"siglip": "siglip_tokenizer", "siglip2": "gemma_tokenizer"}[name])
     # Bilinear as SigLIP 2's own, and smaller weights for pixels: random ones take single levels of 256, which the graph
     # and Pillow round otherwise, for more than trained ones do.
@@ -364,7 +385,9 @@ def test_models_of_sigmoid_scores(siglip_tests: SimpleNamespace, npm_cache: None
     bundle, site = tmp_path / "bundle", tmp_path / "site"
     options: dict[str, Any] = {"exporter": "torchscript", "opset": 18, "threads": 1, "with_preprocessing": True}
     vlm_export.export(str(tmp_path / "model"), bundle, **options)
+    monkeypatch.setattr(packing, "Storage", partial(Storage, external=name == "siglip2"))
     written(bundle, site)
+    assert (site / "model" / "images.onnx_data").exists() == (name == "siglip2")
     with chromium(browser_here()) as browser, served(site) as address:
         opened = Open(browser.page(), address, bundle)
         opened.load()
