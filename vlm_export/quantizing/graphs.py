@@ -15,9 +15,9 @@ from vlm_export.bundle.quantised import QuantisedFrom
 from vlm_export.graph.core.files import Storage, open_model, save_model
 from vlm_export.precision.fused_attention import fuse_attention
 from vlm_export.precision.one_node import quiet
-from vlm_export.precision.quantised import changed_weights, quantise
+from vlm_export.precision.quantised import Calibration, changed_weights, quantise
 from vlm_export.precision.recipes import Recipe
-from vlm_export.quantizing.calibration import calibrated_ranges
+from vlm_export.quantizing.calibration import calibrated
 from vlm_export.quantizing.task_runs import Feeds
 
 # onnxruntime's quantiser holds the whole model several times, in one message of protobuf.
@@ -34,12 +34,14 @@ class QuantisedGraph:
         paths: the graph and its data files.
         weights: name of an initializer → the float32 weight that it holds.
         kept: weights that stay in float32 → why.
+        smoothed: initializers that were scaled → the norm's weight that tells by how much.
         fused: number of attentions that became one node.
     """
 
     paths: tuple[Path, ...]
     weights: Mapping[str, QuantisedFrom]
     kept: Mapping[str, str]
+    smoothed: Mapping[str, str]
     fused: int
 
     @property
@@ -54,30 +56,31 @@ def write_quantised(
     target: Path,
     scratch: Path,
     *,
-    ranges: Mapping[str, tuple[float, float]],
+    calibration: Calibration,
     reduce_range: bool,
     keep: Mapping[str, str],
 ) -> QuantisedGraph:
     """Quantises a part's float32 graph and writes it, with a data file beside it above 64 MiB of weights.
 
     Args:
-        ranges: of a static recipe, by `part_ranges`.
+        calibration: by `part_calibration`.
         keep: weights that stay in float32, each with the reason.
     """
     model, fused = _source(bundle, part)
-    made = quantise(model, recipe, scratch / "levels.bin", reduce_range=reduce_range, ranges=ranges, keep=keep)
+    levels = scratch / "levels.bin"
+    made = quantise(model, recipe, levels, reduce_range=reduce_range, calibration=calibration, keep=keep)
     written = save_model(made.model, target, storage=Storage())
-    (scratch / "levels.bin").unlink()
-    return QuantisedGraph(tuple(written), made.weights, made.kept, fused)
+    levels.unlink()
+    return QuantisedGraph(tuple(written), made.weights, made.kept, made.smoothed, fused)
 
 
-def part_ranges(
+def part_calibration(
     bundle: OpenBundle, part: PartRecord, recipe: Recipe, scratch: Path, feeds: Sequence[Feeds], threads: int | None
-) -> dict[str, tuple[float, float]]:
+) -> Calibration:
     """What a static recipe calibrates on the inputs of a part; nothing for other recipes."""
     if recipe.kind != "static":
-        return {}
-    return calibrated_ranges(_source(bundle, part)[0], recipe, feeds, scratch, threads)
+        return Calibration()
+    return calibrated(_source(bundle, part)[0], recipe, feeds, scratch, threads)
 
 
 def part_weights(bundle: OpenBundle, part: PartRecord, recipe: Recipe) -> dict[str, int]:
