@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from vlm_export.bundle.quantised import QuantisedFrom
 from vlm_export.graph.core.files import Storage, open_model, save_model
 from vlm_export.precision.fused_attention import fuse_attention
 from vlm_export.precision.one_node import quiet
-from vlm_export.precision.quantised import Calibration, changed_weights, quantise
+from vlm_export.precision.quantised import Calibration, Scratch, changed_weights, quantise
 from vlm_export.precision.recipes import Recipe
 from vlm_export.quantizing.calibration import calibrated
 from vlm_export.quantizing.task_runs import Feeds
@@ -24,6 +25,7 @@ from vlm_export.quantizing.task_runs import Feeds
 _LARGEST_NAIVE_BYTES = 1_500_000_000
 _MAX_CAUSE = 160
 _WITHOUT_CONTRIBUTED = "tensorrt"
+_LARGEST_INLINE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,36 @@ def write_quantised(
     written = save_model(made.model, target, storage=Storage())
     levels.unlink()
     return QuantisedGraph(tuple(written), made.weights, made.kept, made.smoothed, fused)
+
+
+def write_tried(
+    bundle: OpenBundle,
+    part: PartRecord,
+    recipe: Recipe,
+    scratch: Path,
+    *,
+    calibration: Calibration,
+    reduce_range: bool,
+    keep: Mapping[str, str],
+) -> QuantisedGraph:
+    """As `write_quantised`, for a graph that a search runs and nobody publishes.
+
+    What stays in float32 lies in a copy of the bundle's data files, made once for all graphs of a search, so that each
+    writes the weights alone that it quantises.
+    """
+    model, fused = _source(bundle, part)
+    target, levels, others = (scratch / f"tried.{ending}" for ending in ("onnx", "levels", "others"))
+    made = quantise(model, recipe, levels, reduce_range=reduce_range, calibration=calibration, keep=keep)
+    computed = Scratch(others)
+    for name, value in made.model.graph.initializers.items():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            if not (copy := scratch / tensor.location).exists():
+                shutil.copyfile(tensor.path, copy)
+        elif tensor is not None and tensor.nbytes > _LARGEST_INLINE_BYTES:
+            value.const_value = computed.put(tensor, name)
+    ir.save(made.model, target)
+    return QuantisedGraph((target, levels, others), made.weights, made.kept, made.smoothed, fused)
 
 
 def part_calibration(

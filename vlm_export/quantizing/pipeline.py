@@ -29,6 +29,7 @@ from vlm_export.quantizing.graphs import (
     part_weights,
     write_naive,
     write_quantised,
+    write_tried,
 )
 from vlm_export.quantizing.losses import Agreement, agreement, loss_of, output_losses
 from vlm_export.quantizing.publishing import Measured, Publishing
@@ -323,7 +324,15 @@ class _Job:
         return sorted(costs, key=lambda one: -one.cost)
 
     def _tried(self, part: PartRecord, keep: Mapping[str, str], base: _Baseline) -> QuantisedGraph:
-        return self._quantised(part, base.calibrations[part.name], self.scratch / "tried.onnx", keep)
+        return write_tried(
+            self.bundle,
+            part,
+            self.recipe,
+            self.scratch,
+            calibration=base.calibrations[part.name],
+            reduce_range=self.options.reduce_range,
+            keep=keep,
+        )
 
     def _again(self, part: PartRecord, old: QuantisedGraph, search: PartSearch, base: _Baseline) -> QuantisedGraph:
         _delete(old)
