@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import os
-<<<<<<< HEAD
 import re
+import runpy
 import shutil
 import subprocess
-=======
-import runpy
->>>>>>> main
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-<<<<<<< HEAD
-from typing import Any
-=======
 from types import SimpleNamespace
->>>>>>> main
+from typing import Any
 
 import pytest
 
@@ -27,7 +21,6 @@ from vlm_export.layouts.package import package
 ROOT = Path(__file__).resolve().parents[2]
 # The browser's driver, which is not installed.
 sys.path.insert(0, str(ROOT / "scripts"))
-<<<<<<< HEAD
 
 
 @pytest.fixture(scope="session")
@@ -40,8 +33,6 @@ def demo_from_uint8(shared_bundle: Callable[..., Path]) -> Path:
         vlm_export.export("clip-demo", target, with_preprocessing=True, external_data_threshold_bytes=0, **options)
 
     return shared_bundle("clip-demo-from-uint8", export)
-=======
->>>>>>> main
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +54,6 @@ def consumers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-<<<<<<< HEAD
 def checked_install(command: Sequence[str | Path], **options: Any) -> None:
     """Skips, and says what failed, where the registry cannot be reached; anything else is an error."""
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, **options)
@@ -115,9 +105,9 @@ def node_with(consumers: Path) -> Callable[..., Path]:
         return home
 
     return make
-=======
+
+
 @pytest.fixture(scope="session")
 def siglip_tests() -> SimpleNamespace:
     """What makes tiny SigLIP checkpoints of random weights, as transformers saves them."""
     return SimpleNamespace(**runpy.run_path(str(ROOT / "tests" / "models" / "test_siglip.py")))
->>>>>>> main

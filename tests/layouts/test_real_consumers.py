@@ -10,12 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
-<<<<<<< HEAD
-import runpy
-=======
-import re
 import shutil
->>>>>>> main
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -179,29 +174,9 @@ def in_python(python_with: Callable[..., Path]) -> Callable[..., dict[str, Array
 
 
 @pytest.fixture(scope="session")
-<<<<<<< HEAD
-def in_node(node_with: Callable[..., Path]) -> Callable[..., dict[str, Array]]:
-    """`in_node(asked)`: what transformers.js answers."""
-
-    def ask(asked: Mapping[str, Any]) -> dict[str, Array]:
-        home = node_with("node", NODE)
-        (home / "ask.mjs").write_text(TRANSFORMERS_JS, encoding="utf-8")
-        return answered(["node", home / "ask.mjs"], home, asked)
-=======
-def node_home(consumers: Path) -> Path:
+def node_home(node_with: Callable[..., Path]) -> Path:
     """The folder in which npm has installed transformers.js."""
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.skip("npm is not installed")
-    home = consumers / "node"
-    if not (home / "ready").exists():
-        home.mkdir(exist_ok=True)
-        (home / "package.json").write_text('{"private": true}')
-        # The graphs run on the CPU, whose library comes with the package.
-        skip = {"ONNXRUNTIME_NODE_INSTALL": "skip", "ONNXRUNTIME_NODE_INSTALL_CUDA": "skip"}
-        checked_install([npm, "install", NODE], cwd=home, env={**os.environ, **skip})
-        (home / "ready").touch()
-    return home
+    return node_with("node", NODE)
 
 
 @pytest.fixture(scope="session")
@@ -209,11 +184,8 @@ def in_node(node_home: Path) -> Callable[..., dict[str, Array]]:
     """`in_node(asked)`: what transformers.js answers on Node.js."""
 
     def ask(asked: Mapping[str, Any]) -> dict[str, Array]:
-        node = shutil.which("node")
-        if node is None:
-            pytest.skip("Node.js is not installed")
         (node_home / "ask.mjs").write_text(NODE_FRAME.replace("{body}", TRANSFORMERS_JS), encoding="utf-8")
-        return answered([node, node_home / "ask.mjs"], node_home, asked)
+        return answered(["node", node_home / "ask.mjs"], node_home, asked)
 
     return ask
 
@@ -242,7 +214,6 @@ def in_browser(node_home: Path, tmp_path: Path) -> Callable[..., dict[str, Array
             requested = [url for url in tab.requested() if not url.startswith((address, "blob:", "data:"))]
         assert requested == []
         return {key: np.array(value) for key, value in answer.items()}
->>>>>>> main
 
     return ask
 
