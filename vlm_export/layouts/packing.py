@@ -197,7 +197,8 @@ class Packing:
                 stored = stored_initializers(self.staging.path, ledger.file)
                 outside = {name: values for name, values in stored.items() if values.path != graph}
                 digests = {entry.name: entry.sha256 for entry in ledger.initializers}
-                found |= {(digests[name], at.data_type, at.shape): at for name, at in outside.items()}
+                # The first that has them: the encoders stand before graphs that hold them too.
+                found = {(digests[name], at.data_type, at.shape): at for name, at in outside.items()} | found
         return found
 
     def add_for_openvino(self, part: PartRecord) -> None:
