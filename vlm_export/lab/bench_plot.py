@@ -13,10 +13,11 @@ def bench_plot(found: BenchResult) -> str:
     for load in found.loads:
         runs = found.on(load)
         lost = [mark for one in runs if (mark := _lost(found, one)) is not None]
-        drawn.append(mark_plot(f"{load.label}: 1 - cosine against ms of a run", lost))
+        if lost:
+            drawn.append(mark_plot(f"{load.label}: 1 - cosine against ms of a run", lost))
         if len({one.side.threads for one in runs}) > 1:
             marks = [Mark(one.side.name, one.side.threads, one.rows_per_second) for one in runs]
-            drawn.append(mark_plot(f"{load.label}: rows per second against threads", marks, joined=True))
+            drawn.append(mark_plot(f"{load.label}: {load.unit} per second against threads", marks, joined=True))
     return stacked(drawn)
 
 

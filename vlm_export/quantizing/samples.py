@@ -13,7 +13,8 @@ from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError, UsageError
 from vlm_export.proof.contract_record import image_content, read_record
 from vlm_export.proof.samples import SENTENCES, synthetic_photographs
-from vlm_export.runtime.inputs.images import ImageSource, open_image, readable_formats
+from vlm_export.runtime.inputs.images import ImageSource, open_image
+from vlm_export.runtime.inputs.sources import image_files
 
 Sample = TypeVar("Sample")
 _MOST_IMAGES, _MOST_TEXTS = 2000, 10000
@@ -68,7 +69,7 @@ def sample_set(bundle: OpenBundle, images: Sequence[Path], texts: Path | None) -
     """
     manifest, record = bundle.manifest, read_record(bundle)
     left_out: list[str] = []
-    own_images = _first(_MOST_IMAGES, [path for entry in images for path in _image_files(entry)], "images", left_out)
+    own_images = _first(_MOST_IMAGES, [path for entry in images for path in image_files(entry)], "images", left_out)
     own_texts = _first(_MOST_TEXTS, () if texts is None else _lines(texts), "texts", left_out)
     for named, takes, kind in ((images, manifest.image, "images"), (own_texts, manifest.text, "texts")):
         if named and takes is None:
@@ -92,16 +93,6 @@ def _first(most: int, items: Sequence[Sample], kind: str, left_out: list[str]) -
     if len(items) > most:
         left_out.append(f"of your {len(items)} {kind} the first {most} were taken")
     return tuple(items[:most])
-
-
-def _image_files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    endings = (*(f".{ending.lower()}" for ending in readable_formats()), ".jpg", ".jpeg", ".tif")
-    found = sorted(entry for entry in path.iterdir() if entry.is_file() and entry.name.lower().endswith(endings))
-    if not found:
-        raise UsageError("a folder holds no images", where=str(path), expected="files such as photo.jpg")
-    return found
 
 
 def _lines(path: Path) -> tuple[str, ...]:
