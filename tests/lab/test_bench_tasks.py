@@ -29,7 +29,11 @@ import json, pathlib
 import numpy, onnxruntime
 import vlm_export
 class ImageEmbedding:
+    @staticmethod
+    def list_supported_models():
+        return [{"model": "another", "model_file": "other.onnx"}, {"model": "any", "model_file": "model.onnx"}]
     def __init__(self, model_name, specific_model_path, threads):
+        assert model_name == "any"
         folder = pathlib.Path(specific_model_path)
         self.edge = json.loads((folder / "preprocessor_config.json").read_text())["crop_size"]["height"]
         self.session = onnxruntime.InferenceSession(folder / "model.onnx")

@@ -226,9 +226,12 @@ def _cost_row(cost: Cost) -> tuple[str, ...]:
 
 
 def _print_recommendation(found: BenchResult) -> None:
-    best, bound = found.recommendation(), f"a cosine of at least {found.options.least_cosine:g}"
-    if any(cost.same_tokens is not None for cost in found.costs):
-        bound = f"{bound} and the same tokens" if any(cost.cosine is not None for cost in found.costs) else "the same tokens"
+    best = found.recommendation()
+    demands = {
+        f"a cosine of at least {found.options.least_cosine:g}": any(cost.same_tokens is None for cost in found.costs),
+        "the same tokens": any(cost.same_tokens is not None for cost in found.costs),
+    }
+    bound = " and ".join(text for text, holds in demands.items() if holds)
     if best is None:
         print_line(f"no side of the bundle has {bound} as float32 on all inputs")
         return

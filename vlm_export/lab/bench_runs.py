@@ -36,8 +36,6 @@ from vlm_export.runtime.tasks.chat_rows import ChatRow
 
 RunPart = Callable[[Arrays], Arrays]
 EncodeImages = Callable[[Sequence[str], int], Any]
-# Any of fastembed's image models: what is given beside it is all that is read.
-_FASTEMBED_NAME = "Qdrant/clip-ViT-B-32-vision"
 
 
 class Runs(Protocol):
@@ -257,7 +255,11 @@ def _fastembed(bundle: OpenBundle, folder: Path, threads: int) -> EncodeImages:
     files |= {name: name for name in (layout.PREPROCESSOR_NAME, layout.CONFIG_NAME)}
     for name, own in files.items():
         shutil.copyfile(bundle.root / name, folder / own)
-    model = ImageEmbedding(_FASTEMBED_NAME, specific_model_path=str(folder), threads=threads)
+    # Any of its models whose graph has that name: all that is read lies in the folder.
+    name = next(
+        known["model"] for known in ImageEmbedding.list_supported_models() if known["model_file"] == "model.onnx"
+    )
+    model = ImageEmbedding(name, specific_model_path=str(folder), threads=threads)
     return lambda paths, batch: np.stack(list(model.embed(paths, batch_size=batch)))
 
 

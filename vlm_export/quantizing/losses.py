@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlm_export.bundle.loss import Loss, OutputLoss
+from vlm_export.bundle.loss import Accuracy, Loss, OutputLoss
 from vlm_export.proof.metrics import Array, paired_blocks, rows_of
 from vlm_export.quantizing.task_runs import Answers, Feeds
 from vlm_export.runtime.inputs.images import FloatArray
@@ -20,9 +20,12 @@ Run = Callable[[Feeds], Mapping[str, Array]]
 class Agreement:
     """What tasks keep, as in `Loss`."""
 
-    top10_texts: float | None
-    top10_images: float | None
-    exact_match: float | None
+    top10_texts: float | None = None
+    top10_images: float | None = None
+    exact_match: float | None = None
+    zero_shot: Accuracy | None = None
+    retrieval_texts: Accuracy | None = None
+    retrieval_images: Accuracy | None = None
 
 
 def agreement(before: Answers, after: Answers) -> Agreement:
@@ -32,7 +35,11 @@ def agreement(before: Answers, after: Answers) -> Agreement:
     same = sum(left == right for left, right in zip(before.words, after.words, strict=False))
     # A task that only one of them could be asked has given no word back.
     words = same / max(len(before.words), len(after.words)) if count else None
-    return Agreement(_overlap(images, texts), _overlap(texts, images), words)
+    accuracies = (
+        None if left is None or right is None else Accuracy(left, right)
+        for left, right in zip(before.accuracies, after.accuracies, strict=True)
+    )
+    return Agreement(_overlap(images, texts), _overlap(texts, images), words, *accuracies)
 
 
 def _overlap(
@@ -91,4 +98,4 @@ def loss_of(
     outputs: Mapping[str, OutputLoss], golden: Mapping[str, OutputLoss], tasks: Agreement, size_share: float
 ) -> Loss:
     """The figures together."""
-    return Loss(outputs, golden, tasks.top10_texts, tasks.top10_images, tasks.exact_match, size_share)
+    return Loss(outputs, golden, size_share=size_share, **vars(tasks))
