@@ -12,11 +12,12 @@ from typing import Any
 
 from doc_pages import read_pages, write_or_check
 
+from vlm_export.bundle.loss import BUDGET_KEYS
 from vlm_export.checkpoint.sources.known import KnownCheckpoint, known_names, load_known
 from vlm_export.cli.inspect import checkpoint_from_config
 from vlm_export.cli.main import build_parser
 from vlm_export.models.registry import load_family
-from vlm_export.quantizing.budget import DEFAULT_BUDGETS, KEYS, LOST
+from vlm_export.quantizing.budget import DEFAULT_BUDGETS, LOST
 
 TABLE = re.compile(r"(<!-- table: ([a-z ]+) -->\n)(.*?)(<!-- /table -->\n)", re.DOTALL)
 EVERY_VERB = ("--help", "--json", "--quiet")
@@ -49,7 +50,7 @@ def table(name: str) -> str:
     if name == "checkpoints":
         return _table(_CHECKPOINTS, (_checkpoint_row(load_known(known)) for known in known_names()))
     if name == "budgets":
-        defaults = [key for key in KEYS if key not in LOST]
+        defaults = [key for key in BUDGET_KEYS if key not in LOST]
         rows = ((f"`{word}`", *(f"{budget[key]:g}" for key in defaults)) for word, budget in DEFAULT_BUDGETS.items())
         return _table(("precision", *(f"`{key}`" for key in defaults)), rows)
     graph = parsers_of(parsers_of(build_parser())["graph"])

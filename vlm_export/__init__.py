@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vlm_export.lab.regress import regress
     from vlm_export.lab.report.collect import report
     from vlm_export.layouts.package import package
+    from vlm_export.layouts.page import page
     from vlm_export.quantizing.pipeline import quantize
     from vlm_export.quantizing.result import QuantizeResult
     from vlm_export.runtime.load import load
@@ -37,6 +38,7 @@ _HOMES = {
     "export": "vlm_export.api",
     "load": "vlm_export.runtime.load",
     "package": "vlm_export.layouts.package",
+    "page": "vlm_export.layouts.page",
     "quantize": "vlm_export.quantizing.pipeline",
     "ranges": "vlm_export.lab.ranges",
     "regress": "vlm_export.lab.regress",
@@ -57,6 +59,7 @@ __all__ = [
     "export",
     "load",
     "package",
+    "page",
     "quantize",
     "ranges",
     "regress",

@@ -1,4 +1,4 @@
-"""What makes a vision transformer fast on this machine: variants, engines and forms of the graph against PyTorch."""
+"""What makes a vision transformer fast on this machine: a bundle's variants in each engine against PyTorch."""
 
 from __future__ import annotations
 
@@ -10,66 +10,47 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from benchmarks.measuring import bundle_or_random
 from benchmarks.report import MIB, Bars, Report, Table, table
-from benchmarks.vision_graphs import write_forms
-from vlm_export.bundle.opened import OpenBundle, open_bundle
+from vlm_export.bundle.opened import open_bundle
 from vlm_export.lab.bench import bench
 from vlm_export.lab.bench_plan import TORCH, TORCH_FORMS, BenchOptions, Side
 from vlm_export.lab.bench_result import BenchResult
-from vlm_export.proof.samples import synthetic_photographs
-from vlm_export.runtime.inputs.images import preprocess_image
-from vlm_export.specs import ImageSpec
+from vlm_export.quantizing.pipeline import quantize
 
 GOAL_RATIO, GOAL_ORT_RATIO, LEAST_COSINE = 6.0, 3.5, 0.999
 BATCHES = (4, 16)
-# What each form runs in; the others are slower there than float32.
-FORMS = (
-    ("onnxruntime", "fused", ""),
-    ("onnxruntime", "int8-dynamic", ""),
-    ("onnxruntime", "int8-dynamic-fused", ""),
-    ("onnxruntime", "int8-static-fused", ""),
-    ("openvino", "fused", "+bf16"),
-    ("openvino", "int8-static-fused", "+bf16"),
+# Each with the bundle's variants, which `quantize` makes; bfloat16 only on processors that have it.
+VARIANTS = ("int8", "int8-static", "w8a16")
+SIDES = (
+    ("onnxruntime", ("fp32", *VARIANTS)),
+    ("openvino", ("fp32", "int8-static", "bf16", "int8-static+bf16")),
 )
-_CALIBRATED, _TOGETHER = 32, 4
-_MOST_OPERATORS = 6
+_MOST_OPERATORS = 8
 
 
 def measure(name: str, bundle: Path | None, rounds: int, threads: int, graphs: Sequence[Path]) -> Report:
     """Every side in turn; graphs: further ones for OpenVINO in bfloat16, such as NNCF writes."""
-    with bundle_or_random(name, bundle) as directory, TemporaryDirectory() as folder:
-        opened = open_bundle(directory)
-        exported = opened.model_files(opened.manifest.part("vision").variant("fp32"))
-        forms = write_forms(exported, Path(folder), _calibration(opened))
+    with bundle_or_random(name, bundle) as exported, TemporaryDirectory() as folder:
+        directory = _quantised(exported, Path(folder) / "bundle")
         sides = [Side(TORCH, form, threads) for form in TORCH_FORMS]
-        sides += [Side("onnxruntime", "fp32", threads)]
-        sides += [Side(engine, form + more, threads, str(forms[form])) for engine, form, more in FORMS]
-        sides += [Side("openvino", precision, threads) for precision in ("fp32", "bf16")]
+        sides += [Side(engine, precision, threads) for engine, precisions in SIDES for precision in precisions]
         sides += [Side("openvino", f"{path.stem}+bf16", threads, str(path)) for path in graphs]
         options = BenchOptions(parts=["vision"], batches=BATCHES, rounds=rounds, against=name)
         found = bench(directory, options, sides=sides, progress=lambda what, *_: print(what))
-        profiles = [_profile(form, path, threads) for form, path in {"fp32": exported, **forms}.items()]
+        opened = open_bundle(directory)
+        variants = opened.manifest.part("vision").variants
+        profiles = [_profile(one.precision, opened.model_files(one), threads) for one in variants]
     return report_from_result(name, found, profiles, threads)
 
 
-def _calibration(bundle: OpenBundle) -> list[Any]:
-    spec = bundle.manifest.image
-    assert isinstance(spec, ImageSpec)
-    crops = [_crop(number) for number in range(_CALIBRATED)]
-    pixels = np.stack([preprocess_image(image, spec) for image in crops])
-    return np.split(pixels, _CALIBRATED // _TOGETHER)
-
-
-def _crop(number: int) -> Image.Image:
-    """A piece of a synthetic photograph; what is measured is run on the whole ones."""
-    photographs = synthetic_photographs()
-    image, random = photographs[number % len(photographs)], np.random.default_rng(number)
-    width, height = (int(side * random.uniform(0.4, 0.8)) for side in image.size)
-    left, top = int(random.integers(image.width - width)), int(random.integers(image.height - height))
-    return image.crop((left, top, left + width, top + height))
+def _quantised(bundle: Path, target: Path) -> Path:
+    """A copy with the variants; the bundle's own of the same names are made again."""
+    for number, precision in enumerate(VARIANTS):
+        print(f"quantize to {precision}")
+        quantize(target if number else bundle, precision, parts=["vision"], output=None if number else target)
+    return target
 
 
 def _profile(form: str, graph: Path, threads: int) -> dict[str, Any]:
@@ -140,6 +121,7 @@ def report_from_result(name: str, found: BenchResult, profiles: Sequence[Mapping
                 rows,
             ),
             *(_profile_table(profile) for profile in profiles),
+            *([table("Left out", {"side": "{why}"}, [{"why": why} for why in found.not_run])] if found.not_run else []),
         ),
         bars=Bars(
             "Times PyTorch eager",

@@ -20,11 +20,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from vlm_export.bundle.cache_directory import cache_directory
 from vlm_export.bundle.staging import put_file, staging
 from vlm_export.checkpoint.names import is_hub_id
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.sources import hub
-from vlm_export.checkpoint.sources.download import cache_directory, cached_path, fetch_url
+from vlm_export.checkpoint.sources.download import cached_path, fetch_url
 from vlm_export.checkpoint.sources.hub import wanted_files
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 

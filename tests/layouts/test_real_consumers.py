@@ -140,15 +140,6 @@ def checked_install(command: Sequence[str | Path], **options: Any) -> None:
 
 
 @pytest.fixture(scope="session")
-def consumers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the environments."""
-    stated = os.environ.get("VLM_EXPORT_CONSUMERS")
-    folder = Path(stated) if stated else tmp_path_factory.mktemp("consumers")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def in_python(consumers: Path) -> Callable[..., dict[str, Array]]:
     """`in_python(environment, body, asked)`: what the body leaves in `answer`."""
 

@@ -76,10 +76,10 @@ OUTSIDE = {
     "specs": set[str](),
     "runtime": BASE,
     "graph": {"numpy", "onnx_ir", "onnx", "google", "onnxruntime", "yaml"},  # google: protobuf
-    "precision": {"numpy", "onnx_ir", "onnx", "onnxruntime"},
+    "precision": {"numpy", "onnx_ir", "onnx", "onnxruntime", "onnxscript"},
     "quantizing": {"numpy", "PIL", "onnx", "onnx_ir", "onnxruntime"},
     "proof": BASE - {"onnxruntime", "openvino", "pyarrow", "tqdm"},
-    "layouts": {"numpy", "onnx_ir"},
+    "layouts": {"numpy", "onnx_ir", "ftfy"},
     # fastembed: a side of `bench`, where it is installed.
     "lab": {"numpy", "PIL", "onnx_ir", "onnx", "onnxruntime", "yaml", "pytest", "fastembed"},
     "cli": set[str](),

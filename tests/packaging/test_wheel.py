@@ -31,7 +31,8 @@ def names_in(wheel: Path) -> set[str]:
 def expected_names() -> set[str]:
     """Every source file of the package, as the wheel has to name it."""
     names = {"vlm_export/py.typed", "vlm_export/lab/consumer/collectors/collect.mjs"}
-    for path in [*ROOT.glob("vlm_export/**/*.py"), *ROOT.glob("vlm_export/models/**/*.py")]:
+    sources = ("vlm_export/**/*.py", "vlm_export/models/**/*.py", "vlm_export/layouts/browser/*")
+    for path in (path for pattern in sources for path in ROOT.glob(pattern)):
         names.add(path.relative_to(ROOT).as_posix())
     configs = [*ROOT.glob("configs/*.yaml"), ROOT / "configs" / "__init__.py", *ROOT.glob("configs/demo/**/*")]
     return names | {f"vlm_export/{path.relative_to(ROOT).as_posix()}" for path in configs if path.is_file()}

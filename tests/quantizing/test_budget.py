@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from vlm_export.bundle.loss import Loss, OutputLoss
+from vlm_export.bundle.loss import Loss, OutputLoss, over_budget
 from vlm_export.errors import UsageError
 from vlm_export.precision.recipes import QUANTISED
-from vlm_export.quantizing.budget import DEFAULT_BUDGETS, budget_for, over_budget
+from vlm_export.quantizing.budget import DEFAULT_BUDGETS, budget_for
 
 
 def loss(cosine: float, exact_match: float | None = None) -> Loss:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from vlm_export.bundle.loss import over_budget
 from vlm_export.bundle.opened import open_bundle
 from vlm_export.cli.main import main
-from vlm_export.quantizing.budget import over_budget
 
 
 def test_over_budget_ends_with_status_1_and_shows_both_recipes(

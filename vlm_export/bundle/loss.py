@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, get_args
 
 from vlm_export.specs.codec import Spec, between
 
@@ -12,6 +12,7 @@ Cosine: TypeAlias = Annotated[float, between(-1, 1)]
 Share: TypeAlias = Annotated[float, between(0, 1)]
 Count: TypeAlias = Annotated[int, between(0)]
 BudgetKey: TypeAlias = Literal["cosine", "mean-cosine", "top10", "exact-match", "zero-shot", "retrieval@1"]
+BUDGET_KEYS: tuple[BudgetKey, ...] = get_args(BudgetKey)
 
 
 @dataclass(frozen=True)
@@ -149,3 +150,15 @@ class LossRecord(Spec):
     kept: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     searched: Searched | None = None
+
+    @property
+    def is_within_budget(self) -> bool:
+        """Whether every figure that the budget states and something measured is as good as it demands."""
+        return not over_budget(self.measured, self.budget)
+
+
+def over_budget(loss: Loss, budget: Mapping[str, float] | Mapping[BudgetKey, float]) -> list[tuple[str, float, float]]:
+    """Key, least and figure of what is over budget; what was not measured is over none."""
+    found = [(key, budget[key], loss.figure(key)) for key in BUDGET_KEYS if key in budget]
+    # Written so that NaN is over budget. A loss of exactly what is allowed is within: subtracted shares are rounded.
+    return [(key, least, figure) for key, least, figure in found if figure is not None and not figure >= least - 1e-9]

@@ -16,6 +16,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "package bundle --for immich -o for-immich",
         "package bundle --for transformers.js -o web --precision fp16",
     ),
+    "page": ("page bundle -o site", "page bundle -o site --packages archives --overwrite"),
     "classify": ("classify bundle photo.jpg cat dog", "classify bundle photo.jpg red blue --template 'a {} circle'"),
     "caption": ("caption captions photo.jpg", "caption chat a.jpg b.jpg --prompt 'Describe this image.'"),
     "ask": ("ask answers photo.jpg 'what colour is it?'", "ask chat photo.jpg 'What is this?' --stream"),

@@ -36,6 +36,7 @@ VERBS = (
     "verify",
     "quantize",
     "package",
+    "page",
     "classify",
     "caption",
     "ask",

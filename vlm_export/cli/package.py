@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_export.cli.common import add_common_options
 from vlm_export.cli.output import print_json, print_line, print_table, terminal_width
 from vlm_export.text_display import size_text
+
+if TYPE_CHECKING:
+    from vlm_export.layouts.package import Package
 
 NAMES = (
     "transformers.js",
@@ -53,6 +56,11 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         threads=args.threads,
     )
+    return print_package(made, args, f"packaged for {args.consumer}")
+
+
+def print_package(made: Package, args: argparse.Namespace, done: str) -> int:
+    """Prints the graphs, the notes and the size of what was written; returns the exit status."""
     if args.json:
         print_json(made.to_json())
         return 0
@@ -66,5 +74,5 @@ def run(args: argparse.Namespace) -> int:
     for note in made.notes:
         print_line(f"note: {note}")
     total = sum(file.size_bytes for file in made.manifest.files.values())
-    print_line(f"packaged for {args.consumer}: {args.output} ({len(made.manifest.files)} files, {size_text(total)})")
+    print_line(f"{done}: {args.output} ({len(made.manifest.files)} files, {size_text(total)})")
     return 0

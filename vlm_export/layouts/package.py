@@ -97,14 +97,28 @@ def package(
             expected=", ".join(CONSUMERS),
             fix=suggestion(consumer, sorted(CONSUMERS)),
         )
-    bundle = open_bundle(path)
     chosen = CONSUMERS[consumer]
+    return write_package(path, target, consumer, chosen, precision=precision, overwrite=overwrite, threads=threads)
+
+
+def write_package(
+    path: str | Path,
+    target: str | Path,
+    name: str,
+    consumer: Consumer,
+    *,
+    precision: str | None,
+    overwrite: bool,
+    threads: int | None,
+) -> Package:
+    """As `package`, for a consumer that is called `name` in the manifest."""
+    bundle = open_bundle(path)
     with publication(Path(target), overwrite=overwrite) as staging:
-        packing = Packing(bundle, staging, consumer, precision or bundle.manifest.default_precision(), threads)
-        chosen.lay_out(packing)
+        packing = Packing(bundle, staging, name, precision or bundle.manifest.default_precision(), threads)
+        consumer.lay_out(packing)
         packing.write_ledger()
-        manifest = _manifest(packing, Path(target).name, chosen)
-        if chosen.is_bundle:
+        manifest = _manifest(packing, Path(target).name, consumer)
+        if consumer.is_bundle:
             write_record_again(bundle, staging.path, declared(manifest))
         manifest = staging.commit(manifest)
     return Package(manifest, tuple(packing.reports), tuple(packing.notes))

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import get_args
 
-from vlm_export.bundle.loss import BudgetKey, Loss
+from vlm_export.bundle.loss import BUDGET_KEYS, BudgetKey
 from vlm_export.errors import UsageError, suggestion
 
-KEYS: tuple[BudgetKey, ...] = get_args(BudgetKey)
 DEFAULT_BUDGETS: Mapping[str, Mapping[BudgetKey, float]] = {
     "int8": {"cosine": 0.98, "mean-cosine": 0.995, "top10": 0.8, "exact-match": 0.75},
     "int8-static": {"cosine": 0.95, "mean-cosine": 0.99, "top10": 0.8, "exact-match": 0.75},
@@ -89,10 +87,10 @@ def _checked(stated: Mapping[str, float]) -> dict[BudgetKey, float]:
 
 
 def _key(name: str) -> BudgetKey:
-    for key in KEYS:
+    for key in BUDGET_KEYS:
         if key == name:
             return key
-    raise UsageError(f"a budget has no key {name!r:.60}", where="--budget", fix=suggestion(name[:60], KEYS))
+    raise UsageError(f"a budget has no key {name!r:.60}", where="--budget", fix=suggestion(name[:60], BUDGET_KEYS))
 
 
 def _refusal(where: str, expected: str, got: str) -> UsageError:
@@ -103,11 +101,3 @@ def _refusal(where: str, expected: str, got: str) -> UsageError:
 def points_text(kept: float) -> str:
     """What is lost of an accuracy, for people: 0.995 is `0.5pp`."""
     return f"{100 * (1 - kept):.3g}pp"
-
-
-def over_budget(loss: Loss, budget: Mapping[str, float] | Mapping[BudgetKey, float]) -> list[tuple[str, float, float]]:
-    """Key, least and figure of what is over budget; what was not measured is over none."""
-    found = [(key, budget[key], loss.figure(key)) for key in KEYS if key in budget]
-    # Written so that NaN is over budget.
-    # A loss of exactly what is allowed is within: the subtraction of two shares rounds.
-    return [(key, least, figure) for key, least, figure in found if figure is not None and not figure >= least - 1e-9]

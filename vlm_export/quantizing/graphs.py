@@ -13,6 +13,7 @@ from vlm_export.bundle.manifest import PRECISIONS, PartRecord
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.bundle.quantised import QuantisedFrom
 from vlm_export.graph.core.files import Storage, open_model, save_model
+from vlm_export.precision.fused_attention import fuse_attention
 from vlm_export.precision.one_node import quiet
 from vlm_export.precision.quantised import changed_weights, quantise
 from vlm_export.precision.recipes import Recipe
@@ -22,6 +23,7 @@ from vlm_export.quantizing.task_runs import Feeds
 # onnxruntime's quantiser holds the whole model several times, in one message of protobuf.
 _LARGEST_NAIVE_BYTES = 1_500_000_000
 _MAX_CAUSE = 160
+_WITHOUT_CONTRIBUTED = "tensorrt"
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,13 @@ class QuantisedGraph:
         paths: the graph and its data files.
         weights: name of an initializer → the float32 weight that it holds.
         kept: weights that stay in float32 → why.
+        fused: number of attentions that became one node.
     """
 
     paths: tuple[Path, ...]
     weights: Mapping[str, QuantisedFrom]
     kept: Mapping[str, str]
+    fused: int
 
     @property
     def size_bytes(self) -> int:
@@ -60,11 +64,11 @@ def write_quantised(
         ranges: of a static recipe, by `part_ranges`.
         keep: weights that stay in float32, each with the reason.
     """
-    model = _float32_model(bundle, part)
+    model, fused = _source(bundle, part)
     made = quantise(model, recipe, scratch / "levels.bin", reduce_range=reduce_range, ranges=ranges, keep=keep)
     written = save_model(made.model, target, storage=Storage())
     (scratch / "levels.bin").unlink()
-    return QuantisedGraph(tuple(written), made.weights, made.kept)
+    return QuantisedGraph(tuple(written), made.weights, made.kept, fused)
 
 
 def part_ranges(
@@ -73,16 +77,19 @@ def part_ranges(
     """What a static recipe calibrates on the inputs of a part; nothing for other recipes."""
     if recipe.kind != "static":
         return {}
-    return calibrated_ranges(_float32_model(bundle, part), recipe, feeds, scratch, threads)
+    return calibrated_ranges(_source(bundle, part)[0], recipe, feeds, scratch, threads)
 
 
 def part_weights(bundle: OpenBundle, part: PartRecord, recipe: Recipe) -> dict[str, int]:
     """Weights that the recipe changes in a part → how many nodes read each."""
-    return changed_weights(_float32_model(bundle, part), recipe)
+    return changed_weights(_source(bundle, part)[0], recipe)
 
 
-def _float32_model(bundle: OpenBundle, part: PartRecord) -> ir.Model:
-    return open_model(bundle.model_files(part.variant(PRECISIONS[0])))
+def _source(bundle: OpenBundle, part: PartRecord) -> tuple[ir.Model, int]:
+    """The float32 graph as it is quantised, and how many of its attentions were fused."""
+    model = open_model(bundle.model_files(part.variant(PRECISIONS[0])))
+    # TensorRT's parser has none of ONNX Runtime's operators.
+    return model, 0 if bundle.manifest.export.target == _WITHOUT_CONTRIBUTED else fuse_attention(model)
 
 
 def write_naive(bundle: OpenBundle, part: PartRecord, target: Path) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vlm_export.bundle import layout
 from vlm_export.bundle.environment import check_free_space
-from vlm_export.bundle.loss import BudgetKey, Loss, LossRecord, OutputLoss, Samples
+from vlm_export.bundle.loss import BudgetKey, Loss, LossRecord, OutputLoss, Samples, over_budget
 from vlm_export.bundle.manifest import PRECISIONS, PartRecord
 from vlm_export.bundle.opened import OpenBundle, open_bundle
 from vlm_export.bundle.publish import Staging, publication
@@ -20,7 +20,7 @@ from vlm_export.errors import InputError, UsageError, suggestion
 from vlm_export.exporting.stages import StageListener, Stages
 from vlm_export.precision.recipes import QUANTISED, RECIPES, Recipe
 from vlm_export.proof.golden import iterate_golden
-from vlm_export.quantizing.budget import budget_for, over_budget, stated_budget
+from vlm_export.quantizing.budget import budget_for, stated_budget
 from vlm_export.quantizing.graphs import (
     QuantisedGraph,
     float32_bytes,
@@ -400,7 +400,7 @@ class _Job:
             naive_outputs, naive_golden, _ = self._losses(part, feeds, naive)
             naive_loss = loss_of(naive_outputs, naive_golden, base.naive_tasks, naive.stat().st_size / size)
         return LossRecord(
-            recipe=self.recipe.tells,
+            recipe=f"{self.recipe.tells}{_fused_text(graph.fused)}",
             reduce_range=self.options.reduce_range,
             measured=measured,
             naive=naive_loss,
@@ -444,6 +444,13 @@ class _Job:
 def _over_alone(loss: Loss, budget: Mapping[BudgetKey, float]) -> bool:
     """Whether a part's own figures are over budget, whatever the tasks' are."""
     return bool(over_budget(replace(loss, **vars(Agreement())), budget))
+
+
+def _fused_text(count: int) -> str:
+    if not count:
+        return ""
+    what = "attention is" if count == 1 else f"{count} attentions are"
+    return f"; {what} com.microsoft.MultiHeadAttention, which ONNX Runtime and OpenVINO read"
 
 
 def _delete(graph: QuantisedGraph) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlm_export.bundle.loss import Loss, LossRecord
+from vlm_export.bundle.loss import Loss, LossRecord, over_budget
 from vlm_export.bundle.manifest import Manifest
 from vlm_export.errors import VerificationError
-from vlm_export.quantizing.budget import LOST, over_budget, points_text
+from vlm_export.quantizing.budget import LOST, points_text
 
 HEADER = ("part", "recipe", "size", "cosine", "mean", "golden", "top10", "words", "verdict")
 

@@ -26,7 +26,9 @@ def load(
     Args:
         path: the bundle's directory.
         precision: the variant of all parts; None: float32, or the only one that the bundle has. With OpenVINO also
-            "bf16", float32's graphs computed in bfloat16, and "NAME+bf16", another variant's.
+            "bf16", float32's graphs computed in bfloat16, and "NAME+bf16", another variant's. "fastest": the one that a
+            rule calls fastest on this engine and processor, of those within their budget (`fastest_variant`); the
+            model's `precision` says which.
         engine: what runs the graphs; "openvino" needs the extra of that name, and runs on the CPU.
         providers: ONNX Runtime's execution providers in order of preference, one name or several; the CPU by default.
         threads: threads of one operator and of image decoding; None for as many as there are cores (decoding: 4).

@@ -14,6 +14,7 @@ from vlm_export.bundle.manifest import Manifest
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError
 from vlm_export.runtime.engines.choice import ONNXRUNTIME, EngineName, chosen_precision, engine_choice
+from vlm_export.runtime.engines.fastest import FASTEST, fastest_variant
 from vlm_export.runtime.engines.onnxruntime import Array, Engine, run_in_float32
 from vlm_export.runtime.inputs.images import MAX_PIXELS
 from vlm_export.runtime.inputs.texts import Tokenizer
@@ -45,6 +46,8 @@ class Session:
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.bundle = bundle
+        if precision == FASTEST:
+            precision = fastest_variant(bundle.manifest, engine_choice(engine, providers, threads))
         chosen = chosen_precision(bundle.manifest, precision)
         self.precision, self.precision_text = chosen.variant, str(chosen)
         self.max_pixels = max_pixels

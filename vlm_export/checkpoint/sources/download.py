@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import os
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import BinaryIO, Protocol
 from urllib.parse import urlsplit
 
+from vlm_export.bundle.cache_directory import CACHE_VARIABLE, cache_directory
 from vlm_export.bundle.environment import check_free_space
 from vlm_export.bundle.staging import put_file, staging
 from vlm_export.checkpoint.names import check_plain_name
@@ -22,7 +22,6 @@ from vlm_export.checkpoint.seen_file import Progress, hash_file, see_file
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 from vlm_export.machine_faults import machine_fault
 
-CACHE_VARIABLE = "VLM_EXPORT_CACHE"
 _TIMEOUT_SECONDS = 30.0
 _CHUNK_BYTES = 1 << 20
 
@@ -31,17 +30,6 @@ class Response(Protocol):
     """What is used of an HTTP response."""
 
     def read(self, size: int, /) -> bytes: ...
-
-
-def cache_directory() -> Path:
-    """Where downloads are kept: $VLM_EXPORT_CACHE, else vlm-export in $XDG_CACHE_HOME, else in ~/.cache.
-
-    On every system, as the Hub's cache is; `platformdirs` would put it elsewhere on macOS and Windows.
-    """
-    if own := os.environ.get(CACHE_VARIABLE):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "vlm-export"
 
 
 def fetch_url(url: str, sha256: str | None, progress: Progress | None = None) -> Path:

@@ -55,6 +55,11 @@ class EngineChoice:
     threads: int | None
     in_bf16: bool = False
 
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether nothing but the CPU is asked for."""
+        return {name.lower() for name in self.providers} <= {CPU.lower(), _SHORT_CPU}
+
     def open_part(self, bundle: OpenBundle, part: str, precision: str) -> Engine:
         """The engine of a part's variant, once its files and the graph's sizes are found to be what the manifest says.
 
@@ -103,14 +108,15 @@ def engine_choice(
             got=BF16,
             fix="take OpenVINO (engine='openvino', --engine openvino), or leave out the precision",
         )
-    if engine != ONNXRUNTIME and not {name.lower() for name in names} <= {CPU.lower(), _SHORT_CPU}:
+    chosen = EngineChoice(OPENVINO if engine == OPENVINO else ONNXRUNTIME, names, checked_threads(threads), in_bf16)
+    if engine != ONNXRUNTIME and not chosen.is_on_cpu:
         raise UsageError(
             "OpenVINO has none of ONNX Runtime's execution providers",
             expected="no providers: it runs on the CPU",
             got=", ".join(names),
             fix="leave out providers, or engine='openvino'",
         )
-    return EngineChoice(OPENVINO if engine == OPENVINO else ONNXRUNTIME, names, checked_threads(threads), in_bf16)
+    return chosen
 
 
 def chosen_precision(manifest: Manifest, precision: str | None) -> Precision:
