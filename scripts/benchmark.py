@@ -10,6 +10,7 @@
     python scripts/benchmark.py vision [--bundle DIR]      ViT-B/16's graphs in every engine against PyTorch
     python scripts/benchmark.py sizes  [--names NAME …] [--precision P …]
                                                            bytes of each precision, of float32's
+    python scripts/benchmark.py outliers --encoder DIR     a real sentence encoder's rankings in each precision
 
 Without --bundle, one of ViT-B/32 with random weights is exported for the measurement. Needs the export extra.
 """
@@ -23,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import caption, chat, export, resample, sizes, start, text, vision
+from benchmarks import caption, chat, export, outliers, resample, sizes, start, text, vision
 from benchmarks.report import REPORTS, Report, write_report
 
 from vlm_export.precision.recipes import QUANTISED
@@ -37,6 +38,7 @@ MEASURES: dict[str, Callable[..., Report]] = {
     "chat": chat.measure,
     "vision": vision.measure,
     "sizes": sizes.measure,
+    "outliers": outliers.measure,
 }
 
 EXPORT_NAMES = ("clip-vit-b-32", "clip-rn50", "clip-vit-l-14-336px")
@@ -69,6 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     sizing = kinds.add_parser("sizes")
     sizing.add_argument("--names", nargs="+", default=SIZE_NAMES, metavar="NAME", help="names from configs/")
     sizing.add_argument("--precision", nargs="+", default=QUANTISED, metavar="P", help="beside fp16 (default: all)")
+    ranking = kinds.add_parser("outliers")
+    ranking.add_argument("--encoder", type=Path, required=True, metavar="DIR", help="that sentence-transformers saved")
     for each in kinds.choices.values():
         each.add_argument("--report", metavar="NAME", help="of the files (default: that of the benchmark)")
     options = vars(parser.parse_args(arguments))

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import vlm_export
@@ -17,6 +18,7 @@ from vlm_export.cli.main import main
 from vlm_export.errors import InputError, UsageError
 from vlm_export.quantizing import pipeline
 from vlm_export.quantizing.budget import budget_for, points_text
+from vlm_export.quantizing.losses import agreement
 from vlm_export.quantizing.samples import NamedSamples, SampleSet, sample_set
 from vlm_export.quantizing.task_runs import Answers, run_tasks
 
@@ -152,3 +154,17 @@ def test_data_that_does_not_fit_is_told(demo: Path, held_out: Path, tmp_path: Pa
         sample_set(bundle, NamedSamples((held_out / "images",), file))
     with pytest.raises(UsageError, match="labels are folders of images"):
         sample_set(bundle, NamedSamples(labels=held_out / "images"))
+
+
+def test_texts_alone_are_ranked_among_themselves() -> None:
+    """Each without itself, which would always be its own nearest."""
+    rows = np.linalg.qr(np.random.default_rng(0).standard_normal((12, 12)))[0].astype(np.float32)
+    near = np.repeat(rows, 6, axis=0) + 0.01 * np.random.default_rng(1).standard_normal((72, 12)).astype(np.float32)
+    other = near[np.random.default_rng(2).permutation(72)]
+    assert agreement(Answers(text_vectors=near), Answers(text_vectors=near)).top10_texts == 1
+    mixed = agreement(Answers(text_vectors=near), Answers(text_vectors=other))
+    assert mixed.top10_texts is not None
+    # Ten of 71 others by chance.
+    assert mixed.top10_texts < 0.4
+    assert mixed.top10_images is None
+    assert agreement(Answers(text_vectors=near[:11]), Answers(text_vectors=near[:11])).top10_texts is None

@@ -44,7 +44,8 @@ class Loss(Spec):
         outputs: output → against the float32 graph, on the samples.
         golden: output → against the original, on the golden records.
         top10_texts, top10_images: share of the ten nearest texts of an image, and images of a text, that stay among
-            them; None where the bundle does not embed both, or samples are fewer than eleven.
+            them; of a bundle that embeds texts alone, texts of a text, and of images alone, images of an image. None
+            where it embeds neither, or samples are fewer than eleven (twelve of the same kind).
         exact_match: share of texts that are written letter for letter as in float32; None where none is written.
         size_share: bytes of the graph with its weights, of the float32 graph's.
         zero_shot: labelled images whose label is the nearest one; None without labels.

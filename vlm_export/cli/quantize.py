@@ -43,6 +43,21 @@ def add_parser(verbs: Any) -> None:
         action="store_true",
         help="where a part is over budget, find the weights that must stay in float32",
     )
+    _add_samples(parser)
+    parser.add_argument("-o", "--output", metavar="DIR", help="a new bundle (default: DIR itself, in one step)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle at the output")
+    parser.add_argument(
+        "--reduce-range",
+        action="store_true",
+        help="8-bit weights use 7 bits, for CPUs without VNNI (int8, int8-static)",
+    )
+    parser.add_argument("--threads", type=positive_integer, metavar="N", help="threads of one operator")
+    add_common_options(parser)
+    parser.set_defaults(run=run, extra="graph")
+
+
+def _add_samples(parser: argparse.ArgumentParser) -> None:
+    """What is measured on."""
     parser.add_argument(
         "--images",
         action="append",
@@ -66,16 +81,6 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--template", default="a photo of a {}", metavar="TEXT", help="sentence around a label (default: '%(default)s')"
     )
-    parser.add_argument("-o", "--output", metavar="DIR", help="a new bundle (default: DIR itself, in one step)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle at the output")
-    parser.add_argument(
-        "--reduce-range",
-        action="store_true",
-        help="8-bit weights use 7 bits, for CPUs without VNNI (int8, int8-static)",
-    )
-    parser.add_argument("--threads", type=positive_integer, metavar="N", help="threads of one operator")
-    add_common_options(parser)
-    parser.set_defaults(run=run, extra="graph")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -39,6 +39,9 @@ def agreement(before: Answers, after: Answers) -> Agreement:
         None if left is None or right is None else Accuracy(left, right)
         for left, right in zip(before.accuracies, after.accuracies, strict=True)
     )
+    if before.image_vectors is None or before.text_vectors is None:
+        # Of one encoder alone, what is near is of its own kind.
+        return Agreement(_own_overlap(texts), _own_overlap(images), words, *accuracies)
     return Agreement(_overlap(images, texts), _overlap(texts, images), words, *accuracies)
 
 
@@ -54,6 +57,24 @@ def _overlap(
     before, after = _nearest(left, left_items), _nearest(right, right_items)
     shares = [len(set(a) & set(b)) / _NEAREST for a, b in zip(before.tolist(), after.tolist(), strict=True)]
     return float(np.mean(shares))
+
+
+def _own_overlap(vectors: tuple[FloatArray | None, FloatArray | None]) -> float | None:
+    """As `_overlap` among the vectors themselves, each without itself."""
+    left, right = vectors
+    if left is None or right is None or len(left) <= _NEAREST + 1 or len(left) != len(right):
+        return None
+    shares = [
+        len(set(a) & set(b)) / _NEAREST for a, b in zip(*(_own_nearest(rows) for rows in (left, right)), strict=True)
+    ]
+    return float(np.mean(shares))
+
+
+def _own_nearest(rows: FloatArray) -> list[list[int]]:
+    scores = rows @ rows.T
+    np.fill_diagonal(scores, -np.inf)
+    found: list[list[int]] = np.argsort(-scores, axis=1, kind="stable")[:, :_NEAREST].tolist()
+    return found
 
 
 def _nearest(queries: FloatArray, items: FloatArray) -> Array:
