@@ -22,10 +22,13 @@ if TYPE_CHECKING:
     from vlm_export.layouts.page import page
     from vlm_export.quantizing.pipeline import quantize
     from vlm_export.quantizing.result import QuantizeResult
+    from vlm_export.runtime.bulk.embed import EmbedOptions, EmbedResult, embed
     from vlm_export.runtime.load import load
     from vlm_export.runtime.model import Model
 
 _HOMES = {
+    "EmbedOptions": "vlm_export.runtime.bulk.embed",
+    "EmbedResult": "vlm_export.runtime.bulk.embed",
     "ExportResult": "vlm_export.exporting.pipeline",
     "Model": "vlm_export.runtime.model",
     "QuantizeResult": "vlm_export.quantizing.result",
@@ -35,6 +38,7 @@ _HOMES = {
     "check": "vlm_export.lab.check",
     "diff": "vlm_export.lab.diff",
     "doctor": "vlm_export.lab.doctor",
+    "embed": "vlm_export.runtime.bulk.embed",
     "export": "vlm_export.api",
     "load": "vlm_export.runtime.load",
     "package": "vlm_export.layouts.package",
@@ -46,6 +50,8 @@ _HOMES = {
     "verify": "vlm_export.api",
 }
 __all__ = [
+    "EmbedOptions",
+    "EmbedResult",
     "ExportResult",
     "Model",
     "QuantizeResult",
@@ -56,6 +62,7 @@ __all__ = [
     "check",
     "diff",
     "doctor",
+    "embed",
     "export",
     "load",
     "package",

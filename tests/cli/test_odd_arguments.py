@@ -71,7 +71,7 @@ COMMANDS = (
     "ask F/bundle F/image.png what --candidates a --rank-k 2",
     "match F/bundle F/image.png cat --first-token cls --threads 1",
     "embed F/bundle F/image.png -o O.npy --batch-size 1 --threads 1 --provider cpu",
-    "embed F/bundle F/folder --strict -o O.parquet --precision fp32",
+    "embed F/bundle F/folder --on-error stop -o O.parquet --precision fp32",
     "embed F/bundle F/texts.txt --truncate -o O.npy",
     "search F/bundle F/vectors.npy cat -k 1 --threads 1",
     "search F/bundle F/vectors.npy cat -k 1 --rerank --candidates 2",

@@ -50,7 +50,7 @@ def test_embed_skips_what_cannot_be_cut_in_a_folder(cli: Cli, slice_bundle: Bund
         (folder / f"{name}.png").write_bytes(SMALL.read_bytes())
     done = cli("embed", bundle, folder, "-o", output, "--quiet", "--json", "--batch-size", "2", *ONE)
     assert (done.status, done.data["count"]) == (0, 2)
-    assert done.err.startswith("warning: 3 images of folders skipped, which cannot be read: ")
+    assert done.err.startswith("warning: 3 images skipped, which cannot be read: ")
     assert [row["item"] for row in npy_metadata(output)["rows"]] == [str(folder / "c.png"), str(folder / "e.png")]
     first, second = np.load(output)
     assert np.array_equal(first, second)

@@ -152,14 +152,14 @@ def test_embed_skips_what_cannot_be_read_in_a_folder(cli: Cli, pair: Path, image
     (folder / "a.png").write_bytes(b"no image")
     (folder / "c.png").write_bytes(image_path.read_bytes()[:100])
     embed = ("embed", "-o", output, "--quiet", "--batch-size", "1", "--threads", "1", pair, folder)
-    for more in ("--strict", folder / "a.png"):
-        cli(*embed, more).refused(3, str(folder / "a.png"))
+    for more in (["--on-error", "stop"], [folder / "a.png"]):
+        cli(*embed, *more).refused(3, str(folder / "a.png"))
         assert not output.exists()
     done = cli(*embed, "--json")
     bad = [str(folder / "a.png"), str(folder / "c.png")]
     assert (done.status, done.data["count"], done.data["skipped"]) == (0, 2, bad)
     assert list(done.data["unreadable"]) == bad
-    assert done.err.startswith("warning: 2 images of folders skipped, which cannot be read: ")
+    assert done.err.startswith("warning: 2 images skipped, which cannot be read: ")
     assert all(path in done.err for path in bad)
     assert len(np.load(output)) == 2
     items = {match["item"] for match in cli("search", pair, output, "a cat", "--json").data["matches"]}

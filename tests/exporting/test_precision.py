@@ -6,6 +6,7 @@ import json
 import runpy
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -289,21 +290,22 @@ def test_activations_that_overflow_are_not_published(
     assert sorted(path.name for path in tmp_path.iterdir() if "half" in path.name) == []
 
 
-def test_activations_that_overflow_stay_in_float32(tmp_path: Path, checkpoint: Path, export_fast: Export) -> None:
-    """The two products around the hidden values of one MLP, and no other matrix."""
-    made = {}
-    for name, source in (
-        ("plain", checkpoint),
-        ("wide", changed_checkpoint(checkpoint, tmp_path, enlarge_hidden_values)),
-    ):
+def test_activations_that_overflow_stay_in_float32(tmp_path: Path, export_fast: Export) -> None:
+    """Of an encoder of four blocks what makes or reads the hidden values of one MLP: two products and four nodes."""
+    made, shares = {}, {}
+    demo = ROOT / "configs" / "demo" / "clip-demo.pt"
+    for name, source in (("plain", demo), ("wide", changed_checkpoint(demo, tmp_path, enlarge_hidden_values))):
         result = export_fast(source, tmp_path / name, precisions=("fp16",), parts=("vision",))
-        (variant,) = result.manifest.part("vision").variants
-        graph = ir.load(tmp_path / name / variant.file).graph
-        products = [node for node in graph if node.op_type in ("Gemm", "MatMul")]
-        made[name] = variant, sum(node.outputs[0].dtype == ir.DataType.FLOAT for node in products)
-    assert made["plain"][0].warnings == ()
-    assert made["wide"][1] == made["plain"][1] + 2
-    (warning,) = made["wide"][0].warnings
+        (made[name],) = result.manifest.part("vision").variants
+        graph = ir.load(tmp_path / name / made[name].file).graph
+        wide = Counter(node.op_type for node in graph if node.outputs[0].dtype == ir.DataType.FLOAT)
+        del wide["Cast"]
+        shares[name] = wide, len(graph)
+    assert shares["wide"][0] - shares["plain"][0] == Counter(MatMul=2, Mul=2, Add=1, Sigmoid=1)
+    # What the rules keep without that is norms and softmax.
+    assert (shares["wide"][0] - shares["plain"][0]).total() <= 0.05 * shares["wide"][1]
+    assert made["plain"].warnings == ()
+    (warning,) = made["wide"].warnings
     assert "float16's range" in warning
     model = load(tmp_path / "wide")
     assert np.isfinite(model.encode_image([DATA / "clip" / "vit_p14" / "image.png"])).all()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 import onnx
@@ -360,7 +362,13 @@ def test_a_record_is_of_one_graph_and_its_damage_is_told(demo: Path, tmp_path: P
     with pytest.raises(UsageError, match="a record is an"):
         record_values(demo, tmp_path / "values.zip")
     content = record.read_bytes()
-    for damaged in (b"", content[:-100], content[: len(content) // 2] + b"x" * 40 + content[len(content) // 2 + 40 :]):
+    packed = io.BytesIO()
+    with ZipFile(record) as stored, ZipFile(packed, "w", ZIP_DEFLATED) as archive:
+        for name in stored.namelist():
+            archive.writestr(name, stored.read(name))
+    middle = len(content) // 2
+    torn = content[:middle] + b"x" * 40 + content[middle + 40 :]
+    for damaged in (b"", content[:-100], torn, packed.getvalue()):
         record.write_bytes(damaged)
         with pytest.raises(InputError, match="no record of a bundle's values"):
             bisect(demo, record, BisectOptions(precision="fp16"))

@@ -38,6 +38,7 @@ ROOMS: dict[str, set[str]] = {
     "runtime.model": {"specs", "bundle", "runtime.inputs", "runtime.session", "runtime.tasks"},
     "runtime.load": {"bundle", "runtime.engines", "runtime.inputs", "runtime.session", "runtime.model"},
     "runtime.search": {"specs", "bundle", "runtime.inputs", "runtime.tasks", "runtime.model"},
+    "runtime.bulk": {"specs", "bundle", "runtime.inputs", "runtime.session", "runtime.model", "runtime.search"},
     "graph.core": {"specs", "bundle"},
     "graph.look": {"graph.core"},
     "graph.prove": {"graph.core"},

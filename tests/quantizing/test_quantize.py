@@ -18,16 +18,18 @@ from vlm_export.bundle.loss import LossRecord
 from vlm_export.bundle.opened import OpenBundle, open_bundle
 from vlm_export.errors import InputError, UsageError, VerificationError
 from vlm_export.graph.core.files import Storage, open_model, save_model
-from vlm_export.precision.quantised import calibrated_tensors, quantise
+from vlm_export.precision.quantised import Calibration, calibrated_tensors, quantise
 from vlm_export.precision.recipes import RECIPES
 from vlm_export.proof.metrics import Array
 from vlm_export.quantizing.losses import output_losses, row_cosines
 from vlm_export.quantizing.result import OverBudgetError
 from vlm_export.quantizing.samples import NamedSamples, sample_set
 from vlm_export.quantizing.task_runs import run_tasks
+from vlm_export.runtime.engines.choice import EngineName
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
 
 PRECISIONS = ("int8", "int8-static", "w8a16", "int4")
+ENGINES: tuple[EngineName, ...] = ("onnxruntime", "openvino")
 # Of the float32 graph's bytes: the demo's patch convolution, which stays, is 7 % of its image encoder.
 LARGEST = {"int8": 0.34, "int8-static": 0.34, "w8a16": 0.36, "int4": 0.26}
 
@@ -55,6 +57,15 @@ def test_a_variant_loads_and_runs_and_float32_stays_the_default(
     assert after.identity == before.identity
     cosines = row_cosines(before.encode_text(texts), after.encode_text(texts))
     assert 0.95 < cosines.min() < 1
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_openvino_computes_what_onnxruntime_does(quantised: Callable[[str], Path], precision: str) -> None:
+    bundle = quantised(precision)
+    ours, theirs = (vlm_export.load(bundle, precision=precision, engine=engine) for engine in ENGINES)
+    image, texts = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8), ["a red circle", "a dog"]
+    assert row_cosines(ours.encode_image(image), theirs.encode_image(image)).min() > 0.9999
+    assert row_cosines(ours.encode_text(texts), theirs.encode_text(texts)).min() > 0.9999
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -230,6 +241,93 @@ def test_a_changed_weight_that_the_ledger_calls_none_is_found(
     assert told in caught.value.got
 
 
+NORM, FIRST = "blocks.0.norm2.weight", "blocks.0.mlp.fc1.weight.transposed"
+
+
+def times(name: str, row: int, factor: float) -> Callable[[onnx.ModelProto], None]:
+    """Multiplies a channel of a norm, or a row of a matrix."""
+
+    def change(model: onnx.ModelProto) -> None:
+        (tensor,) = [one for one in model.graph.initializer if one.name == name]
+        array = onnx.numpy_helper.to_array(tensor).copy()
+        array[row] *= np.float32(factor)
+        tensor.raw_data = array.tobytes()
+
+    return change
+
+
+@pytest.fixture(scope="session")
+def smoothed(
+    demo: Path,
+    shared_bundle: Callable[..., Path],
+    relist: Callable[[Path], None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The demo with an outlier that its float32 graph makes up for, and an int8-static variant of the text part."""
+
+    def make(target: Path) -> None:
+        source = Path(shutil.copytree(demo, tmp_path_factory.mktemp("outlier") / "bundle"))
+        for name, factor in ((NORM, 64), (NORM.replace("weight", "bias"), 64), (FIRST, 1 / 64)):
+            planted(source, "onnx/text_model.onnx", times(name, 5, factor), relist)
+        vlm_export.quantize(source, "int8-static", parts=["text"], output=target, threads=1)
+
+    return shared_bundle("clip-demo-smoothed", make)
+
+
+def test_outliers_are_smoothed_and_weights_still_prove_themselves(
+    smoothed: Path, quantised: Callable[[str], Path]
+) -> None:
+    vlm_export.verify(smoothed, precision="int8-static").raise_if_failed()
+    bundle = open_bundle(smoothed)
+    ledger = read_ledger(bundle)
+    assert ledger is not None
+    entries = ledger["onnx/text_model_quantized.onnx"].initializers
+    told = {entry.name: entry.smoothed_by for entry in entries if entry.smoothed_by is not None}
+    assert told == {NORM: NORM, NORM.replace("weight", "bias"): NORM, f"{FIRST}_quantized": NORM}
+    (loss,) = dict(losses(bundle)).values()
+    plain = dict(losses(open_bundle(quantised("int8-static"))))["text"]
+    assert loss.measured.outputs["text_embeds"].mean_cosine == pytest.approx(
+        plain.measured.outputs["text_embeds"].mean_cosine, abs=5e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "told"),
+    [
+        (NORM, 1.5, "something else than powers of two"),
+        (NORM, 2.0, "steps away"),
+        (NORM.replace("weight", "bias"), 2.0, "norm2.bias is not the float32 graph's"),
+        ("blocks.0.norm1.weight", 2.0, "norm1.weight is not the float32 graph's"),
+    ],
+)
+def test_a_changed_norm_is_found_where_norms_are_smoothed(
+    smoothed: Path, relist: Callable[[Path], None], tmp_path: Path, name: str, factor: float, told: str
+) -> None:
+    bundle = Path(shutil.copytree(smoothed, tmp_path / "bundle"))
+    planted(bundle, "onnx/text_model_quantized.onnx", times(name, 7, factor), relist)
+    with pytest.raises(VerificationError, match="not those of its float32 graph") as caught:
+        vlm_export.verify(bundle, precision="int8-static")
+    assert told in caught.value.got
+
+
+def test_a_weight_that_stays_the_other_way_round_proves_itself(
+    blip_bundle: Callable[[str], Path], relist: Callable[[Path], None], tmp_path: Path
+) -> None:
+    """The last product of BLIP's matching is a Gemm, which becomes a product of the transposed weight."""
+    bundle = tmp_path / "bundle"
+    vlm_export.quantize(blip_bundle("retrieval"), "int8", parts=["multimodal_text"], output=bundle, threads=1)
+    ledger = read_ledger(open_bundle(bundle))
+    assert ledger is not None
+    graph, name = "onnx/multimodal_text_int8.onnx", "matching.weight.transposed"
+    (entry,) = (one for one in ledger[graph].initializers if one.name == name)
+    assert entry.parameters
+    assert entry.transformation.endswith("transposed")
+    planted(bundle, graph, times(name, 3, 1.001), relist)
+    with pytest.raises(VerificationError, match="not those of its float32 graph") as caught:
+        vlm_export.verify(bundle, precision="int8")
+    assert f"{name} is not the float32 graph's" in caught.value.got
+
+
 def test_a_changed_weight_is_found_by_its_digest(
     quantised: Callable[[str], Path], relist: Callable[[Path], None], tmp_path: Path
 ) -> None:
@@ -329,7 +427,7 @@ def test_a_convolution_behind_a_convolution_becomes_static(tmp_path: Path) -> No
     ranges = {"a": (-30.0, 30.0), "b": (-80.0, 80.0), "y": (-200.0, 200.0)}
     source = open_model(tmp_path / "float32.onnx")
     assert calibrated_tensors(source, RECIPES["int8-static"]) == ["a", "b", "y"]
-    made = quantise(source, RECIPES["int8-static"], tmp_path / "levels.bin", ranges=ranges)
+    made = quantise(source, RECIPES["int8-static"], tmp_path / "levels.bin", calibration=Calibration(ranges))
     save_model(made.model, tmp_path / "static.onnx", storage=Storage())
     feeds = {"x": rng.standard_normal((1, 3, 8, 8)).astype(np.float32)}
     expected, got = (OrtEngine(tmp_path / f"{name}.onnx", threads=1).run(feeds)["y"] for name in ("float32", "static"))

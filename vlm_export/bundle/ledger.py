@@ -56,6 +56,8 @@ class LedgerEntry(Spec):
         unrounded: of a constant that float16 rounded, the numbers before that, one for each value, or none where they
             are too many to record; None where nothing was rounded, or a parameter tells.
         quantised: of a weight in fewer bits, which initializer of the part's float32 graph it holds, and how.
+        smoothed_by: of what smoothing scaled, the norm's weight: in the float32 graph it is so many times what it is
+            here, a power of two for each channel, by which rows of products were multiplied and the norm divided.
     """
 
     name: str
@@ -67,7 +69,8 @@ class LedgerEntry(Spec):
     checkpoint: tuple[CheckpointTensor, ...] = ()
     unrounded: tuple[float, ...] | None = None
     quantised: QuantisedFrom | None = None
-    NEWER: ClassVar[frozenset[str]] = frozenset({"quantised"})
+    smoothed_by: str | None = None
+    NEWER: ClassVar[frozenset[str]] = frozenset({"quantised", "smoothed_by"})
 
     def made_as(self, other: LedgerEntry) -> LedgerEntry:
         """This one, made of what another initializer is made of, in the same way."""

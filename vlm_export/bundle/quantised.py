@@ -7,6 +7,9 @@ from typing import Annotated, Literal, TypeAlias
 
 from vlm_export.specs.codec import Spec, between
 
+TRANSPOSED = ".transposed"
+"""What is added to the name of a float32 weight that a quantised graph has the other way round."""
+
 Layout: TypeAlias = Literal["channels", "product-blocks", "table-blocks"]
 
 

@@ -125,12 +125,15 @@ def _all_locked(targets: Sequence[Path], wait: bool) -> Iterator[None]:
 
 
 @contextmanager
-def staged_file(target: Path | str, stage: str, *, overwrite: bool, wait: bool = False) -> Iterator[Path]:
+def staged_file(
+    target: Path | str, stage: str, *, overwrite: bool, wait: bool = False, is_result: bool = True
+) -> Iterator[Path]:
     """A name to write one file to, which becomes `target` when the block ends without an error.
 
     Args:
         stage: what is being done, for messages.
         overwrite: whether a file may be replaced.
+        is_result: as in `put_file`.
 
     Raises:
         UsageError: the target exists and may not be replaced.
@@ -143,7 +146,7 @@ def staged_file(target: Path | str, stage: str, *, overwrite: bool, wait: bool =
     ):
         yield staged.path
         staged.check_targets()
-        put_file(staged.path, target)
+        put_file(staged.path, target, is_result=is_result)
 
 
 def check_not_there(target: Path, *, overwrite: bool) -> None:

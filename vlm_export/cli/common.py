@@ -14,34 +14,6 @@ from vlm_export.text_display import shown
 if TYPE_CHECKING:
     from vlm_export.runtime.model import Model
 
-IMAGE_SUFFIXES = frozenset(
-    [
-        ".avif",
-        ".bmp",
-        ".gif",
-        ".ico",
-        ".j2c",
-        ".j2k",
-        ".jfif",
-        ".jp2",
-        ".jpc",
-        ".jpeg",
-        ".jpf",
-        ".jpg",
-        ".jpx",
-        ".mpo",
-        ".pbm",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".tga",
-        ".tif",
-        ".tiff",
-        ".webp",
-    ]
-)
-
 MAX_DEPTH = 500
 """Directories of an output's path: Python makes and compares them recursively."""
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vlm_export.cli.common import IMAGE_SUFFIXES, add_common_options, add_model_options, opened_model, positive_integer
+from vlm_export.cli.common import add_common_options, add_model_options, opened_model, positive_integer
 from vlm_export.cli.output import print_json, print_table
 from vlm_export.errors import InputError, UsageError
 
@@ -20,7 +20,7 @@ def add_parser(verbs: Any) -> None:
         description="The k nearest of a file of embeddings, to a text or to an image.",
     )
     parser.add_argument("bundle", metavar="DIR", help="the bundle that made the embeddings")
-    parser.add_argument("embeddings", metavar="EMBEDDINGS", help="a file that embed wrote")
+    parser.add_argument("embeddings", metavar="EMBEDDINGS", help="a file or folder that embed wrote")
     parser.add_argument("query", metavar="QUERY", help="what to look for: a text, or the path of an image")
     parser.add_argument("--text", action="store_true", help="QUERY is a text, also where it looks like a path")
     parser.add_argument("--truncate", action="store_true", help="cut texts that are too long instead of refusing them")
@@ -44,10 +44,11 @@ def run(args: argparse.Namespace) -> int:
         return _run_reranked(args)
     if args.candidates is not None:
         raise UsageError("--candidates is for a second stage", fix="add --rerank")
-    from vlm_export.runtime.search.store import read_embeddings, search_embeddings
+    from vlm_export.runtime.bulk.folder import embeddings_at
+    from vlm_export.runtime.search.store import search_embeddings
 
     is_image = _is_image(args)
-    embeddings = read_embeddings(args.embeddings)
+    embeddings = embeddings_at(args.embeddings)
     model = opened_model(args)
     task = model.embedding
     embeddings.require_model(model.identity, model.manifest.name)
@@ -62,11 +63,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_reranked(args: argparse.Namespace) -> int:
+    from vlm_export.runtime.bulk.folder import embeddings_at
     from vlm_export.runtime.search.rerank import CANDIDATES, search_reranked
-    from vlm_export.runtime.search.store import read_embeddings
 
     is_image = _is_image(args)
-    embeddings = read_embeddings(args.embeddings)
+    embeddings = embeddings_at(args.embeddings)
     model = opened_model(args)
     _ = model.matching  # Which says what the bundle can do instead.
     embeddings.require_model(model.identity, model.manifest.name)
@@ -106,6 +107,8 @@ def _kind(is_image: bool) -> str:
 
 def _is_image(args: argparse.Namespace) -> bool:
     """Whether the query is an image's path; InputError when it looks like one and there is no such file."""
+    from vlm_export.runtime.inputs.sources import IMAGE_SUFFIXES
+
     query = args.query
     if args.text:
         return False

@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal
-from zipfile import ZipFile
+from typing import IO, Annotated, Literal
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import numpy as np
 import onnx_ir as ir
 
 from vlm_export.bundle.manifest import FileRecord, Sha256, VariantRecord
 from vlm_export.bundle.opened import OpenBundle
-from vlm_export.bundle.strict_json import json_object_from_bytes
+from vlm_export.bundle.strict_json import MAX_JSON_BYTES, json_object_from_bytes
 from vlm_export.errors import InputError
 from vlm_export.graph.core.onnxruntime_session import Array
 from vlm_export.lab.regions import Arrays
@@ -133,8 +133,8 @@ class ValueRecord:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with ZipFile(path) as archive:
-                content = archive.read(_HEAD)
+            with ZipFile(path) as archive, _stored(archive, _HEAD) as file:
+                content = file.read(MAX_JSON_BYTES + 1)
         # zipfile and zlib raise classes of their own.
         except Exception as error:
             raise self._damaged(error) from error
@@ -152,7 +152,7 @@ class ValueRecord:
             with ZipFile(self.path) as archive:
                 found = []
                 for number in range(self.head.parts[part].sets):
-                    with archive.open(_member(part, kind, place, number)) as file:
+                    with _stored(archive, _member(part, kind, place, number)) as file:
                         found.append(np.lib.format.read_array(file, allow_pickle=False))
                 return found
         # zipfile, zlib and numpy raise classes of their own.
@@ -181,6 +181,13 @@ class ValueRecord:
 def variant_files(bundle: OpenBundle, variant: VariantRecord) -> list[FileRecord]:
     """The manifest's records of a variant's graph and data files."""
     return [bundle.manifest.files[name] for name in (variant.file, *variant.external_data)]
+
+
+def _stored(archive: ZipFile, name: str) -> IO[bytes]:
+    """A member as it is written here: a compressed one could grow without bound."""
+    if archive.getinfo(name).compress_type != ZIP_STORED:
+        raise BadZipFile(f"{name} is compressed")
+    return archive.open(name)
 
 
 def _member(part: str, kind: str, place: int, number: int) -> str:

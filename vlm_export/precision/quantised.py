@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from vlm_export.bundle.quantised import QuantisedFrom
+from vlm_export.bundle.quantised import TRANSPOSED, QuantisedFrom
 from vlm_export.errors import InputError
 from vlm_export.precision.fp16_rules import MOVES
 from vlm_export.precision.one_node import (
@@ -29,6 +29,7 @@ from vlm_export.precision.one_node import (
     static_quantiser,
 )
 from vlm_export.precision.recipes import Recipe
+from vlm_export.precision.smoothing import smooth, smoothed_by
 
 Array = npt.NDArray[Any]
 _MICROSOFT = "com.microsoft"
@@ -50,11 +51,26 @@ class Quantised:
         model: whose tensors lie in the scratch file, and in the files of the float32 model.
         weights: name of an initializer of the graph → which float32 weight it holds.
         kept: float32 weights of products and tables that stay, each with the reason.
+        smoothed: name of an initializer of the graph that smoothing scaled → the norm's weight that tells by how much.
     """
 
     model: ir.Model
     weights: Mapping[str, QuantisedFrom]
     kept: Mapping[str, str]
+    smoothed: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a static recipe measured on a part's inputs.
+
+    Attributes:
+        ranges: tensor of `calibrated_tensors` → its smallest and largest value, once norms are smoothed.
+        largest: value of `smoothable` → largest magnitude of each channel (C,), before.
+    """
+
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    largest: Mapping[str, Array] = field(default_factory=dict)
 
 
 class Scratch:
@@ -83,7 +99,7 @@ def quantise(
     scratch: Path,
     *,
     reduce_range: bool = False,
-    ranges: Mapping[str, tuple[float, float]] | None = None,
+    calibration: Calibration | None = None,
     keep: Mapping[str, str] | None = None,
 ) -> Quantised:
     """A copy whose weights have fewer bits, and whose inputs and outputs are the model's own.
@@ -92,7 +108,7 @@ def quantise(
         model: sorted, in float32, its functions inlined.
         scratch: a file that is written, and must stay until the result is saved.
         reduce_range: weights of 7 bits, for CPUs without VNNI, whose sums of products of 8 bits overflow.
-        ranges: of a static recipe, tensor of `calibrated_tensors` → its smallest and largest value.
+        calibration: of a static recipe.
         keep: weights of `changed_weights` that stay in float32 nevertheless, each with the reason.
 
     Raises:
@@ -100,8 +116,11 @@ def quantise(
     """
     work = model.clone()
     split_gemms(work.graph)
+    calibration = calibration or Calibration()
+    smooth(work.graph, calibration.largest)
     kept = kept_weights(work.graph, recipe) | dict(keep or {})
-    return _Quantisation(work, recipe, Scratch(scratch), _quantiser(recipe, reduce_range, ranges or {}), kept).run()
+    quantiser = _quantiser(recipe, reduce_range, calibration.ranges)
+    return _Quantisation(work, recipe, Scratch(scratch), quantiser, kept).run()
 
 
 class _Quantisation:
@@ -112,6 +131,7 @@ class _Quantisation:
         self._quantiser, self._kept = quantiser, kept
         self._opsets = {domain: version for domain, version in model.graph.opset_imports.items() if domain == ""}
         self._weights: dict[str, QuantisedFrom] = {}
+        self._smoothed: dict[str, str] = {}
         self._values: dict[str, ir.Value] = {}
         self._garbage_bytes = 0
 
@@ -132,7 +152,11 @@ class _Quantisation:
         if any(node.op_type == "GatherBlockQuantized" for node in self._graph):
             # The first version of the file format that has integers of 4 bits.
             self._model.ir_version = max(self._model.ir_version or 0, _IR_VERSION_OF_INT4)
-        return Quantised(self._model, self._weights, self._kept)
+        # Norms, and weights that stay in float32.
+        for name, value in self._graph.initializers.items():
+            if (norm := smoothed_by(value)) is not None:
+                self._smoothed[name] = norm
+        return Quantised(self._model, self._weights, self._kept, self._smoothed)
 
     def _replace_product(self, node: ir.Node, weight: ir.Value) -> None:
         tensor = constant(weight)
@@ -142,6 +166,8 @@ class _Quantisation:
             zero = f"{name}_zero_point"
             row = QuantisedFrom(source, f"{name}_scale", zero, 8, "channels", axis=1, transposed=transposed)
             self._weights[f"{name}_quantized"] = row
+            if (norm := smoothed_by(weight)) is not None:
+                self._smoothed[f"{name}_quantized"] = norm
         else:
             bits = self._recipe.bits
             zeros = None if self._recipe.symmetric else f"{name}_zero_points"
@@ -506,7 +532,7 @@ def split_gemms(graph: ir.Graph) -> None:
 
 
 def _transposed(graph: ir.Graph, weight: ir.Value) -> ir.Value:
-    name, tensor = f"{weight.name}.transposed", constant(weight)
+    name, tensor = f"{weight.name}{TRANSPOSED}", constant(weight)
     if name in graph.initializers:
         return graph.initializers[name]
     rows, columns = tensor.shape.numpy()

@@ -24,6 +24,7 @@ class Recipe:
         symmetric: whether zero stays zero without a zero point.
         accuracy_level: of MatMulNBits: 0 leaves activations in float32; 4 would make them int8, too.
         table_bits: of tables that rows are looked up in; None: they stay as they are.
+        smooths: whether outliers of norms move into the weights behind them first (`precision/smoothing.py`).
         convolutions: whether convolutions are quantised but for those that read an input of the graph.
         least_values: weights of fewer values stay in float32: they hold nothing worth saving.
         kept_share: the last product before an output (a projection, a pooling head's end) stays in float32 where it
@@ -39,6 +40,7 @@ class Recipe:
     symmetric: bool = True
     accuracy_level: int = 0
     table_bits: int | None = None
+    smooths: bool = False
     convolutions: bool = False
     least_values: int = 1024
     kept_share: float = 0.02
@@ -60,8 +62,10 @@ RECIPES: Mapping[str, Recipe] = {
             "static",
             8,
             "products and convolutions with weights of 8 bits, one scale for each output channel, and activations of 8 "
-            "bits whose range was calibrated; rows of tables have 8 bits and a scale each",
+            "bits whose range was calibrated, once outliers moved from norms into weights; rows of tables have 8 bits "
+            "and a scale each",
             table_bits=8,
+            smooths=True,
             convolutions=True,
         ),
         Recipe(

@@ -17,7 +17,7 @@ from vlm_export.bundle.initializers import StoredValues, required, stored_initia
 from vlm_export.bundle.ledger import GraphLedger, LedgerEntry, read_ledger, summary
 from vlm_export.bundle.manifest import PRECISIONS, PartRecord, VariantRecord
 from vlm_export.bundle.opened import OpenBundle
-from vlm_export.bundle.quantised import QuantisedFrom
+from vlm_export.bundle.quantised import TRANSPOSED, QuantisedFrom
 from vlm_export.errors import VerificationError
 from vlm_export.proof.metrics import Array
 
@@ -87,44 +87,88 @@ def _problems(
     # of; or something that a weight needs, or that the quantiser put there.
     helpers = {name for entry in ledger.initializers for name in _helpers(entry.quantised)}
     for entry in ledger.initializers:
-        if entry.quantised is not None:
-            yield _farthest(entry, entry.quantised, ledger.file, ours, theirs)
+        factors = _factors(entry.smoothed_by, ledger.file, ours, theirs)
+        if factors is None:
+            yield f"{entry.name} is smoothed by something else than powers of two"
+        elif entry.quantised is not None:
+            yield _farthest(entry, entry.quantised, factors, ledger.file, ours, theirs)
         elif entry.name not in helpers:
-            yield _same(entry, ledger.file, ours, theirs)
+            yield _same(entry, factors, ledger.file, ours, theirs)
+
+
+def _factors(
+    norm: str | None, graph: str, ours: dict[str, StoredValues], theirs: dict[str, StoredValues]
+) -> Array | None:
+    """What smoothing divided a norm's channels by, float32 (C,), or one for all; None where that is no power of two."""
+    if norm is None:
+        return np.ones(1, np.float32)
+    left, right = required(ours, norm, graph), required(theirs, norm, graph)
+    if left.shape != right.shape or len(left.shape) != 1 or {left.data_type, right.data_type} != {_FLOAT}:
+        return None
+    here, there = _array(left), _array(right)
+    zeros = (here == 0) & (there == 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: Array = np.where(zeros, np.float32(1), there / here)
+    mantissas, _ = np.frexp(found)
+    return found if np.all(np.isfinite(found) & (mantissas == _HALF)) else None
 
 
 def _helpers(stated: QuantisedFrom | None) -> Sequence[str]:
     return () if stated is None else [name for name in (stated.scales, stated.zero_points) if name is not None]
 
 
-def _same(entry: LedgerEntry, graph: str, ours: dict[str, StoredValues], theirs: dict[str, StoredValues]) -> str | None:
-    if entry.name not in theirs:
+def _same(
+    entry: LedgerEntry, factors: Array, graph: str, ours: dict[str, StoredValues], theirs: dict[str, StoredValues]
+) -> str | None:
+    source = entry.name if entry.name in theirs else entry.name.removesuffix(TRANSPOSED)
+    if source not in theirs:
         # Steps and zeros of activations are single numbers.
         return None if prod(entry.shape) <= _FEW else f"{entry.name} is no weight of the float32 graph"
-    left, right = required(ours, entry.name, graph), theirs[entry.name]
-    if left.shape != right.shape or left.data_type != right.data_type:
-        return f"{entry.name} has another type or shape"
-    equal = np.array_equal(_bytes(left), _bytes(right))
+    left, right = required(ours, entry.name, graph), theirs[source]
+    if source == entry.name and entry.smoothed_by is None:
+        if left.shape != right.shape or left.data_type != right.data_type:
+            return f"{entry.name} has another type or shape"
+        equal = np.array_equal(_bytes(left), _bytes(right))
+    else:
+        equal = {left.data_type, right.data_type} == {_FLOAT} and _is_form(left, right, source != entry.name, factors)
     return None if equal else f"{entry.name} is not the float32 graph's"
+
+
+def _is_form(left: StoredValues, right: StoredValues, transposed: bool, factors: Array) -> bool:
+    """Whether a float32 norm was divided by the factors, or a matrix's rows multiplied, which rounds nothing."""
+    wanted = _array(right).reshape(right.shape)
+    if transposed:
+        wanted = wanted.T
+    if left.shape != wanted.shape or len(factors) not in (1, len(wanted)):
+        return False
+    scale = factors[:, None] if wanted.ndim > 1 else 1 / factors
+    return np.array_equal(_array(left).reshape(left.shape), wanted * scale)
 
 
 def _farthest(
     entry: LedgerEntry,
     stated: QuantisedFrom,
+    factors: Array,
     graph: str,
     ours: dict[str, StoredValues],
     theirs: dict[str, StoredValues],
 ) -> str | None:
-    """What is wrong with one weight, or nothing."""
+    """What is wrong with one weight, or nothing; factors: of its rows, or one for all."""
     levels, scales = required(ours, entry.name, graph), required(ours, stated.scales, graph)
     zeros = None if stated.zero_points is None else required(ours, stated.zero_points, graph)
     source = required(theirs, stated.weight, graph)
     weight = np.memmap(source.path, np.float32, "r", source.offset, source.shape)
     expected = weight.T if stated.transposed else weight
+    if len(factors) not in (1, len(expected)):
+        return f"{entry.name} is not a form of {stated.weight}"
+    factors = factors.reshape(-1, *[1] * (expected.ndim - 1))
     worst, count = 0.0, 0
     for start, end in _row_blocks(expected.shape, stated):
         found = _levels(stated, levels, scales, zeros, (start, end), expected.shape)
-        rows = expected[:, start:end].T if stated.layout == "product-blocks" else expected[start:end]
+        if stated.layout == "product-blocks":
+            rows = (expected[:, start:end] * factors).T
+        else:
+            rows = expected[start:end] * (factors[start:end] if len(factors) > 1 else factors)
         if found is None or found.levels.shape != rows.shape:
             return f"{entry.name} is not a form of {stated.weight}"
         steps = np.abs((rows.astype(np.float64) / found.scales) - (found.levels.astype(np.float64) - found.zeros))

@@ -1,31 +1,36 @@
-"""Ranges of activations, calibrated by onnxruntime's own histograms on what a part was fed; one input at a time."""
+"""Ranges and outliers of activations, calibrated on what a part was fed, one input at a time.
+
+Ranges are those of onnxruntime's own histograms.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from vlm_export.errors import InputError
 from vlm_export.graph.core.files import Storage, save_model
 from vlm_export.precision.one_node import quiet
-from vlm_export.precision.quantised import calibrated_tensors, split_gemms
+from vlm_export.precision.quantised import Calibration, calibrated_tensors, split_gemms
 from vlm_export.precision.recipes import Recipe
+from vlm_export.precision.smoothing import smooth, smoothable
 from vlm_export.quantizing.task_runs import Feeds
-from vlm_export.runtime.engines.onnxruntime import OrtEngine
+from vlm_export.runtime.engines.onnxruntime import Array, OrtEngine
 
 PERCENTILE = 99.999
 """Of the values, those within the range; the others are cut. Less than all, so that one value decides no range."""
 _BINS = 2048
 
 
-def calibrated_ranges(
+def calibrated(
     model: ir.Model, recipe: Recipe, feeds: Sequence[Feeds], scratch: Path, threads: int | None
-) -> dict[str, tuple[float, float]]:
-    """Tensor → smallest and largest value, for `precision.quantised.quantise`.
+) -> Calibration:
+    """What a static recipe needs, for `precision.quantised.quantise`.
 
     Args:
         feeds: inputs of the part, none of which is measured later.
@@ -43,9 +48,43 @@ def calibrated_ranges(
         )
     work = model.clone()
     split_gemms(work.graph)
-    names = calibrated_tensors(model, recipe)
+    largest = _largest(work, feeds, scratch, threads) if recipe.smooths else {}
+    smooth(work.graph, largest)
+    return Calibration(_ranges(work, calibrated_tensors(model, recipe), feeds, scratch, threads), largest)
+
+
+def _largest(model: ir.Model, feeds: Sequence[Feeds], scratch: Path, threads: int | None) -> dict[str, Array]:
+    names = [one.value for one in smoothable(model.graph)]
+    found: dict[str, Array] = {}
+    for seen in _runs(model, names, feeds, scratch, threads):
+        for name in names:
+            channels = np.abs(seen[name]).reshape(-1, seen[name].shape[-1]).max(axis=0)
+            found[name] = np.maximum(channels, found.get(name, channels))
+    return found
+
+
+def _ranges(
+    model: ir.Model, names: Sequence[str], feeds: Sequence[Feeds], scratch: Path, threads: int | None
+) -> dict[str, tuple[float, float]]:
     if not names:
         return {}
+    with quiet(), redirect_stdout(io.StringIO()):
+        from onnxruntime.quantization.calibrate import HistogramCollector
+
+        collector = HistogramCollector("percentile", False, _BINS, 0, PERCENTILE, "same")
+        for seen in _runs(model, names, feeds, scratch, threads):
+            collector.collect({name: [seen[name]] for name in names})
+        found = collector.compute_collection_result()
+    return {name: (float(limits[0]), float(limits[1])) for name, limits in found.items()}
+
+
+def _runs(
+    model: ir.Model, names: Sequence[str], feeds: Sequence[Feeds], scratch: Path, threads: int | None
+) -> Iterator[Mapping[str, Array]]:
+    """The named values of the graph, and its inputs, for each of the inputs."""
+    if not names:
+        return
+    work = model.clone()
     values = {str(value.name): value for node in work.graph for value in node.outputs}
     outputs = {str(value.name) for value in work.graph.outputs}
     for name in names:
@@ -53,14 +92,7 @@ def calibrated_ranges(
             work.graph.outputs.append(values[name])
     paths = save_model(work, scratch / "calibration.onnx", storage=Storage())
     engine = OrtEngine(paths[0], threads=threads)
-    with quiet(), redirect_stdout(io.StringIO()):
-        from onnxruntime.quantization.calibrate import HistogramCollector
-
-        collector = HistogramCollector("percentile", False, _BINS, 0, PERCENTILE, "same")
-        for one in feeds:
-            seen: Mapping[str, object] = {**one, **engine.run(one)}
-            collector.collect({name: [seen[name]] for name in names})
-        found = collector.compute_collection_result()
+    for one in feeds:
+        yield {**one, **engine.run(one)}
     for path in paths:
         path.unlink()
-    return {name: (float(limits[0]), float(limits[1])) for name, limits in found.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,16 @@ from vlm_export.bundle.quantised import QuantisedFrom
 from vlm_export.graph.core.files import Storage, open_model, save_model
 from vlm_export.precision.fused_attention import fuse_attention
 from vlm_export.precision.one_node import quiet
-from vlm_export.precision.quantised import changed_weights, quantise
+from vlm_export.precision.quantised import Calibration, Scratch, changed_weights, quantise
 from vlm_export.precision.recipes import Recipe
-from vlm_export.quantizing.calibration import calibrated_ranges
+from vlm_export.quantizing.calibration import calibrated
 from vlm_export.quantizing.task_runs import Feeds
 
 # onnxruntime's quantiser holds the whole model several times, in one message of protobuf.
 _LARGEST_NAIVE_BYTES = 1_500_000_000
 _MAX_CAUSE = 160
 _WITHOUT_CONTRIBUTED = "tensorrt"
+_LARGEST_INLINE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,14 @@ class QuantisedGraph:
         paths: the graph and its data files.
         weights: name of an initializer → the float32 weight that it holds.
         kept: weights that stay in float32 → why.
+        smoothed: initializers that were scaled → the norm's weight that tells by how much.
         fused: number of attentions that became one node.
     """
 
     paths: tuple[Path, ...]
     weights: Mapping[str, QuantisedFrom]
     kept: Mapping[str, str]
+    smoothed: Mapping[str, str]
     fused: int
 
     @property
@@ -54,30 +58,61 @@ def write_quantised(
     target: Path,
     scratch: Path,
     *,
-    ranges: Mapping[str, tuple[float, float]],
+    calibration: Calibration,
     reduce_range: bool,
     keep: Mapping[str, str],
 ) -> QuantisedGraph:
     """Quantises a part's float32 graph and writes it, with a data file beside it above 64 MiB of weights.
 
     Args:
-        ranges: of a static recipe, by `part_ranges`.
+        calibration: by `part_calibration`.
         keep: weights that stay in float32, each with the reason.
     """
     model, fused = _source(bundle, part)
-    made = quantise(model, recipe, scratch / "levels.bin", reduce_range=reduce_range, ranges=ranges, keep=keep)
+    levels = scratch / "levels.bin"
+    made = quantise(model, recipe, levels, reduce_range=reduce_range, calibration=calibration, keep=keep)
     written = save_model(made.model, target, storage=Storage())
-    (scratch / "levels.bin").unlink()
-    return QuantisedGraph(tuple(written), made.weights, made.kept, fused)
+    levels.unlink()
+    return QuantisedGraph(tuple(written), made.weights, made.kept, made.smoothed, fused)
 
 
-def part_ranges(
+def write_tried(
+    bundle: OpenBundle,
+    part: PartRecord,
+    recipe: Recipe,
+    scratch: Path,
+    *,
+    calibration: Calibration,
+    reduce_range: bool,
+    keep: Mapping[str, str],
+) -> QuantisedGraph:
+    """As `write_quantised`, for a graph that a search runs and nobody publishes.
+
+    What stays in float32 lies in a copy of the bundle's data files, made once for all graphs of a search, so that each
+    writes the weights alone that it quantises.
+    """
+    model, fused = _source(bundle, part)
+    target, levels, others = (scratch / f"tried.{ending}" for ending in ("onnx", "levels", "others"))
+    made = quantise(model, recipe, levels, reduce_range=reduce_range, calibration=calibration, keep=keep)
+    computed = Scratch(others)
+    for name, value in made.model.graph.initializers.items():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            if not (copy := scratch / tensor.location).exists():
+                shutil.copyfile(tensor.path, copy)
+        elif tensor is not None and tensor.nbytes > _LARGEST_INLINE_BYTES:
+            value.const_value = computed.put(tensor, name)
+    ir.save(made.model, target)
+    return QuantisedGraph((target, levels, others), made.weights, made.kept, made.smoothed, fused)
+
+
+def part_calibration(
     bundle: OpenBundle, part: PartRecord, recipe: Recipe, scratch: Path, feeds: Sequence[Feeds], threads: int | None
-) -> dict[str, tuple[float, float]]:
+) -> Calibration:
     """What a static recipe calibrates on the inputs of a part; nothing for other recipes."""
     if recipe.kind != "static":
-        return {}
-    return calibrated_ranges(_source(bundle, part)[0], recipe, feeds, scratch, threads)
+        return Calibration()
+    return calibrated(_source(bundle, part)[0], recipe, feeds, scratch, threads)
 
 
 def part_weights(bundle: OpenBundle, part: PartRecord, recipe: Recipe) -> dict[str, int]:

@@ -18,16 +18,18 @@ from vlm_export.bundle.publish import Staging, publication
 from vlm_export.bundle.safe_files import check_path
 from vlm_export.errors import InputError, UsageError, suggestion
 from vlm_export.exporting.stages import StageListener, Stages
+from vlm_export.precision.quantised import Calibration
 from vlm_export.precision.recipes import QUANTISED, RECIPES, Recipe
 from vlm_export.proof.golden import iterate_golden
 from vlm_export.quantizing.budget import budget_for, stated_budget
 from vlm_export.quantizing.graphs import (
     QuantisedGraph,
     float32_bytes,
-    part_ranges,
+    part_calibration,
     part_weights,
     write_naive,
     write_quantised,
+    write_tried,
 )
 from vlm_export.quantizing.losses import Agreement, agreement, loss_of, output_losses
 from vlm_export.quantizing.publishing import Measured, Publishing
@@ -122,7 +124,7 @@ class _Baseline:
     """What every variant is measured on and compared with.
 
     Attributes:
-        ranges: part → what a static recipe calibrated.
+        calibrations: of each part.
         before: what the bundle's tasks give in float32.
         naive, failed: part → the naive recipe's graph, or why there is none.
         naive_tasks: what is left of tasks with these.
@@ -130,7 +132,7 @@ class _Baseline:
 
     samples: SampleSet
     calibration: SampleSet
-    ranges: Mapping[str, Mapping[str, tuple[float, float]]]
+    calibrations: Mapping[str, Calibration]
     before: Answers
     naive: Mapping[str, Path]
     failed: Mapping[str, str]
@@ -163,7 +165,7 @@ class _Job:
             check_free_space(self.staging.path, needed + sum(float32_bytes(self.bundle, part) for part in parts))
         left_out: dict[str, str] = {}
         graphs: dict[str, QuantisedGraph] = {}
-        ranges: dict[str, Mapping[str, tuple[float, float]]] = {}
+        calibrations: dict[str, Calibration] = {}
         calibration, feeds = SampleSet((), ()), dict[str, list[Feeds]]()
         if self.recipe.kind == "static":
             calibration, samples = samples.part(0, 2), samples.part(1, 2)
@@ -174,10 +176,10 @@ class _Job:
                 left_out[part.name] = "no image or text leads to it, so that its ranges cannot be calibrated"
                 continue
             with self.stages.stage(f"quantize {part.name}"):
-                ranges[part.name] = part_ranges(
+                calibrations[part.name] = part_calibration(
                     self.bundle, part, self.recipe, self.scratch, feeds.pop(part.name, []), self.options.threads
                 )
-                graph = self._quantised(part, ranges[part.name], self._target(part))
+                graph = self._quantised(part, calibrations[part.name], self._target(part))
                 if graph.weights:
                     graphs[part.name] = graph
                 else:
@@ -191,7 +193,7 @@ class _Job:
                 fix="choose other parts",
             )
         quantised = [part for part in parts if part.name in graphs]
-        base = self._baseline(quantised, samples, calibration, ranges)
+        base = self._baseline(quantised, samples, calibration, calibrations)
         measured = self._measure(quantised, graphs, base, {})
         if self.options.search and any(one.loss.over for one in measured):
             measured = self._searched(measured, base)
@@ -224,7 +226,7 @@ class _Job:
     def _quantised(
         self,
         part: PartRecord,
-        ranges: Mapping[str, tuple[float, float]],
+        calibration: Calibration,
         target: Path,
         keep: Mapping[str, str] | None = None,
     ) -> QuantisedGraph:
@@ -234,7 +236,7 @@ class _Job:
             self.recipe,
             target,
             self.scratch,
-            ranges=ranges,
+            calibration=calibration,
             reduce_range=self.options.reduce_range,
             keep=keep or {},
         )
@@ -250,7 +252,7 @@ class _Job:
         parts: Sequence[PartRecord],
         samples: SampleSet,
         calibration: SampleSet,
-        ranges: Mapping[str, Mapping[str, tuple[float, float]]],
+        calibrations: Mapping[str, Calibration],
     ) -> _Baseline:
         naive: dict[str, Path] = {}
         failed: dict[str, str] = {}
@@ -264,7 +266,7 @@ class _Job:
             before = self._tasks(samples, {})
         with self.stages.stage("ask the naive recipe"):
             naive_tasks = self._naive_tasks(samples, before, naive, failed)
-        return _Baseline(samples, calibration, ranges, before, naive, failed, naive_tasks)
+        return _Baseline(samples, calibration, calibrations, before, naive, failed, naive_tasks)
 
     def _measure(
         self,
@@ -336,11 +338,19 @@ class _Job:
         return sorted(costs, key=lambda one: -one.cost)
 
     def _tried(self, part: PartRecord, keep: Mapping[str, str], base: _Baseline) -> QuantisedGraph:
-        return self._quantised(part, base.ranges[part.name], self.scratch / "tried.onnx", keep)
+        return write_tried(
+            self.bundle,
+            part,
+            self.recipe,
+            self.scratch,
+            calibration=base.calibrations[part.name],
+            reduce_range=self.options.reduce_range,
+            keep=keep,
+        )
 
     def _again(self, part: PartRecord, old: QuantisedGraph, search: PartSearch, base: _Baseline) -> QuantisedGraph:
         _delete(old)
-        return self._quantised(part, base.ranges[part.name], self._target(part), search.keep)
+        return self._quantised(part, base.calibrations[part.name], self._target(part), search.keep)
 
     def _is_enough(self, part: PartRecord, order: Sequence[WeightCost], base: _Baseline, count: int) -> bool:
         graph = self._tried(part, PartSearch(order, count).keep, base)

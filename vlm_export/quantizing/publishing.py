@@ -12,7 +12,7 @@ from vlm_export.bundle.manifest import PRECISIONS, Manifest, PartRecord, Variant
 from vlm_export.bundle.oldest_engine import oldest_onnxruntime
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.bundle.publish import Staging
-from vlm_export.bundle.quantised import QuantisedFrom
+from vlm_export.bundle.quantised import TRANSPOSED
 from vlm_export.bundle.safe_files import record_of_file, relative_files
 from vlm_export.bundle.strict_json import json_object_from_bytes
 from vlm_export.errors import VerificationError
@@ -98,7 +98,7 @@ class Publishing:
             variant = variants[one.part.name]
             float32 = ledgers.get(one.part.variant(PRECISIONS[0]).file)
             found = found_ledger(self.staging.path, variant.file)
-            ledgers[variant.file] = _accounted(found, float32, one.graph.weights)
+            ledgers[variant.file] = _accounted(found, float32, one.graph)
         self.staging.file(layout.LEDGER_NAME).write_bytes(ledger_to_bytes(list(ledgers.values())))
 
     def _write_config(self, manifest: Manifest) -> None:
@@ -149,8 +149,9 @@ def _with_variants(manifest: Manifest, variants: Mapping[str, VariantRecord]) ->
     return replace(manifest, parts=tuple(parts))
 
 
-def _accounted(found: GraphLedger, float32: GraphLedger | None, weights: Mapping[str, QuantisedFrom]) -> GraphLedger:
+def _accounted(found: GraphLedger, float32: GraphLedger | None, graph: QuantisedGraph) -> GraphLedger:
     """The ledger of a quantised graph: every initializer is a weight's levels, scales or zero points, or as it was."""
+    weights, smoothed = graph.weights, graph.smoothed
     told = {} if float32 is None else {entry.name: entry for entry in float32.initializers}
     helpers = {
         name: (kind, stated)
@@ -168,8 +169,13 @@ def _accounted(found: GraphLedger, float32: GraphLedger | None, weights: Mapping
             entry = _of(entry, told, stated.weight, f"{kind} of the quantised weight")
         elif entry.name in told:
             entry = entry.made_as(told[entry.name])
+        elif (source := told.get(entry.name.removesuffix(TRANSPOSED))) is not None:
+            entry = replace(entry.made_as(source), transformation=f"{source.transformation}, transposed")
         else:
             entry = replace(entry, transformation="a constant of the quantiser")
+        if entry.name in smoothed:
+            how = f"{entry.transformation}, smoothed"
+            entry = replace(entry, transformation=how, smoothed_by=smoothed[entry.name])
         entries.append(entry)
     return replace(found, initializers=tuple(entries))
 

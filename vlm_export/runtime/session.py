@@ -13,7 +13,13 @@ from vlm_export.bundle.layout import TOKENIZER_NAME
 from vlm_export.bundle.manifest import Manifest
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError
-from vlm_export.runtime.engines.choice import ONNXRUNTIME, EngineName, chosen_precision, engine_choice
+from vlm_export.runtime.engines.choice import (
+    ONNXRUNTIME,
+    OPENVINO,
+    EngineName,
+    chosen_precision,
+    engine_choice,
+)
 from vlm_export.runtime.engines.fastest import FASTEST, fastest_variant
 from vlm_export.runtime.engines.onnxruntime import Array, Engine, run_in_float32
 from vlm_export.runtime.inputs.images import MAX_PIXELS
@@ -57,14 +63,21 @@ class Session:
         self._opening = Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        options = {
+        return _opened_again, (self.bundle, self._options())
+
+    def for_workers(self, workers: int) -> Session:
+        """The same for so many threads that use it at once: operators of one thread, where runs take no turns."""
+        threads = workers if self._choice.engine == OPENVINO else 1
+        return Session(self.bundle, **{**self._options(), "threads": threads})
+
+    def _options(self) -> dict[str, Any]:
+        return {
             "precision": self.precision_text,
             "engine": self._choice.engine,
             "providers": self._choice.providers,
             "threads": self._choice.threads,
             "max_pixels": self.max_pixels,
         }
-        return _opened_again, (self.bundle, options)
 
     @property
     def manifest(self) -> Manifest:

@@ -21,6 +21,35 @@ Unreadable: TypeAlias = Callable[[int, InputError], None]
 
 Prepared = TypeVar("Prepared")
 
+IMAGE_SUFFIXES = frozenset(
+    [
+        ".avif",
+        ".bmp",
+        ".gif",
+        ".ico",
+        ".j2c",
+        ".j2k",
+        ".jfif",
+        ".jp2",
+        ".jpc",
+        ".jpeg",
+        ".jpf",
+        ".jpg",
+        ".jpx",
+        ".mpo",
+        ".pbm",
+        ".pgm",
+        ".png",
+        ".pnm",
+        ".ppm",
+        ".tga",
+        ".tif",
+        ".tiff",
+        ".webp",
+    ]
+)
+"""What files of images are named; their content decides what they are."""
+
 _DECODER_THREADS = 4
 # An image that Pillow opened decodes on first use, which two threads must not do at once: one lock for each of them,
 # found by its id. Others that share the lock wait for no reason, but rarely.

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any, BinaryIO, Literal, TypeAlias
@@ -33,6 +33,7 @@ SCHEMA_VERSION = 1
 SLICES_KIND = "slices"
 """What files of `slice_files` say instead of an ItemKind."""
 METADATA_KEY = b"vlm_export"
+_COLUMNS = ("item", "embedding")
 
 
 @dataclass(frozen=True)
@@ -79,30 +80,55 @@ class Match:
     score: float
 
 
+@dataclass(frozen=True)
+class MoreColumns:
+    """What stands beside items and vectors in a file.
+
+    Attributes:
+        columns: name → a text for each item.
+        metadata: JSON data that stands beside the model.
+    """
+
+    columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
 def write_embeddings(
-    path: str | Path, items: Sequence[str], vectors: FloatArray, meta: EmbeddingsMeta, *, overwrite: bool = False
+    path: str | Path,
+    items: Sequence[str],
+    vectors: FloatArray,
+    meta: EmbeddingsMeta,
+    *,
+    more: MoreColumns | None = None,
+    overwrite: bool = False,
+    is_result: bool = True,
 ) -> None:
     """Write `path` (.npy or .parquet), which has its name only once it is complete.
 
     Args:
         overwrite: replace a file that is there.
+        is_result: as in `put_file`.
 
     Raises:
-        UsageError: another suffix, not one vector per item, or the file exists.
+        UsageError: another suffix, not one vector per item, a column's name is taken, or the file exists.
         EnvironmentFailure: the disk refuses, or Parquet is asked for without pyarrow.
         InputError: an item is no Unicode, which Parquet cannot hold.
     """
     target = Path(path)
     if vectors.ndim != 2 or len(vectors) != len(items):
         raise UsageError("one vector per item is needed", expected=f"({len(items)}, D)", got=str(vectors.shape))
+    more = more or MoreColumns()
+    for name in more.columns:
+        if name in _COLUMNS:
+            raise UsageError("a column has a name of ours", got=name, fix="rename it in the table")
     rows = np.ascontiguousarray(vectors, dtype="<f4")
     write = {".npy": _write_npy, ".parquet": _write_parquet}[checked_suffix(target)]
-    with staged_embeddings(target, overwrite=overwrite) as staged:
-        write(target, staged, items, rows, meta)
+    with staged_embeddings(target, overwrite=overwrite, is_result=is_result) as staged:
+        write(target, staged, items, rows, {"schema_version": SCHEMA_VERSION, **meta.to_json(), **more.metadata}, more)
 
 
 @contextmanager
-def staged_embeddings(target: Path, *, overwrite: bool) -> Iterator[Path]:
+def staged_embeddings(target: Path, *, overwrite: bool, is_result: bool = True) -> Iterator[Path]:
     """A name to write to, which becomes `target` when the block ends (`vlm_export.bundle.staging`).
 
     Raises:
@@ -110,7 +136,7 @@ def staged_embeddings(target: Path, *, overwrite: bool) -> Iterator[Path]:
         EnvironmentFailure: the disk refuses.
     """
     try:
-        with staged_file(target, "writing embeddings", overwrite=overwrite) as staged:
+        with staged_file(target, "writing embeddings", overwrite=overwrite, is_result=is_result) as staged:
             yield staged
     except OSError as error:
         raise machine_fault(error, str(target)) or EnvironmentFailure(
@@ -205,13 +231,17 @@ def checked_suffix(path: Path) -> str:
     return suffix
 
 
-def _write_npy(target: Path, staged: Path, items: Sequence[str], vectors: FloatArray, meta: EmbeddingsMeta) -> None:
-    data = {
-        "schema_version": SCHEMA_VERSION,
-        **meta.to_json(),
-        "vectors_sha256": _sha256(vectors),
-        "items": list(items),
-    }
+def _write_npy(
+    _target: Path,
+    staged: Path,
+    items: Sequence[str],
+    vectors: FloatArray,
+    metadata: Mapping[str, Any],
+    more: MoreColumns,
+) -> None:
+    data = {**metadata, "vectors_sha256": _sha256(vectors), "items": list(items)}
+    if more.columns:
+        data["columns"] = {name: list(texts) for name, texts in more.columns.items()}
     with staged.open("wb") as file:
         np.save(file, vectors, allow_pickle=False)
         append_metadata(file, data)
@@ -231,6 +261,23 @@ def npy_metadata(path: str | Path) -> dict[str, Any]:
     with _reading_npy(Path(path)) as file:
         _, data = _npy_header_and_metadata(file, Path(path))
     return data
+
+
+def embeddings_metadata(path: Path) -> dict[str, Any]:
+    """What a file of embeddings says about itself, without its vectors; InputError where it is damaged."""
+    if checked_suffix(path) == ".npy":
+        return npy_metadata(path)
+    _, pq = pyarrow_modules()
+    with _reading_parquet(path):
+        data = json.loads(pq.read_schema(path).metadata[METADATA_KEY])
+        if not isinstance(data, dict):
+            raise ValueError("what names the model is no JSON object")
+        return data
+
+
+def embeddings_meta(path: Path) -> EmbeddingsMeta:
+    """Where the embeddings of a file come from, without its vectors; InputError where it is damaged."""
+    return _meta_from_json(embeddings_metadata(path), str(path))
 
 
 def _read_npy(source: Path) -> tuple[list[str], FloatArray, EmbeddingsMeta]:
@@ -310,30 +357,44 @@ def _npy_header(file: BinaryIO, size: int) -> _NpyHeader:
     return _NpyHeader(start, end, shape, dtype)
 
 
-def _write_parquet(target: Path, staged: Path, items: Sequence[str], vectors: FloatArray, meta: EmbeddingsMeta) -> None:
+def _write_parquet(
+    target: Path,
+    staged: Path,
+    items: Sequence[str],
+    vectors: FloatArray,
+    metadata: Mapping[str, Any],
+    more: MoreColumns,
+) -> None:
     pa, pq = pyarrow_modules()
     try:
-        texts = pa.array(items, pa.string())
+        texts = {name: pa.array(column, pa.string()) for name, column in {"item": items, **more.columns}.items()}
     except (UnicodeEncodeError, pa.ArrowException) as error:
         raise InputError(
             "a path is not Unicode, which Parquet cannot hold", where=str(target), got=str(error), fix="write .npy"
         ) from error
     rows = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
-    table = pa.table({"item": texts, "embedding": rows})
-    metadata = {METADATA_KEY: json.dumps({"schema_version": SCHEMA_VERSION, **meta.to_json()})}
-    pq.write_table(table.replace_schema_metadata(metadata), staged)
+    table = pa.table({**texts, "embedding": rows})
+    pq.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata)}), staged)
 
 
 def _read_parquet(source: Path) -> tuple[list[str], FloatArray, EmbeddingsMeta]:
-    pa, pq = pyarrow_modules()
-    try:
-        # The schema first: features of slices are large.
-        data = json.loads(pq.read_schema(source).metadata[METADATA_KEY])
-        _refuse_slices(data, source)
-        table = pq.read_table(source)
+    _, pq = pyarrow_modules()
+    # The schema first: features of slices are large.
+    data = embeddings_metadata(source)
+    _refuse_slices(data, source)
+    with _reading_parquet(source):
+        table = pq.read_table(source, columns=list(_COLUMNS))
         items = table.column("item").to_pylist()
         column = table.column("embedding").combine_chunks()
         vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
+    return items, vectors, _meta_from_json(data, str(source))
+
+
+@contextmanager
+def _reading_parquet(source: Path) -> Iterator[None]:
+    pa, _ = pyarrow_modules()
+    try:
+        yield
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise machine_fault(error, str(source)) or InputError(
             "the embeddings cannot be read",
@@ -341,7 +402,6 @@ def _read_parquet(source: Path) -> tuple[list[str], FloatArray, EmbeddingsMeta]:
             expected="a Parquet file of `vlm-export embed`",
             got=f"{type(error).__name__}: {error}",
         ) from error
-    return items, vectors, _meta_from_json(data, str(source))
 
 
 def pyarrow_modules() -> tuple[Any, Any]:
@@ -377,7 +437,7 @@ def _meta_from_json(data: Mapping[str, Any], where: str) -> EmbeddingsMeta:
             got=f"schema_version {data.get('schema_version')!r:.80}",
             fix=fix,
         )
-    stated = {field.name: data[field.name] for field in fields(EmbeddingsMeta) if field.name in data}
+    stated = {known.name: data[known.name] for known in fields(EmbeddingsMeta) if known.name in data}
     return EmbeddingsMeta.from_json(stated, where, fix=fix)
 
 
