@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Any
 
-_OPTIONS = (
+OPTIONS = (
     "--headless",
     "--no-sandbox",
     "--disable-gpu",
@@ -33,6 +33,14 @@ _OPTIONS = (
     "--disable-component-update",
     "--disable-sync",
     "--remote-debugging-pipe",
+)
+# WebGPU, computed on the processor.
+SOFTWARE_WEBGPU = (
+    *(option for option in OPTIONS if option != "--disable-gpu"),
+    "--enable-unsafe-webgpu",
+    "--use-webgpu-adapter=swiftshader",
+    "--enable-features=Vulkan",
+    "--use-vulkan=swiftshader",
 )
 _PATIENCE_SECONDS = 300
 """For one answer: a page that loads weights on a busy machine takes long. It ends a hang and judges nothing."""
@@ -198,7 +206,7 @@ class Page:
 
 
 @contextmanager
-def chromium(executable: str) -> Iterator[Chromium]:
+def chromium(executable: str, options: Sequence[str] = OPTIONS) -> Iterator[Chromium]:
     """A browser with a profile of its own, which is gone afterwards."""
     inward, outward = os.pipe(), os.pipe()
     with TemporaryDirectory(ignore_cleanup_errors=True) as profile:
@@ -210,7 +218,7 @@ def chromium(executable: str) -> Iterator[Chromium]:
                 f'exec "$@" 3<&{inward[0]} 4>&{outward[1]}',
                 "bash",
                 executable,
-                *_OPTIONS,
+                *options,
                 f"--user-data-dir={profile}",
             ],
             pass_fds=(inward[0], outward[1]),

@@ -1,7 +1,9 @@
-"""Writes the pictures of `report` in docs/images, with Chromium: a failing page, narrow too, and a passing one."""
+"""Writes the pictures in docs/images, with Chromium: `report` of a failing bundle, narrow too, and of a passing one;
+`page` with a search on a laptop, and with the labels of an image on a phone."""
 
 from __future__ import annotations
 
+import io
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 from bootstrap import installed_browser
+from chromium import Page, chromium, served
 from faults.graph import change_weight
 from faults.plant import VISION, rehash
 from PIL import Image
@@ -47,7 +50,42 @@ def main() -> int:
         for picture, size in PICTURES.items():
             bundle = failing if "failing" in picture else passing
             _write_picture(browser, bundle, folder, IMAGES / f"{picture}.png", size)
+        _write_page_pictures(browser, folder)
     return 0
+
+
+def _write_page_pictures(browser: str, folder: Path) -> None:
+    """A page of the demo's images, which npm's packages are fetched for."""
+    bundle, site = folder / "with-preprocessing", folder / "site"
+    vlm_export.export("clip-demo", bundle, with_preprocessing=True, threads=1)
+    vlm_export.page(bundle, site, threads=1)
+    images = sorted((IMAGES.parents[1] / "configs" / "demo" / "images").iterdir())
+    with chromium(browser) as opened, served(site) as address:
+        page = opened.page(_LAPTOP, 760)
+        page.open(address)
+        page.wait("document.body.dataset.state === 'ready'")
+        page.drop_files("#drop", images)
+        page.wait(f"document.querySelectorAll('#results li').length === {len(images)}")
+        page.wait("document.body.dataset.state === 'ready'")
+        page.evaluate("document.getElementById('query').value = 'two green triangles'")
+        page.evaluate("document.getElementById('search').requestSubmit()")
+        page.wait("document.querySelectorAll('.cosine').length > 0")
+        _keep_picture(page, "page")
+        page.resize(_PHONE, 780)
+        page.evaluate("document.querySelector('#results button').click()")
+        page.evaluate("document.getElementById('label-list').value = 'red circle\\ngreen triangle\\nblue square'")
+        page.evaluate("document.getElementById('labels').requestSubmit()")
+        page.wait("document.querySelectorAll('#probabilities li').length > 0")
+        _keep_picture(page, "page-phone")
+
+
+def _keep_picture(page: Page, name: str) -> None:
+    # The pointer has left the place where the images were dropped.
+    page.call("Input.dispatchMouseEvent", type="mouseMoved", x=0, y=0)
+    page.wait("new Promise((done) => setTimeout(done, 500, true))")
+    with Image.open(io.BytesIO(page.screenshot())) as shot:
+        # Photographs need more colours than a palette has.
+        _shown(shot.convert("RGB")).save(IMAGES / f"{name}.png", optimize=True)
 
 
 def _plant(bundle: Path) -> None:
@@ -80,9 +118,14 @@ def _write_picture(browser: str, bundle: Path, folder: Path, target: Path, size:
     with Image.open(shot) as opened:
         margin = _MARGIN if width == _LAPTOP else 0
         image = opened.convert("RGB").crop((margin, 0, width - margin, height))
-    if image.width > _SHOWN_WIDTH:
-        image = image.resize((_SHOWN_WIDTH, round(image.height * _SHOWN_WIDTH / image.width)), Image.Resampling.LANCZOS)
-    image.quantize(256, method=Image.Quantize.MAXCOVERAGE).save(target, optimize=True)
+    _shown(image).quantize(256, method=Image.Quantize.MAXCOVERAGE).save(target, optimize=True)
+
+
+def _shown(image: Image.Image) -> Image.Image:
+    """At most as wide as documentation shows it."""
+    if image.width <= _SHOWN_WIDTH:
+        return image
+    return image.resize((_SHOWN_WIDTH, round(image.height * _SHOWN_WIDTH / image.width)), Image.Resampling.LANCZOS)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from vlm_export.layouts.package import package
 
+ROOT = Path(__file__).resolve().parents[2]
 # The browser's driver, which is not installed.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts"))
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +35,9 @@ def consumers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = Path(stated) if stated else tmp_path_factory.mktemp("consumers")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def siglip_tests() -> SimpleNamespace:
+    """What makes tiny SigLIP checkpoints of random weights, as transformers saves them."""
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "tests" / "models" / "test_siglip.py")))

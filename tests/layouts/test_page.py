@@ -17,26 +17,30 @@ import tarfile
 import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from chromium import Page, chromium, served
+from bootstrap import installed_browser
+from chromium import SOFTWARE_WEBGPU, Page, chromium, served
 from PIL import Image
 
 import vlm_export
 from vlm_export.bundle.cache_directory import CACHE_VARIABLE
 from vlm_export.cli.main import main
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
+from vlm_export.graph.core.files import Storage
+from vlm_export.layouts import packing
 from vlm_export.layouts.cleaning_tables import javascript_pattern
 from vlm_export.layouts.npm_packages import NPM_PACKAGES, NpmPackage, package_files
 from vlm_export.layouts.page import page
 from vlm_export.proof.contract_inputs import TEXTS, contract_images
 from vlm_export.runtime.inputs.texts import cleaned_text
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ROOT = Path(__file__).parents[2]
 DEMO_IMAGES = sorted((ROOT / "configs" / "demo" / "images").glob("*.png"))
 COSINE, PROBABILITY = 0.9999, 1e-4
@@ -65,6 +69,20 @@ def test_a_bundle_that_lacks_the_graph_is_refused_with_the_command(demo: Path, t
     assert "vision_from_uint8" in caught.value.expected
     assert "--with-preprocessing" in caught.value.fix
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_that_the_page_lacks_a_step_of_is_refused(
+    demo: Path, tmp_path: Path, relist: Callable[[Path], None]
+) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(demo, copy)
+    tokenizer = json.loads((copy / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["normalizer"]["normalizers"].append({"type": "Nmt"})
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    relist(copy)
+    with pytest.raises(InputError) as caught:
+        page(copy, tmp_path / "site", threads=1)
+    assert caught.value.got == "Nmt"
 
 
 def archive_of(folder: Path, package: NpmPackage, content: bytes) -> NpmPackage:
@@ -182,11 +200,16 @@ def file_expression(file: Path) -> str:
     return f"new File([Uint8Array.from(atob('{content}'), (c) => c.charCodeAt(0))], {json.dumps(file.name)})"
 
 
+def browser_here() -> str:
+    executable = installed_browser()
+    assert executable is not None, "there is no Chromium: leave these tests out with -m 'not browser'"
+    return executable
+
+
 @pytest.fixture(scope="module")
 def opened(site: Path, page_bundle: Path) -> Iterator[Open]:
     """The demo's page, ready."""
-    assert CHROMIUM is not None, "there is no Chromium: leave these tests out with -m 'not browser'"
-    with chromium(CHROMIUM) as browser, served(site) as address:
+    with chromium(browser_here()) as browser, served(site) as address:
         found = Open(browser.page(), address, page_bundle)
         found.load()
         yield found
@@ -253,6 +276,11 @@ def hard_images(folder: Path, size: int) -> Iterator[Path]:
     scene = Image.open(folder / f"{size}-reduced.png")
     exif = scene.getexif()
     exif[_EXIF_ORIENTATION] = _ROTATED
+    tall = scene.resize((70, 400))
+    tall.save(folder / "tall.png")
+    tall.putalpha(tall.convert("L"))
+    tall.save(folder / "tall-rgba.png")
+    yield from (folder / "tall.png", folder / "tall-rgba.png")
     formats: dict[str, dict[str, Any]] = {
         "turned.jpg": {"quality": 90, "exif": exif},
         "progressive.jpg": {"progressive": True, "subsampling": 2},
@@ -321,6 +349,66 @@ def test_cleaning_is_the_runtimes(opened: Open) -> None:
     expected = [cleaned_text(text, "whitespace") for text in texts]
     assert sum(text != cleaned for text, cleaned in zip(texts, expected, strict=True)) > 1000
     assert got == expected
+
+
+@in_browser
+def test_webgpu_gives_the_same_vectors(site: Path, page_bundle: Path, tmp_path: Path) -> None:
+    """On the processor, which the page would not choose by itself."""
+    with chromium(browser_here(), SOFTWARE_WEBGPU) as browser, served(site) as address:
+        opened = Open(browser.page(), address, page_bundle)
+        opened.load("?engine=webgpu")
+        assert "WebGPU" in opened.tab.evaluate("document.getElementById('about').textContent")
+        files = [
+            file for file in hard_images(tmp_path, _SIZE) if file.stem in ("64-reduced", "320-portrait", "64-rgba")
+        ]
+        cosines = [opened.image_vector(file) @ opened.model.encode_image(file)[0] for file in files]
+        text = opened.ask("textVector", "'a red circle'") @ opened.model.encode_text("a red circle")[0]
+    print(cosines, text)
+    assert len(files) == 3
+    assert min(*cosines, text) >= COSINE
+
+
+@in_browser
+@pytest.mark.parametrize("name", ["siglip", "siglip2"])
+def test_models_of_sigmoid_scores(
+    siglip_tests: SimpleNamespace, npm_cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """SentencePiece's unigrams and its byte pairs, texts that are filled to their context, stretched images.
+
+    Weights of one lie beside the graphs, as large ones do."""
+    make = getattr(siglip_tests, {"siglip": "siglip_tokenizer", "siglip2": "gemma_tokenizer"}[name])
+    # Bilinear as SigLIP 2's own, and smaller weights for pixels: random ones take single levels of 256, which the graph
+    # and Pillow round otherwise, for more than trained ones do.
+    saved = siglip_tests.save(tmp_path / "model", make(tmp_path / "pieces"), resample=Image.Resampling.BILINEAR)
+    saved.vision_model.embeddings.patch_embedding.weight.data.mul_(0.2)
+    saved.save_pretrained(tmp_path / "model")
+    bundle, site = tmp_path / "bundle", tmp_path / "site"
+    options: dict[str, Any] = {"exporter": "torchscript", "opset": 18, "threads": 1, "with_preprocessing": True}
+    vlm_export.export(str(tmp_path / "model"), bundle, **options)
+    monkeypatch.setattr(packing, "Storage", partial(Storage, external=name == "siglip2"))
+    written(bundle, site)
+    assert (site / "model" / "images.onnx_data").exists() == (name == "siglip2")
+    with chromium(browser_here()) as browser, served(site) as address:
+        opened = Open(browser.page(), address, bundle)
+        opened.load()
+        model, tokenizer = opened.model, opened.model.session.tokenizer
+        for text in TEXTS:
+            assert opened.ask("ids", json.dumps(text)) == tokenizer.encode_rows([text], truncate=True)[0], text
+        (tmp_path / "images").mkdir()
+        files = [file for file in hard_images(tmp_path / "images", 34) if not re.search("cmyk|sixteen", file.name)]
+        vectors = np.stack([opened.image_vector(file) for file in files])
+        cosines = (vectors * model.encode_image(files)).sum(axis=1)
+        # The graph rounds none of an image that has the model's size.
+        (exact,) = (file for file in files if file.name == "34-margin-0.png")
+        opened.add([exact])
+        labels = ["red circle", "two dogs"]
+        key = opened.tab.evaluate("document.querySelector('#results li').dataset.key")
+        rows = opened.ask("classify", json.dumps(key), json.dumps(labels), "'a photo of a {}'")
+    print(dict(zip([file.name for file in files], cosines.tolist(), strict=True)))
+    assert cosines.min() >= COSINE
+    found = {row["label"]: row["probability"] for row in rows}
+    expected = model.classify([exact], labels)[0]
+    np.testing.assert_allclose([found[label] for label in labels], expected, atol=PROBABILITY)
 
 
 @in_browser

@@ -11,7 +11,6 @@ import io
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from bootstrap import installed_browser
+from chromium import chromium, served
 from PIL import Image
 
 import vlm_export
@@ -94,14 +95,9 @@ folder, texts, images, dim = (asked[key] for key in ("folder", "texts", "images"
 {body}
 json.dump({{key: numpy.asarray(value).tolist() for key, value in answer.items()}}, open(sys.argv[2], "w"))
 """
+# On Node.js and in a page alike: what it answers to `asked`, whose model lies in a folder of `name`.
 TRANSFORMERS_JS = """
-import fs from 'fs';
-import path from 'path';
-import { AutoModel, AutoProcessor, AutoTokenizer, RawImage, Tensor, env, pipeline } from '@huggingface/transformers';
-const asked = JSON.parse(fs.readFileSync(process.argv[2]));
 env.allowRemoteModels = false;
-env.localModelPath = path.dirname(asked.folder) + '/';
-const name = path.basename(asked.folder);
 const model = await AutoModel.from_pretrained(name);
 const tokenizer = await AutoTokenizer.from_pretrained(name);
 const processor = await AutoProcessor.from_pretrained(name);
@@ -117,11 +113,39 @@ for (const file of asked.images) {
     const rows = await pipe(file, asked.texts, { hypothesis_template: '{}' });
     probabilities.push(asked.texts.map((text) => rows.find((row) => row.label === text).score));
 }
-fs.writeFileSync(process.argv[3], JSON.stringify({
+const answer = {
     logits: found.logits_per_image.tolist(), texts: found.text_embeds.tolist(), images: found.image_embeds.tolist(),
     own_images: theirs.image_embeds.tolist(), probabilities, classes: [model.constructor.name],
     ids: words.input_ids.tolist().map((row) => row.map(Number)),
-}));
+};
+"""
+NODE_FRAME = """
+import fs from 'fs';
+import path from 'path';
+import { AutoModel, AutoProcessor, AutoTokenizer, RawImage, Tensor, env, pipeline } from '@huggingface/transformers';
+const asked = JSON.parse(fs.readFileSync(process.argv[2]));
+env.localModelPath = path.dirname(asked.folder) + '/';
+const name = path.basename(asked.folder);
+{body}
+fs.writeFileSync(process.argv[3], JSON.stringify(answer));
+"""
+# Its engine's files lie beside it, where they would be fetched from a host of files otherwise.
+PAGE_FRAME = """<!doctype html>
+<meta charset="utf-8">
+<script type="module">
+const { AutoModel, AutoProcessor, AutoTokenizer, RawImage, Tensor, env, pipeline } =
+    await import('/node_modules/@huggingface/transformers/dist/transformers.js');
+const asked = await (await fetch('asked.json')).json();
+env.allowLocalModels = true;
+env.useBrowserCache = false;
+env.localModelPath = '/models/';
+env.backends.onnx.wasm.wasmPaths = '/node_modules/onnxruntime-web/dist/';
+const name = 'packaged';
+globalThis.answered = (async () => {
+{body}
+return answer;
+})();
+</script>
 """
 
 
@@ -165,23 +189,60 @@ def in_python(consumers: Path) -> Callable[..., dict[str, Array]]:
 
 
 @pytest.fixture(scope="session")
-def in_node(consumers: Path) -> Callable[..., dict[str, Array]]:
-    """`in_node(asked)`: what transformers.js answers."""
+def node_home(consumers: Path) -> Path:
+    """The folder in which npm has installed transformers.js."""
+    npm = shutil.which("npm")
+    if npm is None:
+        pytest.skip("npm is not installed")
+    home = consumers / "node"
+    if not (home / "ready").exists():
+        home.mkdir(exist_ok=True)
+        (home / "package.json").write_text('{"private": true}')
+        # The graphs run on the CPU, whose library comes with the package.
+        skip = {"ONNXRUNTIME_NODE_INSTALL": "skip", "ONNXRUNTIME_NODE_INSTALL_CUDA": "skip"}
+        checked_install([npm, "install", NODE], cwd=home, env={**os.environ, **skip})
+        (home / "ready").touch()
+    return home
+
+
+@pytest.fixture(scope="session")
+def in_node(node_home: Path) -> Callable[..., dict[str, Array]]:
+    """`in_node(asked)`: what transformers.js answers on Node.js."""
 
     def ask(asked: Mapping[str, Any]) -> dict[str, Array]:
-        npm, node = shutil.which("npm"), shutil.which("node")
-        if npm is None or node is None:
-            pytest.skip("Node.js and npm are not installed")
-        home = consumers / "node"
-        if not (home / "ready").exists():
-            home.mkdir(exist_ok=True)
-            (home / "package.json").write_text('{"private": true}')
-            # The graphs run on the CPU, whose library comes with the package.
-            skip = {"ONNXRUNTIME_NODE_INSTALL": "skip", "ONNXRUNTIME_NODE_INSTALL_CUDA": "skip"}
-            checked_install([npm, "install", NODE], cwd=home, env={**os.environ, **skip})
-            (home / "ready").touch()
-        (home / "ask.mjs").write_text(TRANSFORMERS_JS, encoding="utf-8")
-        return answered([node, home / "ask.mjs"], home, asked)
+        node = shutil.which("node")
+        if node is None:
+            pytest.skip("Node.js is not installed")
+        (node_home / "ask.mjs").write_text(NODE_FRAME.replace("{body}", TRANSFORMERS_JS), encoding="utf-8")
+        return answered([node, node_home / "ask.mjs"], node_home, asked)
+
+    return ask
+
+
+@pytest.fixture
+def in_browser(node_home: Path, tmp_path: Path) -> Callable[..., dict[str, Array]]:
+    """`in_browser(asked)`: what transformers.js answers in Chromium, which asks nothing of any other address."""
+
+    def ask(asked: Mapping[str, Any]) -> dict[str, Array]:
+        browser = installed_browser()
+        assert browser is not None, "there is no Chromium: leave this test out with -m 'not browser'"
+        (tmp_path / "models").mkdir()
+        (tmp_path / "node_modules").symlink_to(node_home / "node_modules")
+        (tmp_path / "models" / "packaged").symlink_to(asked["folder"])
+        names = [f"images/{Path(file).name}" for file in asked["images"]]
+        (tmp_path / "images").mkdir()
+        for name, file in zip(names, asked["images"], strict=True):
+            shutil.copyfile(file, tmp_path / name)
+        (tmp_path / "asked.json").write_text(json.dumps({**asked, "images": names}), encoding="utf-8")
+        (tmp_path / "page.html").write_text(PAGE_FRAME.replace("{body}", TRANSFORMERS_JS), encoding="utf-8")
+        with chromium(browser) as opened, served(tmp_path) as address:
+            tab = opened.page()
+            tab.open(f"{address}/page.html")
+            tab.wait("globalThis.answered")
+            answer = tab.evaluate("globalThis.answered")
+            requested = [url for url in tab.requested() if not url.startswith((address, "blob:", "data:"))]
+        assert requested == []
+        return {key: np.array(value) for key, value in answer.items()}
 
     return ask
 
@@ -236,11 +297,6 @@ class Asked:
 
 
 @pytest.fixture(scope="module")
-def siglip_tests() -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(ROOT / "tests" / "models" / "test_siglip.py")))
-
-
-@pytest.fixture(scope="module")
 def asked(
     demo: Path, siglip_tests: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Asked]:
@@ -278,18 +334,26 @@ def figures() -> Iterator[dict[tuple[str, str], str]]:
     """What is measured, by model and consumer; printed, and written into the documentation where that is asked for."""
     found: dict[tuple[str, str], str] = {}
     yield found
-    lines = [
-        "| Model | Consumer | Its own preparation of images and texts, against the bundle's |",
-        "| --- | --- | --- |",
-    ]
-    lines += [f"| {model} | {consumer} | {text} |" for (model, consumer), text in sorted(found.items())]
-    table = "\n".join(lines)
-    print(f"\n{table}")
+    print(f"\n{figures_table(found)}")
     if os.environ.get("VLM_EXPORT_FIGURES"):
         page = ROOT / "docs" / "packaging.md"
         start, end = "<!-- figures: consumers -->", "<!-- /figures -->"
         before, _, rest = page.read_text(encoding="utf-8").partition(start)
-        page.write_text(f"{before}{start}\n{table}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+        old, _, after = rest.partition(end)
+        # What this run did not measure stays.
+        rows = [line.strip("| ").split(" | ") for line in old.splitlines()[3:]]
+        stated = {(row[0], row[1]): row[2] for row in rows if len(row) == 3}
+        page.write_text(f"{before}{start}\n{figures_table({**stated, **found})}\n{end}{after}", encoding="utf-8")
+
+
+def figures_table(found: Mapping[tuple[str, str], str]) -> str:
+    lines = [
+        "| Model | Consumer | Its own preparation of images and texts, against the bundle's |",
+        "| --- | --- | --- |",
+    ]
+    return "\n".join(
+        lines + [f"| {model} | {consumer} | {text} |" for (model, consumer), text in sorted(found.items())]
+    )
 
 
 def noted(images: Array, texts: Array) -> str:
@@ -324,13 +388,9 @@ def test_optimum(asked: Any, in_python: Any, figures: Any, name: str) -> None:
     assert difference <= PROBABILITY
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_transformers_js(asked: Any, in_node: Any, figures: Any, name: str) -> None:
-    """Its class and its tokenizer on our pixels; its own pixels differ, and the table says by how much."""
-    at = asked(name)
-    pixels = {"pixels": at.pixels.tolist(), "shape": list(at.pixels.shape)}
-    got = in_node({**at.question("transformers.js"), **pixels})
-    assert got["classes"] == [{"clip": "CLIPModel"}.get(name, "SiglipModel")]
+def check_transformers_js(at: Asked, got: Mapping[str, Array]) -> str:
+    """Its class and its tokenizer on our pixels; how far its own pixels and its pipeline are from ours."""
+    assert got["classes"] == [{"clip": "CLIPModel"}.get(at.name, "SiglipModel")]
     tokenizer = at.model.session.tokenizer
     for ids, expected in zip(got["ids"], tokenizer.encode_rows(TEXTS), strict=True):
         np.testing.assert_array_equal(ids[: len(expected)], expected)
@@ -338,9 +398,27 @@ def test_transformers_js(asked: Any, in_node: Any, figures: Any, name: str) -> N
     np.testing.assert_allclose(probabilities_of(got["logits"], at), at.probabilities, atol=PROBABILITY)
     own = cosines(got["own_images"], at.images)
     apart = np.abs(got["probabilities"] - at.probabilities).max()
-    figures[name, "transformers.js 4.3.2, Node.js"] = (
-        f"{noted(own, cosines(got['texts'], at.texts))}; zero-shot pipeline: probabilities up to {apart:.2f} apart"
-    )
+    told = noted(own, cosines(got["texts"], at.texts))
+    return f"{told}; zero-shot pipeline: probabilities up to {apart:.2f} apart"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_js(asked: Any, in_node: Any, figures: Any, name: str) -> None:
+    """On Node.js."""
+    at = asked(name)
+    pixels = {"pixels": at.pixels.tolist(), "shape": list(at.pixels.shape)}
+    got = in_node({**at.question("transformers.js"), **pixels})
+    figures[name, "transformers.js 4.3.2, Node.js"] = check_transformers_js(at, got)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_js_in_chromium(asked: Any, in_browser: Any, figures: Any, name: str) -> None:
+    """The same directory, unchanged, where a canvas prepares images."""
+    at = asked(name)
+    pixels = {"pixels": at.pixels.tolist(), "shape": list(at.pixels.shape)}
+    got = in_browser({**at.question("transformers.js"), **pixels})
+    figures[name, "transformers.js 4.3.2, Chromium"] = check_transformers_js(at, got)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -10,10 +10,10 @@ import base64
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import distribution
+from importlib.metadata import distribution, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,15 @@ NAME = "page"
 SETTINGS_NAME = "page.json"
 _PREPARED = "vision_from_uint8"
 _CLEANING_NAME = "cleaning.json"
+# What of tokenizer.json @huggingface/tokenizers 0.2.0 has a class for (`create_normalizer.ts` and its neighbours).
+_TOKENIZER_STEPS: Mapping[str, str] = {
+    "normalizer": "BertNormalizer Precompiled Sequence Replace NFC NFD NFKC NFKD Strip StripAccents Lowercase Prepend",
+    "pre_tokenizer": "BertPreTokenizer Sequence Whitespace WhitespaceSplit Metaspace ByteLevel Split Punctuation "
+    "Digits Replace FixedLength",
+    "model": "WordPiece Unigram BPE",
+    "post_processor": "TemplateProcessing ByteLevel BertProcessing RobertaProcessing Sequence",
+}
+_INNER_STEPS = ("normalizers", "pretokenizers", "processors")
 _MOST_CHECKED_PIXELS = 1 << 16
 # Python distributions whose work is in the page, beside npm's packages, which bring their own licences.
 _LICENCES = {"packages/onnxruntime-web/LICENSE": "onnxruntime", "packages/ftfy/LICENSE": "ftfy"}
@@ -74,8 +83,9 @@ def page(
 
 
 def _lay_out(packing: Packing, folder: Path | None) -> None:
-    images, texts = _image_graph(packing), packing.text()
     spec = packing.text_spec
+    _check_tokenizer(packing)
+    images, texts = _image_graph(packing), packing.text()
     for package in NPM_PACKAGES:
         for name, content in package_files(package, folder).items():
             packing.staging.file(f"packages/{package.folder}/{name}").write_bytes(content)
@@ -89,6 +99,23 @@ def _lay_out(packing: Packing, folder: Path | None) -> None:
         tables = json.dumps(cleaning_tables(), ensure_ascii=True, separators=(",", ":"))
         packing.staging.file(_CLEANING_NAME).write_text(tables, encoding="ascii")
     packing.write_json(SETTINGS_NAME, _settings(packing, images, texts))
+
+
+def _check_tokenizer(packing: Packing) -> None:
+    """InputError where the tokenizer has a step that the page's code lacks."""
+    tokenizer = packing.json(layout.TOKENIZER_NAME)
+    for name, known in _TOKENIZER_STEPS.items():
+        unknown = sorted({str(step.get("type")) for step in _steps(tokenizer.get(name) or {})} - {*known.split()})
+        if unknown:
+            raise packing.refusal(f"a {name} that its tokenizer has", ", ".join(unknown))
+
+
+def _steps(step: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    if step:
+        yield step
+    for name in _INNER_STEPS:
+        for inner in step.get(name, ()):
+            yield from _steps(inner)
 
 
 def _image_graph(packing: Packing) -> ConsumerGraph:
@@ -120,6 +147,7 @@ def _settings(packing: Packing, images: ConsumerGraph, texts: ConsumerGraph) -> 
             **_interface(image, images),
             "spec": packing.image_spec.to_json(),
             "max_pixels": MAX_PIXELS,
+            "pillow": int(version("pillow").partition(".")[0]),
         },
         "texts": {
             **_interface(text, texts),

@@ -5,26 +5,28 @@
  * trained without the first two, and what they make of transparency is stated by the bundle.
  */
 
-import { onWhite, resizeNearest, resizeTransparent, targetSize } from "./resample.js";
+import { onWhite, resizeNearest, resizeSmoothly, takesRowsFirst, targetSize } from "./resample.js";
 
 const SIDEWAYS = "this image is stored in a way that browsers read differently";
 const LONGEST_THUMBNAIL_EDGE = 512;
 
 /**
- * RGB bytes (height, width, 3) of a file's first frame.
+ * RGB bytes (height, width, 3) of a file's first frame; `settings` is `images` of page.json.
  *
  * Throws an Error, whose message is for people, where the file is no image that this browser reads, or one that it
  * reads differently from the server.
  */
-export async function pixelsOf(file, spec, maxPixels) {
+export async function pixelsOf(file, settings) {
   const bytes = new Uint8Array(await file.arrayBuffer());
   const kind = kindOf(bytes);
   const bitmap = await decoded(new Blob([withoutOrientation(bytes)], { type: file.type }));
   const { width, height } = bitmap;
-  if (width * height > maxPixels) throw new Error(`the image has more than ${maxPixels.toLocaleString()} pixels`);
+  if (width * height > settings.max_pixels) {
+    throw new Error(`the image has more than ${settings.max_pixels.toLocaleString()} pixels`);
+  }
   const rgba = exactBytes(bitmap);
   bitmap.close();
-  return prepared(rgba, width, height, kind, spec);
+  return prepared(rgba, width, height, kind, settings);
 }
 
 /** A small upright picture of the file, as people expect to see it. */
@@ -48,25 +50,39 @@ async function decoded(blob) {
   }
 }
 
-/** Conversion to RGB, and of transparent images and palettes the resize before it, where the original has that order. */
-function prepared(rgba, width, height, kind, spec) {
-  const opaque = isOpaque(rgba);
-  const plain = kind === "opaque" || (kind === "alpha" && opaque);
-  if (spec.rgb_stage === "never" && !plain) throw new Error("the model takes images without transparency or palette");
-  if (spec.rgb_stage === "after_crop" && !plain) {
-    const size = targetSize(width, height, spec);
-    const resize = kind === "palette" ? resizeNearest : resizeTransparent;
-    rgba = resize(rgba, width, height, ...size, spec.resample);
-    [width, height] = size;
+/** Conversion to RGB, and the resize where the graph's is not Pillow's: the graph leaves what has its size as it is. */
+function prepared(rgba, width, height, kind, { spec, pillow }) {
+  if (kind === "alpha" && isOpaque(rgba)) kind = "opaque";
+  if (spec.rgb_stage === "never" && kind !== "opaque") {
+    throw new Error("the model takes images without transparency or palette");
   }
-  if (spec.transparency === "white" && !opaque) rgba = onWhite(rgba);
-  const data = new Uint8Array(width * height * 3);
+  if (spec.rgb_stage === "before_resize" || kind === "opaque") {
+    rgba = withoutAlpha(rgba, spec);
+    kind = "opaque";
+  }
+  const size = targetSize(width, height, spec);
+  const rowsFirst = pillow >= 13 && takesRowsFirst(width, height, ...size);
+  if (kind === "palette") rgba = resizeNearest(rgba, width, height, ...size);
+  else if (kind === "alpha" || rowsFirst) rgba = resizeSmoothly(rgba, width, height, ...size, spec.resample, rowsFirst);
+  if (kind !== "opaque" || rowsFirst) [width, height] = size;
+  return { data: rgbOf(withoutAlpha(rgba, spec)), width, height };
+}
+
+/** Opaque RGBA, with white behind what is transparent or with the colours that it hides. */
+function withoutAlpha(rgba, spec) {
+  if (spec.transparency === "white") return onWhite(rgba);
+  for (let i = 3; i < rgba.length; i += 4) rgba[i] = 255;
+  return rgba;
+}
+
+function rgbOf(rgba) {
+  const data = new Uint8Array((rgba.length / 4) * 3);
   for (let from = 0, to = 0; from < rgba.length; from += 4) {
     data[to++] = rgba[from];
     data[to++] = rgba[from + 1];
     data[to++] = rgba[from + 2];
   }
-  return { data, width, height };
+  return data;
 }
 
 function isOpaque(rgba) {

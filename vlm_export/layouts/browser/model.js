@@ -72,7 +72,7 @@ class Model {
 
   /** A file's vector, float32 (D); an Error, whose message is for people, where the file cannot be read. */
   async encodeImage(file) {
-    const { data, width, height } = await pixelsOf(file, this.settings.images.spec, this.settings.images.max_pixels);
+    const { data, width, height } = await pixelsOf(file, this.settings.images);
     return this.#imageVector(data, height, width);
   }
 

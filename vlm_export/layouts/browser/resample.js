@@ -1,7 +1,7 @@
 /**
- * Pillow's resizing of what a graph for RGB images cannot take: transparent images and palettes.
+ * Pillow's resizing of what the graph does otherwise: transparent images, palettes, and with Pillow 13 very tall ones.
  *
- * Facts: Pillow 12, `Image.resize` (RGBA is premultiplied, resized and divided again; palettes take the nearest pixel),
+ * Facts: Pillow 12 and 13, `Image.resize` (RGBA is premultiplied, resized and divided again; palettes take the nearest pixel),
  * src/libImaging/Resample.c (8-bit weights in 22 bits, a horizontal, then a vertical pass, each rounded and clipped),
  * Convert.c, Geometry.c and AlphaComposite.c. All arrays are RGBA bytes, row by row.
  */
@@ -27,11 +27,21 @@ export function targetSize(width, height, spec) {
   return width <= height ? [edge, longer] : [longer, edge];
 }
 
-/** RGBA resized as Pillow resizes mode RGBA. */
-export function resizeTransparent(rgba, width, height, toWidth, toHeight, filter) {
+/** Whether Pillow 13 resizes rows before columns, which rounds otherwise; the graph and Pillow 12 never do. */
+export function takesRowsFirst(width, height, toWidth, toHeight) {
+  return height > toHeight && height - toHeight > 2 * (width - toWidth);
+}
+
+/** RGBA resized as Pillow resizes mode RGBA, rows before columns where that is asked for. */
+export function resizeSmoothly(rgba, width, height, toWidth, toHeight, filter, rowsFirst) {
   if (width === toWidth && height === toHeight) return rgba;
-  const across = pass(premultiplied(rgba), width, height, toWidth, FILTERS[filter], true);
-  return divided(pass(across, toWidth, height, toHeight, FILTERS[filter], false));
+  let pixels = premultiplied(rgba);
+  if (rowsFirst) {
+    pixels = pass(pixels, width, height, toHeight, FILTERS[filter], false);
+    return divided(pass(pixels, width, toHeight, toWidth, FILTERS[filter], true));
+  }
+  pixels = pass(pixels, width, height, toWidth, FILTERS[filter], true);
+  return divided(pass(pixels, toWidth, height, toHeight, FILTERS[filter], false));
 }
 
 /** RGBA of the nearest pixels, as Pillow resizes palettes and bitmaps. */

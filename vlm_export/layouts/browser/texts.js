@@ -1,6 +1,7 @@
 /** Texts to token ids, as the bundle's own runtime makes them: cleaning, the tokenizer, truncation and padding. */
 
 import { Tokenizer } from "./packages/tokenizers/tokenizers.min.mjs";
+import { charsmap } from "./charsmap.js";
 import { Cleaner, collapsed } from "./cleaning.js";
 
 const PUNCTUATION = /[!-/:-@[-`{-~]/g;
@@ -12,6 +13,7 @@ export class Texts {
     this.spec = spec;
     this.cleaner = tables && new Cleaner(tables);
     const whole = new Tokenizer(tokenizerJson, {});
+    correctCharacterMaps(whole.normalizer);
     this.start = whole.encode("").ids.slice(0, -1);
     this.splits = ["openai", "open_clip"].includes(spec.cleaning);
     // The cleaning normalises, and special tokens are found here: elsewhere their letters are plain text.
@@ -83,4 +85,12 @@ export class Texts {
     const room = limit - this.start.length - 1;
     return [...this.start, ...(left ? words.slice(words.length - room) : words.slice(0, room)), end_token_id];
   }
+}
+
+/** The library replaces a few ranges of characters and normalises, instead of reading the map that the file holds. */
+function correctCharacterMaps(normalizer) {
+  if (normalizer === null) return;
+  const { type, precompiled_charsmap } = normalizer.config;
+  if (type === "Precompiled") normalizer.normalize = charsmap(precompiled_charsmap);
+  for (const inner of normalizer.normalizers ?? []) correctCharacterMaps(inner);
 }
