@@ -42,12 +42,12 @@ def measure(encoder: Path, precision: Sequence[str] = QUANTISED) -> Report:
         folder = Path(name)
         write_checkpoint(encoder, folder / "checkpoint")
         (folder / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
-        vlm_export.export(folder / "checkpoint", folder / "bundle", parts=("text",))
+        vlm_export.export(folder / "checkpoint", folder / "bundle", parts=("text",), threads=1)
         rows = []
         for each in precision:
             print(f"quantising to {each}", file=sys.stderr)
             found = vlm_export.quantize(
-                folder / "bundle", each, texts=folder / "texts.txt", budget=_ANY_LOSS, output=folder / each
+                folder / "bundle", each, texts=folder / "texts.txt", budget=_ANY_LOSS, output=folder / each, threads=1
             )
             (loss,) = found.losses
             rows.append(_row(each, loss.record.measured))
