@@ -8,6 +8,9 @@
     python scripts/benchmark.py caption [--bundle DIR]     cached decoder against transformers' generate
     python scripts/benchmark.py chat [--bundle DIR]        nanoVLM's first token, tokens per second and memory
     python scripts/benchmark.py vision [--bundle DIR]      ViT-B/16's graphs in every engine against PyTorch
+    python scripts/benchmark.py sizes  [--names NAME …] [--precision P …]
+                                                           bytes of each precision, of float32's
+    python scripts/benchmark.py outliers --encoder DIR     a real sentence encoder's rankings in each precision
 
 Without --bundle, one of ViT-B/32 with random weights is exported for the measurement. Needs the export extra.
 """
@@ -21,8 +24,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import caption, chat, export, resample, start, text, vision
+from benchmarks import caption, chat, export, outliers, resample, sizes, start, text, vision
 from benchmarks.report import REPORTS, Report, write_report
+
+from vlm_export.precision.recipes import QUANTISED
 
 MEASURES: dict[str, Callable[..., Report]] = {
     "export": export.measure,
@@ -32,6 +37,8 @@ MEASURES: dict[str, Callable[..., Report]] = {
     "caption": caption.measure,
     "chat": chat.measure,
     "vision": vision.measure,
+    "sizes": sizes.measure,
+    "outliers": outliers.measure,
 }
 
 EXPORT_NAMES = ("clip-vit-b-32", "clip-rn50", "clip-vit-l-14-336px")
@@ -39,6 +46,7 @@ PAIR_NAME = "clip-vit-b-32"
 CAPTION_NAME = "blip-image-captioning-base-hf"
 CHAT_NAME = "nanovlm-222m"
 VISION_NAME = "clip-vit-b-16"
+SIZE_NAMES = ("clip-vit-b-32", "nanovlm-222m")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,6 +68,11 @@ def main(arguments: list[str] | None = None) -> int:
     chatting.add_argument("--new-tokens", type=int, default=32, help="default: 32")
     seeing = _add(kinds, "vision", VISION_NAME, rounds=9, threads=2)
     seeing.add_argument("--graphs", type=Path, nargs="+", default=(), metavar="FILE", help="further ones for OpenVINO")
+    sizing = kinds.add_parser("sizes")
+    sizing.add_argument("--names", nargs="+", default=SIZE_NAMES, metavar="NAME", help="names from configs/")
+    sizing.add_argument("--precision", nargs="+", default=QUANTISED, metavar="P", help="beside fp16 (default: all)")
+    ranking = kinds.add_parser("outliers")
+    ranking.add_argument("--encoder", type=Path, required=True, metavar="DIR", help="that sentence-transformers saved")
     for each in kinds.choices.values():
         each.add_argument("--report", metavar="NAME", help="of the files (default: that of the benchmark)")
     options = vars(parser.parse_args(arguments))

@@ -17,7 +17,7 @@ from vlm_export.checkpoint.sources.known import KnownCheckpoint, known_names, lo
 from vlm_export.cli.inspect import checkpoint_from_config
 from vlm_export.cli.main import build_parser
 from vlm_export.models.registry import load_family
-from vlm_export.quantizing.budget import DEFAULT_BUDGETS
+from vlm_export.quantizing.budget import DEFAULT_BUDGETS, LOST
 
 TABLE = re.compile(r"(<!-- table: ([a-z ]+) -->\n)(.*?)(<!-- /table -->\n)", re.DOTALL)
 EVERY_VERB = ("--help", "--json", "--quiet")
@@ -50,8 +50,9 @@ def table(name: str) -> str:
     if name == "checkpoints":
         return _table(_CHECKPOINTS, (_checkpoint_row(load_known(known)) for known in known_names()))
     if name == "budgets":
-        rows = ((f"`{word}`", *(f"{budget[key]:g}" for key in BUDGET_KEYS)) for word, budget in DEFAULT_BUDGETS.items())
-        return _table(("precision", *(f"`{key}`" for key in BUDGET_KEYS)), rows)
+        defaults = [key for key in BUDGET_KEYS if key not in LOST]
+        rows = ((f"`{word}`", *(f"{budget[key]:g}" for key in defaults)) for word, budget in DEFAULT_BUDGETS.items())
+        return _table(("precision", *(f"`{key}`" for key in defaults)), rows)
     graph = parsers_of(parsers_of(build_parser())["graph"])
     # `graph store` has no arguments of its own: its options are those of every verb that writes a model.
     shared = {name for action in graph["store"]._actions for name in action.option_strings}

@@ -233,8 +233,9 @@ def source_modules(bundle: OpenBundle, source: str) -> Iterator[dict[str, Source
 
 
 @contextmanager
-def source_run(bundle: OpenBundle, source: str, part: str, form: str, threads: int) -> Iterator[Callable[..., Any]]:
-    """What runs a part of a source in PyTorch, arrays by name to arrays by name; it lasts as long as the context.
+def source_runs(bundle: OpenBundle, source: str, form: str, threads: int) -> Iterator[Callable[[str], Any]]:
+    """What gives for a part of a source what runs it in PyTorch, arrays by name to arrays by name; it lasts as long as
+    the context.
 
     Args:
         form: "eager", "compiled" or "bf16", as `vlm_export.exporting.source_runs` has them.
@@ -247,8 +248,16 @@ def source_run(bundle: OpenBundle, source: str, part: str, form: str, threads: i
     source_kind(source)
     with _told_if_missing():
         from vlm_export.exporting import source_runs
-    with source_runs.source_run(bundle, source, part, form, threads) as run:
-        yield run
+    with source_runs.source_runs(bundle, source, form, threads) as run_of:
+        yield run_of
+
+
+def transformers_images(source: str, threads: int) -> Callable[[Sequence[str], int], Any]:
+    """transformers' own model on files of images: `vlm_export.exporting.source_runs.transformers_images`."""
+    source_kind(source)
+    with _told_if_missing():
+        from vlm_export.exporting import source_runs
+    return source_runs.transformers_images(source, threads)
 
 
 @contextmanager

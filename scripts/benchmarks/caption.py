@@ -19,10 +19,10 @@ from benchmarks.report import Bars, Report, table
 from vlm_export import Model, load
 from vlm_export.family import Checkpoint
 from vlm_export.lab.timing import median_ratio
-from vlm_export.runtime.generation.cross_attention_decoder import CrossAttentionState
 from vlm_export.runtime.generation.loop import generate
 from vlm_export.runtime.generation.options import GenerationOptions
-from vlm_export.specs.tasks import CaptionSpec, SpecialTokens
+from vlm_export.runtime.tasks.attending import decoder_state
+from vlm_export.specs.tasks import CaptionSpec
 
 GOAL_RATIO = 1.5
 BATCHES, BEAMS = (1, 4), (1, 3)
@@ -69,11 +69,11 @@ class Contest:
     theirs: BlipForConditionalGeneration
 
     @property
-    def tokens(self) -> SpecialTokens:
-        """Ids of the special tokens."""
+    def spec(self) -> CaptionSpec:
+        """The task."""
         task = self.ours.manifest.task(CaptionSpec)
         assert task is not None
-        return task.tokens
+        return task
 
     def measure(self, batch: int, beams: int, rounds: int) -> dict[str, Any]:
         """Seconds of both, interleaved, after one run of each that must give the same ids."""
@@ -105,13 +105,11 @@ class Contest:
 
     def _prompt(self, batch: int) -> npt.NDArray[np.int64]:
         words = [word % self.ours.session.text_spec.vocab_size for word in PROMPT_WORDS]
-        return np.tile(np.array([self.tokens.decoder_start, *words], np.int64), (batch, 1))
+        return np.tile(np.array([self.spec.tokens.decoder_start, *words], np.int64), (batch, 1))
 
     def _generate(self, tokens: Floats, prompt: npt.NDArray[np.int64], beams: int) -> Rows:
-        keys_values = self.ours.session.engine("cross_key_values").run({"encoder_hidden_states": tokens})
-        mask = np.ones(tokens.shape[:2], np.int64)
-        state = CrossAttentionState(self.ours.session.engine("text_decoder"), keys_values, mask)
-        end = (self.tokens.sep,)
+        state = decoder_state(self.ours.session, self.spec, tokens, np.ones(tokens.shape[:2], np.int64))
+        end = (self.spec.tokens.sep,)
         options = GenerationOptions(eos_token_ids=end, beams=beams, min_length=MAX_LENGTH, max_length=MAX_LENGTH)
         return generate(state, prompt, options)
 
@@ -121,8 +119,8 @@ class Contest:
                 input_ids=torch.from_numpy(prompt),
                 encoder_hidden_states=torch.from_numpy(tokens),
                 encoder_attention_mask=torch.ones(tokens.shape[:2], dtype=torch.int64),
-                eos_token_id=self.tokens.sep,
-                pad_token_id=self.tokens.pad,
+                eos_token_id=self.spec.tokens.sep,
+                pad_token_id=self.spec.tokens.pad,
                 num_beams=beams,
                 do_sample=False,
                 min_length=MAX_LENGTH,

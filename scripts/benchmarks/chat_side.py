@@ -49,9 +49,7 @@ def _inputs(size: int, vocab_size: int, tokens: int) -> tuple[npt.NDArray[np.flo
 
 
 def _bundle(name: str, bundle: Path, weights: Path, threads: int) -> tuple[Generate, Form]:
-    from vlm_export.runtime.generation.embedding_decoder import EmbeddedDecoderState
-    from vlm_export.runtime.generation.loop import stream
-    from vlm_export.runtime.generation.options import GenerationOptions
+    from vlm_export.lab.bench_runs import chat_tokens
     from vlm_export.runtime.load import load
     from vlm_export.runtime.tasks.chat_rows import ChatRow
     from vlm_export.specs import ImageSpec
@@ -66,11 +64,7 @@ def _bundle(name: str, bundle: Path, weights: Path, threads: int) -> tuple[Gener
         places = chat.spec.image_token_id
         given = [] if places is None else [places] * features.shape[1]
         row = ChatRow([*given, *text], (features,), 0 if given else features.shape[1])
-        state = EmbeddedDecoderState(
-            session.engine(chat.spec.decoder), session.engine(chat.spec.embed_tokens), chat.rows.prompts([row])
-        )
-        options = GenerationOptions(eos_token_ids=(), max_new_tokens=10_000)
-        return (token.token_id for token in stream(state, np.array([row.ids], np.int64), options))
+        return (token.token_id for token in chat_tokens(chat, [row], chat.spec.context_length - row.length + 1))
 
     return generate, form
 

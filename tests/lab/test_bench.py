@@ -166,7 +166,7 @@ def test_the_command_prints_a_table_json_and_plots(
     assert main([*words, "--recommend"]) == 0
     out = capsys.readouterr().out
     assert all(len(line) <= 80 for line in out.splitlines() if not line.startswith("  vlm")), out
-    assert "fastest with a cosine of at least 0.999: onnxruntime" in out
+    assert "fastest with a cosine of at least 0.999 as float32: onnxruntime" in out
     plot = ElementTree.parse(tmp_path / "bench.svg").getroot()
     titles = {title.text for title in plot.iter("{http://www.w3.org/2000/svg}title")}
     assert "text, batch 1, length 32: rows per second against threads" in titles

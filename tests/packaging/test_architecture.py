@@ -65,6 +65,7 @@ ROOMS: dict[str, set[str]] = {
     "api": {"specs", "bundle", "checkpoint", "family", "proof", "exporting", "exporting.stages"},
     "lab": {
         *("specs", "bundle", "runtime.engines", "runtime.inputs", "runtime.session", "runtime.model"),
+        *("runtime.tasks", "runtime.generation"),
         *("graph.core", "graph.look", "graph.passes", "graph.prove", "precision", "proof", "api"),
     },
 }
@@ -80,7 +81,8 @@ OUTSIDE = {
     "quantizing": {"numpy", "PIL", "onnx", "onnx_ir", "onnxruntime"},
     "proof": BASE - {"onnxruntime", "openvino", "pyarrow", "tqdm"},
     "layouts": {"numpy", "onnx_ir", "ftfy"},
-    "lab": {"numpy", "PIL", "onnx_ir", "onnx", "onnxruntime", "yaml", "pytest"},
+    # fastembed: a side of `bench`, where it is installed.
+    "lab": {"numpy", "PIL", "onnx_ir", "onnx", "onnxruntime", "yaml", "pytest", "fastembed"},
     "cli": set[str](),
     "api.py": set[str](),
     "__main__.py": set[str](),

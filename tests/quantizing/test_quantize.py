@@ -23,7 +23,7 @@ from vlm_export.precision.recipes import RECIPES
 from vlm_export.proof.metrics import Array
 from vlm_export.quantizing.losses import output_losses, row_cosines
 from vlm_export.quantizing.result import OverBudgetError
-from vlm_export.quantizing.samples import sample_set
+from vlm_export.quantizing.samples import NamedSamples, sample_set
 from vlm_export.quantizing.task_runs import run_tasks
 from vlm_export.runtime.engines.choice import EngineName
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
@@ -80,7 +80,7 @@ def test_it_is_small_and_proves_itself(quantised: Callable[[str], Path], precisi
 
 def test_the_recorded_loss_is_what_is_measured_again(quantised: Callable[[str], Path]) -> None:
     bundle = open_bundle(quantised("int8"))
-    samples = sample_set(bundle, (), None)
+    samples = sample_set(bundle, NamedSamples())
     feeds = run_tasks(bundle, samples, {}, 1).feeds
     for name, loss in losses(bundle):
         part = bundle.manifest.part(name)
@@ -370,7 +370,7 @@ def test_the_users_images_and_texts_are_measured(demo: Path, tmp_path: Path) -> 
 
 def test_no_sample_is_both_calibrated_on_and_measured(quantised: Callable[[str], Path]) -> None:
     bundle = open_bundle(quantised("int8-static"))
-    every = sample_set(bundle, (), None)
+    every = sample_set(bundle, NamedSamples())
     calibrated, measured = every.part(0, 2), every.part(1, 2)
     assert not set(calibrated.texts) & set(measured.texts)
     assert not {id(image) for image in calibrated.images} & {id(image) for image in measured.images}

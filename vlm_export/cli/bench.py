@@ -25,12 +25,14 @@ def add_parser(verbs: Any) -> None:
         description=(
             "Run the variants of a bundle in every engine that is installed, all in turn and each in a process of its "
             "own: time, throughput, time to load, memory, size, and how far each is from float32 on the bundle's own "
-            "images and texts. How many times as fast as the first one each is, is measured round by round in this "
-            "one run. Brackets hold the middle half of the rounds."
+            "images and texts. With --images or --task, the bundle's tasks from files of images on instead of its "
+            "parts. How many times as fast as the first one each is, is measured round by round in this one run. "
+            "Brackets hold the middle half of the rounds."
         ),
     )
     parser.add_argument("bundle", metavar="DIR", help="directory of the bundle")
     _add_sizes(parser)
+    _add_tasks(parser)
     parser.add_argument(
         "--graph",
         nargs="+",
@@ -43,7 +45,8 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--against",
         metavar="SOURCE",
-        help="the checkpoint that the bundle was made from: PyTorch runs it first, eager, compiled and in bfloat16",
+        help="the checkpoint that the bundle was made from: PyTorch runs it first, eager, compiled and in bfloat16; on "
+        "images, transformers too where it reads the checkpoint",
     )
     parser.add_argument(
         "--recommend", action="store_true", help="say how to load and run the fastest one within --least-cosine"
@@ -96,6 +99,33 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    """What is measured from images on."""
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        type=existing_path,
+        default=(),
+        metavar="PATH",
+        help="images, or folders of them: read, decoded, prepared and embedded, beside fastembed where it is installed",
+    )
+    parser.add_argument(
+        "--task",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="embed, or to the first token and per token: caption, answer, chat (on --images, or the bundle's own)",
+    )
+    parser.add_argument(
+        "--new-tokens",
+        type=positive_integer,
+        default=32,
+        metavar="N",
+        help="that caption, answer and chat write for each image, ends or not (default: %(default)s)",
+    )
+    parser.add_argument("--prompt", metavar="TEXT", help="how captions begin, or the question about each image")
+
+
 def run(args: argparse.Namespace) -> int:
     from vlm_export.bundle.staging import staged_file
     from vlm_export.lab.bench import bench
@@ -106,6 +136,10 @@ def run(args: argparse.Namespace) -> int:
         check_output(args.plot, overwrite=True)
     options = BenchOptions(
         parts=args.part,
+        images=args.images,
+        tasks=args.task,
+        new_tokens=args.new_tokens,
+        prompt=args.prompt,
         precisions=args.precision,
         engines=args.engine,
         batches=args.batch,
@@ -151,7 +185,7 @@ def _print(found: BenchResult) -> None:
 
 
 def _print_load(found: BenchResult, load: Load) -> None:
-    header = ("side", "threads", "ms", "middle half", "rows/s", "speed", "middle half")
+    header = ("side", "threads", "ms", "middle half", f"{load.unit}/s", "speed", "middle half")
     rows = []
     for one in found.on(load):
         taken, speed = one.spread, found.speed(one)
@@ -175,22 +209,33 @@ def _three_digits(value: float) -> str:
 
 
 def _print_costs(found: BenchResult) -> None:
-    header = ("side", "threads", "part", "load", "memory", "size", "1 - cosine")
-    print_table(header, [_cost_row(cost) for cost in found.costs], width=terminal_width())
+    header = ("side", "threads", "part", "load", "memory", "size")
+    writing = [cost for cost in found.costs if cost.same_tokens is not None]
+    others = [cost for cost in found.costs if cost.same_tokens is None]
+    for costs, last in ((others, "1 - cosine"), (writing, "same tokens")):
+        if costs:
+            print_table((*header, last), [_cost_row(cost) for cost in costs], width=terminal_width())
 
 
 def _cost_row(cost: Cost) -> tuple[str, ...]:
     sizes = ("-" if size is None else size_text(size) for size in (cost.peak_bytes, cost.size_bytes))
     lost = "-" if cost.cosine is None else f"{1 - cost.cosine:.1e}"
+    if cost.same_tokens is not None:
+        lost = f"{cost.same_tokens:.0%}"
     return cost.side.name, str(cost.side.threads), cost.part, f"{cost.load_seconds:.2f} s", *sizes, lost
 
 
 def _print_recommendation(found: BenchResult) -> None:
-    best, bound = found.recommendation(), found.options.least_cosine
+    best = found.recommendation()
+    demands = {
+        f"a cosine of at least {found.options.least_cosine:g}": any(cost.same_tokens is None for cost in found.costs),
+        "the same tokens": any(cost.same_tokens is not None for cost in found.costs),
+    }
+    bound = " and ".join(text for text, holds in demands.items() if holds)
     if best is None:
-        print_line(f"no side of the bundle has a cosine of at least {bound:g} with float32 on all of its inputs")
+        print_line(f"no side of the bundle has {bound} as float32 on all inputs")
         return
-    print_line(f"fastest with a cosine of at least {bound:g}: {best.side.label}")
+    print_line(f"fastest with {bound} as float32: {best.side.label}")
     print_line(f"  {best.speed:.2f} times as fast as the first side")
     print_line(f"  {best.call}")
     print_line(f"  {best.command}")

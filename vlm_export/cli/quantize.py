@@ -35,22 +35,15 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--budget",
         metavar="KEY=NUMBER,…",
-        help="least cosine, mean-cosine, top10 and exact-match (defaults: docs/numerics.md), as in cosine=0.999",
+        help="least cosine, mean-cosine, top10 and exact-match (defaults: docs/numerics.md), and points that zero-shot "
+        "and retrieval@1 may lose, as in cosine=0.999,exact-match=1pp,zero-shot=0.5pp",
     )
     parser.add_argument(
         "--search",
         action="store_true",
         help="where a part is over budget, find the weights that must stay in float32",
     )
-    parser.add_argument(
-        "--images",
-        action="append",
-        default=[],
-        type=existing_path,
-        metavar="PATH",
-        help="images, or a folder of them, to measure on, repeatable",
-    )
-    parser.add_argument("--texts", type=existing_path, metavar="FILE", help="texts to measure on, one a line")
+    _add_samples(parser)
     parser.add_argument("-o", "--output", metavar="DIR", help="a new bundle (default: DIR itself, in one step)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle at the output")
     parser.add_argument(
@@ -61,6 +54,33 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--threads", type=positive_integer, metavar="N", help="threads of one operator")
     add_common_options(parser)
     parser.set_defaults(run=run, extra="graph")
+
+
+def _add_samples(parser: argparse.ArgumentParser) -> None:
+    """What is measured on."""
+    parser.add_argument(
+        "--images",
+        action="append",
+        default=[],
+        type=existing_path,
+        metavar="PATH",
+        help="images, or a folder of them, to measure on, repeatable",
+    )
+    parser.add_argument(
+        "--texts",
+        type=existing_path,
+        metavar="FILE",
+        help="texts to measure on, one a line; NAME<tab>TEXT belongs to the image of that name, for retrieval@1",
+    )
+    parser.add_argument(
+        "--labels",
+        type=existing_path,
+        metavar="DIR",
+        help="a folder of images for each label, named as the label, for zero-shot",
+    )
+    parser.add_argument(
+        "--template", default="a photo of a {}", metavar="TEXT", help="sentence around a label (default: '%(default)s')"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
             budget=args.budget,
             images=tuple(args.images),
             texts=args.texts,
+            labels=args.labels,
+            template=args.template,
             output=output,
             overwrite=args.overwrite,
             reduce_range=args.reduce_range,
@@ -96,10 +118,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_losses(losses: Sequence[PartLoss]) -> None:
-    from vlm_export.quantizing.result import HEADER, search_lines, table_rows
+    from vlm_export.quantizing.result import HEADER, accuracy_lines, search_lines, table_rows
 
     print_table(HEADER, table_rows(losses), width=max(terminal_width(), 100))
-    for line in search_lines(losses):
+    for line in (*accuracy_lines(losses), *search_lines(losses)):
         print_line(line)
     print_warnings(dict.fromkeys(note for loss in losses for note in loss.record.notes))
 

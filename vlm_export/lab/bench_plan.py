@@ -20,8 +20,11 @@ from vlm_export.proof.points import Arrays
 from vlm_export.runtime.engines.choice import BF16, ONNXRUNTIME, OPENVINO, chosen_precision, engine_choice
 from vlm_export.runtime.engines.openvino import computes_in_bf16
 
-TORCH = "torch"
+TORCH, TRANSFORMERS, FASTEMBED = "torch", "transformers", "fastembed"
 TORCH_FORMS = ("eager", "compiled", "bf16")
+# Of a task that writes: torch.compile would compile anew for each token that a cache grows by, and not every decoder's
+# module runs in bfloat16.
+TORCH_WRITING_FORMS = ("eager",)
 EXACT = "fp32"
 
 
@@ -30,7 +33,7 @@ class Side:
     """Who computes.
 
     Attributes:
-        engine: "onnxruntime", "openvino" or "torch".
+        engine: "onnxruntime", "openvino" or "torch"; of files of images also "transformers" or "fastembed".
         precision: as in `vlm_export.load`; of torch one of `TORCH_FORMS`; of a graph its file's name.
         threads: of one operator.
         graph: a file beside the bundle, None for the bundle's own.
@@ -49,7 +52,7 @@ class Side:
     @property
     def is_of_bundle(self) -> bool:
         """Whether `vlm_export.load` gives it."""
-        return self.engine != TORCH and self.graph is None
+        return self.engine in (ONNXRUNTIME, OPENVINO) and self.graph is None
 
     @property
     def name(self) -> str:
@@ -67,21 +70,38 @@ class Side:
 
 @dataclass(frozen=True)
 class Load:
-    """On what: the sizes of one run of a part; None where the part has no such axis."""
+    """On what: the sizes of one run of a part, or of a task; None where it has no such axis.
+
+    Attributes:
+        part: its name, or the kind of the task.
+        length: tokens of a row: of what is fed to a part, of what a task writes.
+        step: of a task that writes: "first token" or "next tokens".
+        files: how many images a task encodes in one run.
+    """
 
     part: str
     batch: int | None
     length: int | None
+    step: str | None = None
+    files: int | None = None
 
     @property
     def label(self) -> str:
-        sizes = [("batch", self.batch), ("length", self.length)]
-        return ", ".join([self.part, *(f"{name} {size}" for name, size in sizes if size is not None)])
+        sizes = [("batch", self.batch), ("length", self.length), ("images", self.files)]
+        name = self.part if self.step is None else f"{self.part}, {self.step}"
+        return ", ".join([name, *(f"{name} {size}" for name, size in sizes if size is not None)])
+
+    @property
+    def unit(self) -> str:
+        """What `rows` counts."""
+        return "images" if self.files is not None else "rows" if self.step is None else "tokens"
 
     @property
     def rows(self) -> int:
         """What one run computes, for a throughput."""
-        return self.batch or 1
+        if self.files is not None:
+            return self.files
+        return (self.batch or 1) * (1 if self.step is None else self.length or 1)
 
 
 @dataclass(frozen=True)
@@ -89,7 +109,12 @@ class BenchOptions:
     """What the user may choose.
 
     Attributes:
-        parts, precisions, engines: only these; none for all that the bundle and this machine have.
+        parts, precisions, engines: only these; none for all that the bundle and this machine have. No part is measured
+            by itself where images or tasks are named, unless parts are named too.
+        images: files of images, or folders of them, that tasks are measured on, from the file on.
+        tasks: kinds of tasks to measure; none for "embed" where there are images.
+        new_tokens: how many a task that writes adds to each row.
+        prompt: how captions begin, or the question; None for the bundle's own.
         batches: rows of one run.
         threads: of one operator; none for as many as this process has cores.
         lengths: tokens of a row, of parts whose axis is free; none for as many as the recorded inputs have.
@@ -100,6 +125,10 @@ class BenchOptions:
     """
 
     parts: Sequence[str] = ()
+    images: Sequence[str | Path] = ()
+    tasks: Sequence[str] = ()
+    new_tokens: int = 32
+    prompt: str | None = None
     precisions: Sequence[str] = ()
     engines: Sequence[str] = ()
     batches: Sequence[int] = (1, 8)
@@ -116,6 +145,12 @@ class BenchOptions:
                 raise UsageError(f"{name} are numbers from 1", got=str(list(getattr(self, name))))
         if self.graphs and len(self.parts) != 1:
             raise UsageError("graphs stand for one part", got=f"{len(self.parts)} parts", fix="name it: --part NAME")
+        if self.graphs and (self.images or self.tasks):
+            raise UsageError("graphs stand for one part, and no task runs them", fix="leave out images and tasks")
+        if self.new_tokens < 2:
+            raise UsageError(
+                "a first token and next ones are measured", expected="at least 2", got=str(self.new_tokens)
+            )
         if self.rounds < 1:
             raise UsageError("there is at least one round", got=str(self.rounds))
 
@@ -129,17 +164,19 @@ def chosen_parts(manifest: Manifest, names: Sequence[str]) -> list[PartRecord]:
     return [part for part in manifest.parts if not names or part.name in names]
 
 
-def sides_of(manifest: Manifest, options: BenchOptions) -> list[Side]:
-    """PyTorch first where it is asked for, then each engine with each precision that it computes.
+def sides_of(manifest: Manifest, options: BenchOptions, task: str | None = None) -> list[Side]:
+    """Other software first, PyTorch where it is asked for, then each engine with each precision that it computes.
+
+    Args:
+        task: the kind of the task that they do; None for sides of a part.
 
     Raises:
         UsageError: an engine or a precision that there is not, or that no engine computes.
     """
     engines = list(options.engines) or [ONNXRUNTIME, *([OPENVINO] if importlib.util.find_spec(OPENVINO) else [])]
-    found = []
+    found: list[Side] = []
     for threads in options.threads or (available_cores(),):
-        if options.against is not None:
-            found += [Side(TORCH, form, threads) for form in TORCH_FORMS]
+        found += _other_sides(options, task, threads)
         for engine in engines:
             engine_choice(engine, None, threads)
             found += [Side(engine, name, threads) for name in _precisions(manifest, options.precisions, engine)]
@@ -149,6 +186,16 @@ def sides_of(manifest: Manifest, options: BenchOptions) -> list[Side]:
         if name not in {side.precision for side in found}:
             engine_choice(engines[0], None, None, in_bf16=chosen.in_bf16)
     return found
+
+
+def _other_sides(options: BenchOptions, task: str | None, threads: int) -> Iterator[Side]:
+    if options.against is not None:
+        if task == "embed":
+            yield Side(TRANSFORMERS, "eager", threads)
+        for form in TORCH_FORMS if task in (None, "embed") else TORCH_WRITING_FORMS:
+            yield Side(TORCH, form, threads)
+    if task == "embed" and importlib.util.find_spec(FASTEMBED):
+        yield Side(FASTEMBED, EXACT, threads)
 
 
 def _precisions(manifest: Manifest, wanted: Sequence[str], engine: str) -> Iterator[str]:
@@ -172,14 +219,6 @@ def _graph_sides(path: str, engine: str, threads: int) -> Iterator[Side]:
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def has_variant(part: PartRecord, manifest: Manifest, side: Side) -> bool:
-    """Whether the side can run the part."""
-    if not side.is_of_bundle:
-        return True
-    variant = chosen_precision(manifest, side.precision).variant
-    return variant in {record.precision for record in part.variants}
 
 
 def loads_of(bundle: OpenBundle, part: PartRecord, options: BenchOptions) -> dict[Load, Arrays]:

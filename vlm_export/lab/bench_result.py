@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import exp, log
 from typing import Any
 
@@ -52,7 +52,9 @@ class Cost:
         anonymous_bytes: of it what is no file's, at the end.
         size_bytes: of the part's files; None for PyTorch and for graphs beside the bundle.
         cosine: the least of any row of an output with float32's in ONNX Runtime, over the bundle's recorded inputs, its
-            images and its texts; None where the bundle has no float32.
+            images and its texts; None where the bundle has no float32, and of tasks that write.
+        same_tokens: of a task that writes: the share of each row's tokens up to the first that is another than
+            float32's in ONNX Runtime, on average; None of parts and of other tasks.
     """
 
     side: Side
@@ -62,6 +64,7 @@ class Cost:
     anonymous_bytes: int | None
     size_bytes: int | None
     cosine: float | None
+    same_tokens: float | None = None
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,11 @@ class BenchResult:
         return best
 
     def _within_bound(self, side: Side) -> bool:
-        cosines = [cost.cosine for cost in self.costs if cost.side == side]
-        return all(cosine is not None and cosine >= self.options.least_cosine for cosine in cosines)
+        costs = [cost for cost in self.costs if cost.side == side]
+        return all(
+            cost.same_tokens == 1 or (cost.cosine is not None and cost.cosine >= self.options.least_cosine)
+            for cost in costs
+        )
 
     def _written(self, side: Side) -> tuple[str, str]:
         """What opens that side, and the command of the first task that the bundle has."""
@@ -136,7 +142,8 @@ class BenchResult:
         words = [repr(self.bundle), *engine, f"precision={side.precision!r}", f"threads={side.threads}"]
         options = [] if side.engine == ONNXRUNTIME else ["--engine", side.engine]
         options += ["--precision", side.precision, "--threads", str(side.threads)]
-        verb = next(verb for task, verb in _VERBS.items() if task in self.tasks or not self.tasks)
+        measured = [load.part for load in self.loads if load.part in self.tasks]
+        verb = next(verb for task, verb in _VERBS.items() if task in (measured or self.tasks or _VERBS))
         command = [verb[0], self.bundle, *verb[1:], *options]
         return f"vlm_export.load({', '.join(words)})", shlex.join(["vlm-export", *command])
 
@@ -156,9 +163,8 @@ class BenchResult:
     def _measured_json(self, one: Measured) -> dict[str, Any]:
         return {
             **one.side.to_json(),
-            "part": one.load.part,
-            "batch": one.load.batch,
-            "length": one.load.length,
+            **asdict(one.load),
+            "unit": one.load.unit,
             "seconds": vars(one.spread),
             "rows_per_second": one.rows_per_second,
             "speed": vars(self.speed(one)),

@@ -16,6 +16,7 @@ _RED, _BLUE, _GREY, _GREEN = _COLOURS = ("#c0392b", "#2471a3", "#7f8c8d", "#2299
 _MOST_LABELS = 30
 _BAR_HEIGHT, _BAR_LEFT, _BAR_RIGHT, _BAR_WIDTH = 20, 180, 70, 480
 _MARK_WIDTH, _MARK_ROOM = 720, 170
+_LABEL_HEIGHT, _LETTER_WIDTH = 12, 6.2
 _NARROW, _MOST_LEVEL_LABELS, _LEGEND_HEIGHT = 480, 3, 20
 MOST_NARROW_POINTS = 24
 """A plot of more points is as wide as a page, others half as wide."""
@@ -206,7 +207,8 @@ def mark_plot(title: str, marks: Sequence[Mark], *, joined: bool = False) -> str
     """
     frame = _Frame(1, (mark.y for mark in marks), _MARK_WIDTH)
     right, low = _MARK_WIDTH - _MARK_ROOM, _HEIGHT - _BOTTOM
-    most_x = max((mark.x for mark in marks), default=0) or 1
+    step = _round_step(max((mark.x for mark in marks), default=0) or 1)
+    most_x = step * math.ceil((max((mark.x for mark in marks), default=0) or 1) / step)
     most_y = max((mark.y for mark in marks), default=0) or 1
 
     def place(mark: Mark) -> tuple[float, float]:
@@ -216,9 +218,9 @@ def mark_plot(title: str, marks: Sequence[Mark], *, joined: bool = False) -> str
     height = low + _LEGEND_HEIGHT
     grid = [_grid_line(low, "0", right), _grid_line(_TOP, f"{most_y:.3g}", right)] if joined else frame.grid()
     parts = [*_head(title, _MARK_WIDTH, height, _LEFT), *grid]
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        x = _LEFT + (right - _LEFT) * share
-        parts.append(f'<text x="{x:.1f}" y="{low + 14}" text-anchor="middle">{most_x * share:.3g}</text>')
+    for number in range(round(most_x / step) + 1):
+        x = _LEFT + (right - _LEFT) * number * step / most_x
+        parts.append(f'<text x="{x:.1f}" y="{low + 14}" text-anchor="middle">{number * step:.3g}</text>')
     names = list(dict.fromkeys(mark.label for mark in marks))
     for mark in marks:
         (x, y), colour = place(mark), _COLOURS[names.index(mark.label) % len(_COLOURS)]
@@ -226,15 +228,40 @@ def mark_plot(title: str, marks: Sequence[Mark], *, joined: bool = False) -> str
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}">'
             f"<title>{_text(f'{mark.label}: {mark.x:.3g}, {mark.y:.3g}')}</title></circle>"
         )
+    ends = {name: place([mark for mark in marks if mark.label == name][-1]) for name in names}
+    heights = _label_heights(ends)
     for name in names:
         own, colour = [mark for mark in marks if mark.label == name], _COLOURS[names.index(name) % len(_COLOURS)]
         points = [place(mark) for mark in own]
         if joined and len(own) > 1:
             line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
             parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" points="{line}"/>')
-        x, y = points[-1]
-        parts.append(f'<text x="{x + 7:.1f}" y="{y + 4:.1f}" fill="{colour}">{_text(name)}</text>')
+        (x, y), at = ends[name], heights[name]
+        if abs(at - y) > _LABEL_HEIGHT / 2:
+            parts.append(f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{x + 8:.1f}" y2="{at:.1f}" stroke="{colour}"/>')
+        parts.append(f'<text x="{x + 9:.1f}" y="{at + 4:.1f}" fill="{colour}">{_text(name)}</text>')
     return "\n".join([*parts, "</svg>", ""])
+
+
+def _round_step(most: float) -> float:
+    """1, 2 or 5 times a power of ten, so that four to eight of them hold the most."""
+    magnitude = 10.0 ** math.floor(math.log10(most / 4))
+    return next(magnitude * factor for factor in (1, 2, 5, 10) if most <= 8 * magnitude * factor)
+
+
+def _label_heights(ends: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Where the names of points stand: beside them, or as near as there is room between the other names."""
+    placed: dict[str, float] = {}
+    for name, (x, y) in sorted(ends.items(), key=lambda entry: entry[1][1]):
+        taken = [
+            placed[other]
+            for other in placed
+            if ends[other][0] < x + _LETTER_WIDTH * len(name) and x < ends[other][0] + _LETTER_WIDTH * len(other)
+        ]
+        ways = sorted((sign * _LABEL_HEIGHT * i / 2 for i in range(2 * len(ends) + 1) for sign in (1, -1)), key=abs)
+        free = [y + way for way in ways if all(abs(y + way - other) >= _LABEL_HEIGHT for other in taken)]
+        placed[name] = next((at for at in free if _TOP <= at <= _HEIGHT - _BOTTOM), y)
+    return placed
 
 
 def stacked(plots: Sequence[str]) -> str:

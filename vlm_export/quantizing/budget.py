@@ -17,7 +17,12 @@ DEFAULT_BUDGETS: Mapping[str, Mapping[BudgetKey, float]] = {
 }
 """Precision → what is demanded where the user says nothing; docs/numerics.md shows it."""
 
+LOST: tuple[BudgetKey, ...] = ("zero-shot", "retrieval@1")
+"""Keys of accuracies: what a budget states is what may be lost, in percentage points."""
+_POINTS: tuple[BudgetKey, ...] = (*LOST, "exact-match", "top10")
+
 _NUMBER = re.compile(r"(?:0|1|0?\.[0-9]{1,12}|1\.0{1,12})")
+_PERCENTAGE_POINTS = re.compile(r"(100|[0-9]{1,2}(?:\.[0-9]{1,12})?)pp")
 _MAX_CHARACTERS = 200
 
 
@@ -25,10 +30,12 @@ def budget_for(precision: str, stated: str | Mapping[str, float] | None) -> dict
     """The precision's defaults, with what the user states in their place.
 
     Args:
-        stated: "cosine=0.999,top10=0.9", or the same as a mapping; None for the defaults.
+        stated: "cosine=0.999,top10=0.9,zero-shot=1pp", or the same as a mapping of the least that must be kept
+            (zero-shot: 0.99); None for the defaults.
 
     Raises:
-        UsageError: an unknown or repeated key, or a number that is none from 0 to 1.
+        UsageError: an unknown or repeated key, or a number that is none from 0 to 1, nor so many percentage points of
+            a key that has them.
     """
     return dict(DEFAULT_BUDGETS[precision]) | stated_budget(stated)
 
@@ -51,10 +58,21 @@ def _parsed(text: str) -> dict[BudgetKey, float]:
         key = _key(name.strip())
         if key in found:
             raise _refusal(text, "each key once", f"{key} twice")
-        if not _NUMBER.fullmatch(number.strip()):
-            raise _refusal(text, f"{key}: a number from 0 to 1, such as 0.999", repr(number))
-        found[key] = float(number)
+        found[key] = _least(text, key, number.strip())
     return found
+
+
+def _least(text: str, key: BudgetKey, number: str) -> float:
+    """The share that must be kept, of one as it is or of percentage points that may be lost."""
+    points = _PERCENTAGE_POINTS.fullmatch(number)
+    if points is not None and key in _POINTS:
+        return 1 - float(points[1]) / 100
+    if key in LOST:
+        raise _refusal(text, f"{key}: percentage points that may be lost, such as 1pp", repr(number))
+    if not _NUMBER.fullmatch(number):
+        expected = "a number from 0 to 1, such as 0.999"
+        raise _refusal(text, f"{key}: {expected}{', or 1pp' if key in _POINTS else ''}", repr(number))
+    return float(number)
 
 
 def _checked(stated: Mapping[str, float]) -> dict[BudgetKey, float]:
@@ -78,3 +96,8 @@ def _key(name: str) -> BudgetKey:
 def _refusal(where: str, expected: str, got: str) -> UsageError:
     place = f"--budget {where}"[:100]
     return UsageError("a budget is malformed", where=place, expected=expected, got=got[:100])
+
+
+def points_text(kept: float) -> str:
+    """What is lost of an accuracy, for people: 0.995 is `0.5pp`."""
+    return f"{100 * (1 - kept):.3g}pp"

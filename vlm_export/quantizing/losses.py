@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlm_export.bundle.loss import Loss, OutputLoss
+from vlm_export.bundle.loss import Accuracy, Loss, OutputLoss
 from vlm_export.proof.metrics import Array, paired_blocks, rows_of
 from vlm_export.quantizing.task_runs import Answers, Feeds
 from vlm_export.runtime.inputs.images import FloatArray
@@ -20,9 +20,12 @@ Run = Callable[[Feeds], Mapping[str, Array]]
 class Agreement:
     """What tasks keep, as in `Loss`."""
 
-    top10_texts: float | None
-    top10_images: float | None
-    exact_match: float | None
+    top10_texts: float | None = None
+    top10_images: float | None = None
+    exact_match: float | None = None
+    zero_shot: Accuracy | None = None
+    retrieval_texts: Accuracy | None = None
+    retrieval_images: Accuracy | None = None
 
 
 def agreement(before: Answers, after: Answers) -> Agreement:
@@ -32,7 +35,14 @@ def agreement(before: Answers, after: Answers) -> Agreement:
     same = sum(left == right for left, right in zip(before.words, after.words, strict=False))
     # A task that only one of them could be asked has given no word back.
     words = same / max(len(before.words), len(after.words)) if count else None
-    return Agreement(_overlap(images, texts), _overlap(texts, images), words)
+    accuracies = (
+        None if left is None or right is None else Accuracy(left, right)
+        for left, right in zip(before.accuracies, after.accuracies, strict=True)
+    )
+    if before.image_vectors is None or before.text_vectors is None:
+        # Of one encoder alone, what is near is of its own kind.
+        return Agreement(_own_overlap(texts), _own_overlap(images), words, *accuracies)
+    return Agreement(_overlap(images, texts), _overlap(texts, images), words, *accuracies)
 
 
 def _overlap(
@@ -47,6 +57,24 @@ def _overlap(
     before, after = _nearest(left, left_items), _nearest(right, right_items)
     shares = [len(set(a) & set(b)) / _NEAREST for a, b in zip(before.tolist(), after.tolist(), strict=True)]
     return float(np.mean(shares))
+
+
+def _own_overlap(vectors: tuple[FloatArray | None, FloatArray | None]) -> float | None:
+    """As `_overlap` among the vectors themselves, each without itself."""
+    left, right = vectors
+    if left is None or right is None or len(left) <= _NEAREST + 1 or len(left) != len(right):
+        return None
+    shares = [
+        len(set(a) & set(b)) / _NEAREST for a, b in zip(*(_own_nearest(rows) for rows in (left, right)), strict=True)
+    ]
+    return float(np.mean(shares))
+
+
+def _own_nearest(rows: FloatArray) -> list[list[int]]:
+    scores = rows @ rows.T
+    np.fill_diagonal(scores, -np.inf)
+    found: list[list[int]] = np.argsort(-scores, axis=1, kind="stable")[:, :_NEAREST].tolist()
+    return found
 
 
 def _nearest(queries: FloatArray, items: FloatArray) -> Array:
@@ -91,4 +119,4 @@ def loss_of(
     outputs: Mapping[str, OutputLoss], golden: Mapping[str, OutputLoss], tasks: Agreement, size_share: float
 ) -> Loss:
     """The figures together."""
-    return Loss(outputs, golden, tasks.top10_texts, tasks.top10_images, tasks.exact_match, size_share)
+    return Loss(outputs, golden, size_share=size_share, **vars(tasks))

@@ -34,7 +34,7 @@ from vlm_export.quantizing.graphs import (
 from vlm_export.quantizing.losses import Agreement, agreement, loss_of, output_losses
 from vlm_export.quantizing.publishing import Measured, Publishing
 from vlm_export.quantizing.result import OverBudgetError, PartLoss, QuantizeResult
-from vlm_export.quantizing.samples import SampleSet, sample_set
+from vlm_export.quantizing.samples import TEMPLATE, NamedSamples, SampleSet, sample_set
 from vlm_export.quantizing.search import PartSearch, WeightCost, cost_of, few, fewest
 from vlm_export.quantizing.task_runs import Answers, Feeds, run_tasks
 from vlm_export.runtime.engines.onnxruntime import Engine, OrtEngine
@@ -52,10 +52,14 @@ class QuantizeOptions:
         parts: only these; none for all.
         budget: in the place of the precision's defaults, as `budget_for` reads it.
         images: files and folders of images to measure on, beside the contract's.
-        texts: a file with one text a line, likewise.
+        texts: a file with one text a line, likewise. A line may begin with the name of an image and a tab: its text
+            belongs to that image, so that retrieval is measured, and where the bundle answers, it is asked about it.
         output: the directory that the bundle with its variants becomes; None: the bundle itself, in one step.
         overwrite: replace a bundle at `output`.
         reduce_range: weights of 7 bits instead of 8, for CPUs without VNNI; of int8 and int8-static.
+        labels: a folder with a folder of images for each label, named as the label (torchvision's ImageFolder): the
+            zero-shot accuracy is measured on it.
+        template: the sentence around a label, with `{}` in its place.
         threads: of one operator; None for as many as there are cores.
         search: where a part is over budget, find the fewest of its weights that must stay in float32.
     """
@@ -64,6 +68,8 @@ class QuantizeOptions:
     budget: str | Mapping[str, float] | None = None
     images: Sequence[str | Path] = ()
     texts: str | Path | None = None
+    labels: str | Path | None = None
+    template: str = TEMPLATE
     output: str | Path | None = None
     overwrite: bool = False
     reduce_range: bool = False
@@ -154,8 +160,7 @@ class _Job:
         parts = self._chosen_parts()
         self.scratch.mkdir()
         with self.stages.stage("read samples"):
-            texts = None if self.options.texts is None else Path(self.options.texts)
-            samples = sample_set(self.bundle, [Path(image) for image in self.options.images], texts)
+            samples = sample_set(self.bundle, self._named())
             needed = sum(record.size_bytes for record in self.bundle.manifest.files.values())
             check_free_space(self.staging.path, needed + sum(float32_bytes(self.bundle, part) for part in parts))
         left_out: dict[str, str] = {}
@@ -198,6 +203,15 @@ class _Job:
         shutil.rmtree(self.scratch)
         publishing = Publishing(self.bundle, self.staging, self.stages, self.precision, self.options.threads)
         return QuantizeResult(publishing.publish(measured), losses, left_out)
+
+    def _named(self) -> NamedSamples:
+        chosen = self.options
+        return NamedSamples(
+            tuple(Path(image) for image in chosen.images),
+            None if chosen.texts is None else Path(chosen.texts),
+            None if chosen.labels is None else Path(chosen.labels),
+            chosen.template,
+        )
 
     def _chosen_parts(self) -> list[PartRecord]:
         manifest = self.bundle.manifest
@@ -347,7 +361,7 @@ class _Job:
     def _is_over(self, part: PartRecord, graph: QuantisedGraph, base: _Baseline) -> bool:
         """Whether the cosines of a part are over budget, whatever the tasks are."""
         outputs, golden, _ = self._losses(part, self._feeds(part, base.before), graph.paths[0])
-        return _over_alone(loss_of(outputs, golden, Agreement(None, None, None), 0.0), self.budget)
+        return _over_alone(loss_of(outputs, golden, Agreement(), 0.0), self.budget)
 
     def _tasks_over(self, graphs: Mapping[str, QuantisedGraph], base: _Baseline) -> bool:
         return bool(over_budget(loss_of({}, {}, self._agreement(graphs, base), 0.0), self.budget))
@@ -368,7 +382,7 @@ class _Job:
             except InputError as error:
                 failed[name] = f"ONNX Runtime does not run it: {error.got}"[:_MAX_CAUSE].partition("\n")[0]
                 del naive[name]
-        return agreement(before, self._tasks(samples, naive)) if naive else Agreement(None, None, None)
+        return agreement(before, self._tasks(samples, naive)) if naive else Agreement()
 
     def _record(
         self,
@@ -379,6 +393,7 @@ class _Job:
     ) -> LossRecord:
         samples, calibration, naive = base.samples, base.calibration, base.naive.get(part.name)
         notes = [*calibration.notes("calibrated on"), *samples.notes("measured on"), *base.before.not_run]
+        notes += samples.accuracy_notes(self._named(), self.bundle.manifest.source)
         feeds = self._feeds(part, base.before)
         if not base.before.feeds.get(part.name):
             notes.append(f"no task runs part {part.name!r} here: it was measured on the inputs of its golden records")
@@ -410,6 +425,9 @@ class _Job:
                 own_texts=samples.own_texts,
                 calibration_images=len(calibration.images),
                 calibration_texts=len(calibration.texts),
+                labelled=len(samples.labelled),
+                labels=len(samples.labels),
+                pairs=len(samples.pairs),
             ),
             kept=graph.kept,
             notes=tuple(dict.fromkeys(notes)),
@@ -435,7 +453,7 @@ class _Job:
 
 def _over_alone(loss: Loss, budget: Mapping[BudgetKey, float]) -> bool:
     """Whether a part's own figures are over budget, whatever the tasks' are."""
-    return bool(over_budget(replace(loss, top10_texts=None, top10_images=None, exact_match=None), budget))
+    return bool(over_budget(replace(loss, **vars(Agreement())), budget))
 
 
 def _fused_text(count: int) -> str:

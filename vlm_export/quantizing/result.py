@@ -9,6 +9,7 @@ from typing import Any
 from vlm_export.bundle.loss import Loss, LossRecord, over_budget
 from vlm_export.bundle.manifest import Manifest
 from vlm_export.errors import VerificationError
+from vlm_export.quantizing.budget import LOST, points_text
 
 HEADER = ("part", "recipe", "size", "cosine", "mean", "golden", "top10", "words", "verdict")
 
@@ -26,7 +27,12 @@ class PartLoss:
     def over(self) -> list[str]:
         """What is over budget, a phrase each."""
         found = over_budget(self.record.measured, self.record.budget)
-        return [f"{key}: expected at least {least:g}, got {figure:.6g}" for key, least, figure in found]
+        return [
+            f"{key}: expected at most {points_text(least)} lost, got {points_text(figure)}"
+            if key in LOST
+            else f"{key}: expected at least {least:g}, got {figure:.6g}"
+            for key, least, figure in found
+        ]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -106,6 +112,23 @@ def table_rows(losses: Sequence[PartLoss]) -> list[tuple[str, ...]]:
         else:
             rows.append((loss.part, "naive", *_figures(loss.record.naive), "for comparison"))
     return rows
+
+
+def accuracy_lines(losses: Sequence[PartLoss]) -> list[str]:
+    """What labelled samples say of all parts together, a sentence for each accuracy."""
+    lines = []
+    for loss in losses[:1]:
+        measured, naive = loss.record.measured, loss.record.naive
+        for name, field in (
+            ("zero-shot", "zero_shot"),
+            ("retrieval@1, texts of an image", "retrieval_texts"),
+            ("retrieval@1, images of a text", "retrieval_images"),
+        ):
+            found, other = getattr(measured, field), getattr(naive, field, None)
+            if found is not None:
+                beside = "" if other is None else f", {other.here:.2%} with the naive recipe"
+                lines.append(f"{name}: {found.float32:.2%} in float32, {found.here:.2%} in {loss.precision}{beside}")
+    return lines
 
 
 def search_lines(losses: Sequence[PartLoss]) -> list[str]:

@@ -24,7 +24,7 @@ Feeds = Mapping[str, Array]
 QUESTIONS = ("What is in this image?", "What colour is it?", "How many are there?", "Describe this image.")
 """What is asked where the user names no texts: of images, in turn."""
 
-_MOST_WRITTEN, _LONGEST_WRITTEN = 8, 24
+_MOST_WRITTEN, _MOST_OWN_WRITTEN, _LONGEST_WRITTEN = 8, 400, 24
 _MOST_FEEDS, _MOST_FEED_BYTES = 96, 96 << 20
 
 
@@ -35,6 +35,8 @@ class Answers:
     Attributes:
         image_vectors, text_vectors: float32 (N, D), rows of unit length; None where they are not embedded.
         words: what was written, in order.
+        accuracies: of labels, of the nearest text of an image, and of the nearest image of a text, as in `Loss`; None
+            of what the samples do not tell.
         feeds: part → what it was fed, in order; of many, the first and an even choice of the others.
         not_run: what could not be asked, a sentence each.
     """
@@ -42,6 +44,7 @@ class Answers:
     image_vectors: FloatArray | None = None
     text_vectors: FloatArray | None = None
     words: tuple[str, ...] = ()
+    accuracies: tuple[float | None, float | None, float | None] = (None, None, None)
     feeds: Mapping[str, list[Feeds]] = field(default_factory=dict)
     not_run: tuple[str, ...] = ()
 
@@ -96,7 +99,7 @@ class _Recording:
 def run_tasks(
     bundle: OpenBundle, samples: SampleSet, start: Mapping[str, Callable[[], Engine]], threads: int | None
 ) -> Answers:
-    """Asks the bundle all that it can do: embeddings of everything, words and matches of the first images.
+    """Asks the bundle all that it can do: embeddings of everything, words and matches of the user's images or a few.
 
     Args:
         start: part → what starts the engine that runs it; other parts run in float32.
@@ -105,12 +108,21 @@ def run_tasks(
     model, not_run = Model(session), list[str]()
     images, texts = list(samples.images), list(samples.texts)
     vectors: dict[str, FloatArray] = {}
+    unreadable: list[int] = []
     with _noted("embed", not_run):
         if "embed" in model.tasks and images and model.embedding.spec.image is not None:
-            vectors["images"] = model.encode_image(images, batch_size=4, unreadable=lambda _, error: None)
+            vectors["images"] = model.encode_image(
+                images, batch_size=4, unreadable=lambda number, error: unreadable.append(number)
+            )
     with _noted("embed", not_run):
         if "embed" in model.tasks and texts and model.embedding.spec.text is not None:
             vectors["texts"] = model.encode_text(texts, batch_size=4, truncate=True)
+    accuracies: tuple[float | None, float | None, float | None] = (None, None, None)
+    with _noted("embed", not_run):
+        if {"images", "texts"} <= set(vectors) and (samples.pairs or samples.labelled):
+            readable = [number for number in range(len(images)) if number not in set(unreadable)]
+            by_number = dict(zip(readable, vectors["images"], strict=True))
+            accuracies = (_zero_shot(model, samples, by_number), *_retrieval(model, samples, by_number))
     words: list[str] = []
     for name, ask in _asked(model, samples):
         with _noted(name, not_run):
@@ -119,18 +131,47 @@ def run_tasks(
         vectors.get("images"),
         vectors.get("texts"),
         tuple(words),
+        accuracies,
         {part: seen.feeds for part, seen in session.seen.items()},
         tuple(dict.fromkeys(not_run)),
     )
 
 
+def _zero_shot(model: Model, samples: SampleSet, images: Mapping[int, FloatArray]) -> float | None:
+    """The share of labelled images whose nearest label is their own."""
+    told = [(images[number], label) for number, label in samples.labelled if number in images]
+    if not told:
+        return None
+    labels = model.encode_text(list(samples.labels), batch_size=4)
+    nearest = (np.stack([image for image, _ in told]) @ labels.T).argmax(1)
+    return float(np.mean([int(found) == label for found, (_, label) in zip(nearest, told, strict=True)]))
+
+
+def _retrieval(model: Model, samples: SampleSet, images: Mapping[int, FloatArray]) -> tuple[float | None, float | None]:
+    """Recall@1: of images, whose nearest text is one of theirs, and of texts, whose nearest image has that text."""
+    texts_of: dict[int, set[str]] = {}
+    for number, text in samples.pairs:
+        if number in images:
+            texts_of.setdefault(number, set()).add(text)
+    numbers, texts = list(texts_of), sorted({text for found in texts_of.values() for text in found})
+    if len(numbers) < 2 or len(texts) < 2:
+        return None, None
+    scores = np.stack([images[number] for number in numbers]) @ model.encode_text(texts, batch_size=4, truncate=True).T
+    of_images = [texts[place] in texts_of[number] for number, place in zip(numbers, scores.argmax(1), strict=True)]
+    of_texts = [text in texts_of[numbers[place]] for text, place in zip(texts, scores.argmax(0), strict=True)]
+    return float(np.mean(of_images)), float(np.mean(of_texts))
+
+
 def _asked(model: Model, samples: SampleSet) -> Iterator[tuple[str, Callable[[], list[str]]]]:
     """Each other task of the model, and what asks it; it gives what is written."""
-    images = list(samples.images[:_MOST_WRITTEN])
+    images = list(samples.images[: min(samples.own_images, _MOST_OWN_WRITTEN) or _MOST_WRITTEN])
     if not images:
         return
     own = samples.texts[: samples.own_texts]
-    questions = [(own or QUESTIONS)[i % len(own or QUESTIONS)] for i in range(len(images))]
+    asked_of, questions = images, [(own or QUESTIONS)[i % len(own or QUESTIONS)] for i in range(len(images))]
+    if samples.pairs:
+        asked_of = [samples.images[number] for number, _ in samples.pairs[:_MOST_OWN_WRITTEN]]
+        questions = [text for _, text in samples.pairs[:_MOST_OWN_WRITTEN]]
     if "match" in model.tasks and samples.texts:
         texts = [samples.texts[i % len(samples.texts)] for i in range(len(images))]
 
@@ -147,10 +188,10 @@ def _asked(model: Model, samples: SampleSet) -> Iterator[tuple[str, Callable[[],
         most = min(_LONGEST_WRITTEN, answer.spec.max_length)
         yield (
             "answer",
-            lambda: answer.answer(images, questions, beams=1, max_length=most, min_length=0, truncate=True),
+            lambda: answer.answer(asked_of, questions, beams=1, max_length=most, min_length=0, truncate=True),
         )
     if isinstance(chat, ChatTask):
-        yield "chat", lambda: chat.answer(images, questions, max_new_tokens=_LONGEST_WRITTEN, truncate=True)
+        yield "chat", lambda: chat.answer(asked_of, questions, max_new_tokens=_LONGEST_WRITTEN, truncate=True)
     if "features" in model.tasks:
 
         def features() -> list[str]:

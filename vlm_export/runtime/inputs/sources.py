@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Lock
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from vlm_export.errors import InputError
-from vlm_export.runtime.inputs.images import ImageSource, named_decoding, open_image, read_stream
+from vlm_export.errors import InputError, UsageError
+from vlm_export.runtime.inputs.images import ImageSource, named_decoding, open_image, read_stream, readable_formats
 
 Images: TypeAlias = "ImageSource | Sequence[ImageSource]"
 Unreadable: TypeAlias = Callable[[int, InputError], None]
@@ -67,6 +68,21 @@ def image_list(images: Images) -> list[ImageSource]:
     # mypy cannot know that `is_image` decides.
     given: Any = images
     return [given] if is_image(given) else _listed(given, lambda: _no_image(given, "the images"))
+
+
+def image_files(path: Path) -> list[Path]:
+    """The images that lie in a folder, by name; of another path the path itself.
+
+    Raises:
+        UsageError: the folder holds none.
+    """
+    if not path.is_dir():
+        return [path]
+    endings = (*(f".{ending.lower()}" for ending in readable_formats()), ".jpg", ".jpeg", ".tif")
+    found = sorted(entry for entry in path.iterdir() if entry.is_file() and entry.name.lower().endswith(endings))
+    if not found:
+        raise UsageError("a folder holds no images", where=str(path), expected="files such as photo.jpg")
+    return found
 
 
 def text_list(texts: str | Sequence[str]) -> list[str]:

@@ -183,7 +183,9 @@ class AnswerTask:
             return [ranked[0].text for ranked in best]
         options = beam_options(self.session, self.spec, beams=beams, max_length=max_length, min_length=min_length)
         ones = self.spec.attend_padding if attend_padding is None else attend_padding
-        batches = self._question_states(images, questions, clean, truncate, batch_size, progress)
+        batches = self.question_states(
+            images, questions, clean=clean, truncate=truncate, batch_size=batch_size, progress=progress
+        )
         answers: list[str] = []
         for states, mask in batches:
             state = decoder_state(self.session, self.spec, states, np.ones_like(mask) if ones else mask)
@@ -221,7 +223,9 @@ class AnswerTask:
             raise UsageError("rank_k must be at least 1", got=str(rank_k))
         rows = tuple((tokens.decoder_start, *row[1:]) for row in self.session.tokenizer.encode_rows(candidates))
         ranked: list[list[RankedAnswer]] = []
-        for states, mask in self._question_states(images, questions, clean, truncate, batch_size, progress):
+        for states, mask in self.question_states(
+            images, questions, clean=clean, truncate=truncate, batch_size=batch_size, progress=progress
+        ):
             ranked += rank_candidates(
                 decoder_state(self.session, self.spec, states, mask),
                 Candidates(tuple(candidates), rows),
@@ -231,14 +235,15 @@ class AnswerTask:
             )
         return ranked
 
-    def _question_states(
+    def question_states(
         self,
         images: Images,
         questions: str | Sequence[str],
-        clean: bool | None,
-        truncate: bool,
+        *,
         batch_size: int,
-        progress: bool,
+        clean: bool | None = None,
+        truncate: bool = False,
+        progress: bool = False,
     ) -> Iterator[tuple[Array, IdArray]]:
         """Batches of questions that have seen their images: states float32 (B, T, H) and mask int64 (B, T)."""
         sources, sentences, count = paired(images, questions)
