@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,10 +17,12 @@ from vlm_export.bundle.loss import BUDGET_KEYS
 from vlm_export.checkpoint.sources.known import KnownCheckpoint, known_names, load_known
 from vlm_export.cli.inspect import checkpoint_from_config
 from vlm_export.cli.main import build_parser
+from vlm_export.cli.package import NAMES
 from vlm_export.models.registry import load_family
 from vlm_export.quantizing.budget import DEFAULT_BUDGETS, LOST
 
 TABLE = re.compile(r"(<!-- table: ([a-z ]+) -->\n)(.*?)(<!-- /table -->\n)", re.DOTALL)
+REFUSED = Path(__file__).parent.parent / "tests" / "layouts" / "refused.json"
 EVERY_VERB = ("--help", "--json", "--quiet")
 """Options that all verbs have; docs/verbs.md says once what they do."""
 _CHECKPOINTS = ("name", "checkpoint", "image encoder", "pixels", "parts", "published as", "sha256")
@@ -45,14 +48,16 @@ def updated(page: str) -> str:
 
 @cache
 def table(name: str) -> str:
-    """The table of that name, in Markdown: "checkpoints", "budgets", "graph verbs", "graph options", or "options of
-    VERB"."""
+    """The table of that name, in Markdown: "checkpoints", "budgets", "consumers", "graph verbs", "graph options", or
+    "options of VERB"."""
     if name == "checkpoints":
         return _table(_CHECKPOINTS, (_checkpoint_row(load_known(known)) for known in known_names()))
     if name == "budgets":
         defaults = [key for key in BUDGET_KEYS if key not in LOST]
         rows = ((f"`{word}`", *(f"{budget[key]:g}" for key in defaults)) for word, budget in DEFAULT_BUDGETS.items())
         return _table(("precision", *(f"`{key}`" for key in defaults)), rows)
+    if name == "consumers":
+        return _table(("model", "packaged for", "refused, with the reason"), _consumer_rows())
     graph = parsers_of(parsers_of(build_parser())["graph"])
     # `graph store` has no arguments of its own: its options are those of every verb that writes a model.
     shared = {name for action in graph["store"]._actions for name in action.option_strings}
@@ -65,6 +70,17 @@ def table(name: str) -> str:
     return _table(
         ("argument", "meaning"), map(_option_row, _options(verbs[name.removeprefix("options of ")], EVERY_VERB))
     )
+
+
+def _consumer_rows() -> Iterable[tuple[str, str, str]]:
+    """What the tests of packages hold each tiny model to; sizes of tiny images are no reason for a published model."""
+    refused: Mapping[str, Mapping[str, str]] = json.loads(REFUSED.read_text(encoding="utf-8"))
+    for model, reasons in refused.items():
+        own = {consumer: reason for consumer, reason in reasons.items() if consumer != "typesense"}
+        by_reason = {reason: [name for name in own if own[name] == reason] for reason in own.values()}
+        taken = [name for name in NAMES if name not in own and name != "typesense"]
+        told = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
+        yield model, "all" if not own else ", ".join(taken), told or "–"
 
 
 def parsers_of(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:

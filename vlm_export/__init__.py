@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from vlm_export.api import VerificationResult, export, verify
+    from vlm_export.api import ExportedPackage, VerificationResult, export, export_package, verify
     from vlm_export.exporting.pipeline import ExportResult
     from vlm_export.lab.bench import bench
     from vlm_export.lab.bisect import bisect
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "EmbedOptions": "vlm_export.runtime.bulk.embed",
     "EmbedResult": "vlm_export.runtime.bulk.embed",
+    "ExportedPackage": "vlm_export.api",
     "ExportResult": "vlm_export.exporting.pipeline",
     "Model": "vlm_export.runtime.model",
     "QuantizeResult": "vlm_export.quantizing.result",
@@ -40,6 +41,7 @@ _HOMES = {
     "doctor": "vlm_export.lab.doctor",
     "embed": "vlm_export.runtime.bulk.embed",
     "export": "vlm_export.api",
+    "export_package": "vlm_export.api",
     "load": "vlm_export.runtime.load",
     "package": "vlm_export.layouts.package",
     "page": "vlm_export.layouts.page",
@@ -53,6 +55,7 @@ __all__ = [
     "EmbedOptions",
     "EmbedResult",
     "ExportResult",
+    "ExportedPackage",
     "Model",
     "QuantizeResult",
     "VerificationResult",
@@ -64,6 +67,7 @@ __all__ = [
     "doctor",
     "embed",
     "export",
+    "export_package",
     "load",
     "package",
     "page",

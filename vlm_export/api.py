@@ -11,9 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+from vlm_export.bundle.environment import environment_errors
 from vlm_export.bundle.opened import OpenBundle, open_bundle
+from vlm_export.bundle.publish import check_target
 from vlm_export.bundle.safe_files import check_path
 from vlm_export.checkpoint.names import source_kind
 from vlm_export.errors import UsageError, VerificationError, missing_package, suggestion
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     # It imports torch, which verifying a bundle by itself does not need.
     from vlm_export.exporting.options import ExportOptions
     from vlm_export.exporting.pipeline import ExportResult
+    from vlm_export.layouts.package import Package
 
 Progress = Callable[[StageRecord], None] | StageListener
 """Called with each stage that has ended, or told of each stage as it happens."""
@@ -91,6 +95,54 @@ def export(source: str | Path, bundle: str | Path, *, progress: Progress | None 
 
     chosen = export_options(options)
     return export_bundle(str(source), Path(bundle), chosen, Stages(_listener(progress)))
+
+
+@dataclass(frozen=True)
+class ExportedPackage:
+    """What `export_package` did: the export with its proof, and the package that was made of it."""
+
+    export: ExportResult
+    package: Package
+
+    def to_json(self) -> dict[str, Any]:
+        """What `export --for --json` prints, but for the package's path."""
+        return {"export": self.export.to_json(), **self.package.to_json()}
+
+
+def export_package(
+    source: str | Path,
+    output: str | Path,
+    consumer: str,
+    *,
+    progress: Progress | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+    **options: Any,
+) -> ExportedPackage:
+    """Exports a checkpoint and packages the bundle for a consumer; the bundle itself is not kept.
+
+    Args:
+        source, progress, options: as in `export`.
+        output: the directory that the package becomes.
+        consumer, tell: as in `vlm_export.package`.
+
+    Raises:
+        VlmExportError: as `export` and `vlm_export.package`; nothing is left behind.
+    """
+    check_path(output, "a package")
+    with _told_if_missing("graph"):
+        from vlm_export.layouts.package import known_consumer, package
+
+    known_consumer(consumer)
+    overwrite = bool(options.pop("overwrite", False))
+    # An export takes minutes: a target that cannot be written is told before.
+    with environment_errors("checking the output directory"):
+        check_target(Path(output).absolute(), overwrite)
+    with TemporaryDirectory(prefix="vlm-export-") as folder:
+        bundle = Path(folder) / Path(output).absolute().name
+        exported = export(source, bundle, progress=progress, **options)
+        threads = options.get("threads")
+        made = package(bundle, output, consumer, overwrite=overwrite, threads=threads, tell=tell)
+    return ExportedPackage(exported, made)
 
 
 def export_options(options: Mapping[str, Any]) -> ExportOptions:
@@ -261,11 +313,11 @@ def transformers_images(source: str, threads: int) -> Callable[[Sequence[str], i
 
 
 @contextmanager
-def _told_if_missing() -> Iterator[None]:
+def _told_if_missing(extra: str = "export") -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise missing_package(error, "export") or error from error
+        raise missing_package(error, extra) or error from error
 
 
 class _Calls(SilentListener):

@@ -14,13 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import (
-    AltCLIPModel,
-    AltCLIPProcessor,
-    AutoTokenizer,
-    CLIPImageProcessorPil,
-    MetaClip2Model,
-)
+from transformers import AutoTokenizer
 
 import vlm_export
 from vlm_export.errors import InputError
@@ -28,76 +22,39 @@ from vlm_export.layouts.package import CONSUMERS, package
 from vlm_export.runtime.inputs.chat_prompt import PromptForm
 from vlm_export.specs.tasks import ChatSpec
 
-MODELS = Path(__file__).parents[1] / "models"
+models = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tiny_models.py"))))
 TEXTS = ["red circle", "two dogs and one cat", "a"]
 Bundle = Callable[[str], Path]
 
 
-def module(name: str) -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(MODELS / f"{name}.py")))
-
-
-def siglip(folder: Path) -> None:
-    """Sigmoid scores, texts filled to 64 with the end token, images of mean 0.5 that are stretched."""
-    tests = module("test_siglip")
-    tests.save(folder, tests.siglip_tokenizer(folder.parent / "pieces"))
-
-
-def altclip(folder: Path) -> None:
-    """A text encoder that reads a mask."""
-    tests, duals = module("test_altclip"), module("dual_encoders")
-    tokenizer = duals.unigram_tokenizer()
-    torch.manual_seed(0)
-    duals.spread(AltCLIPModel(tests.config_of(len(tokenizer)))).save_pretrained(folder)
-    square = {"height": 32, "width": 32}
-    AltCLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=square), tokenizer).save_pretrained(
-        folder
-    )
-
-
-def metaclip2(folder: Path) -> None:
-    """Texts that are filled with id 1 and see no padding; images are stretched."""
-    tests, duals = module("test_metaclip2"), module("dual_encoders")
-    tokenizer = duals.unigram_tokenizer(model_max_length=77)
-    torch.manual_seed(0)
-    duals.spread(MetaClip2Model(tests.config_of(len(tokenizer)))).save_pretrained(folder)
-    images = CLIPImageProcessorPil(size=tests.SQUARE, crop_size=tests.SQUARE)
-    tests.CLIPProcessor(images, tokenizer).save_pretrained(folder)
-
-
 @pytest.fixture(scope="session")
 def bundle(shared_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """`bundle("siglip")`: a tiny model of that family, exported once; tests must not change it."""
+    """`bundle("SigLIP")`: a tiny model of that kind, exported once; tests must not change it."""
 
     def make(name: str) -> Path:
         def export(target: Path) -> None:
-            source = tmp_path_factory.mktemp(name) / "model"
-            globals()[name](source)
-            vlm_export.export(str(source), target, exporter="torchscript", opset=18, threads=1)
+            source = tmp_path_factory.mktemp("source") / "model"
+            models.MAKERS[name](source)
+            options = models.OPTIONS.get(name, {})
+            vlm_export.export(str(source), target, exporter="torchscript", opset=18, threads=1, **options)
 
         return shared_bundle(f"packaged-{name}", export)
 
     return make
 
 
-# What a consumer cannot do, by model; everything else is written, and proves itself.
-REFUSED = {
-    "siglip": {
-        "typesense": "images of 224 pixels",
-        "modern-onnx-clip": "pixels of mean",
-        "clip-as-service": "pixels of mean",
-    },
-    "altclip": {
-        "typesense": "images of 224 pixels",
-        "immich": "a text encoder of ids alone",
-        "modern-onnx-clip": "a text encoder of ids alone",
-    },
-    "metaclip2": {"typesense": "images of 224 pixels"},
-}
+# Model → consumer that refuses it → how the reason begins; docs/packaging.md shows it, too.
+REFUSED = json.loads(Path(__file__).with_name("refused.json").read_text(encoding="utf-8"))
+FAST = ("SigLIP", "AltCLIP", "MetaCLIP 2", "CLIP, images alone")
+KINDS = [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in REFUSED]
+
+
+def test_every_model_has_its_row() -> None:
+    assert set(REFUSED) == set(models.MAKERS)
 
 
 @pytest.mark.parametrize("consumer", CONSUMERS)
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", KINDS)
 def test_written_or_refused(bundle: Bundle, tmp_path: Path, name: str, consumer: str) -> None:
     """Writing proves each graph by the golden records of the bundle, as the consumer has them."""
     reason = REFUSED[name].get(consumer)
@@ -124,8 +81,8 @@ def assert_same_directions(got: Any, expected: Any) -> None:
 @pytest.mark.parametrize("consumer", ["fastembed", "sentence-transformers"])
 def test_texts_up_to_the_longest_one(bundle: Bundle, tmp_path: Path, consumer: str) -> None:
     """A model that was trained with texts of 64 tokens gets them from hosts that fill up to the longest text only."""
-    package(bundle("siglip"), tmp_path / "out", consumer, threads=1)
-    model = vlm_export.load(bundle("siglip"), threads=1)
+    package(bundle("SigLIP"), tmp_path / "out", consumer, threads=1)
+    model = vlm_export.load(bundle("SigLIP"), threads=1)
     spec = model.manifest.text
     assert spec is not None
     rows = model.session.tokenizer.encode_rows(TEXTS)
@@ -139,7 +96,9 @@ def test_texts_up_to_the_longest_one(bundle: Bundle, tmp_path: Path, consumer: s
     assert_same_directions(found.reshape(len(rows), -1), model.encode_text(TEXTS))
 
 
-@pytest.mark.parametrize("name", ["siglip", "metaclip2"])
+@pytest.mark.parametrize(
+    "name", ["SigLIP", "MetaCLIP 2", "AltCLIP", pytest.param("Chinese-CLIP", marks=pytest.mark.slow)]
+)
 def test_immich_fills_texts_as_the_original(bundle: Bundle, tmp_path: Path, name: str) -> None:
     """Its loader takes the id of `pad_token` and the context length of the config."""
     package(bundle(name), tmp_path / "out", "immich", threads=1)
@@ -160,11 +119,11 @@ def test_scores_and_names_of_sigmoid_models(bundle: Bundle, tmp_path: Path) -> N
     """transformers' `SiglipModel` computes the logits; its towers call embeddings `pooler_output`."""
     from transformers import SiglipModel
 
-    package(bundle("siglip"), tmp_path / "out", "transformers.js", threads=1)
+    package(bundle("SigLIP"), tmp_path / "out", "transformers.js", threads=1)
     model = vlm_export.load(tmp_path / "out", threads=1)
     ids = model.session.tokenizer.pad_masked(model.session.tokenizer.encode_rows(TEXTS))[0]
     pixels = np.random.default_rng(0).standard_normal((2, 3, 34, 34)).astype(np.float32)
-    tests = module("test_siglip")
+    tests = models.module("test_siglip")
     original = tests.save(tmp_path / "model", tests.siglip_tokenizer(tmp_path / "pieces"))
     assert isinstance(original, SiglipModel)
     with torch.inference_mode():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +107,15 @@ def test_immich(packaged: Packaged, model: Any, pixels: np.ndarray) -> None:
     assert (stated["mean"], stated["std"], stated["resize_mode"]) == (list(spec.mean), list(spec.std), "shortest")
 
 
+def test_immich_of_bytes(packaged: Packaged, model: Any, pixels: np.ndarray) -> None:
+    """`clip/visual.py` of newer releases gives the resized and cropped image itself, (1, S, S, 3)."""
+    spec = model.manifest.image
+    rgb = np.rint((pixels.transpose(0, 2, 3, 1) * spec.std + spec.mean) * 255).astype(np.uint8)
+    visual = session(packaged("immich-uint8") / "visual" / "model.onnx")
+    rows = [visual.run(None, {"image": image[None]})[0][0] for image in rgb]
+    assert_rows(np.array(rows), model.encode_image(IMAGES), of_unit_length=True)
+
+
 def test_modern_onnx_clip(packaged: Packaged, model: Any, pixels: np.ndarray) -> None:
     """Its `OnnxClip`: first input, first output, ids int64 that are filled with 0 to the config's length."""
     folder = packaged("modern-onnx-clip")
@@ -144,26 +152,6 @@ def test_fastembed(packaged: Packaged, model: Any, pixels: np.ndarray) -> None:
     assert (folder / "image" / "preprocessor_config.json").is_file()
     run = session(folder / "image" / "model.onnx")
     assert_rows(run.run(None, {"pixel_values": pixels})[0], model.encode_image(IMAGES), of_unit_length=False)
-
-
-def test_triton(packaged: Packaged) -> None:
-    """Every input and output of the configuration is the graph's, without its first axis, which is the batch."""
-    types = {"TYPE_FP32": onnx.TensorProto.FLOAT, "TYPE_INT64": onnx.TensorProto.INT64}
-    repository = packaged("triton") / "models"
-    assert sorted(path.name for path in repository.iterdir()) == ["text", "vision"]
-    for folder in repository.iterdir():
-        text = (folder / "config.pbtxt").read_text(encoding="utf-8")
-        assert f'name: "{folder.name}"\nbackend: "onnxruntime"\nmax_batch_size: 64\n' in text
-        stated = re.findall(r'name: "(\w+)", data_type: (\w+), dims: \[ (.*?) \]', text)
-        graph = onnx.load(folder / "1" / "model.onnx").graph
-        values = [*graph.input, *graph.output]
-        assert [name for name, _, _ in stated] == [value.name for value in values]
-        for (_, dtype, dims), value in zip(stated, values, strict=True):
-            kind = value.type.tensor_type
-            sizes = [dim.dim_value or -1 for dim in kind.shape.dim]
-            assert types[dtype] == kind.elem_type
-            assert sizes[0] == -1
-            assert [int(size) for size in dims.split(", ")] == sizes[1:]
 
 
 def test_a_variant_is_packaged(demo: Path, tmp_path: Path, model: Any, pixels: np.ndarray) -> None:

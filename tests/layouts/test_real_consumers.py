@@ -10,10 +10,8 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,11 +42,13 @@ PYTHON = {
         "sentence-transformers==5.7.0",
         "torchvision",
     ),
+    "triton": ("tritonclient[grpc]==2.73.0",),
 }
 NODE = "@huggingface/transformers@4.3.2"
 MODELS = ("clip", "siglip", "siglip2")
 TEXTS = ["red circle", "a photo of a blue square", "two dogs and one cat on the mat"]
 COSINE, PROBABILITY = 0.9999, 1e-4
+NOTHING_ASKED: dict[str, Any] = {"texts": [], "images": [], "dim": 0}
 
 FASTEMBED = """
 import numpy, sys
@@ -87,13 +87,23 @@ SENTENCES = """
 from sentence_transformers import SentenceTransformer
 answer = {"texts": SentenceTransformer(folder, backend="onnx", device="cpu").encode(texts)}
 """
+TRITON = """
+from pathlib import Path
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.text_format import Parse
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+answer = {}
+for path in Path(folder, "models").glob("*/config.pbtxt"):
+    answer[path.parent.name] = MessageToDict(Parse(path.read_text(), ModelConfig()), preserving_proto_field_name=True)
+"""
 PYTHON_FRAME = """
 import json, sys
 import numpy
 asked = json.load(open(sys.argv[1]))
 folder, texts, images, dim = (asked[key] for key in ("folder", "texts", "images", "dim"))
 {body}
-json.dump({{key: numpy.asarray(value).tolist() for key, value in answer.items()}}, open(sys.argv[2], "w"))
+plain = {{key: value if isinstance(value, dict) else numpy.asarray(value).tolist() for key, value in answer.items()}}
+json.dump(plain, open(sys.argv[2], "w"))
 """
 # On Node.js and in a page alike: what it answers to `asked`, whose model lies in a folder of `name`.
 TRANSFORMERS_JS = """
@@ -149,38 +159,13 @@ return answer;
 """
 
 
-def run(command: Sequence[str | Path], **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, **options)
-
-
-def checked_install(command: Sequence[str | Path], **options: Any) -> None:
-    """Skips, and says what failed, where the registry cannot be reached; anything else is an error."""
-    done = run(command, **options)
-    if done.returncode:
-        said = (done.stdout + done.stderr).strip()
-        if re.search(r"resol|connect|network|ENOTFOUND|EAI_AGAIN|timed out", said, re.IGNORECASE):
-            pytest.skip(f"the package registry cannot be reached: {said.splitlines()[-1]}")
-        raise AssertionError(said)
-
-
 @pytest.fixture(scope="session")
-def in_python(consumers: Path) -> Callable[..., dict[str, Array]]:
+def in_python(python_with: Callable[..., Path]) -> Callable[..., dict[str, Array]]:
     """`in_python(environment, body, asked)`: what the body leaves in `answer`."""
 
     def ask(name: str, body: str, asked: Mapping[str, Any]) -> dict[str, Array]:
-        home = consumers / name
-        python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-        if not (home / "ready").exists():
-            uv = next(
-                (path for path in (shutil.which("uv"), ROOT / ".venv-uv/bin/uv") if path and Path(path).exists()), ""
-            )
-            if uv:
-                checked_install([uv, "venv", "--clear", "--python", sys.executable, home])
-                checked_install([uv, "pip", "install", "--python", python, *PYTHON[name]])
-            else:
-                checked_install([sys.executable, "-m", "venv", "--clear", home])
-                checked_install([python, "-m", "pip", "install", *PYTHON[name]])
-            (home / "ready").touch()
+        python = python_with(name, *PYTHON[name])
+        home = python.parents[1]
         script = home / "ask.py"
         script.write_text(PYTHON_FRAME.format(body=body), encoding="utf-8")
         return answered([python, script], home, asked)
@@ -189,20 +174,9 @@ def in_python(consumers: Path) -> Callable[..., dict[str, Array]]:
 
 
 @pytest.fixture(scope="session")
-def node_home(consumers: Path) -> Path:
+def node_home(node_with: Callable[..., Path]) -> Path:
     """The folder in which npm has installed transformers.js."""
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.skip("npm is not installed")
-    home = consumers / "node"
-    if not (home / "ready").exists():
-        home.mkdir(exist_ok=True)
-        (home / "package.json").write_text('{"private": true}')
-        # The graphs run on the CPU, whose library comes with the package.
-        skip = {"ONNXRUNTIME_NODE_INSTALL": "skip", "ONNXRUNTIME_NODE_INSTALL_CUDA": "skip"}
-        checked_install([npm, "install", NODE], cwd=home, env={**os.environ, **skip})
-        (home / "ready").touch()
-    return home
+    return node_with("node", NODE)
 
 
 @pytest.fixture(scope="session")
@@ -210,11 +184,8 @@ def in_node(node_home: Path) -> Callable[..., dict[str, Array]]:
     """`in_node(asked)`: what transformers.js answers on Node.js."""
 
     def ask(asked: Mapping[str, Any]) -> dict[str, Array]:
-        node = shutil.which("node")
-        if node is None:
-            pytest.skip("Node.js is not installed")
         (node_home / "ask.mjs").write_text(NODE_FRAME.replace("{body}", TRANSFORMERS_JS), encoding="utf-8")
-        return answered([node, node_home / "ask.mjs"], node_home, asked)
+        return answered(["node", node_home / "ask.mjs"], node_home, asked)
 
     return ask
 
@@ -251,7 +222,9 @@ def answered(command: Sequence[str | Path], home: Path, asked: Mapping[str, Any]
     (home / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
     (home / "answer.json").unlink(missing_ok=True)
     alone = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = run([*command, home / "asked.json", home / "answer.json"], cwd=home, env={**alone, "HF_HUB_OFFLINE": "1"})
+    words = list(map(str, (*command, home / "asked.json", home / "answer.json")))
+    options: dict[str, Any] = {"cwd": home, "env": {**alone, "HF_HUB_OFFLINE": "1"}}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     answer = json.loads((home / "answer.json").read_text(encoding="utf-8"))
     return {key: np.array(value) for key, value in answer.items()}
@@ -298,7 +271,7 @@ class Asked:
 
 @pytest.fixture(scope="module")
 def asked(
-    demo: Path, siglip_tests: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory
+    demo_from_uint8: Path, siglip_tests: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Asked]:
     """`asked("siglip2")`: a bundle of that model; the demo for "clip", and tiny ones that transformers saves."""
     made: dict[str, Asked] = {}
@@ -306,7 +279,7 @@ def asked(
     def make(name: str) -> Asked:
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
-            bundle = demo
+            bundle = demo_from_uint8  # whose weights lie in files of their own
             if name != "clip":
                 tokenizer = getattr(siglip_tests, {"siglip": "siglip_tokenizer", "siglip2": "gemma_tokenizer"}[name])
                 siglip_tests.save(folder / "model", tokenizer(folder / "pieces"))
@@ -428,3 +401,31 @@ def test_sentence_transformers(asked: Any, in_python: Any, figures: Any, name: s
     texts = cosines(got["texts"], at.texts)
     figures[name, "sentence-transformers 5.7, ONNX back end"] = f"texts: from {texts.min():.6f}"
     assert texts.min() >= COSINE
+
+
+def test_triton(demo_from_uint8: Path, in_python: Any, tmp_path: Path) -> None:
+    """Its own protobuf reads the configurations; the ensemble's steps fit together as its checks want. No server."""
+    package(demo_from_uint8, tmp_path / "out", "triton", threads=1)
+    configs = {
+        name: dict(config.tolist())
+        for name, config in in_python("triton", TRITON, {"folder": str(tmp_path / "out"), **NOTHING_ASKED}).items()
+    }
+    assert {name: config["name"] for name, config in configs.items()} == {name: name for name in configs}
+    assert configs["vision"]["max_batch_size"] == configs["text"]["max_batch_size"] == 64
+    assert configs["vision"]["dynamic_batching"] == {"max_queue_delay_microseconds": "2000"}
+    ensemble = configs["vision_from_uint8"]
+    assert ensemble["platform"] == "ensemble"
+    known = {entry["name"]: full_dims(ensemble, entry) for entry in ensemble["input"]}
+    for step in ensemble["ensemble_scheduling"]["step"]:
+        model = configs[step["model_name"]]
+        for entry in model["input"]:
+            assert known[step["input_map"][entry["name"]]] == full_dims(model, entry)
+        for entry in model["output"]:
+            known[step["output_map"][entry["name"]]] = full_dims(model, entry)
+    for entry in ensemble["output"]:
+        assert known[entry["name"]] == full_dims(ensemble, entry)
+
+
+def full_dims(config: Mapping[str, Any], entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """Type and dims with the batch, as Triton compares them."""
+    return (entry["data_type"], *(["-1"] if config.get("max_batch_size") else []), *entry["dims"])

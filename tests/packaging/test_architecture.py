@@ -62,7 +62,7 @@ ROOMS: dict[str, set[str]] = {
         *("graph.passes", "precision", "checkpoint", "models", "proof", "exporting.stages"),
     },
     "layouts": {"specs", "bundle", "runtime.engines", "runtime.inputs", "graph.core", "graph.edits", "proof"},
-    "api": {"specs", "bundle", "checkpoint", "family", "proof", "exporting", "exporting.stages"},
+    "api": {"specs", "bundle", "checkpoint", "family", "proof", "exporting", "exporting.stages", "layouts"},
     "lab": {
         *("specs", "bundle", "runtime.engines", "runtime.inputs", "runtime.session", "runtime.model"),
         *("runtime.tasks", "runtime.generation"),
@@ -80,7 +80,7 @@ OUTSIDE = {
     "precision": {"numpy", "onnx_ir", "onnx", "onnxruntime", "onnxscript"},
     "quantizing": {"numpy", "PIL", "onnx", "onnx_ir", "onnxruntime"},
     "proof": BASE - {"onnxruntime", "openvino", "pyarrow", "tqdm"},
-    "layouts": {"numpy", "onnx_ir", "ftfy"},
+    "layouts": {"numpy", "onnx_ir", "ftfy", "PIL"},
     # fastembed: a side of `bench`, where it is installed.
     "lab": {"numpy", "PIL", "onnx_ir", "onnx", "onnxruntime", "yaml", "pytest", "fastembed"},
     "cli": set[str](),

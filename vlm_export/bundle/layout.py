@@ -12,10 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vlm_export.bundle.manifest import VariantRecord
+from vlm_export.bundle.openvino_ir import SUFFIX
 from vlm_export.errors import InputError, UsageError, suggestion
 from vlm_export.specs import ImageSpec, PatchSpec
 
 GRAPH_DIRECTORY = "onnx"
+IR_DIRECTORY = "openvino"
 CONFIG_NAME = "config.json"
 PREPROCESSOR_NAME = "preprocessor_config.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -42,9 +44,18 @@ PILLOW_RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box
 
 def graph_path(part: str, precision: str) -> str:
     """Path of a graph relative to the bundle; UsageError for an unknown precision."""
+    return f"{GRAPH_DIRECTORY}/{_graph_stem(part, precision)}.onnx"
+
+
+def ir_path(part: str, precision: str) -> str:
+    """Path of a graph in OpenVINO's own form relative to the bundle; UsageError for an unknown precision."""
+    return f"{IR_DIRECTORY}/{_graph_stem(part, precision)}{SUFFIX}"
+
+
+def _graph_stem(part: str, precision: str) -> str:
     if precision not in PRECISION_SUFFIXES:
         raise UsageError(f"unknown precision {precision!r}", fix=suggestion(precision, PRECISION_SUFFIXES))
-    return f"{GRAPH_DIRECTORY}/{PART_STEMS.get(part, part)}{PRECISION_SUFFIXES[precision]}.onnx"
+    return PART_STEMS.get(part, part) + PRECISION_SUFFIXES[precision]
 
 
 def json_bytes(data: Mapping[str, Any] | Sequence[Any]) -> bytes:
@@ -136,7 +147,11 @@ def hub_config(config: Mapping[str, Any], variants: Iterable[VariantRecord]) -> 
     Raises:
         InputError: the config has a `transformers.js_config` that is no object.
     """
-    chunks = {variant.file.rpartition("/")[2]: len(variant.external_data) for variant in variants}
+    # By the names that it looks for; what a graph shares with another lies in that one's file.
+    chunks = {
+        variant.file.rpartition("/")[2]: sum(name.startswith(f"{variant.file}_data") for name in variant.external_data)
+        for variant in variants
+    }
     external = {name: count for name, count in sorted(chunks.items()) if count}
     result = {key: value for key, value in config.items() if key != "transformers.js_config"}
     stated = config.get("transformers.js_config") or {}

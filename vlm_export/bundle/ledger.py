@@ -22,6 +22,7 @@ from vlm_export.bundle.layout import LEDGER_NAME
 from vlm_export.bundle.manifest import Count, Sha256, VariantRecord
 from vlm_export.bundle.onnx_protobuf import StoredTensor, read_onnx
 from vlm_export.bundle.opened import OpenBundle
+from vlm_export.bundle.openvino_ir import constant_digests, is_ir, read_ir
 from vlm_export.bundle.quantised import QuantisedFrom
 from vlm_export.bundle.safe_files import opened_real_file, record_of_file
 from vlm_export.bundle.strict_json import json_object_from_bytes
@@ -118,6 +119,10 @@ def found_ledger(root: Path, graph: str) -> GraphLedger:
     Raises:
         InputError: the file is not a well-formed model, or a data file is not there.
     """
+    if is_ir(graph):
+        digests = constant_digests(root, graph)
+        entries = [LedgerEntry(one.name, one.data_type, one.shape, digests[one.name]) for one in read_ir(root, graph)]
+        return GraphLedger(graph, record_of_file(root, graph).sha256, tuple(entries))
     with ExitStack() as stack:
         data = _mapped(stack, root, graph)
         files: dict[str, mmap.mmap] = {}

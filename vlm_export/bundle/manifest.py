@@ -77,8 +77,9 @@ class VariantRecord(Spec):
         precision: "fp32", "fp16", "int8", …
         file: the graph, relative to the bundle.
         external_data: the graph's weight files, relative to the bundle.
-        opset, exporter, simplified: how the graph was made.
-        oldest_onnxruntime: the oldest release of ONNX Runtime that loads the graph (`bundle/oldest_engine.py`).
+        opset, exporter, simplified: how the graph was made; of OpenVINO's own form, the graph that it was made of.
+        oldest_onnxruntime: the oldest release of ONNX Runtime that loads the graph (`bundle/oldest_engine.py`); None
+            for OpenVINO's own form (`bundle/openvino_ir.py`), which none loads.
         warnings: what the user should know about this graph.
         verification: the comparison with the Reference as JSON data, or None when there was none.
         loss: of a quantised graph, what it loses, and the budget that it is held to; None for any other.
@@ -90,7 +91,7 @@ class VariantRecord(Spec):
     opset: Annotated[int, between(1)] = 18
     exporter: str = "dynamo"
     simplified: bool = False
-    oldest_onnxruntime: Release = "1.18.0"
+    oldest_onnxruntime: Release | None = "1.18.0"
     warnings: tuple[str, ...] = ()
     verification: Mapping[str, Any] | None = None
     loss: LossRecord | None = None

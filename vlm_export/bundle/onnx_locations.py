@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vlm_export.bundle.manifest import Manifest, VariantRecord, checked_relative_name
 from vlm_export.bundle.onnx_protobuf import Buffer, OnnxContents, StoredTensor, read_onnx
+from vlm_export.bundle.openvino_ir import check_ir, is_ir
 from vlm_export.bundle.safe_files import opened_real_file
 from vlm_export.errors import InputError
 
@@ -63,10 +64,10 @@ def check_variant_files(manifest: Manifest, variant: VariantRecord, where: str) 
 
 
 def check_variant_graph(root: Path, manifest: Manifest, variant: VariantRecord) -> None:
-    """InputError when the graph names other data files, or its tensors do not fit in them (see `check_graph`)."""
+    """InputError when the graph names other data files, or its tensors do not fit in them."""
     check_variant_files(manifest, variant, str(root))
     sizes = {name: manifest.files[name].size_bytes for name in variant.external_data}
-    check_graph(root, variant.file, sizes)
+    (check_ir if is_ir(variant.file) else check_graph)(root, variant.file, sizes)
 
 
 def check_graph(root: Path, graph: str, data_sizes: Mapping[str, int]) -> None:

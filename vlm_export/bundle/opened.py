@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from vlm_export.bundle.layout import PRECISION_SUFFIXES, graph_path
+from vlm_export.bundle.layout import PRECISION_SUFFIXES, graph_path, ir_path
 from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest, PartRecord, VariantRecord, manifest_from_bytes
 from vlm_export.bundle.onnx_locations import READS_ELSEWHERE, check_variant_files, check_variant_graph, holds_any
 from vlm_export.bundle.replacement import aside_path, recover
@@ -181,7 +181,8 @@ def open_bundle(path: Path | str) -> OpenBundle:
 
 def _check_variant_name(part: PartRecord, variant: VariantRecord, where: str) -> None:
     """InputError where a variant's file is that of another precision, whose gates are other ones."""
-    if variant.precision not in PRECISION_SUFFIXES or variant.file != graph_path(part.name, variant.precision):
+    known = variant.precision in PRECISION_SUFFIXES
+    if not known or variant.file not in (path(part.name, variant.precision) for path in (graph_path, ir_path)):
         raise InputError(
             "a variant's precision is not that of its file",
             where=f"{where}: part {part.name!r}",

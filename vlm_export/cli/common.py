@@ -42,7 +42,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """--engine and the engine's options, for verbs that ask a model something (`opened_model`)."""
     add_engine_options(parser, "variant, or fastest (default: fp32, or the only one); with openvino also bf16")
     parser.add_argument(
-        "--engine", default="onnxruntime", metavar="NAME", help="onnxruntime or openvino (default: %(default)s)"
+        "--engine", metavar="NAME", help="onnxruntime or openvino (default: onnxruntime, unless packaged for openvino)"
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_export.cli.common import add_common_options, checked_depth, natural_number, positive_integer
 from vlm_export.cli.output import print_json, print_line, print_text, print_warnings
+from vlm_export.cli.package import print_package
 from vlm_export.text_display import size_text
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("source", metavar="SOURCE", help="file, directory, known name, or Hugging Face Hub id")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="directory of the bundle")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
+    parser.add_argument(
+        "--for", dest="consumer", metavar="NAME", help="write a package for other software instead, as `package` does"
+    )
     graph = parser.add_argument_group("graphs")
     graph.add_argument("--opset", type=positive_integer, default=18, metavar="N", help="11 to 23 (default: 18)")
     graph.add_argument("--exporter", choices=("dynamo", "torchscript"), help="back end (default: what the opset needs)")
@@ -98,11 +102,25 @@ def run(args: argparse.Namespace) -> int:
     # Refused before torch is imported; `publication` checks again under its lock.
     with environment_errors("checking the output directory"):
         check_target(checked_depth(Path(args.output)), overwrite=args.overwrite)
-    from vlm_export.api import export
+    from vlm_export.api import export, export_package
     from vlm_export.checkpoint.names import hidden_name
 
     print_warnings([note for note in [hidden_name(args.source)] if note])
     progress = None if args.quiet else StagePrinter()
+    if args.consumer is not None:
+        both = export_package(
+            *(args.source, args.output, args.consumer),
+            progress=progress,
+            tell=lambda sentence: print_warnings([sentence]),
+            **_options(args),
+        )
+        print_warnings(both.export.manifest.export.warnings)
+        if args.json:
+            print_json({"package": args.output, **both.to_json()})
+        else:
+            _print_proof(both.export)
+            print_package(both.package, args, f"packaged for {args.consumer}")
+        return 0
     result = export(args.source, args.output, progress=progress, **_options(args))
     print_warnings(result.manifest.export.warnings)
     if args.json:
@@ -139,6 +157,13 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print_result(output: str, result: ExportResult) -> None:
+    _print_proof(result)
+    files = result.manifest.files
+    total = sum(file.size_bytes for file in files.values())
+    print_line(f"bundle: {output} ({len(files) + 1} files, {size_text(total)})")
+
+
+def _print_proof(result: ExportResult) -> None:
     from vlm_export.proof.report import format_table
 
     manifest = result.manifest
@@ -149,6 +174,4 @@ def _print_result(output: str, result: ExportResult) -> None:
                 print_line(f"warning: {part.name} {variant.precision}: {warning}")
     for note in manifest.export.notes:
         print_line(f"note: {note}")
-    total = sum(file.size_bytes for file in manifest.files.values())
     print_line(f"compared with: {manifest.export.reference}")
-    print_line(f"bundle: {output} ({len(manifest.files) + 1} files, {size_text(total)})")

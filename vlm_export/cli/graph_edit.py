@@ -205,7 +205,7 @@ def _storage(args: argparse.Namespace) -> Storage:
     from vlm_export.graph.core.files import Storage
     from vlm_export.graph.verb_arguments import read_size
 
-    sizes: dict[str, int] = {}
+    sizes: dict[str, Any] = {}
     for option, field in (("shard_size", "shard_bytes"), ("threshold", "threshold_bytes")):
         text = getattr(args, option)
         try:

@@ -286,7 +286,8 @@ def _detail(part: Mapping[str, Any]) -> str:
     if "parameters" in part:
         return f"{part['parameters']:,} parameters"
     return ", ".join(
-        f"{v['precision']} opset {v['opset']} ({v['exporter']}), ONNX Runtime ≥ {v['oldest_onnxruntime']}"
+        f"{v['precision']} opset {v['opset']} ({v['exporter']}), "
+        + (f"ONNX Runtime ≥ {v['oldest_onnxruntime']}" if v["oldest_onnxruntime"] else "OpenVINO alone")
         for v in part["variants"]
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_export.cli.common import add_common_options
-from vlm_export.cli.output import print_json, print_line, print_table, terminal_width
+from vlm_export.cli.output import print_json, print_line, print_table, print_warnings, terminal_width
 from vlm_export.text_display import size_text
 
 if TYPE_CHECKING:
@@ -17,12 +17,14 @@ NAMES = (
     "transformers.js",
     "optimum",
     "immich",
+    "immich-uint8",
     "fastembed",
     "typesense",
     "modern-onnx-clip",
     "clip-as-service",
     "sentence-transformers",
     "triton",
+    "openvino",
 )
 
 
@@ -55,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         precision=args.precision,
         overwrite=args.overwrite,
         threads=args.threads,
+        tell=lambda sentence: print_warnings([sentence]),
     )
     return print_package(made, args, f"packaged for {args.consumer}")
 

@@ -93,6 +93,13 @@ def declared_options(bundle: OpenBundle, source: str, base: str | None = None) -
     # What has fewer bits was made of the bundle's own float32 graphs, and no export makes it again.
     variants = {v.precision: v for part in manifest.parts for v in part.variants if v.loss is None}
     first = next(iter(variants.values()))
+    if first.exporter not in OPSETS and manifest.export.packaged_for is not None:
+        raise InputError(
+            "a package is not compared with a checkpoint",
+            where=str(bundle.root / MANIFEST_NAME),
+            got=f"graphs that were made for {manifest.export.packaged_for}",
+            fix="verify the bundle that it was made from with --source, and the package without it",
+        )
     if first.exporter not in OPSETS:
         raise InputError(
             "the manifest names a back end that there is none of",

@@ -157,7 +157,9 @@ def _loads_in(bundle: OpenBundle, release: str) -> Callable[[Seen], None]:
             for variant in part.variants:
                 needed, label = variant.oldest_onnxruntime, f"{part.name} {variant.precision}"
                 seen.evidence.append(f"{label}: {needed}")
-                if _numbers(needed) > _numbers(release):
+                if needed is None:
+                    seen.failures.append(f"{label} is OpenVINO's own form, which no ONNX Runtime loads")
+                elif _numbers(needed) > _numbers(release):
                     seen.failures.append(f"{label} needs {needed}, which is newer than {release}")
 
     return item

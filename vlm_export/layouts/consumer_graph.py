@@ -22,6 +22,7 @@ from vlm_export.graph.edits.compose import compose
 from vlm_export.graph.edits.io_edits import rename_tensors, set_dtype
 from vlm_export.proof.golden import GoldenRecord, iterate_golden
 from vlm_export.proof.points import Arrays
+from vlm_export.specs import ImageSpec
 from vlm_export.specs.signature import Axis, DType, Signature, TensorSpec
 from vlm_export.specs.tasks import EncoderSpec, ScoreSpec
 
@@ -94,6 +95,9 @@ def renamed(graph: ConsumerGraph, names: Mapping[str, str]) -> ConsumerGraph:
     signature = graph.signature
     known = _names(signature)
     names = {old: new for old, new in names.items() if old in known and old != new}
+    inner = names_in(graph.model.graph)
+    taken = {new for new in names.values() if new in inner and new not in known}
+    rename_tensors(graph.model, {name: fresh_name(f"{name}_inside", inner) for name in taken})
     rename_tensors(graph.model, names)
     inputs, outputs = (
         tuple(replace(spec, name=names.get(spec.name, spec.name)) for spec in specs)
@@ -122,6 +126,34 @@ def with_input_dtypes(graph: ConsumerGraph, dtypes: Mapping[str, DType]) -> Cons
     return ConsumerGraph(graph.model, replace(graph.signature, inputs=inputs), _mapped(graph.records, inputs=converted))
 
 
+def from_levels(graph: ConsumerGraph, image: ImageSpec, records: Records) -> ConsumerGraph:
+    """Takes prepared images as RGB bytes, uint8 (B, H, W, 3), and normalises them itself.
+
+    Args:
+        records: of such inputs, since pixels of the graph's own records may be no levels of bytes.
+    """
+    (spec,) = graph.signature.inputs
+    old = graph.model.graph.inputs[0]
+    batch, channels, height, width = spec.shape
+    value = ir.val(str(old.name), ir.DataType.UINT8, ir.Shape([batch, height, width, channels]))
+    old.name = fresh_name(f"{old.name}_prepared", names_in(graph.model.graph))
+    constants = {
+        name: _constant(graph.model, f"pixel_{name}", np.asarray(numbers, np.float32))
+        for name, numbers in (("factor", image.rescale_factor), ("mean", image.mean), ("std", image.std))
+    }
+    nodes = [ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})]
+    for kind, name in (("Mul", "factor"), ("Sub", "mean"), ("Div", "std")):
+        nodes.append(ir.node(kind, [nodes[-1].outputs[0], constants[name]]))
+    nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [0, 3, 1, 2]}))
+    nodes[-1].outputs[0].type, nodes[-1].outputs[0].shape = old.type, old.shape
+    replace_uses(old, nodes[-1].outputs[0])
+    graph.model.graph.inputs[:] = [value]
+    for node in reversed(nodes):
+        place_behind(None, graph.model.graph, node)
+    bytes_spec = replace(spec, dtype="uint8", shape=(batch, height, width, channels))
+    return ConsumerGraph(graph.model, replace(graph.signature, inputs=(bytes_spec,)), records)
+
+
 def with_mask(graph: ConsumerGraph, ids: str, mask: str = "attention_mask") -> ConsumerGraph:
     """With a mask of the ids' dtype and shape among the inputs; where the model reads none, nothing reads it."""
     if mask in graph.signature.input_names:
@@ -134,6 +166,33 @@ def with_mask(graph: ConsumerGraph, ids: str, mask: str = "attention_mask") -> C
         replace(graph.signature, inputs=(*graph.signature.inputs, replace(like, name=mask))),
         _mapped(graph.records, inputs=lambda arrays: {**arrays, mask: np.ones_like(arrays[ids])}),
     )
+
+
+def masked_by_padding(graph: ConsumerGraph, ids: str, pad: int, mask: str = "attention_mask") -> ConsumerGraph:
+    """Without the mask among the inputs: what has the id of the padding is padding.
+
+    Records whose texts have that id among their own tokens are left out.
+    """
+    (spec,) = (spec for spec in graph.signature.inputs if spec.name == mask)
+    values = {str(value.name): value for value in graph.model.graph.inputs}
+    of_ids = next(entry for entry in graph.signature.inputs if entry.name == ids)
+    same = ir.node("Equal", [values[ids], _constant(graph.model, "pad_id", np.asarray(pad, of_ids.dtype))])
+    other = ir.node("Not", [same.outputs[0]])
+    cast = ir.node("Cast", [other.outputs[0]], {"to": int(ir.DataType.from_numpy(np.dtype(spec.dtype)))})
+    cast.outputs[0].type, cast.outputs[0].shape = values[mask].type, values[mask].shape
+    replace_uses(values[mask], cast.outputs[0])
+    graph.model.graph.inputs[:] = [value for value in graph.model.graph.inputs if value is not values[mask]]
+    for node in (cast, other, same):
+        place_behind(None, graph.model.graph, node)
+    inputs = tuple(entry for entry in graph.signature.inputs if entry is not spec)
+
+    def records() -> Iterator[GoldenRecord]:
+        for record in graph.records():
+            own, seen = record.inputs[ids], record.inputs[mask] != 0
+            if not (own[seen] == pad).any():
+                yield GoldenRecord({ids: np.where(seen, own, own.dtype.type(pad))}, record.outputs)
+
+    return ConsumerGraph(graph.model, replace(graph.signature, inputs=inputs), records)
 
 
 def paired(text: ConsumerGraph, image: ConsumerGraph, score: ScoreSpec) -> ConsumerGraph:

@@ -11,7 +11,16 @@ from vlm_export.bundle.manifest import Manifest
 from vlm_export.bundle.opened import open_bundle
 from vlm_export.bundle.publish import publication
 from vlm_export.errors import UsageError, suggestion
-from vlm_export.layouts import fastembed, immich, sentence_transformers, split_pair, transformers_js, triton, typesense
+from vlm_export.layouts import (
+    fastembed,
+    immich,
+    openvino,
+    sentence_transformers,
+    split_pair,
+    transformers_js,
+    triton,
+    typesense,
+)
 from vlm_export.layouts.packing import Packing
 from vlm_export.proof.contract_record import write_record_again
 from vlm_export.proof.declared import declared
@@ -35,12 +44,14 @@ CONSUMERS: Mapping[str, Consumer] = {
     "transformers.js": Consumer(transformers_js.lay_out_for_dtypes, is_bundle=True),
     "optimum": Consumer(transformers_js.lay_out, is_bundle=True),
     "immich": Consumer(immich.lay_out),
+    "immich-uint8": Consumer(immich.lay_out_from_bytes),
     "fastembed": Consumer(fastembed.lay_out),
     "typesense": Consumer(typesense.lay_out),
     "modern-onnx-clip": Consumer(split_pair.lay_out),
     "clip-as-service": Consumer(split_pair.lay_out_with_mask),
     "sentence-transformers": Consumer(sentence_transformers.lay_out),
     "triton": Consumer(triton.lay_out),
+    "openvino": Consumer(openvino.lay_out, is_bundle=True),
 }
 
 
@@ -75,6 +86,7 @@ def package(
     precision: str | None = None,
     overwrite: bool = False,
     threads: int | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Package:
     """Writes a bundle as a consumer loads it, every graph proved by the bundle's golden records.
 
@@ -85,20 +97,20 @@ def package(
         precision: the variant of the graphs that are made; None for the default of `load`.
         overwrite: replace a package or bundle.
         threads: of the engine that proves; None for as many as there are cores.
+        tell: called before something large is written that the bundle has already, with a sentence and its size.
 
     Raises:
         UsageError: an unknown consumer or variant, or a directory that is there.
         InputError: no bundle, a damaged one, or one that the consumer cannot use.
         VerificationError: a graph does not compute what the original computed; nothing is published.
     """
-    if consumer not in CONSUMERS:
-        raise UsageError(
-            f"there is no layout for {consumer!r}",
-            expected=", ".join(CONSUMERS),
-            fix=suggestion(consumer, sorted(CONSUMERS)),
-        )
-    chosen = CONSUMERS[consumer]
-    return write_package(path, target, consumer, chosen, precision=precision, overwrite=overwrite, threads=threads)
+    return write_package(
+        *(path, target, consumer, known_consumer(consumer)),
+        precision=precision,
+        overwrite=overwrite,
+        threads=threads,
+        tell=tell,
+    )
 
 
 def write_package(
@@ -110,11 +122,13 @@ def write_package(
     precision: str | None,
     overwrite: bool,
     threads: int | None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Package:
     """As `package`, for a consumer that is called `name` in the manifest."""
     bundle = open_bundle(path)
     with publication(Path(target), overwrite=overwrite) as staging:
-        packing = Packing(bundle, staging, name, precision or bundle.manifest.default_precision(), threads)
+        chosen_precision = precision or bundle.manifest.default_precision()
+        packing = Packing(bundle, staging, name, chosen_precision, threads, tell=tell)
         consumer.lay_out(packing)
         packing.write_ledger()
         manifest = _manifest(packing, Path(target).name, consumer)
@@ -122,6 +136,17 @@ def write_package(
             write_record_again(bundle, staging.path, declared(manifest))
         manifest = staging.commit(manifest)
     return Package(manifest, tuple(packing.reports), tuple(packing.notes))
+
+
+def known_consumer(name: str) -> Consumer:
+    """The consumer of that name; UsageError, with the nearest name, where there is none."""
+    if name not in CONSUMERS:
+        raise UsageError(
+            f"there is no layout for {name!r}",
+            expected=", ".join(CONSUMERS),
+            fix=suggestion(name, sorted(CONSUMERS)),
+        )
+    return CONSUMERS[name]
 
 
 def _manifest(packing: Packing, name: str, consumer: Consumer) -> Manifest:

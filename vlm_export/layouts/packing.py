@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vlm_export.bundle import layout
+from vlm_export.bundle.initializers import StoredValues, stored_initializers
 from vlm_export.bundle.ledger import GraphLedger, LedgerEntry, found_ledger, ledger_to_bytes, read_ledger
-from vlm_export.bundle.manifest import PartRecord, VariantRecord
+from vlm_export.bundle.manifest import MANIFEST_NAME, PartRecord, VariantRecord
 from vlm_export.bundle.oldest_engine import oldest_onnxruntime
 from vlm_export.bundle.opened import OpenBundle
+from vlm_export.bundle.openvino_ir import is_ir
 from vlm_export.bundle.publish import Staging
 from vlm_export.bundle.strict_json import json_object_from_bytes
 from vlm_export.errors import InputError
-from vlm_export.graph.core.files import Storage, save_model
-from vlm_export.layouts.consumer_graph import ConsumerGraph, encoder_graph, filled
-from vlm_export.proof.engine import engine_label, verifying_engine
+from vlm_export.graph.core.files import DEFAULT_EXTERNAL_BYTES, Storage, save_model
+from vlm_export.graph.core.tensors import tensor_slots
+from vlm_export.layouts.consumer_graph import ConsumerGraph, encoder_graph, filled, masked_by_padding
+from vlm_export.layouts.shared_weights import StoredKey, refer_to_weights
+from vlm_export.proof.engine import engine_label, openvino_label, verifying_engine, verifying_openvino
 from vlm_export.proof.gates import laxest_variant, variant_gate
-from vlm_export.proof.golden import write_golden
+from vlm_export.proof.golden import GoldenRecord, iterate_golden, write_golden
 from vlm_export.proof.recheck import judge_records
 from vlm_export.proof.report import PartReport
-from vlm_export.runtime.engines.onnxruntime import CPU
+from vlm_export.runtime.engines.onnxruntime import CPU, Engine
+from vlm_export.runtime.engines.openvino import write_ir
 from vlm_export.runtime.inputs.texts import read_tokenizer_file
 from vlm_export.runtime.inputs.tokenizer import bounded_tokenizer
 from vlm_export.specs import ImageSpec, TextCleaning, TextSpec
 from vlm_export.specs.tasks import EmbedSpec, ScoreSpec
+from vlm_export.text_display import size_text
 
 # What the runtime does before tokenizer.json, and its file cannot say.
 _CLEANING: Mapping[TextCleaning, str] = {
@@ -50,6 +56,7 @@ class Packing:
         threads: of the engine that proves them.
         parts, reports: of the graphs so far.
         notes: what the consumer does differently, one sentence each; shown and recorded.
+        tell: told at once what a user wants to know before it is there.
     """
 
     bundle: OpenBundle
@@ -60,6 +67,7 @@ class Packing:
     parts: list[PartRecord] = field(default_factory=list)
     reports: list[PartReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    tell: Callable[[str], None] = field(default=lambda _: None)
     _ledgers: list[GraphLedger] = field(default_factory=list)
 
     @property
@@ -116,12 +124,21 @@ class Packing:
         return filled(self.text(), "input_ids", self.text_spec.pad_token_id)
 
     def text_without_mask(self) -> ConsumerGraph:
-        """As `text`; InputError where the encoder reads a mask, which the consumer does not give."""
+        """As `text` with ids alone, for consumers that give no mask and fill texts up to the context.
+
+        Raises:
+            InputError: the encoder reads a mask, and no record can show that the padding's id tells as much.
+        """
         graph = self.text()
-        if "attention_mask" in graph.signature.input_names:
-            raise self.refusal(
-                "a text encoder of ids alone", "one that reads a mask, which this consumer does not give"
-            )
+        if "attention_mask" not in graph.signature.input_names:
+            return graph
+        graph = masked_by_padding(graph, "input_ids", self.text_spec.pad_token_id)
+        if not any(True for _ in graph.records()):
+            raise self.refusal("a text encoder of ids alone", "one that reads a mask, whose records have no padding")
+        self.notes.append(
+            f"{self.consumer} gives no mask: tokens with the padding's id, {self.text_spec.pad_token_id}, are not "
+            "seen, also where a text spells them"
+        )
         return graph
 
     def told_cleaning(self, *own: TextCleaning) -> None:
@@ -137,69 +154,119 @@ class Packing:
         where = self.bundle.manifest.name
         return InputError(f"{self.consumer} cannot use this bundle", where=where, expected=expected, got=got)
 
-    def add(self, part: str, file: str, graph: ConsumerGraph, precision: str | None = None) -> None:
+    def add(
+        self, part: str, file: str, graph: ConsumerGraph, precision: str | None = None, *, shares_weights: bool = False
+    ) -> None:
         """Writes a graph and its golden records, and proves it.
 
         Args:
             part: what the graph is called in the package's manifest, which may have it in another precision.
             file: its path in the package; weights above 64 MiB lie beside it.
             precision: of the graph; None for the package's.
+            shares_weights: take weights from the data files of the graphs beside it, where they have the same.
 
         Raises:
             VerificationError: the graph does not compute what the original computed.
         """
         graph, precision = graph.finished(), precision or self.precision
         path = self.staging.file(file)
-        written = save_model(graph.model, path, storage=Storage(), overwrite=False)
+        shared = refer_to_weights(graph.model, self._weights_beside(path)) if shares_weights else frozenset()
+        written = (*save_model(graph.model, path, storage=Storage(shared=shared), overwrite=False), *sorted(shared))
         data = tuple(entry.relative_to(self.staging.path).as_posix() for entry in written[1:])
         records = list(graph.records())
-        known = next((found for found in self.parts if found.name == part), None)
-        if known is None:
+        if all(found.name != part for found in self.parts):
             write_golden(self.staging.path, part, records)
         size = sum(entry.stat().st_size for entry in written)
         engine = verifying_engine(path, weights_bytes=size, threads=self.threads)
+        opset, oldest = graph.model.graph.opset_imports[""], oldest_onnxruntime(path)[0]
+        variant = VariantRecord(precision, file, data, opset=opset, oldest_onnxruntime=oldest)
+        self._prove(PartRecord(part, graph.signature, (variant,)), records, engine, engine_label((CPU,)))
+
+    def tell_second_copy(self, file: str, graph: ConsumerGraph) -> None:
+        """Says, before a graph is written, how large it is, where it holds weights that the package has already."""
+        size = sum(slot.nbytes for slot in tensor_slots(graph.model))
+        if size > DEFAULT_EXTERNAL_BYTES:
+            self.tell(f"{file} holds the weights of both encoders a second time, {size_text(size)}")
+
+    def _weights_beside(self, path: Path) -> dict[StoredKey, StoredValues]:
+        """The values in data files of the folder, by what `refer_to_weights` finds them by."""
+        found: dict[StoredKey, StoredValues] = {}
+        for ledger in self._ledgers:
+            graph = self.staging.path / ledger.file
+            if graph.parent == path.parent and not is_ir(graph):
+                stored = stored_initializers(self.staging.path, ledger.file)
+                outside = {name: values for name, values in stored.items() if values.path != graph}
+                digests = {entry.name: entry.sha256 for entry in ledger.initializers}
+                # The first that has them: the encoders stand before graphs that hold them too.
+                found = {(digests[name], at.data_type, at.shape): at for name, at in outside.items()} | found
+        return found
+
+    def add_for_openvino(self, part: PartRecord) -> None:
+        """Writes a part, at the package's precision, in OpenVINO's own form, and proves it in OpenVINO.
+
+        Raises:
+            InputError: OpenVINO does not convert the graph.
+            EnvironmentFailure: it is not installed.
+            VerificationError: what it makes of the graph does not compute what the original computed.
+        """
+        source = part.served_by(self.precision)
+        file = layout.ir_path(part.name, source.precision)
+        path = self.staging.file(file)
+        write_ir(self.bundle.model_files(source), path)
+        data = path.with_suffix(".bin")
+        engine = verifying_openvino(path, weights_bytes=data.stat().st_size, threads=self.threads)
+        name = data.relative_to(self.staging.path).as_posix()
+        variant = replace(source, file=file, external_data=(name,), oldest_onnxruntime=None, warnings=())
+        self._copy_golden(part)
+        records = iterate_golden(self.bundle, part.name)
+        self._prove(replace(part, variants=(variant,)), records, engine, openvino_label())
+
+    def _prove(self, part: PartRecord, records: Iterable[GoldenRecord], engine: Engine, engine_name: str) -> None:
+        """Judges the only variant of a part that was written, and takes it into the package."""
+        (variant,) = part.variants
         # What it is made of may be quantised: then it is held to the same budget.
         manifest = self.bundle.manifest
-        own = next((found for found in manifest.parts if found.name == part), None)
-        source = laxest_variant(manifest, precision) if own is None else own.served_by(precision)
+        own = next((found for found in manifest.parts if found.name == part.name), None)
+        source = laxest_variant(manifest, variant.precision) if own is None else own.served_by(variant.precision)
         report = judge_records(
-            PartRecord(part, graph.signature, (VariantRecord(precision, file),)),
-            precision,
-            variant_gate(part, source),
+            part,
+            variant.precision,
+            variant_gate(part.name, source),
             records,
             engine.run,
-            engine_label((CPU,)),
-            reference=f"golden records of the bundle {self.bundle.manifest.name}",
+            engine_name,
+            reference=f"golden records of the bundle {manifest.name}",
         )
         report.raise_if_failed()
-        opset = graph.model.graph.opset_imports[""]
-        variant = VariantRecord(
-            precision,
-            file,
-            data,
-            opset=opset,
-            exporter="package",
-            simplified=False,
-            oldest_onnxruntime=oldest_onnxruntime(path)[0],
-            verification=report.to_json(),
-            loss=source.loss,
+        variant = replace(
+            variant, exporter="package", simplified=False, verification=report.to_json(), loss=source.loss
         )
+        known = next((found for found in self.parts if found.name == part.name), None)
         if known is None:
-            self.parts.append(PartRecord(part, graph.signature, (variant,)))
+            self.parts.append(replace(part, variants=(variant,)))
         else:
             self.parts[self.parts.index(known)] = replace(known, variants=(*known.variants, variant))
         self.reports.append(report)
-        self._ledgers.append(self._accounted(file))
+        self._ledgers.append(self._accounted(variant.file))
 
     def keep(self, part: PartRecord) -> None:
         """A part of the bundle as it is: files of its variants, golden records and ledger."""
         files = [name for variant in part.variants for name in (variant.file, *variant.external_data)]
         self.copy({name: name for name in files})
-        golden = [name for name in self.bundle.manifest.files if name.startswith(f"golden/{part.name}/")]
-        self.copy({name: name for name in golden})
+        self._copy_golden(part)
         known = read_ledger(self.bundle) or {}
         self._ledgers += [known[variant.file] for variant in part.variants if variant.file in known]
         self.parts.append(part)
+
+    def _copy_golden(self, part: PartRecord) -> None:
+        golden = [name for name in self.bundle.manifest.files if name.startswith(f"golden/{part.name}/")]
+        self.copy({name: name for name in golden})
+
+    def copy_side_files(self) -> None:
+        """All files of the bundle that are neither graphs nor records."""
+        for name in self.bundle.manifest.files:
+            if not name.startswith(("onnx/", "golden/")) and name not in (MANIFEST_NAME, layout.LEDGER_NAME):
+                self.copy({name: name})
 
     def copy(self, files: Mapping[str, str]) -> None:
         """Copies files of the bundle, by their paths there, to paths in the package; those it lacks are left out."""

@@ -37,7 +37,7 @@ def _write(packing: Packing, text: ConsumerGraph) -> None:
     spec = packing.image_spec
     if not np.allclose((spec.mean, spec.std), (_MEAN, _STD), atol=1e-6):
         raise packing.refusal(
-            f"pixels of mean {_MEAN} and deviation {_STD}, which its code states", f"{spec.mean} and {spec.std}"
+            f"pixels of the mean and deviation that its code states, {_MEAN} and {_STD}", f"{spec.mean} and {spec.std}"
         )
     if spec.resize != "shortest_edge":
         packing.notes.append(

@@ -1,8 +1,11 @@
 """transformers.js and optimum: the bundle itself, with both encoders in one more graph, `onnx/model.onnx`.
 
 Facts: transformers.js 4.3.2, `src/models/session_config.js` (one session named "model" for CLIPModel, SiglipModel and
-what has their interface), `src/utils/dtypes.js` (suffixes; without a `dtype` browsers ask for `_quantized`);
-optimum-onnx 0.1, `ORTModelForZeroShotImageClassification` (the same file, outputs by name).
+what has their interface), `src/utils/dtypes.js` (suffixes; without a `dtype` browsers ask for `_quantized`) and
+`src/utils/model-loader.js` (it loads data files of a graph's own name and no others, so that a combined graph cannot
+read those of its towers); optimum-onnx 0.1, `ORTModelForZeroShotImageClassification` (the same file, outputs by name)
+and `onnxruntime/modeling.py` (of a directory ONNX Runtime opens whatever data files a graph names; from the Hub only
+`<file>_data` is downloaded).
 """
 
 from __future__ import annotations
@@ -12,13 +15,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vlm_export.bundle import layout
-from vlm_export.bundle.manifest import MANIFEST_NAME
 from vlm_export.layouts.consumer_graph import ConsumerGraph, also_named, in_order, paired
 from vlm_export.layouts.packing import Packing
 from vlm_export.runtime.inputs.chat_prompt import PromptForm
 from vlm_export.specs.tasks import ChatSpec, EmbedSpec
 
 PART = "model"
+_OPTIMUM = "optimum"
 _INPUTS = ("input_ids", "pixel_values", "attention_mask")
 _OUTPUTS = ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
 _QUESTION = "\0"  # in no prompt's own words
@@ -43,9 +46,7 @@ def lay_out_for_dtypes(packing: Packing) -> None:
 
 def lay_out(packing: Packing) -> None:
     """The bundle's own files, the combined graph where the bundle scores texts against images, and its config."""
-    for name in packing.bundle.manifest.files:
-        if not name.startswith(("onnx/", "golden/")) and name not in (MANIFEST_NAME, layout.LEDGER_NAME):
-            packing.copy({name: name})
+    packing.copy_side_files()
     task = packing.bundle.manifest.task(EmbedSpec)
     score = None if task is None else task.score
     towers = _towers(packing) if score is not None and score.activation == "sigmoid" else {}
@@ -60,7 +61,7 @@ def lay_out(packing: Packing) -> None:
         _check_type(packing)
         graph = paired(packing.text(), packing.image(), score)
         names = tuple(name for name in _INPUTS if name in graph.signature.input_names)
-        packing.add(PART, layout.graph_path(PART, packing.precision), in_order(graph, names, _OUTPUTS))
+        _add_combined(packing, in_order(graph, names, _OUTPUTS))
         packing.told_cleaning()
     talk = packing.bundle.manifest.task(ChatSpec)
     if talk is not None and layout.TOKENIZER_CONFIG_NAME in packing.bundle.manifest.files:
@@ -71,6 +72,22 @@ def lay_out(packing: Packing) -> None:
     variants = [variant for part in packing.parts for variant in part.variants]
     config = layout.hub_config(packing.json(layout.CONFIG_NAME), variants)
     packing.write_json(layout.CONFIG_NAME, _with_dtype(config, packing))
+
+
+def _add_combined(packing: Packing, graph: ConsumerGraph) -> None:
+    """Both encoders in one graph, whose weights lie in the towers' files where the consumer finds them there."""
+    file = layout.graph_path(PART, packing.precision)
+    if packing.consumer != _OPTIMUM:
+        packing.tell_second_copy(file, graph)
+        packing.add(PART, file, graph)
+        return
+    packing.add(PART, file, graph, shares_weights=True)
+    others = [name for name in packing.parts[-1].variants[0].external_data if not name.startswith(file)]
+    if others:
+        packing.notes.append(
+            f"{file} reads weights in {' and '.join(others)}, so that they are there once: keep the files together. "
+            "From a Hub repository optimum downloads model.onnx_data alone; package for transformers.js for that"
+        )
 
 
 def chat_template(spec: ChatSpec) -> str:
@@ -89,7 +106,7 @@ def _check_type(packing: Packing) -> None:
     if contract is None or any(check.get("stage") == "AutoConfig" for check in contract.get("checks", ())):
         return
     kind = packing.json(layout.CONFIG_NAME).get("model_type")
-    if packing.consumer == "optimum":
+    if packing.consumer == _OPTIMUM:
         raise packing.refusal("a config.json of a type that transformers knows", repr(kind))
     packing.notes.append(
         f"transformers.js takes the score of its zero-shot pipeline from the type of the config, and {kind!r} is none "

@@ -9,6 +9,7 @@ from vlm_export import __version__
 from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest, VariantRecord
 from vlm_export.bundle.oldest_engine import oldest_onnxruntime
 from vlm_export.bundle.opened import OpenBundle
+from vlm_export.bundle.openvino_ir import is_ir
 from vlm_export.errors import VerificationError
 from vlm_export.proof.contract_files import Difference, differences
 
@@ -64,6 +65,9 @@ def declared(of: Manifest) -> dict[str, Any]:
 
 def version_difference(bundle: OpenBundle, variant: VariantRecord) -> str | None:
     """Where the manifest declares another opset or oldest ONNX Runtime than the graph has, None where it does not."""
+    if is_ir(variant.file):
+        loads = variant.oldest_onnxruntime
+        return None if loads is None else f"oldest_onnxruntime: expected none, for OpenVINO's own form, got {loads}"
     release, opset = oldest_onnxruntime(bundle.file(variant.file))
     if variant.opset != opset:
         return f"opset: expected {opset}, as the graph has it, got {variant.opset}"

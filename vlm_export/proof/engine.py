@@ -1,4 +1,4 @@
-"""ONNX Runtime as verification wants it, also for graphs that are larger than the memory that is left."""
+"""Engines as verification wants them, also for graphs that are larger than the memory that is left."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 
 from vlm_export.bundle.manifest import Manifest, VariantRecord
 from vlm_export.bundle.opened import OpenBundle
+from vlm_export.bundle.openvino_ir import is_ir
 from vlm_export.errors import EnvironmentFailure
 from vlm_export.proof.points import EngineRun
-from vlm_export.runtime.engines.onnxruntime import CPU, OrtEngine
+from vlm_export.runtime.engines.choice import OPENVINO, engine_choice
+from vlm_export.runtime.engines.onnxruntime import CPU, Engine, OrtEngine
 
 MAPPED_NOTE = "the engine's own graph optimisations: off, so that the weights stay in their file"
 _GIB = 1 << 30
@@ -44,6 +46,19 @@ def verifying_engine(
     return OrtEngine(path, providers=providers, threads=threads, exact=True, mapped=mapped)
 
 
+def verifying_openvino(
+    path: Path, *, weights_bytes: int, threads: int | None = None, providers: Sequence[str] = (CPU,)
+) -> Engine:
+    """OpenVINO, computing in float32, for graphs in its own form.
+
+    Raises:
+        EnvironmentFailure: it is not installed, or there is too little memory.
+        UsageError: it has none of these providers.
+    """
+    _check_memory(path, weights_bytes)
+    return engine_choice(OPENVINO, providers, threads).open(path)
+
+
 def verifying_start(
     bundle: OpenBundle, providers: Sequence[str], threads: int | None
 ) -> Callable[[str, str], EngineRun]:
@@ -52,6 +67,8 @@ def verifying_start(
     def start(part: str, precision: str) -> EngineRun:
         variant = bundle.manifest.part(part).variant(precision)
         path, size_bytes = bundle.model_files(variant), variant_bytes(bundle.manifest, variant)
+        if is_ir(path):
+            return verifying_openvino(path, weights_bytes=size_bytes, threads=threads, providers=providers).run
         return verifying_engine(path, weights_bytes=size_bytes, threads=threads, providers=providers).run
 
     return start
@@ -67,6 +84,11 @@ def engine_label(providers: Sequence[str], *, mapped: bool = False) -> str:
     """The engine's name, version, providers and mode, for the report."""
     mode = "; weights mapped, not optimised" if mapped else ""
     return f"onnxruntime {version('onnxruntime')} ({', '.join(providers)}{mode})"
+
+
+def openvino_label() -> str:
+    """As `engine_label`, for OpenVINO."""
+    return f"openvino {version('openvino')} (CPU)"
 
 
 def _check_memory(path: Path, weights_bytes: int) -> None:

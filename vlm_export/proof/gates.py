@@ -37,8 +37,10 @@ GATES: Mapping[str, Gate] = {
     # A pixel that the graph computes may round to its neighbour value.
     "preprocessing": Gate("preprocessing", None, 0.9999, 0.99, 1.01),
 }
+PIXELS_FROM_UINT8 = "pixels_from_uint8"
+"""What a package calls the preparation of images alone."""
 # Parts whose float32 graph is judged by a gate of its own; that of another precision is laxer already.
-PART_GATES: Mapping[str, str] = {"vision_from_uint8": "preprocessing"}
+PART_GATES: Mapping[str, str] = dict.fromkeys(("vision_from_uint8", PIXELS_FROM_UINT8), "preprocessing")
 
 
 # Precisions that the project's own limits judge; others are held to the budget that they were published with.

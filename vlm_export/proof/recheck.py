@@ -8,7 +8,9 @@ from dataclasses import replace
 from vlm_export.bundle.ledger import check_ledger
 from vlm_export.bundle.manifest import PartRecord, VariantRecord
 from vlm_export.bundle.opened import OpenBundle
+from vlm_export.bundle.openvino_ir import is_ir
 from vlm_export.errors import InputError
+from vlm_export.proof.engine import openvino_label
 from vlm_export.proof.floor import ELSEWHERE, Floor, FloorJudge, floor_from_json
 from vlm_export.proof.gates import Gate, variant_gate
 from vlm_export.proof.golden import GoldenRecord, iterate_golden
@@ -43,7 +45,8 @@ def verify_bundle(
     reports = []
     for part, variant in todo:
         unchecked = (*check_ledger(bundle, variant), *check_quantised_weights(bundle, part, variant))
-        report = verify_variant(bundle, part, variant, engine_factory(part.name, variant.precision), engine_name)
+        name = openvino_label() if is_ir(variant.file) else engine_name
+        report = verify_variant(bundle, part, variant, engine_factory(part.name, variant.precision), name)
         reports.append(replace(report, not_run=(*report.not_run, *unchecked)))
         if progress is not None:
             progress(len(reports), len(todo))

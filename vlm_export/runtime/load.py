@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlm_export.bundle.opened import open_bundle
-from vlm_export.runtime.engines.choice import ONNXRUNTIME, EngineName
+from vlm_export.runtime.engines.choice import EngineName
 from vlm_export.runtime.inputs.images import MAX_PIXELS
 from vlm_export.runtime.model import Model
 from vlm_export.runtime.session import Session
@@ -16,7 +16,7 @@ def load(
     path: str | Path,
     *,
     precision: str | None = None,
-    engine: EngineName = ONNXRUNTIME,
+    engine: EngineName | None = None,
     providers: str | Sequence[str] | None = None,
     threads: int | None = None,
     max_pixels: int = MAX_PIXELS,
@@ -29,7 +29,8 @@ def load(
             "bf16", float32's graphs computed in bfloat16, and "NAME+bf16", another variant's. "fastest": the one that a
             rule calls fastest on this engine and processor, of those within their budget (`fastest_variant`); the
             model's `precision` says which.
-        engine: what runs the graphs; "openvino" needs the extra of that name, and runs on the CPU.
+        engine: what runs the graphs; "openvino" needs the extra of that name, and runs on the CPU. None: ONNX Runtime,
+            or OpenVINO where the bundle was packaged for it.
         providers: ONNX Runtime's execution providers in order of preference, one name or several; the CPU by default.
         threads: threads of one operator and of image decoding; None for as many as there are cores (decoding: 4).
         max_pixels: images with more are refused before they are decoded; those that Pillow has opened are not.

@@ -14,11 +14,11 @@ from vlm_export.bundle.manifest import Manifest
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError
 from vlm_export.runtime.engines.choice import (
-    ONNXRUNTIME,
     OPENVINO,
     EngineName,
     chosen_precision,
     engine_choice,
+    own_engine,
 )
 from vlm_export.runtime.engines.fastest import FASTEST, fastest_variant
 from vlm_export.runtime.engines.onnxruntime import Array, Engine, run_in_float32
@@ -46,12 +46,13 @@ class Session:
         bundle: OpenBundle,
         *,
         precision: str | None = None,
-        engine: EngineName = ONNXRUNTIME,
+        engine: EngineName | None = None,
         providers: str | Sequence[str] | None = None,
         threads: int | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.bundle = bundle
+        engine = engine or own_engine(bundle.manifest)
         if precision == FASTEST:
             precision = fastest_variant(bundle.manifest, engine_choice(engine, providers, threads))
         chosen = chosen_precision(bundle.manifest, precision)

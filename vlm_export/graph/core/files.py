@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from vlm_export.bundle.environment import check_free_space, environment_errors
+from vlm_export.bundle.openvino_ir import is_ir
 from vlm_export.bundle.staging import Staged, finish_commits, staging
 from vlm_export.errors import EnvironmentFailure, GraphError, UsageError, VlmExportError
 from vlm_export.graph.core.file_checks import attribute_protos, check_proto, graph_protos, tensor_protos
@@ -41,11 +42,13 @@ class Storage:
         external: in files beside the graph; None: only when they exceed 64 MiB together.
         shard_bytes: a new file is begun before one would exceed this; a larger tensor has a file of its own.
         threshold_bytes: tensors up to this size stay in the graph file, where readers see shapes and scalars.
+        shared: data files of other models beside the target; tensors that lie in them stay there.
     """
 
     external: bool | None = None
     shard_bytes: int | None = None
     threshold_bytes: int = 1024
+    shared: frozenset[Path] = frozenset()
 
     def __post_init__(self) -> None:
         if (self.shard_bytes is not None and self.shard_bytes <= 0) or self.threshold_bytes < 0:
@@ -65,6 +68,9 @@ def open_model(path: Path | str) -> ir.Model:
     if not path.is_file():
         what = "is a directory" if path.is_dir() else "does not exist"
         raise GraphError(f"the model {what}", where=str(path), expected="a file in ONNX's binary format")
+    if is_ir(path):
+        fix = "name the graph, or the bundle, that it was made from"
+        raise GraphError("the graph is OpenVINO's own form, not ONNX", where=str(path), fix=fix)
     with environment_errors("reading the model", None):
         proto = _read_proto(path)
     check_proto(proto, path)
@@ -282,10 +288,15 @@ class _Plan:
 
 
 def _plan(model: ir.Model, given: Path, storage: Storage) -> _Plan:
-    path, slots = Path(os.path.abspath(given)), list(tensor_slots(model))
+    path = Path(os.path.abspath(given))
+    slots = [slot for slot in tensor_slots(model) if not _lies_in(slot.tensor, storage.shared)]
     shards = _shards(_external_slots(slots, storage), storage.shard_bytes)
     names = [path.name, *(f"{path.name}_data" + (f"_{index}" if index else "") for index in range(len(shards)))]
     return _Plan(model, given, slots, shards, tuple(path.with_name(name) for name in names))
+
+
+def _lies_in(tensor: ir.TensorProtocol, files: frozenset[Path]) -> bool:
+    return isinstance(tensor, ir.ExternalTensor) and Path(tensor.path) in files
 
 
 def _refer_to_new_files(plan: _Plan, placed: Sequence[tuple[TensorSlot, ir.TensorProtocol]]) -> None:

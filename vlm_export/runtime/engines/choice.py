@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias, get_args
 
 from vlm_export.bundle.manifest import Manifest, PartRecord
 from vlm_export.bundle.opened import OpenBundle
+from vlm_export.bundle.openvino_ir import is_ir
 from vlm_export.errors import InputError, UsageError, suggestion
 from vlm_export.runtime.engines.onnxruntime import CPU, Engine, OrtEngine, checked_threads, shape_text
 from vlm_export.runtime.engines.openvino import OpenVinoEngine
@@ -76,10 +77,28 @@ class EngineChoice:
         return engine
 
     def open(self, path: Path) -> Engine:
-        """The engine of a graph; errors as in `OrtEngine` and `OpenVinoEngine`."""
+        """The engine of a graph; errors as in `OrtEngine` and `OpenVinoEngine`.
+
+        Raises:
+            UsageError: the graph is OpenVINO's own form, and the engine another.
+        """
+        if self.engine == ONNXRUNTIME and is_ir(path):
+            raise UsageError(
+                "ONNX Runtime does not run a graph in OpenVINO's own form",
+                where=str(path),
+                expected="the engine openvino",
+                got=self.engine,
+                fix="take OpenVINO (engine='openvino', --engine openvino), or the bundle that this was packaged from",
+            )
         if self.engine == ONNXRUNTIME:
             return OrtEngine(path, providers=self.providers, threads=self.threads)
         return OpenVinoEngine(path, threads=self.threads, in_bf16=self.in_bf16)
+
+
+def own_engine(manifest: Manifest) -> EngineName:
+    """The engine for a caller who names none: ONNX Runtime, unless a graph is OpenVINO's own form."""
+    graphs = (variant.file for part in manifest.parts for variant in part.variants)
+    return OPENVINO if any(map(is_ir, graphs)) else ONNXRUNTIME
 
 
 def engine_choice(

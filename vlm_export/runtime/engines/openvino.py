@@ -21,7 +21,7 @@ class OpenVinoEngine:
     """A graph in OpenVINO; what `Engine` states. Safe to use from several threads, which take turns.
 
     Args:
-        path: the `.onnx` file; its external data is found beside it.
+        path: the `.onnx` file, whose external data is found beside it, or a `.xml` file of OpenVINO itself.
         threads: of one inference; None leaves the number to OpenVINO.
         in_bf16: multiply and add in bfloat16 what the graph has in float32, inputs and outputs excepted.
 
@@ -32,12 +32,7 @@ class OpenVinoEngine:
     """
 
     def __init__(self, path: str | Path, *, threads: int | None = None, in_bf16: bool = False) -> None:
-        try:
-            import openvino
-        except ImportError as error:
-            raise EnvironmentFailure(
-                "OpenVINO is not installed", got=str(error), fix=install_fix("openvino")
-            ) from error
+        openvino = _openvino()
         self.path = Path(path)
         if in_bf16 and not computes_in_bf16():
             raise EnvironmentFailure(
@@ -83,6 +78,38 @@ class OpenVinoEngine:
                     "a graph failed while running", where=str(self.path), got=_last_line(error)
                 ) from error
             return {info.name: np.array(values[info.name]) for info in self.outputs}
+
+
+def write_ir(graph: Path, target: Path) -> None:
+    """Writes an ONNX graph in OpenVINO's own form, with each constant in the dtype that it has.
+
+    Args:
+        target: the `.xml` file; the constants lie beside it in a `.bin` file of the same name.
+
+    Raises:
+        EnvironmentFailure: the package is not installed.
+        InputError: OpenVINO does not read the graph, such as one of ONNX Runtime's own operators.
+    """
+    openvino = _openvino()
+    try:
+        run_interruptibly(
+            lambda: openvino.save_model(openvino.Core().read_model(graph), target, compress_to_fp16=False)
+        )
+    except RuntimeError as error:
+        raise machine_fault(error, str(target)) or InputError(
+            "OpenVINO does not convert a graph",
+            where=str(graph),
+            expected="operators that it has",
+            got=_last_line(error),
+        ) from error
+
+
+def _openvino() -> Any:
+    try:
+        import openvino
+    except ImportError as error:
+        raise EnvironmentFailure("OpenVINO is not installed", got=str(error), fix=install_fix("openvino")) from error
+    return openvino
 
 
 def computes_in_bf16() -> bool:
