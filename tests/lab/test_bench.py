@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -20,6 +21,7 @@ from vlm_export.errors import InputError, UsageError
 from vlm_export.lab import bench_plan
 from vlm_export.lab.bench_plan import BenchOptions, Load, Side, loads_of, sides_of
 from vlm_export.lab.bench_result import BenchResult, Cost, Measured
+from vlm_export.lab.plots import Mark, mark_plot
 from vlm_export.lab.timing import Spread, interleaved, ratios
 from vlm_export.runtime.engines.openvino import computes_in_bf16
 
@@ -156,6 +158,15 @@ def test_the_fastest_within_the_bound_is_recommended() -> None:
     assert stricter is not None
     assert stricter.call == "vlm_export.load('a bundle', precision='fp32', threads=2)"
     assert result_of(times, {**cosines, exact: None, fast: None, wrong: None}).recommendation() is None
+
+
+def test_names_in_a_plot_do_not_lie_on_one_another() -> None:
+    marks = [Mark(f"side {number}", 1 + number / 100, 0.01) for number in range(6)]
+    plot = ElementTree.fromstring(mark_plot("a plot", [*marks, Mark("far away", 900.0, 0.01)]))
+    texts = {text.text: text for text in plot.iter("{http://www.w3.org/2000/svg}text")}
+    heights = sorted(float(texts[mark.label].get("y", "nan")) for mark in marks)
+    assert min(b - a for a, b in pairwise(heights)) >= 11
+    assert {"0", "200", "1e+03"} <= set(texts)
 
 
 def test_the_command_prints_a_table_json_and_plots(

@@ -20,6 +20,7 @@ from vlm_export.errors import EnvironmentFailure, UsageError
 from vlm_export.exporting.lowerings.operators import GELU_OPSET, lower_attention, lower_tanh_gelu
 from vlm_export.exporting.lowerings.resample import Interpolation, InterpolationLowering, lower_interpolation
 from vlm_export.exporting.lowerings.resample_resize import RESIZE_OPSET
+from vlm_export.exporting.repeated_blocks import traced_in_blocks
 from vlm_export.family import Part
 from vlm_export.graph.core.skeleton import SKELETON_THRESHOLD_BYTES, attach_weights
 from vlm_export.specs.signature import Axis
@@ -120,6 +121,10 @@ def example_tensors(part: Part) -> tuple[torch.Tensor, ...]:
 
 
 def _export_dynamo(part: Part, opset: int) -> ir.Model:
+    return traced_in_blocks(part, lambda short: _trace_dynamo(short, opset))
+
+
+def _trace_dynamo(part: Part, opset: int) -> ir.Model:
     signature = part.signature
     dims = {axis.name: _dimension(axis) for axis in signature.axes}
     shapes = [{i: dims[a] for i, a in enumerate(t.shape) if isinstance(a, str)} for t in signature.inputs]
