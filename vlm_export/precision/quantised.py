@@ -419,11 +419,13 @@ def kept_weights(graph: ir.Graph, recipe: Recipe) -> dict[str, str]:
     products = [weight for node in graph if (weight := product_weight(node)) is not None]
     total = sum(constant(weight).size for weight in products)
     last = set(_last_products(graph))
+    # Together: a decoder hands out the keys and values of each of its layers.
+    few = sum(constant(weight).size for weight in last) <= recipe.kept_share * total
     for weight in products:
         size = constant(weight).size
         if size < recipe.least_values:
             kept[str(weight.name)] = f"it has {size} values"
-        elif weight in last and size <= recipe.kept_share * total:
+        elif weight in last and few:
             kept[str(weight.name)] = "the last product before an output"
     for node in graph:
         table = table_weight(node)

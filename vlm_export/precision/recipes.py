@@ -27,8 +27,8 @@ class Recipe:
         smooths: whether outliers of norms move into the weights behind them first (`precision/smoothing.py`).
         convolutions: whether convolutions are quantised but for those that read an input of the graph.
         least_values: weights of fewer values stay in float32: they hold nothing worth saving.
-        kept_share: the last product before an output (a projection, a pooling head's end) stays in float32 where it
-            holds at most this share of the products' values.
+        kept_share: the last products before the outputs (a projection, a pooling head's end) stay in float32 where they
+            hold at most this share of the products' values.
         tells: a sentence without its end, for the record and the documentation.
     """
 
