@@ -15,12 +15,16 @@ WIDTH, LAYERS = 40, 80
 def chain(outputs: list[int]) -> ir.Graph:
     """Products one behind the other, those of the numbers being outputs too; each holds 1.25 % of all values."""
     value = ir.Value(name="x", shape=ir.Shape(["batch", WIDTH]), type=ir.TensorType(ir.DataType.FLOAT))
-    first, nodes, weights, handed = value, [], [], []
+    first = value
+    nodes: list[ir.Node] = []
+    weights: list[ir.Value] = []
+    handed: list[ir.Value] = []
     for number in range(LAYERS):
         tensor = ir.tensor(np.ones((WIDTH, WIDTH), np.float32), name=f"weight.{number}")
-        weights.append(ir.Value(name=tensor.name, const_value=tensor, shape=tensor.shape, type=first.type))
+        weights.append(ir.Value(name=tensor.name, const_value=tensor, shape=ir.Shape([WIDTH, WIDTH]), type=first.type))
         node = ir.node("MatMul", [value, weights[-1]])
-        value, nodes = node.outputs[0], [*nodes, node]
+        nodes.append(node)
+        value = node.outputs[0]
         value.name = f"y.{number}"
         handed += [value] if number in outputs else []
     return ir.Graph([first], handed, nodes=nodes, initializers=weights, opset_imports={"": 18})
