@@ -37,6 +37,7 @@ def bundle(shared_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPath
             source = tmp_path_factory.mktemp("source") / "model"
             models.MAKERS[name](source)
             options = models.OPTIONS.get(name, {})
+            source = next(source.glob("*.pth"), source)
             vlm_export.export(str(source), target, exporter="torchscript", opset=18, threads=1, **options)
 
         return shared_bundle(f"packaged-{name}", export)

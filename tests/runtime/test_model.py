@@ -57,7 +57,7 @@ def test_what_is_no_path_is_refused(call: Callable[[Any], object]) -> None:
 
 
 def test_package_exports_one_loader_and_one_class() -> None:
-    verbs = {"export", "ExportResult", "verify", "VerificationResult"}
+    verbs = {"export", "export_package", "ExportedPackage", "ExportResult", "verify", "VerificationResult"}
     verbs |= {"quantize", "QuantizeResult", "package", "page", "bench", "embed", "EmbedOptions", "EmbedResult"}
     verbs |= {"bisect", "check", "diff", "doctor", "ranges", "regress", "report"}
     assert set(vlm_export.__all__) == {"Model", "__version__", "load", *verbs}
