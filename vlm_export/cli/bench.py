@@ -36,7 +36,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--graph",
         nargs="+",
-        type=existing_path,
+        type=Path,
         default=(),
         metavar="FILE",
         help="graphs (.onnx, for OpenVINO also .xml) with the inputs and outputs of the one part, to run beside it",
@@ -104,7 +104,7 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images",
         nargs="+",
-        type=existing_path,
+        type=Path,
         default=(),
         metavar="PATH",
         help="images, or folders of them: read, decoded, prepared and embedded, beside fastembed where it is installed",
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
         check_output(args.plot, overwrite=True)
     options = BenchOptions(
         parts=args.part,
-        images=args.images,
+        images=[existing_path(path) for path in args.images],
         tasks=args.task,
         new_tokens=args.new_tokens,
         prompt=args.prompt,
@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
         lengths=args.length,
         rounds=args.rounds,
         against=args.against,
-        graphs=args.graph,
+        graphs=[existing_path(path) for path in args.graph],
         least_cosine=args.least_cosine,
     )
     found = bench(existing_path(args.bundle), options, progress=(lambda *_: None) if args.quiet else _progress())

@@ -76,17 +76,17 @@ def providers(args: argparse.Namespace) -> tuple[str, ...]:
     return tuple(args.provider or ("cpu",))
 
 
-def existing_path(text: str) -> Path:
+def existing_path(name: str | Path) -> Path:
     """A path that exists; UsageError otherwise, InputError where the system does not say."""
-    path = Path(text)
+    path = Path(name)
     try:
         found = path.exists()
     except OSError as error:
-        raise machine_fault(error, text) or InputError(
-            "a path cannot be looked at", where=text, got=error.strerror or str(error)
+        raise machine_fault(error, str(name)) or InputError(
+            "a path cannot be looked at", where=str(name), got=error.strerror or str(error)
         ) from error
     if not found:
-        raise UsageError("there is no such file or directory", where=text)
+        raise UsageError("there is no such file or directory", where=str(name))
     return path
 
 

@@ -62,19 +62,19 @@ def _add_samples(parser: argparse.ArgumentParser) -> None:
         "--images",
         action="append",
         default=[],
-        type=existing_path,
+        type=Path,
         metavar="PATH",
         help="images, or a folder of them, to measure on, repeatable",
     )
     parser.add_argument(
         "--texts",
-        type=existing_path,
+        type=Path,
         metavar="FILE",
         help="texts to measure on, one a line; NAME<tab>TEXT belongs to the image of that name, for retrieval@1",
     )
     parser.add_argument(
         "--labels",
-        type=existing_path,
+        type=Path,
         metavar="DIR",
         help="a folder of images for each label, named as the label, for zero-shot",
     )
@@ -95,9 +95,9 @@ def run(args: argparse.Namespace) -> int:
             args.precision,
             parts=tuple(args.part),
             budget=args.budget,
-            images=tuple(args.images),
-            texts=args.texts,
-            labels=args.labels,
+            images=tuple(existing_path(path) for path in args.images),
+            texts=None if args.texts is None else existing_path(args.texts),
+            labels=None if args.labels is None else existing_path(args.labels),
             template=args.template,
             output=output,
             overwrite=args.overwrite,
