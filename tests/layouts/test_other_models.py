@@ -144,11 +144,12 @@ def test_scores_and_names_of_sigmoid_models(bundle: Bundle, tmp_path: Path) -> N
 @pytest.mark.parametrize("variant", ["222m", "450m", "split"])
 def test_the_chat_template_writes_our_prompt(nanovlm_bundle: Bundle, tmp_path: Path, variant: str) -> None:
     """With transformers' own tokenizer, a question about one image and one without become the ids of the runtime."""
-    package(nanovlm_bundle(variant), tmp_path / "out", "transformers.js", threads=1)
+    packed = package(nanovlm_bundle(variant), tmp_path / "out", "transformers.js", threads=1)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     model = vlm_export.load(tmp_path / "out", threads=1)
     spec = model.manifest.task(ChatSpec)
     assert spec is not None
+    assert any("this model's prompt has none" in note for note in packed.notes) == (spec.layout == "prepended")
     words = {"type": "text", "text": "What's this, a \n cat?"}
     for grids, content in (([(1, 1)], [{"type": "image"}, words]), ([], words["text"])):
         if spec.layout == "prepended" and not grids:

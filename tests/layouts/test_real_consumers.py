@@ -26,9 +26,11 @@ from chromium import chromium, served
 from PIL import Image
 
 import vlm_export
+from vlm_export.lab.bench_runs import token_stream
 from vlm_export.layouts.package import package
 from vlm_export.proof.contract_inputs import contract_images
 from vlm_export.runtime.inputs.images import open_image, preprocess_image
+from vlm_export.runtime.tasks.prepared_images import prepare_image
 
 pytestmark = pytest.mark.slow
 Array = npt.NDArray[Any]
@@ -139,6 +141,19 @@ const name = path.basename(asked.folder);
 {body}
 fs.writeFileSync(process.argv[3], JSON.stringify(answer));
 """
+# A chat with one image of ours, by its own generation.
+NODE_CHAT = """
+import { AutoModelForImageTextToText } from '@huggingface/transformers';
+env.allowRemoteModels = false;
+const model = await AutoModelForImageTextToText.from_pretrained(name);
+const tokenizer = await AutoTokenizer.from_pretrained(name);
+const content = [{ type: 'image' }, { type: 'text', text: asked.texts[0] }];
+const prompt = tokenizer.apply_chat_template([{ role: 'user', content }], { tokenize: false });
+const words = tokenizer(prompt, { add_special_tokens: false });
+const pixel_values = new Tensor('float32', Float32Array.from(asked.pixels.flat(Infinity)), asked.shape);
+const found = await model.generate({ ...words, pixel_values, max_new_tokens: asked.tokens, do_sample: false });
+const answer = { ids: found.tolist()[0].map(Number).slice(words.input_ids.dims[1]) };
+"""
 # Its engine's files lie beside it, where they would be fetched from a host of files otherwise.
 PAGE_FRAME = """<!doctype html>
 <meta charset="utf-8">
@@ -181,10 +196,10 @@ def node_home(node_with: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def in_node(node_home: Path) -> Callable[..., dict[str, Array]]:
-    """`in_node(asked)`: what transformers.js answers on Node.js."""
+    """`in_node(asked)`: what transformers.js answers on Node.js, where a body leaves it in `answer`."""
 
-    def ask(asked: Mapping[str, Any]) -> dict[str, Array]:
-        (node_home / "ask.mjs").write_text(NODE_FRAME.replace("{body}", TRANSFORMERS_JS), encoding="utf-8")
+    def ask(asked: Mapping[str, Any], body: str = TRANSFORMERS_JS) -> dict[str, Array]:
+        (node_home / "ask.mjs").write_text(NODE_FRAME.replace("{body}", body), encoding="utf-8")
         return answered(["node", node_home / "ask.mjs"], node_home, asked)
 
     return ask
@@ -392,6 +407,28 @@ def test_transformers_js_in_chromium(asked: Any, in_browser: Any, figures: Any, 
     pixels = {"pixels": at.pixels.tolist(), "shape": list(at.pixels.shape)}
     got = in_browser({**at.question("transformers.js"), **pixels})
     figures[name, "transformers.js 4.3.2, Chromium"] = check_transformers_js(at, got)
+
+
+def test_transformers_js_chats(nanovlm_bundle: Callable[[str], Path], in_node: Any, tmp_path: Path) -> None:
+    """A model of words, on our pixels: its greedy tokens are those of the runtime."""
+    question, tokens, bundle = "What is in this image?", 6, nanovlm_bundle("450m")
+    package(bundle, tmp_path / "packaged", "transformers.js", threads=1)
+    model = vlm_export.load(bundle, threads=1)
+    image_path = tmp_path / "image.png"
+    Image.open(io.BytesIO(contract_images(64)[0].content)).save(image_path)
+    (expected,) = token_rows(model, image_path, question, tokens)
+    spec = model.manifest.image
+    assert spec is not None
+    pixels = prepare_image(open_image(image_path), spec, "image").tiles
+    asked = {"folder": str(tmp_path / "packaged"), "texts": [question], "tokens": tokens}
+    got = in_node({**asked, "pixels": pixels.tolist(), "shape": list(pixels.shape)}, NODE_CHAT)
+    np.testing.assert_array_equal(got["ids"], expected)
+
+
+def token_rows(model: Any, image: Path, question: str, tokens: int) -> Array:
+    ids = [token.token_id for token in token_stream(model, "chat", [image], question, tokens)]
+    rows: Array = np.array(ids).reshape(tokens, -1).T
+    return rows
 
 
 @pytest.mark.parametrize("name", MODELS)

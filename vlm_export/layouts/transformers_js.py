@@ -69,6 +69,11 @@ def lay_out(packing: Packing) -> None:
         packing.write_json(layout.TOKENIZER_CONFIG_NAME, stated)
         if talk.layout == "tiles":
             packing.notes.append("the chat template writes the prompt of one image that is not cut into tiles")
+        if talk.layout == "prepended":
+            packing.notes.append(
+                f"{packing.consumer} puts an image's features in the place of a token, and this model's prompt has "
+                "none: ask it with vlm_export.load, or run its three graphs"
+            )
     variants = [variant for part in packing.parts for variant in part.variants]
     config = layout.hub_config(packing.json(layout.CONFIG_NAME), variants)
     packing.write_json(layout.CONFIG_NAME, _with_dtype(config, packing))

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_export.errors import InputError, UsageError
-from vlm_export.runtime.inputs.images import ImageSource, named_decoding, open_image, read_stream, readable_formats
+from vlm_export.runtime.inputs.images import ImageSource, named_decoding, open_image, read_stream
 
 Images: TypeAlias = "ImageSource | Sequence[ImageSource]"
 Unreadable: TypeAlias = Callable[[int, InputError], None]
@@ -78,8 +78,7 @@ def image_files(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    endings = (*(f".{ending.lower()}" for ending in readable_formats()), ".jpg", ".jpeg", ".tif")
-    found = sorted(entry for entry in path.iterdir() if entry.is_file() and entry.name.lower().endswith(endings))
+    found = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file())
     if not found:
         raise UsageError("a folder holds no images", where=str(path), expected="files such as photo.jpg")
     return found
