@@ -11,8 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from vlm_export.bundle.manifest import VariantRecord
-from vlm_export.bundle.openvino_ir import SUFFIX
+from vlm_export.bundle.manifest import IR_SUFFIX, VariantRecord
 from vlm_export.errors import InputError, UsageError, suggestion
 from vlm_export.specs import ImageSpec, PatchSpec
 
@@ -49,7 +48,7 @@ def graph_path(part: str, precision: str) -> str:
 
 def ir_path(part: str, precision: str) -> str:
     """Path of a graph in OpenVINO's own form relative to the bundle; UsageError for an unknown precision."""
-    return f"{IR_DIRECTORY}/{_graph_stem(part, precision)}{SUFFIX}"
+    return f"{IR_DIRECTORY}/{_graph_stem(part, precision)}{IR_SUFFIX}"
 
 
 def _graph_stem(part: str, precision: str) -> str:

@@ -18,6 +18,8 @@ from vlm_export.specs.signature import Signature
 from vlm_export.specs.tasks import ChatSpec, EmbedSpec, FeatureSpec, FoundTask, TaskSpec, find_task
 
 MANIFEST_NAME = "vlm_export.json"
+IR_SUFFIX = ".xml"
+"""Of graphs in OpenVINO's own form (`bundle/openvino_ir.py`)."""
 SCHEMA_VERSION = 2
 # In the order in which a bundle is used by those who do not choose.
 PRECISIONS = ("fp32", "fp16", "w8a16", "int8", "int8-static", "int4")
@@ -101,6 +103,8 @@ class VariantRecord(Spec):
         checked_relative_name(self.file, "file")
         for name in self.external_data:
             checked_relative_name(name, "external_data")
+        if (self.oldest_onnxruntime is None) != self.file.endswith(IR_SUFFIX):
+            raise self.refusal("oldest_onnxruntime", f"none for {IR_SUFFIX} files alone")
 
 
 @dataclass(frozen=True)

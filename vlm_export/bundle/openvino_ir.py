@@ -19,10 +19,10 @@ from pathlib import Path, PurePosixPath
 from typing import NoReturn
 from xml.parsers import expat
 
+from vlm_export.bundle.manifest import IR_SUFFIX
 from vlm_export.bundle.safe_files import opened_real_file
 from vlm_export.errors import InputError
 
-SUFFIX = ".xml"
 _DATA_SUFFIX = ".bin"
 _MAX_NETWORK_BYTES = 256 << 20
 _SPAN_BYTES = 64 << 20
@@ -49,7 +49,7 @@ class IrConstant:
 
 def is_ir(graph: str | os.PathLike[str]) -> bool:
     """Whether a graph's file is OpenVINO's own form, which no other engine runs."""
-    return os.fspath(graph).endswith(SUFFIX)
+    return os.fspath(graph).endswith(IR_SUFFIX)
 
 
 def data_file(graph: str) -> str:
