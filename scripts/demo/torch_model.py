@@ -81,7 +81,7 @@ class TorchSession(Session):
             files=(TOKENIZER_NAME,),
         )
         bundle = SimpleNamespace(manifest=manifest, root=tokenizer.parent, file=lambda _: tokenizer)
-        super().__init__(cast(OpenBundle, bundle), precision="fp32")
+        super().__init__(cast(OpenBundle, bundle), precision="fp32", engine="onnxruntime")
         self._modules = {part.name: ModuleEngine(part) for part in built.parts}
 
     def engine(self, part: str) -> Engine:

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlm_export.bundle.openvino_ir import check_ir, constant_digests, data_file, is_ir, read_ir
+from vlm_export.bundle.manifest import is_ir
+from vlm_export.bundle.openvino_ir import check_ir, constant_digests, data_file, read_ir
 from vlm_export.errors import InputError
 
 CONSTANT = '<data element_type="f32" shape="2, 3" offset="8" size="24"/>'

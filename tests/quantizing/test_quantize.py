@@ -103,19 +103,22 @@ def test_the_naive_recipe_stands_beside(quantised: Callable[[str], Path]) -> Non
 
 
 def test_what_is_not_measured_is_told(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A budget's key that nothing here answers, and what the user names beyond what is taken."""
+    """A budget's key that nothing here answers is refused; what the user names beyond what is taken is told."""
     monkeypatch.setattr("vlm_export.quantizing.samples._MOST_TEXTS", 2)
     (tmp_path / "texts.txt").write_text("a red circle\na blue circle\na green circle\n", encoding="utf-8")
     options: dict[str, Any] = {
         "texts": tmp_path / "texts.txt",
-        "budget": "exact-match=0.9",
         "parts": ("text",),
         "threads": 1,
     }
+    before = contents(copied)
+    for key in ("exact-match=0.9", "zero-shot=1pp", "retrieval@1=1pp"):
+        with pytest.raises(UsageError, match=f"states {key.partition('=')[0]}, and nothing here measures it"):
+            vlm_export.quantize(copied, "int8", budget=key, **options)
+    assert contents(copied) == before
     vlm_export.quantize(copied, "int8", **options)
     ((_, loss),) = losses(open_bundle(copied))
     assert "of your 3 texts the first 2 were taken" in loss.notes
-    assert "the budget states exact-match, and nothing here measures it" in loss.notes
 
 
 def test_over_budget_is_refused_with_the_figure_and_nothing_is_touched(copied: Path) -> None:

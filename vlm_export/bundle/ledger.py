@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from vlm_export.bundle.layout import LEDGER_NAME
-from vlm_export.bundle.manifest import Count, Sha256, VariantRecord
+from vlm_export.bundle.manifest import Count, Sha256, VariantRecord, is_ir
 from vlm_export.bundle.onnx_protobuf import StoredTensor, read_onnx
 from vlm_export.bundle.opened import OpenBundle
-from vlm_export.bundle.openvino_ir import constant_digests, is_ir, read_ir
+from vlm_export.bundle.openvino_ir import constant_digests, read_ir
 from vlm_export.bundle.quantised import QuantisedFrom
 from vlm_export.bundle.safe_files import opened_real_file, record_of_file
 from vlm_export.bundle.strict_json import json_object_from_bytes

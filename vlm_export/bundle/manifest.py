@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,11 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\\:]")
 Sha256: TypeAlias = Annotated[str, matches(r"[0-9a-f]{64}", "64 lower-case hexadecimal digits")]
 Release: TypeAlias = Annotated[str, matches(r"[0-9]{1,4}(\.[0-9]{1,4}){2}", "a release, as 1.23.0")]
 Count: TypeAlias = Annotated[int, between(0)]
+
+
+def is_ir(graph: str | os.PathLike[str]) -> bool:
+    """Whether a graph's file is OpenVINO's own form, which no other engine runs."""
+    return os.fspath(graph).endswith(IR_SUFFIX)
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ class VariantRecord(Spec):
         checked_relative_name(self.file, "file")
         for name in self.external_data:
             checked_relative_name(name, "external_data")
-        if (self.oldest_onnxruntime is None) != self.file.endswith(IR_SUFFIX):
+        if (self.oldest_onnxruntime is None) != is_ir(self.file):
             raise self.refusal("oldest_onnxruntime", f"none for {IR_SUFFIX} files alone")
 
 

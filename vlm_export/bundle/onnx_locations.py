@@ -9,9 +9,9 @@ import posixpath
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vlm_export.bundle.manifest import Manifest, VariantRecord, checked_relative_name
+from vlm_export.bundle.manifest import Manifest, VariantRecord, checked_relative_name, is_ir
 from vlm_export.bundle.onnx_protobuf import Buffer, OnnxContents, StoredTensor, read_onnx
-from vlm_export.bundle.openvino_ir import check_ir, is_ir
+from vlm_export.bundle.openvino_ir import check_ir
 from vlm_export.bundle.safe_files import opened_real_file
 from vlm_export.errors import InputError
 

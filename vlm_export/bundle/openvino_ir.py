@@ -19,13 +19,13 @@ from pathlib import Path, PurePosixPath
 from typing import NoReturn
 from xml.parsers import expat
 
-from vlm_export.bundle.manifest import IR_SUFFIX
 from vlm_export.bundle.safe_files import opened_real_file
 from vlm_export.errors import InputError
 
 _DATA_SUFFIX = ".bin"
-_MAX_NETWORK_BYTES = 256 << 20
+_MAX_NETWORK_BYTES = 64 << 20
 _SPAN_BYTES = 64 << 20
+_SEEN = " seen"  # no name of an attribute
 _REFUSE = "do not use this bundle; export the model again"
 _OPERATOR_SET = re.compile(r"opset[0-9]{1,3}")
 # The element types of constants: the number of ONNX's TensorProto.DataType, and the bits of one value.
@@ -45,11 +45,6 @@ class IrConstant:
     shape: tuple[int, ...]
     offset: int
     size_bytes: int
-
-
-def is_ir(graph: str | os.PathLike[str]) -> bool:
-    """Whether a graph's file is OpenVINO's own form, which no other engine runs."""
-    return os.fspath(graph).endswith(IR_SUFFIX)
 
 
 def data_file(graph: str) -> str:
@@ -98,8 +93,10 @@ def read_ir(root: Path, graph: str) -> tuple[IrConstant, ...]:
             raise _malformed(where, f"{size} bytes")
         reader = _Reader(where)
         try:
-            reader.parser.ParseFile(file)
-        except expat.ExpatError as error:
+            # In one piece: of pieces, expat reads a long attribute again and again.
+            reader.parser.Parse(file.read(), True)
+        # ValueError: an encoding that expat does not have.
+        except (expat.ExpatError, ValueError) as error:
             raise _malformed(where, str(error)) from error
     return tuple(reader.constants)
 
@@ -130,7 +127,7 @@ class _Reader:
         self.constants: list[IrConstant] = []
         self._names: set[str] = set()
         self._depth = 0
-        self._layer: Mapping[str, str] = {}
+        self._layers: list[dict[str, str]] = []
         self.parser = expat.ParserCreate()
         self.parser.StartElementHandler = self._start
         self.parser.EndElementHandler = self._end
@@ -141,7 +138,11 @@ class _Reader:
             raise _malformed(self.where, f"an element {name!r:.60}")
         self._depth += 1
         if name == "layer":
-            self._layer = attributes
+            self._layers.append(dict(attributes))
+            kind = attributes.get("type", "")
+            # OpenVINO knows some names of other case, and ends the process on one without its values.
+            if kind != "Const" and kind.lower() in ("const", "constant"):
+                raise _malformed(self.where, f"a layer of the type {kind!r}")
             if not _OPERATOR_SET.fullmatch(attributes.get("version", "")):
                 raise InputError(
                     f"the graph uses an operator {attributes.get('type', '')!r:.60} that OpenVINO itself does not have",
@@ -150,21 +151,28 @@ class _Reader:
                     got=repr(attributes.get("version", ""))[:60],
                     fix=_REFUSE,
                 )
-        elif name == "data" and self._layer.get("type") == "Const":
-            self.constants.append(self._constant(attributes))
+        elif name == "data":
+            layer = self._layers[-1] if self._layers else {}
+            if layer.get("type") == "Const":
+                self.constants.append(self._constant(layer, attributes))
+                layer[_SEEN] = "1"
+            elif "offset" in attributes:
+                raise _malformed(self.where, f"values in a layer of the type {layer.get('type', '')!r:.60}")
 
     def _end(self, name: str) -> None:
         self._depth -= 1
         if name == "layer":
-            self._layer = {}
+            layer = self._layers.pop()
+            if layer.get("type") == "Const" and _SEEN not in layer:
+                raise _malformed(self.where, f"a constant {layer.get('name', '')!r:.60} without values")
 
     def _refuse_doctype(self, *_: object) -> NoReturn:
         raise _malformed(self.where, "a document type, with which XML can name other files")
 
-    def _constant(self, data: Mapping[str, str]) -> IrConstant:
-        name = self._layer.get("name", "")
+    def _constant(self, layer: Mapping[str, str], data: Mapping[str, str]) -> IrConstant:
+        name = layer.get("name", "")
         if name in self._names:
-            name = f"{name}#{self._layer.get('id', '')}.{len(self.constants)}"
+            name = f"{name}#{layer.get('id', '')}.{len(self.constants)}"
         self._names.add(name)
         kind, bits = _ELEMENTS.get(data.get("element_type", ""), (0, 0))
         sizes = [size.strip() for size in data.get("shape", "").split(",")]

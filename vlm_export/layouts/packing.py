@@ -11,10 +11,9 @@ from typing import Any
 from vlm_export.bundle import layout
 from vlm_export.bundle.initializers import StoredValues, stored_initializers
 from vlm_export.bundle.ledger import GraphLedger, LedgerEntry, found_ledger, ledger_to_bytes, read_ledger
-from vlm_export.bundle.manifest import MANIFEST_NAME, PartRecord, VariantRecord
+from vlm_export.bundle.manifest import MANIFEST_NAME, PartRecord, VariantRecord, is_ir
 from vlm_export.bundle.oldest_engine import oldest_onnxruntime
 from vlm_export.bundle.opened import OpenBundle
-from vlm_export.bundle.openvino_ir import is_ir
 from vlm_export.bundle.publish import Staging
 from vlm_export.bundle.strict_json import json_object_from_bytes
 from vlm_export.errors import InputError

@@ -109,10 +109,10 @@ def _pixels_graph(packing: Packing, vision: ConsumerGraph) -> ConsumerGraph | No
     part = next((part for part in manifest.parts if [spec.dtype for spec in part.signature.inputs] == ["uint8"]), None)
     if part is None:
         return None
-    variant = part.served_by(_FLOAT32)
-    model = open_model(packing.bundle.model_files(variant))
-    found = _same_place(vision.model.graph.inputs[0], model.graph)
-    if variant.precision != _FLOAT32 or found is None:
+    variant = next((variant for variant in part.variants if variant.precision == _FLOAT32), None)
+    model = None if variant is None else open_model(packing.bundle.model_files(variant))
+    found = None if model is None else _same_place(vision.model.graph.inputs[0], model.graph)
+    if model is None or found is None:
         packing.notes.append("the graph of uint8 images could not be cut before the encoder: there is no ensemble")
         return None
     image, (prepared,), (taken,) = packing.image_spec, vision.signature.inputs, part.signature.inputs

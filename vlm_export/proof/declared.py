@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_export import __version__
-from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest, VariantRecord
+from vlm_export.bundle.manifest import MANIFEST_NAME, Manifest, VariantRecord, is_ir
 from vlm_export.bundle.oldest_engine import oldest_onnxruntime
 from vlm_export.bundle.opened import OpenBundle
-from vlm_export.bundle.openvino_ir import is_ir
 from vlm_export.errors import VerificationError
 from vlm_export.proof.contract_files import Difference, differences
 

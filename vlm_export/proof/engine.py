@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from vlm_export.bundle.manifest import Manifest, VariantRecord
+from vlm_export.bundle.manifest import Manifest, VariantRecord, is_ir
 from vlm_export.bundle.opened import OpenBundle
-from vlm_export.bundle.openvino_ir import is_ir
 from vlm_export.errors import EnvironmentFailure
 from vlm_export.proof.points import EngineRun
 from vlm_export.runtime.engines.choice import OPENVINO, engine_choice

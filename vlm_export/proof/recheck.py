@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from vlm_export.bundle.ledger import check_ledger
-from vlm_export.bundle.manifest import PartRecord, VariantRecord
+from vlm_export.bundle.manifest import PartRecord, VariantRecord, is_ir
 from vlm_export.bundle.opened import OpenBundle
-from vlm_export.bundle.openvino_ir import is_ir
 from vlm_export.errors import InputError
 from vlm_export.proof.engine import openvino_label
 from vlm_export.proof.floor import ELSEWHERE, Floor, FloorJudge, floor_from_json

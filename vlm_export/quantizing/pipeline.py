@@ -41,6 +41,10 @@ from vlm_export.runtime.engines.onnxruntime import Engine, OrtEngine
 
 _SCRATCH = "scratch"
 _MAX_CAUSE = 160
+_MEASURED_ON: Mapping[BudgetKey, str] = {
+    "zero-shot": "name labelled images: --labels DIR",
+    "retrieval@1": "name images and the texts that belong to them: --images DIR --texts FILE",
+}
 FLOAT32 = PRECISIONS[0]
 
 
@@ -400,11 +404,10 @@ class _Job:
         size = float32_bytes(self.bundle, part)
         outputs, golden, count = self._losses(part, feeds, graph.paths[0])
         measured = loss_of(outputs, golden, tasks, graph.size_bytes / size)
-        notes += [
-            f"the budget states {key}, and nothing here measures it"
-            for key in stated_budget(self.options.budget)
-            if measured.figure(key) is None
-        ]
+        for key in stated_budget(self.options.budget):
+            if measured.figure(key) is None:
+                fix = f"{_MEASURED_ON.get(key, 'name images and texts of your own')}, or leave it out of the budget"
+                raise UsageError(f"the budget states {key}, and nothing here measures it", where="--budget", fix=fix)
         naive_loss = None
         if naive is not None:
             naive_outputs, naive_golden, _ = self._losses(part, feeds, naive)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import os
-import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -92,6 +91,8 @@ def test_a_folder_says_what_it_holds(shard_format: Any, two_workers: Model, imag
     assert (state.complete, state.shards, state.rows, state.skipped) == (True, 4, 22, 2)
     assert [Path(entry.item).name for entry in skipped_items(output)] == ["k03.png", "k11.png"]
     assert all(entry.reason for entry in skipped_items(output))
+    if shard_format == "parquet":
+        assert pyarrow.parquet.read_table(output).column("item").to_pylist() == list(embeddings_at(output).items)
 
 
 def test_what_is_there_is_kept_unless_it_may_go(
@@ -104,8 +105,9 @@ def test_what_is_there_is_kept_unless_it_may_go(
     assert "--resume" in refused.value.fix
     with pytest.raises(InputError, match="the inputs are not those of the run that is resumed"):
         embed(two_workers, [images], output, options(resume=True))
-    with pytest.raises(InputError, match="another items of a shard"):
-        embed(two_workers, [images / "below"], output, options(resume=True, shard_items=5))
+    for changed in ({"shard_items": 5}, {"truncate": True}):
+        with pytest.raises(InputError, match=f"another value of --{next(iter(changed)).replace('_', '-')}"):
+            embed(two_workers, [images / "below"], output, options(resume=True, **changed))
     check_whole(embed(two_workers, [images], output, options(overwrite=True)), output, readable, expected)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary").write_text("mine")
@@ -117,26 +119,6 @@ def test_what_is_there_is_kept_unless_it_may_go(
             embed(two_workers, [images], place, options())
     with pytest.raises(UsageError, match="whole or not there"):
         embed(two_workers, [images], tmp_path / "x.npy", options(resume=True))
-
-
-def test_a_killed_run_goes_on(
-    harness: ModuleType, tiny_bundle: Path, images: Path, readable: list[Path], expected: Any, tmp_path: Path
-) -> None:
-    output = tmp_path / "out"
-
-    def work() -> None:
-        embed(load(tiny_bundle, threads=2), [images], output, options(shard_format="npy"))
-
-    def check() -> None:
-        before = {path: path.stat().st_mtime_ns for path in output.glob("part-*.npy")}
-        found = embed(load(tiny_bundle, threads=2), [images], output, options(shard_format="npy", resume=True))
-        check_whole(found, output, readable, expected)
-        assert found.resumed == sum(npy_metadata(path)["shard"]["items"] for path in before)
-        assert all(path.stat().st_mtime_ns == changed for path, changed in before.items())
-        assert not [path.name for path in (*output.iterdir(), *tmp_path.iterdir()) if path.name.startswith(".")]
-        shutil.rmtree(output)
-
-    assert harness.kill_at_each_step(work, check, every=4, most=4000) > 5
 
 
 def test_an_error_stops_a_run_that_may_skip_nothing(two_workers: Model, images: Path, tmp_path: Path) -> None:
@@ -188,6 +170,12 @@ def test_inputs_that_cannot_be_read_are_told(two_workers: Model, images: Path, t
         with pytest.raises(InputError, match=match):
             embed(two_workers, [tmp_path / name], tmp_path / "x.npy", options(**chosen))
 
+    member = tarfile.TarInfo("a.png")
+    member.pax_headers = {"size": "-512"}
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(member)
+    refused("negative.tar", packed.getvalue(), "negative size")
     refused("a.tar", b"no archive", "an archive cannot be read")
     refused("a.csv", b"name\nx.png\n", "lacks a column")
     refused("b.csv", b"path\n\xff\n", "a table cannot be read")
@@ -196,8 +184,11 @@ def test_inputs_that_cannot_be_read_are_told(two_workers: Model, images: Path, t
     refused("a.txt", b"\n\n", "no lines")
     with pytest.raises(UsageError, match="files of their own"):
         embed(two_workers, [tmp_path / "a.txt", images], tmp_path / "x.npy")
-    with pytest.raises(UsageError, match="columns are those of a table"):
-        embed(two_workers, [images], tmp_path / "x.npy", options(columns=TableColumns("file")))
+    for more in ([], [tmp_path / "a.csv"]):
+        with pytest.raises(UsageError, match="columns are those of tables"):
+            embed(two_workers, [*more, images], tmp_path / "x.npy", options(columns=TableColumns("file")))
+    with pytest.raises(UsageError, match="name of ours"):
+        options(columns=TableColumns(keep=("item",)))
     with pytest.raises(UsageError, match=r"\.npy or \.parquet"):
         embed(two_workers, [images], tmp_path / "x.csv")
 
@@ -225,9 +216,13 @@ def test_a_damaged_shard_is_told(two_workers: Model, images: Path, tmp_path: Pat
     os.unlink(shard)
     assert embed(two_workers, [images], output, options(shard_format="npy", resume=True)).resumed == 17
     assert shard.read_bytes() == content
-    (output / "embeddings.json").write_text("{}")
+    (output / "_embeddings.json").write_text("{}")
+    (output / "part-mine.npy").write_bytes(b"mine")
     with pytest.raises(InputError, match=r"embeddings\.json"):
         embeddings_at(output)
+    embed(two_workers, [images], output, options(overwrite=True))
+    assert len(embeddings_at(output).items) == 22
+    assert (output / "part-mine.npy").exists()
 
 
 def test_it_is_public(tiny_bundle: Path, images: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from vlm_export.bundle.environment import check_free_space, environment_errors
-from vlm_export.bundle.openvino_ir import is_ir
+from vlm_export.bundle.manifest import is_ir
 from vlm_export.bundle.staging import Staged, finish_commits, staging
 from vlm_export.errors import EnvironmentFailure, GraphError, UsageError, VlmExportError
 from vlm_export.graph.core.file_checks import attribute_protos, check_proto, graph_protos, tensor_protos

@@ -36,6 +36,7 @@ from vlm_export.runtime.bulk.items import Inputs, Item, Scan, TableColumns
 from vlm_export.runtime.inputs.images import FloatArray
 from vlm_export.runtime.model import Model
 from vlm_export.runtime.search.store import (
+    COLUMNS,
     EmbeddingsMeta,
     MoreColumns,
     checked_suffix,
@@ -82,6 +83,9 @@ class EmbedOptions:
     def __post_init__(self) -> None:
         if self.resume and self.overwrite:
             raise UsageError("a run either resumes or overwrites", fix="choose one of --resume and --overwrite")
+        for name in self.columns.keep:
+            if name in COLUMNS:
+                raise UsageError("a column has a name of ours", got=name, fix="rename it in the table")
         if min(self.batch_size, self.shard_items) < 1:
             raise UsageError("batches and shards have at least one item")
         if self.on_error not in ("skip", "stop"):
@@ -221,7 +225,10 @@ class _Run:
         shard_format = self.options.shard_format or _default_format()
         if shard_format == "parquet":
             pyarrow_modules()
-        state = FolderState(1, self.meta, shard_format, self.options.shard_items, tuple(self.options.columns.keep))
+        columns = tuple(self.options.columns.keep)
+        state = FolderState(
+            1, self.meta, shard_format, self.options.shard_items, columns, truncate=self.options.truncate
+        )
         check_folder(output, resume=self.options.resume, overwrite=self.options.overwrite)
         scan = self.inputs.scan()
         with (
@@ -296,6 +303,8 @@ class _Run:
             item = found.batch.items[index]
             if item.is_named or self.options.on_error == "stop":
                 raise error
+            # What led to it would be kept with it, for each of perhaps many.
+            error.__traceback__ = error.__cause__ = error.__context__ = None
             self.skipped[item.name] = error
         self._advance(len(found.batch.items), scan.count)
         return found

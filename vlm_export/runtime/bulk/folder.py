@@ -1,7 +1,7 @@
 """A folder of embeddings: shards that are whole or not there, and one JSON file that says what the folder is.
 
 A shard is a file of embeddings (`runtime/search/store.py`) of so many items that follow one another in the inputs. It
-also says, of all its items, how many there are, the sha256 of their names, and which were skipped and why: so a run
+also says, of all its items, how many there are, the sha256 of what names them, and which were skipped and why: so a run
 that was killed goes on with the first shard that is missing, and finds out where the inputs have changed meanwhile.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -35,8 +35,10 @@ from vlm_export.runtime.search.store import (
 )
 from vlm_export.specs.codec import Spec, between
 
-STATE_NAME = "embeddings.json"
-_PATTERN = "part-*"
+# Readers of Parquet leave out what begins with an underscore.
+STATE_NAME = "_embeddings.json"
+_PATTERN = f"part-{'[0-9]' * 6}"
+_FORMATS = ("parquet", "npy")
 _AGAIN = "embed into another folder, or replace this one with --overwrite"
 
 
@@ -54,7 +56,7 @@ class ShardRecord(Spec):
 
     Attributes:
         items: how many; those that were skipped are among them.
-        sha256: of their names.
+        sha256: of their names, places and columns.
         skipped: in their order.
     """
 
@@ -70,12 +72,13 @@ class ShardRecord(Spec):
 
 @dataclass(frozen=True)
 class FolderState(Spec):
-    """`embeddings.json`.
+    """`_embeddings.json`.
 
     Attributes:
         format: of the shards.
         shard_items: items of every shard but the last.
         columns: names of what a table says of each item.
+        truncate: whether texts are cut that are too long.
         complete: whether all inputs are in it; the numbers below are 0 until then.
         shards, rows: their number, and that of all embeddings.
         skipped: items without an embedding.
@@ -86,6 +89,7 @@ class FolderState(Spec):
     format: Literal["parquet", "npy"]
     shard_items: Annotated[int, between(1)]
     columns: tuple[str, ...]
+    truncate: bool
     complete: bool = False
     shards: Annotated[int, between(0)] = 0
     rows: Annotated[int, between(0)] = 0
@@ -122,12 +126,12 @@ class EmbeddingsFolder:
                 got=f"{meta.model} {meta.precision}",
                 fix=_AGAIN,
             )
-        if (record.items, record.sha256) != (len(items), _names_sha256(items)):
+        if (record.items, record.sha256) != (len(items), _items_sha256(items)):
             raise InputError(
                 "the inputs are not those of the run that is resumed",
                 where=str(path),
-                expected=f"{record.items} items that begin with shard {number}'s",
-                got=f"{len(items)}, the first of which is {items[0].name}",
+                expected=f"the {record.items} items that this shard was made of",
+                got=f"{len(items)} from {items[0].name} to {items[-1].name}: some were added, left out or moved",
                 fix=f"give the same inputs in the same order; or {_AGAIN}",
             )
         return record
@@ -143,7 +147,7 @@ class EmbeddingsFolder:
             skipped: number of an item of the shard → why it has no row.
         """
         reasons = tuple(Skipped(items[index].name, reason_text(error)) for index, error in sorted(skipped.items()))
-        record = ShardRecord(len(items), _names_sha256(items), reasons)
+        record = ShardRecord(len(items), _items_sha256(items), reasons)
         kept = [item for index, item in enumerate(items) if index not in skipped]
         columns = {name: [item.columns[at] for item in kept] for at, name in enumerate(self.state.columns)}
         write_embeddings(
@@ -192,16 +196,16 @@ def embeddings_folder(path: Path, state: FolderState, *, resume: bool, overwrite
     check_folder(path, resume=resume, overwrite=overwrite)
     with staging(path) as staged:
         # Of killed runs: whoever writes here holds this lock.
-        for left in path.glob(".*.vlm-export*"):
-            delete(left)
+        for name in (f"{_PATTERN}.*", STATE_NAME):
+            for left in path.glob(f".{name}.vlm-export*"):
+                delete(left)
         if (path / STATE_NAME).exists():
-            found = folder_state(path)
             if resume:
-                _check_same(path, found, state)
+                _check_same(path, folder_state(path), state)
             else:
                 # A shard that is left says itself what it is of.
                 _write_state(path, state, is_result=False)
-                for shard in path.glob(f"{_PATTERN}.{found.format}"):
+                for shard in [shard for known in _FORMATS for shard in path.glob(f"{_PATTERN}.{known}")]:
                     delete(shard)
         else:
             staged.path.mkdir()
@@ -229,7 +233,7 @@ def check_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def folder_state(path: Path) -> FolderState:
-    """What `embeddings.json` of a folder says; InputError where there is none, or it is damaged."""
+    """What `_embeddings.json` of a folder says; InputError where there is none, or it is damaged."""
     name = path / STATE_NAME
     try:
         content = name.read_bytes()
@@ -284,11 +288,12 @@ def _record_of(path: Path) -> ShardRecord:
     return ShardRecord.from_json(embeddings_metadata(path).get("shard"), str(path), fix=_AGAIN)
 
 
-def _names_sha256(items: Sequence[Item]) -> str:
+def _items_sha256(items: Sequence[Item]) -> str:
     digest = hashlib.sha256()
     for item in items:
-        name = item.name.encode("utf-8", "surrogateescape")
-        digest.update(len(name).to_bytes(8, "little") + name)
+        for text in (item.name, item.file, str(item.span), *item.columns):
+            part = text.encode("utf-8", "surrogateescape")
+            digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
 
 
@@ -298,12 +303,19 @@ def _write_state(path: Path, state: FolderState, *, is_result: bool) -> None:
 
 
 def _check_same(path: Path, found: FolderState, wanted: FolderState) -> None:
-    begun: Mapping[str, Any] = {**found.meta.to_json(), "format": found.format, "items of a shard": found.shard_items}
-    now: Mapping[str, Any] = {**wanted.meta.to_json(), "format": wanted.format, "items of a shard": wanted.shard_items}
+    begun, now = (
+        {
+            **state.meta.to_json(),
+            "--shard-format": state.format,
+            "--shard-items": state.shard_items,
+            "--truncate": state.truncate,
+        }
+        for state in (found, wanted)
+    )
     for name, value in begun.items():
         if name != "model" and now[name] != value:
             raise InputError(
-                f"the run that is resumed has another {name}",
+                f"the run that is resumed was begun with another value of {name}",
                 where=str(path),
                 expected=str(value),
                 got=str(now[name]),

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TextIO
 
 from vlm_export.errors import InputError, UsageError
 from vlm_export.machine_faults import machine_fault
-from vlm_export.runtime.inputs.images import ImageSource
+from vlm_export.runtime.inputs.images import MAX_STREAM_BYTES, ImageSource
 from vlm_export.runtime.inputs.sources import IMAGE_SUFFIXES
 from vlm_export.runtime.search.store import ItemKind, pyarrow_modules
 
@@ -46,8 +46,18 @@ class Item:
     def image(self) -> ImageSource:
         """What an image is decoded from; InputError where an archive is gone, or ends before it."""
         if self.span is None:
+            # A pipe among many would be waited for.
+            if not self.is_named and os.path.exists(self.file) and not os.path.isfile(self.file):
+                raise InputError("an image is no regular file", where=self.name, got=self.file or "no path")
             return Path(self.file)
         offset, size = self.span
+        if size > MAX_STREAM_BYTES:
+            raise InputError(
+                "an image of an archive is too large",
+                where=self.name,
+                expected=f"at most {MAX_STREAM_BYTES:,} bytes",
+                got=f"{size:,} bytes",
+            )
         try:
             with open(self.file, "rb") as archive:
                 archive.seek(offset)
@@ -104,12 +114,13 @@ class Inputs:
     columns: TableColumns = field(default_factory=TableColumns)
 
     def __post_init__(self) -> None:
+        tables = all(path.suffix.lower() in TABLE_SUFFIXES for path in self.paths) and not self.lists
+        if not tables and self.columns != TableColumns():
+            expected = f"inputs that all are {' or '.join(TABLE_SUFFIXES)}"
+            raise UsageError("columns are those of tables", expected=expected, fix="embed the others by themselves")
         texts = [path for path in self.paths if path.suffix.lower() == TEXT_SUFFIX and not path.is_dir()]
         if texts and len(texts) < len(self.paths) + len(self.lists):
             raise UsageError("images and texts go to files of their own", fix="run embed twice")
-        tables = any(path.suffix.lower() in TABLE_SUFFIXES for path in self.paths)
-        if not tables and self.columns != TableColumns():
-            raise UsageError("columns are those of a table", expected=f"an input {' or '.join(TABLE_SUFFIXES)}")
 
     @property
     def kind(self) -> ItemKind:
@@ -180,7 +191,8 @@ def _folder_items(folder: Path, other: Callable[[str], None]) -> Iterator[Item]:
             open_folders.pop()
         elif entry.is_dir(follow_symlinks=False):
             open_folders.append(iter(_entries(Path(entry.path))))
-        elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
+        # os.path: links that lead to themselves are no files, and no error.
+        elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(entry.path):
             yield Item(entry.path, entry.path)
         else:
             other(entry.path)
@@ -203,6 +215,9 @@ def _archive_items(path: Path, other: Callable[[str], None]) -> Iterator[Item]:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 name = f"{path}/{member.name}"
+                if member.size < 0:
+                    # tarfile would go back, and never end.
+                    raise InputError("an archive has a member of a negative size", where=name, got=str(member.size))
                 if member.isreg() and not member.issparse() and Path(name).suffix.lower() in IMAGE_SUFFIXES:
                     yield Item(name, str(path), (member.offset_data, member.size))
                 elif not member.isdir():
@@ -242,9 +257,13 @@ def _parquet_rows(path: Path, wanted: Sequence[str]) -> Iterator[Mapping[str, st
     try:
         with pq.ParquetFile(path) as table:
             _check_columns(path, wanted, table.schema_arrow.names)
+            kind = table.schema_arrow.field(wanted[0]).type
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                raise InputError("a table's paths are no texts", where=f"{path}: {wanted[0]}", got=str(kind))
             for batch in table.iter_batches(batch_size=_ROWS_READ, columns=list(dict.fromkeys(wanted))):
-                for row in batch.to_pylist():
-                    yield {name: "" if row[name] is None else str(row[name]) for name in wanted}
+                texts = [batch.column(name).cast(pa.string()).to_pylist() for name in wanted]
+                for row in zip(*texts, strict=True):
+                    yield {name: text or "" for name, text in zip(wanted, row, strict=True)}
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         fault = machine_fault(error, str(path)) if isinstance(error, OSError) else None
         raise fault or InputError("a table cannot be read", where=str(path), got=str(error)) from error
@@ -275,6 +294,9 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _text_file(path: Path) -> TextIO:
+    if path.exists() and not path.is_file():
+        # It is read twice: to count, and to embed.
+        raise InputError("a list is no regular file", where=str(path), fix="write it to a file first")
     try:
         return path.open(encoding="utf-8-sig", newline="" if path.suffix.lower() == ".csv" else "\n")
     except OSError as error:

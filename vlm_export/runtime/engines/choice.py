@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
-from vlm_export.bundle.manifest import Manifest, PartRecord
+from vlm_export.bundle.manifest import Manifest, PartRecord, is_ir
 from vlm_export.bundle.opened import OpenBundle
-from vlm_export.bundle.openvino_ir import is_ir
 from vlm_export.errors import InputError, UsageError, suggestion
 from vlm_export.runtime.engines.onnxruntime import CPU, Engine, OrtEngine, checked_threads, shape_text
 from vlm_export.runtime.engines.openvino import OpenVinoEngine

@@ -71,14 +71,14 @@ def image_list(images: Images) -> list[ImageSource]:
 
 
 def image_files(path: Path) -> list[Path]:
-    """The images that lie in a folder, by name; of another path the path itself.
+    """The images below a folder, in the order of their paths; of another path the path itself.
 
     Raises:
         UsageError: the folder holds none.
     """
     if not path.is_dir():
         return [path]
-    found = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file())
+    found = sorted(entry for entry in path.rglob("*") if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file())
     if not found:
         raise UsageError("a folder holds no images", where=str(path), expected="files such as photo.jpg")
     return found

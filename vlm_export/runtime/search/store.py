@@ -33,7 +33,7 @@ SCHEMA_VERSION = 1
 SLICES_KIND = "slices"
 """What files of `slice_files` say instead of an ItemKind."""
 METADATA_KEY = b"vlm_export"
-_COLUMNS = ("item", "embedding")
+COLUMNS = ("item", "embedding")
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def write_embeddings(
         raise UsageError("one vector per item is needed", expected=f"({len(items)}, D)", got=str(vectors.shape))
     more = more or MoreColumns()
     for name in more.columns:
-        if name in _COLUMNS:
+        if name in COLUMNS:
             raise UsageError("a column has a name of ours", got=name, fix="rename it in the table")
     rows = np.ascontiguousarray(vectors, dtype="<f4")
     write = {".npy": _write_npy, ".parquet": _write_parquet}[checked_suffix(target)]
@@ -383,7 +383,7 @@ def _read_parquet(source: Path) -> tuple[list[str], FloatArray, EmbeddingsMeta]:
     data = embeddings_metadata(source)
     _refuse_slices(data, source)
     with _reading_parquet(source):
-        table = pq.read_table(source, columns=list(_COLUMNS))
+        table = pq.read_table(source, columns=list(COLUMNS))
         items = table.column("item").to_pylist()
         column = table.column("embedding").combine_chunks()
         vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
