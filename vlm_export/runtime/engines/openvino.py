@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
@@ -105,6 +106,8 @@ def write_ir(graph: Path, target: Path) -> None:
 
 
 def _openvino() -> Any:
+    # Unless this package is missing, OpenVINO reports each use to a host outside, from a process that may outlive ours.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # Python's way to say: not there
     try:
         import openvino
     except ImportError as error:
@@ -118,8 +121,8 @@ def computes_in_bf16() -> bool:
     Without them it would take the hint and compute in float32.
     """
     try:
-        import openvino
-    except ImportError:
+        openvino = _openvino()
+    except EnvironmentFailure:
         return False
     return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
