@@ -25,6 +25,11 @@ def lay_out(packing: Packing) -> None:
             got=packing.precision,
             fix="leave out --precision, and open the package with the precision 'bf16'",
         )
+    known = {variant.precision for part in packing.bundle.manifest.parts for variant in part.variants}
+    if packing.precision not in known:
+        # Parts without the variant would be written in float32 without a word.
+        fix = f"known: {', '.join(sorted(known))}; vlm-export quantize makes others"
+        raise UsageError(f"the bundle has no variant {packing.precision!r}", where="--precision", fix=fix)
     packing.copy_side_files()
     for part in packing.bundle.manifest.parts:
         packing.add_for_openvino(part)

@@ -129,10 +129,6 @@ def write_package(
     root, place = Path(path).resolve(), Path(target).resolve()
     if place == root or root in place.parents:
         raise UsageError("a package would lie in the bundle that it is made of", where=str(target), got=str(path))
-    known = {variant.precision for part in bundle.manifest.parts for variant in part.variants}
-    if precision is not None and precision not in known:
-        fix = f"known: {', '.join(sorted(known))}; vlm-export quantize makes others"
-        raise UsageError(f"the bundle has no variant {precision!r}", where=str(path), fix=fix)
     with publication(Path(target), overwrite=overwrite) as staging:
         chosen_precision = precision or bundle.manifest.default_precision()
         packing = Packing(bundle, staging, name, chosen_precision, threads, tell=tell)
