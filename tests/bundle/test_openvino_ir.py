@@ -58,6 +58,13 @@ def test_names_of_files() -> None:
         (LAYER, '<!DOCTYPE net SYSTEM "other.xml">'),
         (LAYER, '<!DOCTYPE net [<!ENTITY a "b">]>'),
         ("", "<other/>"),
+        (LAYER, '<?xml version="1.0" encoding="UTF-7"?>'),
+        (LAYER.replace('"Const"', '"Constant"'), ""),
+        (LAYER.replace('"Const"', '"const"'), ""),
+        (LAYER.replace('"Const"', '"Relu"'), ""),  # with values
+        (LAYER.replace(CONSTANT, ""), ""),  # without them
+        # Behind another layer within it, the constant's values are still its own.
+        (LAYER.replace(CONSTANT, f'<layer version="opset1"/>{CONSTANT}').replace('"8"', '"1e3"'), ""),
     ],
 )
 def test_what_is_no_network(tmp_path: Path, layers: str, start: str) -> None:

@@ -238,3 +238,13 @@ def test_the_command(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     stated = json.loads(capsys.readouterr().out)
     assert stated["manifest"]["export"]["packaged_for"] == "immich"
     assert [report["passed"] for report in stated["verification"]] == [True, True]
+
+
+def test_a_package_never_replaces_its_bundle(demo: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(demo, bundle)
+    (tmp_path / "link").symlink_to(bundle)
+    for target in (bundle, tmp_path / "link", bundle / "inside"):
+        with pytest.raises(UsageError, match="would lie in the bundle"):
+            package(bundle, target, "immich", overwrite=True, threads=1)
+    assert vlm_export.load(bundle).tasks.keys() == {"embed"}
