@@ -181,7 +181,7 @@ def test_what_there_is_not_is_named(demo: Path) -> None:
     with pytest.raises(UsageError, match="no task 'caption' that is measured"):
         vlm_export.bench(demo, BenchOptions(**FEW, tasks=["caption"]))
     with pytest.raises(UsageError, match="no images"):
-        vlm_export.bench(demo, BenchOptions(**FEW, images=[demo]))
+        vlm_export.bench(demo, BenchOptions(**FEW, images=[demo / "onnx"]))
     with pytest.raises(UsageError, match="graphs stand for one part"):
         BenchOptions(parts=["text"], graphs=["a.onnx"], tasks=["embed"])
     with pytest.raises(UsageError, match="a first token and next ones"):
