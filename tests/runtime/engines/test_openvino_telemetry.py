@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-pytest.importorskip("openvino")
+# The environment without torch lacks OpenVINO too.
+pytestmark = pytest.mark.needs_torch
 SCRIPT = """
 import sys
 from vlm_export.runtime.engines.openvino import computes_in_bf16
