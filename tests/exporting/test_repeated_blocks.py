@@ -165,6 +165,29 @@ class _Stack(nn.Module):
         return x
 
 
+class _Twins(nn.Module):
+    """Goes through two lists together, of which one has blocks that differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_Block() for _ in range(7))
+        self.twins = nn.ModuleList(_Block(float(number)) for number in range(7))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block, twin in zip(self.blocks, self.twins, strict=True):
+            x = twin(block(x))
+        return x
+
+
+class _Counted(_Stack):
+    """Knows how many blocks it has."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for number in range(7):
+            x = self.blocks[number](x)
+        return x
+
+
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
@@ -172,8 +195,17 @@ class _Stack(nn.Module):
         (_Stack([1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 1.0]), [7]),
         (_Stack([1.0] * 7, odd=2), [4, 7]),
         (_Stack([1.0] * 4), [4]),
+        (_Twins(), [7]),
+        (_Counted([1.0] * 7), [4, 7]),
     ],
-    ids=["alike", "a block with another constant", "a block that is used otherwise", "few blocks"],
+    ids=[
+        "alike",
+        "a block with another constant",
+        "a block that is used otherwise",
+        "few blocks",
+        "another list",
+        "a number",
+    ],
 )
 def test_what_is_no_repetition_is_traced_whole(module: nn.Module, expected: list[int], traced: list[int]) -> None:
     signature = Signature(

@@ -8,6 +8,7 @@ verified against the original like any other.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from vlm_export.specs.signature import Signature, TensorSpec
 TRACED = 4
 """The first, two that are compared, and the last."""
 
+_LOG = logging.getLogger(__name__)
 _NUMBER = re.compile(r"\.(\d+)\.")
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, type, FunctionType)
 _OF_MODULES = frozenset(vars(nn.Module()))
@@ -87,17 +89,22 @@ class RepeatedBlocks:
 
 
 def repeated_blocks(module: nn.Module) -> RepeatedBlocks | None:
-    """The lists of a module whose blocks are alike and more than `TRACED`; None where there are none, or lists of
-    several lengths."""
-    lists = {
+    """The lists of a module whose blocks are alike and more than `TRACED`; None where there are none, lists of several
+    lengths, or beside them one as long whose blocks differ, which the module may go through together with them."""
+    long = {
         path: found
         for path, found in module.named_modules()
-        if isinstance(found, nn.ModuleList) and len(found) > TRACED and _are_alike(list(found))
+        if isinstance(found, nn.ModuleList) and len(found) > TRACED
     }
     # Those in a list's blocks are repeated with them.
-    outer = {path: found for path, found in lists.items() if not any(path.startswith(f"{other}.") for other in lists)}
-    counts = {len(found) for found in outer.values()}
-    return RepeatedBlocks(module, outer, counts.pop()) if len(counts) == 1 else None
+    outer = {path: found for path, found in long.items() if not any(path.startswith(f"{other}.") for other in long)}
+    lists = {path: found for path, found in outer.items() if _are_alike(list(found))}
+    counts = {len(found) for found in lists.values()}
+    if len(counts) != 1:
+        return None
+    (count,) = counts
+    goes_together = any(len(outer[path]) == count for path in outer.keys() - lists.keys())
+    return None if goes_together else RepeatedBlocks(module, lists, count)
 
 
 def _are_alike(blocks: Sequence[nn.Module]) -> bool:
@@ -381,9 +388,9 @@ def traced_in_blocks(part: Part, trace: Trace) -> ir.Model:
             with blocks.cut(part) as short:
                 model = trace(short)
             repeat_blocks(model, blocks, part.signature)
-        # The back end raises classes of its own where a module does not run with fewer blocks.
-        except Exception:
-            pass
+        # A module that does not run with fewer blocks fails in the trace; if it does not run at all, so will the whole.
+        except (NotRepeatedError, torch.onnx.OnnxExporterError) as error:
+            _LOG.info("part %s is traced whole: %s", part.name, error)
         else:
             return model
     return trace(part)
