@@ -12,6 +12,7 @@ Cosine: TypeAlias = Annotated[float, between(-1, 1)]
 Share: TypeAlias = Annotated[float, between(0, 1)]
 Count: TypeAlias = Annotated[int, between(0)]
 BudgetKey: TypeAlias = Literal["cosine", "mean-cosine", "top10", "exact-match", "zero-shot", "retrieval@1"]
+_DIGITS = 9
 BUDGET_KEYS: tuple[BudgetKey, ...] = get_args(BudgetKey)
 
 
@@ -33,7 +34,8 @@ class Accuracy(Spec):
     @property
     def kept(self) -> float:
         """1 less what is lost: 0.99 where it falls from 0.95 to 0.94; 1 where nothing is lost."""
-        return min(1.0, 1 - (self.float32 - self.here))
+        # Shares that are subtracted are rounded: a loss of exactly what is allowed is within a budget.
+        return round(min(1.0, 1 - (self.float32 - self.here)), _DIGITS)
 
 
 @dataclass(frozen=True)
@@ -161,5 +163,5 @@ class LossRecord(Spec):
 def over_budget(loss: Loss, budget: Mapping[str, float] | Mapping[BudgetKey, float]) -> list[tuple[str, float, float]]:
     """Key, least and figure of what is over budget; what was not measured is over none."""
     found = [(key, budget[key], loss.figure(key)) for key in BUDGET_KEYS if key in budget]
-    # Written so that NaN is over budget. A loss of exactly what is allowed is within: subtracted shares are rounded.
-    return [(key, least, figure) for key, least, figure in found if figure is not None and not figure >= least - 1e-9]
+    # Written so that NaN is over budget.
+    return [(key, least, figure) for key, least, figure in found if figure is not None and not figure >= least]

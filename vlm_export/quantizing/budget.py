@@ -24,6 +24,7 @@ _POINTS: tuple[BudgetKey, ...] = (*LOST, "exact-match", "top10")
 _NUMBER = re.compile(r"(?:0|1|0?\.[0-9]{1,12}|1\.0{1,12})")
 _PERCENTAGE_POINTS = re.compile(r"(100|[0-9]{1,2}(?:\.[0-9]{1,12})?)pp")
 _MAX_CHARACTERS = 200
+_DIGITS = 9  # as `Accuracy.kept` has
 
 
 def budget_for(precision: str, stated: str | Mapping[str, float] | None) -> dict[BudgetKey, float]:
@@ -66,7 +67,7 @@ def _least(text: str, key: BudgetKey, number: str) -> float:
     """The share that must be kept, of one as it is or of percentage points that may be lost."""
     points = _PERCENTAGE_POINTS.fullmatch(number)
     if points is not None and key in _POINTS:
-        return 1 - float(points[1]) / 100
+        return round(1 - float(points[1]) / 100, _DIGITS)
     if key in LOST:
         raise _refusal(text, f"{key}: percentage points that may be lost, such as 1pp", repr(number))
     if not _NUMBER.fullmatch(number):
