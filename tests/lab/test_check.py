@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -210,11 +211,12 @@ def test_a_provider_that_runs_nothing_fails(demo: Path) -> None:
 
 
 def test_memory_that_grows_fails(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, run = [], Session.run
+    kept, run = list[mmap.mmap](), Session.run
 
     def keeping(self: Session, part: str, feeds: Any) -> Any:
-        # Together more than what the tests before this one gave back to the allocator.
-        kept.append(np.ones(1 << 20))
+        # Not the allocator's memory, of which the tests before this one may have given enough back.
+        kept.append(mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        kept[-1].write(bytes([1]) * (1 << 20))
         return run(self, part, feeds)
 
     monkeypatch.setattr(Session, "run", keeping)

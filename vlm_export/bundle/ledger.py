@@ -120,8 +120,9 @@ def found_ledger(root: Path, graph: str) -> GraphLedger:
         InputError: the file is not a well-formed model, or a data file is not there.
     """
     if is_ir(graph):
-        digests = constant_digests(root, graph)
-        entries = [LedgerEntry(one.name, one.data_type, one.shape, digests[one.name]) for one in read_ir(root, graph)]
+        constants = read_ir(root, graph)
+        digests = constant_digests(root, graph, constants)
+        entries = [LedgerEntry(one.name, one.data_type, one.shape, digests[one.name]) for one in constants]
         return GraphLedger(graph, record_of_file(root, graph).sha256, tuple(entries))
     with ExitStack() as stack:
         data = _mapped(stack, root, graph)

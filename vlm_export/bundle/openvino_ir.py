@@ -12,7 +12,7 @@ import hashlib
 import mmap
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -101,9 +101,8 @@ def read_ir(root: Path, graph: str) -> tuple[IrConstant, ...]:
     return tuple(reader.constants)
 
 
-def constant_digests(root: Path, graph: str) -> dict[str, str]:
-    """Name of a constant → sha256 of its bytes; the graph was checked."""
-    constants = read_ir(root, graph)
+def constant_digests(root: Path, graph: str, constants: Sequence[IrConstant]) -> dict[str, str]:
+    """Name of a constant → sha256 of its bytes, of those that `read_ir` found in a graph that was checked."""
     with opened_real_file(root, data_file(graph)) as descriptor:
         if not os.fstat(descriptor).st_size:
             return {constant.name: hashlib.sha256().hexdigest() for constant in constants}

@@ -133,11 +133,14 @@ def _write_embeddings(model: Model, args: argparse.Namespace) -> tuple[Mapping[s
 def _write_features(model: Model, args: argparse.Namespace) -> tuple[Mapping[str, Any], str, Scan]:
     """Writes the features of slices; what to print of it, as JSON data and as a sentence."""
     from vlm_export.runtime.bulk.embed import is_file, none_readable
-    from vlm_export.runtime.bulk.items import Inputs
+    from vlm_export.runtime.bulk.items import Inputs, TableColumns
     from vlm_export.runtime.search.feature_files import SliceFileMeta, write_slice_features
     from vlm_export.runtime.tasks.features import SLICE_BATCH_SIZE
 
-    inputs = Inputs([Path(path) for path in args.paths], [Path(path) for path in args.list])
+    if args.keep or args.shard_items is not None or args.shard_format is not None:
+        raise UsageError("features of slices have no further columns and no shards", fix="leave those options out")
+    columns = TableColumns(args.path_column, args.name_column)
+    inputs = Inputs([Path(path) for path in args.paths], [Path(path) for path in args.list], columns)
     if inputs.kind == "text":
         raise InputError("this bundle takes no texts", where=model.manifest.name, fix="name images or folders")
     if not is_file(args.output) or args.resume:

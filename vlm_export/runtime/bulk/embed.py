@@ -197,7 +197,8 @@ class _Run:
 
     def __init__(self, model: Model, inputs: Inputs, options: EmbedOptions, progress: Progress | None) -> None:
         self.model, self.inputs, self.options, self.progress = model, inputs, options, progress
-        self.start, self.done, self.skipped = time.perf_counter(), 0, dict[str, InputError]()
+        self.start, self.done, self.total = time.perf_counter(), 0, 0
+        self.skipped = dict[str, InputError]()
         self.dimension = model.embedding.embed_dim
         self.meta = EmbeddingsMeta(inputs.kind, model.manifest.name, model.identity, model.precision)
 
@@ -274,6 +275,7 @@ class _Run:
     @contextmanager
     def _embedded(self, scan: Scan, batches: Iterator[_Batch]) -> Iterator[Iterator[_Embedded]]:
         """What becomes of the batches, in their order; nothing is computed any more when the block ends."""
+        self.total = scan.count
         workers = self.model.session.threads or os.cpu_count() or 1
         if scan.count <= self.options.batch_size:
             # One batch: all cores compute it.
@@ -287,9 +289,9 @@ class _Run:
                 for batch in batches:
                     waiting.append(pool.submit(self._compute, model, batch))
                     if len(waiting) >= _IN_FLIGHT * workers:
-                        yield self._taken(waiting.popleft(), scan)
+                        yield self._taken(waiting.popleft())
                 while waiting:
-                    yield self._taken(waiting.popleft(), scan)
+                    yield self._taken(waiting.popleft())
 
             try:
                 yield results()
@@ -297,7 +299,7 @@ class _Run:
                 for future in waiting:
                     future.cancel()
 
-    def _taken(self, future: Future[_Embedded], scan: Scan) -> _Embedded:
+    def _taken(self, future: Future[_Embedded]) -> _Embedded:
         found = future.result()
         for index, error in found.skipped.items():
             item = found.batch.items[index]
@@ -306,7 +308,7 @@ class _Run:
             # What led to it would be kept with it, for each of perhaps many.
             error.__traceback__ = error.__cause__ = error.__context__ = None
             self.skipped[item.name] = error
-        self._advance(len(found.batch.items), scan.count)
+        self._advance(len(found.batch.items))
         return found
 
     def _compute(self, model: Model, batch: _Batch) -> _Embedded:
@@ -331,10 +333,10 @@ class _Run:
         rows = model.encode_image(sources, batch_size=size, unreadable=unreadable)
         return _Embedded(batch, rows, skipped)
 
-    def _advance(self, items: int, total: int | None = None) -> None:
+    def _advance(self, items: int) -> None:
         self.done += items
         if self.progress is not None:
-            self.progress(self.done, total or self.done)
+            self.progress(self.done, self.total)
 
     def _check_any(self, rows: int) -> None:
         if not rows:
