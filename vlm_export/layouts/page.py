@@ -221,5 +221,7 @@ def _write_licences(packing: Packing) -> None:
     for target, name in _LICENCES.items():
         found = distribution(name)
         licence = next((file for file in found.files or () if file.name.upper().startswith("LICENSE")), None)
-        if licence is not None:
+        if licence is None:
+            packing.notes.append(f"{name} is installed without its licence: put it to the page before you publish it")
+        else:
             shutil.copyfile(str(found.locate_file(licence)), packing.staging.file(target))
