@@ -133,6 +133,11 @@ def check_rows(paths: list[str], vectors: Any, images: list[str], bundle: Path) 
     np.testing.assert_allclose(rows, load(bundle, threads=1).encode_image(readable(images)), rtol=0, atol=2e-6)
 
 
+def told(worker: subprocess.Popen[str]) -> Any:
+    assert worker.stdout is not None
+    return json.loads(worker.stdout.readline())
+
+
 def test_two_workers_hold_the_weights_once(heavy: Path, images: list[str], cache: Path) -> None:
     weights = (heavy / "onnx" / "vision_model.onnx").stat().st_size
     # The first fills the cache.
@@ -140,20 +145,19 @@ def test_two_workers_hold_the_weights_once(heavy: Path, images: list[str], cache
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", WORKER, str(heavy)]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+    paths: list[str] = []
+    vectors: list[list[float]] = []
     with subprocess.Popen(command, **pipes) as first, subprocess.Popen(command, **pipes) as second:
-        paths: list[str] = []
-        vectors: list[list[float]] = []
         for worker in (first, second):
-            private = json.loads(worker.stdout.readline())["private"]
-            assert private < MOST_PRIVATE * weights
+            assert told(worker)["private"] < MOST_PRIVATE * weights
         for number, start in enumerate(range(0, len(images), 24)):
             worker = (first, second)[number % 2]
             print(json.dumps(images[start : start + 24]), file=worker.stdin, flush=True)
-            found = json.loads(worker.stdout.readline())
+            found = told(worker)
             paths += found["paths"]
             vectors += found["vectors"]
-        first.stdin.close()
-        second.stdin.close()
+        for worker in (first, second):
+            worker.communicate()
     check_rows(paths, vectors, images, heavy)
 
 
