@@ -111,10 +111,8 @@ def heavy(tmp_path_factory: pytest.TempPathFactory, relist: Callable[[Path], Non
         output = "image_embeds" if number == len(sizes) - 2 else f"{number + 1}"
         nodes.append(helper.make_node("MatMul", [value, f"w{number}"], [output]))
         value = output
-    tensors = [
-        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
-        for name, shape in (("pixel_values", ["batch", 3, 24, 24]), ("image_embeds", ["batch", 12]))
-    ]
+    shapes: dict[str, list[str | int | None]] = {"pixel_values": ["batch", 3, 24, 24], "image_embeds": ["batch", 12]}
+    tensors = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in shapes.items()]
     graph = helper.make_graph(nodes, "vision", tensors[:1], tensors[1:], weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.save(model, bundle / "onnx" / "vision_model.onnx")
