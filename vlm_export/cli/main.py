@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import platform
 import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import NoReturn
 
@@ -27,6 +29,7 @@ from vlm_export.errors import (
 )
 from vlm_export.interrupts import INTERRUPTED, remembered_interrupts
 from vlm_export.machine_faults import machine_fault
+from vlm_export.rare_collections import rare_collections
 from vlm_export.runtime.inputs.panic_text import own_process
 from vlm_export.text_display import Lines, shown
 
@@ -100,6 +103,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
     with standard_streams(), remembered_interrupts(), own_process():
         return _flushed(_run(sys.argv[1:] if argv is None else argv))
+
+
+def console() -> NoReturn:
+    """`vlm-export` as a process of its own, which ends without freeing what it has: for torch and engines that takes a
+    second."""
+    with rare_collections():
+        status = main()
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with suppress(OSError, ValueError):
+                stream.flush()
+    os._exit(status)
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -192,4 +208,4 @@ def _refused_by_system(error: OSError) -> EnvironmentFailure:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

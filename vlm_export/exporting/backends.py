@@ -20,6 +20,7 @@ from vlm_export.errors import EnvironmentFailure, UsageError
 from vlm_export.exporting.lowerings.operators import GELU_OPSET, lower_attention, lower_tanh_gelu
 from vlm_export.exporting.lowerings.resample import Interpolation, InterpolationLowering, lower_interpolation
 from vlm_export.exporting.lowerings.resample_resize import RESIZE_OPSET
+from vlm_export.exporting.lowerings.translations import kept_translations
 from vlm_export.exporting.repeated_blocks import traced_in_blocks
 from vlm_export.family import Part
 from vlm_export.graph.core.skeleton import SKELETON_THRESHOLD_BYTES, attach_weights
@@ -85,6 +86,7 @@ def export_part(part: Part, opset: int, exporter: Exporter, lowerings: Lowerings
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         stack.enter_context(torch.no_grad())
+        stack.enter_context(kept_translations())
         if opset < ATTENTION_OPSET:
             stack.enter_context(lower_attention())
         if opset < GELU_OPSET:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from vlm_export.exporting.options import FP32
+from vlm_export.exporting.remote_reference import RemoteReference
 from vlm_export.family import Array, Arrays, Reference
 from vlm_export.precision.fp16_ranges import MOST
 from vlm_export.proof.cached_reference import CachedReference
@@ -75,6 +76,8 @@ def measure_floor(reference: Reference, precision: str, inputs: Sequence[Arrays]
 
 def measure_noise(reference: Reference, precision: str, inputs: Arrays) -> dict[str, Deviation]:
     """Output name → the deviation of the noisier of two right computations from the other."""
+    if isinstance(reference, RemoteReference):
+        return reference.noise(precision, inputs)
     own = reference(inputs)
     # What remembers outputs would tell those of float32 again.
     plain = reference.reference if isinstance(reference, CachedReference) else reference
@@ -88,6 +91,8 @@ def measure_noise_around(reference: Reference, precision: str, inputs: Arrays) -
 
     Those are the same inputs with each float a little larger: as well conditioned, and rounded otherwise.
     """
+    if isinstance(reference, RemoteReference):
+        return reference.noise_around(precision, inputs)
     noise = [measure_noise(reference, precision, inputs)]
     is_slow = isinstance(reference, CachedReference)
     if not is_slow and any(array.size < _FEW_VALUES for array in reference(inputs).values()):

@@ -115,6 +115,8 @@ class OrtEngine:
         if exact or mapped:
             # An arena keeps what the largest point took, and more; a proof runs many sizes beside the Reference.
             options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+            # Nor are cores left to it alone: the original computes at the same time.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if mapped:
             # Optimised graphs hold computed copies (float16 weights as float32), prepacking another of each matrix.
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
