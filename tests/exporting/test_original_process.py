@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from vlm_export.errors import EnvironmentFailure, InputError
-from vlm_export.exporting import original_process
+from vlm_export.exporting import original_process, original_runs
 from vlm_export.exporting.original_process import Call, OriginalProcess, start_process
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
@@ -158,7 +158,7 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> Ended:
         ended.append(process)
         end(process)
 
-    monkeypatch.setattr(original_process, "LEAST_BYTES", 0)
+    monkeypatch.setattr(original_runs, "LEAST_BYTES", 0)
     monkeypatch.setattr(OriginalProcess, "end", noted)
     return ended
 
@@ -175,7 +175,7 @@ def test_a_proof_is_the_same_and_was_computed_ahead(
     assert [process.pid for process in beside] == [0]
     # The bundle's files as other software reads them are not there before.
     assert beside[0].misses == 1
-    monkeypatch.setattr(original_process, "LEAST_BYTES", 1 << 40)
+    monkeypatch.setattr(original_runs, "LEAST_BYTES", 1 << 40)
     here = export_fast(checkpoint, tmp_path / "here", precisions=precisions).to_json()
     assert len(beside) == 1
     for name in ("verification", "contract"):

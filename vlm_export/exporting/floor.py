@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from vlm_export.exporting.options import FP32
-from vlm_export.exporting.remote_reference import RemoteReference
 from vlm_export.family import Array, Arrays, Reference
 from vlm_export.precision.fp16_ranges import MOST
 from vlm_export.proof.cached_reference import CachedReference
@@ -55,6 +54,21 @@ _ACTIVATION_STARTS = frozenset(
     }
 )
 _MARK = "_is_activation"
+
+
+@runtime_checkable
+class RemoteReference(Protocol):
+    """A Reference of another process, which measures itself where torch runs."""
+
+    def __call__(self, inputs: Arrays) -> dict[str, Array]: ...
+
+    def noise(self, precision: str, inputs: Arrays) -> dict[str, Deviation]:
+        """`measure_noise` of it."""
+        ...
+
+    def noise_around(self, precision: str, inputs: Arrays) -> dict[str, Deviation]:
+        """`measure_noise_around` of it."""
+        ...
 
 
 def floor_points(signature: Signature, weights_bytes: int, attention: Attention | None = None) -> tuple[GridPoint, ...]:

@@ -1,4 +1,4 @@
-"""The original in a process of its own, which computes what the proof will ask for while the graphs are exported.
+"""A process of its own for the original, which computes ahead what the proof will ask for.
 
 It is a fork of this process with one thread: it has the model's mapped weights without reading anything again, and
 imports the original's library while this one is in the back end. Of torch's threads a fork inherits none, and one
@@ -16,77 +16,21 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, TypeAlias
 
-from vlm_export.bundle.manifest import Manifest
 from vlm_export.errors import EnvironmentFailure
-from vlm_export.exporting.contract import Sides
-from vlm_export.exporting.options import FP32
-from vlm_export.exporting.original_runs import Original, OriginalHere
-from vlm_export.exporting.published_files import ConsumerChecks
-from vlm_export.exporting.remote_reference import RemoteReference
-from vlm_export.exporting.verification import HUGE_PART_BYTES, PartVerification
-from vlm_export.family import Model, Reference
 from vlm_export.proof.cached_reference import arrays_digest
-from vlm_export.proof.contract_record import ContractRecord
 
-LEAST_BYTES = 64 << 20
-"""Models of fewer bytes are computed here: their proof takes no longer than another process does to start."""
-# With more processors, a large part is faster with the threads that this process has.
-_FEW_PROCESSORS, _LARGE_PART_BYTES = 4, 1 << 30
 _HELD_BYTES = 256 << 20
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux' prctl
 _KNOWN, _UNKNOWN, _FAILED = "known", "unknown", "failed"
 
 Call: TypeAlias = tuple[Any, ...]
-"""The name of a method of `OriginalHere`, and its arguments."""
-
-
-@contextmanager
-def original_beside(
-    model: Model, verifications: Sequence[PartVerification], sides: Sides, precisions: Sequence[str]
-) -> Iterator[Original]:
-    """Who computes the original's side while the block lasts: another process where that pays, or else this one.
-
-    Args:
-        precisions: of the variants that will be proved.
-    """
-    here = OriginalHere(model, verifications, sides)
-    remote = [each for each in verifications if _pays(each)]
-    process = start_process(here, _expected(remote, precisions)) if remote else None
-    if process is None:
-        yield here
-        return
-    try:
-        yield OriginalBeside(here, process, frozenset(each.part.name for each in remote))
-    finally:
-        process.end()
-
-
-class OriginalBeside:
-    """The original in another process, but for the parts that are faster here."""
-
-    def __init__(self, here: OriginalHere, process: OriginalProcess, parts: frozenset[str]) -> None:
-        self._here, self._process, self._parts = here, process, parts
-
-    def reference(self, part: str) -> Reference:
-        if part not in self._parts:
-            return self._here.reference(part)
-        self._process.call("load", part)
-        return RemoteReference(part, self._process.call)
-
-    def recorded(self) -> tuple[ContractRecord, Mapping[str, bytes]]:
-        recorded: tuple[ContractRecord, Mapping[str, bytes]] = self._process.call("recorded")
-        return recorded
-
-    def consumers(self, root: Path, manifest: Manifest) -> ConsumerChecks:
-        checks: ConsumerChecks = self._process.call("consumers", root, manifest)
-        return checks
+"""The name of a method, and its arguments."""
 
 
 class OriginalProcess:
@@ -102,7 +46,7 @@ class OriginalProcess:
         self.misses = 0
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """What a method of `OriginalHere` gives there.
+        """What a method of the object that was given to `start_process` gives there.
 
         Raises:
             EnvironmentFailure: the process has ended, which the system does to it where memory is short.
@@ -144,25 +88,6 @@ class OriginalProcess:
         self.pid = 0
         code = os.waitstatus_to_exitcode(status)
         return f"exit status {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
-
-
-def _pays(verification: PartVerification) -> bool:
-    size = verification.weights_bytes
-    most = _LARGE_PART_BYTES if (os.cpu_count() or 1) > _FEW_PROCESSORS else HUGE_PART_BYTES
-    return LEAST_BYTES <= size <= most
-
-
-def _expected(verifications: Sequence[PartVerification], precisions: Sequence[str]) -> Iterator[Call]:
-    """What the proof will ask for, in its order."""
-    for verification in verifications:
-        part = verification.part.name
-        yield "load", part
-        # A float16 variant is proved in float32 as well.
-        for precision in dict.fromkeys((*precisions, FP32)):
-            if verification.has_floor(precision):
-                yield from (("noise", part, precision, inputs) for inputs in verification.floor_inputs())
-        yield from (("outputs", part, inputs) for inputs in verification.expected_inputs())
-    yield ("recorded",)
 
 
 def start_process(here: object, expected: Iterator[Call]) -> OriginalProcess | None:

@@ -1,23 +1,33 @@
-"""What the original computes for the proof of an export, in this process, when it is asked.
+"""What the original computes for the proof of an export: its parts' outputs and noise, and the contract's record.
 
-`original_process.py` has another process compute the same, ahead of being asked.
+`OriginalHere` computes it in this process when it is asked; `OriginalBeside` has another process compute it ahead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from vlm_export.bundle.manifest import Manifest
 from vlm_export.exporting.contract import OriginalSide, Sides, original_side, staged_bundle
 from vlm_export.exporting.floor import measure_noise, measure_noise_around
+from vlm_export.exporting.options import FP32
+from vlm_export.exporting.original_process import Call, OriginalProcess, start_process
 from vlm_export.exporting.originals import quiet_transformers
 from vlm_export.exporting.published_files import ConsumerChecks, check_consumers
-from vlm_export.exporting.verification import PartVerification
+from vlm_export.exporting.verification import HUGE_PART_BYTES, PartVerification
 from vlm_export.family import Array, Arrays, Model, Reference
 from vlm_export.proof.contract_record import ContractRecord
 from vlm_export.proof.metrics import Deviation
+
+LEAST_BYTES = 64 << 20
+"""Models of fewer bytes are computed here: their proof takes no longer than another process does to start."""
+# With more processors, a large part is faster with the threads that this process has.
+_FEW_PROCESSORS, _LARGE_PART_BYTES = 4, 1 << 30
 
 
 class Original(Protocol):
@@ -79,3 +89,84 @@ class OriginalHere:
         with quiet_transformers():
             bundle = staged_bundle(root, manifest)
             return check_consumers(bundle, side.record, side.contents, side.images, side.texts)
+
+
+class OriginalBeside:
+    """The original in another process, but for the parts that are faster here."""
+
+    def __init__(self, here: OriginalHere, process: OriginalProcess, parts: frozenset[str]) -> None:
+        self._here, self._process, self._parts = here, process, parts
+
+    def reference(self, part: str) -> Reference:
+        if part not in self._parts:
+            return self._here.reference(part)
+        self._process.call("load", part)
+        return _Beside(part, self._process.call)
+
+    def recorded(self) -> tuple[ContractRecord, Mapping[str, bytes]]:
+        recorded: tuple[ContractRecord, Mapping[str, bytes]] = self._process.call("recorded")
+        return recorded
+
+    def consumers(self, root: Path, manifest: Manifest) -> ConsumerChecks:
+        checks: ConsumerChecks = self._process.call("consumers", root, manifest)
+        return checks
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """A Reference in the other process; as `RemoteReference`."""
+
+    part: str
+    call: Callable[..., Any]
+
+    def __call__(self, inputs: Arrays) -> dict[str, Array]:
+        outputs: dict[str, Array] = self.call("outputs", self.part, inputs)
+        return outputs
+
+    def noise(self, precision: str, inputs: Arrays) -> dict[str, Deviation]:
+        noise: dict[str, Deviation] = self.call("noise", self.part, precision, inputs)
+        return noise
+
+    def noise_around(self, precision: str, inputs: Arrays) -> dict[str, Deviation]:
+        noise: dict[str, Deviation] = self.call("noise_around", self.part, precision, inputs)
+        return noise
+
+
+@contextmanager
+def original_beside(
+    model: Model, verifications: Sequence[PartVerification], sides: Sides, precisions: Sequence[str]
+) -> Iterator[Original]:
+    """Who computes the original's side while the block lasts: another process where that pays, or else this one.
+
+    Args:
+        precisions: of the variants that will be proved.
+    """
+    here = OriginalHere(model, verifications, sides)
+    remote = [each for each in verifications if _pays(each)]
+    process = start_process(here, _expected(remote, precisions)) if remote else None
+    if process is None:
+        yield here
+        return
+    try:
+        yield OriginalBeside(here, process, frozenset(each.part.name for each in remote))
+    finally:
+        process.end()
+
+
+def _pays(verification: PartVerification) -> bool:
+    size = verification.weights_bytes
+    most = _LARGE_PART_BYTES if (os.cpu_count() or 1) > _FEW_PROCESSORS else HUGE_PART_BYTES
+    return LEAST_BYTES <= size <= most
+
+
+def _expected(verifications: Sequence[PartVerification], precisions: Sequence[str]) -> Iterator[Call]:
+    """What the proof will ask for, in its order."""
+    for verification in verifications:
+        part = verification.part.name
+        yield "load", part
+        # A float16 variant is proved in float32 as well.
+        for precision in dict.fromkeys((*precisions, FP32)):
+            if verification.has_floor(precision):
+                yield from (("noise", part, precision, inputs) for inputs in verification.floor_inputs())
+        yield from (("outputs", part, inputs) for inputs in verification.expected_inputs())
+    yield ("recorded",)

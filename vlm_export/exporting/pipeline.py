@@ -24,8 +24,7 @@ from vlm_export.exporting.contract import prove_contract, sides_of
 from vlm_export.exporting.fp16_ranges import measure_wide, wide_warning
 from vlm_export.exporting.ledger import account_for, folded_sources
 from vlm_export.exporting.options import FP32, ExportOptions, Precision
-from vlm_export.exporting.original_process import original_beside
-from vlm_export.exporting.original_runs import Original
+from vlm_export.exporting.original_runs import Original, original_beside
 from vlm_export.exporting.parts import check_images, needed_bytes, planned_parts
 from vlm_export.exporting.simplify import finish_graph, simplify_graph
 from vlm_export.exporting.source import build_model, recognise_source
@@ -46,7 +45,6 @@ from vlm_export.proof.golden import golden_from_reference, write_golden
 from vlm_export.proof.image_samples import takes_images
 from vlm_export.proof.points import EngineRun
 from vlm_export.proof.report import PartReport
-from vlm_export.rare_collections import rare_collections
 from vlm_export.runtime.inputs.images import open_image
 from vlm_export.specs import ImageSpec, PatchSpec
 
@@ -94,7 +92,7 @@ def export_bundle(source: str, target: Path, options: ExportOptions, stages: Sta
         UsageError, InputError, EnvironmentFailure: see `open_checkpoint` and `publication`.
     """
     exporter, stages = choose_exporter(options.opset, options.exporter), stages or Stages()
-    with rare_collections(), publication(target, overwrite=options.overwrite) as staging:
+    with publication(target, overwrite=options.overwrite) as staging:
         scratch = staging.path / _SCRATCH
         scratch.mkdir()
         with stages.stage("read") as progress:
