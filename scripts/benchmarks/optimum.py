@@ -17,8 +17,8 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 from benchmarks.report import MIB, Bars, Report, table
+from vlm_export.bundle.memory import anonymous_bytes
 from vlm_export.lab.timing import Spread, interleaved, ratios
-from vlm_export.proof.memory import anonymous_bytes
 
 MOST_TIMES, AIM = 1.0, 0.7
 MOST_BYTES = 900 * MIB

@@ -21,12 +21,12 @@ from vlm_export.errors import VerificationError, VlmExportError
 from vlm_export.exporting.backends import Exporter, choose_exporter, choose_lowerings, export_part
 from vlm_export.exporting.bundle_manifest import check_publishable, manifest_from_model, with_contract
 from vlm_export.exporting.contract import prove_contract, sides_of
+from vlm_export.exporting.finishing import finish_graph, simplify_graph, write_graph
 from vlm_export.exporting.fp16_ranges import measure_wide, wide_warning
 from vlm_export.exporting.ledger import account_for, folded_sources
 from vlm_export.exporting.options import FP32, ExportOptions, Precision
 from vlm_export.exporting.original_runs import Original, original_beside
 from vlm_export.exporting.parts import check_images, needed_bytes, planned_parts
-from vlm_export.exporting.simplify import finish_graph, simplify_graph
 from vlm_export.exporting.source import build_model, recognise_source
 from vlm_export.exporting.stages import StageRecord, Stages
 from vlm_export.exporting.tokenizers.files import model_with_tokenizer, resolve_tokenizer
@@ -36,7 +36,6 @@ from vlm_export.exporting.verification import (
     prove_variant,
     variant_label,
 )
-from vlm_export.exporting.writer import write_graph
 from vlm_export.family import Checkpoint, Model, Reference
 from vlm_export.precision.fp16 import convert_to_fp16, rounded_from
 from vlm_export.proof.contract import ContractReport

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from vlm_export.bundle.freed_memory import return_freed_memory
+from vlm_export.bundle.memory import return_freed_memory
 from vlm_export.bundle.oldest_engine import BY_OPSET, oldest_onnxruntime
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 from vlm_export.interrupts import run_session, start_session
