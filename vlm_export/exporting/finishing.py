@@ -1,5 +1,4 @@
-"""From a back end's raw graph to the file that is published: same function, fewer nodes, readable names, and weights that
-are streamed one at a time."""
+"""From a back end's raw graph to the file that is published: same function, fewer nodes, readable names, streamed weights."""
 
 from __future__ import annotations
 
