@@ -1,4 +1,4 @@
-"""From a back end's raw graph to the file that is published: same function, fewer nodes, readable names, streamed weights."""
+"""From a back end's raw graph to the published file: same function, fewer nodes, readable names, streamed weights."""
 
 from __future__ import annotations
 
