@@ -13,6 +13,7 @@
     python scripts/benchmark.py outliers --encoder DIR     a real sentence encoder's rankings in each precision
     python scripts/benchmark.py embed [--fastembed PYTHON] [--modern-onnx-clip PYTHON] [--many N]
                                                            a folder of JPEGs to vectors against other libraries
+    python scripts/benchmark.py optimum --optimum FILE     an export with its proof against optimum-cli's
 
 Without --bundle, one of ViT-B/32 with random weights is exported for the measurement. Needs the export extra.
 """
@@ -26,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import caption, chat, embed, export, outliers, resample, sizes, start, text, vision
+from benchmarks import caption, chat, embed, export, optimum, outliers, resample, sizes, start, text, vision
 from benchmarks.report import REPORTS, Report, write_report
 
 from vlm_export.precision.recipes import QUANTISED
@@ -42,6 +43,7 @@ MEASURES: dict[str, Callable[..., Report]] = {
     "sizes": sizes.measure,
     "outliers": outliers.measure,
     "embed": embed.measure,
+    "optimum": optimum.measure,
 }
 
 EXPORT_NAMES = ("clip-vit-b-32", "clip-rn50", "clip-vit-l-14-336px")
@@ -83,6 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
     embedding.add_argument("--many", type=int, default=0, metavar="N", help="also a folder of so many, for its memory")
     for consumer in ("fastembed", "modern-onnx-clip"):
         embedding.add_argument(f"--{consumer}", type=Path, metavar="PYTHON", help="an interpreter that has it")
+    exported = _add(kinds, "optimum", None, rounds=7)
+    exported.add_argument("--optimum", type=Path, required=True, metavar="FILE", help="optimum-cli of its environment")
     for each in kinds.choices.values():
         each.add_argument("--report", metavar="NAME", help="of the files (default: that of the benchmark)")
     options = vars(parser.parse_args(arguments))

@@ -21,15 +21,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from vlm_export.proof.memory import anonymous_bytes
 
 import vlm_export
 from benchmarks.measuring import export_random, random_original
 from benchmarks.report import MIB, Bars, Report, table
 from vlm_export.bundle.layout import PREPROCESSOR_NAME
 from vlm_export.bundle.opened import open_bundle
+from vlm_export.exporting.tokenizers.files import find_open_clip_merges
 from vlm_export.lab import timing
 from vlm_export.lab.timing import median_ratio
-from vlm_export.proof.memory import anonymous_bytes
 from vlm_export.quantizing.pipeline import quantize
 
 FP32 = "onnxruntime fp32"
@@ -124,6 +125,10 @@ def _bare(bundle: Path, folder: Path) -> Path:
         shutil.copyfile(graph, folder / own)
     for other in (*variant.external_data, PREPROCESSOR_NAME):
         shutil.copyfile(opened.root / other, folder / Path(other).name)
+    # modern-onnx-clip makes a tokenizer, for images too, and would fetch its vocabulary.
+    merges = find_open_clip_merges()
+    assert merges is not None
+    shutil.copyfile(merges, folder / "bpe_simple_vocab_16e6.txt.gz")
     assert opened.manifest.image is not None
     size = getattr(opened.manifest.image, "size_pixels", 224)
     (folder / "config.json").write_text(json.dumps({"image_size": size}), encoding="utf-8")
@@ -159,7 +164,7 @@ def _started(command: Sequence[str], folder: Path) -> Iterator[Ask]:
         # What is importable here is of another environment.
         environment.pop("PYTHONPATH", None)
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": folder}
-    with suppress(BrokenPipeError), subprocess.Popen(command, env=environment, **pipes) as process:
+    with subprocess.Popen(command, env=environment, **pipes) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         asked, told = process.stdin, process.stdout
@@ -176,6 +181,8 @@ def _started(command: Sequence[str], folder: Path) -> Iterator[Ask]:
             yield ask
         finally:
             process.kill()
+            with suppress(BrokenPipeError):
+                asked.close()
 
 
 def _in_turn(
