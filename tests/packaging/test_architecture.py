@@ -39,6 +39,7 @@ ROOMS: dict[str, set[str]] = {
     "runtime.load": {"bundle", "runtime.engines", "runtime.inputs", "runtime.session", "runtime.model"},
     "runtime.search": {"specs", "bundle", "runtime.inputs", "runtime.tasks", "runtime.model"},
     "runtime.bulk": {"specs", "bundle", "runtime.inputs", "runtime.session", "runtime.model", "runtime.search"},
+    "ray": {"runtime.engines", "runtime.inputs", "runtime.load", "runtime.bulk"},
     "graph.core": {"specs", "bundle"},
     "graph.look": {"graph.core"},
     "graph.prove": {"graph.core"},
@@ -84,6 +85,7 @@ OUTSIDE = {
     # fastembed: a side of `bench`, where it is installed.
     "lab": {"numpy", "PIL", "onnx_ir", "onnx", "onnxruntime", "yaml", "pytest", "fastembed"},
     "cli": set[str](),
+    "ray.py": {"numpy"},
     "api.py": set[str](),
     "__main__.py": set[str](),
 }
