@@ -74,7 +74,7 @@ class RotaryPositions(nn.Module):
             made: Tensor = fn(tensor)
             return made if made.itemsize >= torch.float32.itemsize else tensor.to(made.device, torch.float32)
 
-        super()._apply(moved, recurse)
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]  # torch states no types here
         return self
 
     def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
