@@ -42,6 +42,7 @@ VERBS = (
     "ask",
     "match",
     "embed",
+    "index",
     "search",
     "diff",
     "bisect",
