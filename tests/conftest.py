@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -406,3 +407,49 @@ def nanovlm_record() -> Callable[[str], dict[str, npt.NDArray[Any]]]:
         return record
 
     return load
+
+
+@pytest.fixture(scope="session")
+def consumers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the environments of other software, which `VLM_EXPORT_CONSUMERS` may name to keep them."""
+    stated = os.environ.get("VLM_EXPORT_CONSUMERS")
+    folder = Path(stated) if stated else tmp_path_factory.mktemp("consumers")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checked_install() -> Callable[..., None]:
+    """`checked_install(command)`: skips, and says what failed, where the registry cannot be reached; else an error."""
+
+    def install(command: Sequence[str | Path], **options: Any) -> None:
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, **options)
+        if done.returncode:
+            said = (done.stdout + done.stderr).strip()
+            if re.search(r"resol|connect|network|ENOTFOUND|EAI_AGAIN|timed out", said, re.IGNORECASE):
+                pytest.skip(f"the package registry cannot be reached: {said.splitlines()[-1]}")
+            raise AssertionError(said)
+
+    return install
+
+
+@pytest.fixture(scope="session")
+def python_with(consumers: Path, checked_install: Callable[..., None]) -> Callable[..., Path]:
+    """`python_with("name", "package==1.0", …)`: the interpreter of an environment of that name that has these."""
+
+    def make(name: str, *requirements: str) -> Path:
+        home = consumers / name
+        python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        if not (home / "ready").exists():
+            here = (shutil.which("uv"), Path(__file__).parents[1] / ".venv-uv" / "bin" / "uv")
+            uv = next((path for path in here if path and Path(path).exists()), "")
+            if uv:
+                checked_install([uv, "venv", "--clear", "--python", sys.executable, home])
+                checked_install([uv, "pip", "install", "--python", python, *requirements])
+            else:
+                checked_install([sys.executable, "-m", "venv", "--clear", home])
+                checked_install([python, "-m", "pip", "install", *requirements])
+            (home / "ready").touch()
+        return python
+
+    return make

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 import runpy
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,48 +44,7 @@ def packaged(shared_bundle: Callable[..., Path], demo: Path) -> Callable[[str], 
 
 
 @pytest.fixture(scope="session")
-def consumers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the environments of other software, which `VLM_EXPORT_CONSUMERS` may name to keep them."""
-    stated = os.environ.get("VLM_EXPORT_CONSUMERS")
-    folder = Path(stated) if stated else tmp_path_factory.mktemp("consumers")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def checked_install(command: Sequence[str | Path], **options: Any) -> None:
-    """Skips, and says what failed, where the registry cannot be reached; anything else is an error."""
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, **options)
-    if done.returncode:
-        said = (done.stdout + done.stderr).strip()
-        if re.search(r"resol|connect|network|ENOTFOUND|EAI_AGAIN|timed out", said, re.IGNORECASE):
-            pytest.skip(f"the package registry cannot be reached: {said.splitlines()[-1]}")
-        raise AssertionError(said)
-
-
-@pytest.fixture(scope="session")
-def python_with(consumers: Path) -> Callable[..., Path]:
-    """`python_with("name", "package==1.0", …)`: the interpreter of an environment of that name that has these."""
-
-    def make(name: str, *requirements: str) -> Path:
-        home = consumers / name
-        python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-        if not (home / "ready").exists():
-            here = (shutil.which("uv"), ROOT / ".venv-uv" / "bin" / "uv")
-            uv = next((path for path in here if path and Path(path).exists()), "")
-            if uv:
-                checked_install([uv, "venv", "--clear", "--python", sys.executable, home])
-                checked_install([uv, "pip", "install", "--python", python, *requirements])
-            else:
-                checked_install([sys.executable, "-m", "venv", "--clear", home])
-                checked_install([python, "-m", "pip", "install", *requirements])
-            (home / "ready").touch()
-        return python
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def node_with(consumers: Path) -> Callable[..., Path]:
+def node_with(consumers: Path, checked_install: Callable[..., None]) -> Callable[..., Path]:
     """`node_with("name", "package@1.0", …)`: a folder whose programs find these npm packages."""
 
     def make(name: str, *packages: str) -> Path:

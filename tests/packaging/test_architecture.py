@@ -25,7 +25,7 @@ BASE = {
     "yaml",
     "openvino",
     "pyarrow",
-    "usearch",
+    "faiss",
 }
 TORCH = {"torch", "torchvision", "transformers", "timm"}
 # Foreign text shown, errors, faults of the machine told, and interrupts: for every room.
@@ -51,6 +51,7 @@ ROOMS: dict[str, set[str]] = {
     "runtime.load": {"bundle", "runtime.engines", "runtime.inputs", "runtime.session", "runtime.model"},
     "runtime.search": {"specs", "bundle", "runtime.inputs", "runtime.tasks", "runtime.model"},
     "runtime.bulk": {"specs", "bundle", "runtime.inputs", "runtime.session", "runtime.model", "runtime.search"},
+    "ray": {"runtime.engines", "runtime.inputs", "runtime.load", "runtime.bulk"},
     "graph.core": {"specs", "bundle"},
     "graph.look": {"graph.core"},
     "graph.prove": {"graph.core"},
@@ -91,11 +92,12 @@ OUTSIDE = {
     "graph": {"numpy", "onnx_ir", "onnx", "google", "onnxruntime", "yaml"},  # google: protobuf
     "precision": {"numpy", "onnx_ir", "onnx", "onnxruntime", "onnxscript"},
     "quantizing": {"numpy", "PIL", "onnx", "onnx_ir", "onnxruntime"},
-    "proof": BASE - {"onnxruntime", "openvino", "pyarrow", "tqdm", "usearch"},
+    "proof": BASE - {"onnxruntime", "openvino", "pyarrow", "tqdm", "faiss"},
     "layouts": {"numpy", "onnx_ir", "ftfy", "PIL"},
     # fastembed: a side of `bench`, where it is installed.
     "lab": {"numpy", "PIL", "onnx_ir", "onnx", "onnxruntime", "yaml", "pytest", "fastembed"},
     "cli": set[str](),
+    "ray.py": {"numpy"},
     "api.py": set[str](),
     "__main__.py": set[str](),
 }

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 from vlm_export.bundle.environment import environment_errors
+from vlm_export.bundle.freed_memory import return_freed_memory
 from vlm_export.errors import VlmExportError
 from vlm_export.interrupts import raise_remembered
 from vlm_export.proof.memory import anonymous_bytes
@@ -80,16 +80,10 @@ class Stages:
             except KeyboardInterrupt as interrupt:
                 interrupt.args = (f"stage: {name}",)
                 raise
-        _return_freed_memory()
+        return_freed_memory()
         record = StageRecord(name, time.perf_counter() - start, memory.peak_bytes)
         self.records.append(record)
         self.listener.finished(record)
-
-
-def _return_freed_memory() -> None:
-    """To the system, so that an engine that was closed takes nothing from the next one; where the C library can."""
-    with suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _PeakMemory:

@@ -20,6 +20,7 @@ def load(
     providers: str | Sequence[str] | None = None,
     threads: int | None = None,
     max_pixels: int = MAX_PIXELS,
+    shared_weights: bool = False,
 ) -> Model:
     """Opens a bundle.
 
@@ -34,6 +35,10 @@ def load(
         providers: ONNX Runtime's execution providers in order of preference, one name or several; the CPU by default.
         threads: threads of one operator and of image decoding; None for as many as there are cores (decoding: 4).
         max_pixels: images with more are refused before they are decoded; those that Pillow has opened are not.
+        shared_weights: for several processes of one machine, which then hold a model's weights once: they map them,
+            packed for ONNX Runtime's kernels, from files in the user's cache ($VLM_EXPORT_CACHE/prepacked, which may be
+            deleted when nothing runs). The first use writes these. ONNX Runtime on the CPU alone; other engines hold
+            their own.
 
     Raises:
         InputError: no bundle, or a damaged one. The graphs are checked when they are first used.
@@ -42,5 +47,13 @@ def load(
     """
     bundle = open_bundle(path)
     return Model(
-        Session(bundle, precision=precision, engine=engine, providers=providers, threads=threads, max_pixels=max_pixels)
+        Session(
+            bundle,
+            precision=precision,
+            engine=engine,
+            providers=providers,
+            threads=threads,
+            max_pixels=max_pixels,
+            shared_weights=shared_weights,
+        )
     )

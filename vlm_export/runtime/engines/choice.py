@@ -12,6 +12,7 @@ from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError, UsageError, suggestion
 from vlm_export.runtime.engines.onnxruntime import CPU, Engine, OrtEngine, checked_threads, shape_text
 from vlm_export.runtime.engines.openvino import OpenVinoEngine
+from vlm_export.runtime.engines.prepacked import prepacked_graph
 
 EngineName: TypeAlias = Literal["onnxruntime", "openvino"]
 ONNXRUNTIME: EngineName = "onnxruntime"
@@ -48,12 +49,15 @@ class EngineChoice:
         providers: of ONNX Runtime, in order of preference.
         threads: of one operator; None for as many as there are cores.
         in_bf16: as in `Precision`; of OpenVINO.
+        shared_weights: processes of this machine map the weights from one file in the user's cache, where ONNX Runtime
+            computes on the CPU alone; others hold their own.
     """
 
     engine: EngineName
     providers: tuple[str, ...]
     threads: int | None
     in_bf16: bool = False
+    shared_weights: bool = False
 
     @property
     def is_on_cpu(self) -> bool:
@@ -70,8 +74,13 @@ class EngineChoice:
         """
         record = bundle.manifest.part(part)
         variant = record.served_by(precision)
-        path = bundle.graph_file(variant) if self.engine == ONNXRUNTIME else bundle.model_files(variant)
-        engine = self.open(path)
+        engine: Engine
+        if self.shared_weights and self.engine == ONNXRUNTIME and self.is_on_cpu and not is_ir(Path(variant.file)):
+            path = prepacked_graph(bundle, variant)
+            engine = OrtEngine(path, threads=self.threads, prepacked=True)
+        else:
+            path = bundle.graph_file(variant) if self.engine == ONNXRUNTIME else bundle.model_files(variant)
+            engine = self.open(path)
         _check_graph_sizes(engine, record, path)
         return engine
 
@@ -101,13 +110,19 @@ def own_engine(manifest: Manifest) -> EngineName:
 
 
 def engine_choice(
-    engine: str, providers: str | Sequence[str] | None, threads: int | None, *, in_bf16: bool = False
+    engine: str,
+    providers: str | Sequence[str] | None,
+    threads: int | None,
+    *,
+    in_bf16: bool = False,
+    shared_weights: bool = False,
 ) -> EngineChoice:
     """The options, checked before anything is opened.
 
     Args:
         providers: one or several; None for the CPU.
         in_bf16: as in `Precision`.
+        shared_weights: as in `EngineChoice`.
 
     Raises:
         UsageError: an unknown engine, providers that are no names or that OpenVINO would not use, or `threads` is out
@@ -126,7 +141,8 @@ def engine_choice(
             got=BF16,
             fix="take OpenVINO (engine='openvino', --engine openvino), or leave out the precision",
         )
-    chosen = EngineChoice(OPENVINO if engine == OPENVINO else ONNXRUNTIME, names, checked_threads(threads), in_bf16)
+    name = OPENVINO if engine == OPENVINO else ONNXRUNTIME
+    chosen = EngineChoice(name, names, checked_threads(threads), in_bf16, shared_weights)
     if engine != ONNXRUNTIME and not chosen.is_on_cpu:
         raise UsageError(
             "OpenVINO has none of ONNX Runtime's execution providers",

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from vlm_export.bundle.freed_memory import return_freed_memory
 from vlm_export.bundle.oldest_engine import BY_OPSET, oldest_onnxruntime
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 from vlm_export.interrupts import run_session, start_session
@@ -80,6 +81,9 @@ class OrtEngine:
         mapped: weights stay in their file and are read where they are used, for graphs that fill the memory: the
             engine then makes no optimised copy of them, and keeps no memory between runs.
         profile: where the engine's profile begins to be written, for `profiled_nodes`; None: no profile.
+        prepacked_to: where the graph is written as it is computed here, optimised and with packed weights in a file
+            beside it (`runtime/engines/prepacked.py`); None: nowhere.
+        prepacked: the graph is such a one.
 
     Attributes:
         providers: execution providers that started, by ONNX Runtime's names, in order of preference.
@@ -99,29 +103,18 @@ class OrtEngine:
         exact: bool = False,
         mapped: bool = False,
         profile: str | None = None,
+        prepacked_to: Path | None = None,
+        prepacked: bool = False,
     ) -> None:
         import onnxruntime
 
         self.path, self.mapped = Path(path), mapped
         wanted = [_resolved_provider(name, onnxruntime.get_available_providers()) for name in providers]
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _LOG_FATAL_ONLY
-        if checked_threads(threads) is not None:
-            options.intra_op_num_threads = threads
-        # Engines run in turn: image, prompt, token. Idle threads would spin on and take cores from the next one.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options = _session_options(checked_threads(threads), exact=exact, mapped=mapped, prepacked=prepacked)
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, profile
-        if exact or mapped:
-            # An arena keeps what the largest point took, and more; a proof runs many sizes beside the Reference.
-            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
-        if mapped:
-            # Optimised graphs hold computed copies (float16 weights as float32), prepacking another of each matrix.
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-            options.add_session_config_entry("session.disable_prepacking", "1")
-            # By default a CPU first converts all float16 weights to float32, then computes; this order converts each
-            # where it is used.
-            options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+        if prepacked_to is not None:
+            _write_prepacked(options, prepacked_to)
         try:
             self._session = start_session(
                 str(self.path),
@@ -138,6 +131,9 @@ class OrtEngine:
                 got=_cause(error),
                 fix="export it again",
             ) from error
+        if prepacked:
+            # It packs each matrix once more, and lets go of it.
+            return_freed_memory()
         self.providers = tuple(self._session.get_providers())
         _check_started(wanted, self.providers)
         self.inputs = tuple(_tensor_info(entry) for entry in self._session.get_inputs())
@@ -189,6 +185,43 @@ class OrtEngine:
                     expected=f"{info.dtype} {shape_text(info.shape)}",
                     got=f"{array.dtype} {shape_text(array.shape)}",
                 )
+
+
+def _session_options(threads: int | None, *, exact: bool, mapped: bool, prepacked: bool) -> Any:
+    """ONNX Runtime's options for the arguments of `OrtEngine`."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _LOG_FATAL_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    # Engines run in turn: image, prompt, token. Idle threads would spin on and take cores from the next one.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if exact or mapped:
+        # An arena keeps what the largest point took, and more; a proof runs many sizes beside the Reference.
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+    if mapped or prepacked:
+        # Optimised graphs hold computed copies (float16 weights as float32); one that is prepacked is optimised.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if mapped:
+        # Prepacking makes another copy of each matrix.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        # By default a CPU first converts all float16 weights to float32, then computes; this order converts each
+        # where it is used.
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+    return options
+
+
+def _write_prepacked(options: Any, path: Path) -> None:
+    """Lets a session write its graph, and its weights to a file beside it, named as the graph with `.data` behind."""
+    options.optimized_model_filepath = str(path)
+    for name, value in (
+        ("save_external_prepacked_constant_initializers", "1"),
+        ("optimized_model_external_initializers_file_name", f"{path.name}.data"),
+        # Smaller ones stay in the graph.
+        ("optimized_model_external_initializers_min_size_in_bytes", "1024"),
+    ):
+        options.add_session_config_entry(f"session.{name}", value)
 
 
 def checked_threads(threads: int | None) -> int | None:
