@@ -260,7 +260,7 @@ def test_index_and_search_it(cli: Cli, pair: Path, tmp_path: Path) -> None:
     built = cli("index", embeddings, "-o", index, "--json")
     assert {**built.data, "seconds": 0} == {
         **{"index": str(index), "kind": "image", "model": "tiny", "count": 4, "dimension": 12},
-        **{"columns": ["colour", "size"], "graph": None, "seconds": 0},
+        **{"columns": ["colour", "size"], "lists": None, "seconds": 0},
     }
     cli("index", embeddings, "-o", index).refused(2, "output exists")
     assert "exact, as it was written" in cli("index", index, "--verify").out

@@ -21,18 +21,21 @@ def add_parser(verbs: Any) -> None:
         "index",
         help="an index of embeddings, to search in many at once",
         description="Builds an index of what embed wrote: one file that search maps instead of reading it. Up to "
-        "50,000 items are compared one by one; of more, usearch makes a graph (HNSW) that proposes candidates. What "
-        "share of the nearest it finds is measured, and stands in the index.",
+        "50,000 items are compared one by one; of more, those in the nearest of faiss's inverted lists. What share of "
+        "the nearest that finds is measured, and stands in the index.",
     )
     parser.add_argument("embeddings", metavar="EMBEDDINGS", help="a file or folder that embed wrote; or an index")
     parser.add_argument("-o", "--output", metavar="INDEX", help="the file to write")
     parser.add_argument("--verify", action="store_true", help="read a whole index and compare it with its hashes")
     parser.add_argument("--overwrite", action="store_true", help="replace INDEX")
     parser.add_argument(
-        "--method", choices=("auto", "exact", "graph"), default="auto", help="default: auto, by the number of items"
+        "--method",
+        choices=("auto", "exact", "approximate"),
+        default="auto",
+        help="default: auto, by the number of items",
     )
     parser.add_argument(
-        "--recall", type=_share, metavar="R", help="share of the 10 nearest that the graph is to find (default: 0.97)"
+        "--recall", type=_share, metavar="R", help="share of the 10 nearest that a search is to find (default: 0.97)"
     )
     parser.add_argument(
         "--queries", metavar="FILE", help="embeddings to measure the recall with, as of texts (default: items)"
@@ -58,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"index": path, **_facts(index), "seconds": round(seconds, 4)})
         return 0
-    how = "exact" if index.graph is None else f"approximate, {_recall_text(index)}"
+    how = "exact" if index.lists is None else f"approximate, {_recall_text(index)}"
     size = f"{len(index)} {index.meta.kind} embeddings of {index.dimension} numbers"
     print_line(f"{path}: {size}, {how}{', as it was written' if args.verify else ''} ({seconds:.1f} s)")
     return 0
@@ -81,14 +84,14 @@ def _built(args: argparse.Namespace) -> SearchIndex:
             threads=args.threads,
             progress=progress,
         )
-    if index.graph is not None and index.graph.recall.value < target:
+    if index.lists is not None and index.lists.recall.value < target:
         print_warnings([f"the index finds less than --recall {target}: {_recall_text(index)}"])
     return index
 
 
 def _recall_text(index: SearchIndex) -> str:
-    assert index.graph is not None
-    recall = index.graph.recall
+    assert index.lists is not None
+    recall = index.lists.recall
     asked = "of its own items" if recall.of == "items" else "given"
     return f"recall@{recall.k} {recall.value:.3f} ({recall.queries} queries {asked})"
 
@@ -100,7 +103,7 @@ def _facts(index: SearchIndex) -> dict[str, Any]:
         "count": len(index),
         "dimension": index.dimension,
         "columns": list(index.columns),
-        "graph": None if index.graph is None else index.graph.to_json(),
+        "lists": None if index.lists is None else index.lists.to_json(),
     }
 
 

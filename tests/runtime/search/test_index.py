@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 from vlm_export.runtime.bulk.folder import FolderState, embeddings_folder
 from vlm_export.runtime.bulk.items import Item
 from vlm_export.runtime.inputs.images import FloatArray
-from vlm_export.runtime.search import index as searching
 from vlm_export.runtime.search.filters import Condition, parsed_condition
 from vlm_export.runtime.search.store import EmbeddingsMeta, MoreColumns, write_embeddings
 from vlm_export.runtime.tasks.embed import unit_rows
@@ -63,15 +63,15 @@ def exact(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SearchIndex
 
 
 @pytest.fixture(scope="module")
-def graph_path(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("graph") / "e.index"
-    build_index(folder, path, method="graph", threads=1)
+def lists_path(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("lists") / "e.index"
+    build_index(folder, path, method="approximate", threads=1)
     return path
 
 
 @pytest.fixture(scope="module")
-def graph(graph_path: Path) -> SearchIndex:
-    return open_index(graph_path)
+def approximate(lists_path: Path) -> SearchIndex:
+    return open_index(lists_path)
 
 
 def queries() -> FloatArray:
@@ -90,8 +90,7 @@ def pairs(matches: Sequence[Match]) -> list[tuple[str, Any]]:
 
 def test_an_exact_index_answers_as_a_full_sort(exact: SearchIndex, file: Path, vectors: FloatArray) -> None:
     in_memory = open_index(file)
-    assert (len(exact), exact.dimension, exact.graph, exact.columns) == (ROWS, WIDTH, None, ("colour", "size"))
-    assert np.array_equal(exact.vectors, vectors)
+    assert (len(exact), exact.dimension, exact.lists, exact.columns) == (ROWS, WIDTH, None, ("colour", "size"))
     for query in queries():
         expected = sorted_matches(vectors, query, 7, range(ROWS))
         assert expected == pairs(exact.search(query, 7)) == pairs(in_memory.search(query, 7))
@@ -99,26 +98,39 @@ def test_an_exact_index_answers_as_a_full_sort(exact: SearchIndex, file: Path, v
     assert exact.search(vectors[0], 1)[0].item == NAMES[0]
 
 
-def test_a_graph_finds_what_it_says(graph: SearchIndex, vectors: FloatArray) -> None:
-    assert graph.graph is not None
-    assert graph.graph.recall.value >= 0.97
-    assert (graph.graph.recall.k, graph.graph.recall.queries, graph.graph.recall.of) == (10, 256, "items")
-    found = 0
-    for query in queries():
+def test_an_approximate_index_finds_what_it_says(approximate: SearchIndex, vectors: FloatArray) -> None:
+    lists = approximate.lists
+    assert lists is not None
+    assert 1 <= lists.probes < lists.count
+    assert lists.recall.value >= 0.97
+    assert (lists.recall.k, lists.recall.queries, lists.recall.of) == (10, 256, "items")
+    found, rows = 0, {name: row for row, name in enumerate(NAMES)}
+    for query in vectors[:200:5]:
         expected = dict(sorted_matches(vectors, query, 10, range(ROWS)))
-        matches = graph.search(query, 10)
+        matches = approximate.search(query, 10)
         assert [match.score for match in matches] == sorted((match.score for match in matches), reverse=True)
         found += sum(match.item in expected for match in matches)
-        # Candidates come from numbers of 8 bits, scores from the vectors themselves.
-        assert all(abs(match.score - vectors[NAMES.index(match.item)] @ query) < 1e-6 for match in matches)
-    assert found >= 0.95 * 10 * len(queries())
+        assert all(abs(match.score - vectors[rows[match.item]] @ query) < 1e-6 for match in matches)
+    assert found >= 0.95 * 10 * 40
 
 
-def test_recall_is_measured_with_given_queries(folder: Path, tmp_path: Path) -> None:
+def test_recall_is_measured_with_given_queries(folder: Path, tmp_path: Path, vectors: FloatArray) -> None:
+    """A search then compares as many lists as these need, all of them for a recall of 1 of what lies anywhere."""
     write_embeddings(tmp_path / "texts.npy", [f"text {row}" for row in range(40)], queries(), META)
-    built = build_index(folder, tmp_path / "e.index", method="graph", recall=1.0, queries=tmp_path / "texts.npy")
-    assert built.graph is not None
-    assert (built.graph.recall.of, built.graph.recall.queries) == ("given", 40)
+    calls = list[tuple[int, int]]()
+    built = build_index(
+        folder,
+        tmp_path / "e.index",
+        method="approximate",
+        recall=1.0,
+        queries=tmp_path / "texts.npy",
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    assert built.lists is not None
+    assert (built.lists.recall.of, built.lists.recall.queries, built.lists.recall.value) == ("given", 40, 1.0)
+    for query in queries():
+        assert sorted_matches(vectors, query, 10, range(ROWS)) == pairs(built.search(query, 10))
+    assert calls[-1] == (3 * ROWS, 3 * ROWS)
     other = EmbeddingsMeta("text", "other", "1" * 64)
     write_embeddings(tmp_path / "others.npy", ["text"], queries()[:1], other)
     with pytest.raises(InputError, match="another model"):
@@ -139,27 +151,28 @@ CONDITIONS: dict[str, Callable[[int], bool]] = {
 
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_every_result_meets_the_conditions(
-    exact: SearchIndex, graph: SearchIndex, vectors: FloatArray, condition: str
+    exact: SearchIndex, approximate: SearchIndex, vectors: FloatArray, condition: str
 ) -> None:
     rows = [row for row in range(ROWS) if CONDITIONS[condition](row)]
     for query in queries()[:5]:
-        expected = sorted_matches(vectors, query, 5, rows)
-        assert expected == pairs(exact.search(query, 5, where=[condition]))
-        assert expected == pairs(graph.search(query, 5, where=[condition]))
+        assert sorted_matches(vectors, query, 5, rows) == pairs(exact.search(query, 5, where=[condition]))
+        found = approximate.search(query, 5, where=[condition])
+        assert {match.item for match in found} <= {NAMES[row] for row in rows}
+        assert len(found) == min(5, len(rows))
 
 
-def test_conditions_add_up(graph: SearchIndex, vectors: FloatArray, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the graph is asked, and where so few of its candidates meet them that all rows are."""
-    rows = [row for row in range(ROWS) if row % 3 == 0 and row % 100 < 50]
-    where: list[str | Condition] = ["colour=red", Condition("size", "<", ("50",))]
-    for limit in (10_000, 10):
-        monkeypatch.setattr(searching, "FILTERED_ROWS", limit)
-        for k in (3, len(rows) + 5):
-            expected = sorted_matches(vectors, vectors[1], k, rows)
-            found = graph.search(vectors[1], k, where=where)
-            assert len(found) == len(expected)
-            assert all(match.item in dict(sorted_matches(vectors, vectors[1], ROWS, rows)) for match in found)
-            assert found[0].item == expected[0][0]
+def test_the_fewer_meet_the_conditions_the_more_lists_are_compared(
+    exact: SearchIndex, approximate: SearchIndex, vectors: FloatArray
+) -> None:
+    """All of them where few do: also where what meets them lies far from the query."""
+    where: list[str | Condition] = ["colour=red", Condition("size", "<", ("2",))]
+    for query in queries():
+        expected = pairs(exact.search(query, 7, where=where))
+        assert [(match.item, match.score) for match in approximate.search(query, 7, where=where)] == expected
+    # More than the nearest lists hold.
+    assert len(approximate.search(vectors[0], ROWS - 5)) == ROWS - 5
+    assert len(approximate.search(vectors[0], ROWS + 5)) == ROWS
+    assert approximate.search(vectors[0], 3, where=["colour=none"]) == []
 
 
 @pytest.mark.parametrize("text", ["colour", "=red", "size<red", "size>nan", ""])
@@ -182,7 +195,7 @@ def test_wrong_calls(exact: SearchIndex, folder: Path, tmp_path: Path) -> None:
         exact.search(queries()[0], 0)
     with pytest.raises(InputError, match="another size"):
         exact.search(queries()[0][:5])
-    with pytest.raises(UsageError, match="auto, exact or graph"):
+    with pytest.raises(UsageError, match="auto, exact or approximate"):
         build_index(folder, tmp_path / "x.index", method="fast")  # type: ignore[arg-type]
     (tmp_path / "there").write_text("mine")
     with pytest.raises(UsageError, match="output exists"):
@@ -198,11 +211,19 @@ def test_wrong_calls(exact: SearchIndex, folder: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["long.npy", "none.npy", "there"]
 
 
-def test_a_graph_needs_usearch(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "usearch.index", None)
-    with pytest.raises(EnvironmentFailure, match="usearch") as caught:
-        build_index(folder, tmp_path / "x.index", method="graph")
-    assert ".[search]" in caught.value.fix
+def test_an_approximate_index_needs_faiss(
+    folder: Path, lists_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    calls: list[Callable[[], SearchIndex]] = [
+        lambda: build_index(folder, tmp_path / "x.index", method="approximate"),
+        lambda: open_index(lists_path),
+    ]
+    for call in calls:
+        with pytest.raises(EnvironmentFailure, match="faiss") as caught:
+            call()
+        assert ".[search]" in caught.value.fix
+    assert not list(tmp_path.iterdir())
     assert len(build_index(folder, tmp_path / "x.index")) == ROWS
 
 
@@ -220,20 +241,20 @@ def test_text_and_image_together() -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 7, 16, 1000, -1])
-def test_a_file_that_is_cut_is_no_index(graph_path: Path, tmp_path: Path, kept: int) -> None:
-    (tmp_path / "cut.index").write_bytes(graph_path.read_bytes()[:kept])
+def test_a_file_that_is_cut_is_no_index(lists_path: Path, tmp_path: Path, kept: int) -> None:
+    (tmp_path / "cut.index").write_bytes(lists_path.read_bytes()[:kept])
     with pytest.raises((InputError, UsageError)):
         open_index(tmp_path / "cut.index")
     with pytest.raises(InputError):
         SearchIndex.mapped(tmp_path / "cut.index")
 
 
-def test_every_section_is_verified(graph_path: Path, tmp_path: Path) -> None:
+def test_every_section_is_verified(lists_path: Path, tmp_path: Path) -> None:
     from vlm_export.runtime.search.index_file import IndexFile
 
-    open_index(graph_path).verify()
-    for section in IndexFile(graph_path).state.sections.values():
-        content = bytearray(graph_path.read_bytes())
+    open_index(lists_path).verify()
+    for section in IndexFile(lists_path).state.sections.values():
+        content = bytearray(lists_path.read_bytes())
         content[section.offset + section.size_bytes // 2] ^= 1
         (tmp_path / "x.index").write_bytes(content)
         with pytest.raises(InputError, match="damaged"):
@@ -246,78 +267,106 @@ def altered(content: bytes, offset: int, form: str, value: int) -> bytes:
     return bytes(changed)
 
 
-def test_a_graph_that_leads_outside_is_not_followed(graph_path: Path, tmp_path: Path) -> None:
-    """Every number of a graph that the library would follow, set to what lies outside."""
-    content = graph_path.read_bytes()
-    head = 8 + ROWS * WIDTH
-    levels = head + 64 + 40
-    nodes = levels + 2 * ROWS
-    tall = int(np.frombuffer(content, "<i2", ROWS, levels).argmax())
-    level = np.frombuffer(content, "<i2", ROWS, levels)
-    tall_start = nodes + int((142 + 68 * level[:tall].astype(int)).sum())
-    low = int(np.flatnonzero(level == 0)[0])
+def test_lists_that_lead_outside_are_not_followed(lists_path: Path, tmp_path: Path) -> None:
+    """Each number around the vectors, changed: as faiss writes them, in the order in which it reads them."""
+    from vlm_export.runtime.search.index_file import IndexFile
+
+    content, state = lists_path.read_bytes(), IndexFile(lists_path).state
+    assert state.lists is not None
+    count, centres = state.lists.count, 37 + 16
+    after = centres + 37 + 8 + 4 * count * WIDTH
+    sizes = after + 9 + 32
     places = {
-        "rows of vectors": (0, "<I", ROWS + 1),
-        "columns of vectors": (4, "<I", WIDTH + 1),
-        "name": (head, "<B", 0),
-        "version": (head + 7, "<H", 3),
-        "numbers": (head + 14, "<B", 11),
-        "dimensions": (head + 33, "<Q", 2 * WIDTH),
-        "nodes": (head + 64, "<Q", ROWS + 1),
-        "connectivity": (head + 72, "<Q", 64),
-        "connectivity of the base": (head + 80, "<Q", 64),
-        "top": (head + 88, "<Q", 9),
-        "entry": (head + 96, "<Q", ROWS),
-        "listed level": (levels, "<h", 5),
-        "negative level": (levels, "<h", -1),
-        "key": (nodes, "<Q", ROWS),
-        "level of a node": (nodes + 8, "<h", 5),
-        "number of neighbours": (nodes + 10, "<I", 33),
-        "neighbour": (nodes + 14, "<I", ROWS),
-        "number of neighbours above": (tall_start + 142, "<I", 17),
-        "neighbour above": (tall_start + 146, "<I", ROWS),
-        "neighbour that does not reach": (tall_start + 146, "<I", low),
+        **{
+            "kind": (0, "<I"),
+            "dimension": (4, "<i"),
+            "rows": (8, "<q"),
+            "is trained": (32, "<B"),
+            "metric": (33, "<i"),
+        },
+        **{"lists": (37, "<Q"), "kind of centres": (centres, "<I"), "dimension of centres": (centres + 4, "<i")},
+        **{"number of centres": (centres + 8, "<q"), "size of centres": (centres + 37, "<Q")},
+        **{"map": (after, "<B"), "size of map": (after + 1, "<Q"), "kind of lists": (after + 9, "<I")},
+        **{"number of lists": (after + 13, "<Q"), "bytes of a vector": (after + 21, "<Q"), "form": (after + 29, "<I")},
+        **{
+            "number of sizes": (after + 33, "<Q"),
+            "size of a list": (sizes, "<Q"),
+            "of the last": (sizes + 8 * count - 8, "<Q"),
+        },
     }
-    for name, (offset, form, value) in places.items():
-        (tmp_path / "x.index").write_bytes(altered(content, offset, form, value))
-        with pytest.raises(InputError, match="graph of an index is damaged"):
-            SearchIndex.mapped(tmp_path / "x.index")
-        assert altered(content, offset, form, value) != content, name
+    for name, (offset, form) in places.items():
+        (value,) = struct.unpack_from(form, content, offset)
+        for other in {value + 1, max(value - 1, 0), 2 ** (8 * struct.calcsize(form) - 1) - 1} - {value}:
+            (tmp_path / "x.index").write_bytes(altered(content, offset, form, other))
+            with pytest.raises(InputError, match="lists of an index are damaged"):
+                open_index(tmp_path / "x.index")
+        assert content[offset] is not None, name
+    # Sizes that make the right sum in 64 bits.
+    sum_kept = altered(altered(content, sizes, "<Q", 2**63), sizes + 8, "<Q", 2**63)
+    (tmp_path / "x.index").write_bytes(sum_kept)
+    with pytest.raises(InputError, match="lists of an index are damaged"):
+        open_index(tmp_path / "x.index")
+
+
+def test_lists_begin_the_file(lists_path: Path, tmp_path: Path) -> None:
+    """Where faiss reads them: what is checked elsewhere in the file would be something else."""
+    content = lists_path.read_bytes()
+    (length,) = struct.unpack_from("<Q", content, len(content) - 16)
+    state = json.loads(content[-16 - length : -16])
+    for section in state["sections"].values():
+        section["offset"] += 64
+    moved = json.dumps(state).encode()
+    tail = struct.pack("<Q", len(moved)) + content[-8:]
+    (tmp_path / "x.index").write_bytes(bytes(64) + content[: -16 - length] + moved + tail)
+    with pytest.raises(InputError, match="index is damaged") as caught:
+        open_index(tmp_path / "x.index")
+    assert "begin the file" in caught.value.got
+
+
+def test_row_numbers_that_are_none_are_told(lists_path: Path, tmp_path: Path, vectors: FloatArray) -> None:
+    from vlm_export.runtime.search.index_file import LISTS, IndexFile
+
+    section, content = IndexFile(lists_path).state.sections[LISTS], lists_path.read_bytes()
+    for value in (ROWS, -2, 2**62):
+        # The last row number of the last list.
+        (tmp_path / "x.index").write_bytes(altered(content, section.size_bytes - 8, "<q", value))
+        with pytest.raises(InputError, match="row number"):
+            open_index(tmp_path / "x.index").search(vectors[0], ROWS)
 
 
 _ANSWERS = """
 import sys
+from pathlib import Path
 import numpy as np
 from vlm_export.errors import InputError
 from vlm_export.runtime.search.index import SearchIndex
 content = open(sys.argv[1], "rb").read()
 random = np.random.default_rng(0)
-start, refused = int(sys.argv[3]), 0
-query = np.ones(int(sys.argv[4]), np.float32) / np.sqrt(np.float32(sys.argv[4]))
-for _ in range(150):
+refused, width = 0, int(sys.argv[3])
+query = np.ones(width, np.float32) / np.sqrt(np.float32(width))
+for number in range(300):
     changed = bytearray(content)
-    for place in random.integers(start, int(sys.argv[5]), 3):
+    # Every second time around the vectors, where what is followed stands.
+    for place in random.integers(0, 40_000 if number % 2 else len(content), 3):
         changed[place] = random.integers(256)
     open(sys.argv[2], "wb").write(changed)
     try:
-        SearchIndex.mapped(__import__("pathlib").Path(sys.argv[2])).search(query, 10)
+        SearchIndex.mapped(Path(sys.argv[2])).search(query, 10)
     except InputError:
         refused += 1
 print(refused)
 """
 
 
-def test_random_damage_ends_no_process(graph_path: Path, tmp_path: Path) -> None:
+def test_random_damage_ends_no_process(lists_path: Path, tmp_path: Path) -> None:
     """Either it is told, or the search goes its way; in a process of its own, which a fault would end."""
-    start = 8 + ROWS * WIDTH
-    size = graph_path.stat().st_size
-    arguments = [graph_path, tmp_path / "x.index", start, WIDTH, size]
+    arguments = [lists_path, tmp_path / "x.index", WIDTH]
     done = subprocess.run([sys.executable, "-c", _ANSWERS, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert 0 < int(done.stdout) < 150
+    assert 0 < int(done.stdout) < 300
 
 
-def test_columns_and_vectors_that_are_damaged(exact: SearchIndex, tmp_path: Path) -> None:
+def test_columns_and_vectors_that_are_damaged(exact: SearchIndex, vectors: FloatArray, tmp_path: Path) -> None:
     from vlm_export.runtime.search.index_file import VECTORS, column_codes
 
     assert exact._file is not None
@@ -326,14 +375,13 @@ def test_columns_and_vectors_that_are_damaged(exact: SearchIndex, tmp_path: Path
     with pytest.raises(InputError, match="column"):
         open_index(tmp_path / "x.index").search(queries()[0], where=["colour=red"])
     with pytest.raises(InputError, match="column"):
-        open_index(tmp_path / "x.index").search(exact.vectors[0])
+        open_index(tmp_path / "x.index").search(vectors[0])
     (tmp_path / "x.index").write_bytes(altered(content, sections[VECTORS].offset, "<I", 0x7FC00000))
     with pytest.raises(InputError, match="NaN"):
         open_index(tmp_path / "x.index").search(queries()[0], ROWS)
 
 
-def test_it_says_what_it_is(exact: SearchIndex, graph: SearchIndex, file: Path) -> None:
+def test_it_says_what_it_is(exact: SearchIndex, approximate: SearchIndex, file: Path) -> None:
     assert "3000 images by 'tiny', exact" in repr(exact)
-    assert "approximate" in repr(graph)
-    found: Any = open_index(file)
-    assert found.graph is None
+    assert "approximate" in repr(approximate)
+    assert open_index(file).lists is None

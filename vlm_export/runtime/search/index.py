@@ -1,14 +1,12 @@
 """What is searched: items, their vectors, and columns of texts, in memory or mapped from an index file.
 
-A search is exact, or it compares the candidates that a graph proposes. Scores are exact cosines in either case,
-computed from the vectors as they were embedded. With conditions, every result meets all of them: up to `FILTERED_ROWS`
-items that meet them are compared one by one; of more, the graph proposes so many candidates that enough of them should
-meet the conditions, and where too few do, all items that meet them are compared.
+A search is exact, or it compares the rows of the inverted lists nearest to the query. Scores are exact cosines in
+either case, computed from the vectors as they were embedded. With conditions, every result meets all of them, and the
+fewer items do, the more lists are compared: all of them where few do, so that the search is exact there.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,25 +17,11 @@ import numpy.typing as npt
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.inputs.images import FloatArray
 from vlm_export.runtime.search.filters import Column, Condition, column_of, parsed_condition, unknown_column
-from vlm_export.runtime.search.graph import Graph
-from vlm_export.runtime.search.index_file import (
-    GRAPH,
-    NAMES,
-    VECTORS,
-    GraphRecord,
-    IndexFile,
-    TextArray,
-)
-from vlm_export.runtime.search.store import Embeddings, EmbeddingsMeta, require_model, top_k
+from vlm_export.runtime.search.index_file import LISTS, NAMES, VECTORS, IndexFile, ListsRecord, TextArray
+from vlm_export.runtime.search.rows import ExactRows, Lists, Rows
+from vlm_export.runtime.search.store import Embeddings, EmbeddingsMeta, require_model
 from vlm_export.runtime.tasks.embed import unit_rows
 
-EXACT_ROWS = 50_000
-"""So many items are compared one by one: 50,000 x 512 numbers are read from memory in about ten milliseconds."""
-FILTERED_ROWS = 10_000
-"""So many that meet conditions are compared one by one, since they lie scattered; of more, the graph is asked."""
-MAX_CANDIDATES = 4096
-"""Of a graph; beyond that, comparing all is not much slower."""
-_ROWS_GATHERED = 1 << 14
 _UNIT_TOLERANCE = 1e-3
 
 
@@ -67,20 +51,19 @@ class SearchIndex:
         self,
         meta: EmbeddingsMeta,
         names: Sequence[str],
-        vectors: FloatArray,
+        rows: Rows,
         columns: Mapping[str, Column],
-        graph: Graph | None = None,
         *,
         file: IndexFile | None = None,
     ) -> None:
         self.meta, self.columns = meta, tuple(columns)
-        self._names, self._vectors, self._columns, self._graph, self._file = names, vectors, columns, graph, file
+        self._names, self._rows, self._columns, self._file = names, rows, columns, file
 
     @classmethod
     def of(cls, embeddings: Embeddings) -> SearchIndex:
         """Embeddings that are in memory."""
         columns = {name: column_of(texts) for name, texts in embeddings.columns.items()}
-        return cls(embeddings.meta, embeddings.items, embeddings.vectors, columns)
+        return cls(embeddings.meta, embeddings.items, ExactRows(embeddings.vectors), columns)
 
     @classmethod
     def mapped(cls, path: Path) -> SearchIndex:
@@ -88,40 +71,37 @@ class SearchIndex:
 
         Raises:
             InputError: no index, or a damaged one.
-            EnvironmentFailure: its graph needs usearch, which is not installed.
+            EnvironmentFailure: an approximate index needs faiss, which is not installed.
         """
         file = IndexFile(path)
         state = file.state
         names = TextArray(file.bytes_of(NAMES), state.rows, str(path))
-        vectors = file.array(VECTORS, "<f4", (state.rows, state.dimension))
         columns = {column.name: file.column(number) for number, column in enumerate(state.columns)}
-        graph = None
-        if state.graph is not None:
-            content, expansion = file.bytes_of(GRAPH), state.graph.expansion
-            graph = Graph.mapped(path, content, state.rows, state.dimension, expansion)
-        return cls(state.meta, names, vectors, columns, graph, file=file)
+        rows: Rows
+        if state.lists is None:
+            rows = ExactRows(file.array(VECTORS, "<f4", (state.rows, state.dimension)))
+        else:
+            count, probes = state.lists.count, state.lists.probes
+            rows = Lists.mapped(path, file.first_bytes(LISTS), state.rows, state.dimension, count, probes)
+            file.check_same()
+        return cls(state.meta, names, rows, columns, file=file)
 
     def __len__(self) -> int:
-        return len(self._vectors)
+        return len(self._rows)
 
     def __repr__(self) -> str:
-        how = "exact" if self._graph is None else "approximate"
+        how = "exact" if self.lists is None else "approximate"
         return f"<vlm_export.SearchIndex of {len(self)} {self.meta.kind}s by {self.meta.model!r}, {how}>"
 
     @property
     def dimension(self) -> int:
         """D of the vectors."""
-        return int(self._vectors.shape[1])
+        return self._rows.dimension
 
     @property
-    def vectors(self) -> FloatArray:
-        """The vectors of all items, float32 (N, D), of an index file mapped; not to be changed."""
-        return self._vectors
-
-    @property
-    def graph(self) -> GraphRecord | None:
-        """What is known of the graph, its measured recall among it; None: every search is exact."""
-        return None if self._file is None else self._file.state.graph
+    def lists(self) -> ListsRecord | None:
+        """Of an approximate index, what is known of its lists, the measured recall among it; None for an exact one."""
+        return None if self._file is None else self._file.state.lists
 
     def require_model(self, identity: str, model: str) -> None:
         """InputError unless the vectors were computed by the model of that identity."""
@@ -152,7 +132,7 @@ class SearchIndex:
             )
         if k < 1:
             raise UsageError("k must be at least 1", got=str(k))
-        rows, scores = self._nearest(vector, k, self._meeting(where))
+        rows, scores = self._rows.nearest(vector, k, self._meeting(where))
         if not np.isfinite(scores).all():
             raise InputError("the vectors of an index hold NaN or infinity", where=self._where, fix="build it again")
         return [self._match(int(row), float(score)) for row, score in zip(rows, scores, strict=True)]
@@ -167,35 +147,6 @@ class SearchIndex:
             found = self._columns[condition.column].rows_of(condition)
             met = found if met is None else met & found
         return met
-
-    def _nearest(
-        self, vector: FloatArray, k: int, met: npt.NDArray[np.bool_] | None
-    ) -> tuple[npt.NDArray[np.int64], FloatArray]:
-        count = len(self) if met is None else int(np.count_nonzero(met))
-        if self._graph is not None and (met is None or count > FILTERED_ROWS):
-            # Of so many candidates about 2 k meet the conditions, if those are spread evenly.
-            wanted = max(self._graph.expansion, math.ceil(2 * k * len(self) / count))
-            if wanted <= MAX_CANDIDATES:
-                candidates = self._graph.nearest(vector, min(wanted, len(self)))
-                if met is not None:
-                    candidates = candidates[met[candidates]]
-                if len(candidates) >= min(k, count):
-                    return self._compared(vector, k, candidates)
-        return top_k(vector, self._vectors, k) if met is None else self._compared(vector, k, np.flatnonzero(met))
-
-    def _compared(
-        self, vector: FloatArray, k: int, rows: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.int64], FloatArray]:
-        """The nearest of these rows, which are sorted."""
-        best = np.empty(0, np.int64)
-        scores = np.empty(0, np.float32)
-        for first in range(0, len(rows), _ROWS_GATHERED):
-            some = rows[first : first + _ROWS_GATHERED]
-            order, found = top_k(vector, self._vectors[some], k)
-            best, scores = np.concatenate([best, some[order]]), np.concatenate([scores, found])
-            kept = np.argsort(-scores, kind="stable")[:k]
-            best, scores = best[kept], scores[kept]
-        return best, scores
 
     def _match(self, row: int, score: float) -> Match:
         try:

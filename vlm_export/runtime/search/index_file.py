@@ -1,9 +1,9 @@
 """The file of an index: sections of bytes, one behind the other, and at the end a JSON object that says what they are.
 
-The graph comes first, because its library maps a file from the beginning; what follows is not its concern. Then come
-the vectors, float32 (N, D), and texts: the items' names, and of each column its distinct texts and uint32 (N,) that
-choose among them. All of it is mapped, and nothing but the graph is read before it is needed. The file ends with the
-length of the JSON object and `MAGIC`; like a file of embeddings it is whole or not there.
+The vectors come first: float32 (N, D), or inverted lists, whose library maps a file from its beginning. Then come
+texts: the items' names, and of each column its distinct texts and uint32 (N,) that choose among them. All of it is
+mapped, and read when it is needed, so that a large index opens as fast as a small one. The file ends with the length of
+the JSON object and `MAGIC`; like a file of embeddings it is whole or not there.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from vlm_export.bundle.strict_json import MAX_JSON_BYTES, json_object_from_bytes
 from vlm_export.errors import InputError
 from vlm_export.machine_faults import machine_fault
 from vlm_export.runtime.search.filters import Column
+from vlm_export.runtime.search.rows import AGAIN
 from vlm_export.runtime.search.store import EmbeddingsMeta
 from vlm_export.specs.codec import Spec, between
 
 MAGIC = b"VLMINDX1"
-GRAPH, VECTORS, NAMES = "graph", "vectors", "names"
+LISTS, VECTORS, NAMES = "lists", "vectors", "names"
 _TAIL = struct.Struct("<Q8s")
 _ALIGNMENT = 64
 _CHUNK_BYTES = 1 << 20
-AGAIN = "build it again: vlm-export index EMBEDDINGS -o INDEX --overwrite"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Section(Spec):
 
 @dataclass(frozen=True)
 class Recall(Spec):
-    """How much of what an exact search finds the graph finds, measured when the index was built.
+    """How much of what an exact search finds an approximate one finds, measured when the index was built.
 
     Attributes:
         value: the share, 0 to 1, of the `k` nearest.
@@ -64,16 +64,18 @@ class Recall(Spec):
 
 
 @dataclass(frozen=True)
-class GraphRecord(Spec):
-    """The graph of an approximate index.
+class ListsRecord(Spec):
+    """The inverted lists of an approximate index.
 
     Attributes:
-        library: its name and version, as "usearch 2.21.0".
-        expansion: how many candidates a search keeps; more find more and take longer.
+        library: its name and version, as "faiss 1.15.1".
+        count: how many lists there are.
+        probes: how many of them a search compares; more find more and take longer.
     """
 
     library: str
-    expansion: Annotated[int, between(1, 1 << 16)]
+    count: Annotated[int, between(1)]
+    probes: Annotated[int, between(1)]
     recall: Recall
 
 
@@ -91,7 +93,7 @@ class IndexState(Spec):
 
     Attributes:
         columns: what is known of each item.
-        graph: None: every search is exact.
+        lists: None: every search is exact.
         sections: by name.
     """
 
@@ -100,7 +102,7 @@ class IndexState(Spec):
     rows: Annotated[int, between(1)]
     dimension: Annotated[int, between(1)]
     columns: tuple[ColumnRecord, ...]
-    graph: GraphRecord | None
+    lists: ListsRecord | None
     sections: Mapping[str, Section]
 
 
@@ -179,7 +181,8 @@ class IndexFile:
         """
         self.path = path
         with _reading(path) as file:
-            self.size = os.fstat(file.fileno()).st_size
+            self._status = os.fstat(file.fileno())
+            self.size = self._status.st_size
             file.seek(max(self.size - _TAIL.size, 0))
             tail = file.read()
             length, magic = _TAIL.unpack(tail) if len(tail) == _TAIL.size else (0, b"")
@@ -206,6 +209,19 @@ class IndexFile:
         if section is None:
             raise self.damage(f"it has no section {name}")
         return self._bytes[section.offset : section.offset + section.size_bytes]
+
+    def first_bytes(self, name: str) -> npt.NDArray[np.uint8]:
+        """A section that stands at the beginning of the file, where a library reads it; InputError elsewhere."""
+        found = self.bytes_of(name)
+        if self.state.sections[name].offset:
+            raise self.damage(f"the section {name} does not begin the file")
+        return found
+
+    def check_same(self) -> None:
+        """InputError where the path leads to another file by now, which a library has opened without a check."""
+        now = os.stat(self.path)
+        if not os.path.samestat(now, self._status) or now.st_mtime_ns != self._status.st_mtime_ns:
+            raise InputError("an index was replaced while it was opened", where=str(self.path), fix="open it again")
 
     def array(self, name: str, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         """A section as an array of that dtype and shape; InputError where it has another size."""

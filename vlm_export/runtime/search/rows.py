@@ -1,17 +1,19 @@
 """Vectors in rows, and the nearest of them: compared one by one, or in the inverted lists of FAISS.
 
-Inverted lists are of the library faiss: its k-means finds the centres of so many lists, each row lies in the list of the
-nearest centre, and a search compares the rows of the lists whose centres are nearest, all of them exactly. faiss maps
-the file. What it follows there are sizes of lists; a file that was altered would lead it to memory that is not its own.
-So `Lists.mapped` first holds all that stands around the vectors against what we would write, byte for byte. The form is
-that of `IndexIVFFlat` in `faiss/impl/index_write.cpp` of facebookresearch/faiss 1.15: a head, the centres as an
-`IndexFlatIP`, the sizes of the lists, and of each list its vectors and their row numbers.
+Inverted lists are of the library faiss: its k-means finds the centres of so many lists, each row lies in the list of
+the nearest centre, and a search compares the rows of the lists whose centres are nearest, all of them exactly. faiss
+maps the file. What it follows there are sizes of lists; a file that was altered would lead it to memory that is not its
+own. So `Lists.mapped` first holds all that stands around the vectors against what we would write, byte for byte. What
+this cannot see is a file that is changed while it is mapped: who may write to it is trusted.
+
+The form is that of `IndexIVFFlat` in `faiss/impl/index_write.cpp` of facebookresearch/faiss 1.15: a head, the centres
+as an `IndexFlatIP`, the sizes of the lists, and of each list its vectors and their row numbers.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +106,11 @@ def nearest_centres(vectors: FloatArray, centres: FloatArray) -> npt.NDArray[np.
     return np.asarray(found[:, 0], np.int64)
 
 
+def faiss_version() -> str:
+    """The library that makes lists, and its version."""
+    return f"faiss {_faiss().__version__}"
+
+
 @contextmanager
 def faiss_threads(threads: int | None) -> Iterator[None]:
     """So many threads for what faiss computes in the block; None leaves it as it is."""
@@ -130,7 +137,8 @@ class ListsLayout:
     @property
     def rows(self) -> int:
         """Of all lists."""
-        return int(self.sizes.sum())
+        total: int = self.sizes.sum().item()
+        return total
 
     @property
     def head(self) -> bytes:
@@ -155,12 +163,6 @@ class ListsLayout:
     def size(self) -> int:
         """Of the whole, in bytes."""
         return self.lists_start + self.rows * (4 * self.dimension + 8)
-
-    def places(self, number: int) -> tuple[int, int]:
-        """Where the vectors of a list begin, and where their row numbers do."""
-        before, own = int(self.sizes[:number].sum()), int(self.sizes[number])
-        start = self.lists_start + before * (4 * self.dimension + 8)
-        return start, start + 4 * own * self.dimension
 
 
 def _index_head(kind: bytes, dimension: int, rows: int) -> bytes:
@@ -208,8 +210,8 @@ class Lists:
         return int(self._index.nlist)
 
     def nearest(self, vector: FloatArray, k: int, met: Met) -> Nearest:
-        """As `Rows.nearest`, in the nearest lists: the fewer rows meet conditions, the more of them, and all lists where
-        that was not enough."""
+        """As `Rows.nearest`, in the nearest lists: the fewer rows meet conditions, the more lists, and all of them
+        where those were not enough."""
         left = self._rows if met is None else int(np.count_nonzero(met))
         if not left:
             return np.empty(0, np.int64), np.empty(0, np.float32)
@@ -225,7 +227,7 @@ class Lists:
     def search(
         self, vectors: FloatArray, k: int, probes: int, met: Met = None
     ) -> tuple[npt.NDArray[np.int64], FloatArray]:
-        """The k nearest rows to each vector (Q, D) in so many lists: rows and scores (Q, k), -1 where there are fewer.
+        """The k nearest rows to each vector (Q, D) in so many lists: rows and scores (Q, k), -1 where they are fewer.
 
         Raises:
             InputError: a row number that the file holds is none.
@@ -242,7 +244,7 @@ class Lists:
 def written_lists(
     layout: ListsLayout, centres: FloatArray, file: npt.NDArray[np.uint8]
 ) -> Iterator[tuple[FloatArray, npt.NDArray[np.int64]]]:
-    """Writes all but the lists into a mapped file of `layout.size` bytes; yields the vectors and rows of each to fill."""
+    """Writes all but the lists into a mapped file of `layout.size` bytes; yields vectors and rows of each to fill."""
     head, middle = layout.head, layout.middle
     file[: len(head)] = np.frombuffer(head, np.uint8)
     file[len(head) : layout.lists_start - len(middle)] = np.frombuffer(centres.astype("<f4").tobytes(), np.uint8)
@@ -284,7 +286,3 @@ def _faiss() -> Any:
 
 def _damage(where: str, got: str) -> InputError:
     return InputError("the lists of an index are damaged", where=where, got=got, fix=AGAIN)
-
-
-def sequence_rows(parts: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-    return np.concatenate(parts)
