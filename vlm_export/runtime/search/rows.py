@@ -12,6 +12,7 @@ as an `IndexFlatIP`, the sizes of the lists, and of each list its vectors and th
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,7 +81,7 @@ class ExactRows:
 
 def list_count(rows: int) -> int:
     """How many lists rows are divided into: to compare their centres costs about what comparing their rows does."""
-    return max(1, min(2 * round(rows**0.5), rows // _POINTS_OF_CENTRE))
+    return max(1, min(2 * math.isqrt(rows), rows // _POINTS_OF_CENTRE))
 
 
 def centres_of(sample: FloatArray, count: int) -> FloatArray:
@@ -137,8 +138,7 @@ class ListsLayout:
     @property
     def rows(self) -> int:
         """Of all lists."""
-        total: int = self.sizes.sum().item()
-        return total
+        return int(self.sizes.sum())
 
     @property
     def head(self) -> bytes:
