@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
 PROGRAMS = {
     "import faiss": ("vectors-faiss", "faiss-cpu==1.15.1", "numpy", "pyarrow"),
-    "import lancedb": ("vectors-lancedb", "lancedb", "pyarrow"),
-    "qdrant_client": ("vectors-qdrant", "qdrant-client", "numpy", "pyarrow"),
+    "import lancedb": ("vectors-lancedb", "lancedb==0.40.0", "pyarrow"),
+    "qdrant_client": ("vectors-qdrant", "qdrant-client==1.20.0", "numpy", "pyarrow"),
 }
 
 
