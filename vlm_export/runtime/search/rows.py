@@ -199,6 +199,8 @@ class Lists:
             index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
         except RuntimeError as error:
             raise _damage(str(path), str(error)) from error
+        # It would start threads for each search that read the lists through, also rows that do not meet conditions.
+        faiss.downcast_InvertedLists(index.invlists).prefetch_nthread = 0
         return cls(index, rows, dimension, probes, str(path))
 
     def __len__(self) -> int:
