@@ -17,7 +17,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from copy import copy
 from functools import cache
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
@@ -52,27 +51,6 @@ def pytest_collection_finish() -> None:
     """What is loaded now stays until the end."""
     gc.collect()
     gc.freeze()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _translations_are_read_once() -> Iterator[None]:
-    """torch's dynamo back end parses the sources of all its translations for each graph, which takes as long as a tiny
-    graph itself; they are the same each time. Each graph gets a copy."""
-    if "torch" not in sys.modules:
-        yield
-        return
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-    read = cache(ONNXRegistry.from_torchlib)
-
-    def copied(opset_version: int) -> ONNXRegistry:
-        registry = copy(read(opset_version))
-        registry.functions = {target: list(found) for target, found in registry.functions.items()}
-        return registry
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
-        yield
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ MOST_PRIVATE = 0.10
 WORKER = """
 import json, sys
 import numpy as np
-from vlm_export.proof.memory import anonymous_bytes
+from vlm_export.bundle.memory import anonymous_bytes
 from vlm_export.ray import Embedder
 bundle, paths = sys.argv[1], sys.argv[2:]
 np.ones((64, 64), np.float32) @ np.ones((64, 64), np.float32)
@@ -51,7 +51,7 @@ import json, os, signal, sys
 import numpy as np
 import ray
 from pathlib import Path
-from vlm_export.proof.memory import anonymous_bytes
+from vlm_export.bundle.memory import anonymous_bytes
 from vlm_export.ray import Embedder
 
 class Watched(Embedder):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from vlm_export.cli.main import main
+from vlm_export.cli.main import console
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vlm_export.text_display import shown_field
 
@@ -30,6 +30,10 @@ class VlmExportError(Exception):
         self.what, self.where, self.expected, self.got, self.fix = what, where, expected, got, fix
         super().__init__(what)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As a pickle it is its class and its fields: another process may have raised it."""
+        return _made_again, (type(self), self.what, self.where, self.expected, self.got, self.fix)
+
     def __str__(self) -> str:
         parts = [("where", self.where), ("expected", self.expected), ("got", self.got), ("fix", self.fix)]
         fields = (f"  {label}: {shown_field(text)}" for label, text in parts if text)
@@ -44,6 +48,10 @@ class VlmExportError(Exception):
             "what": self.what,
             **{key: text for key, text in fields.items() if text},
         }
+
+
+def _made_again(kind: type[VlmExportError], what: str, where: str, expected: str, got: str, fix: str) -> VlmExportError:
+    return kind(what, where=where, expected=expected, got=got, fix=fix)
 
 
 class VerificationError(VlmExportError):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vlm_export.proof.memory import anonymous_bytes, peak_bytes
+from vlm_export.bundle.memory import anonymous_bytes, peak_bytes
 
 Form = tuple[int, int]
 """Pixels of an image's side, and the size of the vocabulary."""

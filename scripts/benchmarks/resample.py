@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from benchmarks.measuring import interleaved
 from benchmarks.report import Bars, Report, Table, table
 from vlm_export.exporting.backends import Lowerings, export_part
+from vlm_export.exporting.finishing import write_graph
 from vlm_export.exporting.lowerings.resample import Interpolation
-from vlm_export.exporting.writer import write_graph
 from vlm_export.family import Part
 from vlm_export.lab.timing import median_ratio
 from vlm_export.models.layers.from_uint8 import PreprocessedVision

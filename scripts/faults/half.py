@@ -16,11 +16,10 @@ from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import VerificationError
 from vlm_export.exporting.backends import export_part
+from vlm_export.exporting.finishing import finish_graph, simplify_graph, write_graph
 from vlm_export.exporting.fp16_proof import rounded_points, unrounded_report
 from vlm_export.exporting.ledger import account_for
-from vlm_export.exporting.simplify import finish_graph, simplify_graph
 from vlm_export.exporting.verification import PartVerification, part_samples
-from vlm_export.exporting.writer import write_graph
 from vlm_export.family import DEFAULT_BUILD, Model, Reference
 from vlm_export.models.registry import identify
 from vlm_export.precision.fp16 import convert_to_fp16, rounded_from

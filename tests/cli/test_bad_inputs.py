@@ -41,7 +41,7 @@ def _write_another_graph(model: Any, path: Path, threshold_bytes: int) -> list[P
     """As write_graph, with one weight changed."""
     import onnx_ir as ir
 
-    from vlm_export.exporting.writer import write_graph
+    from vlm_export.exporting.finishing import write_graph
 
     value = model.graph.initializers["projection"]
     value.const_value = ir.tensor(value.const_value.numpy() * np.float32(1.5), name=value.name)

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from vlm_export.errors import EnvironmentFailure, UsageError, VerificationError
 from vlm_export.exporting.backends import Exporter, choose_exporter, export_part
-from vlm_export.exporting.simplify import finish_graph, simplify_graph
-from vlm_export.exporting.writer import write_graph
+from vlm_export.exporting.finishing import finish_graph, simplify_graph, write_graph
 from vlm_export.family import Array, Model, Part
 from vlm_export.specs.signature import Axis, Signature, TensorSpec
 

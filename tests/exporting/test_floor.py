@@ -18,12 +18,11 @@ from faults.graph import GRAPH_FAULTS, GraphFault
 from onnx import numpy_helper
 
 from vlm_export.exporting.backends import export_part
+from vlm_export.exporting.finishing import finish_graph, simplify_graph, write_graph
 from vlm_export.exporting.floor import float16_outputs, float64_outputs, measure_noise, measure_noise_around
 from vlm_export.exporting.fp16_proof import rounded_points
 from vlm_export.exporting.options import Precision
-from vlm_export.exporting.simplify import finish_graph, simplify_graph
 from vlm_export.exporting.verification import PartVerification, part_samples
-from vlm_export.exporting.writer import write_graph
 from vlm_export.family import Model, Part, Reference, reference_from_module
 from vlm_export.precision.fp16 import convert_to_fp16
 from vlm_export.proof.floor import FloorJudge

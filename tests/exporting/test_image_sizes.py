@@ -16,9 +16,8 @@ from vlm_export.checkpoint.sources.known import load_known
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.errors import UsageError
 from vlm_export.exporting.backends import Exporter, export_part
+from vlm_export.exporting.finishing import finish_graph, simplify_graph, write_graph
 from vlm_export.exporting.parts import add_preprocessing
-from vlm_export.exporting.simplify import finish_graph, simplify_graph
-from vlm_export.exporting.writer import write_graph
 from vlm_export.family import BuildOptions, Model, Part
 from vlm_export.models.clip.family import ClipFamily
 from vlm_export.runtime.engines.onnxruntime import OrtEngine

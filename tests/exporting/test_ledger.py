@@ -19,10 +19,10 @@ from vlm_export.bundle.layout import LEDGER_NAME
 from vlm_export.bundle.ledger import NO_LEDGER, check_ledger, ledger_from_bytes
 from vlm_export.bundle.opened import open_bundle
 from vlm_export.errors import InputError, VerificationError
+from vlm_export.exporting.finishing import write_graph
 from vlm_export.exporting.pipeline import ExportResult
 from vlm_export.exporting.reverify import verify_against_source
 from vlm_export.exporting.stages import Stages
-from vlm_export.exporting.writer import write_graph
 from vlm_export.proof.report import PartReport
 from vlm_export.runtime.engines.onnxruntime import CPU
 

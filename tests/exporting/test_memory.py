@@ -18,8 +18,8 @@ from pathlib import Path
 from vlm_export.checkpoint.random import random_checkpoint
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.exporting.backends import export_part
-from vlm_export.exporting.simplify import finish_graph, simplify_graph
-from vlm_export.exporting.writer import write_graph
+from vlm_export.exporting.finishing import finish_graph, simplify_graph
+from vlm_export.exporting.finishing import write_graph
 from vlm_export.models.clip.family import ClipFamily
 
 folder, exporter, opset, half = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] == "half"

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from vlm_export.exporting.backends import DEFAULT_LOWERINGS, Exporter, Lowerings, export_part
+from vlm_export.exporting.finishing import finish_graph, simplify_graph, write_graph
 from vlm_export.exporting.lowerings import resample_graph_weights
-from vlm_export.exporting.simplify import finish_graph, simplify_graph
-from vlm_export.exporting.writer import write_graph
 from vlm_export.family import Model, Part, reference_from_module
 from vlm_export.models.layers import navit, resampler, vit
 from vlm_export.models.layers.positions import resample_position_embedding

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_export.exporting.backends import Exporter, export_part
-from vlm_export.exporting.simplify import finish_graph, simplify_graph
-from vlm_export.exporting.writer import write_graph
+from vlm_export.exporting.finishing import finish_graph, simplify_graph, write_graph
 from vlm_export.family import Model, Part, reference_from_module
 from vlm_export.models.layers import rotary_decoder
 from vlm_export.models.layers.blocks import HIDDEN

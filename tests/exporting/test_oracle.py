@@ -14,8 +14,7 @@ import onnx_ir as ir
 import pytest
 
 from vlm_export.exporting.backends import OPSETS, Exporter, export_part
-from vlm_export.exporting.simplify import finish_graph, simplify_graph
-from vlm_export.exporting.writer import write_graph
+from vlm_export.exporting.finishing import finish_graph, simplify_graph, write_graph
 from vlm_export.family import Model, Part, reference_from_module
 from vlm_export.graph.core.interface import GRAPH_AXES
 from vlm_export.runtime.engines.onnxruntime import OrtEngine

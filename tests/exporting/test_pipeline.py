@@ -22,8 +22,8 @@ from vlm_export.bundle.opened import open_bundle
 from vlm_export.checkpoint.sources.known import KnownCheckpoint, KnownSource, Tolerance
 from vlm_export.errors import InputError, UsageError, VerificationError
 from vlm_export.exporting import pipeline, source
+from vlm_export.exporting.finishing import simplify_graph
 from vlm_export.exporting.options import ExportOptions
-from vlm_export.exporting.simplify import simplify_graph
 from vlm_export.exporting.stages import Stages
 from vlm_export.family import DEFAULT_BUILD, Array, Arrays, BuildOptions, Checkpoint, Model, Reference, WeightStore
 from vlm_export.models.clip.family import ClipFamily

@@ -27,9 +27,8 @@ from vlm_export.errors import InputError, UsageError, VerificationError
 from vlm_export.exporting import pipeline, verification
 from vlm_export.exporting.backends import Exporter, export_part
 from vlm_export.exporting.bundle_manifest import fp32_operators
+from vlm_export.exporting.finishing import finish_graph, simplify_graph, write_graph
 from vlm_export.exporting.pipeline import ExportResult
-from vlm_export.exporting.simplify import finish_graph, simplify_graph
-from vlm_export.exporting.writer import write_graph
 from vlm_export.family import Model
 from vlm_export.precision.fp16 import convert_to_fp16
 from vlm_export.precision.fp16_rounding import round_every_float16
@@ -370,7 +369,7 @@ import threading
 import numpy as np
 import onnx_ir as ir
 from pathlib import Path
-from vlm_export.exporting.writer import write_graph
+from vlm_export.exporting.finishing import write_graph
 from vlm_export.precision.fp16 import convert_to_fp16
 
 folder, side, count = Path(sys.argv[1]), 2048, 16

@@ -19,7 +19,7 @@ from torch import nn
 
 from vlm_export.exporting import backends, repeated_blocks
 from vlm_export.exporting.backends import export_part
-from vlm_export.exporting.simplify import finish_graph, simplify_graph
+from vlm_export.exporting.finishing import finish_graph, simplify_graph
 from vlm_export.family import Model, Part
 from vlm_export.specs.signature import Axis, Signature, TensorSpec
 

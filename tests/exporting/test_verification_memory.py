@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 from vlm_export.exporting.stages import Stages
-from vlm_export.proof.memory import anonymous_bytes
-from vlm_export.exporting.writer import write_graph
+from vlm_export.bundle.memory import anonymous_bytes
+from vlm_export.exporting.finishing import write_graph
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
 
 WIDTH, DTYPE, CAST = 2048, getattr(np, sys.argv[3]), sys.argv[3] == "float16"

@@ -13,8 +13,7 @@ from torch import Tensor
 from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.store import ScratchStore
 from vlm_export.exporting.backends import Exporter, export_part
-from vlm_export.exporting.simplify import finish_graph, simplify_graph
-from vlm_export.exporting.writer import write_graph
+from vlm_export.exporting.finishing import finish_graph, simplify_graph, write_graph
 from vlm_export.family import Model
 from vlm_export.models.blip.family import BlipFamily
 from vlm_export.runtime.engines.onnxruntime import OrtEngine

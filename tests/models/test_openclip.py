@@ -24,8 +24,7 @@ from timm.models import register_model
 
 from vlm_export.errors import InputError, UsageError
 from vlm_export.exporting.backends import export_part
-from vlm_export.exporting.simplify import finish_graph
-from vlm_export.exporting.writer import write_graph
+from vlm_export.exporting.finishing import finish_graph, write_graph
 from vlm_export.family import BuildOptions, Checkpoint, Model, StoredTensorInfo
 from vlm_export.models.openclip import apple
 from vlm_export.models.openclip.config import open_clip_image

@@ -32,8 +32,7 @@ from vlm_export.checkpoint.open import open_checkpoint
 from vlm_export.checkpoint.sources.known import known_names, load_known
 from vlm_export.errors import InputError, UsageError
 from vlm_export.exporting.backends import export_part
-from vlm_export.exporting.simplify import finish_graph, simplify_graph
-from vlm_export.exporting.writer import write_graph
+from vlm_export.exporting.finishing import finish_graph, simplify_graph, write_graph
 from vlm_export.family import DEFAULT_BUILD, BuildOptions, Checkpoint, Model
 from vlm_export.models.layers.blocks import meta_modules
 from vlm_export.models.registry import identify, load_family

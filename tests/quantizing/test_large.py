@@ -8,11 +8,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from vlm_export.bundle.memory import anonymous_bytes
 from vlm_export.exporting.stages import Stages
 from vlm_export.graph.core.files import Storage, open_model, save_model
 from vlm_export.precision.quantised import quantise
 from vlm_export.precision.recipes import RECIPES
-from vlm_export.proof.memory import anonymous_bytes
 from vlm_export.quantizing.losses import row_cosines
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
 

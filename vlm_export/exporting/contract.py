@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import get_args
+from typing import Protocol, get_args
 
 import numpy as np
 from PIL import Image
@@ -27,7 +27,7 @@ from vlm_export.exporting.originals import (
     quiet_transformers,
     text_preparation,
 )
-from vlm_export.exporting.published_files import check_consumers, check_published
+from vlm_export.exporting.published_files import ConsumerChecks, check_consumers, check_published
 from vlm_export.exporting.tokenizers.files import (
     ResolvedTokenizer,
     model_with_tokenizer,
@@ -113,8 +113,16 @@ class OriginalSide:
     texts: TextPreparation | None
 
 
+class ContractOriginal(Protocol):
+    """Who makes the record, and reads the bundle's files as other software does."""
+
+    def recorded(self) -> tuple[ContractRecord, Mapping[str, bytes]]: ...
+
+    def consumers(self, root: Path, manifest: Manifest) -> ConsumerChecks: ...
+
+
 def prove_contract(
-    root: Path, manifest: Manifest, model: Model, sides: Sides, start_engine: StartEngine
+    root: Path, manifest: Manifest, original: ContractOriginal, start_engine: StartEngine
 ) -> ContractReport:
     """Records what the original makes of the contract's inputs under `root`, and replays it there.
 
@@ -125,22 +133,12 @@ def prove_contract(
     Returns:
         The report, which may have failed.
     """
-    with quiet_transformers():
-        return _prove_contract(root, manifest, model, sides, start_engine)
-
-
-def _prove_contract(
-    root: Path, manifest: Manifest, model: Model, sides: Sides, start_engine: StartEngine
-) -> ContractReport:
-    original = original_side(model, sides)
+    own, contents = original.recorded()
     sealed = {name: record_of_file(root, name).sha256 for name in SEALED_FILES if (root / name).is_file()}
-    record = replace(original.record, files=sealed, declared=declared(manifest))
-    write_record(root, record, original.contents)
-    bundle = staged_bundle(root, manifest)
-    report = replay(bundle, start_engine, record=record, images=original.contents)
-    checks, measured, not_run = check_consumers(
-        bundle, original.record, original.contents, original.images, original.texts
-    )
+    record = replace(own, files=sealed, declared=declared(manifest))
+    write_record(root, record, contents)
+    report = replay(staged_bundle(root, manifest), start_engine, record=record, images=contents)
+    checks, measured, not_run = original.consumers(root, manifest)
     return replace(
         report,
         checks=(*report.checks, *checks),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -56,6 +56,21 @@ _ACTIVATION_STARTS = frozenset(
 _MARK = "_is_activation"
 
 
+@runtime_checkable
+class RemoteReference(Protocol):
+    """A Reference of another process, which measures itself where torch runs."""
+
+    def __call__(self, inputs: Arrays) -> dict[str, Array]: ...
+
+    def noise(self, precision: str, inputs: Arrays) -> dict[str, Deviation]:
+        """`measure_noise` of it."""
+        ...
+
+    def noise_around(self, precision: str, inputs: Arrays) -> dict[str, Deviation]:
+        """`measure_noise_around` of it."""
+        ...
+
+
 def floor_points(signature: Signature, weights_bytes: int, attention: Attention | None = None) -> tuple[GridPoint, ...]:
     """Where the floor of a part with so many bytes of weights in float32 is measured."""
     points = golden_points(signature, attention)
@@ -75,6 +90,8 @@ def measure_floor(reference: Reference, precision: str, inputs: Sequence[Arrays]
 
 def measure_noise(reference: Reference, precision: str, inputs: Arrays) -> dict[str, Deviation]:
     """Output name → the deviation of the noisier of two right computations from the other."""
+    if isinstance(reference, RemoteReference):
+        return reference.noise(precision, inputs)
     own = reference(inputs)
     # What remembers outputs would tell those of float32 again.
     plain = reference.reference if isinstance(reference, CachedReference) else reference
@@ -88,6 +105,8 @@ def measure_noise_around(reference: Reference, precision: str, inputs: Arrays) -
 
     Those are the same inputs with each float a little larger: as well conditioned, and rounded otherwise.
     """
+    if isinstance(reference, RemoteReference):
+        return reference.noise_around(precision, inputs)
     noise = [measure_noise(reference, precision, inputs)]
     is_slow = isinstance(reference, CachedReference)
     if not is_slow and any(array.size < _FEW_VALUES for array in reference(inputs).values()):

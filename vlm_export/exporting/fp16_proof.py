@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from vlm_export.exporting.finishing import write_graph
 from vlm_export.exporting.ledger import original_of
 from vlm_export.exporting.options import FP16, FP32
-from vlm_export.exporting.writer import write_graph
 from vlm_export.family import Reference
 from vlm_export.precision.fp16_rounding import round_every_float16, undo_rounding
 from vlm_export.proof.floor import FloorJudge

@@ -9,8 +9,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import onnx_ir as ir
 
+from vlm_export.exporting.finishing import write_graph
 from vlm_export.exporting.verification import PartVerification
-from vlm_export.exporting.writer import write_graph
 from vlm_export.precision.fp16_ranges import MOST, graph_of_ranges
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
 

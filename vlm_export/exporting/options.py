@@ -10,7 +10,7 @@ from typing import Literal
 
 from vlm_export.errors import UsageError
 from vlm_export.exporting.backends import DEFAULT_OPSET, Exporter, Target
-from vlm_export.exporting.writer import DEFAULT_THRESHOLD_BYTES
+from vlm_export.exporting.finishing import DEFAULT_THRESHOLD_BYTES
 from vlm_export.family import DEFAULT_BUILD, BuildOptions
 from vlm_export.specs.codec import MAX_INTEGER
 

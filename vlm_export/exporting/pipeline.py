@@ -21,12 +21,13 @@ from vlm_export.errors import VerificationError, VlmExportError
 from vlm_export.exporting.backends import Exporter, choose_exporter, choose_lowerings, export_part
 from vlm_export.exporting.bundle_manifest import check_publishable, manifest_from_model, with_contract
 from vlm_export.exporting.contract import prove_contract, sides_of
+from vlm_export.exporting.finishing import finish_graph, simplify_graph, write_graph
 from vlm_export.exporting.fp16_ranges import measure_wide, wide_warning
 from vlm_export.exporting.ledger import account_for, folded_sources
 from vlm_export.exporting.options import FP32, ExportOptions, Precision
+from vlm_export.exporting.original_runs import Original, original_beside
 from vlm_export.exporting.parts import check_images, needed_bytes, planned_parts
-from vlm_export.exporting.simplify import finish_graph, simplify_graph
-from vlm_export.exporting.source import RecognisedSource, build_model, recognise_source
+from vlm_export.exporting.source import build_model, recognise_source
 from vlm_export.exporting.stages import StageRecord, Stages
 from vlm_export.exporting.tokenizers.files import model_with_tokenizer, resolve_tokenizer
 from vlm_export.exporting.verification import (
@@ -34,10 +35,8 @@ from vlm_export.exporting.verification import (
     part_samples,
     prove_variant,
     variant_label,
-    weights_bytes,
 )
-from vlm_export.exporting.writer import write_graph
-from vlm_export.family import Checkpoint, Model, Part, Reference
+from vlm_export.family import Checkpoint, Model, Reference
 from vlm_export.precision.fp16 import convert_to_fp16, rounded_from
 from vlm_export.proof.contract import ContractReport
 from vlm_export.proof.engine import verifying_engine
@@ -109,13 +108,19 @@ def export_bundle(source: str, target: Path, options: ExportOptions, stages: Sta
                 check_publishable(target.name, checkpoint, model, opened.known, options)
                 model, tokenizer = _write_tokenizer(checkpoint, model, options, staging)
                 _check_prepared_images(model, options.images)
-            job = _Job(options, exporter, stages, staging, opened, model, tokenizer)
-            # All graphs before any verification: a back end's failure shows early, and engines leave memory behind.
-            proved = [job.verify(graph) for graph in [job.export(part) for part in model.parts]]
-            records = tuple(part.record for part in proved)
-            _write_configs(model, records, staging)
-            manifest = manifest_from_model(target.name, checkpoint, model, opened.known, records, options)
-            contract = job.prove_contract(manifest)
+                verifications = [
+                    PartVerification(part, model, opened.known, part_samples(part, model, tokenizer, options.images))
+                    for part in model.parts
+                ]
+            sides = sides_of(checkpoint, options.tokenizer, with_texts=tokenizer is not None)
+            with original_beside(model, verifications, sides, options.precisions) as original:
+                job = _Job(options, exporter, stages, staging, original)
+                # All graphs before any verification: a back end's failure shows early, and engines leave memory behind.
+                proved = [job.verify(graph) for graph in [job.export(each) for each in verifications]]
+                records = tuple(part.record for part in proved)
+                _write_configs(model, records, staging)
+                manifest = manifest_from_model(target.name, checkpoint, model, opened.known, records, options)
+                contract = job.prove_contract(manifest, {each.part.name: each.weights_bytes for each in verifications})
         for path in scratch.iterdir():
             path.unlink()
         scratch.rmdir()
@@ -165,23 +170,17 @@ class _Proved:
 
 @dataclass(frozen=True)
 class _Job:
-    """An export after its model is built: what each of its parts goes through.
-
-    Attributes:
-        tokenizer: the bundle's tokenizer.json, None where it has none.
-    """
+    """An export after its model is built: what each of its parts goes through."""
 
     options: ExportOptions
     exporter: Exporter
     stages: Stages
     staging: Staging
-    opened: RecognisedSource
-    model: Model
-    tokenizer: Path | None
+    original: Original
 
-    def export(self, part: Part) -> _Exported:
+    def export(self, verification: PartVerification) -> _Exported:
         """The part's graphs of all precisions, written."""
-        warnings: list[str] = []
+        part, warnings = verification.part, list[str]()
         with self.stages.stage(f"export {part.name}"):
             raw = export_part(part, self.options.opset, self.exporter, choose_lowerings(self.options.target))
         simplified: ir.Model | None = None
@@ -192,8 +191,6 @@ class _Job:
                 except (RuntimeError, ValueError, VerificationError) as error:
                     warnings.append(f"simplification failed, so the graph is not simplified: {error}")
         raw = finish_graph(raw, part.signature)
-        samples = part_samples(part, self.model, self.tokenizer, self.options.images)
-        verification = PartVerification(part, self.model, self.opened.known, samples)
         variants = tuple(
             self._write(simplified or raw, verification, precision, warnings, simplified=simplified is not None)
             for precision in self.options.precisions
@@ -228,7 +225,7 @@ class _Job:
         verification = exported.verification
         part = verification.part
         with self.stages.stage(f"load reference of {part.name}"):
-            reference = verification.load_reference()
+            reference = self.original.reference(part.name)
         results = [
             self._verify_variant(written, exported.raw, verification, reference) for written in exported.variants
         ]
@@ -275,17 +272,19 @@ class _Job:
                 for_export=True,
             )
 
-    def prove_contract(self, manifest: Manifest) -> ContractReport:
-        """The proof from images and texts to vectors, on the staged files; raises where it fails."""
-        sides = sides_of(self.opened.checkpoint, self.options.tokenizer, with_texts=self.tokenizer is not None)
-        sizes = {part.name: weights_bytes(part) for part in self.model.parts}
+    def prove_contract(self, manifest: Manifest, sizes: Mapping[str, int]) -> ContractReport:
+        """The proof from images and texts to vectors, on the staged files; raises where it fails.
+
+        Args:
+            sizes: part name → bytes of its weights.
+        """
 
         def start(part: str, precision: str) -> EngineRun:
             path = self.staging.path / manifest.part(part).variant(precision).file
             return verifying_engine(path, weights_bytes=sizes[part], threads=self.options.threads).run
 
         with self.stages.stage("prove contract"):
-            report = prove_contract(self.staging.path, manifest, self.model, sides, start)
+            report = prove_contract(self.staging.path, manifest, self.original, start)
             report.raise_if_failed()
         return report
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -38,6 +39,9 @@ from vlm_export.specs import ImageSpec, PatchSpec, TextCleaning
 _TOKENIZER_FILES = (layout.TOKENIZER_NAME, layout.TOKENIZER_CONFIG_NAME, "special_tokens_map.json")
 _MAX_NAMED = 6
 
+ConsumerChecks: TypeAlias = tuple[list[ContractCheck], list[str], list[str]]
+"""Checks, numbers that are measured, and what was not run."""
+
 
 def check_consumers(
     bundle: OpenBundle,
@@ -45,8 +49,8 @@ def check_consumers(
     contents: Mapping[str, bytes],
     images: ImagePreparation | None,
     texts: TextPreparation | None,
-) -> tuple[list[ContractCheck], list[str], list[str]]:
-    """Checks, numbers that are measured, and what was not run."""
+) -> ConsumerChecks:
+    """The record's images and texts through the bundle's side files."""
     checks: list[ContractCheck] = []
     measured: list[str] = []
     not_run: list[str] = []

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vlm_export.bundle.environment import environment_errors
-from vlm_export.bundle.freed_memory import return_freed_memory
+from vlm_export.bundle.memory import anonymous_bytes, return_freed_memory
 from vlm_export.errors import VlmExportError
 from vlm_export.interrupts import raise_remembered
-from vlm_export.proof.memory import anonymous_bytes
 
 _SAMPLE_SECONDS = 0.02
 

@@ -34,7 +34,7 @@ from vlm_export.proof.grid import (
     runtime_points,
 )
 from vlm_export.proof.image_samples import takes_images
-from vlm_export.proof.points import EngineRun
+from vlm_export.proof.points import Arrays, EngineRun
 from vlm_export.proof.report import PartReport
 from vlm_export.proof.samples import Sample, sample_inputs, synthetic_photographs
 from vlm_export.proof.verifier import verify_part
@@ -123,17 +123,33 @@ class PartVerification:
 
     def floor(self, reference: Reference, precision: str) -> FloorJudge | None:
         """The measured floor of that precision; None for a part whose outputs other things than rounding move."""
-        if gate_name(self.part.name, precision) not in RULES or self.part.name in PART_GATES:
-            return None
+        return measure_floor(reference, precision, self.floor_inputs()) if self.has_floor(precision) else None
+
+    def has_floor(self, precision: str) -> bool:
+        """Whether outputs of that precision are judged by a measured floor."""
+        return gate_name(self.part.name, precision) in RULES and self.part.name not in PART_GATES
+
+    def floor_inputs(self) -> list[Arrays]:
+        """Where the floor is measured."""
         signature = self.part.signature
         # The first is the smallest.
         points = (
             least_grid(signature)[:1] if self.is_huge else floor_points(signature, self.weights_bytes, self._attention)
         )
-        inputs = [self.part.examples(point.sizes, point.seed) for point in points]
+        inputs = list(map(self._examples, points))
         # A trained model's noise on images and sentences is not that on random numbers.
         samples = [sample.inputs for sample in self.samples if sample.same_for_both]
-        return measure_floor(reference, precision, [*inputs, *samples[: len(inputs)]])
+        return [*inputs, *samples[: len(inputs)]]
+
+    def expected_inputs(self) -> Iterator[Arrays]:
+        """What the Reference is asked to compute for a proof of the part and its golden records, in that order."""
+        yield from map(self._examples, (*self._grid(), *self._runtime_points()))
+        yield from (sample.reference_inputs for sample in self.samples)
+        yield from map(self._examples, self.golden_points())
+        yield from (sample.inputs for sample in self.samples[:1])
+
+    def _examples(self, point: GridPoint) -> Arrays:
+        return self.part.examples(point.sizes, point.seed)
 
     def _grid(self) -> tuple[GridPoint, ...]:
         if self.is_huge:
@@ -195,7 +211,7 @@ class PartVerification:
         which would be read from disk again at every point."""
         remembered = reference if isinstance(reference, CachedReference) else CachedReference(reference)
         for point in grid:
-            remembered.prepare(self.part.examples(point.sizes, point.seed))
+            remembered.prepare(self._examples(point))
         for sample in self.samples:
             remembered.prepare(sample.reference_inputs)
         return remembered

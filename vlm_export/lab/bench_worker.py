@@ -12,10 +12,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from vlm_export.bundle.memory import anonymous_bytes, peak_bytes
 from vlm_export.lab.bench_plan import save_arrays
 from vlm_export.lab.bench_runs import Runs, opened_side
 from vlm_export.lab.worker_answers import open_answers, say, told
-from vlm_export.proof.memory import anonymous_bytes, peak_bytes
 
 
 def main() -> int:

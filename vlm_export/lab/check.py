@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vlm_export.bundle.memory import anonymous_bytes
 from vlm_export.bundle.opened import OpenBundle, open_bundle
 from vlm_export.errors import suggestion
 from vlm_export.graph.core.files import open_model
@@ -14,7 +15,6 @@ from vlm_export.lab.check_graphs import OpenedVariant
 from vlm_export.lab.check_runs import Runs
 from vlm_export.lab.checklist import MEMORY_UNKNOWN, Checklist, NotRunError, OwnItems, Seen, looked_at
 from vlm_export.lab.graph_diff import normalised
-from vlm_export.proof.memory import anonymous_bytes
 from vlm_export.runtime.engines.choice import ONNXRUNTIME, chosen_precision, engine_choice
 
 LONG_RUN = 200

@@ -13,6 +13,7 @@ from PIL import Image
 
 from vlm_export.bundle.layout import TOKENIZER_NAME
 from vlm_export.bundle.manifest import PartRecord
+from vlm_export.bundle.memory import anonymous_bytes, thread_count
 from vlm_export.bundle.opened import OpenBundle
 from vlm_export.errors import InputError
 from vlm_export.graph.core.onnxruntime_session import Array
@@ -22,7 +23,6 @@ from vlm_export.lab.output_diff import median_seconds
 from vlm_export.proof.gates import judge, variant_gate
 from vlm_export.proof.golden import GoldenRecord, iterate_golden
 from vlm_export.proof.grid import BATCH_AXIS, BATCHES
-from vlm_export.proof.memory import anonymous_bytes, thread_count
 from vlm_export.proof.metrics import compare
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
 from vlm_export.runtime.inputs.images import MAX_PIXELS, ImageSource

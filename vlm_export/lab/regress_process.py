@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from tempfile import TemporaryFile
 from typing import IO, Any
 
+from vlm_export.bundle.memory import anonymous_bytes
 from vlm_export.errors import (
     Defect,
     EnvironmentFailure,
@@ -21,7 +22,6 @@ from vlm_export.errors import (
     VerificationError,
     VlmExportError,
 )
-from vlm_export.proof.memory import anonymous_bytes
 from vlm_export.text_display import Lines
 
 Progress = Callable[[str, float, int | None], None]

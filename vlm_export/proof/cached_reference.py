@@ -23,7 +23,7 @@ class CachedReference:
         self._outputs: dict[bytes, dict[str, Array]] = {}
 
     def __call__(self, inputs: Arrays) -> dict[str, Array]:
-        key = _digest(inputs)
+        key = arrays_digest(inputs)
         if key not in self._outputs:
             self._outputs[key] = self.reference(inputs)
         return self._outputs[key]
@@ -38,7 +38,8 @@ class CachedReference:
             return
 
 
-def _digest(inputs: Arrays) -> bytes:
+def arrays_digest(inputs: Arrays) -> bytes:
+    """The sha256 of names, dtypes, shapes and values."""
     digest = hashlib.sha256()
     for name, array in sorted(inputs.items()):
         digest.update(f"{name} {array.dtype} {array.shape} ".encode())

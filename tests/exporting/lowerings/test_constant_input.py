@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_export.exporting.backends import Exporter, Lowerings, export_part
-from vlm_export.exporting.simplify import finish_graph, simplify_graph
-from vlm_export.exporting.writer import write_graph
+from vlm_export.exporting.finishing import finish_graph, simplify_graph, write_graph
 from vlm_export.family import Part
 from vlm_export.graph.core.skeleton import SKELETON_THRESHOLD_BYTES
 from vlm_export.runtime.engines.onnxruntime import OrtEngine

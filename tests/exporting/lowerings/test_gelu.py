@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_export.exporting.backends import Exporter, export_part
+from vlm_export.exporting.finishing import finish_graph, write_graph
 from vlm_export.exporting.lowerings.operators import composed_tanh_gelu, lower_tanh_gelu
-from vlm_export.exporting.simplify import finish_graph
-from vlm_export.exporting.writer import write_graph
 from vlm_export.family import Array, Part
 from vlm_export.specs.signature import Axis, Signature, TensorSpec
 

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm_export.exporting.backends import Exporter, Lowerings, Target, choose_lowerings, export_part
+from vlm_export.exporting.finishing import finish_graph, simplify_graph, write_graph
 from vlm_export.exporting.lowerings.resample_weights import Filter
-from vlm_export.exporting.simplify import finish_graph, simplify_graph
-from vlm_export.exporting.writer import write_graph
 from vlm_export.family import Part
 from vlm_export.runtime.engines.onnxruntime import OrtEngine
 from vlm_export.runtime.engines.openvino import OpenVinoEngine

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from vlm_export.bundle.freed_memory import return_freed_memory
+from vlm_export.bundle.memory import return_freed_memory
 from vlm_export.bundle.oldest_engine import BY_OPSET, oldest_onnxruntime
 from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 from vlm_export.interrupts import run_session, start_session
@@ -200,6 +200,8 @@ def _session_options(threads: int | None, *, exact: bool, mapped: bool, prepacke
     if exact or mapped:
         # An arena keeps what the largest point took, and more; a proof runs many sizes beside the Reference.
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        # Nor are cores left to it alone: the original computes at the same time.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if mapped or prepacked:
         # Optimised graphs hold computed copies (float16 weights as float32); one that is prepacked is optimised.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

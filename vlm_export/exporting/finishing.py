@@ -1,6 +1,8 @@
-"""From a back end's raw graph to the one that is published: same function, fewer nodes, readable names."""
+"""From a back end's raw graph to the published file: same function, fewer nodes, readable names, streamed weights."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
@@ -19,6 +21,9 @@ from vlm_export.specs.signature import Signature
 
 # They turn MatMul and Add on (B, T, C) into Reshape, Gemm, Reshape: more nodes and no gain in any runtime.
 _SKIPPED_OPTIMIZERS = ["fuse_matmul_add_bias_into_gemm"]
+DEFAULT_THRESHOLD_BYTES = 64 << 20
+# Smaller tensors stay in the graph file, where a reader and a simplifier see their values.
+_INLINE_TENSOR_BYTES = 1024
 
 
 def finish_graph(model: ir.Model, signature: Signature) -> ir.Model:
@@ -65,3 +70,23 @@ def simplify_graph(model: ir.Model) -> ir.Model:
         passes.RemoveUnusedNodesPass(),
     )(result)
     return result
+
+
+def weights_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers."""
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def write_graph(model: ir.Model, path: Path, threshold_bytes: int = DEFAULT_THRESHOLD_BYTES) -> list[Path]:
+    """Writes `path`, and `path` + "_data" beside it when the weights exceed the threshold; returns both or one.
+
+    The model itself is left as it was: its tensors still refer to where they came from.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if weights_bytes(model) <= threshold_bytes:
+        ir.save(model, path)
+        return [path]
+    data = path.with_name(path.name + "_data")
+    ir.save(model, path, external_data=data.name, size_threshold_bytes=_INLINE_TENSOR_BYTES, max_workers=1)
+    return [path, data]
