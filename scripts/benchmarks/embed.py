@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from vlm_export.proof.memory import anonymous_bytes
 
 import vlm_export
 from benchmarks.measuring import export_random, random_original
 from benchmarks.report import MIB, Bars, Report, table
 from vlm_export.bundle.layout import PREPROCESSOR_NAME
+from vlm_export.bundle.memory import anonymous_bytes
 from vlm_export.bundle.opened import open_bundle
 from vlm_export.exporting.tokenizers.files import find_open_clip_merges
 from vlm_export.lab import timing
