@@ -24,7 +24,7 @@ from PIL import Image
 
 import vlm_export
 from benchmarks.measuring import export_random, random_original
-from benchmarks.report import MIB, Bars, Report, table
+from benchmarks.report import MIB, Bars, Report, Table, table
 from vlm_export.bundle.layout import PREPROCESSOR_NAME
 from vlm_export.bundle.memory import anonymous_bytes
 from vlm_export.bundle.opened import open_bundle
@@ -263,6 +263,36 @@ def report_from_results(
     """
     reached, conclusion = _judged(times, cosines, runs)
     rates = {side: round_images / median(found) for side, found in times.items()}
+    title = f"{name}, random weights, {threads} threads, JPEGs of mixed sizes to vectors; {len(times[FP32])} rounds in "
+    (exact, exact_others), (fast, fast_others) = GOALS[FP32], GOALS[FASTEST]
+    return Report(
+        title="Embedding a folder of images",
+        goal=f"float32 at least {exact:g} times transformers and {exact_others:g} times the others, the "
+        f"fastest variant of a cosine of at least {LEAST_COSINE:g} {fast:g} and {fast_others:g} times; "
+        f"{LEAST_BUSY:.0%} of the cores busy, and memory that does not grow with the folder.",
+        reached=reached,
+        conclusion=conclusion,
+        tables=(
+            _sides_table(
+                f"{title}turn of {round_images} images; medians, ratios round by round", times, cosines, rates
+            ),
+            _runs_table(runs),
+        ),
+        bars=Bars("Images per second", "images/s", list(rates.items())),
+        data={
+            "model": name,
+            "threads": threads,
+            "round_images": round_images,
+            "cosines": dict(cosines),
+            "seconds": {side: list(found) for side, found in times.items()},
+            "runs": list(runs),
+        },
+    )
+
+
+def _sides_table(
+    title: str, times: Mapping[str, Sequence[float]], cosines: Mapping[str, float], rates: Mapping[str, float]
+) -> Table:
     rows = [
         {
             "side": side,
@@ -278,39 +308,18 @@ def report_from_results(
         "times transformers": "{speed:.2f}",
         "least cosine to float32": "{cosine:.6f}",
     }
-    run_rows = [
-        {**run, "label": f"{run['run']}: {run['images']:,} images", "mib": run["peak_bytes"] / MIB} for run in runs
-    ]
-    run_columns = {
+    return table(title, columns, rows)
+
+
+def _runs_table(runs: Sequence[Mapping[str, Any]]) -> Table:
+    rows = [{**run, "label": f"{run['run']}: {run['images']:,} images", "mib": run["peak_bytes"] / MIB} for run in runs]
+    columns = {
         "": "{label}",
         "seconds": "{seconds:.1f}",
         "cores busy": "{busy:.0%}",
         "peak anonymous memory, MiB": "{mib:,.0f}",
     }
-    rounds = len(times[FP32])
-    title = f"{name}, random weights, {threads} threads, JPEGs of mixed sizes to vectors; {rounds} rounds in turn of "
-    (exact, exact_others), (fast, fast_others) = GOALS[FP32], GOALS[FASTEST]
-    return Report(
-        title="Embedding a folder of images",
-        goal=f"float32 at least {exact:g} times transformers and {exact_others:g} times the others, the "
-        f"fastest variant of a cosine of at least {LEAST_COSINE:g} {fast:g} and {fast_others:g} times; "
-        f"{LEAST_BUSY:.0%} of the cores busy, and memory that does not grow with the folder.",
-        reached=reached,
-        conclusion=conclusion,
-        tables=(
-            table(f"{title}{round_images} images; medians, ratios taken round by round", columns, rows),
-            table("`vlm-export embed FOLDER`, from the start of the process to its end", run_columns, run_rows),
-        ),
-        bars=Bars("Images per second", "images/s", list(rates.items())),
-        data={
-            "model": name,
-            "threads": threads,
-            "round_images": round_images,
-            "cosines": dict(cosines),
-            "seconds": {side: list(found) for side, found in times.items()},
-            "runs": list(runs),
-        },
-    )
+    return table("`vlm-export embed FOLDER`, from the start of the process to its end", columns, rows)
 
 
 def _judged(
