@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     ranking.add_argument("--encoder", type=Path, required=True, metavar="DIR", help="that sentence-transformers saved")
     embedding = _add(kinds, "embed", EMBED_NAME, rounds=5, threads=2)
     embedding.add_argument("--images", type=int, default=2000, metavar="N", help="of the folder (default: 2000)")
-    embedding.add_argument("--round-images", type=int, default=160, metavar="N", help="of a round (default: 160)")
+    embedding.add_argument("--round-images", type=int, default=128, metavar="N", help="of a round (default: 128)")
     embedding.add_argument("--many", type=int, default=0, metavar="N", help="also a folder of so many, for its memory")
     for consumer in ("fastembed", "modern-onnx-clip"):
         embedding.add_argument(f"--{consumer}", type=Path, metavar="PYTHON", help="an interpreter that has it")

@@ -56,7 +56,7 @@ class Embedder:
         column: str = "path",
         kind: Literal["image", "text"] = "image",
         output: str = "embedding",
-        batch_size: int = 32,
+        batch_size: int = 16,
         on_error: Literal["skip", "keep", "stop"] = "skip",
         truncate: bool = False,
         precision: str | None = None,

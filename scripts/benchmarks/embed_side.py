@@ -44,7 +44,7 @@ def _bundle(folder: str, threads: int, precision: str, engine: str) -> Encode:
 
     def encode(files: Sequence[str]) -> Any:
         output = Path(scratch.name) / "vectors.npy"
-        embed(model, list(files), output, EmbedOptions(batch_size=BATCH, overwrite=True))
+        embed(model, list(files), output, EmbedOptions(overwrite=True))
         return embeddings_at(output).vectors
 
     return encode
@@ -62,7 +62,8 @@ def _transformers(folder: str, threads: int, loaders: int) -> Encode:
     from transformers import AutoImageProcessor, AutoModel
 
     torch.set_num_threads(threads)
-    model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    # Whatever its config says, as which transformers would load it.
+    model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
     processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
 
     def prepared(files: Sequence[str]) -> Any:

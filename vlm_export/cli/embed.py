@@ -67,7 +67,9 @@ def add_parser(verbs: Any) -> None:
         "--shard-format", choices=("parquet", "npy"), help="of a folder (default: parquet, where it is installed)"
     )
     parser.add_argument("--shard-items", type=positive_integer, metavar="N", help="of a folder (default: 10000)")
-    parser.add_argument("--batch-size", type=positive_integer, metavar="N", help="default: 32; of slices: 4")
+    parser.add_argument(
+        "--batch-size", type=positive_integer, metavar="N", help="default: 16; of texts: 32, of slices: 4"
+    )
     parser.add_argument("--truncate", action="store_true", help="cut texts that are too long instead of refusing them")
     parser.add_argument(
         "--progress", choices=("bar", "json"), default="bar", help="json: lines on stderr for machines (default: bar)"
