@@ -184,24 +184,30 @@ def _not_empty(path: Path, items: Iterator[Item]) -> Iterator[Item]:
 
 def _folder_items(folder: Path, other: Callable[[str], None]) -> Iterator[Item]:
     """Images below a folder in the order of their paths; links to folders are not followed."""
-    open_folders = [iter(_entries(folder))]
+    open_folders = [(str(folder), iter(_entries(str(folder))))]
     while open_folders:
-        entry = next(open_folders[-1], None)
-        if entry is None:
+        parent, names = open_folders[-1]
+        name = next(names, None)
+        if name is None:
             open_folders.pop()
-        elif entry.is_dir(follow_symlinks=False):
-            open_folders.append(iter(_entries(Path(entry.path))))
+            continue
+        path = os.path.join(parent, name)
+        if name.endswith("/"):
+            below = path.removesuffix("/")
+            open_folders.append((below, iter(_entries(below))))
         # os.path: links that lead to themselves are no files, and no error.
-        elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(entry.path):
-            yield Item(entry.path, entry.path)
+        elif Path(name).suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(path):
+            yield Item(path, path)
         else:
-            other(entry.path)
+            other(path)
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+def _entries(folder: str) -> list[str]:
+    """Names in a folder in their order, with a slash behind those of folders. Names alone: there may be a million."""
     try:
         with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
+            names = [entry.name + "/" * entry.is_dir(follow_symlinks=False) for entry in entries]
+        return sorted(names, key=lambda name: name.removesuffix("/"))
     except OSError as error:
         # Its images would be missing without a word.
         where = os.fsdecode(error.filename or folder)
