@@ -12,6 +12,7 @@
                                                            bytes of each precision, of float32's
     python scripts/benchmark.py outliers --encoder DIR     a real sentence encoder's rankings in each precision
     python scripts/benchmark.py optimum --optimum FILE     an export with its proof against optimum-cli's
+    python scripts/benchmark.py search [--rows N]          an index of a million embeddings: building, opening, asking
 
 Without --bundle, one of ViT-B/32 with random weights is exported for the measurement. Needs the export extra.
 """
@@ -25,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import caption, chat, export, optimum, outliers, resample, sizes, start, text, vision
+from benchmarks import caption, chat, export, optimum, outliers, resample, search, sizes, start, text, vision
 from benchmarks.report import REPORTS, Report, write_report
 
 from vlm_export.precision.recipes import QUANTISED
@@ -41,6 +42,7 @@ MEASURES: dict[str, Callable[..., Report]] = {
     "sizes": sizes.measure,
     "outliers": outliers.measure,
     "optimum": optimum.measure,
+    "search": search.measure,
 }
 
 EXPORT_NAMES = ("clip-vit-b-32", "clip-rn50", "clip-vit-l-14-336px")
@@ -78,6 +80,11 @@ def main(arguments: list[str] | None = None) -> int:
     ranking.add_argument("--encoder", type=Path, required=True, metavar="DIR", help="that sentence-transformers saved")
     exported = _add(kinds, "optimum", None, rounds=7)
     exported.add_argument("--optimum", type=Path, required=True, metavar="FILE", help="optimum-cli of its environment")
+    searching = kinds.add_parser("search")
+    searching.add_argument("--rows", type=int, default=1_000_000, help="default: 1,000,000")
+    searching.add_argument("--dimension", type=int, default=512, help="default: 512")
+    searching.add_argument("--queries", type=int, default=500, help="default: 500")
+    searching.add_argument("--threads", type=int, help="of the building (default: all cores)")
     for each in kinds.choices.values():
         each.add_argument("--report", metavar="NAME", help="of the files (default: that of the benchmark)")
     options = vars(parser.parse_args(arguments))

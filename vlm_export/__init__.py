@@ -23,26 +23,33 @@ if TYPE_CHECKING:
     from vlm_export.quantizing.pipeline import quantize
     from vlm_export.quantizing.result import QuantizeResult
     from vlm_export.runtime.bulk.embed import EmbedOptions, EmbedResult, embed
+    from vlm_export.runtime.bulk.indexing import build_index, open_index
     from vlm_export.runtime.load import load
     from vlm_export.runtime.model import Model
+    from vlm_export.runtime.search.index import Match, SearchIndex, combined_vector
 
 _HOMES = {
     "EmbedOptions": "vlm_export.runtime.bulk.embed",
     "EmbedResult": "vlm_export.runtime.bulk.embed",
     "ExportedPackage": "vlm_export.api",
     "ExportResult": "vlm_export.exporting.pipeline",
+    "Match": "vlm_export.runtime.search.index",
     "Model": "vlm_export.runtime.model",
     "QuantizeResult": "vlm_export.quantizing.result",
+    "SearchIndex": "vlm_export.runtime.search.index",
     "VerificationResult": "vlm_export.api",
     "bench": "vlm_export.lab.bench",
     "bisect": "vlm_export.lab.bisect",
+    "build_index": "vlm_export.runtime.bulk.indexing",
     "check": "vlm_export.lab.check",
+    "combined_vector": "vlm_export.runtime.search.index",
     "diff": "vlm_export.lab.diff",
     "doctor": "vlm_export.lab.doctor",
     "embed": "vlm_export.runtime.bulk.embed",
     "export": "vlm_export.api",
     "export_package": "vlm_export.api",
     "load": "vlm_export.runtime.load",
+    "open_index": "vlm_export.runtime.bulk.indexing",
     "package": "vlm_export.layouts.package",
     "page": "vlm_export.layouts.page",
     "quantize": "vlm_export.quantizing.pipeline",
@@ -56,19 +63,24 @@ __all__ = [
     "EmbedResult",
     "ExportResult",
     "ExportedPackage",
+    "Match",
     "Model",
     "QuantizeResult",
+    "SearchIndex",
     "VerificationResult",
     "__version__",
     "bench",
     "bisect",
+    "build_index",
     "check",
+    "combined_vector",
     "diff",
     "doctor",
     "embed",
     "export",
     "export_package",
     "load",
+    "open_index",
     "package",
     "page",
     "quantize",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,16 @@ class RotaryPositions(nn.Module):
         super().__init__()
         self.scaling = sizes.rope_scaling
         self.register_buffer("inv_freq", torch.empty(sizes.head_width // 2))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RotaryPositions:
+        """Frequencies have at least float32, whatever weights are rounded to: shorter ones are other positions."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            made: Tensor = fn(tensor)
+            return made if made.itemsize >= torch.float32.itemsize else tensor.to(made.device, torch.float32)
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]  # torch states no types here
+        return self
 
     def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         angles = position_ids.to(torch.float32)[:, :, None] * self.inv_freq
@@ -208,8 +218,9 @@ class CachedDecoder(nn.Module):
         *cache: Tensor,
     ) -> tuple[Tensor, ...]:
         past_tokens, tokens, width = cache[0].shape[2], inputs_embeds.shape[1], inputs_embeds.shape[2]
-        mask = grouped_mask(attention_mask, past_tokens, tokens, self.groups)
-        cos, sin = self.rotary(position_ids)
+        # Both are computed in float32, whatever the weights have.
+        mask = grouped_mask(attention_mask, past_tokens, tokens, self.groups).to(inputs_embeds.dtype)
+        cos, sin = (table.to(inputs_embeds.dtype) for table in self.rotary(position_ids))
         x, present = inputs_embeds, list[Tensor]()
         for i, block in enumerate(cast("Iterable[RotaryBlock]", self.blocks)):
             x, key, value = block.attend(x, cos, sin, mask, cache[2 * i], cache[2 * i + 1])

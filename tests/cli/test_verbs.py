@@ -247,3 +247,49 @@ def test_cells_go_on_below_within_their_columns(capsys: pytest.CaptureFixture[st
         " " * 17 + "xxxx",
         "  four           words that go on and on",
     ]
+
+
+def test_index_and_search_it(cli: Cli, pair: Path, tmp_path: Path) -> None:
+    colours = ("red", "green", "blue", "white")
+    for colour in colours:
+        Image.new("RGB", (40, 30), colour).save(tmp_path / f"{colour}.png")
+    rows = [f"{tmp_path / colour}.png,{colour},{len(colour)}" for colour in colours]
+    (tmp_path / "table.csv").write_text("\n".join(["path,colour,size", *rows]))
+    embeddings, index = tmp_path / "embeddings", tmp_path / "e.index"
+    cli("embed", pair, tmp_path / "table.csv", "-o", embeddings, "--keep", "colour", "--keep", "size", "--quiet")
+    built = cli("index", embeddings, "-o", index, "--json")
+    assert {**built.data, "seconds": 0} == {
+        **{"index": str(index), "kind": "image", "model": "tiny", "count": 4, "dimension": 12},
+        **{"columns": ["colour", "size"], "lists": None, "seconds": 0},
+    }
+    cli("index", embeddings, "-o", index).refused(2, "output exists")
+    assert "exact, as it was written" in cli("index", index, "--verify").out
+    for source in (index, embeddings):
+        blue = str(tmp_path / "blue.png")
+        best = cli("search", pair, source, blue, "-k", "1", "--json").data["matches"][0]
+        assert (best["item"], best["columns"]) == (blue, {"colour": "blue", "size": "4"})
+        found = cli("search", pair, source, "a cat", "--where", "colour=red|white", "--where", "size>3", "--json").data
+        assert [match["item"] for match in found["matches"]] == [str(tmp_path / "white.png")]
+    page = tmp_path / "page.html"
+    shown = cli("search", pair, index, "a cat", "--image", tmp_path / "red.png", "--weight", "1", "--html", page)
+    assert shown.out.splitlines()[0].split() == ["cosine", "colour", "size", "image"]
+    assert "red.png" in shown.out.splitlines()[1]
+    assert page.read_text().count("data:image/jpeg") == 5
+    cli("search", pair, index, "a cat", "--html", page).refused(2, "output exists")
+    data = cli("search", pair, index, "a cat", "--image", tmp_path / "red.png", "--json").data
+    assert (data["query_kind"], data["query"], data["image"]) == ("image and text", "a cat", str(tmp_path / "red.png"))
+    assert cli("search", pair, index, "--image", tmp_path / "red.png", "--json").data["query_kind"] == "image"
+
+
+def test_search_and_index_refuse_what_contradicts_itself(
+    cli: Cli, pair: Path, image_path: Path, tmp_path: Path
+) -> None:
+    vectors = tmp_path / "images.npy"
+    cli("embed", pair, image_path, "-o", vectors, "--quiet")
+    cli("search", pair, vectors).refused(2, "nothing to look for")
+    cli("search", pair, vectors, "a cat", "--weight", "0.5").refused(2, "a text and an image")
+    cli("search", pair, vectors, image_path, "--image", image_path).refused(2, "two images")
+    cli("search", pair, vectors, "a cat", "--where", "colour=red").refused(2, "no such column", "--keep")
+    cli("index", vectors).refused(2, "built or verified")
+    cli("index", vectors, "-o", tmp_path / "x.index", "--verify").refused(2, "built or verified")
+    cli("index", tmp_path / "absent.npy", "-o", tmp_path / "x.index").refused(3, "no embeddings")

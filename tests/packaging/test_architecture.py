@@ -13,8 +13,20 @@ ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "vlm_export"
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
-# What every machine has that only uses bundles; the packages of Parquet and of the second engine are optional there.
-BASE = {"PIL", "filelock", "ftfy", "numpy", "onnxruntime", "openvino", "pyarrow", "tokenizers", "tqdm", "yaml"}
+# What every machine has that only uses bundles; the last three are optional there.
+BASE = {
+    "PIL",
+    "filelock",
+    "ftfy",
+    "numpy",
+    "onnxruntime",
+    "tokenizers",
+    "tqdm",
+    "yaml",
+    "openvino",
+    "pyarrow",
+    "faiss",
+}
 TORCH = {"torch", "torchvision", "transformers", "timm"}
 # Foreign text shown, errors, faults of the machine told, and interrupts: for every room.
 EVERYWHERE = {"text_display", "errors", "machine_faults", "interrupts"}
@@ -80,7 +92,7 @@ OUTSIDE = {
     "graph": {"numpy", "onnx_ir", "onnx", "google", "onnxruntime", "yaml"},  # google: protobuf
     "precision": {"numpy", "onnx_ir", "onnx", "onnxruntime", "onnxscript"},
     "quantizing": {"numpy", "PIL", "onnx", "onnx_ir", "onnxruntime"},
-    "proof": BASE - {"onnxruntime", "openvino", "pyarrow", "tqdm"},
+    "proof": BASE - {"onnxruntime", "openvino", "pyarrow", "tqdm", "faiss"},
     "layouts": {"numpy", "onnx_ir", "ftfy", "PIL"},
     # fastembed: a side of `bench`, where it is installed.
     "lab": {"numpy", "PIL", "onnx_ir", "onnx", "onnxruntime", "yaml", "pytest", "fastembed"},

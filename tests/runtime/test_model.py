@@ -59,6 +59,7 @@ def test_what_is_no_path_is_refused(call: Callable[[Any], object]) -> None:
 def test_package_exports_one_loader_and_one_class() -> None:
     verbs = {"export", "export_package", "ExportedPackage", "ExportResult", "verify", "VerificationResult"}
     verbs |= {"quantize", "QuantizeResult", "package", "page", "bench", "embed", "EmbedOptions", "EmbedResult"}
+    verbs |= {"build_index", "open_index", "SearchIndex", "Match", "combined_vector"}
     verbs |= {"bisect", "check", "diff", "doctor", "ranges", "regress", "report"}
     assert set(vlm_export.__all__) == {"Model", "__version__", "load", *verbs}
     assert vlm_export.load is load

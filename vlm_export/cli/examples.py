@@ -22,7 +22,8 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "ask": ("ask answers photo.jpg 'what colour is it?'", "ask chat photo.jpg 'What is this?' --stream"),
     "match": ("match bundle photo.jpg 'a cat' 'a dog'", "match retrieval photo.jpg 'a red circle' --json"),
     "embed": ("embed bundle photos -o photos.npy", "embed bundle captions.txt -o captions.parquet --truncate"),
-    "search": ("search bundle photos.npy 'a red circle' -k 3", "search retrieval photos.npy query.jpg --rerank"),
+    "index": ("index photos -o photos.index", "index photos -o photos.index --queries captions.npy --recall 0.99"),
+    "search": ("search bundle photos.npy 'a red circle' -k 3", "search bundle photos.index 'at night' --image a.jpg"),
     "diff": ("diff before after", "diff bundle clip-demo --json"),
     "bisect": ("bisect bundle --against fp16", "bisect before after -o culprit --plot errors.svg"),
     "regress": (

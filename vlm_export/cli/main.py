@@ -45,6 +45,7 @@ VERBS = (
     "ask",
     "match",
     "embed",
+    "index",
     "search",
     "diff",
     "bisect",

@@ -122,8 +122,12 @@ def static_quantiser(ranges: Mapping[str, tuple[float, float]], *, reduce_range:
     return quantise
 
 
-def block_quantiser(recipe: Recipe, bits: int) -> Quantiser:
-    """`MatMulNBitsQuantizer`, which makes MatMulNBits of MatMul and GatherBlockQuantized of Gather."""
+def block_quantiser(recipe: Recipe, bits: int, *, by_steps: bool) -> Quantiser:
+    """`MatMulNBitsQuantizer`, which makes MatMulNBits of MatMul and GatherBlockQuantized of Gather.
+
+    Args:
+        by_steps: the graph is fed token by token.
+    """
 
     def quantise(model: onnx.ModelProto) -> onnx.ModelProto:
         with quiet():
@@ -136,7 +140,7 @@ def block_quantiser(recipe: Recipe, bits: int) -> Quantiser:
                 bits=bits,
                 block_size=recipe.block_size,
                 is_symmetric=recipe.symmetric,
-                accuracy_level=recipe.accuracy_level or None,
+                accuracy_level=(recipe.step_accuracy_level if by_steps else 0) or None,
                 quant_format=QuantFormat.QOperator,
                 op_types_to_quantize=("MatMul", "Gather"),
                 quant_axes=(("MatMul", 0), ("Gather", 1)),

@@ -101,6 +101,7 @@ def quantise(
     reduce_range: bool = False,
     calibration: Calibration | None = None,
     keep: Mapping[str, str] | None = None,
+    by_steps: bool = False,
 ) -> Quantised:
     """A copy whose weights have fewer bits, and whose inputs and outputs are the model's own.
 
@@ -110,6 +111,7 @@ def quantise(
         reduce_range: weights of 7 bits, for CPUs without VNNI, whose sums of products of 8 bits overflow.
         calibration: of a static recipe.
         keep: weights of `changed_weights` that stay in float32 nevertheless, each with the reason.
+        by_steps: the graph has a cache and is fed token by token, as in `step_accuracy_level` of a recipe.
 
     Raises:
         InputError: a weight is larger than one file of ONNX can be.
@@ -119,7 +121,7 @@ def quantise(
     calibration = calibration or Calibration()
     smooth(work.graph, calibration.largest)
     kept = kept_weights(work.graph, recipe) | dict(keep or {})
-    quantiser = _quantiser(recipe, reduce_range, calibration.ranges)
+    quantiser = _quantiser(recipe, reduce_range, calibration.ranges, by_steps=by_steps)
     return _Quantisation(work, recipe, Scratch(scratch), quantiser, kept).run()
 
 
@@ -194,7 +196,7 @@ class _Quantisation:
         if self._recipe.table_bits == 4:
             assert size is not None
             renamed = ir.LazyTensor(lambda: tensor, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
-            inserted = self._inserted(node, renamed, 0, block_quantiser(self._recipe, 4))
+            inserted = self._inserted(node, renamed, 0, block_quantiser(self._recipe, 4, by_steps=False))
             zeros = None if self._recipe.symmetric else f"{name}_zero_points"
             row = QuantisedFrom(str(table.name), f"{name}_scales", zeros, 4, "table-blocks", block_size=size)
             self._weights[f"{name}_Q4"] = row
@@ -336,12 +338,14 @@ class _Quantisation:
         made.name = name
 
 
-def _quantiser(recipe: Recipe, reduce_range: bool, ranges: Mapping[str, tuple[float, float]]) -> Quantiser:
+def _quantiser(
+    recipe: Recipe, reduce_range: bool, ranges: Mapping[str, tuple[float, float]], *, by_steps: bool
+) -> Quantiser:
     if recipe.kind == "dynamic":
         return dynamic_quantiser(reduce_range=reduce_range)
     if recipe.kind == "static":
         return static_quantiser(ranges, reduce_range=reduce_range)
-    return block_quantiser(recipe, recipe.bits)
+    return block_quantiser(recipe, recipe.bits, by_steps=by_steps)
 
 
 def calibrated_tensors(model: ir.Model, recipe: Recipe) -> list[str]:

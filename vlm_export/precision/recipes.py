@@ -22,7 +22,8 @@ class Recipe:
         bits: of a weight.
         block_size: values that share a scale, along the axis that a product sums over; None: one scale a channel.
         symmetric: whether zero stays zero without a zero point.
-        accuracy_level: of MatMulNBits: 0 leaves activations in float32; 4 would make them int8, too.
+        step_accuracy_level: of MatMulNBits in graphs that are fed token by token: 0 leaves activations in float32; 4
+            lets an engine round them to 8 bits, a block at a time. ONNX Runtime has its fast kernel for one row there.
         table_bits: of tables that rows are looked up in; None: they stay as they are.
         smooths: whether outliers of norms move into the weights behind them first (`precision/smoothing.py`).
         convolutions: whether convolutions are quantised but for those that read an input of the graph.
@@ -38,7 +39,7 @@ class Recipe:
     tells: str
     block_size: int | None = None
     symmetric: bool = True
-    accuracy_level: int = 0
+    step_accuracy_level: int = 0
     table_bits: int | None = None
     smooths: bool = False
     convolutions: bool = False
@@ -83,8 +84,9 @@ RECIPES: Mapping[str, Recipe] = {
             "weight-only",
             4,
             "products and tables with weights of 4 bits, one scale and one zero point for 32 values, and activations "
-            "as they are",
+            "as they are, or of 8 bits in decoders with a cache",
             block_size=32,
+            step_accuracy_level=4,
             symmetric=False,
             table_bits=4,
         ),

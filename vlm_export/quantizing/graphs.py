@@ -70,7 +70,15 @@ def write_quantised(
     """
     model, fused = _source(bundle, part)
     levels = scratch / "levels.bin"
-    made = quantise(model, recipe, levels, reduce_range=reduce_range, calibration=calibration, keep=keep)
+    made = quantise(
+        model,
+        recipe,
+        levels,
+        reduce_range=reduce_range,
+        calibration=calibration,
+        keep=keep,
+        by_steps=_is_fed_by_steps(part),
+    )
     written = save_model(made.model, target, storage=Storage())
     levels.unlink()
     return QuantisedGraph(tuple(written), made.weights, made.kept, made.smoothed, fused)
@@ -93,7 +101,15 @@ def write_tried(
     """
     model, fused = _source(bundle, part)
     target, levels, others = (scratch / f"tried.{ending}" for ending in ("onnx", "levels", "others"))
-    made = quantise(model, recipe, levels, reduce_range=reduce_range, calibration=calibration, keep=keep)
+    made = quantise(
+        model,
+        recipe,
+        levels,
+        reduce_range=reduce_range,
+        calibration=calibration,
+        keep=keep,
+        by_steps=_is_fed_by_steps(part),
+    )
     computed = Scratch(others)
     for name, value in made.model.graph.initializers.items():
         tensor = value.const_value
@@ -118,6 +134,11 @@ def part_calibration(
 def part_weights(bundle: OpenBundle, part: PartRecord, recipe: Recipe) -> dict[str, int]:
     """Weights that the recipe changes in a part → how many nodes read each."""
     return changed_weights(_source(bundle, part)[0], recipe)
+
+
+def _is_fed_by_steps(part: PartRecord) -> bool:
+    """Whether a part has a cache: an axis is the sum of what was there and what is new."""
+    return any(axis.sum_of for axis in part.signature.axes)
 
 
 def _source(bundle: OpenBundle, part: PartRecord) -> tuple[ir.Model, int]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet
@@ -223,6 +224,24 @@ def test_a_damaged_shard_is_told(two_workers: Model, images: Path, tmp_path: Pat
     embed(two_workers, [images], output, options(overwrite=True))
     assert len(embeddings_at(output).items) == 22
     assert (output / "part-mine.npy").exists()
+
+
+@pytest.mark.parametrize("shard_format", ["npy", "parquet"])
+def test_a_shard_of_another_run_is_told(
+    two_workers: Model, images: Path, tmp_path: Path, shard_format: Literal["npy", "parquet"]
+) -> None:
+    output, swapped = tmp_path / "out", tmp_path / "swapped"
+    embed(two_workers, [images], output, options(shard_format=shard_format))
+    first, second = (output / f"part-00000{number}.{shard_format}" for number in (0, 1))
+    for source, target in ((first, swapped), (second, first), (swapped, second)):
+        source.rename(target)
+    with pytest.raises(InputError, match="of another run"):
+        embeddings_at(output)
+    # A folder of an older version does not say what its shards are of.
+    state = json.loads((output / "_embeddings.json").read_text())
+    del state["shard_sha256"]
+    (output / "_embeddings.json").write_text(json.dumps(state))
+    assert len(embeddings_at(output).items) == 22
 
 
 def test_it_is_public(tiny_bundle: Path, images: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from vlm_export.bundle.staging import staged_file
 from vlm_export.errors import UsageError
 from vlm_export.interrupts import remembered_interrupts
+from vlm_export.runtime.bulk.indexing import build_index, open_index
 from vlm_export.runtime.search.store import EmbeddingsMeta, read_embeddings, write_embeddings
 
 # The harness is a fixture of all tests, which the environment without torch does not have.
@@ -62,6 +64,39 @@ def test_killed_at_each_file_operation(harness: ModuleType, tmp_path: Path, name
     assert killed >= 5
     assert set(seen[0::2]) == {int(exists), 2}
     assert set(seen[1::2]) == {2}
+
+
+@pytest.mark.parametrize("exists", [True, False], ids=["replacing", "anew"])
+@pytest.mark.parametrize("method", ["exact", "approximate"])
+def test_an_index_killed_at_each_file_operation(
+    harness: ModuleType, tmp_path: Path, method: Literal["exact", "approximate"], exists: bool
+) -> None:
+    path, seen = tmp_path / "out" / "e.index", list[int]()
+    path.parent.mkdir()
+    for rows in (90, 91):
+        vectors = np.tile(np.eye(3, dtype=np.float32), (31, 1))[:rows]
+        write_embeddings(tmp_path / f"{rows}.npy", [str(row) for row in range(rows)], vectors, META)
+
+    def build(rows: int, *, overwrite: bool) -> None:
+        build_index(tmp_path / f"{rows}.npy", path, method=method, overwrite=overwrite, threads=1)
+
+    def check() -> None:
+        if path.exists():
+            index = open_index(path)
+            index.verify()
+            assert len(index.search(np.eye(3, dtype=np.float32)[0], 100)) == len(index)
+        seen.append(len(open_index(path)) if path.exists() else 0)
+
+    def repeat() -> None:
+        # Also where the killed run had put its file in place.
+        build(91, overwrite=True)
+
+    if exists:
+        build(90, overwrite=False)
+    killed = harness.kill_and_repeat_at_each_step(path.parent, lambda: build(91, overwrite=exists), check, repeat)
+    assert killed >= 5
+    assert set(seen[0::2]) == {90 if exists else 0, 91}
+    assert set(seen[1::2]) == {91}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -16,7 +16,8 @@ import pytest
 
 from vlm_export import load
 from vlm_export.errors import InputError
-from vlm_export.runtime.search.store import EmbeddingsMeta, read_embeddings, search_embeddings, write_embeddings
+from vlm_export.runtime.search.index import SearchIndex
+from vlm_export.runtime.search.store import EmbeddingsMeta, read_embeddings, write_embeddings
 
 META = EmbeddingsMeta("text", "tiny", "0" * 64)
 
@@ -71,7 +72,7 @@ def test_parquet_that_says_nonsense(tmp_path: Path, metadata: str) -> None:
 
 def test_vectors_of_another_size_than_the_query(written: Path) -> None:
     with pytest.raises(InputError, match="another size"):
-        search_embeddings(read_embeddings(written), np.ones(5, np.float32), 1)
+        SearchIndex.of(read_embeddings(written)).search(np.ones(5, np.float32), 1)
 
 
 @pytest.mark.needs_torch

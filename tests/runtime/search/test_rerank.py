@@ -12,6 +12,7 @@ from PIL import Image
 
 from vlm_export import Model, load
 from vlm_export.errors import InputError, UsageError
+from vlm_export.runtime.search.index import SearchIndex
 from vlm_export.runtime.search.rerank import search_reranked
 from vlm_export.runtime.search.store import Embeddings, EmbeddingsMeta
 
@@ -36,9 +37,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return paths
 
 
-def embedded(model: Model, kind: Any, items: list[str]) -> Embeddings:
+def embedded(model: Model, kind: Any, items: list[str]) -> SearchIndex:
     vectors = model.encode_image([Path(item) for item in items]) if kind == "image" else model.encode_text(items)
-    return Embeddings(tuple(items), vectors, EmbeddingsMeta(kind, "tiny", model.identity))
+    return SearchIndex.of(Embeddings(tuple(items), vectors, EmbeddingsMeta(kind, "tiny", model.identity)))
 
 
 def test_images_for_a_text(model: Model, images: list[str]) -> None:
@@ -56,10 +57,10 @@ def test_images_for_a_text(model: Model, images: list[str]) -> None:
 
 def test_the_first_stage_sees_the_query_as_the_second_does(model: Model, images: list[str]) -> None:
     embeddings = embedded(model, "image", images)
-    raw, cleaned = (embeddings.vectors @ model.encode_text([text])[0] for text in ("Two dogs!!!", "two dogs"))
-    assert raw.argmax() != cleaned.argmax()
+    raw, cleaned = (embeddings.search(model.encode_text([text])[0], 1)[0].item for text in ("Two dogs!!!", "two dogs"))
+    assert raw != cleaned
     (found,) = search_reranked(model, embeddings, "Two dogs!!!", 1, is_image=False, candidates=1)
-    assert found.item == images[int(cleaned.argmax())]
+    assert found.item == cleaned
 
 
 def test_texts_for_a_image(model: Model, images: list[str]) -> None:
@@ -72,7 +73,7 @@ def test_texts_for_a_image(model: Model, images: list[str]) -> None:
 
 def test_no_items_give_no_results(model: Model) -> None:
     empty = Embeddings((), np.zeros((0, 32), np.float32), EmbeddingsMeta("image", "tiny", model.identity))
-    assert search_reranked(model, empty, "red", 5, is_image=False) == []
+    assert search_reranked(model, SearchIndex.of(empty), "red", 5, is_image=False) == []
 
 
 def test_a_match_needs_a_image_and_a_text(model: Model, images: list[str]) -> None:
@@ -85,8 +86,9 @@ def test_a_match_needs_a_image_and_a_text(model: Model, images: list[str]) -> No
 
 
 def test_an_item_that_is_gone_is_named(model: Model, images: list[str], tmp_path: Path) -> None:
-    embeddings = embedded(model, "image", images)
-    gone = Embeddings((*images[:5], str(tmp_path / "gone.png")), embeddings.vectors, embeddings.meta)
+    names = (*images[:5], str(tmp_path / "gone.png"))
+    vectors = model.encode_image([Path(item) for item in images])
+    gone = SearchIndex.of(Embeddings(names, vectors, EmbeddingsMeta("image", "tiny", model.identity)))
     with pytest.raises(InputError, match="cannot be read") as caught:
         search_reranked(model, gone, "red", 1, is_image=False)
     assert "gone.png" in caught.value.where

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,8 @@ from vlm_export.errors import EnvironmentFailure, InputError, UsageError
 from vlm_export.runtime.inputs.images import FloatArray
 from vlm_export.runtime.search.store import (
     EmbeddingsMeta,
-    Match,
     npy_metadata,
     read_embeddings,
-    search_embeddings,
     staged_embeddings,
     top_k,
     write_embeddings,
@@ -107,8 +104,15 @@ def test_other_tools_can_read_the_files(tmp_path: Path) -> None:
 def test_paths_that_are_no_unicode(tmp_path: Path) -> None:
     write_embeddings(tmp_path / "e.npy", ["\udcff.png"], unit_vectors(1), META)
     assert read_embeddings(tmp_path / "e.npy").items == ("\udcff.png",)
+    import pyarrow.parquet
+
+    items = ["a.png", "caf\udce9.png", "é.png"]
+    write_embeddings(tmp_path / "e.parquet", items, unit_vectors(3), META)
+    assert read_embeddings(tmp_path / "e.parquet").items == tuple(items)
+    shown = pyarrow.parquet.read_table(tmp_path / "e.parquet").column("item").to_pylist()
+    assert shown == ["a.png", "caf\ufffd.png", "é.png"]
     with pytest.raises(InputError, match="Unicode"):
-        write_embeddings(tmp_path / "e.parquet", ["\udcff.png"], unit_vectors(1), META)
+        write_embeddings(tmp_path / "texts.parquet", ["\ud800"], unit_vectors(1), META)
 
 
 def test_wrong_calls(tmp_path: Path) -> None:
@@ -262,13 +266,3 @@ def test_top_k_refuses_odd_calls() -> None:
     with pytest.raises(UsageError):
         top_k(unit_vectors(1)[0, :4], unit_vectors(3), 1)
     assert len(top_k(unit_vectors(1)[0], unit_vectors(0), 3)[0]) == 0
-
-
-def test_search_names_items(tmp_path: Path) -> None:
-    write_embeddings(tmp_path / "e.npy", ITEMS, unit_vectors(3), replace(META, kind="text"))
-    embeddings = read_embeddings(tmp_path / "e.npy")
-    best, second = search_embeddings(embeddings, embeddings.vectors[2], 2)
-    assert isinstance(best, Match)
-    assert best.item == ITEMS[2]
-    assert best.score == pytest.approx(1.0)
-    assert best.score >= second.score

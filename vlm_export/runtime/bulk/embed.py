@@ -236,17 +236,17 @@ class _Run:
             environment_errors("writing embeddings", output.parent),
             embeddings_folder(output, state, resume=self.options.resume, overwrite=self.options.overwrite) as folder,
         ):
-            finished: list[ShardRecord] = []
+            finished: dict[int, ShardRecord] = {}
             todo = self._unfinished(folder, finished)
             with self._embedded(scan, todo) as results:
-                written = [self._write(folder, number, parts) for number, parts in _by_shard(results)]
-            rows = sum(record.rows for record in (*finished, *written))
+                written = {number: self._write(folder, number, parts) for number, parts in _by_shard(results)}
+            records = [record for _, record in sorted((finished | written).items())]
+            rows = sum(record.rows for record in records)
             self._check_any(rows)
-            skipped = sum(len(record.skipped) for record in (*finished, *written))
-            folder.finish(len(finished) + len(written), rows, skipped)
-        return self._result(output, scan, rows, sum(record.items for record in finished), len(finished) + len(written))
+            folder.finish(records)
+        return self._result(output, scan, rows, sum(record.items for record in finished.values()), len(records))
 
-    def _unfinished(self, folder: EmbeddingsFolder, finished: list[ShardRecord]) -> Iterator[_Batch]:
+    def _unfinished(self, folder: EmbeddingsFolder, finished: dict[int, ShardRecord]) -> Iterator[_Batch]:
         """Batches of the shards that are missing; those that are there are put into `finished`."""
         items = self.inputs.items()
         number = 0
@@ -255,7 +255,7 @@ class _Run:
             if record is None:
                 yield from (_Batch(number, batch) for batch in self._batches(iter(chunk)))
             else:
-                finished.append(record)
+                finished[number] = record
                 self._advance(record.items)
             number += 1
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 
@@ -82,7 +82,10 @@ class FolderState(Spec):
         complete: whether all inputs are in it; the numbers below are 0 until then.
         shards, rows: their number, and that of all embeddings.
         skipped: items without an embedding.
+        shard_sha256: what the record of each shard says of its items, so that a shard of another run is noticed.
     """
+
+    NEWER: ClassVar[frozenset[str]] = frozenset({"shard_sha256"})
 
     schema: Literal[1]
     meta: EmbeddingsMeta
@@ -94,6 +97,7 @@ class FolderState(Spec):
     shards: Annotated[int, between(0)] = 0
     rows: Annotated[int, between(0)] = 0
     skipped: Annotated[int, between(0)] = 0
+    shard_sha256: tuple[str, ...] = ()
 
 
 @dataclass
@@ -160,21 +164,31 @@ class EmbeddingsFolder:
         )
         return record
 
-    def finish(self, shards: int, rows: int, skipped: int) -> None:
+    def finish(self, records: Sequence[ShardRecord]) -> None:
         """Says that the folder is complete.
+
+        Args:
+            records: of all shards, in their order.
 
         Raises:
             InputError: an earlier run wrote more shards than the inputs fill.
         """
-        if self.shard(shards).exists():
+        if self.shard(len(records)).exists():
             raise InputError(
                 "the inputs are not those of the run that is resumed",
-                where=str(self.shard(shards)),
-                expected=f"{shards} shards",
+                where=str(self.shard(len(records))),
+                expected=f"{len(records)} shards",
                 got="more of them",
                 fix=_AGAIN,
             )
-        self.state = replace(self.state, complete=True, shards=shards, rows=rows, skipped=skipped)
+        self.state = replace(
+            self.state,
+            complete=True,
+            shards=len(records),
+            rows=sum(record.rows for record in records),
+            skipped=sum(len(record.skipped) for record in records),
+            shard_sha256=tuple(record.sha256 for record in records),
+        )
         _write_state(self.path, self.state, is_result=True)
 
 
@@ -253,14 +267,41 @@ def read_folder(path: Path) -> Embeddings:
     Raises:
         InputError: the run that fills it is not over, or a shard is missing or damaged.
     """
+    state, shards = folder_shards(path)
+    found = list(shards())
+    items = tuple(item for shard in found for item in shard.items)
+    columns = {name: [text for shard in found for text in shard.columns[name]] for name in state.columns}
+    return Embeddings(items, np.concatenate([shard.vectors for shard in found]), state.meta, columns)
+
+
+def folder_shards(path: Path) -> tuple[FolderState, Callable[[], Iterator[Embeddings]]]:
+    """What a complete folder says of itself, and what reads its shards one after the other; errors as `read_folder`."""
     state = folder_state(path)
     if not state.complete:
         raise InputError("the embeddings are not complete", where=str(path), fix="end the run: embed … --resume")
-    found = [read_embeddings(_shard(path, state, number)) for number in range(state.shards)]
-    items = tuple(item for shard in found for item in shard.items)
-    if len(items) != state.rows or any(shard.meta != state.meta for shard in found):
-        raise InputError("shards of another run lie in a folder of embeddings", where=str(path), fix=_AGAIN)
-    return Embeddings(items, np.concatenate([shard.vectors for shard in found]), state.meta)
+    if state.shard_sha256 and len(state.shard_sha256) != state.shards:
+        raise _of_another_run(path)
+
+    def shards() -> Iterator[Embeddings]:
+        rows = 0
+        for number in range(state.shards):
+            file = _shard(path, state, number)
+            shard = read_embeddings(file)
+            rows += len(shard.items)
+            if shard.meta != state.meta or set(shard.columns) != set(state.columns):
+                raise _of_another_run(path)
+            # Folders of older versions do not say it.
+            if state.shard_sha256 and _record_of(file).sha256 != state.shard_sha256[number]:
+                raise _of_another_run(path)
+            yield shard
+        if rows != state.rows:
+            raise _of_another_run(path)
+
+    return state, shards
+
+
+def _of_another_run(path: Path) -> InputError:
+    return InputError("shards of another run lie in a folder of embeddings", where=str(path), fix=_AGAIN)
 
 
 def embeddings_at(path: str | Path) -> Embeddings:

@@ -27,7 +27,7 @@ def fastest_variant(manifest: Manifest, choice: EngineChoice) -> str:
 
     - On a provider other than the CPU: `fp16`, which its own gates judged.
     - ONNX Runtime: `int8`, then `int8-static`, whose products are faster than float32's where the processor
-      multiplies 8 bits. `w8a16` and `int4` multiply in float32 and save room.
+      multiplies 8 bits. `w8a16` and `int4` of encoders multiply in float32 and save room.
     - OpenVINO: `int8-static`. It computes `int8` slower than float32, since it fuses nothing of products whose ranges
       are taken in each run. bfloat16 is not chosen, since nothing in a bundle says what it loses.
     - Without such instructions (VNNI, AMX, the dot product of ARM), or where the system does not tell: only variants

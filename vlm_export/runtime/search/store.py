@@ -34,6 +34,8 @@ SLICES_KIND = "slices"
 """What files of `slice_files` say instead of an ItemKind."""
 METADATA_KEY = b"vlm_export"
 COLUMNS = ("item", "embedding")
+UNDECODABLE = "undecodable_items"
+"""Of a Parquet file's metadata: names of files whose bytes are no UTF-8, in whose place the column shows U+FFFD."""
 
 
 @dataclass(frozen=True)
@@ -55,29 +57,32 @@ class EmbeddingsMeta(Spec):
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Items and their vectors: float32 (N, D), rows of unit length."""
+    """Items and their vectors.
+
+    Attributes:
+        vectors: float32 (N, D), rows of unit length.
+        columns: what else the file says of the items (`embed --keep`): name → a text for each item.
+    """
 
     items: tuple[str, ...]
     vectors: FloatArray
     meta: EmbeddingsMeta
+    columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def require_model(self, identity: str, model: str) -> None:
         """InputError unless the embeddings were computed by the model of that identity."""
-        if self.meta.identity != identity:
-            raise InputError(
-                "the embeddings were computed by another model",
-                expected=f"{model} (identity {identity[:12]})",
-                got=f"{self.meta.model} (identity {self.meta.identity[:12]})",
-                fix="search with the bundle that made them, or embed again with this one",
-            )
+        require_model(self.meta, identity, model)
 
 
-@dataclass(frozen=True)
-class Match:
-    """One result of a search; `score` is the cosine."""
-
-    item: str
-    score: float
+def require_model(meta: EmbeddingsMeta, identity: str, model: str) -> None:
+    """InputError unless embeddings come from the model of that identity, whose name is for the message."""
+    if meta.identity != identity:
+        raise InputError(
+            "the embeddings were computed by another model",
+            expected=f"{model} (identity {identity[:12]})",
+            got=f"{meta.model} (identity {meta.identity[:12]})",
+            fix="search with the bundle that made them, or embed again with this one",
+        )
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ def write_embeddings(
     Raises:
         UsageError: another suffix, not one vector per item, a column's name is taken, or the file exists.
         EnvironmentFailure: the disk refuses, or Parquet is asked for without pyarrow.
-        InputError: an item is no Unicode, which Parquet cannot hold.
+        InputError: a text that is no file's name is no Unicode, which Parquet cannot hold.
     """
     target = Path(path)
     if vectors.ndim != 2 or len(vectors) != len(items):
@@ -171,9 +176,10 @@ def read_embeddings(path: str | Path) -> Embeddings:
             fix="write one: vlm-export embed DIR IMAGES -o FILE.npy",
         )
     read = {".npy": _read_npy, ".parquet": _read_parquet}[checked_suffix(source)]
-    items, vectors, meta = read(source)
-    fits = vectors.ndim == 2 and vectors.dtype == np.float32 and len(vectors) == len(items)
-    if not fits or not all(isinstance(item, str) for item in items):
+    items, vectors, meta, columns = read(source)
+    fits = vectors.ndim == 2 and vectors.dtype == np.float32
+    texts = (items, *columns.values())
+    if not fits or not all(len(found) == len(vectors) and all(isinstance(t, str) for t in found) for found in texts):
         raise InputError(
             "the embeddings are malformed",
             where=str(source),
@@ -182,7 +188,7 @@ def read_embeddings(path: str | Path) -> Embeddings:
         )
     if not np.isfinite(vectors).all():
         raise InputError("the embeddings hold NaN or infinity", where=str(source), fix="embed again")
-    return Embeddings(tuple(items), vectors, meta)
+    return Embeddings(tuple(items), vectors, meta, columns)
 
 
 def top_k(query: FloatArray, vectors: FloatArray, k: int) -> tuple[npt.NDArray[np.int64], FloatArray]:
@@ -209,19 +215,6 @@ def top_k(query: FloatArray, vectors: FloatArray, k: int) -> tuple[npt.NDArray[n
         candidates = np.flatnonzero(scores >= threshold)
     order = candidates[np.argsort(-scores[candidates], kind="stable")][:k].astype(np.int64)
     return order, scores[order]
-
-
-def search_embeddings(embeddings: Embeddings, query: FloatArray, k: int) -> list[Match]:
-    """The `k` items nearest to a query vector, best first; InputError when their vectors have another size."""
-    if embeddings.vectors.shape[1:] != query.shape:
-        raise InputError(
-            "the embeddings have another size than the bundle's",
-            expected=f"{query.shape[0]} numbers each",
-            got=f"{embeddings.vectors.shape[1]}, made by {embeddings.meta.model}",
-            fix="embed again with this bundle",
-        )
-    rows, scores = top_k(query, embeddings.vectors, k)
-    return [Match(embeddings.items[row], float(score)) for row, score in zip(rows, scores, strict=True)]
 
 
 def checked_suffix(path: Path) -> str:
@@ -280,7 +273,11 @@ def embeddings_meta(path: Path) -> EmbeddingsMeta:
     return _meta_from_json(embeddings_metadata(path), str(path))
 
 
-def _read_npy(source: Path) -> tuple[list[str], FloatArray, EmbeddingsMeta]:
+_Read: TypeAlias = tuple[list[str], FloatArray, EmbeddingsMeta, dict[str, list[str]]]
+"""Items, vectors, where they come from, and further columns."""
+
+
+def _read_npy(source: Path) -> _Read:
     with _reading_npy(source) as file:
         header, data = _npy_header_and_metadata(file, source)
         _refuse_slices(data, source)
@@ -291,7 +288,10 @@ def _read_npy(source: Path) -> tuple[list[str], FloatArray, EmbeddingsMeta]:
         raise InputError("the items of the embeddings are malformed", where=str(source), expected="a list of strings")
     if data.get("vectors_sha256") != _sha256(vectors):
         raise InputError("the embeddings and their items do not belong together", where=str(source), fix="embed again")
-    return items, vectors, _meta_from_json(data, str(source))
+    columns = data.get("columns", {})
+    if not isinstance(columns, dict) or not all(isinstance(column, list) for column in columns.values()):
+        raise InputError("the columns of the embeddings are malformed", where=str(source), expected="lists of strings")
+    return items, vectors, _meta_from_json(data, str(source)), columns
 
 
 @contextmanager
@@ -367,27 +367,46 @@ def _write_parquet(
 ) -> None:
     pa, pq = pyarrow_modules()
     try:
-        texts = {name: pa.array(column, pa.string()) for name, column in {"item": items, **more.columns}.items()}
+        names, undecodable = _unicode_names(items)
+        texts = {name: pa.array(column, pa.string()) for name, column in {"item": names, **more.columns}.items()}
     except (UnicodeEncodeError, pa.ArrowException) as error:
         raise InputError(
-            "a path is not Unicode, which Parquet cannot hold", where=str(target), got=str(error), fix="write .npy"
+            "a text is not Unicode, which Parquet cannot hold", where=str(target), got=str(error), fix="write .npy"
         ) from error
     rows = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
     table = pa.table({**texts, "embedding": rows})
-    pq.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata)}), staged)
+    data = {**metadata, UNDECODABLE: undecodable} if undecodable else metadata
+    pq.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(data)}), staged)
 
 
-def _read_parquet(source: Path) -> tuple[list[str], FloatArray, EmbeddingsMeta]:
-    _, pq = pyarrow_modules()
+def _unicode_names(items: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Names as Parquet holds them, and for those of files whose bytes are no UTF-8: row → the bytes in hexadecimal."""
+    names, undecodable = list(items), dict[str, str]()
+    for row, item in enumerate(items):
+        try:
+            item.encode("utf-8")
+        except UnicodeEncodeError:
+            raw = item.encode("utf-8", "surrogateescape")
+            names[row], undecodable[str(row)] = raw.decode("utf-8", "replace"), raw.hex()
+    return names, undecodable
+
+
+def _read_parquet(source: Path) -> _Read:
+    pa, pq = pyarrow_modules()
     # The schema first: features of slices are large.
     data = embeddings_metadata(source)
     _refuse_slices(data, source)
     with _reading_parquet(source):
-        table = pq.read_table(source, columns=list(COLUMNS))
+        schema = pq.read_schema(source)
+        texts = [name for name in schema.names if name not in COLUMNS and pa.types.is_string(schema.field(name).type)]
+        table = pq.read_table(source, columns=[*COLUMNS, *texts])
         items = table.column("item").to_pylist()
+        for row, raw in data.get(UNDECODABLE, {}).items():
+            items[int(row)] = bytes.fromhex(raw).decode("utf-8", "surrogateescape")
         column = table.column("embedding").combine_chunks()
         vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
-    return items, vectors, _meta_from_json(data, str(source))
+        columns = {name: [text or "" for text in table.column(name).to_pylist()] for name in texts}
+    return items, vectors, _meta_from_json(data, str(source)), columns
 
 
 @contextmanager
@@ -395,7 +414,8 @@ def _reading_parquet(source: Path) -> Iterator[None]:
     pa, _ = pyarrow_modules()
     try:
         yield
-    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    # LookupError: a column, or a row of a name that is no UTF-8, is missing.
+    except (pa.ArrowException, OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise machine_fault(error, str(source)) or InputError(
             "the embeddings cannot be read",
             where=str(source),
