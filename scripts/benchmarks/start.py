@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -72,17 +73,20 @@ def measure(name: str, bundle: Path | None, rounds: int, fastembed: Path | None 
                 runs[side].append(_run(sys.executable, _CHILD, *words))
             if fastembed is not None:
                 others += _run(str(fastembed), _FASTEMBED, str(package))
-    runs, others = {side: each[1:] for side, each in runs.items()}, others[1:]
+    return _report(name, rounds, {side: each[1:] for side, each in runs.items()}, others[1:])
+
+
+def _report(name: str, rounds: int, runs: Mapping[str, Sequence[Sequence[float]]], others: Sequence[float]) -> Report:
     totals = {side: median(map(sum, each)) for side, each in runs.items()}
     steps: list[dict[str, Any]] = [
-        {"step": step, **{side: median(run[i] for run in runs[side]) for side in sides}} for i, step in enumerate(STEPS)
+        {"step": step, **{side: median(run[i] for run in runs[side]) for side in runs}} for i, step in enumerate(STEPS)
     ]
-    bars = [(f"{side}: {row['step']}", row[side]) for side in sides for row in steps]
-    columns = {"step": "{step}", **{side: f"{{{side}:.3f}}" for side in sides}}
+    bars = [(f"{side}: {row['step']}", row[side]) for side in runs for row in steps]
+    columns = {"step": "{step}", **{side: f"{{{side}:.3f}}" for side in runs}}
     earliest = [sum(run) for run in runs["vision, earliest"]]
     times = Spread.of(ratios(earliest, others)) if others else None
     told = "" if times is None else f"; {times.median:.2f} times fastembed's for an image ({median(others):.2f} s)"
-    slow = max(totals[side] for side in sides if side.endswith("earliest")) > GOAL_SECONDS
+    slow = max(totals[side] for side in runs if side.endswith("earliest")) > GOAL_SECONDS
     return Report(
         title="First embedding after process start",
         goal=f"at most {GOAL_SECONDS} s for ViT-B/32 with mapped weights that are compared by size, and "
