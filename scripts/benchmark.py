@@ -11,6 +11,8 @@
     python scripts/benchmark.py sizes  [--names NAME …] [--precision P …]
                                                            bytes of each precision, of float32's
     python scripts/benchmark.py outliers --encoder DIR     a real sentence encoder's rankings in each precision
+    python scripts/benchmark.py embed [--fastembed PYTHON] [--modern-onnx-clip PYTHON] [--many N]
+                                                           a folder of JPEGs to vectors against other libraries
     python scripts/benchmark.py optimum --optimum FILE     an export with its proof against optimum-cli's
     python scripts/benchmark.py search [--rows N]          an index of a million embeddings: building, opening, asking
 
@@ -26,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import caption, chat, export, optimum, outliers, resample, search, sizes, start, text, vision
+from benchmarks import caption, chat, embed, export, optimum, outliers, resample, search, sizes, start, text, vision
 from benchmarks.report import REPORTS, Report, write_report
 
 from vlm_export.precision.recipes import QUANTISED
@@ -41,6 +43,7 @@ MEASURES: dict[str, Callable[..., Report]] = {
     "vision": vision.measure,
     "sizes": sizes.measure,
     "outliers": outliers.measure,
+    "embed": embed.measure,
     "optimum": optimum.measure,
     "search": search.measure,
 }
@@ -50,6 +53,7 @@ PAIR_NAME = "clip-vit-b-32"
 CAPTION_NAME = "blip-image-captioning-base-hf"
 CHAT_NAME = "nanovlm-222m"
 VISION_NAME = "clip-vit-b-16"
+EMBED_NAME = "clip-vit-base-patch32-hf"
 SIZE_NAMES = ("clip-vit-b-32", "nanovlm-222m")
 
 
@@ -78,6 +82,12 @@ def main(arguments: list[str] | None = None) -> int:
     sizing.add_argument("--precision", nargs="+", default=QUANTISED, metavar="P", help="beside fp16 (default: all)")
     ranking = kinds.add_parser("outliers")
     ranking.add_argument("--encoder", type=Path, required=True, metavar="DIR", help="that sentence-transformers saved")
+    embedding = _add(kinds, "embed", EMBED_NAME, rounds=5, threads=2)
+    embedding.add_argument("--images", type=int, default=2000, metavar="N", help="of the folder (default: 2000)")
+    embedding.add_argument("--round-images", type=int, default=160, metavar="N", help="of a round (default: 160)")
+    embedding.add_argument("--many", type=int, default=0, metavar="N", help="also a folder of so many, for its memory")
+    for consumer in ("fastembed", "modern-onnx-clip"):
+        embedding.add_argument(f"--{consumer}", type=Path, metavar="PYTHON", help="an interpreter that has it")
     exported = _add(kinds, "optimum", None, rounds=7)
     exported.add_argument("--optimum", type=Path, required=True, metavar="FILE", help="optimum-cli of its environment")
     searching = kinds.add_parser("search")

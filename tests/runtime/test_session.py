@@ -93,3 +93,11 @@ def test_a_tokenizer_is_never_longer_than_the_context(tiny_bundle: Path) -> None
     session = load(tiny_bundle).session
     assert session.tokenizer_up_to(5).spec.context_length == 5
     assert session.tokenizer_up_to(10**6) is session.tokenizer
+
+
+def test_a_session_for_workers_is_kept(tiny_bundle: Path) -> None:
+    session, alone = (load(tiny_bundle, threads=threads).session for threads in (2, 1))
+    workers = session.for_workers(2)
+    assert workers.threads == 1
+    assert session.for_workers(2) is workers
+    assert alone.for_workers(1) is alone

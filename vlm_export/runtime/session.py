@@ -63,15 +63,24 @@ class Session:
         self._choice = engine_choice(engine, providers, threads, in_bf16=chosen.in_bf16, weights=weights)
         self._engines: dict[str, Engine] = {}
         self._tokenizers: dict[int, Tokenizer] = {}
+        self._for_workers: dict[int, Session] = {}
         self._opening = Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _opened_again, (self.bundle, self._options())
 
     def for_workers(self, workers: int) -> Session:
-        """The same for so many threads that use it at once: operators of one thread, where runs take no turns."""
+        """The same for so many threads that use it at once: operators of one thread, where runs take no turns.
+
+        It is kept, so that its engines are opened once for all runs.
+        """
         threads = workers if self._choice.engine == OPENVINO else 1
-        return Session(self.bundle, **{**self._options(), "threads": threads})
+        if threads == self.threads:
+            return self
+        with self._opening:
+            if threads not in self._for_workers:
+                self._for_workers[threads] = Session(self.bundle, **{**self._options(), "threads": threads})
+            return self._for_workers[threads]
 
     def _options(self) -> dict[str, Any]:
         return {

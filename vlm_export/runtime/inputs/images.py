@@ -181,12 +181,20 @@ def preprocess_image(
             expected="an image that Pillow resizes and converts",
             got=f"mode {image.mode}: {error}",
         ) from error
+    return _normalised(square, spec)
+
+
+def _normalised(image: Image.Image, spec: ImageSpec | PatchSpec) -> FloatArray:
+    """An image in RGB rescaled and normalised, float32 (3, H, W); computed once for each level of a pixel."""
     # As transformers rescales; for 1/255 the same float32 values as a division by 255, which torchvision does.
     levels = (np.arange(256, dtype=np.float64) * spec.rescale_factor).astype(np.float32)
-    pixels = levels[np.asarray(square, dtype=np.uint8).transpose(2, 0, 1)]
-    mean = np.asarray(spec.mean, dtype=np.float32)[:, None, None]
-    std = np.asarray(spec.std, dtype=np.float32)[:, None, None]
-    normalised: FloatArray = np.ascontiguousarray((pixels - mean) / std)
+    mean, std = (np.asarray(values, dtype=np.float32)[:, None] for values in (spec.mean, spec.std))
+    tables = (levels - mean) / std
+    pixels = np.asarray(image, dtype=np.uint8)
+    normalised = np.empty((3, *pixels.shape[:2]), dtype=np.float32)
+    for channel in range(3):
+        # No level lies outside a table; "clip" alone writes to `out` without a copy.
+        np.take(tables[channel], pixels[:, :, channel], out=normalised[channel], mode="clip")
     return normalised
 
 
