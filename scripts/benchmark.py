@@ -7,6 +7,8 @@
     python scripts/benchmark.py resample [--threads N]     interpolation in its forms against torch eager
     python scripts/benchmark.py caption [--bundle DIR]     cached decoder against transformers' generate
     python scripts/benchmark.py chat [--bundle DIR]        nanoVLM's first token, tokens per second and memory
+    python scripts/benchmark.py decoding [--name NAME] [--precision P …]
+                                                           a decoder's variants against float32, and its profile
     python scripts/benchmark.py vision [--bundle DIR]      ViT-B/16's graphs in every engine against PyTorch
     python scripts/benchmark.py sizes  [--names NAME …] [--precision P …]
                                                            bytes of each precision, of float32's
@@ -28,7 +30,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import caption, chat, embed, export, optimum, outliers, resample, search, sizes, start, text, vision
+from benchmarks import (
+    caption,
+    chat,
+    decoding,
+    embed,
+    export,
+    optimum,
+    outliers,
+    resample,
+    search,
+    sizes,
+    start,
+    text,
+    vision,
+)
 from benchmarks.report import REPORTS, Report, write_report
 
 from vlm_export.precision.recipes import QUANTISED
@@ -40,6 +56,7 @@ MEASURES: dict[str, Callable[..., Report]] = {
     "resample": resample.measure,
     "caption": caption.measure,
     "chat": chat.measure,
+    "decoding": decoding.measure,
     "vision": vision.measure,
     "sizes": sizes.measure,
     "outliers": outliers.measure,
@@ -73,8 +90,11 @@ def main(arguments: list[str] | None = None) -> int:
     starting.add_argument("--fastembed", type=Path, metavar="PYTHON", help="of an environment with fastembed")
     _add(kinds, "caption", CAPTION_NAME, rounds=9, threads=1)
     chatting = _add(kinds, "chat", CHAT_NAME, rounds=9, threads=2)
-    chatting.add_argument("--prompt-tokens", type=int, default=12, help="of text, besides the image's (default: 12)")
-    chatting.add_argument("--new-tokens", type=int, default=32, help="default: 32")
+    steps = _add(kinds, "decoding", CHAT_NAME, rounds=9, threads=2)
+    steps.add_argument("--precision", nargs="+", default=("int8", "int4"), metavar="P", help="default: int8 int4")
+    for each in (chatting, steps):
+        each.add_argument("--prompt-tokens", type=int, default=12, help="of text, besides the image's (default: 12)")
+        each.add_argument("--new-tokens", type=int, default=32, help="default: 32")
     seeing = _add(kinds, "vision", VISION_NAME, rounds=9, threads=2)
     seeing.add_argument("--graphs", type=Path, nargs="+", default=(), metavar="FILE", help="further ones for OpenVINO")
     sizing = kinds.add_parser("sizes")

@@ -18,7 +18,7 @@ from vlm_export.lab.timing import median_ratio
 
 GOAL_RATIO = 1.3
 OURS = "this project"
-SIDES = {OURS: "bundle", "PyTorch": "original", "PyTorch without a cache": "original-uncached"}
+SIDES = {OURS: "fp32", "PyTorch": "original", "PyTorch without a cache": "original-uncached"}
 """Label → the side of `chat_side`. The last is nanoVLM-222M's own way; later versions keep a cache."""
 
 
@@ -29,7 +29,7 @@ def measure(name: str, bundle: Path | None, rounds: int, threads: int, prompt_to
             label: Side(side, name, directory, Path(folder), threads, prompt_tokens) for label, side in SIDES.items()
         }
         try:
-            results = _rounds(sides, rounds, new_tokens)
+            results = run_rounds(sides, rounds, new_tokens)
         finally:
             for side in sides.values():
                 side.close()
@@ -70,7 +70,8 @@ class Side:
         self._process.wait()
 
 
-def _rounds(sides: Mapping[str, Side], rounds: int, new_tokens: int) -> dict[str, list[dict[str, Any]]]:
+def run_rounds(sides: Mapping[str, Side], rounds: int, new_tokens: int) -> dict[str, list[dict[str, Any]]]:
+    """What each side returns in each round, after one round that warms up."""
     results: dict[str, list[dict[str, Any]]] = {label: [] for label in sides}
     for number in range(rounds + 1):
         for label, side in sides.items():

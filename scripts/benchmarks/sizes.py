@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import vlm_export
-from benchmarks.measuring import export_random
+from benchmarks.measuring import ANY_LOSS, export_random
 from benchmarks.report import MIB, Bars, Report, table
 from vlm_export.bundle.manifest import Manifest, PartRecord
 from vlm_export.bundle.opened import open_bundle
@@ -17,8 +17,6 @@ from vlm_export.precision.recipes import QUANTISED
 
 GOALS: Mapping[str, float] = {"fp16": 0.52, "int8": 0.30, "int8-static": 0.30, "w8a16": 0.30, "int4": 0.20}
 """Precision → the most of float32's bytes that a model may have; int4's is of models with a decoder."""
-# What random weights lose says nothing.
-_ANY_LOSS = {"cosine": 0.0, "mean-cosine": 0.0, "top10": 0.0, "exact-match": 0.0}
 _LARGEST_KEPT = 3
 
 
@@ -32,7 +30,7 @@ def measure(names: Sequence[str], precision: Sequence[str] = QUANTISED) -> Repor
             export_random(name, bundle, "--precision", "fp32", "--precision", "fp16")
             for each in precision:
                 print(f"quantising {name} to {each}", file=sys.stderr)
-                vlm_export.quantize(bundle, each, budget=_ANY_LOSS)
+                vlm_export.quantize(bundle, each, budget=ANY_LOSS)
             manifest = open_bundle(bundle).manifest
         rows += [_part_row(name, manifest, part, each) for part in manifest.parts for each in ("fp16", *precision)]
         models += [_model_row(name, manifest, each) for each in ("fp16", *precision)]
