@@ -291,5 +291,6 @@ def test_search_and_index_refuse_what_contradicts_itself(
     cli("search", pair, vectors, image_path, "--image", image_path).refused(2, "two images")
     cli("search", pair, vectors, "a cat", "--where", "colour=red").refused(2, "no such column", "--keep")
     cli("index", vectors).refused(2, "built or verified")
+    cli("index", vectors, "--verify").refused(3, "no index")
     cli("index", vectors, "-o", tmp_path / "x.index", "--verify").refused(2, "built or verified")
     cli("index", tmp_path / "absent.npy", "-o", tmp_path / "x.index").refused(3, "no embeddings")

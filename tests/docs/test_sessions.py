@@ -23,6 +23,7 @@ def test_pages_with_sessions_are_found() -> None:
         "numerics",
         "packaging",
         "regression-testing",
+        "search",
     }
 
 

@@ -43,7 +43,7 @@ def shards(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("mark", PROGRAMS)
 def test_they_find_what_search_finds(python_with: Callable[..., Path], shards: Path, tmp_path: Path, mark: str) -> None:
-    (program,) = (code for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if mark in code)
+    (program,) = (code for code in re.findall(r"```py\n(.*?)```", PAGE, re.DOTALL) if mark in code)
     (tmp_path / "program.py").write_text(program, encoding="utf-8")
     alone = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     words = [str(python_with(*PROGRAMS[mark])), "program.py", str(shards), str(tmp_path / "database")]

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 # What the tests themselves need. Of open_clip_torch only its vocabulary file is read: it comes without its own
 # dependencies, so importing it would fail.
-TEST_TOOLS = ("faiss-cpu", "hypothesis", "pytest", "pyarrow", "regex")
+TEST_TOOLS = ("hypothesis", "pytest", "pyarrow", "faiss-cpu", "regex")
 FORBIDDEN = ("torch", "torchvision", "transformers", "onnx", "onnxscript", "safetensors", "timm")
 # Comes with `tokenizers`, but nothing of the runtime may reach for the network.
 NOT_IMPORTED = (*FORBIDDEN, "huggingface_hub")

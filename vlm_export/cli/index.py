@@ -46,13 +46,13 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from vlm_export.runtime.bulk.indexing import open_index
+    from vlm_export.runtime.search.index import SearchIndex
 
     if args.verify == (args.output is not None):
         raise UsageError("an index is either built or verified", fix="pass -o INDEX, or --verify")
     start = time.perf_counter()
     if args.verify:
-        index = open_index(args.embeddings)
+        index = SearchIndex.mapped(Path(args.embeddings))
         index.verify()
     else:
         index = _built(args)

@@ -187,8 +187,11 @@ class IndexFile:
             tail = file.read()
             length, magic = _TAIL.unpack(tail) if len(tail) == _TAIL.size else (0, b"")
             self.end = self.size - _TAIL.size - length
-            if magic != MAGIC or self.end < 0 or length > MAX_JSON_BYTES:
-                raise self.damage("it does not end as an index does")
+            if magic != MAGIC:
+                got = "it does not end as an index does"
+                raise InputError("a file is no index, or was cut off", where=str(path), got=got, fix=AGAIN)
+            if self.end < 0 or length > MAX_JSON_BYTES:
+                raise self.damage("its end says that it is larger than it is")
             file.seek(self.end)
             data = json_object_from_bytes(file.read(length), str(path))
             self.state = IndexState.from_json(data, str(path), fix=AGAIN)
