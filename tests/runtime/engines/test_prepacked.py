@@ -69,6 +69,7 @@ def test_workers_that_start_together_wait_for_one(shared: Model, cache: Path, ex
         np.testing.assert_array_equal(vectors, expected)
 
 
+@pytest.mark.needs_torch  # A fixture from outside of these tests.
 def test_another_graph_has_files_of_its_own(
     shared: Model, cache: Path, tiny_bundle: Path, tmp_path: Path, relist: Callable[[Path], None]
 ) -> None:
