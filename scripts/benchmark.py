@@ -3,7 +3,7 @@
     python scripts/benchmark.py export [--names NAME …] [--precision P …] [--part PART …] [--report NAME]
                                                            time and peak anonymous memory of each stage, and sizes
     python scripts/benchmark.py text   [--bundle DIR]      8-token captions against the same padded to 77
-    python scripts/benchmark.py start  [--bundle DIR]      process start to first embedding
+    python scripts/benchmark.py start  [--bundle DIR]      process start to first embedding, beside fastembed's
     python scripts/benchmark.py resample [--threads N]     interpolation in its forms against torch eager
     python scripts/benchmark.py caption [--bundle DIR]     cached decoder against transformers' generate
     python scripts/benchmark.py chat [--bundle DIR]        nanoVLM's first token, tokens per second and memory
@@ -86,7 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
     # With more threads, each library's idle ones keep the cores busy that the other one is measured on.
     _add(kinds, "resample", None, rounds=21, threads=1)
     _add(kinds, "text", PAIR_NAME, rounds=21)
-    _add(kinds, "start", PAIR_NAME, rounds=5)
+    starting = _add(kinds, "start", PAIR_NAME, rounds=7)
+    starting.add_argument("--fastembed", type=Path, metavar="PYTHON", help="of an environment with fastembed")
     _add(kinds, "caption", CAPTION_NAME, rounds=9, threads=1)
     chatting = _add(kinds, "chat", CHAT_NAME, rounds=9, threads=2)
     steps = _add(kinds, "decoding", CHAT_NAME, rounds=9, threads=2)

@@ -5,7 +5,7 @@
     dataset.map_batches(Embedder, fn_constructor_kwargs={"bundle": DIR}, batch_size=256, concurrency=2, num_cpus=1)
 
 A worker has one thread, so that as many workers as a machine has cores keep them busy, and workers of one machine hold
-the weights once (`shared_weights` of `vlm_export.load`). The engine sees to it that each batch is taken once.
+the weights once (`weights="shared"` of `vlm_export.load`). The engine sees to it that each batch is taken once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.bulk.folder import reason_text
-from vlm_export.runtime.engines.choice import EngineName
+from vlm_export.runtime.engines.choice import EngineName, Weights
 from vlm_export.runtime.inputs.images import MAX_PIXELS
 from vlm_export.runtime.load import load
 
@@ -43,7 +43,7 @@ class Embedder:
             the reason; "keep" keeps it, with an embedding of NaN and the reason in the column `error`, which is empty
             in the other rows; "stop" raises.
         truncate: cut texts that are too long instead of raising.
-        precision, engine, providers, threads, max_pixels, shared_weights: as in `vlm_export.load`.
+        precision, engine, providers, threads, max_pixels, weights: as in `vlm_export.load`.
 
     Raises:
         InputError, UsageError: as `vlm_export.load`.
@@ -64,7 +64,7 @@ class Embedder:
         providers: str | Sequence[str] | None = None,
         threads: int | None = 1,
         max_pixels: int = MAX_PIXELS,
-        shared_weights: bool = True,
+        weights: Weights = "shared",
     ) -> None:
         if kind not in ("image", "text"):
             raise UsageError("a column holds images or texts", expected="image or text", got=repr(kind))
@@ -79,7 +79,7 @@ class Embedder:
             providers=providers,
             threads=threads,
             max_pixels=max_pixels,
-            shared_weights=shared_weights,
+            weights=weights,
         )
 
     def __call__(self, batch: Columns) -> dict[str, Column]:

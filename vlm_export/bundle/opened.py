@@ -35,22 +35,27 @@ _COPY_AGAIN = "copy the bundle again, or export it again with --overwrite"
 class OpenBundle:
     """A bundle whose files are verified before they are handed out; safe to use from several threads.
 
+    Args:
+        hashes_weights: False compares files of weights by their size alone.
+
     Attributes:
         root: the bundle's directory, with links on the way to it resolved.
         manifest: what it says about itself.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, manifest_bytes: bytes) -> None:
+    def __init__(self, root: Path, manifest: Manifest, manifest_bytes: bytes, *, hashes_weights: bool = True) -> None:
         self.root = root
         self.manifest = manifest
         self._manifest_bytes = manifest_bytes
+        variants = [] if hashes_weights else [variant for part in manifest.parts for variant in part.variants]
+        self._by_size = frozenset(name for variant in variants for name in variant.external_data)
         self._lock = Lock()
         self._verified: dict[str, Future[Path]] = {}
         self._checked_graphs: set[str] = set()
 
-    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+    def __reduce__(self) -> tuple[Any, tuple[str, str, bool]]:
         """As a pickle it is its path, opened and checked again where the pickle is read."""
-        return _open_again, (str(self.root), hashlib.sha256(self._manifest_bytes).hexdigest())
+        return _open_again, (str(self.root), hashlib.sha256(self._manifest_bytes).hexdigest(), not self._by_size)
 
     def file(self, relative: str) -> Path:
         """The path of a listed file, once its size and sha256 are found equal to the manifest's.
@@ -127,6 +132,8 @@ class OpenBundle:
             # The size first: a file that is too long need not be read.
             if size != expected.size_bytes:
                 raise self._changed(path, f"{expected.size_bytes} bytes", f"{size} bytes")
+            if relative in self._by_size:
+                return path
             found = record_from_descriptor(descriptor)
         if found != expected:
             raise self._changed(path, f"sha256 {expected.sha256}", f"sha256 {found.sha256}")
@@ -150,8 +157,11 @@ class OpenBundle:
         )
 
 
-def open_bundle(path: Path | str) -> OpenBundle:
+def open_bundle(path: Path | str, *, hashes_weights: bool = True) -> OpenBundle:
     """Reads and checks the manifest of the bundle at `path`; no other file is read yet.
+
+    Args:
+        hashes_weights: as of `OpenBundle`.
 
     Raises:
         UsageError: `path` is no path.
@@ -176,7 +186,7 @@ def open_bundle(path: Path | str) -> OpenBundle:
             if has_own_names:
                 _check_variant_name(part, variant, str(root / MANIFEST_NAME))
     _check_stated_sizes(manifest, str(root / MANIFEST_NAME))
-    return OpenBundle(root, manifest, raw)
+    return OpenBundle(root, manifest, raw, hashes_weights=hashes_weights)
 
 
 def _check_variant_name(part: PartRecord, variant: VariantRecord, where: str) -> None:
@@ -192,9 +202,9 @@ def _check_variant_name(part: PartRecord, variant: VariantRecord, where: str) ->
         )
 
 
-def _open_again(root: str, manifest_sha256: str) -> OpenBundle:
+def _open_again(root: str, manifest_sha256: str, hashes_weights: bool) -> OpenBundle:
     """The bundle of a pickle; InputError when another one is there now."""
-    bundle = open_bundle(root)
+    bundle = open_bundle(root, hashes_weights=hashes_weights)
     if hashlib.sha256(bundle._manifest_bytes).hexdigest() != manifest_sha256:
         raise InputError(
             "the bundle was replaced since it was opened",

@@ -28,7 +28,8 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    probabilities = opened_model(args).classify(
+    # One image and one run of the texts: matrices are packed for the next run.
+    probabilities = opened_model(args, weights="mapped").classify(
         [args.image], args.labels, template=args.template, truncate=args.truncate
     )[0]
     ranked = sorted(zip(args.labels, map(float, probabilities), strict=True), key=lambda entry: -entry[1])

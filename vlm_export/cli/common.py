@@ -12,6 +12,7 @@ from vlm_export.machine_faults import machine_fault
 from vlm_export.text_display import shown
 
 if TYPE_CHECKING:
+    from vlm_export.runtime.engines.choice import Weights
     from vlm_export.runtime.model import Model
 
 MAX_DEPTH = 500
@@ -62,12 +63,17 @@ def natural_number(text: str) -> int:
     return value
 
 
-def opened_model(args: argparse.Namespace) -> Model:
-    """The bundle that the command names, opened with the engine's options."""
+def opened_model(args: argparse.Namespace, *, weights: Weights = "packed") -> Model:
+    """The bundle that the command names, opened with the engine's options; weights as in `load`."""
     from vlm_export.runtime.load import load
 
     return load(
-        args.bundle, precision=args.precision, engine=args.engine, providers=providers(args), threads=args.threads
+        args.bundle,
+        precision=args.precision,
+        engine=args.engine,
+        providers=providers(args),
+        threads=args.threads,
+        weights=weights,
     )
 
 

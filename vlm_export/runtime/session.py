@@ -16,6 +16,7 @@ from vlm_export.errors import InputError
 from vlm_export.runtime.engines.choice import (
     OPENVINO,
     EngineName,
+    Weights,
     chosen_precision,
     engine_choice,
     own_engine,
@@ -50,7 +51,7 @@ class Session:
         providers: str | Sequence[str] | None = None,
         threads: int | None = None,
         max_pixels: int = MAX_PIXELS,
-        shared_weights: bool = False,
+        weights: Weights = "packed",
     ) -> None:
         self.bundle = bundle
         engine = engine or own_engine(bundle.manifest)
@@ -59,7 +60,7 @@ class Session:
         chosen = chosen_precision(bundle.manifest, precision)
         self.precision, self.precision_text = chosen.variant, str(chosen)
         self.max_pixels = max_pixels
-        self._choice = engine_choice(engine, providers, threads, in_bf16=chosen.in_bf16, shared_weights=shared_weights)
+        self._choice = engine_choice(engine, providers, threads, in_bf16=chosen.in_bf16, weights=weights)
         self._engines: dict[str, Engine] = {}
         self._tokenizers: dict[int, Tokenizer] = {}
         self._for_workers: dict[int, Session] = {}
@@ -88,7 +89,7 @@ class Session:
             "providers": self._choice.providers,
             "threads": self._choice.threads,
             "max_pixels": self.max_pixels,
-            "shared_weights": self._choice.shared_weights,
+            "weights": self._choice.weights,
         }
 
     @property

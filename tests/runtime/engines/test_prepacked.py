@@ -25,7 +25,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def shared(tiny_bundle: Path, cache: Path) -> Model:
-    return load(tiny_bundle, threads=1, shared_weights=True)
+    return load(tiny_bundle, threads=1, weights="shared")
 
 
 @pytest.fixture
@@ -69,21 +69,22 @@ def test_workers_that_start_together_wait_for_one(shared: Model, cache: Path, ex
         np.testing.assert_array_equal(vectors, expected)
 
 
+@pytest.mark.needs_torch  # A fixture from outside of these tests.
 def test_another_graph_has_files_of_its_own(
     shared: Model, cache: Path, tiny_bundle: Path, tmp_path: Path, relist: Callable[[Path], None]
 ) -> None:
     shared.encode_ids(IDS)
     copied = Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
-    load(copied, threads=1, shared_weights=True).encode_ids(IDS)
+    load(copied, threads=1, weights="shared").encode_ids(IDS)
     assert len(list(cache.iterdir())) == 1
     graph = copied / "onnx" / "text_model.onnx"
     graph.write_bytes(graph.read_bytes() + b"\x2a\x00")
     relist(copied)
-    load(copied, threads=1, shared_weights=True).encode_ids(IDS)
+    load(copied, threads=1, weights="shared").encode_ids(IDS)
     assert len(list(cache.iterdir())) == 2
 
 
 @pytest.mark.needs_torch  # OpenVINO is not installed without it.
 def test_another_engine_holds_its_own(tiny_bundle: Path, cache: Path) -> None:
-    load(tiny_bundle, threads=1, engine="openvino", shared_weights=True).encode_ids(IDS)
+    load(tiny_bundle, threads=1, engine="openvino", weights="shared").encode_ids(IDS)
     assert not cache.exists()

@@ -15,6 +15,7 @@ from vlm_export.runtime.engines.openvino import OpenVinoEngine
 from vlm_export.runtime.engines.prepacked import prepacked_graph
 
 EngineName: TypeAlias = Literal["onnxruntime", "openvino"]
+Weights: TypeAlias = Literal["packed", "shared", "mapped"]
 ONNXRUNTIME: EngineName = "onnxruntime"
 OPENVINO: EngineName = "openvino"
 BF16 = "bf16"
@@ -49,15 +50,16 @@ class EngineChoice:
         providers: of ONNX Runtime, in order of preference.
         threads: of one operator; None for as many as there are cores.
         in_bf16: as in `Precision`; of OpenVINO.
-        shared_weights: processes of this machine map the weights from one file in the user's cache, where ONNX Runtime
-            computes on the CPU alone; others hold their own.
+        weights: "packed": each process packs its own for the kernels. "shared": processes of this machine map packed
+            ones from one file in the user's cache. "mapped": they are read as they lie in the bundle. Of ONNX Runtime
+            on the CPU alone; others hold their own.
     """
 
     engine: EngineName
     providers: tuple[str, ...]
     threads: int | None
     in_bf16: bool = False
-    shared_weights: bool = False
+    weights: Weights = "packed"
 
     @property
     def is_on_cpu(self) -> bool:
@@ -75,7 +77,7 @@ class EngineChoice:
         record = bundle.manifest.part(part)
         variant = record.served_by(precision)
         engine: Engine
-        if self.shared_weights and self.engine == ONNXRUNTIME and self.is_on_cpu and not is_ir(Path(variant.file)):
+        if self.weights == "shared" and self.engine == ONNXRUNTIME and self.is_on_cpu and not is_ir(Path(variant.file)):
             path = prepacked_graph(bundle, variant)
             engine = OrtEngine(path, threads=self.threads, prepacked=True)
         else:
@@ -99,7 +101,7 @@ class EngineChoice:
                 fix="take OpenVINO (engine='openvino', --engine openvino), or the bundle that this was packaged from",
             )
         if self.engine == ONNXRUNTIME:
-            return OrtEngine(path, providers=self.providers, threads=self.threads)
+            return OrtEngine(path, providers=self.providers, threads=self.threads, packs=self.weights != "mapped")
         return OpenVinoEngine(path, threads=self.threads, in_bf16=self.in_bf16)
 
 
@@ -115,14 +117,14 @@ def engine_choice(
     threads: int | None,
     *,
     in_bf16: bool = False,
-    shared_weights: bool = False,
+    weights: Weights = "packed",
 ) -> EngineChoice:
     """The options, checked before anything is opened.
 
     Args:
         providers: one or several; None for the CPU.
         in_bf16: as in `Precision`.
-        shared_weights: as in `EngineChoice`.
+        weights: as in `EngineChoice`.
 
     Raises:
         UsageError: an unknown engine, providers that are no names or that OpenVINO would not use, or `threads` is out
@@ -141,8 +143,10 @@ def engine_choice(
             got=BF16,
             fix="take OpenVINO (engine='openvino', --engine openvino), or leave out the precision",
         )
+    if weights not in get_args(Weights):
+        raise UsageError(f"weights cannot be {weights!r}", fix=suggestion(str(weights), get_args(Weights)))
     name = OPENVINO if engine == OPENVINO else ONNXRUNTIME
-    chosen = EngineChoice(name, names, checked_threads(threads), in_bf16, shared_weights)
+    chosen = EngineChoice(name, names, checked_threads(threads), in_bf16, weights)
     if engine != ONNXRUNTIME and not chosen.is_on_cpu:
         raise UsageError(
             "OpenVINO has none of ONNX Runtime's execution providers",

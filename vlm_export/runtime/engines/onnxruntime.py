@@ -41,6 +41,7 @@ _DTYPES = {
 # Its log goes past Python to stderr, and quotes names of the graph; errors come as exceptions.
 _LOG_FATAL_ONLY = 4
 
+_NO_PACKING = "session.disable_prepacking"
 _LONGEST_CAUSE = 600
 
 MAX_THREADS = 1024
@@ -84,6 +85,7 @@ class OrtEngine:
         prepacked_to: where the graph is written as it is computed here, optimised and with packed weights in a file
             beside it (`runtime/engines/prepacked.py`); None: nowhere.
         prepacked: the graph is such a one.
+        packs: matrices are packed for the kernels when the graph is opened; False: they stay as they lie in the file.
 
     Attributes:
         providers: execution providers that started, by ONNX Runtime's names, in order of preference.
@@ -105,12 +107,15 @@ class OrtEngine:
         profile: str | None = None,
         prepacked_to: Path | None = None,
         prepacked: bool = False,
+        packs: bool = True,
     ) -> None:
         import onnxruntime
 
         self.path, self.mapped = Path(path), mapped
         wanted = [_resolved_provider(name, onnxruntime.get_available_providers()) for name in providers]
         options = _session_options(checked_threads(threads), exact=exact, mapped=mapped, prepacked=prepacked)
+        if not packs:
+            options.add_session_config_entry(_NO_PACKING, "1")
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, profile
         if prepacked_to is not None:
@@ -207,7 +212,7 @@ def _session_options(threads: int | None, *, exact: bool, mapped: bool, prepacke
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if mapped:
         # Prepacking makes another copy of each matrix.
-        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry(_NO_PACKING, "1")
         # By default a CPU first converts all float16 weights to float32, then computes; this order converts each
         # where it is used.
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED

@@ -193,7 +193,7 @@ def _normalised(image: Image.Image, spec: ImageSpec | PatchSpec) -> FloatArray:
     pixels = np.asarray(image, dtype=np.uint8)
     normalised = np.empty((3, *pixels.shape[:2]), dtype=np.float32)
     for channel in range(3):
-        # No level lies outside a table; numpy's default mode would write to a copy of `out` first.
+        # No level lies outside a table; "wrap" writes to `out` without a copy.
         np.take(tables[channel], pixels[:, :, channel], out=normalised[channel], mode="wrap")
     return normalised
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from tqdm import tqdm
 
 from vlm_export.errors import UsageError
 from vlm_export.runtime.engines.onnxruntime import Array, batches
 from vlm_export.runtime.generation.cross_attention_decoder import CrossAttentionState
 from vlm_export.runtime.generation.options import GenerationOptions, IdArray
 from vlm_export.runtime.inputs.images import ImageSource
+from vlm_export.runtime.inputs.progress import progress_bar
 from vlm_export.runtime.inputs.sources import Images, decoder_threads, image_list, text_list
 from vlm_export.runtime.session import Session
 from vlm_export.runtime.tasks.prepared_images import PIXELS, prepare_images
@@ -55,7 +55,7 @@ def image_rows(
     """
     with (
         decoder_threads(session.threads) as decoders,
-        tqdm(total=count, unit="image", disable=not progress) as bar,
+        progress_bar(count, "image", shown=progress) as bar,
     ):
         shared: dict[str, Array] | None = None
         for batch in batches(range(count), batch_size):

@@ -9,13 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 
-from tqdm import tqdm
-
 from vlm_export.runtime.engines.onnxruntime import batches
 from vlm_export.runtime.generation.embedding_decoder import EmbeddedDecoderState
 from vlm_export.runtime.generation.loop import generate, stream
 from vlm_export.runtime.generation.options import GenerationOptions, IdArray, padded_ids
 from vlm_export.runtime.generation.text_stream import TextStream
+from vlm_export.runtime.inputs.progress import progress_bar
 from vlm_export.runtime.inputs.sources import Images, image_list
 from vlm_export.runtime.session import Session
 from vlm_export.runtime.tasks.chat_rows import ChatRow, ChatRows, RowImages, image_tuple, paired_rows
@@ -77,7 +76,7 @@ class ChatTask:
         entries, sentences = paired_rows(images, questions)
         shared = self.rows.features(entries[0]) if len(entries) < len(sentences) else None
         answers: list[str] = []
-        with tqdm(total=len(sentences), unit="answer", disable=not progress) as bar:
+        with progress_bar(len(sentences), "answer", shown=progress) as bar:
             for batch in batches(range(len(sentences)), batch_size):
                 part = slice(batch[0], batch[-1] + 1)
                 rows = self.rows.question_rows(

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.engines.onnxruntime import batches
 from vlm_export.runtime.inputs.images import FloatArray
 from vlm_export.runtime.inputs.patches import pack_patches, patch_length
+from vlm_export.runtime.inputs.progress import progress_bar
 from vlm_export.runtime.inputs.sources import Images, Unreadable, decoder_threads, image_list, text_list
 from vlm_export.runtime.inputs.texts import checked_ids, checked_mask
 from vlm_export.runtime.session import Session
@@ -76,7 +76,7 @@ class EmbedTask:
         embeddings, done = self._no_rows(len(sources)), 0
         with (
             decoder_threads(self.session.threads) as decoders,
-            tqdm(total=len(sources), unit="image", disable=not progress) as bar,
+            progress_bar(len(sources), "image", shown=progress) as bar,
         ):
             for batch in batches(range(len(sources)), batch_size):
                 prepared = prepare_images(
@@ -116,7 +116,7 @@ class EmbedTask:
         sources, encoder = text_list(texts), self._encoder("text")
         tokenizer = self.session.tokenizer
         embeddings = self._no_rows(len(sources))
-        with tqdm(total=len(sources), unit="text", disable=not progress) as bar:
+        with progress_bar(len(sources), "text", shown=progress) as bar:
             rows = tokenizer.encode_rows(sources, truncate=truncate)
             by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
             for batch in batches(by_length, batch_size):

@@ -9,11 +9,11 @@ from itertools import groupby
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.engines.onnxruntime import Array, batches
 from vlm_export.runtime.inputs.images import FloatArray, ImageSource
+from vlm_export.runtime.inputs.progress import progress_bar
 from vlm_export.runtime.inputs.slice_placeholder import PlaceholderPart, placeholder_parts, placeholder_text
 from vlm_export.runtime.inputs.slice_plan import SlicePlan
 from vlm_export.runtime.inputs.slices import IntArray, Slices, slice_image, stack_patches, whole_patches
@@ -114,7 +114,7 @@ class FeatureTask:
         sources = image_list(images)
         with (
             decoder_threads(self.session.threads) as decoders,
-            tqdm(total=len(sources), unit="image", disable=not progress) as bar,
+            progress_bar(len(sources), "image", shown=progress) as bar,
         ):
             for window in batches(range(len(sources)), batch_size):
                 chosen = [sources[i] for i in window]
