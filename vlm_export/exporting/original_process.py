@@ -14,13 +14,14 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from vlm_export.errors import EnvironmentFailure
 from vlm_export.proof.cached_reference import arrays_digest
@@ -115,16 +116,14 @@ def start_process(here: object, expected: Iterator[Call]) -> OriginalProcess | N
     if pid:
         theirs.close()
         return OriginalProcess(ours, pid)
-    status = 1
     try:
         ours.close()
         _prepare(parent)
         _serve(theirs, here, expected)
-        status = 0
     except BaseException:
         traceback.print_exc()
     finally:
-        os._exit(status)
+        os._exit(1)
 
 
 def _prepare(parent: int) -> None:
@@ -140,74 +139,98 @@ def _prepare(parent: int) -> None:
     torch.set_num_threads(1)
 
 
-def _serve(connection: Connection, here: object, expected: Iterator[Call]) -> None:
-    """Computes what is expected and answers what is asked, until nobody asks any more.
-
-    What is asked for and not known may be expected later; so all that is expected is computed first, as far as it may
-    be held.
-    """
+def _serve(connection: Connection, here: object, expected: Iterator[Call]) -> NoReturn:
+    """Computes what is expected in this thread and answers in another, until nobody asks any more."""
     answers = _Answers(here, expected)
+    threading.Thread(target=_answer, args=(connection, answers), daemon=True).start()
     while True:
-        try:
-            if answers.may_go_on and not connection.poll():
-                answers.go_on()
-                continue
+        answers.compute_next()
+
+
+def _answer(connection: Connection, answers: _Answers) -> None:
+    try:
+        while True:
             key = connection.recv()
-            while key not in answers.known and answers.may_go_on:
-                answers.go_on()
-            if key not in answers.known:
+            if not answers.will_know(key):
                 connection.send((_UNKNOWN, None))
-                answers.compute(key, connection.recv())
-            connection.send(answers.known[key][:2])
-        except (EOFError, OSError):
-            return
-        answers.told(key)
+                answers.ask(key, connection.recv())
+            connection.send(answers.take(key))
+    except (EOFError, OSError):
+        os._exit(0)
 
 
 class _Answers:
-    """What has been computed.
-
-    Attributes:
-        known: digest of a call → its state, what it gave or raised, and how many bytes that takes.
-    """
+    """What has been computed and what will be; one thread computes, another takes."""
 
     def __init__(self, here: object, expected: Iterator[Call]) -> None:
-        self.known: dict[bytes, tuple[str, Any, int]] = {}
         self._here, self._expected, self._next = here, expected, next(expected, None)
+        self._asked: tuple[bytes, Call] | None = None
+        # Digest of a call → its state, what it gave or raised, and how many bytes that takes.
+        self._known: dict[bytes, tuple[str, Any, int]] = {}
         self._told = set[bytes]()
         self._held = 0
+        self._changed = threading.Condition()
+
+    def compute_next(self) -> None:
+        """Computes what was asked for, or else the next call that is expected; waits where there is neither."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._asked is not None or self._may_go_on)
+            asked, self._asked = self._asked, None
+            call = self._next
+        if asked is not None:
+            self._compute(*asked)
+            return
+        assert call is not None
+        key = _key(call)
+        if key not in self._known and key not in self._told:
+            self._compute(key, call)
+        following = next(self._expected, None)
+        with self._changed:
+            self._next = following
+            self._changed.notify_all()
+
+    def will_know(self, key: bytes) -> bool:
+        """Whether a call is known, after all is computed that is expected, as far as it may be held: it may be among
+        that, and the rest is needed as well."""
+        with self._changed:
+            self._changed.wait_for(lambda: key in self._known or not self._may_go_on)
+            return key in self._known
+
+    def ask(self, key: bytes, call: Call) -> None:
+        """Has a call computed before all others."""
+        with self._changed:
+            self._asked = key, call
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: key in self._known)
+
+    def take(self, key: bytes) -> tuple[str, Any]:
+        """The state of a call that is known, and what it gave; what was taken is let go of where the room is filled."""
+        with self._changed:
+            state, given, _ = self._known[key]
+            self._told.add(key)
+            if self._held >= _HELD_BYTES:
+                self._known = {each: answer for each, answer in self._known.items() if each not in self._told}
+                self._held = sum(size for _, _, size in self._known.values())
+                self._changed.notify_all()
+            return state, given
 
     @property
-    def may_go_on(self) -> bool:
+    def _may_go_on(self) -> bool:
         """Whether a call is expected that is not computed, and there is room for what it gives."""
         return self._next is not None and self._held < _HELD_BYTES
 
-    def go_on(self) -> None:
-        """Computes the next call that is expected, unless it has been asked for before."""
-        assert self._next is not None
-        key = _key(self._next)
-        if key not in self.known and key not in self._told:
-            self.compute(key, self._next)
-        self._next = next(self._expected, None)
-
-    def compute(self, key: bytes, call: Call) -> None:
-        """Makes a call known."""
+    def _compute(self, key: bytes, call: Call) -> None:
         method, *arguments = call
         try:
             given = getattr(self._here, method)(*arguments)
+            arrays = given.values() if method == "outputs" else ()
+            answer = _KNOWN, given, sum(array.nbytes for array in arrays)
         except Exception as error:
-            self.known[key] = _FAILED, _sendable(error), 0
-            return
-        arrays = given.values() if method == "outputs" else ()
-        self.known[key] = _KNOWN, given, sum(array.nbytes for array in arrays)
-        self._held += self.known[key][2]
-
-    def told(self, key: bytes) -> None:
-        """Lets go of what was asked for, where what is held has filled its room."""
-        self._told.add(key)
-        if self._held >= _HELD_BYTES:
-            self.known = {key: answer for key, answer in self.known.items() if key not in self._told}
-            self._held = sum(size for _, _, size in self.known.values())
+            answer = _FAILED, _sendable(error), 0
+        with self._changed:
+            self._known[key] = answer
+            self._held += answer[2]
+            self._changed.notify_all()
 
 
 def _sendable(error: Exception) -> Exception:
