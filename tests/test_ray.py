@@ -33,6 +33,7 @@ MOST_PRIVATE = 0.10
 WORKER = """
 import json, sys
 import numpy as np
+import onnxruntime
 from vlm_export.bundle.memory import anonymous_bytes
 from vlm_export.ray import Embedder
 bundle, paths = sys.argv[1], sys.argv[2:]

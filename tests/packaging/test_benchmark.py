@@ -52,10 +52,11 @@ def test_text(measured: Measured) -> None:
 
 def test_start(measured: Measured) -> None:
     data = measured("start")
-    for part in ("vision", "text"):
-        assert len(data["rounds"][part]) == 2
-        assert all(len(run) == len(data["steps"]) for run in data["rounds"][part])
-        assert data["totals"][part] == pytest.approx(statistics.median(map(sum, data["rounds"][part])))
+    assert set(data["rounds"]) == {f"{part}, {side}" for part in ("vision", "text") for side in ("default", "earliest")}
+    for side, runs in data["rounds"].items():
+        assert len(runs) == 2
+        assert all(len(run) == len(data["steps"]) for run in runs)
+        assert data["totals"][side] == pytest.approx(statistics.median(map(sum, runs)))
 
 
 def test_export(benchmark: Any, tmp_path: Path) -> None:

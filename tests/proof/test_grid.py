@@ -20,7 +20,7 @@ from vlm_export.proof.grid import (
     point_bytes,
     runtime_points,
 )
-from vlm_export.runtime.bulk.embed import EmbedOptions
+from vlm_export.runtime.bulk.embed import BATCH_SIZES
 from vlm_export.runtime.model import Task
 from vlm_export.runtime.tasks import chat as vision_chat
 from vlm_export.runtime.tasks import embed as pair
@@ -204,7 +204,7 @@ def test_points_that_were_made_smaller_count_as_left_out() -> None:
 
 
 def test_the_batches_of_the_runtime_are_all_tried() -> None:
-    stated = {pair.IMAGE_BATCH_SIZE, pair.TEXT_BATCH_SIZE, EmbedOptions().batch_size, vision_chat.CHAT_BATCH_SIZE}
+    stated = {pair.IMAGE_BATCH_SIZE, pair.TEXT_BATCH_SIZE, *BATCH_SIZES.values(), vision_chat.CHAT_BATCH_SIZE}
     stated |= {prepared_images.TILE_BATCH_SIZE, slice_features.SLICE_BATCH_SIZE}
     for task in get_args(Task):
         for name, method in inspect.getmembers(task, inspect.isfunction):

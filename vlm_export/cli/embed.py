@@ -109,7 +109,7 @@ def _write_embeddings(model: Model, args: argparse.Namespace) -> tuple[Mapping[s
     """Writes the embeddings; what to print of it, as JSON data and as a sentence."""
     from vlm_export.runtime.bulk.embed import EmbedOptions, embed
     from vlm_export.runtime.bulk.items import Inputs, TableColumns
-    from vlm_export.runtime.bulk.progress import progress_bar, progress_lines
+    from vlm_export.runtime.inputs.progress import growing_bar, progress_lines
 
     chosen = {"batch_size": args.batch_size, "shard_items": args.shard_items}
     options = EmbedOptions(
@@ -123,7 +123,7 @@ def _write_embeddings(model: Model, args: argparse.Namespace) -> tuple[Mapping[s
         **{name: value for name, value in chosen.items() if value is not None},
     )
     kind = Inputs([Path(path) for path in args.paths], options.lists).kind
-    shown = nullcontext() if args.quiet else progress_lines() if args.progress == "json" else progress_bar(kind)
+    shown = nullcontext() if args.quiet else progress_lines() if args.progress == "json" else growing_bar(kind)
     with shown as progress:
         found = embed(model, args.paths, args.output, options, progress=progress)
     rate = (found.scan.count - found.resumed) / found.seconds if found.seconds else float("inf")

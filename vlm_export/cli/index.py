@@ -69,11 +69,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _built(args: argparse.Namespace) -> SearchIndex:
     from vlm_export.runtime.bulk.indexing import RECALL_TARGET, build_index
-    from vlm_export.runtime.bulk.progress import progress_bar
+    from vlm_export.runtime.inputs.progress import growing_bar
 
     check_output(Path(args.output), overwrite=args.overwrite)
     target = RECALL_TARGET if args.recall is None else args.recall
-    with nullcontext() if args.quiet else progress_bar("vector") as progress:
+    with nullcontext() if args.quiet else growing_bar("vector") as progress:
         index = build_index(
             args.embeddings,
             args.output,

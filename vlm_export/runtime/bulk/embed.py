@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +34,7 @@ from vlm_export.runtime.bulk.folder import (
 )
 from vlm_export.runtime.bulk.items import Inputs, Item, Scan, TableColumns
 from vlm_export.runtime.inputs.images import FloatArray
+from vlm_export.runtime.inputs.progress import Progress
 from vlm_export.runtime.model import Model
 from vlm_export.runtime.search.store import (
     COLUMNS,
@@ -45,10 +46,8 @@ from vlm_export.runtime.search.store import (
     write_embeddings,
 )
 
-Progress = Callable[[int, int], None]
-"""Called with the number of items done and of all of them."""
-
-_BATCH_SIZES: Mapping[ItemKind, int] = {"image": 16, "text": 32}
+BATCH_SIZES: Mapping[ItemKind, int] = {"image": 16, "text": 32}
+"""Rows of one run where the user states none."""
 # Short texts are batched with short ones, of so many batches.
 _TEXT_BATCHES = 16
 # Of each worker: one that is computed, and one that waits.
@@ -202,7 +201,7 @@ class _Run:
         self.start, self.done, self.total = time.perf_counter(), 0, 0
         self.skipped = dict[str, InputError]()
         self.dimension = model.embedding.embed_dim
-        self.batch_size = options.batch_size or _BATCH_SIZES[inputs.kind]
+        self.batch_size = options.batch_size or BATCH_SIZES[inputs.kind]
         self.meta = EmbeddingsMeta(inputs.kind, model.manifest.name, model.identity, model.precision)
 
     def to_file(self, output: Path) -> EmbedResult:
