@@ -68,7 +68,7 @@ def measure(
         pythons = {"fastembed": fastembed, "modern-onnx-clip": modern_onnx_clip}
         consumers = {consumer: python for consumer, python in pythons.items() if python is not None}
         commands = _commands(
-            made, _checkpoint(name, root / "checkpoint"), _bare(made, root / "bare"), consumers, threads
+            made, _checkpoint(name, root / "checkpoint"), bare_encoder(made, root / "bare"), consumers, threads
         )
         sides = {side: stack.enter_context(_started(command, root)) for side, command in commands.items()}
         times, cosines = _in_turn(sides, files, rounds, round_images, root)
@@ -115,7 +115,7 @@ def _checkpoint(name: str, folder: Path) -> Path:
     return folder
 
 
-def _bare(bundle: Path, folder: Path) -> Path:
+def bare_encoder(bundle: Path, folder: Path) -> Path:
     """The float32 image encoder in both consumers' names."""
     folder.mkdir()
     opened = open_bundle(bundle)

@@ -12,6 +12,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.embed import bare_encoder
 from benchmarks.measuring import bundle_or_random
 from benchmarks.report import Bars, Report, table
 from vlm_export.lab.timing import Spread, ratios
@@ -43,12 +44,12 @@ marks.append(time.time())
 assert "torch" not in sys.modules
 print([after - before for before, after in zip(marks, marks[1:])])
 """
-# The same image in a model of fastembed's, whose files are a package of the bundle (`package --for fastembed`).
+# The same image in a model of fastembed's, whose files are the bundle's image part.
 _FASTEMBED = """
 import sys, time
 from PIL import Image
 from fastembed import ImageEmbedding
-model = ImageEmbedding("Qdrant/clip-ViT-B-32-vision", specific_model_path=sys.argv[2] + "/image")
+model = ImageEmbedding("Qdrant/clip-ViT-B-32-vision", specific_model_path=sys.argv[2])
 next(iter(model.embed([Image.new("RGB", (640, 480), "teal")])))
 print([time.time() - float(sys.argv[1])])
 """
@@ -62,9 +63,9 @@ def measure(name: str, bundle: Path | None, rounds: int, fastembed: Path | None 
     """
     sides = {f"{part}, {options}": (part, options) for part in PARTS for options in OPTIONS}
     with bundle_or_random(name, bundle) as directory, TemporaryDirectory() as folder:
-        package = Path(folder) / "package"
+        bare = Path(folder) / "bare"
         if fastembed is not None:
-            _package(directory, package)
+            bare_encoder(directory, bare)
         runs: dict[str, list[list[float]]] = {side: [] for side in sides}
         others: list[float] = []
         for _ in range(rounds + 1):
@@ -72,7 +73,7 @@ def measure(name: str, bundle: Path | None, rounds: int, fastembed: Path | None 
                 words = [str(directory.resolve()), part, json.dumps(OPTIONS[options])]
                 runs[side].append(_run(sys.executable, _CHILD, *words))
             if fastembed is not None:
-                others += _run(str(fastembed), _FASTEMBED, str(package))
+                others += _run(str(fastembed), _FASTEMBED, str(bare))
     return _report(name, rounds, {side: each[1:] for side, each in runs.items()}, others[1:])
 
 
@@ -103,11 +104,6 @@ def _report(name: str, rounds: int, runs: Mapping[str, Sequence[Sequence[float]]
         bars=Bars("Steps to the first embedding", "s", bars),
         data={"model": name, "steps": STEPS, "totals": totals, "rounds": runs, "fastembed": others},
     )
-
-
-def _package(bundle: Path, target: Path) -> None:
-    command = [sys.executable, "-m", "vlm_export", "package", str(bundle), "--for", "fastembed", "-o", str(target)]
-    subprocess.run([*command, "--quiet"], stdout=subprocess.DEVNULL, check=True)
 
 
 def _run(python: str, code: str, *words: str) -> list[float]:

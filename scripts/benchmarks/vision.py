@@ -128,8 +128,16 @@ def report_from_result(name: str, found: BenchResult, profiles: Sequence[Mapping
             "",
             [(f"{one.load.label}: {one.side.name}", found.speed(one).median) for one in found.measured],
         ),
-        data={"model": name, "threads": threads, **found.to_json(), "profiles": list(profiles)},
+        data={"model": name, "threads": threads, **_without_paths(found.to_json()), "profiles": list(profiles)},
     )
+
+
+def _without_paths(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a bench found, without what says where its bundle lay."""
+    kept = {key: value for key, value in data.items() if key != "bundle"}
+    if isinstance(kept.get("recommended"), Mapping):
+        kept["recommended"] = {k: v for k, v in kept["recommended"].items() if k not in ("call", "command")}
+    return kept
 
 
 def _least_speed(rows: Sequence[Mapping[str, Any]], engines: Sequence[str]) -> tuple[float, str]:
