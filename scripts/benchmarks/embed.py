@@ -319,7 +319,7 @@ def _runs_table(runs: Sequence[Mapping[str, Any]]) -> Table:
         "cores busy": "{busy:.0%}",
         "peak anonymous memory, MiB": "{mib:,.0f}",
     }
-    return table("`vlm-export embed FOLDER`, from the start of the process to its end", columns, rows)
+    return table("`vlm-export embed FOLDER -o VECTORS`, from the start of the process to its end", columns, rows)
 
 
 def _judged(
