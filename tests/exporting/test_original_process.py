@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlm_export.errors import EnvironmentFailure, InputError
+from vlm_export.errors import Defect, EnvironmentFailure, InputError
 from vlm_export.exporting import original_process, original_runs
 from vlm_export.exporting.original_process import Call, OriginalProcess, start_process
 
@@ -42,10 +42,19 @@ class Counting:
     def pid(self) -> int:
         return os.getpid()
 
+    def unsendable(self) -> Callable[[], None]:
+        return lambda: None
+
 
 @contextmanager
 def started(log: Path, *expected: Call) -> Iterator[OriginalProcess]:
-    process = start_process(Counting(log), iter(expected))
+    with started_with(log, iter(expected)) as process:
+        yield process
+
+
+@contextmanager
+def started_with(log: Path, expected: Iterator[Call]) -> Iterator[OriginalProcess]:
+    process = start_process(Counting(log), expected)
     assert process is not None
     try:
         yield process
@@ -117,6 +126,20 @@ def test_a_process_that_was_killed_is_told(tmp_path: Path) -> None:
         with pytest.raises(EnvironmentFailure, match="has ended") as caught:
             process.call("pid")
         assert caught.value.got == "signal SIGKILL"
+
+
+def test_an_answer_that_cannot_be_sent_is_a_defect(tmp_path: Path) -> None:
+    with started(tmp_path / "log") as process, pytest.raises(Defect, match="has ended"):
+        process.call("unsendable")
+
+
+def test_an_expectation_that_fails_is_a_defect(tmp_path: Path) -> None:
+    def expected() -> Iterator[Call]:
+        yield ("pid",)
+        raise ValueError("no further call")
+
+    with started_with(tmp_path / "log", expected()) as process, pytest.raises(Defect, match="has ended"):
+        process.call("outputs", "a", numbers(1))
 
 
 def test_it_ends_at_once_while_it_computes(tmp_path: Path) -> None:

@@ -116,9 +116,13 @@ class OriginalSide:
 class ContractOriginal(Protocol):
     """Who makes the record, and reads the bundle's files as other software does."""
 
-    def recorded(self) -> tuple[ContractRecord, Mapping[str, bytes]]: ...
+    def recorded(self) -> tuple[ContractRecord, Mapping[str, bytes]]:
+        """The record of the contract, and its image files by name."""
+        ...
 
-    def consumers(self, root: Path, manifest: Manifest) -> ConsumerChecks: ...
+    def consumers(self, root: Path, manifest: Manifest) -> ConsumerChecks:
+        """The staged bundle's files as other software reads them, after `recorded`."""
+        ...
 
 
 def prove_contract(

@@ -1,9 +1,9 @@
 """A process of its own for the original, which computes ahead what the proof will ask for.
 
-It is a fork of this process with one thread: it has the model's mapped weights without reading anything again, and
-imports the original's library while this one is in the back end. Of torch's threads a fork inherits none, and one
-thread needs none. What it has computed is asked for by a digest of the inputs; what it has not is computed when it is
-asked for, so what is computed ahead decides about nothing but time.
+It is a fork of this process that computes with one thread: it has the model's mapped weights without reading anything
+again, and imports the original's library while this one is in the back end. Of torch's threads a fork inherits none,
+and one thread needs none. A second thread answers meanwhile. What has been computed is asked for by a digest of the
+inputs; what has not is computed when it is asked for, so what is computed ahead decides about nothing but time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn, TypeAlias
 
-from vlm_export.errors import EnvironmentFailure
+from vlm_export.errors import Defect, EnvironmentFailure
 from vlm_export.proof.cached_reference import arrays_digest
 
 _HELD_BYTES = 256 << 20
@@ -50,7 +50,8 @@ class OriginalProcess:
         """What a method of the object that was given to `start_process` gives there.
 
         Raises:
-            EnvironmentFailure: the process has ended, which the system does to it where memory is short.
+            EnvironmentFailure: the process was killed, as the system does where memory is short.
+            Defect: it has ended by itself, and said why on stderr.
             Exception: what the method raised.
         """
         call = (method, *arguments)
@@ -62,11 +63,7 @@ class OriginalProcess:
                 self._connection.send(call)
                 state, given = self._connection.recv()
         except (EOFError, OSError) as error:
-            raise EnvironmentFailure(
-                "the process that runs the original has ended",
-                got=self._ended(),
-                fix="free memory, or use a machine with more",
-            ) from error
+            raise self._ended() from error
         if state == _FAILED:
             raise given
         return given
@@ -81,14 +78,18 @@ class OriginalProcess:
                 os.waitpid(self.pid, 0)
             self.pid = 0
 
-    def _ended(self) -> str:
+    def _ended(self) -> EnvironmentFailure | Defect:
+        what = "the process that runs the original has ended"
         try:
             _, status = os.waitpid(self.pid, 0)
         except ChildProcessError:
-            return "it was waited for elsewhere"
+            return Defect(what, got="another part of this program has waited for it")
         self.pid = 0
         code = os.waitstatus_to_exitcode(status)
-        return f"exit status {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+        if code >= 0:
+            return Defect(what, got=f"exit status {code}")
+        got = f"signal {signal.Signals(-code).name}"
+        return EnvironmentFailure(what, got=got, fix="free memory, or use a machine with more")
 
 
 def start_process(here: object, expected: Iterator[Call]) -> OriginalProcess | None:
@@ -101,8 +102,10 @@ def start_process(here: object, expected: Iterator[Call]) -> OriginalProcess | N
     if sys.platform != "linux":
         return None
     ours, theirs = Pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        # What is left in them would be written twice.
+        if stream is not None:
+            stream.flush()
     parent = os.getpid()
     try:
         with warnings.catch_warnings():
@@ -157,6 +160,10 @@ def _answer(connection: Connection, answers: _Answers) -> None:
             connection.send(answers.take(key))
     except (EOFError, OSError):
         os._exit(0)
+    except BaseException:
+        # Who asked would wait for ever.
+        traceback.print_exc()
+        os._exit(1)
 
 
 class _Answers:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vlm_export.bundle.manifest import Manifest
-from vlm_export.exporting.contract import OriginalSide, Sides, original_side, staged_bundle
+from vlm_export.exporting.contract import ContractOriginal, OriginalSide, Sides, original_side, staged_bundle
 from vlm_export.exporting.floor import measure_noise, measure_noise_around
 from vlm_export.exporting.options import FP32
 from vlm_export.exporting.original_process import Call, OriginalProcess, start_process
@@ -25,24 +25,16 @@ from vlm_export.proof.contract_record import ContractRecord
 from vlm_export.proof.metrics import Deviation
 
 LEAST_BYTES = 64 << 20
-"""Models of fewer bytes are computed here: their proof takes no longer than another process does to start."""
+"""Parts of fewer bytes are computed here: their proof takes no longer than another process does to start."""
 # With more processors, a large part is faster with the threads that this process has.
 _FEW_PROCESSORS, _LARGE_PART_BYTES = 4, 1 << 30
 
 
-class Original(Protocol):
+class Original(ContractOriginal, Protocol):
     """Who computes the original's side of the proof."""
 
     def reference(self, part: str) -> Reference:
         """The part's Reference, loaded."""
-        ...
-
-    def recorded(self) -> tuple[ContractRecord, Mapping[str, bytes]]:
-        """The record of the contract, and its image files by name."""
-        ...
-
-    def consumers(self, root: Path, manifest: Manifest) -> ConsumerChecks:
-        """The staged bundle's files as other software reads them, after `recorded`."""
         ...
 
 
@@ -79,6 +71,8 @@ class OriginalHere:
         return measure_noise_around(self.reference(part), precision, inputs)
 
     def recorded(self) -> tuple[ContractRecord, Mapping[str, bytes]]:
+        # The contract's models take its place.
+        self._loaded = None
         with quiet_transformers():
             self._side = original_side(self._model, self._sides)
         return self._side.record, self._side.contents
