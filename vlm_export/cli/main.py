@@ -109,8 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def console() -> NoReturn:
     """`vlm-export` as a process of its own.
 
-    It makes millions of objects that live until its end, so Python's collector walks a tenth as often over them. At its
-    end it frees nothing: for torch and the engines that takes a second.
+    It makes millions of objects that live until its end, so Python's collector walks over them far less often than by
+    default. At its end it frees nothing, which torch and the engines take their time for.
     """
     gc.set_threshold(50_000, 20, 100)
     status = main()

@@ -220,7 +220,7 @@ def _weights_by_name(part: Part) -> dict[str, ir.TensorProtocol]:
 
 @contextmanager
 def _no_collections() -> Iterator[None]:
-    """The back ends make millions of objects that live to their end: walking over them takes a third of the time."""
+    """The back ends make millions of objects that live to their end: walking over them takes much of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
