@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlm_export.errors import InputError, UsageError
+from vlm_export.runtime.bulk.embed import BATCH_SIZES
 from vlm_export.runtime.bulk.folder import reason_text
 from vlm_export.runtime.engines.choice import EngineName, Weights
 from vlm_export.runtime.inputs.images import MAX_PIXELS
@@ -38,7 +39,7 @@ class Embedder:
         column: what is embedded. Of images: paths, the bytes of files, or arrays uint8 (H, W, 3); of texts: strings.
         kind: what the column holds.
         output: the column of embeddings that is added, float32 (rows, D), each of unit length.
-        batch_size: rows of one run of the model, whatever the engine's batches are.
+        batch_size: rows of one run of the model, whatever the engine's batches are; None: as `embed` has them.
         on_error: what an image does that cannot be read. "skip" leaves its row out and logs a warning with its name and
             the reason; "keep" keeps it, with an embedding of NaN and the reason in the column `error`, which is empty
             in the other rows; "stop" raises.
@@ -56,7 +57,7 @@ class Embedder:
         column: str = "path",
         kind: Literal["image", "text"] = "image",
         output: str = "embedding",
-        batch_size: int = 16,
+        batch_size: int | None = None,
         on_error: Literal["skip", "keep", "stop"] = "skip",
         truncate: bool = False,
         precision: str | None = None,
@@ -71,7 +72,8 @@ class Embedder:
         if on_error not in ("skip", "keep", "stop"):
             raise UsageError("an error skips, keeps or stops", expected="skip, keep or stop", got=repr(on_error))
         self.column, self.kind, self.output = column, kind, output
-        self.batch_size, self.on_error, self.truncate = batch_size, on_error, truncate
+        self.batch_size = BATCH_SIZES[kind] if batch_size is None else batch_size
+        self.on_error, self.truncate = on_error, truncate
         self.model = load(
             bundle,
             precision=precision,

@@ -63,6 +63,14 @@ def natural_number(text: str) -> int:
     return value
 
 
+def share(text: str) -> float:
+    """An argparse type: from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return value
+
+
 def opened_model(args: argparse.Namespace, *, weights: Weights = "packed") -> Model:
     """The bundle that the command names, opened with the engine's options; weights as in `load`."""
     from vlm_export.runtime.load import load

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_export.cli.common import add_common_options, check_output, positive_integer
+from vlm_export.cli.common import add_common_options, check_output, positive_integer, share
 from vlm_export.cli.output import print_json, print_line, print_warnings
 from vlm_export.errors import UsageError
 
@@ -35,7 +35,7 @@ def add_parser(verbs: Any) -> None:
         help="default: auto, by the number of items",
     )
     parser.add_argument(
-        "--recall", type=_share, metavar="R", help="share of the 10 nearest that a search is to find (default: 0.97)"
+        "--recall", type=share, metavar="R", help="share of the 10 nearest that a search is to find (default: 0.97)"
     )
     parser.add_argument(
         "--queries", metavar="FILE", help="embeddings to measure the recall with, as of texts (default: items)"
@@ -105,11 +105,3 @@ def _facts(index: SearchIndex) -> dict[str, Any]:
         "columns": list(index.columns),
         "lists": None if index.lists is None else index.lists.to_json(),
     }
-
-
-def _share(text: str) -> float:
-    """An argparse type."""
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and up to 1")
-    return value

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_export.cli.common import add_common_options, add_model_options, check_output, opened_model, positive_integer
+from vlm_export.cli.common import (
+    add_common_options,
+    add_model_options,
+    check_output,
+    opened_model,
+    positive_integer,
+    share,
+)
 from vlm_export.cli.output import print_json, print_table
 from vlm_export.errors import InputError, UsageError
 
@@ -30,7 +37,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("query", metavar="QUERY", nargs="?", help="what to look for: a text, or the path of an image")
     parser.add_argument("--text", action="store_true", help="QUERY is a text, also where it looks like a path")
     parser.add_argument("--image", metavar="FILE", help="an image to look for, beside QUERY or instead of it")
-    parser.add_argument("--weight", type=_share, metavar="W", help="share of the image beside a text (default: 0.5)")
+    parser.add_argument("--weight", type=share, metavar="W", help="share of the image beside a text (default: 0.5)")
     parser.add_argument(
         "--where",
         action="append",
@@ -179,14 +186,6 @@ def _query(args: argparse.Namespace) -> _Query:
     if args.image is not None:
         raise UsageError("there are two images to look for", got=args.query, fix="name one; --text makes QUERY a text")
     return _Query(None, args.query)
-
-
-def _share(text: str) -> float:
-    """An argparse type."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
-    return value
 
 
 def _is_image(args: argparse.Namespace) -> bool:

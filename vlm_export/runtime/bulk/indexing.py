@@ -23,6 +23,7 @@ from vlm_export.bundle.staging import check_not_there, staged_file
 from vlm_export.errors import InputError, UsageError
 from vlm_export.runtime.bulk.folder import STATE_NAME, embeddings_at, folder_shards
 from vlm_export.runtime.inputs.images import FloatArray
+from vlm_export.runtime.inputs.progress import Progress
 from vlm_export.runtime.search.filters import column_of
 from vlm_export.runtime.search.index import SearchIndex
 from vlm_export.runtime.search.index_file import (
@@ -53,9 +54,6 @@ from vlm_export.runtime.search.rows import (
 from vlm_export.runtime.search.store import Embeddings, EmbeddingsMeta, read_embeddings
 
 Method: TypeAlias = Literal["auto", "exact", "approximate"]
-Progress: TypeAlias = Callable[[int, int], None]
-"""Called with how many vectors were read, of all the times that they are."""
-
 EXACT_ROWS = 50_000
 """So many items are compared one by one: 50,000 x 512 numbers are read from memory in about ten milliseconds."""
 RECALL_K, RECALL_TARGET = 10, 0.97
@@ -144,7 +142,7 @@ def build_index(
             index's own, each without itself.
         overwrite: replace a file.
         threads: of the building; None for as many as there are cores.
-        progress: called after each shard.
+        progress: called after each shard with how many vectors were read, of all the times that they are.
 
     Raises:
         InputError: embeddings that are damaged, not complete, of no unit length, or change meanwhile; queries of
