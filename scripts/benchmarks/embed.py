@@ -23,7 +23,7 @@ import numpy.typing as npt
 from PIL import Image
 
 import vlm_export
-from benchmarks.measuring import export_random, random_original
+from benchmarks.measuring import export_random, save_original
 from benchmarks.report import MIB, Bars, Report, Table, table
 from vlm_export.bundle.layout import PREPROCESSOR_NAME
 from vlm_export.bundle.memory import anonymous_bytes
@@ -68,7 +68,7 @@ def measure(
         pythons = {"fastembed": fastembed, "modern-onnx-clip": modern_onnx_clip}
         consumers = {consumer: python for consumer, python in pythons.items() if python is not None}
         commands = _commands(
-            made, _checkpoint(name, root / "checkpoint"), bare_encoder(made, root / "bare"), consumers, threads
+            made, save_original(name, root / "checkpoint"), bare_encoder(made, root / "bare"), consumers, threads
         )
         sides = {side: stack.enter_context(_started(command, root)) for side, command in commands.items()}
         times, cosines = _in_turn(sides, files, rounds, round_images, root)
@@ -102,17 +102,6 @@ def _quantised(bundle: Path, target: Path) -> Path:
     for number, side in enumerate(VARIANTS):
         quantize(target if number else bundle, side.split()[1], parts=["vision"], output=None if number else target)
     return target
-
-
-def _checkpoint(name: str, folder: Path) -> Path:
-    """The same weights as transformers saves them."""
-    from transformers import CLIPImageProcessor
-
-    folder.mkdir()
-    checkpoint = random_original(name, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(dict(checkpoint.config or {})), encoding="utf-8")
-    CLIPImageProcessor().save_pretrained(folder)
-    return folder
 
 
 def bare_encoder(bundle: Path, folder: Path) -> Path:

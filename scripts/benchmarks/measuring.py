@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,6 +39,15 @@ def random_original(name: str, weights: Path) -> Checkpoint:
     family = load_family(known.family)
     published, config = family.published_tensors(known.architecture), family.published_config(known.architecture)
     return random_checkpoint(name, published, 0, weights, config)
+
+
+def save_original(name: str, folder: Path) -> Path:
+    """That checkpoint of a CLIPModel, with its image processor, in the files that transformers saves."""
+    folder.mkdir()
+    checkpoint = random_original(name, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(dict(checkpoint.config or {})), encoding="utf-8")
+    import_module("transformers").CLIPImageProcessor().save_pretrained(folder)
+    return folder
 
 
 @contextmanager
